@@ -1,0 +1,31 @@
+"""One bit an element: the mask of a ReLU, a dropout or a select. Lossless."""
+
+import torch
+from torch import Tensor
+
+from mesa_train import kernels
+
+_ops = torch.ops.mesa_train
+
+
+def encode(mask: Tensor) -> Tensor:
+    """Bool of any shape to uint8 (ceil(numel / 8),), in row-major order, low bit first."""
+    kernels.load()
+    return _ops.bitmask_encode.default(mask)
+
+
+def encode_positive(x: Tensor) -> Tensor:
+    """The bits of x > 0, in one pass."""
+    kernels.load()
+    return _ops.bitmask_positive.default(x)
+
+
+def apply(grad: Tensor, bits: Tensor, scale: float = 1.0) -> Tensor:
+    """grad * scale where the bit is set and 0 elsewhere, with grad's shape and strides."""
+    kernels.load()
+    return _ops.bitmask_apply.default(grad, bits, scale)
+
+
+def decode(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool mask of `shape` again."""
+    return apply(torch.ones(shape, dtype=torch.uint8, device=bits.device).float(), bits) > 0

@@ -1,0 +1,35 @@
+"""The lossless codec: the tensor itself. For tests, for `bits=32`, and to tell a codec's error from a bug."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Lossless:
+    """Codes are the values, in full precision and without a copy where the layout allows one."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.detach(),)
+
+    def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        centred = x.to(wide) if mean is None else x.to(wide) - mean[:, None]
+        return (centred * rstd[:, None],)
+
+    def decode(
+        self,
+        tensors: Sequence[Tensor],
+        cols: int,
+        dtype: torch.dtype,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        value = tensors[0]
+        if weight is not None:
+            value = value * weight
+        if bias is not None:
+            value = value + bias
+        return value.to(dtype)

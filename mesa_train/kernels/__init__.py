@@ -1,0 +1,35 @@
+"""The operators under `torch.ops.mesa_train`, and `load()` for the native ones.
+
+Importing this package defines every operator with its plain-torch reference, on any device, and
+compiles nothing. `load()` puts the C++ kernels in front on the CPU; the first call of a machine
+compiles them (about 10 s), the first call of a process loads them, the others cost nothing.
+"""
+
+import threading
+
+from mesa_train.kernels import schemas as schemas
+
+_lock = threading.Lock()
+_loaded = False
+
+
+def _load_once() -> bool:
+    global _loaded
+    with _lock:
+        if not _loaded:
+            from mesa_train.kernels import cpu_build
+
+            cpu_build.load()
+            _loaded = True
+    return True
+
+
+# torch.compiler.assume_constant_result, which would import all of torch._dynamo: a load() that is
+# first met while compiling runs then and there instead of being traced.
+_load_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def load() -> None:
+    """Make the fastest kernels of this machine available. Idempotent and thread-safe."""
+    if not _loaded:
+        _load_once()

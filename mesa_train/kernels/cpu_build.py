@@ -1,0 +1,134 @@
+"""Compiles cpu.cpp once a machine and loads it, which puts the C++ kernels in front of the reference.
+
+The library is kept in a cache directory under a name that holds everything it depends on: source,
+flags, compiler, torch and the processor. Several processes may start at once: one compiles while
+the others wait for its lock, and where the file system has no locks each compiles for itself and
+the last to finish replaces an equal file.
+
+Environment:
+    MESA_TRAIN_CACHE          the cache directory; ~/.cache/mesa_train if unset
+    MESA_TRAIN_CPU_KERNELS=0  use the plain-torch reference
+    CXX                       the compiler; g++, c++ or clang++, the first found, if unset
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_SOURCES = tuple(
+    Path(__file__).parent / name for name in ("cpu.cpp", "cpu_stages.h", "cpu_activations.h")
+)
+# Contraction into FMA would round once where the specification rounds twice. The other two only
+# drop errno and floating-point traps, which nobody reads and which stop loops from vectorising.
+_FLAGS = (
+    "-std=c++20 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    " -mprefer-vector-width=512 -fvisibility=hidden -shared -fPIC"
+).split()
+_TIMEOUT_S = 300
+
+logger = logging.getLogger(__name__)
+
+
+class _BuildError(Exception):
+    """Why there is no native library, in words for the log."""
+
+
+def load() -> bool:
+    """Load the C++ kernels, compiling them if need be. False, after one warning, if that fails."""
+    if os.environ.get("MESA_TRAIN_CPU_KERNELS", "1") == "0":
+        return False
+    try:
+        torch.ops.load_library(str(_library()))
+    except (_BuildError, OSError) as error:
+        logger.warning(
+            "mesa_train runs without its C++ kernels: the plain-torch reference gives the same "
+            "results, about ten times slower. To fix it, install a C++20 compiler (g++ 11 or later)"
+            " or name one in CXX, and make %s writable (or set MESA_TRAIN_CACHE). To silence this, "
+            "set MESA_TRAIN_CPU_KERNELS=0. The reason: %s",
+            _cache(),
+            error,
+        )
+        return False
+    return True
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MESA_TRAIN_CACHE") or os.path.expanduser("~/.cache/mesa_train"))
+
+
+def _compiler() -> list[str]:
+    """The compiler and its leading arguments, such as ["ccache", "g++"]."""
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    for name in ("g++", "c++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise _BuildError("no C++ compiler found (looked for g++, c++ and clang++)")
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    keys = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(keys)}))
+
+
+def _library() -> Path:
+    """The path of the compiled library."""
+    compiler = _compiler()
+    parts = [*compiler, *_FLAGS, torch.__version__, _processor()]
+    parts += [source.read_text() for source in _SOURCES]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = _cache() / f"cpu_{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(compiler, path)
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock between processes, where there are locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Compile beside `path`, then rename: whoever looks sees all of the library or nothing."""
+    root = Path(torch.__file__).parent
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so.tmp")
+    os.close(handle)
+    command = [*compiler, *_FLAGS, str(_SOURCES[0]), "-o", name]
+    command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    command += [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        if done.returncode:
+            raise _BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        os.replace(name, path)
+    except subprocess.TimeoutExpired as error:
+        raise _BuildError(f"{shlex.join(command)} took more than {_TIMEOUT_S} s") from error
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,268 @@
+"""The mathematics of every operator in plain torch: the naive twin.
+
+It runs on any device, it is what the native kernels must equal code for code, and it is what runs
+where there is no native kernel. It makes many passes and many temporaries (about ten times the time
+of a copy); nothing here is tuned.
+
+The code of one group, all in float32 (a float64 input is cast first):
+
+    zero  = min rounded down to bfloat16                      (-0.0 is stored as 0.0)
+    scale = (max - zero) / (2**bits - 1) rounded up to bfloat16
+    q     = rint(v), or floor(v + u) when stochastic, with v = (x - zero) * (1 / scale)
+    value = q * scale + zero                                  (two roundings, never an FMA)
+
+so the grid covers [min, max]; |value - x| is at most scale / 2, or scale when stochastic.
+The corners:
+- A NaN or infinity anywhere in a group makes scale and zero NaN and its codes 0: the whole group
+  decodes to NaN, and a GradScaler sees it.
+- A scale under the smallest normal float32 becomes 0, and the group decodes to its zero. An inverse
+  then never overflows, and a device that flushes denormals agrees.
+- Every finite group decodes to finite values. zero stops at the lowest bfloat16; a range wider than
+  float32 is cut to its largest value; where the top of the grid would overflow, scale is one
+  bfloat16 step smaller. What lies beyond such a grid saturates.
+
+Stochastic rounding draws u from a hash of the group's grid, its index, the seed and the column: a
+recompute draws the same numbers, no generator is touched and there is nothing to save.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_TINY = torch.finfo(torch.float32).tiny
+_BFLOAT16_NAN = 0x7FC0
+_UINT32 = 0xFFFFFFFF
+
+
+# --- groups and bits ---
+
+
+def _group_size(cols: int, groups: int) -> int:
+    """Length of the balanced groups of a row (the last may be shorter)."""
+    return -(-cols // max(groups, 1))
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """(rows, cols) integers below 2**bits to (rows, bytes) uint8, low bits first."""
+    rows, cols = values.shape
+    per_byte = 8 // bits
+    width = -(-cols // per_byte)
+    padded = F.pad(values.to(torch.int32), (0, width * per_byte - cols))
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=values.device)
+    return (padded.view(rows, width, per_byte) << shifts).sum(-1).to(torch.uint8)
+
+
+def _unpack(codes: Tensor, bits: int, cols: int) -> Tensor:
+    """(rows, bytes) uint8 to (rows, cols) int32."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device)
+    values = (codes.to(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return values.flatten(1)[:, :cols]
+
+
+# --- the grid of a group ---
+
+
+def _bfloat16_bits_down(x: Tensor) -> Tensor:
+    """Float32 bits of x rounded towards -inf to a bfloat16 value."""
+    bits = x.view(torch.int32)
+    cut = bits & ~0xFFFF
+    return torch.where((bits < 0) & (bits != cut), cut + 0x10000, cut)
+
+
+def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, zero (float32, (rows, groups)) of (rows, groups, size), and which groups are finite."""
+    # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds twice.
+    levels = groups.new_full((), 2**bits - 1)
+    finite = groups.isfinite().all(-1)
+    low, high = groups.amin(-1), groups.amax(-1)
+    zero = _bfloat16_bits_down(low).view(torch.float32).clamp(min=-_BFLOAT16_MAX)
+    zero = torch.where(zero == 0, 0.0, zero)
+    step = ((high - zero).clamp(max=_FLOAT32_MAX) / levels).view(torch.int32)
+    up = (step + 0xFFFF) & ~0xFFFF
+    overflows = ~(levels * up.view(torch.float32) + zero).isfinite()
+    scale = torch.where(overflows, up - 0x10000, up).view(torch.float32)
+    return torch.where(scale < _FLOAT32_TINY, 0.0, scale), zero, finite
+
+
+# --- stochastic rounding ---
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The lowbias32 hash (https://nullprogram.com/blog/2018/07/31/) of uint32s held in int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _UINT32
+    x = x ^ (x >> 15)
+    # 0x846CA68B less 2**32: the same low 32 bits, and the product stays inside int64.
+    x = (x * (0x846CA68B - 2**32)) & _UINT32
+    return x ^ (x >> 16)
+
+
+def _uniform(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
+    """u in [0, 1), float32 (rows, groups, size), from the grid's bits (int64 (rows, groups))."""
+    rows, groups = scale_bits.shape
+    device = scale_bits.device
+    index = torch.arange(rows * groups, device=device).view(rows, groups) & _UINT32
+    key = _mix((scale_bits | (zero_bits << 16)) ^ _mix(index ^ (seed & _UINT32)))
+    column = torch.arange(groups * size, device=device).view(groups, size)
+    spread = (column * (0x9E3779B9 - 2**32)) & _UINT32
+    return (_mix(key.unsqueeze(-1) ^ spread) >> 8).to(torch.float32) * 2.0**-24
+
+
+# --- operators ---
+
+
+def affine_encode(
+    x: Tensor, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(rows, cols) to codes (rows, bytes) uint8 and scales (rows, groups, 2) bfloat16."""
+    rows, cols = x.shape
+    groups = -(-cols // group_size)
+    size = _group_size(cols, groups)
+    if x.numel() == 0:
+        codes = x.new_empty((rows, -(-cols * bits // 8)), dtype=torch.uint8)
+        return codes, x.new_empty((rows, groups, 2), dtype=torch.bfloat16)
+    # The last group is filled up with copies of the last column: they change neither end.
+    columns = torch.arange(groups * size, device=x.device).clamp(max=cols - 1)
+    grouped = x.to(torch.float32)[:, columns].view(rows, groups, size)
+
+    scale, zero, finite = _grid(grouped, bits)
+    bits16 = (torch.stack((scale, zero), -1).view(torch.int32) >> 16).to(torch.int64) & 0xFFFF
+    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
+    v = (grouped - zero.unsqueeze(-1)) * inverse.unsqueeze(-1)
+    if stochastic:
+        q = (v + _uniform(bits16[..., 0], bits16[..., 1], size, seed)).floor()
+    else:
+        q = v.round()
+    q = torch.where(finite.unsqueeze(-1), q, 0.0).clamp(0, 2**bits - 1)
+    codes = _pack(q.view(rows, groups * size)[:, :cols], bits)
+    bits16 = torch.where(finite.unsqueeze(-1), bits16, _BFLOAT16_NAN)
+    return codes, bits16.to(torch.int16).view(torch.bfloat16)
+
+
+def _decode(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tensor:
+    """Values (rows, cols) in float32."""
+    size = _group_size(cols, scales.shape[1])
+    group = torch.arange(cols, device=codes.device) // max(size, 1)
+    scale, zero = scales.to(torch.float32)[:, group].unbind(-1)
+    return _unpack(codes, bits, cols).to(torch.float32) * scale + zero
+
+
+def affine_decode(
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    cols: int,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Values (rows, cols), times weight (cols,) plus bias (cols,), in `dtype`."""
+    value = _decode(codes, scales, bits, cols)
+    if weight is not None:
+        value = value * weight.to(torch.float32)
+    if bias is not None:
+        value = value + bias.to(torch.float32)
+    return value.to(dtype)
+
+
+def normalized_encode(
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes of (x - mean) * rstd, one mean and rstd a row; no mean means no centring."""
+    value = x.to(torch.float32)
+    if mean is not None:
+        value = value - mean.to(torch.float32).unsqueeze(1)
+    value = value * rstd.to(torch.float32).unsqueeze(1)
+    return affine_encode(value, bits, group_size, stochastic, seed)
+
+
+def norm_backward(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bits: int,
+    centered: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm (centered) or RMSNorm at the decoded normalised input: dx, dweight, dbias."""
+    grad = grad.to(torch.float32)
+    xhat = _decode(codes, scales, bits, grad.shape[1])
+    dxhat = grad if weight is None else grad * weight.to(torch.float32)
+    dx = dxhat - xhat * (dxhat * xhat).mean(1, keepdim=True)
+    if centered:
+        dx = dx - dxhat.mean(1, keepdim=True)
+    dx = dx * rstd.to(torch.float32).unsqueeze(1)
+    return dx.to(dtype), (grad * xhat).sum(0), grad.sum(0)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return grad * (s + 1.702 * x * s * (1 - s))
+
+
+_aten = torch.ops.aten
+_Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+
+# kind: (kind(x), grad * kind'(x)), with torch's default parameters.
+ACTIVATIONS: dict[str, _Pair] = {
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda g, x: _aten.gelu_backward(g, x, approximate="tanh"),
+    ),
+    "silu": (F.silu, _aten.silu_backward),
+    "relu": (F.relu, lambda g, x: _aten.threshold_backward(g, x, 0)),
+    "hardswish": (F.hardswish, _aten.hardswish_backward),
+    "hardsigmoid": (F.hardsigmoid, _aten.hardsigmoid_backward),
+    "mish": (F.mish, _aten.mish_backward),
+    "softplus": (F.softplus, lambda g, x: _aten.softplus_backward(g, x, 1, 20)),
+    "quick_gelu": (_quick_gelu, _quick_gelu_backward),
+    "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
+    "leaky_relu": (F.leaky_relu, lambda g, x: _aten.leaky_relu_backward(g, x, 0.01, False)),
+}
+
+
+def activation_decode(
+    codes: Tensor, scales: Tensor, bits: int, cols: int, dtype: torch.dtype, kind: str
+) -> Tensor:
+    """kind(decoded), (rows, cols) in `dtype`."""
+    return ACTIVATIONS[kind][0](_decode(codes, scales, bits, cols)).to(dtype)
+
+
+def activation_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str) -> Tensor:
+    """grad * kind'(decoded), (rows, cols) in grad's dtype."""
+    x = _decode(codes, scales, bits, grad.shape[1])
+    return ACTIVATIONS[kind][1](grad.to(torch.float32).contiguous(), x).to(grad.dtype)
+
+
+def bitmask_encode(mask: Tensor) -> Tensor:
+    """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
+    return _pack(mask.reshape(1, -1), 1).view(-1)
+
+
+def bitmask_positive(x: Tensor) -> Tensor:
+    """Bits of x > 0."""
+    return bitmask_encode(x > 0)
+
+
+def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
+    """grad * scale where the bit is set, else 0; strides follow grad. Float64 stays float64."""
+    mask = _unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return torch.empty_like(grad).copy_(torch.where(mask, wide * scale, 0.0))

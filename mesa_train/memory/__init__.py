@@ -1,0 +1,1 @@
+"""Where the memory goes: what a forward keeps for its backward, counted and compared."""

@@ -1,0 +1,71 @@
+"""Checkpointing of every block, the rival: keeps a block's input, computes the rest again.
+
+The blocks of a model are found, not named: the finest modules that stand in a row of their own
+class (`nn.ModuleList` or `nn.Sequential`) and hold at least two weight matrices. That is every
+Block of a ViT, of each Swin stage, of a Hugging Face encoder; not the ConvNormAct of a stem, which
+has a single weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class NoBlocks(ValueError):
+    """The model has no rows of equal blocks."""
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of `model` by qualified name, in its order; empty if there are none."""
+    return dict(_blocks(model, ""))
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within the context every block is checkpointed (non-reentrant). NoBlocks if there is none."""
+    blocks = find_blocks(model)
+    if not blocks:
+        raise NoBlocks(
+            f"{type(model).__name__} has no row of equal blocks in a ModuleList or Sequential, "
+            "so there is nothing to checkpoint block by block"
+        )
+    own = [(block, vars(block).get("forward")) for block in blocks.values()]
+    try:
+        for block in blocks.values():
+            # An attribute of the instance goes before the method of its class.
+            vars(block)["forward"] = functools.partial(
+                checkpoint, block.forward, use_reentrant=False
+            )
+        yield
+    finally:
+        for block, forward in own:
+            if forward is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = forward
+
+
+def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    in_row = _is_row(module)
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        finer = list(_blocks(child, inner))
+        if in_row and not finer:
+            yield inner, child
+        yield from finer
+
+
+def _is_row(module: nn.Module) -> bool:
+    """Whether `module` is a row of blocks of one class, each with two weight matrices or more."""
+    elements = list(module.children())
+    return (
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(element) for element in elements}) == 1
+        and not isinstance(elements[0], nn.ModuleList)
+        and all(sum(p.dim() >= 2 for p in e.parameters()) >= 2 for e in elements)
+    )

@@ -1,0 +1,242 @@
+"""Compare: methods side by side on one model and one batch: bytes kept, gradient error, step time.
+
+Bytes come from `footprint` and are exact. The gradient error is one real backward per method
+against the plain float32 gradient of the same batch and the same random numbers. Times are forward
+plus backward, measured in rounds that run every method once, so that a machine that slows down
+slows all of them: only ratios within a round are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import statistics
+import time as clock
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mesa_train.memory.checkpointing import NoBlocks
+from mesa_train.memory.footprint import arguments, autocasting, device_of, footprint, tensors_in
+from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
+from mesa_train.memory.standins import standing_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method's measurements; None is what was not asked for or cannot be had (see `notes`).
+
+    saved_bytes: kept for the backward, each storage once.
+    saved_ratio: how many times less than plain.
+    gradient_error: relative L2 distance from the plain float32 gradient over all parameters.
+    time_ms: median of forward plus backward.
+    time_ratio: median over the rounds of this method's time by plain's.
+    """
+
+    method: str
+    saved_bytes: int | None
+    saved_ratio: float | None = None
+    gradient_error: float | None = None
+    time_ms: float | None = None
+    time_ratio: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    inputs: Any,
+    methods: Sequence[str] = METHODS,
+    *,
+    autocast: torch.dtype | None = None,
+    fake: bool = False,
+    device: str | torch.device | None = None,
+    error: bool = True,
+    time: bool = True,
+    rounds: int = 5,
+    loss: Callable[[Any], Tensor] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """Measure `methods` on `model(inputs)`, one Row each in their order; the model stays as it was.
+
+    inputs, autocast, fake, device: as for `footprint`; fakes, and a model on the meta device, give
+        bytes alone.
+    loss: from the output to a scalar, for the real steps; default: `default_loss`.
+    rounds: timed runs of every method, after one that warms up.
+    progress: called before every step with what it is, its number from 0 and how many there are,
+        and once at the end.
+
+    Raises ValueError for an unknown method, no method or rounds < 1, and what `footprint` raises.
+    """
+    if not methods:
+        raise ValueError(f"compare() needs a method; choose from {', '.join(METHODS)}, or a preset")
+    for method in methods:
+        check_method(method)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    real = not (fake or device_of(model).type == "meta")
+    steps = _Steps(progress, len(methods), error and real, time and real, rounds)
+    count = functools.partial(footprint, model, inputs, autocast=autocast, fake=fake, device=device)
+    steps.next(f"bytes: {PLAIN}")
+    plain = count(policy=PLAIN)
+    results: dict[str, Row] = {}
+    for method in methods:
+        steps.next(f"bytes: {method}")
+        try:
+            found = plain if method == PLAIN else count(policy=method)
+        except NoBlocks as reason:
+            results[method] = Row(method, None, notes=(str(reason),))
+            continue
+        ratio = plain.saved_bytes / found.saved_bytes if found.saved_bytes else None
+        results[method] = Row(method, found.saved_bytes, ratio, notes=found.notes)
+    run = _Runs(model, inputs, autocast, loss or default_loss)
+    usable = [method for method, row in results.items() if row.saved_bytes is not None]
+    if error and real:
+        steps.next("gradient: float32")
+        reference = run.reference()
+        for method in usable:
+            steps.next(f"gradient: {method}")
+            distance = relative_error(run.gradients(method), reference)
+            results[method] = dataclasses.replace(results[method], gradient_error=distance)
+    if time and real:
+        times = run.times(usable, rounds, steps)
+        for method in usable:
+            results[method] = dataclasses.replace(
+                results[method],
+                time_ms=1e3 * statistics.median(times[method]),
+                time_ratio=statistics.median(
+                    own / plain for own, plain in zip(times[method], times[PLAIN], strict=True)
+                ),
+            )
+    steps.finish()
+    return [results[method] for method in methods]
+
+
+class _Runs:
+    """Real steps of one model on one batch, all with the same random numbers and buffers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        autocast: torch.dtype | None,
+        loss: Callable[[Any], Tensor],
+    ) -> None:
+        self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
+        self.device = device_of(model)
+
+    def reference(self) -> list[Tensor | None]:
+        """The plain gradient in float32; a model with narrower weights is copied for it."""
+        if all(p.dtype.itemsize >= 4 for p in self.model.parameters()):
+            return _Runs(self.model, self.inputs, None, self.loss).gradients(PLAIN)
+        wide = copy.deepcopy(self.model).float()
+        inputs = pytree.tree_map_only(
+            Tensor, lambda t: t.float() if t.is_floating_point() else t, self.inputs
+        )
+        return _Runs(wide, inputs, None, self.loss).gradients(PLAIN)
+
+    def gradients(self, method: str) -> list[Tensor | None]:
+        """The gradient of all trainable parameters, None where the loss does not depend on one."""
+        with applied(self.model, method), standing_in(self.model):
+            return self._step()
+
+    def times(self, methods: list[str], rounds: int, steps: _Steps) -> dict[str, list[float]]:
+        """Seconds of `rounds` steps by method, plain among them, in alternation after a warm-up."""
+        every = methods if PLAIN in methods else [PLAIN, *methods]
+        times: dict[str, list[float]] = {method: [] for method in every}
+        for number in range(rounds + 1):
+            steps.next(f"time: round {number} of {rounds}" if number else "time: warming up")
+            for method in every:
+                with applied(self.model, method), standing_in(self.model):
+                    self._synchronize()
+                    start = clock.perf_counter()
+                    self._step()
+                    self._synchronize()
+                    taken = clock.perf_counter() - start
+                if number:
+                    times[method].append(taken)
+        return times
+
+    def _step(self) -> list[Tensor | None]:
+        args, kwargs = arguments(self.inputs)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # float16 gradients of a mean over a batch may vanish: scale them as a GradScaler would.
+        scale = 2.0**12 if self.autocast is torch.float16 else 1.0
+        torch.manual_seed(0)
+        with autocasting(self.device, self.autocast):
+            value = self.loss(self.model(*args, **kwargs))
+        # Not .backward(): the user's .grad fields are none of our business.
+        grads = torch.autograd.grad(value * scale, parameters, allow_unused=True)
+        return [None if g is None else g / scale for g in grads] if scale != 1 else list(grads)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def default_loss(output: Any) -> Tensor:
+    """A float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
+
+    Scores are a first output of shape (batch, classes); the targets are fixed and spread over the
+    classes. Raises ValueError if no floating-point tensor of the output requires grad.
+    """
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.requires_grad:
+        return own.float()
+    outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    if not outputs:
+        raise ValueError("no output of the model requires grad, so there is no gradient to compare")
+    scores = outputs[0].float()
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        targets = (torch.arange(len(scores), device=scores.device) * 7919) % scores.shape[1]
+        return F.cross_entropy(scores, targets)
+    return scores.square().mean()
+
+
+def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
+    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
+    distance = norm = 0.0
+    for own, exact in zip(gradients, reference, strict=True):
+        if exact is not None:
+            norm += exact.double().square().sum().item()
+        if own is None and exact is None:
+            continue
+        difference = (0 if own is None else own.double()) - (0 if exact is None else exact.double())
+        distance += torch.as_tensor(difference).square().sum().item()
+    if norm == 0:
+        return 0.0 if distance == 0 else math.inf
+    return math.sqrt(distance / norm)
+
+
+class _Steps:
+    """Counts what `progress` is told."""
+
+    def __init__(
+        self,
+        progress: Callable[[str, int, int], None] | None,
+        methods: int,
+        error: bool,
+        time: bool,
+        rounds: int,
+    ) -> None:
+        self.progress = progress
+        self.total = methods + 1 + error * (methods + 1) + time * (rounds + 1)
+        self.done = 0
+
+    def next(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
+        self.done += 1
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress("done", self.total, self.total)

@@ -1,0 +1,47 @@
+"""Plain text for sizes and tables: what a Footprint prints without any other package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_bytes(size: int) -> str:
+    """`size` in the unit that reads best: 0, 16 B, 4.0 KiB, 550.4 MiB, from 10 GiB on 12.3 GiB."""
+    if size < 2**10:
+        return f"{size} B" if size else "0"
+    if size < 2**20 / 10:
+        return f"{size / 2**10:.1f} KiB"
+    if size < 10 * 2**30:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def format_ratio(before: int, after: int) -> str:
+    """How many times less `after` is than `before`, or "-" where there is nothing to compare."""
+    if not before or not after:
+        return "-"
+    ratio = before / after
+    digits = 0 if ratio >= 99.5 else 1 if ratio >= 9.95 else 2
+    return f"{ratio:,.{digits}f}x"
+
+
+def format_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], rule_before: int | None = None
+) -> str:
+    """An aligned table, first column to the left; a rule under the head and before one row."""
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [_aligned(head, widths), rule]
+    for index, row in enumerate(rows):
+        if index == rule_before and index:
+            lines.append(rule)
+        lines.append(_aligned(row, widths))
+    return "\n".join(lines)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        cell.rjust(width) if index else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()

@@ -1,0 +1,214 @@
+"""Element-wise activations.
+
+gelu, silu and their kin keep the codes of their input (1 byte per element, nearest rounding) and their output is
+rebuilt from the same codes, so the Linear behind them keeps nothing. relu and its kin have a derivative of two values
+and keep one bit. sigmoid and tanh keep the codes of their output. glu keeps its input's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..codecs import bitmask
+from ..codecs.affine import Affine
+from ..stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, save, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+_aten = torch.ops.aten
+
+# kind: (the function, its derivative times a gradient), both at a decoded input. The fused kernels know these kinds.
+SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "gelu": (F.gelu, lambda g, x: _aten.gelu_backward(g, x)),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda g, x: _aten.gelu_backward(g, x, approximate="tanh"),
+    ),
+    "silu": (F.silu, _aten.silu_backward),
+    "hardswish": (F.hardswish, _aten.hardswish_backward),
+    "mish": (F.mish, _aten.mish_backward),
+    "softplus": (F.softplus, lambda g, x: _aten.softplus_backward(g, x, 1, 20)),
+    "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
+}
+
+# kind: where the derivative is one slope and where the other, and the two slopes.
+STEPPED: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
+    "relu": (lambda x: x > 0, 1.0, 0.0),
+    "relu6": (lambda x: (x > 0) & (x < 6), 1.0, 0.0),
+    "leaky_relu": (lambda x: x > 0, 1.0, 0.01),
+    "hardsigmoid": (lambda x: (x > -3) & (x < 3), 1 / 6, 0.0),
+}
+
+# kind: the derivative times a gradient at the output.
+OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid": _aten.sigmoid_backward,
+    "tanh": _aten.tanh_backward,
+}
+
+
+class Smooth(Operator):
+    """inputs: x. stashes: x. static: kind."""
+
+    @derivative("activation")
+    def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        spec = saved.specs[0]
+        assert spec is not None
+        leaf = spec.recipe
+        if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
+            geometry = leaf.geometry
+            flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
+            return (geometry.restore(leaf.codec.activation_backward(saved.own(spec), flat, kind)),)
+        return (SMOOTH[kind][1](grad, saved.get(0, grad.dtype)),)
+
+
+class Stepped(Operator):
+    """inputs: x. stashes: one bit per element. static: the two slopes."""
+
+    @derivative("activation")
+    def backward(saved: Saved, slopes: tuple[float, float], needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        on, off = slopes
+        dx = bitmask.apply(grad, saved[0], on - off)
+        return (dx if off == 0 else dx + off * grad,)
+
+
+class FromOutput(Operator):
+    """inputs: x. stashes: the output. static: kind."""
+
+    @derivative("activation")
+    def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        return (OUTPUT[kind](grad, saved.get(0, grad.dtype)),)
+
+
+class Gated(Operator):
+    """inputs: x. stashes: x. static: dim."""
+
+    @derivative("activation")
+    def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        return (_aten.glu_backward(grad, saved.get(0, grad.dtype), dim),)
+
+
+class InPlace:
+    """Mixin: instead of recording an output, run a function that overwrites the input. inputs: x."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Any], stashes: tuple[Stash, ...], static: Any, x: Tensor) -> Tensor:
+        save(ctx, *stashes)
+        ctx.static = static
+        run(x)
+        ctx.mark_dirty(x)
+        return x
+
+
+class Activated:
+    """Recipe: the activation of its source; from affine codes in one pass."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        source = spec.sources[0]
+        leaf = source.recipe
+        if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
+            decoded = leaf.codec.activation_decode(saved.own(source), leaf.geometry.cols, dtype, self.kind)
+            return leaf.geometry.restore(decoded)
+        return SMOOTH[self.kind][0](saved.value(source, dtype))
+
+
+class SmoothInPlace(InPlace, Smooth):
+    """Smooth, written to its input."""
+
+
+class SteppedInPlace(InPlace, Stepped):
+    """Stepped, written to its input."""
+
+
+def smooth(kind: str, overwrites: bool = False) -> Any:
+    """Row of an activation that keeps its input; `overwrites` for the variants named with a trailing underscore."""
+
+    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        which = "gelu_tanh" if kind == "gelu" and kwargs.pop("approximate", "none") == "tanh" else kind
+        inplace = overwrites or bool(kwargs.pop("inplace", args[0] if args else False))
+        if args[1:] or kwargs or (args and not isinstance(args[0], bool)) or not mode.covers("activation", input):
+            return NotImplemented
+        if inplace and not _writable(mode, input):
+            return NotImplemented
+        function = SMOOTH[which][0]
+        if inplace:
+            # The tensor's next version is another tensor: what is kept has to be a copy of this one.
+            x = mode.keep(input, "activation", "input")
+            x = Stash(x.recipe, tuple([t.clone() for t in x.tensors]), cost=x.cost, dtype=x.dtype) if _aliases(x, input) else x
+            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), (x,), which, input)
+        x = mode.keep(input, "activation", "input")
+        result = mode.exactly(function, input)
+        output = Smooth.apply(result, (x,), which, input)
+        mode.lineage.set(output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype))
+        return output
+
+    return row
+
+
+def stepped(kind: str, overwrites: bool = False) -> Any:
+    """Row of an activation that keeps one bit per element."""
+
+    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
+        slope = [a for a in (*args, *kwargs.values()) if not isinstance(a, bool)]
+        if not mode.covers("activation", input) or (slope and slope != [STEPPED["leaky_relu"][2]]):
+            return NotImplemented
+        if inplace and not _writable(mode, input):
+            return NotImplemented
+        above, on, off = STEPPED[kind]
+        with torch.no_grad():
+            bits = bitmask.encode_positive(input) if kind in ("relu", "leaky_relu") else bitmask.encode(above(input))
+        mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+        if inplace:
+            return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), (whole(bits),), (on, off), input)
+        result = mode.exactly(func, input, *args, **kwargs)
+        return Stepped.apply(result, (whole(bits),), (on, off), input)
+
+    return row
+
+
+def from_output(kind: str) -> Any:
+    """Row of an activation whose derivative reads its output."""
+
+    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not mode.covers("activation", input):
+            return NotImplemented
+        result = mode.exactly(func, input)
+        y = mode.keep(result, "activation", "output")
+        output = FromOutput.apply(result, (y,), kind, input)
+        mode.lineage.set(output, y)
+        return output
+
+    return row
+
+
+def glu(mode: Interception, func: Any, input: Tensor, dim: int = -1) -> Any:
+    """Row of torch.nn.functional.glu."""
+    if not mode.covers("activation", input):
+        return NotImplemented
+    x = mode.keep(input, "activation", "input")
+    result = mode.exactly(func, input, dim)
+    output = Gated.apply(result, (x,), dim, input)
+    mode.lineage.set(output, Stash(Replay(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype))
+    return output
+
+
+def _writable(mode: Interception, input: Tensor) -> bool:
+    """Whether an in-place variant can be recorded: not a leaf and not a view, which PyTorch itself must rebase."""
+    if torch.compiler.is_compiling():
+        return False
+    return not input.is_leaf and not input._is_view()
+
+
+def _aliases(stash: Stash, tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage().data_ptr()
+    return any([t.untyped_storage().data_ptr() == storage for t in stash.tensors])

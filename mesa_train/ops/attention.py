@@ -1,0 +1,267 @@
+"""Scaled dot product attention.
+
+The fused kernels keep the stashes of q, k, v and of the output (which the projection behind shares) and the exact
+logsumexp; their own backward is called on the decoded tensors. Where PyTorch runs its unfused form (a mask that needs
+a gradient, say), the codes of the attention weights are kept beside q, k and v; with `recompute="linear"`, and with
+dropout on the weights, they are computed again instead, from the same random numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..stash import Saved, whole
+from .base import Operator, derivative, sum_to
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+_aten = torch.ops.aten
+
+# What torch._fused_sdp_choice answers.
+_MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
+
+# Heads and features of one token may share a group; tokens may not.
+_WITHIN = (1, 3)
+
+
+class FlashCPU(Operator):
+    """inputs: q, k, v (B, H, N, D). stashes: q, k, v, out, logsumexp, mask. static: causal, scale."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        causal, scale = static
+        dtype = grad.dtype
+        operands = [saved.get(i, dtype) for i in range(4)]
+        mask = saved[5] if saved.specs[5] is not None else None
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *operands, saved[4], 0.0, causal, attn_mask=mask, scale=scale
+        )
+
+
+class FlashCUDA(Operator):
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths, dropout, ..."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(4)]
+        return _aten._scaled_dot_product_flash_attention_backward(
+            *(grad, *operands, saved[4], cum_q, cum_k, max_q, max_k, dropout_p, causal, saved[5], saved[6]),
+            scale=scale,
+        )
+
+
+class Efficient(Operator):
+    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout, causal, scale."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(3)]
+        mask = saved[7] if saved.specs[7] is not None else None
+        return _aten._scaled_dot_product_efficient_attention_backward(
+            *(grad, *operands, mask, saved.get(3, grad.dtype), saved[4], saved[5], saved[6], dropout_p, list(needs)),
+            causal,
+            scale=scale,
+        )
+
+
+class CuDNN(Operator):
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence lengths, dropout, ..."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(4)]
+        mask = saved[7] if saved.specs[7] is not None else None
+        return _aten._scaled_dot_product_cudnn_attention_backward(
+            *(grad, *operands, saved[4], saved[5], saved[6], mask, cum_q, cum_k, max_q, max_k, dropout_p, causal),
+            scale=scale,
+        )
+
+
+class Unfused(Operator):
+    """inputs: q, k, v, mask. stashes: q, k, v, weights. static: dtype, scale, shape of the mask."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        dtype, scale, mask_shape = static
+        g = grad.to(dtype)
+        q, k, v, weights = [saved.get(i, dtype) for i in range(4)]
+        dv = weights.mT @ g if needs[2] else None
+        if not (needs[0] or needs[1] or needs[3]):
+            return None, None, dv, None
+        dscores = weights * (g @ v.mT)
+        dscores = dscores - weights * dscores.sum(-1, keepdim=True)
+        dq = (dscores @ k) * scale if needs[0] else None
+        dk = (dscores.mT @ q) * scale if needs[1] else None
+        return dq, dk, dv, sum_to(dscores, mask_shape) if needs[3] else None
+
+
+class Recomputed(Operator):
+    """inputs: q, k, v, mask. stashes: q, k, v, mask. static: dtype, keywords, the generator's state before the call."""
+
+    @derivative("attention")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        dtype, keywords, state = static
+        inputs: list[Tensor | None] = [saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)]
+        inputs.append(None if saved.specs[3] is None else saved[3].detach().requires_grad_(needs[3]))
+        with torch.random.fork_rng([grad.device] if grad.is_cuda else [], enabled=state is not None):
+            if state is not None:
+                _generator(grad.device).set_state(state)
+            with torch.enable_grad():
+                out = F.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3], **keywords)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
+        return tuple([next(found) if need else None for need in needs])
+
+
+def attention(
+    mode: Interception,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Row of torch.nn.functional.scaled_dot_product_attention."""
+    if not mode.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
+        return NotImplemented
+    device = query.device.type
+    q, k, v = query, key, value
+    mask = attn_mask
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.no_grad():
+            q, k, v = [_cast(t, dtype) for t in (query, key, value)]
+            if mask is not None and mask.is_floating_point():
+                mask = _cast(mask, dtype).requires_grad_(mask.requires_grad)
+    keywords = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    choice = _MATH
+    if query.dim() == 4 and not enable_gqa:
+        choice = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale)
+    stashes = [mode.keep(t, "attention", o, _WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))]
+    arguments = (mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), dropout_p, is_causal, scale)
+    if choice == _FLASH and device == "cpu" and dropout_p == 0:
+        return _flash_cpu(*arguments)
+    if choice == _FLASH and device == "cuda" and q.shape[-1] % 8 == 0:
+        return _flash_cuda(*arguments)
+    if choice == _EFFICIENT and device == "cuda" and (mask is None or _aligned(mask)):
+        return _efficient(*arguments)
+    if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
+        return _cudnn(*arguments)
+    rebuild = mode.site.rules["attention", "q"].rebuild_linear
+    if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
+        return _unfused(mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), is_causal, scale)
+    return _recomputed(mode, func, stashes, (q, k, v, mask), (query, key, value, attn_mask), keywords)
+
+
+def _flash_cpu(
+    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+) -> Any:
+    q, k, v, mask = cast
+    mask = _additive(mask, q.dtype)
+    result, logsumexp = mode.exactly(
+        _aten._scaled_dot_product_flash_attention_for_cpu, q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    out = mode.keep(result, "attention", "out", _WITHIN)
+    kept = (*stashes, out, whole(logsumexp), None if mask is None else whole(mask))
+    return _recorded(mode, FlashCPU, result, out, kept, (causal, scale), inputs[:3])
+
+
+def _flash_cuda(
+    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+) -> Any:
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+        _aten._scaled_dot_product_flash_attention, *cast[:3], dropout_p, causal, False, scale=scale
+    )
+    out = mode.keep(result, "attention", "out", _WITHIN)
+    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset))
+    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
+    return _recorded(mode, FlashCUDA, result, out, kept, static, inputs[:3])
+
+
+def _efficient(
+    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+) -> Any:
+    q, k, v, mask = cast
+    mask = _additive(mask, q.dtype)
+    bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    result, logsumexp, seed, offset = mode.exactly(
+        _aten._scaled_dot_product_efficient_attention, q, k, v, bias, True, dropout_p, causal, scale=scale
+    )
+    out = mode.keep(result, "attention", "out", _WITHIN)
+    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset), None if bias is None else whole(bias))
+    return _recorded(mode, Efficient, result, out, kept, (dropout_p, causal, scale), inputs)
+
+
+def _cudnn(
+    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+) -> Any:
+    q, k, v, mask = cast
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+        _aten._scaled_dot_product_cudnn_attention, q, k, v, mask, True, dropout_p, causal, False, scale=scale
+    )
+    out = mode.keep(result, "attention", "out", _WITHIN)
+    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset), None if mask is None else whole(mask))
+    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
+    return _recorded(mode, CuDNN, result, out, kept, static, inputs[:3])
+
+
+def _unfused(mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: bool, scale: float | None) -> Any:
+    q, k, v, mask = cast
+    result, weights = mode.exactly(
+        _aten._scaled_dot_product_attention_math, q, k, v, mask, 0.0, causal, scale=scale
+    )
+    kept = (*stashes, mode.keep(weights, "softmax", "output"))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    trained = mask if mask is not None and mask.is_floating_point() else None
+    static = (q.dtype, factor, None if trained is None else tuple(trained.shape))
+    return Unfused.apply(result, kept, static, *inputs[:3], None if trained is None else inputs[3])
+
+
+def _recomputed(mode: Interception, func: Any, stashes: Any, cast: Any, inputs: Any, keywords: Any) -> Any:
+    q, k, v, mask = cast
+    state = _generator(q.device).get_state() if keywords["dropout_p"] > 0 else None
+    result = mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
+    kept = (*stashes, None if mask is None else whole(mask))
+    trained = inputs[3] if mask is not None and mask.is_floating_point() else None
+    return Recomputed.apply(result, kept, (q.dtype, keywords, state), *inputs[:3], trained)
+
+
+def _recorded(mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any) -> Any:
+    output = node.apply(result, kept, static, *inputs)
+    mode.lineage.set(output, out)
+    return output
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: every float but float64."""
+    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask as what is added to the scores."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _aligned(mask: Tensor) -> bool:
+    """The efficient kernel wants rows of the mask to start at multiples of 16 bytes; PyTorch pads, we do not."""
+    return mask.shape[-1] % 8 == 0
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[device.index or 0]

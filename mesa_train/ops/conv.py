@@ -1,0 +1,72 @@
+"""Convolutions of one, two or three dims, grouped and depthwise too.
+
+Keeps the stash of the input (1 byte per element; nothing of its own behind a norm, an activation or another
+convolution's neighbour that keeps the same tensor) and the weight itself. Codes follow the memory format: along the
+channels in channels-last, along the positions of one channel otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..stash import Saved, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class Conv(Operator):
+    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x and bias, and the convolution's numbers."""
+
+    @derivative("conv")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        shape, bias_size, numbers = static
+        # An operand that is not needed only lends its shape.
+        x = saved.get(0, grad.dtype) if needs[1] else grad.new_empty(()).expand(shape)
+        weight = saved.get(1, grad.dtype)
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, bias_size, *numbers, [needs[0], needs[1], needs[2]]
+        )
+
+
+def conv(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """Row of torch.nn.functional.conv1d, conv2d and conv3d."""
+    spatial = weight.dim() - 2
+    if not mode.covers("conv", input, weight, bias) or input.dim() != weight.dim() or not input.numel():
+        return NotImplemented
+    strides, dilations = _each(stride, spatial), _each(dilation, spatial)
+    kernel = weight.shape[2:]
+    if padding == "valid":
+        paddings = [0] * spatial
+    elif padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        if any([t % 2 for t in totals]):
+            return NotImplemented
+        paddings = [t // 2 for t in totals]
+    else:
+        paddings = _each(padding, spatial)
+    within = tuple(range(2, input.dim()))
+    x = mode.keep(input, "conv", "input", within) if weight.requires_grad else None
+    result = mode.exactly(func, input, weight, bias, stride, padding, dilation, groups)
+    numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
+    static = (tuple(input.shape), None if bias is None else [bias.shape[0]], numbers)
+    return Conv.apply(result, (x, whole(weight)), static, input, weight, bias)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values

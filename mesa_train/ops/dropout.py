@@ -1,0 +1,60 @@
+"""Dropout. Keeps one bit per element where PyTorch keeps a bool (GPU) or a number (CPU), drawn from the same stream of
+the global generator; the output is rebuilt from the input's stash and the bits, so a Linear behind it keeps nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import bitmask
+from ..stash import CHEAP, Saved, Spec, Stash, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class Dropout(Operator):
+    """inputs: x. stashes: one bit per element. static: 1 / (1 - p)."""
+
+    @derivative("dropout")
+    def backward(saved: Saved, scale: float, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        return (bitmask.apply(grad, saved[0], scale),)
+
+
+class Dropped:
+    """Recipe: the source where its bit is set, scaled, else 0."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return bitmask.apply(saved.value(spec.sources[0], dtype), saved.own(spec)[0], self.scale)
+
+
+def dropout(
+    mode: Interception, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """Row of torch.nn.functional.dropout and torch.dropout."""
+    if not training or p == 0:
+        return func(input, p, training)
+    if inplace or not 0 < p < 1 or not mode.covers("dropout", input) or not input.numel():
+        return NotImplemented
+    scale = 1 / (1 - p)
+    with torch.no_grad():
+        if input.device.type == "cpu":
+            # What PyTorch's own dropout does on the CPU, step by step: the same draws, the same rounding.
+            noise = torch.empty_like(input).bernoulli_(1 - p)
+            mask = noise != 0
+            result = input * noise.div_(1 - p)
+        else:
+            result, mask = torch.native_dropout(input, p, True)
+        bits = bitmask.encode(mask)
+    mode.report.add(mode.site.name, "dropout", "mask", "1 bit", bits.numel())
+    output = Dropout.apply(result, (whole(bits),), scale, input)
+    source = mode.lineage.get(input)
+    if source is not None:
+        mode.lineage.set(output, Stash(Dropped(scale), (bits,), (source,), cost=CHEAP, dtype=result.dtype))
+    return output

@@ -1,0 +1,105 @@
+"""Linear, and a layer scale behind it.
+
+Keeps the input's stash (1 byte per element at 8 bits; nothing of its own behind a norm, an activation or attention,
+whose stashes it shares) and the weight itself, which is cast again in the backward rather than kept as autocast's
+copy. A frozen weight keeps no input; a frozen input keeps no weight.
+
+y = scale * (x W^T + b), with a trained scale per output feature, needs no output either: with G = g^T x,
+dW = scale * G, dscale = rowsum(W * G) + b * sum(g), so the product that PyTorch would keep is never kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..stash import MATMUL, Saved, Spec, Stash, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class Linear(Operator):
+    """inputs: x (..., in), weight (out, in), bias (out) or None. stashes: x, weight."""
+
+    @derivative("linear")
+    def backward(saved: Saved, static: None, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        return _gradients(saved, needs, grad)
+
+
+class ScaledLinear(Operator):
+    """inputs: x, weight, bias, scale (out). static: the Linear's dtype. stashes: x, weight, scale, bias."""
+
+    @derivative("linear")
+    def backward(saved: Saved, dtype: torch.dtype, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        weight, scale = saved[1], saved[2]
+        flat = grad.reshape(-1, grad.shape[-1])
+        dx = dweight = dbias = dscale = None
+        if needs[0]:
+            dx = (grad * scale).to(dtype) @ weight.to(dtype)
+        total = flat.sum(0) if needs[2] or saved.specs[3] is not None else None
+        if needs[1] or needs[3]:
+            x = saved.get(0, dtype)
+            unscaled = (flat.to(dtype).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            dweight = unscaled * scale[:, None]
+            dscale = (weight * unscaled).sum(1)
+            if saved.specs[3] is not None:
+                dscale = dscale + saved[3] * total
+        if needs[2]:
+            dbias = scale * total
+        return dx, dweight if needs[1] else None, dbias, dscale if needs[3] else None
+
+
+class Product:
+    """Recipe: the Linear again, from its input's stash."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        parameters = [p.to(spec.dtype) for p in saved.own(spec)]
+        return F.linear(saved.value(spec.sources[0], spec.dtype), *parameters).to(dtype)
+
+
+_PRODUCT = Product()
+
+
+def linear(mode: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Row of torch.nn.functional.linear."""
+    if not mode.covers("linear", input, weight, bias) or weight.dim() != 2:
+        return NotImplemented
+    x = mode.keep(input, "linear", "input") if weight.requires_grad else None
+    w = whole(weight) if input.requires_grad else None
+    result = mode.exactly(func, input, weight, bias)
+    output = Linear.apply(result, (x, w), None, input, weight, bias)
+    if x is not None:
+        parameters = (weight,) if bias is None else (weight, bias)
+        if x.cost < MATMUL:
+            mode.lineage.set(output, Stash(_PRODUCT, parameters, (x,), cost=MATMUL, dtype=result.dtype))
+        mode.linears.set(output, (input, x, weight, bias))
+    return output
+
+
+def scaled(mode: Interception, func: Any, product: Tensor, scale: Tensor) -> Any:
+    """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is what this is."""
+    made = mode.linears.get(product)
+    if made is None or scale.dim() != 1 or product.shape[-1] != scale.shape[0] or not scale.requires_grad:
+        return NotImplemented
+    input, x, weight, bias = made
+    stashes = (x, whole(weight), whole(scale), None if bias is None else whole(bias))
+    result = mode.exactly(func, product, scale)
+    return ScaledLinear.apply(result, stashes, product.dtype, input, weight, bias, scale)
+
+
+def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    dx = dweight = dbias = None
+    flat = grad.reshape(-1, grad.shape[-1])
+    if needs[0]:
+        dx = grad @ saved.get(1, grad.dtype)
+    if needs[1]:
+        x = saved.get(0, grad.dtype)
+        dweight = flat.t() @ x.reshape(-1, x.shape[-1])
+    if needs[2]:
+        dbias = flat.sum(0)
+    return dx, dweight, dbias

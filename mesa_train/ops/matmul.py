@@ -1,0 +1,121 @@
+"""Matrix products: matmul, mm, bmm, addmm, baddbmm, einsum of two operands.
+
+Keeps the stashes of both operands (of one, if the other needs no gradient); parameters stay themselves. 1 byte per
+element at 8 bits; nothing of its own where the operand is a softmax's output or a norm's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..stash import Saved, Stash
+from .base import Operator, derivative, sum_to
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class MatMul(Operator):
+    """inputs: left (..., n, k), right (..., k, m), both at least 2-D. stashes: left, right. static: their shapes."""
+
+    @derivative("matmul")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        left_shape, right_shape = static
+        dleft = dright = None
+        if needs[0]:
+            dleft = sum_to(grad @ saved.get(1, grad.dtype).mT, left_shape)
+        if needs[1]:
+            left = saved.get(0, grad.dtype)
+            if len(right_shape) == 2:
+                # One product over all leading dims: the batched one would build a gradient per sample and sum it.
+                dright = left.reshape(-1, left.shape[-1]).t() @ grad.reshape(-1, grad.shape[-1])
+            else:
+                dright = sum_to(left.mT @ grad, right_shape)
+        return dleft, dright
+
+
+class AddMatMul(Operator):
+    """inputs: base, left, right. stashes: left, right. static: shapes of all three, beta, alpha."""
+
+    @derivative("matmul")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        base_shape, beta, alpha = static
+        dleft = alpha * (grad @ saved.get(1, grad.dtype).mT) if needs[1] else None
+        dright = alpha * (saved.get(0, grad.dtype).mT @ grad) if needs[2] else None
+        return beta * sum_to(grad, base_shape) if needs[0] else None, dleft, dright
+
+
+class Einsum(Operator):
+    """inputs: left, right. stashes: left, right. static: the subscripts of left, right and output."""
+
+    @derivative("matmul")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        left, right, out = static
+        dleft = torch.einsum(f"{out},{right}->{left}", grad, saved.get(1, grad.dtype)) if needs[0] else None
+        dright = torch.einsum(f"{out},{left}->{right}", grad, saved.get(0, grad.dtype)) if needs[1] else None
+        return dleft, dright
+
+
+def matmul(mode: Interception, func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
+    """Row of torch.matmul, mm, bmm and the operator @."""
+    if kwargs or not mode.covers("matmul", input, other) or input.dim() < 2 or other.dim() < 2:
+        return NotImplemented
+    stashes = _operands(mode, input, other)
+    result = mode.exactly(func, input, other)
+    return MatMul.apply(result, stashes, (tuple(input.shape), tuple(other.shape)), input, other)
+
+
+def reversed_matmul(mode: Interception, func: Any, other: Tensor, input: Tensor) -> Any:
+    """Row of Tensor.__rmatmul__."""
+    return matmul(mode, torch.matmul, input, other)
+
+
+def add_matmul(mode: Interception, func: Any, input: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Any:
+    """Row of addmm and baddbmm."""
+    if kwargs.keys() - {"beta", "alpha"} or not mode.covers("matmul", input, left, right):
+        return NotImplemented
+    stashes = _operands(mode, left, right)
+    result = mode.exactly(func, input, left, right, **kwargs)
+    static = (tuple(input.shape), kwargs.get("beta", 1), kwargs.get("alpha", 1))
+    return AddMatMul.apply(result, stashes, static, input, left, right)
+
+
+def einsum(mode: Interception, func: Any, equation: Any, *operands: Any) -> Any:
+    """Row of torch.einsum for two operands whose indices all survive or are contracted."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or not mode.covers("matmul", *operands):
+        return NotImplemented
+    subscripts = _subscripts(equation, *operands)
+    if subscripts is None:
+        return NotImplemented
+    stashes = _operands(mode, *operands)
+    result = mode.exactly(func, equation, *operands)
+    return Einsum.apply(result, stashes, subscripts, *operands)
+
+
+def _operands(mode: Interception, left: Tensor, right: Tensor) -> tuple[Stash | None, Stash | None]:
+    return (
+        mode.keep(left, "matmul", "left") if right.requires_grad else None,
+        mode.keep(right, "matmul", "right") if left.requires_grad else None,
+    )
+
+
+def _subscripts(equation: str, left: Tensor, right: Tensor) -> tuple[str, str, str] | None:
+    """(left, right, out) if both gradients are einsums of the same indices, else None."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or "." in equation:
+        return None
+    a, b = terms
+    sizes: dict[str, int] = {}
+    for term, tensor in ((a, left), (b, right)):
+        for index, size in zip(term, tensor.shape, strict=False):
+            if sizes.setdefault(index, size) != size:
+                return None
+    distinct = len(set(a)) == len(a) and len(set(b)) == len(b)
+    survive = set(a) <= set(b) | set(out) and set(b) <= set(a) | set(out)
+    return (a, b, out) if distinct and survive else None

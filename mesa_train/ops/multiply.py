@@ -1,0 +1,75 @@
+"""Products of two tensors that both need a gradient: layer scale, gates, SwiGLU.
+
+Keeps the stashes of both factors (none for a Linear's output times a layer scale, see `linear.py`; a small or trained
+factor stays itself), and the product is rebuilt from them. A product with a constant keeps what PyTorch keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..stash import CHEAP, MATMUL, Replay, Saved, Spec, Stash
+from .base import Operator, derivative, sum_to
+from .linear import scaled
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class Mul(Operator):
+    """inputs: left, right. stashes: left, right. static: their shapes."""
+
+    @derivative("mul")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        left_shape, right_shape = static
+        dleft = sum_to(grad * saved[1], left_shape) if needs[0] else None
+        dright = sum_to(grad * saved[0], right_shape) if needs[1] else None
+        return dleft, dright
+
+
+class Multiplied:
+    """Recipe: the product of two sources."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        left, right = [saved.value(source) for source in spec.sources]
+        return (left * right).to(dtype)
+
+
+def mul(mode: Interception, func: Any, input: Any, other: Any) -> Any:
+    """Row of torch.mul, Tensor.mul and `*`."""
+    if not isinstance(other, Tensor) or not isinstance(input, Tensor):
+        output = func(input, other)
+        tensor, number = (input, other) if isinstance(input, Tensor) else (other, input)
+        source = mode.lineage.get(tensor)
+        if source is not None and isinstance(number, (int, float)) and output.is_floating_point():
+            replay = Replay(torch.mul, (number,), {})
+            mode.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
+        return output
+    if not (input.requires_grad and other.requires_grad):
+        return func(input, other)
+    if not mode.covers("mul", input, other):
+        return NotImplemented
+    for product, scale in ((input, other), (other, input)):
+        output = scaled(mode, func, product, scale)
+        if output is not NotImplemented:
+            return output
+    left, right = mode.keep(input, "mul", "left"), mode.keep(other, "mul", "right")
+    result = mode.exactly(func, input, other)
+    output = Mul.apply(result, (left, right), (tuple(input.shape), tuple(other.shape)), input, other)
+    if max(left.cost, right.cost) < MATMUL:
+        mode.lineage.set(output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype))
+    return output
+
+
+def mul_(mode: Interception, func: Any, input: Tensor, other: Any) -> Any:
+    """Row of Tensor.mul_: computed apart and written back through autograd's own copy."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return NotImplemented
+    made = mode.linears.get(input)
+    if made is None:
+        return NotImplemented
+    product = scaled(mode, torch.mul, input, other)
+    return NotImplemented if product is NotImplemented else input.copy_(product)

@@ -1,0 +1,308 @@
+"""Layer norm, RMS norm, group norm, batch norm, and vectors normalised to length one.
+
+Each keeps the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard deviations; the
+mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same codes, so the Linear or convolution
+behind it keeps nothing. PyTorch keeps the input (4 bytes under autocast) and the output's cast (2 bytes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import codecs
+from ..codecs.affine import Affine
+from ..stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class TokenNorm(Operator):
+    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight. static: centred, shape."""
+
+    @derivative("layer_norm")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        centred, shape = static
+        rstd = saved[1]
+        weight = saved[2].reshape(-1) if saved.specs[2] is not None else None
+        spec = saved.specs[0]
+        assert spec is not None
+        cols = spec.recipe.geometry.cols
+        flat = grad.reshape(-1, cols)
+        codec = spec.recipe.codec
+        if isinstance(codec, Affine):
+            codes, scales = saved.own(spec)
+            dx, dweight, dbias = codec.norm_backward((codes, scales), flat, rstd, weight, centred)
+        else:
+            x_hat = codec.decode(saved.own(spec), cols, rstd.dtype)
+            dx, dweight, dbias = token_norm_gradients(flat, x_hat, rstd, weight, centred)
+        return (
+            dx.view_as(grad) if needs[0] else None,
+            dweight.view(shape) if needs[1] else None,
+            dbias.view(shape) if needs[2] else None,
+        )
+
+
+class ChannelNorm(Operator):
+    """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
+
+    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over (none: the
+    statistics were constants).
+    """
+
+    @derivative("batch_norm")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        shape, averaged = static
+        rstd = saved[1]
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        g = grad.reshape(shape).to(wide)
+        x_hat = saved.get(0, wide).reshape(shape)
+        dweight = (g * x_hat).sum((0, 3)).reshape(-1) if needs[1] else None
+        dbias = g.sum((0, 3)).reshape(-1) if needs[2] else None
+        dx = None
+        if needs[0]:
+            if saved.specs[2] is not None:
+                g = g * saved[2].reshape(shape[1], shape[2], 1)
+            if averaged:
+                g = g - g.mean(averaged, keepdim=True) - x_hat * (g * x_hat).mean(averaged, keepdim=True)
+            dx = (g * rstd).reshape(grad.shape)
+        return dx, dweight, dbias
+
+
+class Normalize(Operator):
+    """x / max(|x|, eps). inputs: x. stashes: the output, the clamped norm. static: dim, eps."""
+
+    @derivative("normalize")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        dim, eps = static
+        y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
+        along = torch.where(norm > eps, (grad * y).sum(dim, keepdim=True), 0)
+        return ((grad - y * along) / norm,)
+
+
+class Scaled:
+    """Recipe: x_hat * weight + bias, the norm's output. `per_channel` is the shape that lines weight up with x_hat."""
+
+    def __init__(self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None) -> None:
+        self.has_weight, self.has_bias, self.per_channel = has_weight, has_bias, per_channel
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        parameters = saved.own(spec)
+        weight = parameters[0] if self.has_weight else None
+        bias = parameters[-1] if self.has_bias else None
+        source = spec.sources[0]
+        if self.per_channel is None:
+            leaf = source.recipe
+            flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
+            return leaf.geometry.restore(leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat))
+        value = saved.value(source, torch.promote_types(dtype, torch.float32))
+        if weight is not None:
+            value = value * weight.view(self.per_channel)
+        if bias is not None:
+            value = value + bias.view(self.per_channel)
+        return value.to(dtype)
+
+
+def layer_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *args: Any,
+) -> Any:
+    """Row of torch.nn.functional.layer_norm."""
+    if not mode.covers("layer_norm", input, weight, bias) or not input.numel():
+        return NotImplemented
+    shape = tuple(normalized_shape)
+    tensors = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    result, mean, rstd = mode.exactly(torch.native_layer_norm, tensors[0], shape, *tensors[1:], eps)
+    return _token_norm(mode, "layer_norm", tensors[0], result, mean, rstd, (input, weight, bias), shape)
+
+
+def rms_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    """Row of torch.nn.functional.rms_norm."""
+    if not mode.covers("rms_norm", input, weight) or not input.numel():
+        return NotImplemented
+    shape = tuple(normalized_shape)
+    result = mode.exactly(func, input, list(shape), weight, eps)
+    with torch.no_grad():
+        wide = input.to(torch.promote_types(input.dtype, torch.float32)).flatten(-len(shape))
+        square = wide.square().mean(-1) + (torch.finfo(input.dtype).eps if eps is None else eps)
+        rstd = square.rsqrt()
+    return _token_norm(mode, "rms_norm", input, result, None, rstd, (input, weight, None), shape)
+
+
+def group_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Row of torch.nn.functional.group_norm."""
+    if not mode.covers("group_norm", input, weight, bias) or not input.numel() or input.shape[1] % num_groups:
+        return NotImplemented
+    batch, channels = input.shape[:2]
+    positions = input.numel() // (batch * channels)
+    x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    result, mean, rstd = mode.exactly(
+        torch.native_group_norm, x.contiguous(), *parameters, batch, channels, positions, num_groups, eps
+    )
+    shape = (batch, num_groups, channels // num_groups, positions)
+    statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
+    return _channel_norm(mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3))
+
+
+def batch_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves them."""
+    channels = input.shape[1] if input.dim() >= 2 else 0
+    if not mode.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
+        return NotImplemented
+    if training and input.numel() == channels:
+        return NotImplemented  # PyTorch's own error says what is wrong
+    result, mean, rstd, *_ = mode.exactly(
+        torch._batch_norm_impl_index,
+        *(input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled),
+    )
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean.clone(), (running_var + eps).rsqrt()
+    batch = input.shape[0]
+    shape = (batch, 1, channels, input.numel() // (batch * channels))
+    statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)
+    averaged = (0, 3) if training else ()
+    return _channel_norm(mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged)
+
+
+def normalize(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Any:
+    """Row of torch.nn.functional.normalize with p=2 along one dim."""
+    if p != 2 or out is not None or not isinstance(dim, int) or not mode.covers("normalize", input):
+        return NotImplemented
+    result = mode.exactly(func, input, p, dim, eps)
+    norm = mode.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
+    y = mode.keep(result, "normalize", "output")
+    output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
+    mode.lineage.set(output, y)
+    return output
+
+
+def token_norm_gradients(
+    grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) of a norm over rows: grad and x_hat (rows, cols), rstd (rows,), weight (cols,)."""
+    g = grad.to(x_hat.dtype)
+    dweight, dbias = (g * x_hat).sum(0), g.sum(0)
+    if weight is not None:
+        g = g * weight
+    inner = g - x_hat * (g * x_hat).mean(1, keepdim=True)
+    if centred:
+        inner = inner - g.mean(1, keepdim=True)
+    return inner * rstd[:, None], dweight, dbias
+
+
+def _token_norm(
+    mode: Interception,
+    operator: str,
+    x: Tensor,
+    result: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, ...],
+) -> Any:
+    rule = mode.site.rules[operator, "normalized"]
+    _, weight, bias = inputs
+    cols = 1
+    for size in shape:
+        cols *= size
+    codec = codecs.of(rule, mode.site, operator, "normalized")
+    rstd = rstd.reshape(-1)
+    with torch.no_grad():
+        matrix = x.detach().reshape(-1, cols)
+        tensors = codec.encode_normalized(matrix, None if mean is None else mean.reshape(-1), rstd)
+    geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), cols)
+    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
+    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    output = TokenNorm.apply(result, stashes, (mean is not None, shape), *inputs)
+    parameters = tuple([p for p in (weight, bias) if p is not None])
+    recipe = Scaled(weight is not None, bias is not None, None)
+    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    return output
+
+
+def _channel_norm(
+    mode: Interception,
+    operator: str,
+    x: Tensor,
+    result: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, ...],
+    averaged: tuple[int, ...],
+) -> Any:
+    rule = mode.site.rules[operator, "normalized"]
+    _, weight, bias = inputs
+    mean, rstd = statistics
+    codec = codecs.of(rule, mode.site, operator, "normalized")
+    with torch.no_grad():
+        if x.is_contiguous():
+            geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
+            rows = [s.expand(*shape[:3], 1).reshape(-1) for s in (mean, rstd)]
+            tensors = codec.encode_normalized(x.detach().reshape(-1, shape[3]), *rows)
+        else:
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            aligned = [s.expand(*s.shape[:2], shape[2], 1).flatten(1, 2) for s in (mean, rstd)]
+            aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
+            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], tuple(range(2, x.dim())))
+            tensors = codec.encode(matrix)
+    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
+    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    output = ChannelNorm.apply(result, stashes, (shape, averaged), *inputs)
+    parameters = tuple([p for p in (weight, bias) if p is not None])
+    recipe = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
+    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    return output
+
+
+def _cast_like_autocast(tensor: Tensor | None) -> Tensor | None:
+    """CUDA's autocast runs norms in float32; the functions called here are below its reach."""
+    if tensor is None or tensor.device.type == "cpu" or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+

@@ -1,0 +1,95 @@
+"""The one table: which torch function is recorded by which row. Adding an operation is adding a line and a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import activation, attention, composite, conv, dropout, linear, matmul, multiply, norm, softmax, views
+from .fallback import fallback as fallback
+
+Row = Callable[..., Any]
+
+_nn = torch._C._nn
+
+ROWS: dict[Any, Row] = {
+    F.linear: linear.linear,
+    torch.matmul: matmul.matmul,
+    Tensor.matmul: matmul.matmul,
+    Tensor.__matmul__: matmul.matmul,
+    Tensor.__rmatmul__: matmul.reversed_matmul,
+    torch.bmm: matmul.matmul,
+    Tensor.bmm: matmul.matmul,
+    torch.mm: matmul.matmul,
+    Tensor.mm: matmul.matmul,
+    torch.addmm: matmul.add_matmul,
+    Tensor.addmm: matmul.add_matmul,
+    torch.baddbmm: matmul.add_matmul,
+    Tensor.baddbmm: matmul.add_matmul,
+    torch.einsum: matmul.einsum,
+    F.scaled_dot_product_attention: attention.attention,
+    F.multi_head_attention_forward: composite.reenter,
+    F.softmax: softmax.softmax,
+    torch.softmax: softmax.softmax,
+    Tensor.softmax: softmax.softmax,
+    F.layer_norm: norm.layer_norm,
+    F.rms_norm: norm.rms_norm,
+    F.group_norm: norm.group_norm,
+    F.batch_norm: norm.batch_norm,
+    F.normalize: norm.normalize,
+    F.conv1d: conv.conv,
+    F.conv2d: conv.conv,
+    F.conv3d: conv.conv,
+    F.gelu: activation.smooth("gelu"),
+    F.silu: activation.smooth("silu"),
+    _nn.silu_: activation.smooth("silu", overwrites=True),
+    F.hardswish: activation.smooth("hardswish"),
+    _nn.hardswish_: activation.smooth("hardswish", overwrites=True),
+    F.mish: activation.smooth("mish"),
+    F.softplus: activation.smooth("softplus"),
+    F.elu: activation.smooth("elu"),
+    F.relu: activation.stepped("relu"),
+    F.relu_: activation.stepped("relu", overwrites=True),
+    torch.relu: activation.stepped("relu"),
+    torch.relu_: activation.stepped("relu", overwrites=True),
+    Tensor.relu: activation.stepped("relu"),
+    Tensor.relu_: activation.stepped("relu", overwrites=True),
+    F.relu6: activation.stepped("relu6"),
+    F.leaky_relu: activation.stepped("leaky_relu"),
+    F.hardsigmoid: activation.stepped("hardsigmoid"),
+    F.sigmoid: activation.from_output("sigmoid"),
+    torch.sigmoid: activation.from_output("sigmoid"),
+    Tensor.sigmoid: activation.from_output("sigmoid"),
+    F.tanh: activation.from_output("tanh"),
+    torch.tanh: activation.from_output("tanh"),
+    Tensor.tanh: activation.from_output("tanh"),
+    F.glu: activation.glu,
+    torch.mul: multiply.mul,
+    Tensor.mul: multiply.mul,
+    Tensor.mul_: multiply.mul_,
+    F.dropout: dropout.dropout,
+    torch.dropout: dropout.dropout,
+    F.pad: views.view,
+}
+
+# Recomputing these moves data and computes nothing.
+_VIEWS = (
+    "transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind chunk split tensor_split "
+    "select narrow movedim moveaxis swapaxes swapdims roll flip expand clone unsafe_chunk unsafe_split split_with_sizes "
+    "adjoint t"
+).split()
+_CASTS = "to float half bfloat16 double".split()
+
+for _name in _VIEWS:
+    for _owner in (torch, Tensor):
+        if hasattr(_owner, _name):
+            ROWS[getattr(_owner, _name)] = views.view
+for _name in _CASTS:
+    ROWS[getattr(Tensor, _name)] = views.cast
+ROWS[Tensor.__getitem__] = views.view
+for _name in ("T", "mT"):
+    ROWS[getattr(Tensor, _name).__get__] = views.view

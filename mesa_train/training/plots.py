@@ -1,0 +1,99 @@
+"""Training curves from recorded rows: mean over seeds in bold, every seed behind it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .records import Row, group_by
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any colour vision; plain is black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_PLAIN = "#000000"
+
+
+def figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A row of `columns` panels. ImportError, naming the extra, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as MatplotlibFigure
+    except ImportError as error:
+        raise ImportError(
+            "drawing curves needs matplotlib: pip install 'mesa_train[report]'"
+        ) from error
+    canvas = MatplotlibFigure(figsize=(4.6 * columns, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(canvas)
+    canvas.suptitle(title, fontsize=11)
+    axes = canvas.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    return canvas, list(axes)
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for every run name, the same for the same list; "plain" is black."""
+    others = [name for name in names if name != "plain"]
+    chosen = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
+    return {"plain": _PLAIN, **chosen} if "plain" in names else chosen
+
+
+def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
+    """Draws `value` (times `scale`) over epochs: one bold line per name, thin ones per seed.
+
+    Rows need the keys name, seed and epoch. Lines that coincide stay visible: later names are
+    dashed over earlier ones.
+    """
+    by_name = group_by(rows, "name")
+    palette = colours([name for (name,) in by_name])
+    for order, ((name,), own) in enumerate(by_name.items()):
+        colour = palette[name]
+        seeds = group_by(own, "seed")
+        for run in seeds.values():
+            points = sorted((row["epoch"], scale * row[value]) for row in run)
+            if len(seeds) > 1:
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.35)
+        means = [
+            (epoch, scale * statistics.fmean(row[value] for row in at))
+            for (epoch,), at in sorted(group_by(own, "epoch").items())
+            if len(at) == len(seeds)
+        ]
+        style = "-" if order == 0 else (0, (4, order))
+        axis.plot(*zip(*means, strict=True), color=colour, linewidth=1.8, linestyle=style, label=name)
+    axis.set_xlabel("epoch")
+    axis.set_title(label, fontsize=10)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def bars(axis: Axes, values: Mapping[str, float], label: str, unit: str) -> None:
+    """Horizontal bars by name, each with its value and its ratio to the first."""
+    palette = colours(list(values))
+    names = list(values)
+    first = values[names[0]]
+    axis.barh(names, list(values.values()), color=[palette[name] for name in names], height=0.55)
+    for position, name in enumerate(names):
+        ratio = "" if position == 0 else f"  ({first / values[name]:.2f}x less)"
+        axis.annotate(
+            f"{values[name]:,.1f} {unit}{ratio}",
+            (values[name], position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axis.set_xlim(0, 1.45 * max(values.values()))
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_title(label, fontsize=10)
+
+
+def save(canvas: Figure, path: Path) -> None:
+    """Writes the picture, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path)

@@ -1,0 +1,130 @@
+"""A live view of training runs: a line per run, and one bar over all steps with the time left.
+
+On a terminal the table is redrawn in place. Elsewhere (a log file, CI) every epoch is one line.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+from mesa_train.memory.text import format_bytes
+
+from .engine import EpochResult, StepEvent
+
+
+@dataclass
+class _Line:
+    step: int = 0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    times_ms: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    result: EpochResult | None = None
+
+
+class Dashboard:
+    """Shows runs by name as their steps and epochs are reported; a context manager.
+
+    `kept_bytes` is what each run keeps for its backward. `total_steps` counts the steps of all
+    runs together, `batch_size` turns step times into images per second.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        kept_bytes: dict[str, int],
+        *,
+        total_steps: int,
+        batch_size: int,
+        console: Console | None = None,
+    ) -> None:
+        self.title = title
+        self.kept_bytes = kept_bytes
+        self.batch_size = batch_size
+        self.console = console or Console()
+        self.lines: dict[str, _Line] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps, elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self.task = self.progress.add_task("training", total=total_steps)
+        self.live = Live(self._view(), console=self.console, auto_refresh=False)
+        self.refreshed = 0.0
+
+    def __enter__(self) -> Dashboard:
+        if self.console.is_terminal:
+            self.live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.update(self._view(), refresh=True)
+            self.live.stop()
+
+    def on_step(self, event: StepEvent) -> None:
+        line = self.lines.setdefault(event.name, _Line())
+        line.step = event.step
+        line.losses.append(event.loss)
+        line.times_ms.append(event.time_ms)
+        self.progress.advance(self.task)
+        now = self.progress.get_time()
+        if self.console.is_terminal and now - self.refreshed > 0.25:
+            self.live.update(self._view(), refresh=True)
+            self.refreshed = now
+
+    def on_epoch(self, result: EpochResult) -> None:
+        self.lines[result.name].result = result
+        if not self.console.is_terminal:
+            kept = self.kept_bytes.get(result.name)
+            self.console.print(
+                f"{result.name:<18} epoch {result.epoch:>3}  loss {result.train_loss:.3f}  "
+                f"held-out accuracy {result.val_accuracy:6.1%}  {result.step_ms:.0f} ms/step  "
+                f"{self._images_per_s(result.step_ms):.0f} images/s"
+                + (f"  keeps {format_bytes(kept)}" if kept is not None else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _images_per_s(self, step_ms: float) -> float:
+        return 1e3 * self.batch_size / step_ms
+
+    def _view(self) -> Group:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("run", "kept for\nbackward", "step", "images/s", "epoch"):
+            table.add_column(heading, justify="left" if heading == "run" else "right")
+        for heading in ("training\nloss", "held-out\naccuracy"):
+            table.add_column(heading, justify="right", min_width=9)
+        for name, line in self.lines.items():
+            step_ms = statistics.median(line.times_ms)
+            kept = self.kept_bytes.get(name)
+            result = line.result
+            table.add_row(
+                name,
+                "-" if kept is None else format_bytes(kept),
+                f"{step_ms:.0f} ms",
+                f"{self._images_per_s(step_ms):.0f}",
+                "-" if result is None else str(result.epoch),
+                f"{statistics.fmean(line.losses):.3f}",
+                "-" if result is None else f"{result.val_accuracy:.1%}",
+            )
+        return Group(table, self.progress)

@@ -1,0 +1,119 @@
+"""`wrap` and `unwrap`: install a policy on a model, in place, and take it off again.
+
+Each module's class is exchanged for a subclass of the same name whose `forward` enters the interception if it is not
+on already. Nothing else changes: the same Parameters, buffers, hooks, state_dict keys, signature and attributes.
+That every module can enter is what lets a checkpoint's recompute, which runs a block on its own in the backward, meet
+the same policy. Where no gradient will be needed, nothing is entered and nothing kept.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .intercept import Interception, Report, Site, active
+from .policy import Policy
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# The one attribute a wrapped module has more than a plain one.
+_ATTRIBUTE = "_mesa_train"
+
+
+class Installed:
+    """What all modules of one wrapped model share: the policy and the report of the last forward."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.report = Report()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy, "report": Report()}
+
+
+def wrap(model: Model, policy: Policy | str | None = None) -> Model:
+    """Let `model` keep codes instead of activations between forward and backward. In place; returns the model.
+
+    model: any `nn.Module`; weights, buffers, hooks, `state_dict` keys and `forward`'s signature stay as they are.
+    policy: a `Policy`, a preset's name, or None for "mesa8". Wrapping again replaces the policy.
+
+    Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
+    resolved = Policy.of(policy)
+    names = dict(model.named_modules())
+    rules = resolved.rules(names)
+    unwrap(model)
+    installed = Installed(resolved)
+    for name, module in names.items():
+        module.__class__ = _wrapped(type(module))
+        module.__dict__[_ATTRIBUTE] = (installed, Site(name, rules[name], type(module).__name__))
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take the policy off again; the model is what it was before `wrap`. A model that is not wrapped stays as it is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unwrap takes an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+        if "_mesa_train_plain" in type(module).__dict__:
+            module.__class__ = type(module)._mesa_train_plain
+    return model
+
+
+def policy_of(model: nn.Module) -> Policy | None:
+    """The policy that `model` is wrapped with, or None."""
+    entry = model.__dict__.get(_ATTRIBUTE)
+    return None if entry is None else entry[0].policy
+
+
+def report_of(model: nn.Module) -> Report | None:
+    """What the last forward of a wrapped model kept, or None if it is not wrapped."""
+    entry = model.__dict__.get(_ATTRIBUTE)
+    return None if entry is None else entry[0].report
+
+
+@functools.cache
+def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that enters the interception; one per class, however many models."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        entry = self.__dict__.get(_ATTRIBUTE)
+        if entry is None or not torch.is_grad_enabled():
+            return plain.forward(self, *args, **kwargs)
+        installed, site = entry
+        mode = active(installed)
+        if mode is None:
+            if site.name == "":
+                installed.report.rows.clear()
+            with Interception(site, installed, installed.report):
+                return plain.forward(self, *args, **kwargs)
+        outside, mode.site = mode.site, site
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            mode.site = outside
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        reduced = plain.__reduce_ex__(self, protocol)
+        if reduced[0] is copyreg.__newobj__:
+            return (_new, (plain, *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_mesa_train_plain": plain}
+    members["__module__"], members["__qualname__"] = plain.__module__, plain.__qualname__
+    members["__doc__"] = plain.__doc__
+    return type(plain.__name__, (plain,), members)
+
+
+def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
+    """Unpickling: an object of the wrapped class of `plain`, its state still to come."""
+    wrapped = _wrapped(plain)
+    return wrapped.__new__(wrapped, *args)
