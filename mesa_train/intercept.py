@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import codecs
+from .codecs.running import Running
 from .ops import table
 from .policy import Policy, Rule, Rules
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
@@ -29,23 +29,26 @@ class Site:
 
     name: str
     rules: Rules
-    kind: str = ""
+    module: nn.Module | None = None
 
 
 class Interception(TorchFunctionMode):
     """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps apart."""
 
-    def __init__(self, site: Site, owner: object, report: Report | None = None) -> None:
+    def __init__(self, site: Site, owner: object, report: Report | None = None, step: int = 0) -> None:
         super().__init__()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
         self.lineage = Lineage()
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears = Lineage()
+        # For running ranges: the optimisation step, how often each operand was met.
+        self.step = step
+        self.uses: dict[tuple[str, str, str], int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
         row = table.ROWS.get(func)
         if row is not None:
@@ -96,13 +99,18 @@ class Interception(TorchFunctionMode):
         if reason:
             self.report.add(self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor))
             return whole(tensor)
-        codec = codecs.of(rule, self.site, operator, operand)
+        codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
         with torch.no_grad():
             geometry, matrix = Geometry.of(tensor.detach(), dims)
             leaf = self.leaf(codec, codec.encode(matrix), geometry, tensor.dtype, label, operand)
         self.lineage.set(tensor, leaf)
         return leaf
+
+    def codec(self, operator: str, operand: str) -> Any:
+        """The codec for an operand's next use here."""
+        rule = self.site.rules[operator, operand]
+        return rule.codec or Running.at(self, operator, operand, rule.group_size)
 
     def leaf(
         self, codec: Any, tensors: tuple[Tensor, ...], geometry: Geometry, dtype: torch.dtype, operator: str, operand: str
@@ -145,6 +153,11 @@ def compress(policy: Policy | str | None = None) -> Interception:
     """
     resolved = Policy.of(policy)
     return Interception(Site("", resolved.rules([""])[""]), owner=object())
+
+
+def _transformed() -> bool:
+    """Inside torch.func's transforms, which differentiate by other means than the autograd graph."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import codecs
+
 BITS = (8, 4, 2, 32)
 ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
@@ -201,16 +203,14 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one operand is kept: the codec's parameters and what may be rebuilt instead."""
+    """How one operand is kept: by which codec (None: running ranges, bound at each use), and what may be rebuilt."""
 
     enabled: bool
-    bits: int
+    codec: Any
     group_size: int
-    stochastic: bool
     rebuild_cheap: bool
     rebuild_linear: bool
     min_bytes: int
-    running: bool
 
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
@@ -220,13 +220,11 @@ class Rule:
         )
         return cls(
             enabled=policy.enabled,
-            bits=policy.bits,
+            codec=codecs.of(policy.bits, policy.group_size, stochastic, policy.ranges == "running"),
             group_size=policy.group_size,
-            stochastic=stochastic,
             rebuild_cheap=policy.recompute in ("cheap", "linear"),
             rebuild_linear=policy.recompute == "linear",
             min_bytes=policy.min_bytes,
-            running=policy.ranges == "running",
         )
 
 
@@ -279,5 +277,5 @@ PRESETS: dict[str, Policy] = {
     "mesa8-recompute": Policy(recompute="linear"),
     "mesa4-recompute": Policy(bits=4, recompute="linear"),
     "lossless": Policy(bits=32),
-    "paper": Policy(rounding="stochastic", recompute="none", ranges="running"),
+    "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

@@ -30,9 +30,17 @@ class Installed:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.report = Report()
+        self.step, self._version = 0, -1
+
+    def forward_begins(self, model: nn.Module) -> None:
+        """A new forward of the whole model: clear the report, and count the step if the weights have moved."""
+        self.report.rows.clear()
+        version = next((p._version for p in model.parameters() if p.requires_grad), 0)
+        if version != self._version:
+            self.step, self._version = self.step + 1, version
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy, "report": Report()}
+        return {**self.__dict__, "report": Report()}
 
 
 def wrap(model: Model, policy: Policy | str | None = None) -> Model:
@@ -52,7 +60,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     installed = Installed(resolved)
     for name, module in names.items():
         module.__class__ = _wrapped(type(module))
-        module.__dict__[_ATTRIBUTE] = (installed, Site(name, rules[name], type(module).__name__))
+        module.__dict__[_ATTRIBUTE] = (installed, Site(name, rules[name], module))
     return model
 
 
@@ -62,6 +70,9 @@ def unwrap(model: Model) -> Model:
         raise TypeError(f"unwrap takes an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         module.__dict__.pop(_ATTRIBUTE, None)
+        for name in [n for n in module._buffers if n.startswith(_ATTRIBUTE + "_")]:
+            del module._buffers[name]
+            module._non_persistent_buffers_set.discard(name)
         if "_mesa_train_plain" in type(module).__dict__:
             module.__class__ = type(module)._mesa_train_plain
     return model
@@ -91,9 +102,9 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         installed, site = entry
         mode = active(installed)
         if mode is None:
-            if site.name == "":
-                installed.report.rows.clear()
-            with Interception(site, installed, installed.report):
+            if site.name == "" and not torch.compiler.is_compiling():
+                installed.forward_begins(self)
+            with Interception(site, installed, installed.report, installed.step):
                 return plain.forward(self, *args, **kwargs)
         outside, mode.site = mode.site, site
         try:

@@ -52,9 +52,7 @@ class Affine:
     def encode(self, x: Tensor) -> Codes:
         """(rows, cols) of any float dtype to codes (rows, bytes) and scales (rows, groups, 2)."""
         kernels.load()
-        return _ops.affine_encode.default(
-            x, self.bits, self.group_size, self.stochastic, self.seed
-        )
+        return _ops.affine_encode.default(x, self.bits, self.group_size, self.stochastic, self.seed)
 
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Codes:
         """Codes of (x - mean) * rstd, with mean and rstd (rows,); mean None does not centre."""
@@ -78,9 +76,11 @@ class Affine:
     def norm_backward(
         self, codes: Codes, grad: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dweight, dbias) of a norm over rows from the codes of its normalised input; dx in grad's dtype."""
+        """dx (in grad's dtype), dweight, dbias of a norm, from codes of its normalised input."""
         kernels.load()
-        return _ops.norm_backward.default(grad, *codes, rstd, weight, self.bits, centred, grad.dtype)
+        return _ops.norm_backward.default(
+            grad, *codes, rstd, weight, self.bits, centred, grad.dtype
+        )
 
     def activation_decode(self, codes: Codes, cols: int, dtype: torch.dtype, kind: str) -> Tensor:
         """The activation `kind` of the decoded tensor, (rows, cols) in `dtype`."""

@@ -120,16 +120,17 @@ struct Softplus {
 };
 
 struct Mish {
-  // tanh(softplus(x)) = 1 - 2 / (n + 2) with n = e * e + 2 * e and e = exp(x).
+  // tanh(softplus(x)) = 1 - 2 / (n + 2) with n = e * e + 2 * e and e = exp(x). 1 beyond 20.
   static float excess(float x) {
-    const float e = fast_exp(x > 20 ? 20.0f : x);
+    const float e = fast_exp(x);
     return e * (e + 2.0f);
   }
   static float value(float x) {
-    const float n = excess(x);
+    const float n = excess(x > 20 ? 20.0f : x);
     return x * (n / (n + 2.0f));
   }
   static float slope(float x) {
+    x = x > 20 ? 20.0f : x;
     const float n = excess(x), r = 1.0f / (n + 2.0f), t = n * r;
     return t + x * sigmoid(x) * 2.0f * r * (1.0f + t);
   }

@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp once a machine and loads it, which puts the C++ kernels in front of the reference.
+"""Compiles cpu.cpp once a machine and loads it: the C++ kernels then stand in for the reference.
 
 The library is kept in a cache directory under a name that holds everything it depends on: source,
 flags, compiler, torch and the processor. Several processes may start at once: one compiles while
@@ -26,14 +26,16 @@ from pathlib import Path
 import torch
 
 _SOURCES = tuple(
-    Path(__file__).parent / name for name in ("cpu.cpp", "cpu_stages.h", "cpu_activations.h")
+    Path(__file__).parent / name
+    for name in ("cpu.cpp", "cpu_rows.h", "cpu_stages.h", "cpu_activations.h")
 )
-# Contraction into FMA would round once where the specification rounds twice. The other two only
-# drop errno and floating-point traps, which nobody reads and which stop loops from vectorising.
+# Contraction into FMA would round once where the specification rounds twice. Without errno and
+# floating-point traps, which nobody reads, more loops vectorise.
 _FLAGS = (
-    "-std=c++20 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math"
-    " -mprefer-vector-width=512 -fvisibility=hidden -shared -fPIC"
-).split()
+    *("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
 _TIMEOUT_S = 300
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def load() -> bool:
         return False
     try:
         torch.ops.load_library(str(_library()))
-    except (_BuildError, OSError) as error:
+    except (_BuildError, OSError, RuntimeError) as error:
         logger.warning(
             "mesa_train runs without its C++ kernels: the plain-torch reference gives the same "
             "results, about ten times slower. To fix it, install a C++20 compiler (g++ 11 or later)"
@@ -63,7 +65,7 @@ def load() -> bool:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("MESA_TRAIN_CACHE") or os.path.expanduser("~/.cache/mesa_train"))
+    return Path(os.environ.get("MESA_TRAIN_CACHE") or "~/.cache/mesa_train").expanduser()
 
 
 def _compiler() -> list[str]:
@@ -127,7 +129,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
         if done.returncode:
             raise _BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-        os.replace(name, path)
+        Path(name).replace(path)
     except subprocess.TimeoutExpired as error:
         raise _BuildError(f"{shlex.join(command)} took more than {_TIMEOUT_S} s") from error
     finally:

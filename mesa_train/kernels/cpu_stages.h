@@ -97,12 +97,17 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
-inline void multiply(float* __restrict x, const float* __restrict y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= y[i];
+inline void scale_shift(float* __restrict x, const float* __restrict weight,
+                        const float* __restrict bias, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] * weight[i] + bias[i];
 }
 
-inline void add(float* __restrict x, const float* __restrict y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+inline void scale(float* __restrict x, const float* __restrict weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= weight[i];
+}
+
+inline void shift(float* __restrict x, const float* __restrict bias, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += bias[i];
 }
 
 inline void normalize(float* x, float minus, float times, int64_t n) {
@@ -122,10 +127,10 @@ inline void norm_sums(const float* __restrict grad, const float* __restrict weig
       lane_dx[k] = fused(d, xhat[i + k], lane_dx[k]);
     }
   }
-  for (int k = 0; i < n; ++i, ++k) {
+  for (; i < n; ++i) {
     const float d = grad[i] * weight[i];
-    lane_d[k] += d;
-    lane_dx[k] = fused(d, xhat[i], lane_dx[k]);
+    lane_d[i % LANES] += d;
+    lane_dx[i % LANES] = fused(d, xhat[i], lane_dx[i % LANES]);
   }
   sum_d = sum_dx = 0;
   for (int k = 0; k < LANES; ++k) sum_d += lane_d[k], sum_dx += lane_dx[k];
@@ -218,7 +223,6 @@ struct Grids {
     constexpr float largest = std::numeric_limits<float>::max();
     const float levels = static_cast<float>((1 << bits) - 1);
     for (int64_t g = 0; g < groups; ++g) {
-      const bool finite = low[g] > ~0x7F800000 && high[g] < 0x7F800000;
       const uint32_t least = static_cast<uint32_t>(ordered(low[g]));
       const float most = as_float(static_cast<uint32_t>(ordered(high[g])));
 
@@ -232,11 +236,14 @@ struct Grids {
       uint32_t up = as_bits((range < largest ? range : largest) / levels);
       up = (up + 0xFFFF) & 0xFFFF0000u;
       up -= std::fabs(levels * as_float(up) + zero) <= largest ? 0u : 0x10000u;
-      up = up < 0x00800000u ? 0u : up;  // Below the smallest normal float32.
+      up = as_float(up) < std::numeric_limits<float>::min() ? 0u : up;
 
-      zeros[g] = finite ? zero : 0.0f;
-      inverses[g] = finite && up ? 1.0f / as_float(up) : 0.0f;
-      stored[g] = finite ? up >> 16 | down : 0x7FC07FC0u;
+      // Masks, because the vectoriser gives up on a float that is stored conditionally.
+      const uint32_t finite = low[g] > ~0x7F800000 && high[g] < 0x7F800000 ? ~0u : 0u;
+      const uint32_t positive = up ? finite : 0u;
+      zeros[g] = as_float(down & finite);
+      inverses[g] = as_float(as_bits(1.0f / as_float(up)) & positive);
+      stored[g] = ((up >> 16 | down) & finite) | (0x7FC07FC0u & ~finite);
     }
   }
 };

@@ -74,7 +74,7 @@ def _bfloat16_bits_down(x: Tensor) -> Tensor:
 
 
 def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, zero (float32, (rows, groups)) of (rows, groups, size), and which groups are finite."""
+    """Scale and zero (float32, (rows, groups)) of (rows, groups, size); which groups are finite."""
     # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds twice.
     levels = groups.new_full((), 2**bits - 1)
     finite = groups.isfinite().all(-1)
@@ -101,7 +101,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _uniform(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
+def uniform(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
     """u in [0, 1), float32 (rows, groups, size), from the grid's bits (int64 (rows, groups))."""
     rows, groups = scale_bits.shape
     device = scale_bits.device
@@ -134,7 +134,7 @@ def affine_encode(
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     v = (grouped - zero.unsqueeze(-1)) * inverse.unsqueeze(-1)
     if stochastic:
-        q = (v + _uniform(bits16[..., 0], bits16[..., 1], size, seed)).floor()
+        q = (v + uniform(bits16[..., 0], bits16[..., 1], size, seed)).floor()
     else:
         q = v.round()
     q = torch.where(finite.unsqueeze(-1), q, 0.0).clamp(0, 2**bits - 1)
@@ -245,7 +245,9 @@ def activation_decode(
     return ACTIVATIONS[kind][0](_decode(codes, scales, bits, cols)).to(dtype)
 
 
-def activation_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str) -> Tensor:
+def activation_backward(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> Tensor:
     """grad * kind'(decoded), (rows, cols) in grad's dtype."""
     x = _decode(codes, scales, bits, grad.shape[1])
     return ACTIVATIONS[kind][1](grad.to(torch.float32).contiguous(), x).to(grad.dtype)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
+from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.methods import applied
 from mesa_train.memory.recorder import Kept, Recorder, by_address
-from mesa_train.memory.standins import Fakes, standing_in
+from mesa_train.memory.standins import standing_in
 from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.policy import Policy
 

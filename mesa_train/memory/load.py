@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.footprint import arguments, device_of, tensors_in
-from mesa_train.memory.standins import Fakes, standing_in
+from mesa_train.memory.standins import standing_in
 
 
 @dataclasses.dataclass(frozen=True)

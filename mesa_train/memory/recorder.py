@@ -39,14 +39,20 @@ class Kept(NamedTuple):
 
 
 class _Token:
-    """Lives as long as the graph node that saved a tensor."""
+    """Lives as long as the graph node that saved a tensor.
 
-    __slots__ = ("__weakref__", "module", "operator", "tensors")
+    Holds storages, not the tensor: that may be the node's own output, and a cycle would live on.
+    """
 
-    def __init__(self, operator: str, module: str, tensors: list[Tensor]) -> None:
+    __slots__ = ("__weakref__", "module", "operator", "parts")
+
+    def __init__(self, operator: str, module: str, tensor: Tensor) -> None:
         self.operator = operator
         self.module = module
-        self.tensors = tensors
+        self.parts = [
+            (t.untyped_storage(), str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            for t in _plain_tensors(tensor)
+        ]
 
 
 class Recorder:
@@ -86,20 +92,18 @@ class Recorder:
             token = reference()
             if token is None:
                 continue
-            for tensor in token.tensors:
-                storage = tensor.untyped_storage()
+            for storage, dtype, shape in token.parts:
                 address, size = storage._cdata, storage.nbytes()
                 if address in seen or address in self._ignored or not size:
                     continue
                 seen.add(address)
                 operator = WEIGHT_CAST if address in self._casts else token.operator
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                rows.append(Kept(operator, token.module, dtype, tuple(tensor.shape), size))
+                rows.append(Kept(operator, token.module, dtype, shape, size))
         return rows
 
     def _pack(self, tensor: Tensor) -> _Token:
         module = self._modules[-1] if self._modules else ""
-        token = _Token(self.operator or _operator_on_stack(), module, _plain_tensors(tensor))
+        token = _Token(self.operator or _operator_on_stack(), module, tensor)
         self._tokens.append(weakref.ref(token))
         return token
 

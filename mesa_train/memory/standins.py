@@ -1,10 +1,8 @@
 """Run a model without leaving a trace in it, and without memory if need be.
 
-Inside `standing_in`, every buffer is a copy (so BatchNorm's running statistics are written to the
-copy) or, with a `fake`, every parameter, buffer and tensor attribute is a fake tensor of the same
-shape, dtype and strides. A fake has no data: a model of any size runs on them in seconds, and on
-fakes of the CPU PyTorch picks the same kernels as on the CPU itself, so the bytes are the same too.
-On the way out every module's attributes are what they were.
+Inside `standing_in` every buffer is a copy, so BatchNorm's running statistics are written to the
+copy; or, with `fakes`, every parameter, buffer and tensor attribute is a fake, and a model of any
+size runs in seconds. On the way out every module's attributes are what they were.
 """
 
 from __future__ import annotations
@@ -15,38 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from mesa_train.memory.fakes import Fakes
 
 # nn.Module's own tables: parameters and buffers are replaced one by one, modules have their own.
 _TABLES = {"_parameters", "_buffers", "_modules"}
-
-
-class Fakes:
-    """Makes fakes of tensors on `device`, one for each tensor, so that tied weights stay tied."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.device = device
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def of(self, value: Any) -> Any:
-        """`value` with every tensor in it replaced by its fake; anything else as it is."""
-        return pytree.tree_map_only(Tensor, self._one, value)
-
-    def _one(self, tensor: Tensor) -> Tensor:
-        # The tensor is held beside its fake: its id stays taken for as long as the table lives.
-        if id(tensor) not in self._made:
-            with self.mode:
-                fake = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
-                )
-                if isinstance(tensor, nn.Parameter):
-                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                else:
-                    fake.requires_grad_(tensor.requires_grad)
-            self._made[id(tensor)] = (tensor, fake)
-        return self._made[id(tensor)][1]
 
 
 @contextlib.contextmanager
@@ -78,7 +50,7 @@ def standing_in(model: nn.Module, fakes: Fakes | None = None) -> Iterator[None]:
             if fakes is None:
                 yield
             else:
-                with fakes.mode:
+                with fakes.on():
                     yield
     finally:
         for module, attributes, parameters, buffers in before:

@@ -148,7 +148,7 @@ def attention(
     keywords = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
-        choice = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale)
+        choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
     stashes = [mode.keep(t, "attention", o, _WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))]
     arguments = (mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), dropout_p, is_causal, scale)
     if choice == _FLASH and device == "cpu" and dropout_p == 0:
@@ -163,6 +163,20 @@ def attention(
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), is_causal, scale)
     return _recomputed(mode, func, stashes, (q, k, v, mask), (query, key, value, attn_mask), keywords)
+
+
+def _backend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool, scale: float | None
+) -> int:
+    """The kernel that PyTorch would choose. A tracer cannot ask, so there the common cases are told apart by hand."""
+    if not torch.compiler.is_compiling():
+        return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale)
+    if q.device.type == "cpu":
+        same = q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return _FLASH if dropout_p == 0 and same and (mask is None or not mask.requires_grad) else _MATH
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        return _FLASH if mask is None else _EFFICIENT
+    return _MATH
 
 
 def _flash_cpu(

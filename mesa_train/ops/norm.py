@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import codecs
 from ..codecs.affine import Affine
 from ..stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
 from .base import Operator, derivative
@@ -245,12 +244,11 @@ def _token_norm(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, ...],
 ) -> Any:
-    rule = mode.site.rules[operator, "normalized"]
     _, weight, bias = inputs
     cols = 1
     for size in shape:
         cols *= size
-    codec = codecs.of(rule, mode.site, operator, "normalized")
+    codec = mode.codec(operator, "normalized")
     rstd = rstd.reshape(-1)
     with torch.no_grad():
         matrix = x.detach().reshape(-1, cols)
@@ -275,10 +273,9 @@ def _channel_norm(
     shape: tuple[int, ...],
     averaged: tuple[int, ...],
 ) -> Any:
-    rule = mode.site.rules[operator, "normalized"]
     _, weight, bias = inputs
     mean, rstd = statistics
-    codec = codecs.of(rule, mode.site, operator, "normalized")
+    codec = mode.codec(operator, "normalized")
     with torch.no_grad():
         if x.is_contiguous():
             geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])

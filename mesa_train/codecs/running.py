@@ -1,0 +1,116 @@
+"""Running ranges, the scheme of Mesa's paper (arXiv 2111.11124, section 3): 8 bits, groups of a head's channels pooled
+over the whole batch, minimum and range as running averages with decay 0.9, stochastic rounding.
+
+Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both ends, a leaf keeps the
+range it was coded with (a later forward cannot corrupt it), and the averages move once per optimisation step, never
+in a recompute. The averages are non-persistent buffers of the module, so they follow it between devices and stay out
+of its `state_dict`. Under
+`compress`, which has no module, and while torch.compile traces, the ranges are the tensor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.reference import uniform
+from .affine import group_shape
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+DECAY = 0.9
+_LEVELS = 255
+
+
+class Running:
+    """One operand's codec: a module's buffer holds (3, groups): minimum, range, and the step they were moved at."""
+
+    def __init__(self, module: nn.Module | None, name: str, step: int, group_size: int) -> None:
+        self.module, self.name, self.step, self.group_size = module, name, step, group_size
+
+    def __str__(self) -> str:
+        return "8 bits, running ranges"
+
+    @classmethod
+    def at(cls, mode: Interception, operator: str, operand: str, group_size: int) -> Running:
+        """The codec of the operand's next use in this module's forward."""
+        site = mode.site
+        key = (site.name, operator, operand)
+        use = mode.uses.get(key, 0)
+        mode.uses[key] = use + 1
+        return cls(site.module, f"_mesa_train_{operator}_{operand}_{use}", mode.step, group_size)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32 (groups,)."""
+        x = x.float()
+        rows, cols = x.shape
+        groups, size = group_shape(cols, self.group_size)
+        low, span = self._range(x, groups, size)
+        scale = span / _LEVELS
+        zeros, scales = [t.repeat_interleave(size)[:cols] for t in (low, scale)]
+        value = torch.where(scales > 0, (x - zeros) / scales, 0)
+        codes = (value + _noise(x, groups, size)).floor_().clamp_(0, _LEVELS)
+        scale = torch.where(x.isfinite().all(), scale, torch.nan)
+        return codes.nan_to_num_(0).to(torch.uint8), low, scale
+
+    def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor, ...]:
+        """Codes of (x - mean) * rstd, with mean and rstd (rows,)."""
+        centred = x.float() if mean is None else x.float() - mean[:, None]
+        return self.encode(centred * rstd[:, None])
+
+    def decode(
+        self,
+        tensors: Sequence[Tensor],
+        cols: int,
+        dtype: torch.dtype,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
+        codes, low, scale = tensors
+        _, size = group_shape(cols, self.group_size)
+        zeros, scales = [t.repeat_interleave(size)[:cols] for t in (low, scale)]
+        value = codes * scales + zeros
+        if weight is not None:
+            value = value * weight
+        if bias is not None:
+            value = value + bias
+        return value.to(dtype)
+
+    def _range(self, x: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
+        """(minimum, range) to code with, (groups,) each; moves the averages if this step has not yet."""
+        rows, cols = x.shape
+        if rows == 0:
+            return x.new_zeros(groups), x.new_zeros(groups)
+        edge = x[:, -1:].expand(rows, groups * size - cols)
+        pooled = torch.cat([x, edge], 1).view(rows, groups, size)
+        low = pooled.amin((0, 2))
+        span = pooled.amax((0, 2)) - low
+        if self.module is None or torch.compiler.is_compiling():
+            return low, span
+        state: Any = self.module._buffers.get(self.name)
+        if state is None or state.shape != (3, groups) or not state[:2].isfinite().all():
+            state = torch.stack([low, span, torch.full_like(low, self.step)])
+            self.module.register_buffer(self.name, state, persistent=False)
+        elif state[2, 0] != self.step:
+            state = torch.stack(
+                [
+                    DECAY * state[0] + (1 - DECAY) * low,
+                    DECAY * state[1] + (1 - DECAY) * span,
+                    torch.full_like(low, self.step),
+                ]
+            )
+            self.module._buffers[self.name] = state
+        return state[0].clone(), state[1].clone()
+
+
+def _noise(x: Tensor, groups: int, size: int) -> Tensor:
+    """u in [0, 1), (rows, cols): a function of the data, so that a recompute draws the same numbers."""
+    rows, cols = x.shape
+    first, last = [x[:, c].contiguous().view(torch.int32).long() & 0xFFFF for c in (0, -1)]
+    keys = [bits[:, None].expand(rows, groups) for bits in (first, last)]
+    return uniform(*keys, size, 0).reshape(rows, groups * size)[:, :cols]

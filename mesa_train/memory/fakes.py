@@ -1,0 +1,104 @@
+"""Fake tensors that stand for a device: no data and no memory, and the bytes of the real ones.
+
+PyTorch's FakeTensorMode picks nearly the same kernels for a fake of the CPU as the CPU would. Where
+it does not, it is corrected here, so that what is counted on fakes is what a real run keeps:
+
+* `torch._fused_sdp_choice` answers "unfused" for fakes, though `scaled_dot_product_attention` itself
+  does choose for them as the device would;
+* the statistics of a norm whose input is narrower than its weight are float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What `torch._fused_sdp_choice` calls the kernels; everything else is 0, the unfused form.
+_ATTENTION_KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": 1,
+    "_scaled_dot_product_flash_attention": 1,
+    "_scaled_dot_product_efficient_attention": 2,
+    "_scaled_dot_product_cudnn_attention": 3,
+}
+
+_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default)
+
+
+class Fakes:
+    """Makes fakes of tensors on `device`, one for each tensor, so that tied weights stay tied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the context fakes can be computed with, and new tensors are fakes."""
+        with self._mode, _NormStatistics(), _AttentionChoice():
+            yield
+
+    def of(self, value: Any) -> Any:
+        """`value` with every tensor in it replaced by its fake; anything else as it is."""
+        return pytree.tree_map_only(Tensor, self._one, value)
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        # The tensor is held beside its fake: its id stays taken for as long as the table lives.
+        if id(tensor) not in self._made:
+            with self._mode:
+                fake = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
+                )
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                else:
+                    fake.requires_grad_(tensor.requires_grad)
+            self._made[id(tensor)] = (tensor, fake)
+        return self._made[id(tensor)][1]
+
+
+class _AttentionChoice(TorchFunctionMode):
+    """Answers `torch._fused_sdp_choice` by what `scaled_dot_product_attention` runs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch._fused_sdp_choice:
+            return func(*args, **kwargs)
+        with torch.no_grad(), _Called() as called:
+            F.scaled_dot_product_attention(*args, **kwargs)
+        return next((n for name, n in _ATTENTION_KERNELS.items() if name in called.names), 0)
+
+
+class _Called(TorchDispatchMode):
+    """Remembers the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _NormStatistics(TorchDispatchMode):
+    """Makes mean and reciprocal deviation float32 where the CPU does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func not in _NORMS or args[0].device.type != "cpu":
+            return results
+        affine = [t for t in args[1:] if isinstance(t, Tensor)]
+        if all(t.dtype is args[0].dtype for t in affine):
+            return results
+        output, mean, rstd = results
+        return output, mean.float(), rstd.float()
