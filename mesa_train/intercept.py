@@ -42,13 +42,14 @@ class Interception(TorchFunctionMode):
         self.lineage = Lineage()
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears = Lineage()
+        self.hooks = saved_hooks()
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or _transformed():
+        if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
         row = table.ROWS.get(func)
         if row is not None:
@@ -139,9 +140,15 @@ class Report:
 
 def active(owner: object) -> Interception | None:
     """The interception of `owner` that is on in this thread, if the innermost one is its."""
+    mode = innermost()
+    return mode if mode is not None and mode.owner is owner else None
+
+
+def innermost() -> Interception | None:
+    """The innermost interception that is on in this thread."""
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, Interception):
-            return mode if mode.owner is owner else None
+            return mode
     return None
 
 
@@ -155,12 +162,21 @@ def compress(policy: Policy | str | None = None) -> Interception:
     return Interception(Site("", resolved.rules([""])[""]), owner=object())
 
 
+def saved_hooks() -> Any:
+    """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one that began since the
+    interception did, torch calls are left alone: a checkpoint's recompute would not find it on there either."""
+    top = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if top is None else top[0]
+
+
 def _transformed() -> bool:
     """Inside torch.func's transforms, which differentiate by other means than the autograd graph."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
     kind = type(tensor)
     if kind is Tensor or kind is torch.nn.Parameter:
         return True
@@ -184,7 +200,7 @@ def why_whole(tensor: Tensor, rule: Rule) -> str:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.numel() * tensor.element_size() < rule.min_bytes:
         return f"under {rule.min_bytes} bytes"
-    if tensor.dim() and tensor.shape[-1] == 1:
+    if tensor.dim() == 0 or tensor.shape[-1] == 1:
         return "one element per token"
     return ""
 

@@ -35,6 +35,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "conv": ("input",),
     "mul": ("left", "right"),
     "dropout": ("mask",),
+    "extremum": ("mask",),
     "activation": ("input", "output"),
     "fallback": ("saved",),
 }

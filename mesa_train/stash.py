@@ -162,6 +162,7 @@ class _Neighbours(threading.local):
 
     def __init__(self) -> None:
         self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
+        self.run = -1
 
     def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
         assert uses is not None
@@ -175,7 +176,11 @@ class _Neighbours(threading.local):
 
     def offer(self, uses: Uses | None, dtype: torch.dtype, value: Tensor) -> None:
         assert uses is not None
-        if not self.values:
+        # A run that ended in an error has not called its callback.
+        run = torch._C._current_graph_task_id()
+        if run != self.run:
+            self.values.clear()
+            self.run = run
             torch.autograd.Variable._execution_engine.queue_callback(self.values.clear)
         self.values[uses, dtype] = value, uses.count - 1
 
@@ -279,7 +284,7 @@ class Lineage:
     """Which stash stands for which live tensor. Valid for that very tensor and only while its version is unchanged.
 
     Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no weak references
-    and no versions to ask for; there the caller forgets a tensor that an in-place function writes to.
+    and no versions to ask for; there whoever writes in place clears everything.
     """
 
     def __init__(self) -> None:
@@ -303,9 +308,7 @@ class Lineage:
         key, entries = id(tensor), self._entries
         entries[key] = weakref.ref(tensor, lambda _: entries.pop(key, None)), tensor._version, stash
 
-    def forget(self, tensor: Tensor) -> None:
-        """Drop what is known of a tensor that is about to be written to."""
-        if torch.compiler.is_compiling():
-            self._traced.pop(tensor, None)
-        else:
-            self._entries.pop(id(tensor), None)
+    def clear(self) -> None:
+        """Drop all that is known."""
+        self._entries.clear()
+        self._traced.clear()

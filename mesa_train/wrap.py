@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .intercept import Interception, Report, Site, active
+from .intercept import Interception, Report, Site, active, innermost, saved_hooks
 from .policy import Policy
+from .stash import Lineage
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +36,7 @@ class Installed:
     def forward_begins(self, model: nn.Module) -> None:
         """A new forward of the whole model: clear the report, and count the step if the weights have moved."""
         self.report.rows.clear()
-        version = next((p._version for p in model.parameters() if p.requires_grad), 0)
+        version = sum([p._version for p in model.parameters() if p.requires_grad])
         if version != self._version:
             self.step, self._version = self.step + 1, version
 
@@ -104,13 +105,28 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         if mode is None:
             if site.name == "" and not torch.compiler.is_compiling():
                 installed.forward_begins(self)
-            with Interception(site, installed, installed.report, installed.step):
-                return plain.forward(self, *args, **kwargs)
+            other = innermost()
+            if other is None:
+                with Interception(site, installed, installed.report, installed.step):
+                    return plain.forward(self, *args, **kwargs)
+            # What the inner policy leaves alone is not the outer one's either.
+            outside, other.site = other.site, _nothing()
+            try:
+                with Interception(site, installed, installed.report, installed.step):
+                    return plain.forward(self, *args, **kwargs)
+            finally:
+                other.site = outside
         outside, mode.site = mode.site, site
+        scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
+        if hooks is not mode.hooks:
+            # A checkpoint began since. What is kept inside must not depend on what was kept outside.
+            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(), Lineage()
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
             mode.site = outside
+            if hooks is not scope[0]:
+                mode.hooks, mode.lineage, mode.linears = scope
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)
@@ -122,6 +138,12 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
     members["__module__"], members["__qualname__"] = plain.__module__, plain.__qualname__
     members["__doc__"] = plain.__doc__
     return type(plain.__name__, (plain,), members)
+
+
+@functools.cache
+def _nothing() -> Site:
+    """A site where every operator is PyTorch's."""
+    return Site("", Policy(enabled=False).rules([""])[""])
 
 
 def _new(plain: type[nn.Module], *args: Any) -> nn.Module:

@@ -49,6 +49,9 @@ class Affine:
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size!r}")
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size}, {'stochastic' if self.stochastic else 'nearest'}"
+
     def encode(self, x: Tensor) -> Codes:
         """(rows, cols) of any float dtype to codes (rows, bytes) and scales (rows, groups, 2)."""
         kernels.load()

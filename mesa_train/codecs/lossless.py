@@ -11,6 +11,9 @@ from torch import Tensor
 class Lossless:
     """Codes are the values, in full precision and without a copy where the layout allows one."""
 
+    def __str__(self) -> str:
+        return "lossless"
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x.detach(),)
 

@@ -54,10 +54,9 @@ def load() -> bool:
     except (_BuildError, OSError, RuntimeError) as error:
         logger.warning(
             "mesa_train runs without its C++ kernels: the plain-torch reference gives the same "
-            "results, about ten times slower. To fix it, install a C++20 compiler (g++ 11 or later)"
-            " or name one in CXX, and make %s writable (or set MESA_TRAIN_CACHE). To silence this, "
-            "set MESA_TRAIN_CPU_KERNELS=0. The reason: %s",
-            _cache(),
+            "results about ten times slower. To fix it, install a C++20 compiler (g++ 11 or later) "
+            "or name one in CXX, and name a writable directory in MESA_TRAIN_CACHE if that is what "
+            "is missing; to silence this, set MESA_TRAIN_CPU_KERNELS=0. The reason: %s",
             error,
         )
         return False

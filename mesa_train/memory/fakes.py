@@ -3,9 +3,13 @@
 PyTorch's FakeTensorMode picks nearly the same kernels for a fake of the CPU as the CPU would. Where
 it does not, it is corrected here, so that what is counted on fakes is what a real run keeps:
 
-* `torch._fused_sdp_choice` answers "unfused" for fakes, though `scaled_dot_product_attention` itself
-  does choose for them as the device would;
+* `torch._fused_sdp_choice` answers "unfused" for fakes, though `scaled_dot_product_attention`
+  itself does choose for them as the device would;
 * the statistics of a norm whose input is narrower than its weight are float32 on the CPU.
+
+What stays different: with a batch of one, elementwise operators on fakes normalise the stride of
+the batch, and a convolution behind them may choose another memory layout; a recurrent layer's
+kernel keeps a workspace that fakes do not show.
 """
 
 from __future__ import annotations
@@ -30,7 +34,14 @@ _ATTENTION_KERNELS = {
     "_scaled_dot_product_cudnn_attention": 3,
 }
 
-_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default)
+_aten = torch.ops.aten
+_NORMS = (
+    _aten.native_layer_norm.default,
+    _aten.native_group_norm.default,
+    _aten.native_batch_norm.default,
+    _aten._native_batch_norm_legit.default,
+    _aten._batch_norm_with_update.default,
+)
 
 
 class Fakes:
@@ -97,8 +108,7 @@ class _NormStatistics(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         if func not in _NORMS or args[0].device.type != "cpu":
             return results
-        affine = [t for t in args[1:] if isinstance(t, Tensor)]
-        if all(t.dtype is args[0].dtype for t in affine):
+        if all(t.dtype is args[0].dtype for t in args[1:] if isinstance(t, Tensor)):
             return results
-        output, mean, rstd = results
-        return output, mean.float(), rstd.float()
+        output, mean, rstd, *more = results
+        return output, mean.float(), rstd.float(), *more

@@ -153,6 +153,8 @@ def footprint(
             f"nothing is kept for a backward: no output of {type(model).__name__} requires grad "
             "(are all parameters frozen, or is the forward decorated with no_grad?)"
         )
+    if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
+        notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
     saved_bytes = sum(row.saved_bytes for row in rows)
     return Footprint(saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes))
 

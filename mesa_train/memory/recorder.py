@@ -159,7 +159,7 @@ def operator_name(func: Callable[..., Any]) -> str:
     if name in ("__get__", "__set__"):  # a property such as Tensor.T
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     name = name.strip("_")
-    arithmetic = re.fullmatch(r"[ri]?(add|sub|mul|truediv|matmul|pow)", name)
+    arithmetic = re.fullmatch(r"[ri]?(add|sub|mul|truediv|div|matmul|pow)", name)
     return {"truediv": "div"}.get(arithmetic[1], arithmetic[1]) if arithmetic else name
 
 

@@ -30,7 +30,7 @@ def comparison(rows: Sequence[Row]) -> Table:
     with_error = any(row.gradient_error is not None for row in rows)
     with_time = any(row.time_ms is not None for row in rows)
     head = ["method", "kept for\nbackward", "less than\nplain"]
-    head += ["gradient error\nvs. float32"] if with_error else []
+    head += ["gradient\nerror"] if with_error else []
     head += ["forward +\nbackward", "time vs.\nplain"] if with_time else []
     least = min((row.saved_bytes for row in rows if row.saved_bytes is not None), default=None)
     lines: list[_Line] = []
@@ -181,18 +181,14 @@ def _table(
     rule_before: int | None = None,
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(head):
-        cells = [line[index] for line, _ in lines]
-        width = max(len(cell) for cell in [*title.split("\n"), *cells])
-        table.add_column(
-            title,
-            justify="right" if index else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=width if index else None,
-        )
+    # Rich narrows columns that may wrap before others: the names may, but their text will not.
+    table.add_column(head[0])
+    for title in head[1:]:
+        table.add_column(title, justify="right", no_wrap=True)
     for index, (line, style) in enumerate(lines):
         if index == rule_before:
             table.add_section()
-        table.add_row(*line, style=style)
+        name = line[0] if isinstance(line[0], Text) else Text(line[0])
+        name.no_wrap, name.overflow = True, "ellipsis"
+        table.add_row(name, *line[1:], style=style)
     return table

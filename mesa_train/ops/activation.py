@@ -17,7 +17,7 @@ from torch import Tensor
 from ..codecs import bitmask
 from ..codecs.affine import Affine
 from ..stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, save, whole
-from .base import Operator, derivative
+from .base import Operator, aliases, derivative
 
 if TYPE_CHECKING:
     from ..intercept import Interception
@@ -132,18 +132,20 @@ class SteppedInPlace(InPlace, Stepped):
 def smooth(kind: str, overwrites: bool = False) -> Any:
     """Row of an activation that keeps its input; `overwrites` for the variants named with a trailing underscore."""
 
-    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        which = "gelu_tanh" if kind == "gelu" and kwargs.pop("approximate", "none") == "tanh" else kind
+    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        which = kind
+        if kind == "gelu" and kwargs.get("approximate", "none") in ("none", "tanh"):
+            which = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else kind
         inplace = overwrites or bool(kwargs.pop("inplace", args[0] if args else False))
         if args[1:] or kwargs or (args and not isinstance(args[0], bool)) or not mode.covers("activation", input):
             return NotImplemented
-        if inplace and not _writable(mode, input):
-            return NotImplemented
+        if inplace and not _writable(input):
+            return _written(mode, input, smooth(kind)(mode, getattr(F, kind), input))
         function = SMOOTH[which][0]
         if inplace:
             # The tensor's next version is another tensor: what is kept has to be a copy of this one.
             x = mode.keep(input, "activation", "input")
-            x = Stash(x.recipe, tuple([t.clone() for t in x.tensors]), cost=x.cost, dtype=x.dtype) if _aliases(x, input) else x
+            x = Stash(x.recipe, tuple([t.clone() for t in x.tensors]), cost=x.cost, dtype=x.dtype) if aliases(x, input) else x
             return SmoothInPlace.apply(lambda t: t.copy_(function(t)), (x,), which, input)
         x = mode.keep(input, "activation", "input")
         result = mode.exactly(function, input)
@@ -157,14 +159,15 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
 def stepped(kind: str, overwrites: bool = False) -> Any:
     """Row of an activation that keeps one bit per element."""
 
-    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
         slope = [a for a in (*args, *kwargs.values()) if not isinstance(a, bool)]
-        if not mode.covers("activation", input) or (slope and slope != [STEPPED["leaky_relu"][2]]):
+        if not mode.covers("activation", input) or (slope and kind != "leaky_relu"):
             return NotImplemented
-        if inplace and not _writable(mode, input):
-            return NotImplemented
+        if inplace and not _writable(input):
+            return _written(mode, input, stepped(kind)(mode, getattr(F, kind), input, *slope))
         above, on, off = STEPPED[kind]
+        off = slope[0] if slope else off
         with torch.no_grad():
             bits = bitmask.encode_positive(input) if kind in ("relu", "leaky_relu") else bitmask.encode(above(input))
         mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
@@ -176,10 +179,28 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
     return row
 
 
+def clamp(
+    mode: Interception, func: Any, /, input: Tensor, min: float | None = None, max: float | None = None
+) -> Any:
+    """Row of torch.clamp between numbers: one bit per element, whether it is within."""
+    numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
+    if not numbers or not mode.covers("activation", input):
+        return NotImplemented
+    result = mode.exactly(func, input, min, max)
+    with torch.no_grad():
+        # Written so that a NaN, which is neither below nor above, is within, as it is for PyTorch.
+        outside = torch.zeros_like(input, dtype=torch.bool)
+        outside = outside if min is None else outside | (input < min)
+        outside = outside if max is None else outside | (input > max)
+        bits = bitmask.encode(~outside)
+    mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+    return Stepped.apply(result, (whole(bits),), (1.0, 0.0), input)
+
+
 def from_output(kind: str) -> Any:
     """Row of an activation whose derivative reads its output."""
 
-    def row(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not mode.covers("activation", input):
             return NotImplemented
         result = mode.exactly(func, input)
@@ -191,7 +212,7 @@ def from_output(kind: str) -> Any:
     return row
 
 
-def glu(mode: Interception, func: Any, input: Tensor, dim: int = -1) -> Any:
+def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
     """Row of torch.nn.functional.glu."""
     if not mode.covers("activation", input):
         return NotImplemented
@@ -202,13 +223,14 @@ def glu(mode: Interception, func: Any, input: Tensor, dim: int = -1) -> Any:
     return output
 
 
-def _writable(mode: Interception, input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded: not a leaf and not a view, which PyTorch itself must rebase."""
+def _writable(input: Tensor) -> bool:
+    """Whether an in-place variant can be recorded: not for a leaf or a view, which PyTorch itself must rebase."""
+    return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
+
+
+def _written(mode: Interception, input: Tensor, output: Tensor) -> Tensor:
+    """`output` written to `input` by autograd's own copy."""
     if torch.compiler.is_compiling():
-        return False
-    return not input.is_leaf and not input._is_view()
-
-
-def _aliases(stash: Stash, tensor: Tensor) -> bool:
-    storage = tensor.untyped_storage().data_ptr()
-    return any([t.untyped_storage().data_ptr() == storage for t in stash.tensors])
+        mode.lineage.clear()
+        mode.linears.clear()
+    return input.copy_(output)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..stash import Saved, whole
 from .base import Operator, derivative, sum_to
+from .views import view
 
 if TYPE_CHECKING:
     from ..intercept import Interception
@@ -124,6 +125,7 @@ class Recomputed(Operator):
 def attention(
     mode: Interception,
     func: Any,
+    /,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -136,6 +138,13 @@ def attention(
     """Row of torch.nn.functional.scaled_dot_product_attention."""
     if not mode.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
         return NotImplemented
+    if query.dim() == key.dim() == value.dim() == 3:
+        # As PyTorch does: the batch as heads.
+        batched = [view(mode, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(0)
+        output = attention(mode, func, *batched, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return output if output is NotImplemented else view(mode, Tensor.squeeze, output, 0)
     device = query.device.type
     q, k, v = query, key, value
     mask = attn_mask
@@ -233,9 +242,10 @@ def _cudnn(
 
 def _unfused(mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: bool, scale: float | None) -> Any:
     q, k, v, mask = cast
-    result, weights = mode.exactly(
-        _aten._scaled_dot_product_attention_math, q, k, v, mask, 0.0, causal, scale=scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        result, weights = mode.exactly(
+            _aten._scaled_dot_product_attention_math, q, k, v, mask, 0.0, causal, scale=scale
+        )
     kept = (*stashes, mode.keep(weights, "softmax", "output"))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     trained = mask if mask is not None and mask.is_floating_point() else None
@@ -243,7 +253,7 @@ def _unfused(mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: b
     return Unfused.apply(result, kept, static, *inputs[:3], None if trained is None else inputs[3])
 
 
-def _recomputed(mode: Interception, func: Any, stashes: Any, cast: Any, inputs: Any, keywords: Any) -> Any:
+def _recomputed(mode: Interception, func: Any, /, stashes: Any, cast: Any, inputs: Any, keywords: Any) -> Any:
     q, k, v, mask = cast
     state = _generator(q.device).get_state() if keywords["dropout_p"] > 0 else None
     result = mode.exactly(func, q, k, v, attn_mask=mask, **keywords)

@@ -44,7 +44,8 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
                 f"mesa_train: a second derivative through {operator!r} was asked for, but it keeps codes, which have "
                 f"none. Leave it to PyTorch with overrides={{{operator!r}: {{'enabled': False}}}}, or unwrap the model."
             )
-            tracked = [r.detach().requires_grad_() for r in results if r is not None]
+            # Through the leaves as well, or a search for one of them would pass the error by.
+            tracked = [r.detach().requires_grad_() for r in results if r is not None] + _leaves(ctx)
             blocked = iter(_as_tuple(torch._C._functions.DelayedError(message, len(tracked))(*tracked)))
             return (None, None, None, *[None if r is None else next(blocked) for r in results])
 
@@ -56,6 +57,25 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
 def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Sum a gradient over the dims that broadcasting added to `shape`."""
     return grad if grad.shape == torch.Size(shape) else grad.sum_to_size(shape)
+
+
+def _leaves(node: Any) -> list[Tensor]:
+    """The leaf tensors that a node of the graph leads to."""
+    found, seen, todo = [], {node}, [node]
+    while todo:
+        for following, _ in todo.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+                if hasattr(following, "variable"):
+                    found.append(following.variable)
+    return found
+
+
+def aliases(stash: Stash, tensor: Tensor) -> bool:
+    """Whether a stash holds the very memory of a tensor, as lossless and small ones do."""
+    storage = tensor.untyped_storage()._cdata
+    return any([t.untyped_storage()._cdata == storage for t in stash.tensors])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

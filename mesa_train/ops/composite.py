@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..intercept import Interception
 
 
-def reenter(mode: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
+def reenter(mode: Interception, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Row of torch.nn.functional.multi_head_attention_forward."""
     if torch.compiler.is_compiling():
         return NotImplemented

@@ -36,6 +36,7 @@ class Conv(Operator):
 def conv(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

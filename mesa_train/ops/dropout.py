@@ -35,9 +35,10 @@ class Dropped:
 
 
 def dropout(
-    mode: Interception, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: Interception, func: Any, /, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
 ) -> Any:
-    """Row of torch.nn.functional.dropout and torch.dropout."""
+    """Row of torch.nn.functional.dropout and torch.dropout, which calls `training` `train`."""
+    training = kwargs.pop("train", training)
     if not training or p == 0:
         return func(input, p, training)
     if inplace or not 0 < p < 1 or not mode.covers("dropout", input) or not input.numel():

@@ -19,8 +19,8 @@ from ..stash import Spec, Stash, strip, value
 if TYPE_CHECKING:
     from ..intercept import Interception
 
-# Functions that save nothing of size, or whose saved tensors must stay exact (a loss seeds the whole backward).
-_PASS = frozenset(
+# Functions that save nothing of size.
+_NOTHING = frozenset(
     """
     add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_ requires_grad_ backward detach
     detach_ size dim ndim numel stride element_size data_ptr is_contiguous is_floating_point is_complex item tolist
@@ -28,33 +28,56 @@ _PASS = frozenset(
     register_hook retain_grad eq ne lt le gt ge isnan isinf isfinite all any argmax argmin argsort zeros_like
     ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor
     sum mean cat stack concat concatenate hstack vstack repeat tile masked_fill masked_fill_ cumsum type_as expand_as
-    view_as reshape_as interpolate upsample unfold fold meshgrid numpy cpu cuda type is_inference
-    add_scalar log_softmax cross_entropy nll_loss nll_loss_nd binary_cross_entropy binary_cross_entropy_with_logits
-    mse_loss l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss multi_margin_loss ctc_loss gaussian_nll_loss
-    cosine_embedding_loss triplet_margin_loss hinge_embedding_loss poisson_nll_loss margin_ranking_loss logsumexp
-    multilabel_margin_loss multilabel_soft_margin_loss mul mul_ div div_ embedding
+    view_as reshape_as interpolate upsample unfold fold meshgrid numpy cpu cuda type is_inference embedding
     """.split()
 )
-_DIVISION = frozenset(["div", "div_", "mul", "mul_"])
+
+# Functions whose saved tensors must stay exact: a loss seeds the whole backward; a derivative that compares what was
+# saved with a bound or with another tensor, or that has a pole, turns a small error into any error.
+_EXACT = frozenset(
+    """
+    log_softmax cross_entropy nll_loss nll_loss_nd binary_cross_entropy binary_cross_entropy_with_logits
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss multi_margin_loss ctc_loss gaussian_nll_loss
+    cosine_embedding_loss triplet_margin_loss hinge_embedding_loss poisson_nll_loss margin_ranking_loss logsumexp
+    multilabel_margin_loss multilabel_soft_margin_loss
+    amax amin max min maximum minimum fmax fmin aminmax clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip
+    clip_ abs abs_ absolute threshold threshold_ hardshrink softshrink prelu rrelu hardtanh hardtanh_ floor_divide
+    remainder fmod heaviside nan_to_num nan_to_num_ logical_and logical_or
+    reciprocal reciprocal_ rsqrt rsqrt_ sqrt sqrt_ log log_ log2 log10 log1p log1p_ logit xlogy acos asin acosh atanh
+    tan atan2 norm vector_norm matrix_norm renorm cdist pdist dist prod cumprod logcumsumexp erfinv lgamma digamma
+    """.split()
+)
+
+# Functions that keep something only if both operands need a gradient, and then the second must stay exact or not.
+_PRODUCTS = frozenset(["mul", "mul_", "multiply"])
+_QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__", "__rtruediv__"])
 
 
-def fallback(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
     """Call `func` with the coding hooks on, unless it saves nothing worth it."""
     name = getattr(func, "__name__", "")
-    if (name in _PASS and not (name in _DIVISION and _both_tracked(args))) or not mode.site.rules.operators["fallback"]:
+    if torch.compiler.is_compiling():
+        if _writes(name, args, kwargs):
+            mode.lineage.clear()
+            mode.linears.clear()
         return func(*args, **kwargs)
-    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if name in _NOTHING or name in _EXACT or not mode.site.rules.operators["fallback"]:
         return func(*args, **kwargs)
-    hooks = _Hooks(mode, name)
+    if (name in _PRODUCTS or name in _QUOTIENTS) and not _both_tracked(args):
+        return func(*args, **kwargs)
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return func(*args, **kwargs)
+    exact = args[1] if name in _QUOTIENTS or name == "pow" else None
+    hooks = _Hooks(mode, name, exact if isinstance(exact, Tensor) else None)
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, _unpack):
         return func(*args, **kwargs)
 
 
 class _Hooks:
-    """The pack hook of one call."""
+    """The pack hook of one call; the tensor `exact` is left as it is."""
 
-    def __init__(self, mode: Interception, name: str) -> None:
-        self.mode, self.name = mode, name
+    def __init__(self, mode: Interception, name: str, exact: Tensor | None) -> None:
+        self.mode, self.name, self.exact = mode, name, exact
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(self, tensor: Tensor) -> _Packed:
@@ -68,7 +91,7 @@ class _Hooks:
             bits, shape = kept if isinstance(kept, tuple) else (kept, None)
             tensors = [bits]
         if self.outer is None:
-            return _Packed(tensors, spec, shape, None)
+            return _Packed(tensors, spec, shape, None, [t._version for t in tensors])
         wrap, unwrap = self.outer
         return _Packed([wrap(t) for t in tensors], spec, shape, unwrap)
 
@@ -79,7 +102,9 @@ class _Hooks:
             bits = bitmask.encode(tensor)
             mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
             return bits, tuple(tensor.shape)
-        if not tensor.is_floating_point() or _is_weight(tensor):
+        if self.exact is not None and tensor.data_ptr() == self.exact.data_ptr():
+            return tensor
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided or _is_weight(tensor):
             return tensor
         return mode.keep(tensor, "fallback", "saved", label=self.name)
 
@@ -87,7 +112,7 @@ class _Hooks:
 class _Packed:
     """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor back."""
 
-    __slots__ = ("shape", "spec", "tensors", "unwrap")
+    __slots__ = ("shape", "spec", "tensors", "unwrap", "versions")
 
     def __init__(
         self,
@@ -95,11 +120,17 @@ class _Packed:
         spec: Spec | None,
         shape: tuple[int, ...] | None,
         unwrap: Callable[[Any], Tensor] | None,
+        versions: list[int] | None = None,
     ) -> None:
-        self.tensors, self.spec, self.shape, self.unwrap = tensors, spec, shape, unwrap
+        self.tensors, self.spec, self.shape, self.unwrap, self.versions = tensors, spec, shape, unwrap, versions
 
 
 def _unpack(packed: _Packed) -> Tensor:
+    # What is kept whole may have been written to since; under hooks PyTorch leaves that check to them.
+    if packed.versions is not None and packed.versions != [t._version for t in packed.tensors]:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation"
+        )
     tensors = packed.tensors if packed.unwrap is None else [packed.unwrap(t) for t in packed.tensors]
     if packed.spec is not None:
         return value(packed.spec, tensors)
@@ -115,6 +146,13 @@ def _is_weight(tensor: Tensor) -> bool:
     node = tensor.grad_fn
     before = node.next_functions if node is not None else ()
     return bool(before) and all([b is not None and b.name() == "torch::autograd::AccumulateGrad" for b, _ in before])
+
+
+def _writes(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function may write to a tensor, and so to all that share its memory."""
+    if kwargs.get("inplace") or kwargs.get("out") is not None or any([a is True for a in args]):
+        return True
+    return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.startswith("__"))
 
 
 def _both_tracked(args: Any) -> bool:

@@ -65,7 +65,7 @@ class Product:
 _PRODUCT = Product()
 
 
-def linear(mode: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def linear(mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Row of torch.nn.functional.linear."""
     if not mode.covers("linear", input, weight, bias) or weight.dim() != 2:
         return NotImplemented
@@ -77,19 +77,30 @@ def linear(mode: Interception, func: Any, input: Tensor, weight: Tensor, bias: T
         parameters = (weight,) if bias is None else (weight, bias)
         if x.cost < MATMUL:
             mode.lineage.set(output, Stash(_PRODUCT, parameters, (x,), cost=MATMUL, dtype=result.dtype))
-        mode.linears.set(output, (input, x, weight, bias))
+        mode.linears.set(output, (input, _version(input), x, weight, bias))
     return output
 
 
-def scaled(mode: Interception, func: Any, product: Tensor, scale: Tensor) -> Any:
+def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> Any:
     """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is what this is."""
     made = mode.linears.get(product)
     if made is None or scale.dim() != 1 or product.shape[-1] != scale.shape[0] or not scale.requires_grad:
         return NotImplemented
-    input, x, weight, bias = made
+    input, version, x, weight, bias = made
+    if version != _version(input) or _watched(product):
+        return NotImplemented
     stashes = (x, whole(weight), whole(scale), None if bias is None else whole(bias))
     result = mode.exactly(func, product, scale)
     return ScaledLinear.apply(result, stashes, product.dtype, input, weight, bias, scale)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() else tensor._version
+
+
+def _watched(product: Tensor) -> bool:
+    """Whether somebody waits for the product's own gradient, which a scaled Linear does not compute."""
+    return not torch.compiler.is_compiling() and (product.retains_grad or bool(product._backward_hooks))
 
 
 def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:

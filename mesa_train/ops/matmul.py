@@ -59,31 +59,32 @@ class Einsum(Operator):
         return dleft, dright
 
 
-def matmul(mode: Interception, func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
+def matmul(mode: Interception, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any) -> Any:
     """Row of torch.matmul, mm, bmm and the operator @."""
-    if kwargs or not mode.covers("matmul", input, other) or input.dim() < 2 or other.dim() < 2:
+    if kwargs or other is None or not mode.covers("matmul", input, other) or input.dim() < 2 or other.dim() < 2:
         return NotImplemented
     stashes = _operands(mode, input, other)
     result = mode.exactly(func, input, other)
     return MatMul.apply(result, stashes, (tuple(input.shape), tuple(other.shape)), input, other)
 
 
-def reversed_matmul(mode: Interception, func: Any, other: Tensor, input: Tensor) -> Any:
+def reversed_matmul(mode: Interception, func: Any, /, other: Tensor, input: Tensor) -> Any:
     """Row of Tensor.__rmatmul__."""
     return matmul(mode, torch.matmul, input, other)
 
 
-def add_matmul(mode: Interception, func: Any, input: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Any:
+def add_matmul(mode: Interception, func: Any, /, input: Tensor, *factors: Tensor, **kwargs: Any) -> Any:
     """Row of addmm and baddbmm."""
-    if kwargs.keys() - {"beta", "alpha"} or not mode.covers("matmul", input, left, right):
+    if kwargs.keys() - {"beta", "alpha"} or len(factors) != 2 or not mode.covers("matmul", input, *factors):
         return NotImplemented
+    left, right = factors
     stashes = _operands(mode, left, right)
     result = mode.exactly(func, input, left, right, **kwargs)
     static = (tuple(input.shape), kwargs.get("beta", 1), kwargs.get("alpha", 1))
     return AddMatMul.apply(result, stashes, static, input, left, right)
 
 
-def einsum(mode: Interception, func: Any, equation: Any, *operands: Any) -> Any:
+def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> Any:
     """Row of torch.einsum for two operands whose indices all survive or are contracted."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])

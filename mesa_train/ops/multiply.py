@@ -38,8 +38,10 @@ class Multiplied:
         return (left * right).to(dtype)
 
 
-def mul(mode: Interception, func: Any, input: Any, other: Any) -> Any:
+def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.mul, Tensor.mul and `*`."""
+    if kwargs:
+        return NotImplemented
     if not isinstance(other, Tensor) or not isinstance(input, Tensor):
         output = func(input, other)
         tensor, number = (input, other) if isinstance(input, Tensor) else (other, input)
@@ -64,7 +66,7 @@ def mul(mode: Interception, func: Any, input: Any, other: Any) -> Any:
     return output
 
 
-def mul_(mode: Interception, func: Any, input: Tensor, other: Any) -> Any:
+def mul_(mode: Interception, func: Any, /, input: Tensor, other: Any) -> Any:
     """Row of Tensor.mul_: computed apart and written back through autograd's own copy."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return NotImplemented
@@ -72,4 +74,9 @@ def mul_(mode: Interception, func: Any, input: Tensor, other: Any) -> Any:
     if made is None:
         return NotImplemented
     product = scaled(mode, torch.mul, input, other)
-    return NotImplemented if product is NotImplemented else input.copy_(product)
+    if product is NotImplemented:
+        return NotImplemented
+    if torch.compiler.is_compiling():
+        mode.lineage.clear()
+        mode.linears.clear()
+    return input.copy_(product)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..codecs.affine import Affine
 from ..stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
-from .base import Operator, derivative
+from .base import Operator, aliases, derivative
 
 if TYPE_CHECKING:
     from ..intercept import Interception
@@ -46,6 +47,12 @@ class TokenNorm(Operator):
         )
 
 
+class RMSNorm(TokenNorm):
+    """The same under RMS norm's own name."""
+
+    backward = derivative("rms_norm")(TokenNorm.backward.__wrapped__)
+
+
 class ChannelNorm(Operator):
     """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
 
@@ -70,6 +77,12 @@ class ChannelNorm(Operator):
                 g = g - g.mean(averaged, keepdim=True) - x_hat * (g * x_hat).mean(averaged, keepdim=True)
             dx = (g * rstd).reshape(grad.shape)
         return dx, dweight, dbias
+
+
+class GroupNorm(ChannelNorm):
+    """The same under group norm's own name."""
+
+    backward = derivative("group_norm")(ChannelNorm.backward.__wrapped__)
 
 
 class Normalize(Operator):
@@ -109,6 +122,7 @@ class Scaled:
 def layer_norm(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -128,6 +142,7 @@ def layer_norm(
 def rms_norm(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -148,6 +163,7 @@ def rms_norm(
 def group_norm(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -160,8 +176,10 @@ def group_norm(
     batch, channels = input.shape[:2]
     positions = input.numel() // (batch * channels)
     x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    # As PyTorch does before it calls this function.
+    layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
     result, mean, rstd = mode.exactly(
-        torch.native_group_norm, x.contiguous(), *parameters, batch, channels, positions, num_groups, eps
+        torch.native_group_norm, x.contiguous(memory_format=layout), *parameters, batch, channels, positions, num_groups, eps
     )
     shape = (batch, num_groups, channels // num_groups, positions)
     statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
@@ -171,6 +189,7 @@ def group_norm(
 def batch_norm(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -203,6 +222,7 @@ def batch_norm(
 def normalize(
     mode: Interception,
     func: Any,
+    /,
     input: Tensor,
     p: float = 2.0,
     dim: int = 1,
@@ -215,6 +235,8 @@ def normalize(
     result = mode.exactly(func, input, p, dim, eps)
     norm = mode.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
     y = mode.keep(result, "normalize", "output")
+    if not torch.compiler.is_compiling() and aliases(y, result):
+        result = result.clone()  # PyTorch does not keep its output, so it may be written to
     output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
     mode.lineage.set(output, y)
     return output
@@ -256,7 +278,8 @@ def _token_norm(
     geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), cols)
     x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
-    output = TokenNorm.apply(result, stashes, (mean is not None, shape), *inputs)
+    node = RMSNorm if mean is None else TokenNorm
+    output = node.apply(result, stashes, (mean is not None, shape), *inputs)
     parameters = tuple([p for p in (weight, bias) if p is not None])
     recipe = Scaled(weight is not None, bias is not None, None)
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
@@ -277,7 +300,7 @@ def _channel_norm(
     mean, rstd = statistics
     codec = mode.codec(operator, "normalized")
     with torch.no_grad():
-        if x.is_contiguous():
+        if x.is_contiguous() and shape[3] > 1:
             geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
             rows = [s.expand(*shape[:3], 1).reshape(-1) for s in (mean, rstd)]
             tensors = codec.encode_normalized(x.detach().reshape(-1, shape[3]), *rows)
@@ -285,11 +308,14 @@ def _channel_norm(
             wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
             aligned = [s.expand(*s.shape[:2], shape[2], 1).flatten(1, 2) for s in (mean, rstd)]
             aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
-            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], tuple(range(2, x.dim())))
+            # With one position a channel, groups run along the channels.
+            within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
+            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
             tensors = codec.encode(matrix)
     x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
-    output = ChannelNorm.apply(result, stashes, (shape, averaged), *inputs)
+    node = GroupNorm if operator == "group_norm" else ChannelNorm
+    output = node.apply(result, stashes, (shape, averaged), *inputs)
     parameters = tuple([p for p in (weight, bias) if p is not None])
     recipe = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))

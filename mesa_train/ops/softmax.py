@@ -23,7 +23,7 @@ class Softmax(Operator):
         return (weighted - saved.get(0, grad.dtype) * weighted.sum(dim, keepdim=True),)
 
 
-def softmax(mode: Interception, func: Any, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def softmax(mode: Interception, func: Any, /, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
     """Row of torch.softmax, Tensor.softmax and torch.nn.functional.softmax."""
     if dim is None or not mode.covers("softmax", input):
         return NotImplemented

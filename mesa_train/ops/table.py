@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, attention, composite, conv, dropout, linear, matmul, multiply, norm, softmax, views
+from . import activation, attention, composite, conv, dropout, extremum, linear, matmul, multiply, norm, softmax, views
 from .fallback import fallback as fallback
 
 Row = Callable[..., Any]
@@ -71,9 +71,15 @@ ROWS: dict[Any, Row] = {
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,
+    torch.amax: extremum.extremum,
+    Tensor.amax: extremum.extremum,
+    torch.amin: extremum.extremum,
+    Tensor.amin: extremum.extremum,
+    torch.clamp: activation.clamp,
+    Tensor.clamp: activation.clamp,
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
-    F.pad: views.view,
+    F.pad: views.pad,
 }
 
 # Recomputing these moves data and computes nothing.

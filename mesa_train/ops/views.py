@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..stash import VIEW, Cast, Replay, Stash
+from .fallback import fallback
 
 if TYPE_CHECKING:
     from ..intercept import Interception
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 _CAST = Cast()
 
 
-def view(mode: Interception, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-    """Row of views, copies of views, and paddings."""
+def view(mode: Interception, func: Any, /, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """Row of views and of copies of views."""
     output = func(input, *args, **kwargs)
     source = mode.lineage.get(input) if isinstance(input, Tensor) else None
     if source is None or _has_tensor(args) or _has_tensor(kwargs.values()):
@@ -32,8 +33,19 @@ def view(mode: Interception, func: Any, input: Any, *args: Any, **kwargs: Any) -
     return output
 
 
-def cast(mode: Interception, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def pad(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Row of F.pad. For every mode but "constant" PyTorch saves the input, to the hooks of the fallback."""
+    output = fallback(mode, func, (input, *args), kwargs)
+    source = mode.lineage.get(input)
+    if source is not None and not _has_tensor(args) and not _has_tensor(kwargs.values()):
+        _derive(mode, output, source, Replay(func, args, kwargs))
+    return output
+
+
+def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Row of dtype conversions (and moves to the device a tensor is on)."""
+    if "memory_format" in kwargs:
+        return NotImplemented  # a view behind it may rely on the new layout, which a cast of codes does not have
     output = func(input, *args, **kwargs)
     source = mode.lineage.get(input)
     if source is not None and output is not input and output.is_floating_point() and output.device == input.device:

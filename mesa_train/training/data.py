@@ -59,6 +59,12 @@ class ImageSet:
     def channels(self) -> int:
         return self.train.images.shape[1]
 
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in an epoch. ValueError if the training images do not fill one."""
+        if not 1 <= batch_size <= len(self.train):
+            raise ValueError(f"batch_size={batch_size} must lie between 1 and {len(self.train)}")
+        return len(self.train) // batch_size
+
     def normalise(self, images: Tensor) -> Tensor:
         """float32 in [0, 1] to zero mean and unit variance."""
         return (images - self.mean) / self.std
@@ -143,13 +149,10 @@ def train_batches(
     `transform` is applied to each image by itself, scaled to [0, 1]. The last incomplete batch is
     dropped, so that every step costs the same.
     """
-    if not 1 <= batch_size <= len(data.train):
-        raise ValueError(f"batch_size={batch_size} must lie between 1 and {len(data.train)}")
+    steps = data.steps_per_epoch(batch_size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator)
-    for indices in order.split(batch_size):
-        if len(indices) < batch_size:
-            return
+    for indices in order[: steps * batch_size].split(batch_size):
         images = data.train.images[indices].float() / 255
         if transform is not None:
             with torch.random.fork_rng(devices=[]):

@@ -27,15 +27,15 @@ from .data import ImageSet, Transform, held_out_batches, train_batches
 class TrainConfig:
     """One experiment's hyperparameters; `autocast` is None or the dtype of the forward pass.
 
-    `lr` is the peak rate for this batch size (it is not scaled), reached after `warmup_epochs`
-    and lowered along a cosine to a hundredth of itself.
+    `lr` is the peak rate for this batch size (it is not scaled), reached after the share `warmup`
+    of all steps and then lowered along a cosine to a hundredth of itself.
     """
 
     epochs: int = 10
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
+    warmup: float = 0.1
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
     autocast: torch.dtype | None = torch.bfloat16
@@ -46,13 +46,9 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "lr", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs} must be at least 0 and less than "
-                f"epochs={self.epochs}"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,12 @@ class Trainer:
         self.optimizer = create_optimizer_v2(
             model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay
         )
+        total_steps = config.epochs * steps_per_epoch
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=config.epochs * steps_per_epoch,
+            t_initial=total_steps,
             lr_min=config.lr / 100,
-            warmup_t=round(config.warmup_epochs * steps_per_epoch),
+            warmup_t=round(config.warmup * total_steps),
             warmup_lr_init=config.lr / 100,
             t_in_epochs=False,
         )

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .data import ImageSet
 
-# A ViT for 28x28 images: 49 tokens, 0.7 million parameters.
+# A ViT for images of 28x28: 16 tokens of width 128 through 6 blocks, 1.2 million parameters.
 SMALL_VIT = "small_vit"
-_SMALL_VIT_WIDTHS = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+_WIDTH, _DEPTH, _HEADS = 128, 6, 4
 
 # What other models are given, if not told otherwise: the least that patches of 16 make sense for.
 DEFAULT_IMAGE_SIZE = 64
@@ -40,18 +42,60 @@ def build(
     torch.manual_seed(seed)
     try:
         if name == SMALL_VIT:
-            model = timm.models.VisionTransformer(
-                img_size=size, **_SMALL_VIT_WIDTHS, **classifier
-            )
+            model = _small_vit(size, classifier)
         else:
             model = _of_timm(name, size, classifier)
-        resized = dataclasses.replace(data, train=data.train.resized(size), held_out=data.held_out.resized(size))
+        resized = dataclasses.replace(
+            data, train=data.train.resized(size), held_out=data.held_out.resized(size)
+        )
         with torch.no_grad():
             model.eval()(resized.normalise(resized.held_out.images[:1].float() / 255))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} refuses images of {size}x{size}: {reason}") from error
     return model, resized
+
+
+class ConvStem(nn.Module):
+    """Patches through convolutions of stride 2 instead of one of stride 8 (arXiv 2106.14881).
+
+    With a few thousand images a ViT learns several times faster from it. Takes the place of timm's
+    PatchEmbed: images (N, in_chans, H, W) to tokens (N, H/8 * W/8, embed_dim), rounded up.
+    """
+
+    def __init__(self, img_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_chans
+        for out in (embed_dim // 8, embed_dim // 4, embed_dim // 2):
+            layers += [
+                nn.Conv2d(channels, out, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.GELU(),
+            ]
+            channels = out
+        self.proj = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, kernel_size=1))
+        side = math.ceil(img_size / 8)
+        self.grid_size = (side, side)
+        self.num_patches = side * side
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def _small_vit(image_size: int, classifier: dict[str, int]) -> nn.Module:
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=image_size,
+        embed_layer=ConvStem,
+        embed_dim=_WIDTH,
+        depth=_DEPTH,
+        num_heads=_HEADS,
+        class_token=False,
+        global_pool="avg",
+        **classifier,
+    )
 
 
 def _of_timm(name: str, image_size: int, classifier: dict[str, int]) -> nn.Module:

@@ -1,0 +1,45 @@
+"""Largest and smallest element along dims (query pooling in Hiera). Keeps one bit per element, which ones were reached,
+where PyTorch keeps the input and the output; codes would not do, since the derivative compares the two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import bitmask
+from ..stash import Saved, whole
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from ..intercept import Interception
+
+
+class Extremum(Operator):
+    """inputs: x. stashes: one bit per element, how many reached it. static: shape of x, dims, keepdim."""
+
+    @derivative("extremum")
+    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        shape, dims, keepdim = static
+        if not keepdim:
+            for dim in sorted([d % len(shape) for d in dims]):
+                grad = grad.unsqueeze(dim)
+        share = (grad / saved.get(1, grad.dtype)).expand(shape).contiguous()
+        return (bitmask.apply(share, saved[0], 1.0),)
+
+
+def extremum(
+    mode: Interception, func: Any, /, input: Tensor, dim: Any = (), keepdim: bool = False, **kwargs: Any
+) -> Any:
+    """Row of torch.amax and torch.amin."""
+    if kwargs or not mode.covers("extremum", input) or not input.numel() or not input.dim():
+        return NotImplemented
+    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
+    result = mode.exactly(func, input, dims, keepdim)
+    with torch.no_grad():
+        best = result if keepdim else func(input, dims, True)
+        mask = input == best
+        bits, count = bitmask.encode(mask), mask.sum(dims, keepdim=True).to(input.dtype)
+    mode.report.add(mode.site.name, "extremum", "mask", "1 bit", bits.numel())
+    return Extremum.apply(result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input)

@@ -1,0 +1,124 @@
+"""A ViT on 4,000 handwritten digits, trained with and without mesa_train, step by step in turn.
+
+Both models start from the same weights and see the same batches. What differs is what is kept
+between forward and backward: PyTorch's tensors, or their codes.
+
+    python recipes/quickstart/train.py
+    python recipes/quickstart/train.py --policy mesa4-recompute --epochs 12
+    python recipes/quickstart/train.py --model deit3_small_patch16_224 --image-size 64
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import mesa_train
+from mesa_train.memory.text import format_bytes
+from mesa_train.training import models, plots, records
+from mesa_train.training.data import light_augmentation, load
+from mesa_train.training.engine import EpochResult, TrainConfig, Trainer, fit
+from mesa_train.training.progress import Dashboard
+
+
+def main(
+    policy: Annotated[
+        str, typer.Option(help=f"One of {', '.join(mesa_train.PRESETS)}.")
+    ] = "mesa8",
+    model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
+    data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; default: 28 for small_vit, 64 for timm.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/quickstart"),
+) -> None:
+    """Train one model with and without mesa_train, side by side."""
+    console = Console()
+    try:
+        images = load(data)
+        config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+        steps = images.steps_per_epoch(batch_size)
+        plain, images = models.build(model, images, seed=seed, image_size=image_size)
+        ours, _ = models.build(model, images, seed=seed, image_size=image_size)
+        mesa_train.wrap(ours, policy)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"quickstart: {error}") from None
+
+    runs = {"plain": plain, policy: ours}
+    with console.status("counting what each run keeps (the first use builds the C++ kernels)"):
+        batch = images.normalise(images.train.images[:batch_size].float() / 255)
+        kept = {
+            name: mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
+            for name, module in runs.items()
+        }
+    trainers = {name: Trainer(module, config, steps) for name, module in runs.items()}
+    title = f"{model} on {len(images.train):,} images of {images.name}, bf16 autocast"
+    results: list[EpochResult] = []
+    metrics = out / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    with Dashboard(
+        title, kept, total_steps=2 * epochs * steps, batch_size=batch_size, console=console
+    ) as dashboard:
+        for result in fit(
+            trainers, images, config, transform=light_augmentation(), watch=dashboard.on_step
+        ):
+            dashboard.on_epoch(result)
+            results.append(result)
+            row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
+            records.append(metrics, row)
+
+    picture = out / "curves.png"
+    draw(records.read(metrics), kept, title, picture)
+    console.print(summary(results, kept))
+    console.print(f"curves   {picture}\nmetrics  {metrics}", highlight=False, soft_wrap=True)
+
+
+def summary(results: list[EpochResult], kept: dict[str, int]) -> Table:
+    """The last epoch's numbers of both runs, and how they compare."""
+    table = Table(title="Summary", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run")
+    for heading in (
+        "kept for\nbackward", "less than\nplain", "time of\na step", "time vs.\nplain",
+        "held-out\nloss", "held-out\naccuracy",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    step_ms = {
+        name: statistics.median(r.step_ms for r in results if r.name == name) for name in kept
+    }
+    for name, last in {r.name: r for r in results}.items():
+        table.add_row(
+            name,
+            format_bytes(kept[name]),
+            f"{kept['plain'] / kept[name]:.2f}x",
+            f"{step_ms[name]:.0f} ms",
+            f"{step_ms[name] / step_ms['plain']:.2f}x",
+            f"{last.val_loss:.3f}",
+            f"{last.val_accuracy:.1%}",
+        )
+    return table
+
+
+def draw(rows: list[records.Row], kept: dict[str, int], title: str, path: Path) -> None:
+    """Loss, accuracy and kept memory of both runs."""
+    figure, (loss, accuracy, memory) = plots.figure(3, title)
+    plots.curves(loss, rows, "train_loss", "training loss")
+    plots.curves(accuracy, rows, "val_accuracy", "held-out accuracy (%)", scale=100)
+    mebibytes = {name: size / 2**20 for name, size in kept.items()}
+    plots.bars(memory, mebibytes, "kept for the backward", "MiB")
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
