@@ -35,7 +35,9 @@ class Site:
 class Interception(TorchFunctionMode):
     """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps apart."""
 
-    def __init__(self, site: Site, owner: object, report: Report | None = None, step: int = 0) -> None:
+    def __init__(
+        self, site: Site, owner: object, report: Report | None = None, step: int = 0
+    ) -> None:
         super().__init__()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
@@ -66,7 +68,11 @@ class Interception(TorchFunctionMode):
         for tensor in tensors:
             if tensor is None:
                 continue
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not _plain(tensor):
+            if (
+                not isinstance(tensor, Tensor)
+                or not tensor.is_floating_point()
+                or not _plain(tensor)
+            ):
                 return False
             gradient = gradient or tensor.requires_grad
         return gradient
@@ -84,7 +90,12 @@ class Interception(TorchFunctionMode):
                 torch.set_autocast_cache_enabled(True)
 
     def keep(
-        self, tensor: Tensor, operator: str, operand: str, within: tuple[int, ...] = (-1,), label: str = ""
+        self,
+        tensor: Tensor,
+        operator: str,
+        operand: str,
+        within: tuple[int, ...] = (-1,),
+        label: str = "",
     ) -> Stash:
         """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf, or the tensor.
 
@@ -94,11 +105,15 @@ class Interception(TorchFunctionMode):
         rule = self.site.rules[operator, operand]
         known = self.lineage.get(tensor)
         if known is not None and rule.enabled and known.cost <= _limit(rule):
-            self.report.add(self.site.name, label, operand, "shared" if known.cost == VIEW else "rebuilt", 0)
+            self.report.add(
+                self.site.name, label, operand, "shared" if known.cost == VIEW else "rebuilt", 0
+            )
             return known
         reason = why_whole(tensor, rule)
         if reason:
-            self.report.add(self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor))
+            self.report.add(
+                self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
+            )
             return whole(tensor)
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
@@ -114,7 +129,13 @@ class Interception(TorchFunctionMode):
         return rule.codec or Running.at(self, operator, operand, rule.group_size)
 
     def leaf(
-        self, codec: Any, tensors: tuple[Tensor, ...], geometry: Geometry, dtype: torch.dtype, operator: str, operand: str
+        self,
+        codec: Any,
+        tensors: tuple[Tensor, ...],
+        geometry: Geometry,
+        dtype: torch.dtype,
+        operator: str,
+        operand: str,
     ) -> Stash:
         """A leaf of codes that exist already, reported."""
         if not torch.compiler.is_compiling():
@@ -165,13 +186,20 @@ def compress(policy: Policy | str | None = None) -> Interception:
 def saved_hooks() -> Any:
     """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one that began since the
     interception did, torch calls are left alone: a checkpoint's recompute would not find it on there either."""
-    top = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    top = (
+        None
+        if torch.compiler.is_compiling()
+        else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    )
     return None if top is None else top[0]
 
 
 def _transformed() -> bool:
     """Inside torch.func's transforms, which differentiate by other means than the autograd graph."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -164,7 +164,9 @@ class Policy:
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:
-            hits = tuple(i for i, (covered, *_) in enumerate(matched) if covered is None or name in covered)
+            hits = tuple(
+                i for i, (covered, *_) in enumerate(matched) if covered is None or name in covered
+            )
             if hits not in shared:
                 changes = list(self.overrides.values())
                 shared[hits] = Rules(self, [(*matched[i][1:], changes[i]) for i in hits])
@@ -235,7 +237,9 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
     if not modules and operation.partition(".")[0] not in OPERATORS:
         modules, operation = operation, ""
     operator, _, operand = operation.partition(".")
-    if operation and (operator not in OPERATORS or (operand and operand not in OPERATORS[operator])):
+    if operation and (
+        operator not in OPERATORS or (operand and operand not in OPERATORS[operator])
+    ):
         known = [f"{o}.{p}" for o, ps in OPERATORS.items() for p in ps]
         choices = known if operator in OPERATORS else list(OPERATORS)
         raise ValueError(
@@ -255,7 +259,9 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
 
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices or isinstance(value, bool):
-        raise ValueError(f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(
+            f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}"
+        )
 
 
 def _integer(field: str, value: Any, least: int) -> None:

@@ -79,9 +79,20 @@ class Spec:
     __slots__ = ("dtype", "recipe", "slots", "sources", "uses")
 
     def __init__(
-        self, recipe: Recipe, slots: tuple[int, ...], sources: tuple[Spec, ...], dtype: torch.dtype, uses: Uses | None
+        self,
+        recipe: Recipe,
+        slots: tuple[int, ...],
+        sources: tuple[Spec, ...],
+        dtype: torch.dtype,
+        uses: Uses | None,
     ) -> None:
-        self.recipe, self.slots, self.sources, self.dtype, self.uses = recipe, slots, sources, dtype, uses
+        self.recipe, self.slots, self.sources, self.dtype, self.uses = (
+            recipe,
+            slots,
+            sources,
+            dtype,
+            uses,
+        )
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
@@ -93,7 +104,9 @@ def save(ctx: Any, *stashes: Stash | None) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def strip(stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]) -> Spec:
+def strip(
+    stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
+) -> Spec:
     """A stash's structure; its tensors are appended to `tensors`, each once."""
     known = specs.get(id(stash))
     if known is not None:
@@ -139,7 +152,9 @@ class Saved:
         key = (id(spec), dtype)
         value = self._memo.get(key)
         if value is None:
-            shared = spec.uses is not None and spec.uses.count > 1 and not torch.compiler.is_compiling()
+            shared = (
+                spec.uses is not None and spec.uses.count > 1 and not torch.compiler.is_compiling()
+            )
             value = _neighbours.take(spec.uses, dtype) if shared else None
             if value is None:
                 value = spec.recipe.load(self, spec, dtype)
@@ -265,7 +280,9 @@ def whole(tensor: Tensor) -> Stash:
 class Replay:
     """Recipe: call a function of one source again, with constant arguments. For views, casts and scalings."""
 
-    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None) -> None:
+    def __init__(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
+    ) -> None:
         self.function, self.args, self.kwargs, self.index = function, args, kwargs, index
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:

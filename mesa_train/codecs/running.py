@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import uniform
+from mesa_train.kernels.reference import uniform
+
 from .affine import group_shape
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 DECAY = 0.9
 _LEVELS = 255

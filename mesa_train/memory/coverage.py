@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..wrap import report_of
+from mesa_train.wrap import report_of
+
 from .text import format_bytes, format_table
 
 
@@ -45,7 +46,10 @@ class Coverage:
 
     def table(self) -> str:
         """The rows summed over modules, as aligned text."""
-        body = [(*key, str(calls), format_bytes(total)) for key, (calls, total) in self.by_operator().items()]
+        body = [
+            (*key, str(calls), format_bytes(total))
+            for key, (calls, total) in self.by_operator().items()
+        ]
         return format_table(("operator", "operand", "kept as", "calls", "size"), body)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +71,9 @@ def coverage(model: nn.Module) -> Coverage:
     """
     report = report_of(model)
     if report is None:
-        raise ValueError(f"coverage needs a wrapped model; call mesa_train.wrap on this {type(model).__name__} first")
+        raise ValueError(
+            f"coverage needs a wrapped model; call mesa_train.wrap on this {type(model).__name__} first"
+        )
     if not report.rows:
         raise ValueError("coverage reads what a forward kept; run one with gradients enabled first")
     rows = [CoverageRow(*key, *counts) for key, counts in report.rows.items()]

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codecs import bitmask
-from ..codecs.affine import Affine
-from ..stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, save, whole
+from mesa_train.codecs import bitmask
+from mesa_train.codecs.affine import Affine
+from mesa_train.stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, save, whole
+
 from .base import Operator, aliases, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 _aten = torch.ops.aten
 
@@ -72,7 +73,9 @@ class Stepped(Operator):
     """inputs: x. stashes: one bit per element. static: the two slopes."""
 
     @derivative("activation")
-    def backward(saved: Saved, slopes: tuple[float, float], needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, slopes: tuple[float, float], needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         on, off = slopes
         dx = bitmask.apply(grad, saved[0], on - off)
         return (dx if off == 0 else dx + off * grad,)
@@ -98,7 +101,9 @@ class InPlace:
     """Mixin: instead of recording an output, run a function that overwrites the input. inputs: x."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor], Any], stashes: tuple[Stash, ...], static: Any, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run: Callable[[Tensor], Any], stashes: tuple[Stash, ...], static: Any, x: Tensor
+    ) -> Tensor:
         save(ctx, *stashes)
         ctx.static = static
         run(x)
@@ -116,7 +121,9 @@ class Activated:
         source = spec.sources[0]
         leaf = source.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
-            decoded = leaf.codec.activation_decode(saved.own(source), leaf.geometry.cols, dtype, self.kind)
+            decoded = leaf.codec.activation_decode(
+                saved.own(source), leaf.geometry.cols, dtype, self.kind
+            )
             return leaf.geometry.restore(decoded)
         return SMOOTH[self.kind][0](saved.value(source, dtype))
 
@@ -136,20 +143,34 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         which = kind
         if kind == "gelu" and kwargs.get("approximate", "none") in ("none", "tanh"):
             which = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else kind
+        if (kind == "elu" and kwargs.get("alpha") == 1) or (kind == "softplus" and args == (1, 20)):
+            args = ()
+            kwargs.pop("alpha", None)
         inplace = overwrites or bool(kwargs.pop("inplace", args[0] if args else False))
-        if args[1:] or kwargs or (args and not isinstance(args[0], bool)) or not mode.covers("activation", input):
+        if (
+            args[1:]
+            or kwargs
+            or (args and not isinstance(args[0], bool))
+            or not mode.covers("activation", input)
+        ):
             return NotImplemented
-        if inplace and not _writable(input):
-            return _written(mode, input, smooth(kind)(mode, getattr(F, kind), input))
         function = SMOOTH[which][0]
-        if inplace:
-            # The tensor's next version is another tensor: what is kept has to be a copy of this one.
-            x = mode.keep(input, "activation", "input")
-            x = Stash(x.recipe, tuple([t.clone() for t in x.tensors]), cost=x.cost, dtype=x.dtype) if aliases(x, input) else x
-            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), (x,), which, input)
         x = mode.keep(input, "activation", "input")
+        if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
+            # The tensor's next version is another tensor: what is kept has to be a copy of this one.
+            x = Stash(
+                x.recipe,
+                tuple([t.clone() for t in x.tensors]),
+                x.sources,
+                cost=x.cost,
+                dtype=x.dtype,
+            )
+        if inplace and _writable(input):
+            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), (x,), which, input)
         result = mode.exactly(function, input)
         output = Smooth.apply(result, (x,), which, input)
+        if inplace:
+            return _written(mode, input, output)
         mode.lineage.set(output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype))
         return output
 
@@ -169,10 +190,16 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
         above, on, off = STEPPED[kind]
         off = slope[0] if slope else off
         with torch.no_grad():
-            bits = bitmask.encode_positive(input) if kind in ("relu", "leaky_relu") else bitmask.encode(above(input))
+            bits = (
+                bitmask.encode_positive(input)
+                if kind in ("relu", "leaky_relu")
+                else bitmask.encode(above(input))
+            )
         mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
         if inplace:
-            return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), (whole(bits),), (on, off), input)
+            return SteppedInPlace.apply(
+                lambda t: func(t, *args, **kwargs), (whole(bits),), (on, off), input
+            )
         result = mode.exactly(func, input, *args, **kwargs)
         return Stepped.apply(result, (whole(bits),), (on, off), input)
 
@@ -180,7 +207,12 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
 
 
 def clamp(
-    mode: Interception, func: Any, /, input: Tensor, min: float | None = None, max: float | None = None
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    min: float | None = None,
+    max: float | None = None,
 ) -> Any:
     """Row of torch.clamp between numbers: one bit per element, whether it is within."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
@@ -219,7 +251,9 @@ def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
     x = mode.keep(input, "activation", "input")
     result = mode.exactly(func, input, dim)
     output = Gated.apply(result, (x,), dim, input)
-    mode.lineage.set(output, Stash(Replay(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype))
+    mode.lineage.set(
+        output, Stash(Replay(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
+    )
     return output
 
 

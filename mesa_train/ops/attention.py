@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..stash import Saved, whole
+from mesa_train.stash import Saved, whole
+
 from .base import Operator, derivative, sum_to
 from .views import view
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 _aten = torch.ops.aten
 
@@ -34,7 +35,9 @@ class FlashCPU(Operator):
     """inputs: q, k, v (B, H, N, D). stashes: q, k, v, out, logsumexp, mask. static: causal, scale."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         causal, scale = static
         dtype = grad.dtype
         operands = [saved.get(i, dtype) for i in range(4)]
@@ -48,11 +51,25 @@ class FlashCUDA(Operator):
     """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths, dropout, ..."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
         operands = [saved.get(i, grad.dtype) for i in range(4)]
         return _aten._scaled_dot_product_flash_attention_backward(
-            *(grad, *operands, saved[4], cum_q, cum_k, max_q, max_k, dropout_p, causal, saved[5], saved[6]),
+            *(
+                grad,
+                *operands,
+                saved[4],
+                cum_q,
+                cum_k,
+                max_q,
+                max_k,
+                dropout_p,
+                causal,
+                saved[5],
+                saved[6],
+            ),
             scale=scale,
         )
 
@@ -61,12 +78,24 @@ class Efficient(Operator):
     """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout, causal, scale."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         dropout_p, causal, scale = static
         operands = [saved.get(i, grad.dtype) for i in range(3)]
         mask = saved[7] if saved.specs[7] is not None else None
         return _aten._scaled_dot_product_efficient_attention_backward(
-            *(grad, *operands, mask, saved.get(3, grad.dtype), saved[4], saved[5], saved[6], dropout_p, list(needs)),
+            *(
+                grad,
+                *operands,
+                mask,
+                saved.get(3, grad.dtype),
+                saved[4],
+                saved[5],
+                saved[6],
+                dropout_p,
+                list(needs),
+            ),
             causal,
             scale=scale,
         )
@@ -76,12 +105,27 @@ class CuDNN(Operator):
     """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence lengths, dropout, ..."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
         operands = [saved.get(i, grad.dtype) for i in range(4)]
         mask = saved[7] if saved.specs[7] is not None else None
         return _aten._scaled_dot_product_cudnn_attention_backward(
-            *(grad, *operands, saved[4], saved[5], saved[6], mask, cum_q, cum_k, max_q, max_k, dropout_p, causal),
+            *(
+                grad,
+                *operands,
+                saved[4],
+                saved[5],
+                saved[6],
+                mask,
+                cum_q,
+                cum_k,
+                max_q,
+                max_k,
+                dropout_p,
+                causal,
+            ),
             scale=scale,
         )
 
@@ -90,7 +134,9 @@ class Unfused(Operator):
     """inputs: q, k, v, mask. stashes: q, k, v, weights. static: dtype, scale, shape of the mask."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         dtype, scale, mask_shape = static
         g = grad.to(dtype)
         q, k, v, weights = [saved.get(i, dtype) for i in range(4)]
@@ -108,11 +154,19 @@ class Recomputed(Operator):
     """inputs: q, k, v, mask. stashes: q, k, v, mask. static: dtype, keywords, the generator's state before the call."""
 
     @derivative("attention")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         dtype, keywords, state = static
-        inputs: list[Tensor | None] = [saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)]
-        inputs.append(None if saved.specs[3] is None else saved[3].detach().requires_grad_(needs[3]))
-        with torch.random.fork_rng([grad.device] if grad.is_cuda else [], enabled=state is not None):
+        inputs: list[Tensor | None] = [
+            saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)
+        ]
+        inputs.append(
+            None if saved.specs[3] is None else saved[3].detach().requires_grad_(needs[3])
+        )
+        with torch.random.fork_rng(
+            [grad.device] if grad.is_cuda else [], enabled=state is not None
+        ):
             if state is not None:
                 _generator(grad.device).set_state(state)
             with torch.enable_grad():
@@ -154,12 +208,27 @@ def attention(
             q, k, v = [_cast(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
                 mask = _cast(mask, dtype).requires_grad_(mask.requires_grad)
-    keywords = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    keywords = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
         choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
-    stashes = [mode.keep(t, "attention", o, _WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))]
-    arguments = (mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), dropout_p, is_causal, scale)
+    stashes = [
+        mode.keep(t, "attention", o, _WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))
+    ]
+    arguments = (
+        mode,
+        stashes,
+        (q, k, v, mask),
+        (query, key, value, attn_mask),
+        dropout_p,
+        is_causal,
+        scale,
+    )
     if choice == _FLASH and device == "cpu" and dropout_p == 0:
         return _flash_cpu(*arguments)
     if choice == _FLASH and device == "cuda" and q.shape[-1] % 8 == 0:
@@ -170,31 +239,58 @@ def attention(
         return _cudnn(*arguments)
     rebuild = mode.site.rules["attention", "q"].rebuild_linear
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
-        return _unfused(mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), is_causal, scale)
-    return _recomputed(mode, func, stashes, (q, k, v, mask), (query, key, value, attn_mask), keywords)
+        return _unfused(
+            mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), is_causal, scale
+        )
+    return _recomputed(
+        mode, func, stashes, (q, k, v, mask), (query, key, value, attn_mask), keywords
+    )
 
 
 def _backend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
 ) -> int:
     """The kernel that PyTorch would choose. A tracer cannot ask, so there the common cases are told apart by hand."""
     if not torch.compiler.is_compiling():
         return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale)
     if q.device.type == "cpu":
         same = q.shape[-1] == k.shape[-1] == v.shape[-1]
-        return _FLASH if dropout_p == 0 and same and (mask is None or not mask.requires_grad) else _MATH
+        return (
+            _FLASH
+            if dropout_p == 0 and same and (mask is None or not mask.requires_grad)
+            else _MATH
+        )
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         return _FLASH if mask is None else _EFFICIENT
     return _MATH
 
 
 def _flash_cpu(
-    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
 ) -> Any:
     q, k, v, mask = cast
     mask = _additive(mask, q.dtype)
     result, logsumexp = mode.exactly(
-        _aten._scaled_dot_product_flash_attention_for_cpu, q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        _aten._scaled_dot_product_flash_attention_for_cpu,
+        q,
+        k,
+        v,
+        0.0,
+        causal,
+        attn_mask=mask,
+        scale=scale,
     )
     out = mode.keep(result, "attention", "out", _WITHIN)
     kept = (*stashes, out, whole(logsumexp), None if mask is None else whole(mask))
@@ -202,7 +298,13 @@ def _flash_cpu(
 
 
 def _flash_cuda(
-    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
 ) -> Any:
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
         _aten._scaled_dot_product_flash_attention, *cast[:3], dropout_p, causal, False, scale=scale
@@ -214,34 +316,80 @@ def _flash_cuda(
 
 
 def _efficient(
-    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
 ) -> Any:
     q, k, v, mask = cast
     mask = _additive(mask, q.dtype)
     bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     result, logsumexp, seed, offset = mode.exactly(
-        _aten._scaled_dot_product_efficient_attention, q, k, v, bias, True, dropout_p, causal, scale=scale
+        _aten._scaled_dot_product_efficient_attention,
+        q,
+        k,
+        v,
+        bias,
+        True,
+        dropout_p,
+        causal,
+        scale=scale,
     )
     out = mode.keep(result, "attention", "out", _WITHIN)
-    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset), None if bias is None else whole(bias))
+    kept = (
+        *stashes,
+        out,
+        whole(logsumexp),
+        whole(seed),
+        whole(offset),
+        None if bias is None else whole(bias),
+    )
     return _recorded(mode, Efficient, result, out, kept, (dropout_p, causal, scale), inputs)
 
 
 def _cudnn(
-    mode: Interception, stashes: Any, cast: Any, inputs: Any, dropout_p: float, causal: bool, scale: float | None
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
 ) -> Any:
     q, k, v, mask = cast
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
-        _aten._scaled_dot_product_cudnn_attention, q, k, v, mask, True, dropout_p, causal, False, scale=scale
+        _aten._scaled_dot_product_cudnn_attention,
+        q,
+        k,
+        v,
+        mask,
+        True,
+        dropout_p,
+        causal,
+        False,
+        scale=scale,
     )
     out = mode.keep(result, "attention", "out", _WITHIN)
-    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset), None if mask is None else whole(mask))
+    kept = (
+        *stashes,
+        out,
+        whole(logsumexp),
+        whole(seed),
+        whole(offset),
+        None if mask is None else whole(mask),
+    )
     static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
     return _recorded(mode, CuDNN, result, out, kept, static, inputs[:3])
 
 
-def _unfused(mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: bool, scale: float | None) -> Any:
+def _unfused(
+    mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: bool, scale: float | None
+) -> Any:
     q, k, v, mask = cast
+    mask = _additive(mask, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         result, weights = mode.exactly(
             _aten._scaled_dot_product_attention_math, q, k, v, mask, 0.0, causal, scale=scale
@@ -253,7 +401,9 @@ def _unfused(mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: b
     return Unfused.apply(result, kept, static, *inputs[:3], None if trained is None else inputs[3])
 
 
-def _recomputed(mode: Interception, func: Any, /, stashes: Any, cast: Any, inputs: Any, keywords: Any) -> Any:
+def _recomputed(
+    mode: Interception, func: Any, /, stashes: Any, cast: Any, inputs: Any, keywords: Any
+) -> Any:
     q, k, v, mask = cast
     state = _generator(q.device).get_state() if keywords["dropout_p"] > 0 else None
     result = mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
@@ -262,7 +412,9 @@ def _recomputed(mode: Interception, func: Any, /, stashes: Any, cast: Any, input
     return Recomputed.apply(result, kept, (q.dtype, keywords, state), *inputs[:3], trained)
 
 
-def _recorded(mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any) -> Any:
+def _recorded(
+    mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
+) -> Any:
     output = node.apply(result, kept, static, *inputs)
     mode.lineage.set(output, out)
     return output

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stash import Saved, Stash, save
+from mesa_train.stash import Saved, Stash, save
 
 
 class Operator(torch.autograd.Function):
     """Base of the operators. `apply(output, stashes, static, *inputs)`: backward returns one gradient per input."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, stashes: tuple[Stash | None, ...], static: Any, *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, stashes: tuple[Stash | None, ...], static: Any, *inputs: Any
+    ) -> Tensor:
         save(ctx, *stashes)
         ctx.static = static
         return output.detach()
@@ -37,7 +39,12 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad[3:]
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return (None, None, None, *gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad))
+                return (
+                    None,
+                    None,
+                    None,
+                    *gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad),
+                )
             with torch.no_grad():
                 results = gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad)
             message = (
@@ -46,7 +53,9 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
             )
             # Through the leaves as well, or a search for one of them would pass the error by.
             tracked = [r.detach().requires_grad_() for r in results if r is not None] + _leaves(ctx)
-            blocked = iter(_as_tuple(torch._C._functions.DelayedError(message, len(tracked))(*tracked)))
+            blocked = iter(
+                _as_tuple(torch._C._functions.DelayedError(message, len(tracked))(*tracked))
+            )
             return (None, None, None, *[None if r is None else next(blocked) for r in results])
 
         return staticmethod(backward)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 def reenter(mode: Interception, func: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -28,6 +28,8 @@ def reenter(mode: Interception, func: Any, /, *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def _twin(func: types.FunctionType) -> types.FunctionType:
     names = {**func.__globals__, "has_torch_function": lambda *_: False}
-    twin = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    twin = types.FunctionType(
+        func.__code__, names, func.__name__, func.__defaults__, func.__closure__
+    )
     twin.__kwdefaults__ = func.__kwdefaults__
     return twin

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..stash import Saved, whole
+from mesa_train.stash import Saved, whole
+
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Conv(Operator):
     """inputs: x, weight, bias. stashes: x, weight. static: shapes of x and bias, and the convolution's numbers."""
 
     @derivative("conv")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         shape, bias_size, numbers = static
         # An operand that is not needed only lends its shape.
         x = saved.get(0, grad.dtype) if needs[1] else grad.new_empty(()).expand(shape)
@@ -47,7 +50,11 @@ def conv(
 ) -> Any:
     """Row of torch.nn.functional.conv1d, conv2d and conv3d."""
     spatial = weight.dim() - 2
-    if not mode.covers("conv", input, weight, bias) or input.dim() != weight.dim() or not input.numel():
+    if (
+        not mode.covers("conv", input, weight, bias)
+        or input.dim() != weight.dim()
+        or not input.numel()
+    ):
         return NotImplemented
     strides, dilations = _each(stride, spatial), _each(dilation, spatial)
     kernel = weight.shape[2:]

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..codecs import bitmask
-from ..stash import CHEAP, Saved, Spec, Stash, whole
+from mesa_train.codecs import bitmask
+from mesa_train.stash import CHEAP, Saved, Spec, Stash, whole
+
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Dropout(Operator):
     """inputs: x. stashes: one bit per element. static: 1 / (1 - p)."""
 
     @derivative("dropout")
-    def backward(saved: Saved, scale: float, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, scale: float, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         return (bitmask.apply(grad, saved[0], scale),)
 
 
@@ -35,7 +38,14 @@ class Dropped:
 
 
 def dropout(
-    mode: Interception, func: Any, /, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Row of torch.nn.functional.dropout and torch.dropout, which calls `training` `train`."""
     training = kwargs.pop("train", training)
@@ -57,5 +67,7 @@ def dropout(
     output = Dropout.apply(result, (whole(bits),), scale, input)
     source = mode.lineage.get(input)
     if source is not None:
-        mode.lineage.set(output, Stash(Dropped(scale), (bits,), (source,), cost=CHEAP, dtype=result.dtype))
+        mode.lineage.set(
+            output, Stash(Dropped(scale), (bits,), (source,), cost=CHEAP, dtype=result.dtype)
+        )
     return output

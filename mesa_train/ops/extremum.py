@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..codecs import bitmask
-from ..stash import Saved, whole
+from mesa_train.codecs import bitmask
+from mesa_train.stash import Saved, whole
+
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Extremum(Operator):
     """inputs: x. stashes: one bit per element, how many reached it. static: shape of x, dims, keepdim."""
 
     @derivative("extremum")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         shape, dims, keepdim = static
         if not keepdim:
             for dim in sorted([d % len(shape) for d in dims]):
@@ -30,7 +33,13 @@ class Extremum(Operator):
 
 
 def extremum(
-    mode: Interception, func: Any, /, input: Tensor, dim: Any = (), keepdim: bool = False, **kwargs: Any
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    dim: Any = (),
+    keepdim: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Row of torch.amax and torch.amin."""
     if kwargs or not mode.covers("extremum", input) or not input.numel() or not input.dim():
@@ -42,4 +51,6 @@ def extremum(
         mask = input == best
         bits, count = bitmask.encode(mask), mask.sum(dims, keepdim=True).to(input.dtype)
     mode.report.add(mode.site.name, "extremum", "mask", "1 bit", bits.numel())
-    return Extremum.apply(result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input)
+    return Extremum.apply(
+        result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input
+    )

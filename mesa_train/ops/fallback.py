@@ -13,39 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..codecs import bitmask
-from ..stash import Spec, Stash, strip, value
+from mesa_train.codecs import bitmask
+from mesa_train.stash import Spec, Stash, strip, value
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 # Functions that save nothing of size.
 _NOTHING = frozenset(
-    """
-    add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_ requires_grad_ backward detach
-    detach_ size dim ndim numel stride element_size data_ptr is_contiguous is_floating_point is_complex item tolist
-    __len__ __hash__ __repr__ __format__ __bool__ __iter__ nelement storage_offset untyped_storage get_device
-    register_hook retain_grad eq ne lt le gt ge isnan isinf isfinite all any argmax argmin argsort zeros_like
-    ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor
-    sum mean cat stack concat concatenate hstack vstack repeat tile masked_fill masked_fill_ cumsum type_as expand_as
-    view_as reshape_as interpolate upsample unfold fold meshgrid numpy cpu cuda type is_inference embedding
-    """.split()
+    ["add", "add_", "sub", "sub_", "rsub", "neg", "neg_", "__get__", "__set__", "__setitem__", "copy_", "fill_", "zero_", "requires_grad_", "backward", "detach", "detach_", "size", "dim", "ndim", "numel", "stride", "element_size", "data_ptr", "is_contiguous", "is_floating_point", "is_complex", "item", "tolist", "__len__", "__hash__", "__repr__", "__format__", "__bool__", "__iter__", "nelement", "storage_offset", "untyped_storage", "get_device", "register_hook", "retain_grad", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "all", "any", "argmax", "argmin", "argsort", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "sum", "mean", "cat", "stack", "concat", "concatenate", "hstack", "vstack", "repeat", "tile", "masked_fill", "masked_fill_", "cumsum", "type_as", "expand_as", "view_as", "reshape_as", "interpolate", "upsample", "unfold", "fold", "meshgrid", "numpy", "cpu", "cuda", "type", "is_inference", "embedding"]
 )
 
 # Functions whose saved tensors must stay exact: a loss seeds the whole backward; a derivative that compares what was
 # saved with a bound or with another tensor, or that has a pole, turns a small error into any error.
 _EXACT = frozenset(
-    """
-    log_softmax cross_entropy nll_loss nll_loss_nd binary_cross_entropy binary_cross_entropy_with_logits
-    mse_loss l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss multi_margin_loss ctc_loss gaussian_nll_loss
-    cosine_embedding_loss triplet_margin_loss hinge_embedding_loss poisson_nll_loss margin_ranking_loss logsumexp
-    multilabel_margin_loss multilabel_soft_margin_loss
-    amax amin max min maximum minimum fmax fmin aminmax clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip
-    clip_ abs abs_ absolute threshold threshold_ hardshrink softshrink prelu rrelu hardtanh hardtanh_ floor_divide
-    remainder fmod heaviside nan_to_num nan_to_num_ logical_and logical_or
-    reciprocal reciprocal_ rsqrt rsqrt_ sqrt sqrt_ log log_ log2 log10 log1p log1p_ logit xlogy acos asin acosh atanh
-    tan atan2 norm vector_norm matrix_norm renorm cdist pdist dist prod cumprod logcumsumexp erfinv lgamma digamma
-    """.split()
+    ["log_softmax", "cross_entropy", "nll_loss", "nll_loss_nd", "binary_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "soft_margin_loss", "multi_margin_loss", "ctc_loss", "gaussian_nll_loss", "cosine_embedding_loss", "triplet_margin_loss", "hinge_embedding_loss", "poisson_nll_loss", "margin_ranking_loss", "logsumexp", "multilabel_margin_loss", "multilabel_soft_margin_loss", "amax", "amin", "max", "min", "maximum", "minimum", "fmax", "fmin", "aminmax", "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_", "abs", "abs_", "absolute", "threshold", "threshold_", "hardshrink", "softshrink", "prelu", "rrelu", "hardtanh", "hardtanh_", "floor_divide", "remainder", "fmod", "heaviside", "nan_to_num", "nan_to_num_", "logical_and", "logical_or", "reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "sqrt", "sqrt_", "log", "log_", "log2", "log10", "log1p", "log1p_", "logit", "xlogy", "acos", "asin", "acosh", "atanh", "tan", "atan2", "norm", "vector_norm", "matrix_norm", "renorm", "cdist", "pdist", "dist", "prod", "cumprod", "logcumsumexp", "erfinv", "lgamma", "digamma"]
 )
 
 # Functions that keep something only if both operands need a gradient, and then the second must stay exact or not.
@@ -98,13 +80,20 @@ class _Hooks:
     def _kept(self, tensor: Tensor) -> Stash | Tensor | tuple[Tensor, tuple[int, ...]]:
         """A stash, the tensor itself, or a mask's (bits, shape)."""
         mode = self.mode
-        if tensor.dtype is torch.bool and tensor.numel() >= mode.site.rules["fallback", "saved"].min_bytes:
+        if (
+            tensor.dtype is torch.bool
+            and tensor.numel() >= mode.site.rules["fallback", "saved"].min_bytes
+        ):
             bits = bitmask.encode(tensor)
             mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
             return bits, tuple(tensor.shape)
         if self.exact is not None and tensor.data_ptr() == self.exact.data_ptr():
             return tensor
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or _is_weight(tensor):
+        if (
+            not tensor.is_floating_point()
+            or tensor.layout is not torch.strided
+            or _is_weight(tensor)
+        ):
             return tensor
         return mode.keep(tensor, "fallback", "saved", label=self.name)
 
@@ -122,7 +111,13 @@ class _Packed:
         unwrap: Callable[[Any], Tensor] | None,
         versions: list[int] | None = None,
     ) -> None:
-        self.tensors, self.spec, self.shape, self.unwrap, self.versions = tensors, spec, shape, unwrap, versions
+        self.tensors, self.spec, self.shape, self.unwrap, self.versions = (
+            tensors,
+            spec,
+            shape,
+            unwrap,
+            versions,
+        )
 
 
 def _unpack(packed: _Packed) -> Tensor:
@@ -131,7 +126,9 @@ def _unpack(packed: _Packed) -> Tensor:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation"
         )
-    tensors = packed.tensors if packed.unwrap is None else [packed.unwrap(t) for t in packed.tensors]
+    tensors = (
+        packed.tensors if packed.unwrap is None else [packed.unwrap(t) for t in packed.tensors]
+    )
     if packed.spec is not None:
         return value(packed.spec, tensors)
     if packed.shape is not None:
@@ -145,7 +142,9 @@ def _is_weight(tensor: Tensor) -> bool:
         return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
     node = tensor.grad_fn
     before = node.next_functions if node is not None else ()
-    return bool(before) and all([b is not None and b.name() == "torch::autograd::AccumulateGrad" for b, _ in before])
+    return bool(before) and all(
+        [b is not None and b.name() == "torch::autograd::AccumulateGrad" for b, _ in before]
+    )
 
 
 def _writes(name: str, args: Any, kwargs: Any) -> bool:

@@ -16,18 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..stash import MATMUL, Saved, Spec, Stash, whole
+from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
+
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Linear(Operator):
     """inputs: x (..., in), weight (out, in), bias (out) or None. stashes: x, weight."""
 
     @derivative("linear")
-    def backward(saved: Saved, static: None, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: None, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         return _gradients(saved, needs, grad)
 
 
@@ -35,7 +38,9 @@ class ScaledLinear(Operator):
     """inputs: x, weight, bias, scale (out). static: the Linear's dtype. stashes: x, weight, scale, bias."""
 
     @derivative("linear")
-    def backward(saved: Saved, dtype: torch.dtype, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, dtype: torch.dtype, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         weight, scale = saved[1], saved[2]
         flat = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = dscale = None
@@ -65,7 +70,9 @@ class Product:
 _PRODUCT = Product()
 
 
-def linear(mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def linear(
+    mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Any:
     """Row of torch.nn.functional.linear."""
     if not mode.covers("linear", input, weight, bias) or weight.dim() != 2:
         return NotImplemented
@@ -76,7 +83,9 @@ def linear(mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias
     if x is not None:
         parameters = (weight,) if bias is None else (weight, bias)
         if x.cost < MATMUL:
-            mode.lineage.set(output, Stash(_PRODUCT, parameters, (x,), cost=MATMUL, dtype=result.dtype))
+            mode.lineage.set(
+                output, Stash(_PRODUCT, parameters, (x,), cost=MATMUL, dtype=result.dtype)
+            )
         mode.linears.set(output, (input, _version(input), x, weight, bias))
     return output
 
@@ -84,7 +93,12 @@ def linear(mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias
 def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> Any:
     """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is what this is."""
     made = mode.linears.get(product)
-    if made is None or scale.dim() != 1 or product.shape[-1] != scale.shape[0] or not scale.requires_grad:
+    if (
+        made is None
+        or scale.dim() != 1
+        or product.shape[-1] != scale.shape[0]
+        or not scale.requires_grad
+    ):
         return NotImplemented
     input, version, x, weight, bias = made
     if version != _version(input) or _watched(product):
@@ -100,7 +114,9 @@ def _version(tensor: Tensor) -> int:
 
 def _watched(product: Tensor) -> bool:
     """Whether somebody waits for the product's own gradient, which a scaled Linear does not compute."""
-    return not torch.compiler.is_compiling() and (product.retains_grad or bool(product._backward_hooks))
+    return not torch.compiler.is_compiling() and (
+        product.retains_grad or bool(product._backward_hooks)
+    )
 
 
 def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:

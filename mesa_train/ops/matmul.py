@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..stash import Saved, Stash
+from mesa_train.stash import Saved, Stash
+
 from .base import Operator, derivative, sum_to
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class MatMul(Operator):
     """inputs: left (..., n, k), right (..., k, m), both at least 2-D. stashes: left, right. static: their shapes."""
 
     @derivative("matmul")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         left_shape, right_shape = static
         dleft = dright = None
         if needs[0]:
@@ -41,7 +44,9 @@ class AddMatMul(Operator):
     """inputs: base, left, right. stashes: left, right. static: shapes of all three, beta, alpha."""
 
     @derivative("matmul")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         base_shape, beta, alpha = static
         dleft = alpha * (grad @ saved.get(1, grad.dtype).mT) if needs[1] else None
         dright = alpha * (saved.get(0, grad.dtype).mT @ grad) if needs[2] else None
@@ -52,16 +57,34 @@ class Einsum(Operator):
     """inputs: left, right. stashes: left, right. static: the subscripts of left, right and output."""
 
     @derivative("matmul")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         left, right, out = static
-        dleft = torch.einsum(f"{out},{right}->{left}", grad, saved.get(1, grad.dtype)) if needs[0] else None
-        dright = torch.einsum(f"{out},{left}->{right}", grad, saved.get(0, grad.dtype)) if needs[1] else None
+        dleft = (
+            torch.einsum(f"{out},{right}->{left}", grad, saved.get(1, grad.dtype))
+            if needs[0]
+            else None
+        )
+        dright = (
+            torch.einsum(f"{out},{left}->{right}", grad, saved.get(0, grad.dtype))
+            if needs[1]
+            else None
+        )
         return dleft, dright
 
 
-def matmul(mode: Interception, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any) -> Any:
+def matmul(
+    mode: Interception, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any
+) -> Any:
     """Row of torch.matmul, mm, bmm and the operator @."""
-    if kwargs or other is None or not mode.covers("matmul", input, other) or input.dim() < 2 or other.dim() < 2:
+    if (
+        kwargs
+        or other is None
+        or not mode.covers("matmul", input, other)
+        or input.dim() < 2
+        or other.dim() < 2
+    ):
         return NotImplemented
     stashes = _operands(mode, input, other)
     result = mode.exactly(func, input, other)
@@ -73,9 +96,15 @@ def reversed_matmul(mode: Interception, func: Any, /, other: Tensor, input: Tens
     return matmul(mode, torch.matmul, input, other)
 
 
-def add_matmul(mode: Interception, func: Any, /, input: Tensor, *factors: Tensor, **kwargs: Any) -> Any:
+def add_matmul(
+    mode: Interception, func: Any, /, input: Tensor, *factors: Tensor, **kwargs: Any
+) -> Any:
     """Row of addmm and baddbmm."""
-    if kwargs.keys() - {"beta", "alpha"} or len(factors) != 2 or not mode.covers("matmul", input, *factors):
+    if (
+        kwargs.keys() - {"beta", "alpha"}
+        or len(factors) != 2
+        or not mode.covers("matmul", input, *factors)
+    ):
         return NotImplemented
     left, right = factors
     stashes = _operands(mode, left, right)

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..stash import CHEAP, MATMUL, Replay, Saved, Spec, Stash
+from mesa_train.stash import CHEAP, MATMUL, Replay, Saved, Spec, Stash
+
 from .base import Operator, derivative, sum_to
 from .linear import scaled
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Mul(Operator):
     """inputs: left, right. stashes: left, right. static: their shapes."""
 
     @derivative("mul")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         left_shape, right_shape = static
         dleft = sum_to(grad * saved[1], left_shape) if needs[0] else None
         dright = sum_to(grad * saved[0], right_shape) if needs[1] else None
@@ -60,9 +63,13 @@ def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any)
             return output
     left, right = mode.keep(input, "mul", "left"), mode.keep(other, "mul", "right")
     result = mode.exactly(func, input, other)
-    output = Mul.apply(result, (left, right), (tuple(input.shape), tuple(other.shape)), input, other)
+    output = Mul.apply(
+        result, (left, right), (tuple(input.shape), tuple(other.shape)), input, other
+    )
     if max(left.cost, right.cost) < MATMUL:
-        mode.lineage.set(output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype))
+        mode.lineage.set(
+            output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype)
+        )
     return output
 
 

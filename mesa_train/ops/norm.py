@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..codecs.affine import Affine
-from ..stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
+from mesa_train.codecs.affine import Affine
+from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, whole
+
 from .base import Operator, aliases, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class TokenNorm(Operator):
     """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight. static: centred, shape."""
 
     @derivative("layer_norm")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         centred, shape = static
         rstd = saved[1]
         weight = saved[2].reshape(-1) if saved.specs[2] is not None else None
@@ -61,7 +64,9 @@ class ChannelNorm(Operator):
     """
 
     @derivative("batch_norm")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         shape, averaged = static
         rstd = saved[1]
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -74,7 +79,11 @@ class ChannelNorm(Operator):
             if saved.specs[2] is not None:
                 g = g * saved[2].reshape(shape[1], shape[2], 1)
             if averaged:
-                g = g - g.mean(averaged, keepdim=True) - x_hat * (g * x_hat).mean(averaged, keepdim=True)
+                g = (
+                    g
+                    - g.mean(averaged, keepdim=True)
+                    - x_hat * (g * x_hat).mean(averaged, keepdim=True)
+                )
             dx = (g * rstd).reshape(grad.shape)
         return dx, dweight, dbias
 
@@ -89,7 +98,9 @@ class Normalize(Operator):
     """x / max(|x|, eps). inputs: x. stashes: the output, the clamped norm. static: dim, eps."""
 
     @derivative("normalize")
-    def backward(saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
         dim, eps = static
         y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
         along = torch.where(norm > eps, (grad * y).sum(dim, keepdim=True), 0)
@@ -99,7 +110,9 @@ class Normalize(Operator):
 class Scaled:
     """Recipe: x_hat * weight + bias, the norm's output. `per_channel` is the shape that lines weight up with x_hat."""
 
-    def __init__(self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None
+    ) -> None:
         self.has_weight, self.has_bias, self.per_channel = has_weight, has_bias, per_channel
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
@@ -110,7 +123,9 @@ class Scaled:
         if self.per_channel is None:
             leaf = source.recipe
             flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
-            return leaf.geometry.restore(leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat))
+            return leaf.geometry.restore(
+                leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat)
+            )
         value = saved.value(source, torch.promote_types(dtype, torch.float32))
         if weight is not None:
             value = value * weight.view(self.per_channel)
@@ -136,7 +151,9 @@ def layer_norm(
     shape = tuple(normalized_shape)
     tensors = [_cast_like_autocast(t) for t in (input, weight, bias)]
     result, mean, rstd = mode.exactly(torch.native_layer_norm, tensors[0], shape, *tensors[1:], eps)
-    return _token_norm(mode, "layer_norm", tensors[0], result, mean, rstd, (input, weight, bias), shape)
+    return _token_norm(
+        mode, "layer_norm", tensors[0], result, mean, rstd, (input, weight, bias), shape
+    )
 
 
 def rms_norm(
@@ -171,7 +188,11 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Row of torch.nn.functional.group_norm."""
-    if not mode.covers("group_norm", input, weight, bias) or not input.numel() or input.shape[1] % num_groups:
+    if (
+        not mode.covers("group_norm", input, weight, bias)
+        or not input.numel()
+        or input.shape[1] % num_groups
+    ):
         return NotImplemented
     batch, channels = input.shape[:2]
     positions = input.numel() // (batch * channels)
@@ -179,11 +200,20 @@ def group_norm(
     # As PyTorch does before it calls this function.
     layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
     result, mean, rstd = mode.exactly(
-        torch.native_group_norm, x.contiguous(memory_format=layout), *parameters, batch, channels, positions, num_groups, eps
+        torch.native_group_norm,
+        x.contiguous(memory_format=layout),
+        *parameters,
+        batch,
+        channels,
+        positions,
+        num_groups,
+        eps,
     )
     shape = (batch, num_groups, channels // num_groups, positions)
     statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
-    return _channel_norm(mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3))
+    return _channel_norm(
+        mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3)
+    )
 
 
 def batch_norm(
@@ -207,7 +237,17 @@ def batch_norm(
         return NotImplemented  # PyTorch's own error says what is wrong
     result, mean, rstd, *_ = mode.exactly(
         torch._batch_norm_impl_index,
-        *(input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled),
+        *(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            torch.backends.cudnn.enabled,
+        ),
     )
     if not training:
         assert running_mean is not None and running_var is not None
@@ -216,7 +256,9 @@ def batch_norm(
     shape = (batch, 1, channels, input.numel() // (batch * channels))
     statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)
     averaged = (0, 3) if training else ()
-    return _channel_norm(mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged)
+    return _channel_norm(
+        mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged
+    )
 
 
 def normalize(
@@ -324,8 +366,10 @@ def _channel_norm(
 
 def _cast_like_autocast(tensor: Tensor | None) -> Tensor | None:
     """CUDA's autocast runs norms in float32; the functions called here are below its reach."""
-    if tensor is None or tensor.device.type == "cpu" or not torch.is_autocast_enabled(tensor.device.type):
+    if (
+        tensor is None
+        or tensor.device.type == "cpu"
+        or not torch.is_autocast_enabled(tensor.device.type)
+    ):
         return tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-

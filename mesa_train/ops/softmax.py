@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..stash import Saved
+from mesa_train.stash import Saved
+
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 
 class Softmax(Operator):
@@ -23,7 +24,15 @@ class Softmax(Operator):
         return (weighted - saved.get(0, grad.dtype) * weighted.sum(dim, keepdim=True),)
 
 
-def softmax(mode: Interception, func: Any, /, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def softmax(
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    dim: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Row of torch.softmax, Tensor.softmax and torch.nn.functional.softmax."""
     if dim is None or not mode.covers("softmax", input):
         return NotImplemented

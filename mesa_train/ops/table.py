@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, attention, composite, conv, dropout, extremum, linear, matmul, multiply, norm, softmax, views
+from . import (
+    activation,
+    attention,
+    composite,
+    conv,
+    dropout,
+    extremum,
+    linear,
+    matmul,
+    multiply,
+    norm,
+    softmax,
+    views,
+)
 from .fallback import fallback as fallback
 
 Row = Callable[..., Any]
@@ -83,12 +96,8 @@ ROWS: dict[Any, Row] = {
 }
 
 # Recomputing these moves data and computes nothing.
-_VIEWS = (
-    "transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind chunk split tensor_split "
-    "select narrow movedim moveaxis swapaxes swapdims roll flip expand clone unsafe_chunk unsafe_split split_with_sizes "
-    "adjoint t"
-).split()
-_CASTS = "to float half bfloat16 double".split()
+_VIEWS = ["transpose", "permute", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "unbind", "chunk", "split", "tensor_split", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "roll", "flip", "expand", "clone", "unsafe_chunk", "unsafe_split", "split_with_sizes", "adjoint", "t"]
+_CASTS = ["to", "float", "half", "bfloat16", "double"]
 
 for _name in _VIEWS:
     for _owner in (torch, Tensor):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..stash import VIEW, Cast, Replay, Stash
+from mesa_train.stash import VIEW, Cast, Replay, Stash
+
 from .fallback import fallback
 
 if TYPE_CHECKING:
-    from ..intercept import Interception
+    from mesa_train.intercept import Interception
 
 _CAST = Cast()
 
@@ -48,7 +49,12 @@ def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: 
         return NotImplemented  # a view behind it may rely on the new layout, which a cast of codes does not have
     output = func(input, *args, **kwargs)
     source = mode.lineage.get(input)
-    if source is not None and output is not input and output.is_floating_point() and output.device == input.device:
+    if (
+        source is not None
+        and output is not input
+        and output.is_floating_point()
+        and output.device == input.device
+    ):
         stash = Stash(_CAST, (), (source,), cost=VIEW, dtype=output.dtype)
         mode.lineage.set(output, stash)
     return output
@@ -66,5 +72,3 @@ def _has_tensor(values: Any) -> bool:
         if isinstance(value, (tuple, list)) and _has_tensor(value):
             return True
     return False
-
-

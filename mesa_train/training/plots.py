@@ -50,6 +50,8 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
     Rows need the keys name, seed and epoch. Lines that coincide stay visible: later names are
     dashed over earlier ones.
     """
+    from matplotlib.ticker import MaxNLocator
+
     by_name = group_by(rows, "name")
     palette = colours([name for (name,) in by_name])
     for order, ((name,), own) in enumerate(by_name.items()):
@@ -65,7 +67,17 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
             if len(at) == len(seeds)
         ]
         style = "-" if order == 0 else (0, (4, order))
-        axis.plot(*zip(*means, strict=True), color=colour, linewidth=1.8, linestyle=style, label=name)
+        marker = "o" if len(means) <= 12 else None
+        axis.plot(
+            *zip(*means, strict=True),
+            color=colour,
+            linewidth=1.8,
+            linestyle=style,
+            marker=marker,
+            markersize=3,
+            label=name,
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")
     axis.set_title(label, fontsize=10)
     axis.legend(frameon=False, fontsize=9)
@@ -88,8 +100,30 @@ def bars(axis: Axes, values: Mapping[str, float], label: str, unit: str) -> None
             fontsize=9,
         )
     axis.set_xlim(0, 1.45 * max(values.values()))
+    axis.set_xlabel(unit)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
+    axis.set_title(label, fontsize=10)
+
+
+def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
+    """One dot per seed in a column per name, and a short line at each name's mean.
+
+    Dots of one seed are joined across names, so that a seed's own luck can be told from a name's.
+    """
+    by_name = group_by(rows, "name")
+    names = [name for (name,) in by_name]
+    palette = colours(names)
+    for own in group_by(rows, "seed").values():
+        points = [(names.index(row["name"]), scale * row[value]) for row in own]
+        axis.plot(*zip(*sorted(points), strict=True), color="#999999", linewidth=0.7, zorder=1)
+    for position, ((name,), own) in enumerate(by_name.items()):
+        values = [scale * row[value] for row in own]
+        axis.scatter([position] * len(values), values, color=palette[name], s=22, zorder=2)
+        axis.hlines(statistics.fmean(values), position - 0.2, position + 0.2, color=palette[name])
+    axis.set_xticks(range(len(names)), names, rotation=15)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.grid(axis="x", visible=False)
     axis.set_title(label, fontsize=10)
 
 

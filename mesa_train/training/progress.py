@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from mesa_train.memory.text import format_bytes
@@ -24,7 +31,6 @@ from .engine import EpochResult, StepEvent
 
 @dataclass
 class _Line:
-    step: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     times_ms: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     result: EpochResult | None = None
@@ -33,24 +39,24 @@ class _Line:
 class Dashboard:
     """Shows runs by name as their steps and epochs are reported; a context manager.
 
-    `kept_bytes` is what each run keeps for its backward. `total_steps` counts the steps of all
-    runs together, `batch_size` turns step times into images per second.
+    `kept_bytes` names the runs and says what each keeps for its backward. `total_steps` counts the
+    steps of all runs together, `batch_size` turns step times into images per second.
     """
 
     def __init__(
         self,
         title: str,
-        kept_bytes: dict[str, int],
+        kept_bytes: Mapping[str, int],
         *,
         total_steps: int,
         batch_size: int,
         console: Console | None = None,
     ) -> None:
         self.title = title
-        self.kept_bytes = kept_bytes
+        self.kept_bytes = dict(kept_bytes)
         self.batch_size = batch_size
         self.console = console or Console()
-        self.lines: dict[str, _Line] = {}
+        self.lines = {name: _Line() for name in kept_bytes}
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -65,6 +71,13 @@ class Dashboard:
         self.task = self.progress.add_task("training", total=total_steps)
         self.live = Live(self._view(), console=self.console, auto_refresh=False)
         self.refreshed = 0.0
+
+    def restart(self, title: str) -> None:
+        """Empties the table for the next set of runs of the same names; the bar goes on."""
+        self.title = title
+        self.lines = {name: _Line() for name in self.lines}
+        if not self.console.is_terminal:
+            self.console.print(title, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Dashboard:
         if self.console.is_terminal:
@@ -82,8 +95,7 @@ class Dashboard:
             self.live.stop()
 
     def on_step(self, event: StepEvent) -> None:
-        line = self.lines.setdefault(event.name, _Line())
-        line.step = event.step
+        line = self.lines[event.name]
         line.losses.append(event.loss)
         line.times_ms.append(event.time_ms)
         self.progress.advance(self.task)
@@ -95,12 +107,11 @@ class Dashboard:
     def on_epoch(self, result: EpochResult) -> None:
         self.lines[result.name].result = result
         if not self.console.is_terminal:
-            kept = self.kept_bytes.get(result.name)
             self.console.print(
                 f"{result.name:<18} epoch {result.epoch:>3}  loss {result.train_loss:.3f}  "
                 f"held-out accuracy {result.val_accuracy:6.1%}  {result.step_ms:.0f} ms/step  "
-                f"{self._images_per_s(result.step_ms):.0f} images/s"
-                + (f"  keeps {format_bytes(kept)}" if kept is not None else ""),
+                f"{self._images_per_s(result.step_ms):.0f} images/s  "
+                f"keeps {format_bytes(self.kept_bytes[result.name])}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -115,16 +126,15 @@ class Dashboard:
         for heading in ("training\nloss", "held-out\naccuracy"):
             table.add_column(heading, justify="right", min_width=9)
         for name, line in self.lines.items():
-            step_ms = statistics.median(line.times_ms)
-            kept = self.kept_bytes.get(name)
+            cells = [name, format_bytes(self.kept_bytes[name])]
+            if line.losses:
+                step_ms = statistics.median(line.times_ms)
+                cells += [f"{step_ms:.0f} ms", f"{self._images_per_s(step_ms):.0f}"]
+            else:
+                cells += ["-", "-"]
             result = line.result
-            table.add_row(
-                name,
-                "-" if kept is None else format_bytes(kept),
-                f"{step_ms:.0f} ms",
-                f"{self._images_per_s(step_ms):.0f}",
-                "-" if result is None else str(result.epoch),
-                f"{statistics.fmean(line.losses):.3f}",
-                "-" if result is None else f"{result.val_accuracy:.1%}",
-            )
+            cells += ["-" if result is None else str(result.epoch)]
+            cells += [f"{statistics.fmean(line.losses):.3f}" if line.losses else "-"]
+            cells += ["-" if result is None else f"{result.val_accuracy:.1%}"]
+            table.add_row(*cells)
         return Group(table, self.progress)

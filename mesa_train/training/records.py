@@ -65,7 +65,9 @@ def provenance(device: str | torch.device = "cpu") -> Row:
         "device": _device_name(device.type),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "versions": _versions(("mesa_train", "torch", "timm", "triton")),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

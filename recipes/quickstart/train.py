@@ -119,6 +119,6 @@ def draw(rows: list[records.Row], kept: dict[str, int], title: str, path: Path) 
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     app()

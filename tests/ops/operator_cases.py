@@ -180,7 +180,10 @@ def _matmul():
         (activation(4, 6), activation(4, 5), activation(5, 6)),
     )
     yield Case(
-        "addmm by keyword", lambda b, x, y: torch.addmm(b, mat1=x, mat2=y), (parameter(6), activation(4, 5), parameter(5, 6))
+        "addmm by keyword",
+        lambda b, x, y: torch.addmm(b, mat1=x, mat2=y),
+        (parameter(6), activation(4, 5), parameter(5, 6)),
+        fallback=True,
     )
     yield Case("baddbmm", torch.baddbmm, (activation(2, 4, 6), activation(2, 4, 5), activation(2, 5, 6)))
     yield Case(
@@ -193,14 +196,14 @@ def _matmul():
     yield Case("matmul 2-D N-D", torch.matmul, (activation(4, 5), activation(3, 5, 6)))
     yield Case("matmul N-D N-D", torch.matmul, (activation(2, 3, 4, 5), activation(2, 3, 5, 6)))
     yield Case("matmul broadcasting batch", torch.matmul, (activation(2, 1, 4, 5), activation(3, 5, 6)))
-    yield Case("matmul vector", torch.matmul, (activation(4, 5), activation(5)))
+    yield Case("matmul vector", torch.matmul, (activation(4, 5), activation(5)), fallback=True)
     yield Case("matmul by keyword", lambda x, y: torch.matmul(input=x, other=y), (activation(4, 5), activation(5, 6)))
     yield Case("matmul with itself", lambda x: x @ x.mT, (activation(2, 4, 5),))
     yield Case("@", lambda x, y: x @ y, (activation(2, 4, 5), parameter(5, 6)))
     yield Case("@ of a constant", lambda x, y: x @ y, (constant(2, 4, 5), activation(2, 5, 6)))
     yield Case("__rmatmul__", lambda x, y: y.__rmatmul__(x), (activation(2, 4, 5), activation(2, 5, 6)))
     yield Case("bmm", torch.bmm, (activation(2, 4, 5), activation(2, 5, 6)))
-    yield Case("bmm by keyword", lambda x, y: torch.bmm(x, mat2=y), (activation(2, 4, 5), activation(2, 5, 6)))
+    yield Case("bmm by keyword", lambda x, y: torch.bmm(x, mat2=y), (activation(2, 4, 5), activation(2, 5, 6)), fallback=True)
     yield Case("Tensor.bmm", lambda x, y: x.bmm(y), (activation(2, 4, 5), activation(2, 5, 6)))
     yield Case("mm", torch.mm, (activation(4, 5), activation(5, 6)))
     for equation, left, right in [
@@ -398,6 +401,8 @@ def _activations():
         "mish": F.mish,
         "softplus": F.softplus,
         "elu": F.elu,
+        "nn.ELU": nn.ELU(),
+        "nn.Softplus": nn.Softplus(),
         "leaky_relu 0.2": lambda x: F.leaky_relu(x, 0.2),
         "leaky_relu 0.2 inplace": lambda x: F.leaky_relu(x.mul(1.5), 0.2, True),
         "F.sigmoid": F.sigmoid,
@@ -413,6 +418,7 @@ def _activations():
         "leaky_relu inplace": lambda x: F.leaky_relu(x.mul(1.5), 0.01, True),
         "silu inplace": lambda x: F.silu(x.mul(1.5), inplace=True),
         "hardswish inplace": lambda x: F.hardswish(x.mul(1.5), inplace=True),
+        "elu inplace": lambda x: F.elu(x.mul(1.5), 1.0, True),
         "mish inplace": lambda x: F.mish(x.mul(1.5), inplace=True),
         "relu_ of a view": lambda x: x.mul(1.5).reshape(3, 36)[:].relu_(),
         "relu_ of a part": lambda x: _in_a_part(x, torch.relu_),
@@ -422,7 +428,6 @@ def _activations():
     for name, function in {
         "softplus beta": lambda x: F.softplus(x, 2.0, 10.0),
         "elu alpha": lambda x: F.elu(x, 0.7),
-        "elu inplace": lambda x: F.elu(x.mul(1.5), 1.0, True),
         "sigmoid_": lambda x: x.mul(1.5).sigmoid_(),
     }.items():
         # elu's derivative jumps at 0 for alpha other than 1.
@@ -474,7 +479,7 @@ def _conv():
     x = activation(2, 4, 7, 6)
     yield Case("conv2d grouped", lambda x, w, b: F.conv2d(x, w, b, groups=2), (x, parameter(6, 2, 3, 3), parameter(6)))
     yield Case("conv2d valid", lambda x, w: F.conv2d(x, w, padding="valid"), (x, parameter(6, 4, 3, 2)))
-    yield Case("conv2d same, even kernel", lambda x, w: F.conv2d(x, w, padding="same"), (x, parameter(6, 4, 2, 4)))
+    yield Case("conv2d same, even kernel", lambda x, w: F.conv2d(x, w, padding="same"), (x, parameter(6, 4, 2, 4)), fallback=True)
     yield Case(
         "conv2d of tuples", lambda x, w: F.conv2d(x, w, None, (2, 1), (0, 1), (1, 2), 1), (x, parameter(6, 4, 3, 2))
     )
@@ -515,7 +520,7 @@ def _products():
         "layer scale after a cast", lambda x, w, b, s: F.linear(x, w, b).view(8, 6) * s, weights
     )
     yield Case("scale not after a Linear", lambda x, s: x * s, (activation(2, 4, 6), parameter(6)))
-    yield Case("scale in place, not after a Linear", lambda x, s: _imul(x.add(1.0), s), (activation(2, 4, 6), parameter(6)))
+    yield Case("scale in place, not after a Linear", lambda x, s: _imul(x.add(1.0), s), (activation(2, 4, 6), parameter(6)), fallback=True)
     yield Case("scale in another shape", lambda x, s: x * s, (activation(2, 4, 6), parameter(4, 1)))
     yield Case("mul", torch.mul, (activation(2, 4, 6), activation(2, 4, 6)))
     yield Case("Tensor.mul", lambda x, y: x.mul(y), (activation(2, 4, 6), activation(2, 1, 6)))
@@ -582,7 +587,7 @@ def _fallback():
     ]:
         # Division and the powers magnify what is small.
         loose = {"eight": 0.1, "four": 0.4}
-        operators = {"where", "amax", "max of all"}
+        operators = {"where", "amax", "max of all", "clamp"}
         yield Case(name, function, inputs, fallback=name not in operators, **loose)
 
 

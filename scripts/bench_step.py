@@ -1,0 +1,252 @@
+"""Whole training steps of real models: time, kept bytes and gradient error of rivals in one run.
+
+All methods share one model, one batch and one process, and take turns: a round runs every method
+once, in an order that rotates. A method's time ratio is the median over rounds of its time by
+plain's in the same round, so that a machine that slows down slows all of them. The optimizer is
+AdamW at learning rate 0: it does all of its work and leaves the weights where they are.
+
+    python scripts/bench_step.py                      rows go to docs/results/bench_step.jsonl
+    python scripts/bench_step.py --quick              3 rounds, rows go to runs/bench_step.jsonl
+    python scripts/bench_step.py --models deit3_small_patch16_224 --methods plain,mesa4
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from mesa_train import footprint
+from mesa_train.memory.checkpointing import NoBlocks
+from mesa_train.memory.compare import default_loss, relative_error
+from mesa_train.memory.load import Loaded, load
+from mesa_train.memory.methods import PLAIN, applied, check_method
+from mesa_train.memory.text import format_bytes, format_table
+from mesa_train.training import records
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODELS = "vit_small_patch16_224,deit3_small_patch16_224"
+SAVE_ON_CPU = "save_on_cpu"
+METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
+
+Forward = Callable[[Any], Any]
+
+
+def main(
+    models: Annotated[
+        str, typer.Option(help="Comma-separated, each as for `mesa-train compare`.")
+    ] = MODELS,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: plain, checkpoint, save_on_cpu, any preset.")
+    ] = METHODS,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    image_size: Annotated[int | None, typer.Option(min=1)] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
+    rounds: Annotated[int, typer.Option(min=1)] = 11,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="3 rounds, rows aside.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON lines to append to.")] = None,
+) -> None:
+    """Measure every method on every model and append a row for each."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rounds = min(rounds, 3) if quick else rounds
+    out = out or REPOSITORY / ("runs" if quick else "docs/results") / "bench_step.jsonl"
+    console = Console()
+    for name in models.split(","):
+        try:
+            if dtype not in DTYPES:
+                raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+            wanted = [PLAIN, *(m for m in methods.split(",") if m != PLAIN)]
+            for method in wanted:
+                if method != SAVE_ON_CPU:
+                    check_method(method)
+            loaded = load(name, batch_size=batch_size, image_size=image_size, device=device)
+        except (ValueError, ImportError) as error:
+            raise SystemExit(f"bench_step: {error}") from None
+        setting = {
+            "model": name,
+            "batch_size": batch_size,
+            "shapes": loaded.shapes(),
+            "dtype": dtype,
+            "rounds": rounds,
+            "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
+        }
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(name, total=2 * len(wanted) + 1 + (rounds + 1) * len(wanted))
+            measured = measure(
+                loaded, wanted, DTYPES[dtype], rounds, functools.partial(progress.advance, task)
+            )
+        source = records.provenance(device)
+        records.append(out, *({**setting, **row, **source} for row in measured))
+        title = f"{name}, batch {batch_size}, {dtype}, {torch.get_num_threads()} threads"
+        console.print(f"\n{title}\n{as_text(measured)}", highlight=False, soft_wrap=True)
+    console.print(f"rows in {out}", soft_wrap=True)
+
+
+def measure(
+    loaded: Loaded,
+    methods: list[str],
+    autocast: torch.dtype | None,
+    rounds: int,
+    advance: Callable[[], None],
+) -> list[records.Row]:
+    """One row a method. A method that does not apply to the model gets a row with its reason."""
+    bench = Bench(loaded, autocast)
+    reference = bench.gradients(None)
+    advance()
+    rows: dict[str, records.Row] = {}
+    for method in methods:
+        try:
+            kept = bench.kept_bytes(method)
+            advance()
+            error = relative_error(bench.gradients(method), reference)
+            advance()
+        except NoBlocks as reason:
+            rows[method] = {"method": method, "note": str(reason)}
+            continue
+        rows[method] = {"method": method, "kept_bytes": kept, "gradient_error": error}
+    usable = [method for method, row in rows.items() if "note" not in row]
+    times_ms: dict[str, list[float]] = {method: [] for method in usable}
+    for number in range(rounds + 1):  # the first one warms up
+        turn = number % len(usable)
+        for method in usable[turn:] + usable[:turn]:
+            time_ms, peak_bytes = bench.step(method)
+            advance()
+            if number:
+                times_ms[method].append(time_ms)
+                rows[method]["peak_bytes"] = peak_bytes
+    plain = times_ms[PLAIN]
+    for method in usable:
+        own = times_ms[method]
+        ratios = [mine / theirs for mine, theirs in zip(own, plain, strict=True)]
+        rows[method] |= {
+            "kept_ratio": rows[PLAIN]["kept_bytes"] / rows[method]["kept_bytes"],
+            "step_ms": statistics.median(own),
+            "step_ms_quartiles": _quartiles(own),
+            "step_ratio": statistics.median(ratios),
+            "step_ratio_quartiles": _quartiles(ratios),
+            "times_ms": [round(time_ms, 3) for time_ms in own],
+        }
+    return [rows[method] for method in methods]
+
+
+class Bench:
+    """One model, its optimizer and one batch, run with any method."""
+
+    def __init__(self, loaded: Loaded, autocast: torch.dtype | None) -> None:
+        self.model, self.autocast = loaded.model, autocast
+        inputs = loaded.inputs
+        self.kwargs = inputs if isinstance(inputs, dict) else {}
+        self.args = () if isinstance(inputs, dict) else (inputs,)
+        self.inputs = inputs
+        self.device = next(self.model.parameters()).device
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+
+    @contextlib.contextmanager
+    def using(self, method: str) -> Iterator[None]:
+        """Within the context the model trains with `method`."""
+        if method != SAVE_ON_CPU:
+            with applied(self.model, method):
+                yield
+            return
+        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
+            yield
+
+    def kept_bytes(self, method: str) -> int:
+        """Bytes kept for the backward; for save_on_cpu those of the copies in main memory."""
+        if method != SAVE_ON_CPU:
+            found = footprint(self.model, self.inputs, policy=method, autocast=self.autocast)
+            return found.saved_bytes
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._loss(self.autocast)
+        return kept
+
+    def gradients(self, method: str | None) -> list[Tensor | None]:
+        """Every parameter's gradient with `method`; None is plain float32, the reference."""
+        with self.using(method or PLAIN):
+            self._loss(self.autocast if method else None).backward()
+        gradients = [p.grad for p in self.model.parameters()]
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradients
+
+    def step(self, method: str) -> tuple[float, int | None]:
+        """(milliseconds, peak allocated bytes on a GPU) of one whole training step."""
+        on_gpu = self.device.type == "cuda"
+        with self.using(method):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+                torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            self._loss(self.autocast).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+            time_ms = (time.perf_counter() - start) * 1e3
+        return time_ms, torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+
+    def _loss(self, autocast: torch.dtype | None) -> Tensor:
+        torch.manual_seed(0)
+        with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+            return default_loss(self.model(*self.args, **self.kwargs))
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """First and third; of fewer than four values the least and the greatest."""
+    if len(values) < 4:
+        return [min(values), max(values)]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def as_text(rows: list[records.Row]) -> str:
+    """The rows as a table for a terminal."""
+    head = ["method", "kept", "less", "gradient error", "step", "step vs. plain", "quartiles"]
+    lines = []
+    for row in rows:
+        if "note" in row:
+            lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
+            continue
+        low, high = row["step_ratio_quartiles"]
+        lines.append(
+            [
+                row["method"],
+                format_bytes(row["kept_bytes"]),
+                f"{row['kept_ratio']:.2f}x",
+                f"{row['gradient_error']:.2%}",
+                f"{row['step_ms']:.0f} ms",
+                f"{row['step_ratio']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
+        )
+    return format_table(head, lines)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+    app.command()(main)
+    app()

@@ -1,0 +1,165 @@
+"""Puts measured rows into the tables of README.md and docs/*.md.
+
+A table stands between two markers, and everything between them is written by this script:
+
+    <!-- table:step vit_small_patch16_224 -->
+    <!-- /table -->
+
+    python scripts/make_tables.py            rewrites the files
+    python scripts/make_tables.py --check    fails if a file is not what the rows say
+
+A new kind of table is a function from rows and the marker's words to Markdown, in TABLES.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.memory.text import format_bytes
+from mesa_train.training import records
+from mesa_train.training.records import Row
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(?P<open><!-- table:(?P<words>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.S)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if stale.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder with README.md and docs.")] = REPOSITORY,
+) -> None:
+    """Rewrite every marked table from docs/results/*.jsonl."""
+    stale = []
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        try:
+            renewed = renew(text, root / "docs/results")
+        except ValueError as error:
+            raise SystemExit(f"make_tables: {path.relative_to(root)}: {error}") from None
+        if renewed == text:
+            continue
+        stale.append(str(path.relative_to(root)))
+        if not check:
+            path.write_text(renewed, encoding="utf-8")
+    if check and stale:
+        raise SystemExit(
+            f"make_tables: {', '.join(stale)} differ from the rows; run scripts/make_tables.py"
+        )
+
+
+def renew(text: str, results: Path) -> str:
+    """`text` with the body of every marked table made anew. ValueError for an unknown table."""
+
+    def table(found: re.Match[str]) -> str:
+        name, *words = found["words"].split()
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; choose from {', '.join(TABLES)}")
+        return found["open"] + TABLES[name](results, words) + found["close"]
+
+    if text.count("<!-- table:") != len(MARKED.findall(text)):
+        raise ValueError("a table marker is not closed by <!-- /table -->")
+    return MARKED.sub(table, text)
+
+
+def step_table(results: Path, words: Sequence[str]) -> str:
+    """`step MODEL`: the newest run of bench_step.py on a model."""
+    (model,) = words
+    rows = [row for row in records.read(results / "bench_step.jsonl") if row["model"] == model]
+    if not rows:
+        return missing("scripts/bench_step.py")
+    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+    head = ["method", "kept for the backward", "less", "gradient error", "step", "step vs. plain"]
+    lines = []
+    for row in newest:
+        if "note" in row:
+            lines.append([row["method"], row["note"], "", "", "", ""])
+            continue
+        low, high = row["step_ratio_quartiles"]
+        lines.append(
+            [
+                row["method"],
+                format_bytes(row["kept_bytes"]),
+                f"{row['kept_ratio']:.2f}x",
+                f"{row['gradient_error']:.2%}",
+                f"{row['step_ms']:.0f} ms",
+                f"{row['step_ratio']:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+    any_row = newest[0]
+    return markdown(head, lines) + (
+        f"\n{model}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
+        "L2 distance from the plain float32 gradient over all parameters; step: forward, backward "
+        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets. "
+        f"{origin(any_row)}\n"
+    )
+
+
+def parity_table(results: Path, words: Sequence[str]) -> str:
+    """`parity`: final accuracies of train_parity.py, newest settings."""
+    if words:
+        raise ValueError(f"the table 'parity' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "train_parity.jsonl")
+    if not rows:
+        return missing("scripts/train_parity.py")
+    settings = rows[-1]["settings"]
+    final = [r for r in rows if r["settings"] == settings and r["epoch"] == settings["epochs"]]
+    head = ["policy", "kept for the backward", "final training loss", "held-out accuracy", "seeds"]
+    lines = []
+    for (name,), own in records.group_by(final, "name").items():
+        accuracies = [100 * row["val_accuracy"] for row in own]
+        spread = statistics.stdev(accuracies) if len(own) > 1 else 0.0
+        lines.append(
+            [
+                name,
+                format_bytes(own[0]["kept_bytes"]),
+                f"{statistics.fmean(row['train_loss'] for row in own):.4f}",
+                f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
+                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+            ]
+        )
+    return markdown(head, lines) + (
+        f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
+        f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{settings['autocast']} autocast; mean and standard deviation over seeds. "
+        f"{origin(final[-1])}\n"
+    )
+
+
+def origin(row: Row) -> str:
+    """Where a row was measured, in one sentence."""
+    threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
+    return (
+        f"{row['device']}{threads}, PyTorch {row['versions']['torch']}, "
+        f"commit {row['commit']}, {row['date'][:10]}."
+    )
+
+
+def missing(script: str) -> str:
+    return f"No rows yet: `python {script}` makes them.\n"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *lines])
+
+
+TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
+    "step": step_table,
+    "parity": parity_table,
+}
+
+
+if __name__ == "__main__":
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+    app.command()(main)
+    app()

@@ -1,0 +1,45 @@
+"""Draws docs/results/train_parity.png from the rows that train_parity.py wrote.
+
+    python scripts/plot_parity.py [ROWS.jsonl] [PICTURE.png]
+
+Rows of other settings than those of the newest row are left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.training import plots, records
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
+
+
+def main(
+    rows: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.jsonl",
+    picture: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.png",
+) -> None:
+    """Draw loss, held-out accuracy, and every seed's final accuracy, per policy."""
+    recorded = records.read(rows)
+    if not recorded:
+        raise SystemExit(f"plot_parity: no rows in {rows}; run scripts/train_parity.py first")
+    settings = recorded[-1]["settings"]
+    recorded = [row for row in recorded if row["settings"] == settings]
+    final = [row for row in recorded if row["epoch"] == settings["epochs"]]
+    seeds = len(records.group_by(final, "seed"))
+    figure, (loss, accuracy, last) = plots.figure(
+        3,
+        f"{settings['model']} from scratch on {settings['train_images']:,} images of "
+        f"{settings['data']}: mean of {seeds} seeds (bold) and each seed (thin)",
+    )
+    plots.curves(loss, recorded, "train_loss", "training loss")
+    plots.curves(accuracy, recorded, "val_accuracy", "held-out accuracy (%)", scale=100)
+    accuracy.set_ylim(bottom=80)
+    plots.dots(last, final, "val_accuracy", "final held-out accuracy (%)", scale=100)
+    plots.save(figure, picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)
