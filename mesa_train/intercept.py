@@ -1,9 +1,11 @@
-"""The interception: a TorchFunctionMode that looks every torch call up in one table and records what its backward needs.
+"""The interception: a TorchFunctionMode that looks every torch call up in one table and records
+what its backward needs.
 
-Modules and functional calls meet here alike, so no model is forked and no layer replaced. A row of the table (see
-`ops/table.py`) computes the output with the very function that was called, so the forward is PyTorch's own, and
-attaches an autograd node that keeps stashes instead of tensors. A call without a row runs under the generic fallback.
-Cost: about 1 us per torch call, 10 to 30 us per recorded operator.
+Modules and functional calls meet here alike, so no model is forked and no layer replaced. A row of
+the table (see `ops/table.py`) computes the output with the very function that was called, so the
+forward is PyTorch's own, and attaches an autograd node that keeps stashes instead of tensors. A
+call without a row runs under the generic fallback. Cost: about 1 us per torch call, 10 to 30 us per
+recorded operator.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Site:
 
 
 class Interception(TorchFunctionMode):
-    """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps apart."""
+    """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps
+    apart."""
 
     def __init__(
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
@@ -41,9 +44,9 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
-        self.lineage = Lineage()
+        self.lineage: Lineage[Stash] = Lineage()
         # What a Linear's output was computed from, for a layer scale that follows it.
-        self.linears = Lineage()
+        self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
@@ -61,7 +64,8 @@ class Interception(TorchFunctionMode):
         return table.fallback(self, func, args, kwargs)
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
-        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors are plain floats."""
+        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors
+        are plain floats."""
         if not self.site.rules.operators[operator]:
             return False
         gradient = False
@@ -78,8 +82,8 @@ class Interception(TorchFunctionMode):
         return gradient
 
     def exactly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What PyTorch would compute, without recording. Autocast must not cache the casts it makes here: a later
-        call would find a copy of the weight that leads to no gradient."""
+        """What PyTorch would compute, without recording. Autocast must not cache the casts it makes
+        here: a later call would find a copy of the weight that leads to no gradient."""
         with torch.no_grad():
             if torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
                 return func(*args, **kwargs)
@@ -97,9 +101,11 @@ class Interception(TorchFunctionMode):
         within: tuple[int, ...] = (-1,),
         label: str = "",
     ) -> Stash:
-        """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf, or the tensor.
+        """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf,
+        or the tensor.
 
-        within: the dims that one group of codes may span (see `Geometry`). label: the operator's name in reports.
+        within: the dims that one group of codes may span (see `Geometry`). label: the operator's
+            name in reports.
         """
         label = label or operator
         rule = self.site.rules[operator, operand]
@@ -174,18 +180,20 @@ def innermost() -> Interception | None:
 
 
 def compress(policy: Policy | str | None = None) -> Interception:
-    """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module needed.
+    """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module
+    needed.
 
-    policy: a `Policy`, a preset's name, or None for "mesa8". Overrides by module name match nothing here and raise
-    ValueError; those by operator apply.
+    policy: a `Policy`, a preset's name, or None for "mesa8". Overrides by module name match nothing
+    here and raise ValueError; those by operator apply.
     """
     resolved = Policy.of(policy)
     return Interception(Site("", resolved.rules([""])[""]), owner=object())
 
 
 def saved_hooks() -> Any:
-    """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one that began since the
-    interception did, torch calls are left alone: a checkpoint's recompute would not find it on there either."""
+    """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one
+    that began since the interception did, torch calls are left alone: a checkpoint's recompute
+    would not find it on there either."""
     top = (
         None
         if torch.compiler.is_compiling()
@@ -195,7 +203,8 @@ def saved_hooks() -> Any:
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms, which differentiate by other means than the autograd graph."""
+    """Inside torch.func's transforms, which differentiate by other means than the autograd
+    graph."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,7 +1,8 @@
 """Policy: what is kept for the backward, in how many bits, and what is rebuilt instead.
 
-A `Policy` is a frozen value: it holds no tensor and no model. `wrap` resolves it once per module into `Rules`,
-which the operators consult by operator and operand name. An operator sees a codec and two switches, never the policy.
+A `Policy` is a frozen value: it holds no tensor and no model. `wrap` resolves it once per module
+into `Rules`, which the operators consult by operator and operand name. An operator sees a codec and
+two switches, never the policy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")
 
-# Every operator with the operands it may keep. "attention.q" in an override names one operand, "attention" all.
+# Every operator with the operands it may keep. "attention.q" in an override names one operand,
+# "attention" all.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "linear": ("input",),
     "matmul": ("left", "right"),
@@ -40,8 +42,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fallback": ("saved",),
 }
 
-# Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the noise of
-# stochastic rounding would not average out; everything else enters linearly, where stochastic rounding is unbiased.
+# Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the
+# noise of stochastic rounding would not average out; everything else enters linearly, where
+# stochastic rounding is unbiased.
 _NEAREST = {("activation", "input"), ("activation", "output"), ("fallback", "saved")}
 
 
@@ -51,17 +54,20 @@ class Policy:
 
     bits: 8, 4 or 2 bits per stored element; 32 keeps the tensors themselves (lossless).
     group_size: elements that share one scale and zero (both bfloat16). Groups never cross a token.
-    rounding: "nearest", "stochastic", or "auto": nearest at 8 bits and for whatever enters a nonlinear function,
-        stochastic for what enters linearly at fewer bits (see docs/design.md for the measurements).
-    recompute: "none" stores every operand; "cheap" rebuilds norms' outputs, activations, views and masks from
-        what is stored already; "linear" also repeats a matmul where that frees its output (q, k, v, MLP hidden).
+    rounding: "nearest", "stochastic", or "auto": nearest at 8 bits and for whatever enters a
+        nonlinear function, stochastic for what enters linearly at fewer bits (see docs/design.md
+        for the measurements).
+    recompute: "none" stores every operand; "cheap" rebuilds norms' outputs, activations, views and
+        masks from what is stored already; "linear" also repeats a matmul where that frees its
+        output (q, k, v, MLP hidden).
     min_bytes: tensors smaller than this are kept as they are.
     enabled: False leaves PyTorch alone (useful in overrides).
-    ranges: "exact" takes each group's own minimum and maximum; "running" is the scheme of Mesa's paper
-        (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay 0.9.
-    overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a module name with
-        `*` for any part of it (it covers the submodules too), an operator ("softmax"), an operand ("attention.q"),
-        or both joined by a colon ("blocks.*.mlp:linear").
+    ranges: "exact" takes each group's own minimum and maximum; "running" is the scheme of Mesa's
+        paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay
+        0.9.
+    overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a
+        module name with `*` for any part of it (it covers the submodules too), an operator
+        ("softmax"), an operand ("attention.q"), or both joined by a colon ("blocks.*.mlp:linear").
 
     Raises ValueError or TypeError naming the field, the value and the choices.
     """
@@ -88,8 +94,14 @@ class Policy:
             raise ValueError(f"Policy.ranges='running' stores 8 bits, got bits={self.bits}")
         if not isinstance(self.overrides, Mapping):
             raise TypeError(
-                f"Policy.overrides must map patterns to field changes, got {type(self.overrides).__name__}"
+                "Policy.overrides must map patterns to field changes, got "
+                f"{type(self.overrides).__name__}"
             )
+        for pattern, changes in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(changes, Mapping):
+                raise TypeError(
+                    f"Policy.overrides must map patterns to field changes, got {pattern!r}: {changes!r}"
+                )
         object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
         for pattern, changes in self.overrides.items():
             for field in changes:
@@ -139,7 +151,8 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names unknown keys."""
+        """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names
+        unknown keys."""
         import yaml
 
         text = str(source)
@@ -153,12 +166,14 @@ class Policy:
         for key in fields:
             if key not in names:
                 raise ValueError(
-                    f"unknown policy field {key!r}; choose from {', '.join(names)}{_hint(key, names)}"
+                    f"unknown policy field {key!r}; choose from {', '.join(names)}"
+                    f"{_hint(key, names)}"
                 )
         return dataclasses.replace(base, **fields)
 
     def rules(self, modules: Iterable[str] = ()) -> dict[str, Rules]:
-        """Resolve for each module name. ValueError if an override matches neither a module nor an operator."""
+        """Resolve for each module name. ValueError if an override matches neither a module nor an
+        operator."""
         names = list(modules)
         matched = [_match(pattern, names) for pattern in self.overrides]
         resolved: dict[str, Rules] = {}
@@ -178,7 +193,8 @@ _OVERRIDABLE = tuple(f.name for f in dataclasses.fields(Policy) if f.name != "ov
 
 
 class Rules:
-    """One module's policy: `rules[operator, operand]` is the `Rule` for what that operator keeps."""
+    """One module's policy: `rules[operator, operand]` is the `Rule` for what that operator
+    keeps."""
 
     def __init__(
         self,
@@ -193,7 +209,8 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in (None, operand):
                         merged.update(fields)
-                # Codes of an unknown operator's tensors: nothing is known of how it uses them, so never below 8 bits.
+                # Codes of an unknown operator's tensors: nothing is known of how it uses them, so
+                # never below 8 bits.
                 effective = policy._changed(merged)
                 if operator == "fallback" and effective.bits < 8:
                     effective = dataclasses.replace(effective, bits=8)
@@ -206,7 +223,8 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one operand is kept: by which codec (None: running ranges, bound at each use), and what may be rebuilt."""
+    """How one operand is kept: by which codec (None: running ranges, bound at each use), and what
+    may be rebuilt."""
 
     enabled: bool
     codec: Any
@@ -232,7 +250,8 @@ class Rule:
 
 
 def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None, str | None]:
-    """(module names covered or None for all, operator or None, operand or None) of an override's pattern."""
+    """(module names covered or None for all, operator or None, operand or None) of an override's
+    pattern."""
     modules, _, operation = pattern.rpartition(":")
     if not modules and operation.partition(".")[0] not in OPERATORS:
         modules, operation = operation, ""
@@ -243,7 +262,8 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
         known = [f"{o}.{p}" for o, ps in OPERATORS.items() for p in ps]
         choices = known if operator in OPERATORS else list(OPERATORS)
         raise ValueError(
-            f"override {pattern!r} names no operator; choose from {', '.join(choices)}{_hint(operation, choices)}"
+            f"override {pattern!r} names no operator; choose from {', '.join(choices)}"
+            f"{_hint(operation, choices)}"
         )
     if not modules:
         return None, operator, operand or None

@@ -1,12 +1,15 @@
-"""Stashes: what is kept of a tensor for the backward, and the lineage that lets several operators share it.
+"""Stashes: what is kept of a tensor for the backward, and the lineage that lets several operators
+share it.
 
-A `Stash` is a recipe with the tensors and the source stashes it reads. A leaf's recipe decodes codes; a derived one
-applies a cheap deterministic function to its sources: a norm's affine part, an activation, a view, a cast. A leaf is
-made once per tensor and shared by everybody who needs that tensor, so a norm's x_hat serves the norm's own backward
-and, through a derived stash, the weight gradient of the Linear behind it.
+A `Stash` is a recipe with the tensors and the source stashes it reads. A leaf's recipe decodes
+codes; a derived one applies a cheap deterministic function to its sources: a norm's affine part, an
+activation, a view, a cast. A leaf is made once per tensor and shared by everybody who needs that
+tensor, so a norm's x_hat serves the norm's own backward and, through a derived stash, the weight
+gradient of the Linear behind it.
 
-An operator keeps stashes with `save`: every tensor goes through `ctx.save_for_backward`, where saved-tensor hooks,
-checkpointing and offloading see it, and only the tensor-free structure (`Spec`) stays on ctx.
+An operator keeps stashes with `save`: every tensor goes through `ctx.save_for_backward`, where
+saved-tensor hooks, checkpointing and offloading see it, and only the tensor-free structure (`Spec`)
+stays on ctx.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+Entry = TypeVar("Entry")
 
 # What rebuilding a stash costs, in rising order; a rule says how far up it may go.
 VIEW, CHEAP, MATMUL = 0, 1, 2
@@ -39,15 +44,18 @@ class Codec(Protocol):
 
 
 class Recipe(Protocol):
-    """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through `saved`."""
+    """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through
+    `saved`."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
 
 
 class Stash:
-    """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the tensor's own."""
+    """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the
+    tensor's own."""
 
     __slots__ = ("cost", "dtype", "recipe", "sources", "tensors", "uses")
+    cost: int
 
     def __init__(
         self,
@@ -60,7 +68,8 @@ class Stash:
     ) -> None:
         self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
         self.cost = max([cost, *[s.cost for s in sources]])
-        # A matmul's result is shared by the operators that rebuild it in one backward; this counts them.
+        # A matmul's result is shared by the operators that rebuild it in one backward; this counts
+        # them.
         self.uses = Uses() if cost == MATMUL else None
 
 
@@ -96,7 +105,8 @@ class Spec:
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
-    """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in the same order. Shared parts go once."""
+    """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
+    the same order. Shared parts go once."""
     tensors: list[Tensor] = []
     slots: dict[int, int] = {}
     specs: dict[int, Spec] = {}
@@ -131,7 +141,8 @@ def value(spec: Spec, tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Saved:
-    """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in another dtype."""
+    """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in
+    another dtype."""
 
     def __init__(self, tensors: Sequence[Tensor], specs: tuple[Spec | None, ...]) -> None:
         self.tensors, self.specs = tensors, specs
@@ -169,10 +180,11 @@ class Saved:
 
 
 class _Neighbours(threading.local):
-    """A matmul rebuilt by one operator's backward, handed to the next that needs it (GELU and fc2 share theirs).
+    """A matmul rebuilt by one operator's backward, handed to the next that needs it (GELU and fc2
+    share theirs).
 
-    Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and what is left goes
-    with the engine's final callback, so nothing outlives the backward.
+    Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and
+    what is left goes with the engine's final callback, so nothing outlives the backward.
     """
 
     def __init__(self) -> None:
@@ -204,10 +216,12 @@ _neighbours = _Neighbours()
 
 
 class Geometry:
-    """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form has its layout.
+    """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form
+    has its layout.
 
-    `order` lists the tensor's dims from the slowest to the fastest in memory; the last of them, as far as they are
-    among `within`, form the columns. Groups live inside a row, so they never cross the other dims.
+    `order` lists the tensor's dims from the slowest to the fastest in memory; the last of them, as
+    far as they are among `within`, form the columns. Groups live inside a row, so they never cross
+    the other dims.
     """
 
     __slots__ = ("cols", "order", "shape")
@@ -217,7 +231,8 @@ class Geometry:
 
     @classmethod
     def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[Geometry, Tensor]:
-        """The geometry of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow it."""
+        """The geometry of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow
+        it."""
         dims = x.dim()
         if dims == 0:
             return cls((), (), 1), x.reshape(1, 1)
@@ -271,14 +286,16 @@ _WHOLE = Whole()
 
 
 def whole(tensor: Tensor) -> Stash:
-    """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it again)."""
+    """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it
+    again)."""
     if not isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
         tensor = tensor.detach()
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
 
 
 class Replay:
-    """Recipe: call a function of one source again, with constant arguments. For views, casts and scalings."""
+    """Recipe: call a function of one source again, with constant arguments. For views, casts and
+    scalings."""
 
     def __init__(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
@@ -291,24 +308,26 @@ class Replay:
 
 
 class Cast:
-    """Recipe: the source in another dtype; the codes are decoded straight to the dtype asked for."""
+    """Recipe: the source in another dtype; the codes are decoded straight to the dtype asked
+    for."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         return saved.value(spec.sources[0], dtype)
 
 
-class Lineage:
-    """Which stash stands for which live tensor. Valid for that very tensor and only while its version is unchanged.
+class Lineage(Generic[Entry]):
+    """Which stash stands for which live tensor. Valid for that very tensor and only while its
+    version is unchanged.
 
-    Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no weak references
-    and no versions to ask for; there whoever writes in place clears everything.
+    Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no
+    weak references and no versions to ask for; there whoever writes in place clears everything.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[Any, int, Stash]] = {}
-        self._traced: dict[Tensor, Stash] = {}
+        self._entries: dict[int, tuple[Any, int, Entry]] = {}
+        self._traced: dict[Tensor, Entry] = {}
 
-    def get(self, tensor: Tensor) -> Stash | None:
+    def get(self, tensor: Tensor) -> Entry | None:
         """The tensor's stash, or None if it has none or was written to since."""
         if torch.compiler.is_compiling():
             return self._traced.get(tensor)
@@ -317,7 +336,7 @@ class Lineage:
             return None
         return entry[2]
 
-    def set(self, tensor: Tensor, stash: Stash) -> None:
+    def set(self, tensor: Tensor, stash: Entry) -> None:
         """Let `stash` stand for `tensor` as it is now."""
         if torch.compiler.is_compiling():
             self._traced[tensor] = stash

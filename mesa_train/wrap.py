@@ -1,9 +1,10 @@
 """`wrap` and `unwrap`: install a policy on a model, in place, and take it off again.
 
-Each module's class is exchanged for a subclass of the same name whose `forward` enters the interception if it is not
-on already. Nothing else changes: the same Parameters, buffers, hooks, state_dict keys, signature and attributes.
-That every module can enter is what lets a checkpoint's recompute, which runs a block on its own in the backward, meet
-the same policy. Where no gradient will be needed, nothing is entered and nothing kept.
+Each module's class is exchanged for a subclass of the same name whose `forward` enters the
+interception if it is not on already. Nothing else changes: the same Parameters, buffers, hooks,
+state_dict keys, signature and attributes. That every module can enter is what lets a checkpoint's
+recompute, which runs a block on its own in the backward, meet the same policy. Where no gradient
+will be needed, nothing is entered and nothing kept.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _ATTRIBUTE = "_mesa_train"
 
 
 class Installed:
-    """What all modules of one wrapped model share: the policy and the report of the last forward."""
+    """What all modules of one wrapped model share: the policy and the report of the last
+    forward."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -34,7 +36,8 @@ class Installed:
         self.step, self._version = 0, -1
 
     def forward_begins(self, model: nn.Module) -> None:
-        """A new forward of the whole model: clear the report, and count the step if the weights have moved."""
+        """A new forward of the whole model: clear the report, and count the step if the weights
+        have moved."""
         self.report.rows.clear()
         version = sum([p._version for p in model.parameters() if p.requires_grad])
         if version != self._version:
@@ -45,12 +48,15 @@ class Installed:
 
 
 def wrap(model: Model, policy: Policy | str | None = None) -> Model:
-    """Let `model` keep codes instead of activations between forward and backward. In place; returns the model.
+    """Let `model` keep codes instead of activations between forward and backward. In place; returns
+    the model.
 
-    model: any `nn.Module`; weights, buffers, hooks, `state_dict` keys and `forward`'s signature stay as they are.
+    model: any `nn.Module`; weights, buffers, hooks, `state_dict` keys and `forward`'s signature
+        stay as they are.
     policy: a `Policy`, a preset's name, or None for "mesa8". Wrapping again replaces the policy.
 
-    Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches nothing.
+    Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches
+    nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
@@ -60,13 +66,14 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     unwrap(model)
     installed = Installed(resolved)
     for name, module in names.items():
-        module.__class__ = _wrapped(type(module))
+        module.__class__ = _wrapped(type(module))  # type: ignore[arg-type]
         module.__dict__[_ATTRIBUTE] = (installed, Site(name, rules[name], module))
     return model
 
 
 def unwrap(model: Model) -> Model:
-    """Take the policy off again; the model is what it was before `wrap`. A model that is not wrapped stays as it is."""
+    """Take the policy off again; the model is what it was before `wrap`. A model that is not
+    wrapped stays as it is."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"unwrap takes an nn.Module, got {type(model).__name__}")
     for module in model.modules():
@@ -75,7 +82,7 @@ def unwrap(model: Model) -> Model:
             del module._buffers[name]
             module._non_persistent_buffers_set.discard(name)
         if "_mesa_train_plain" in type(module).__dict__:
-            module.__class__ = type(module)._mesa_train_plain
+            module.__class__ = type(module).__dict__["_mesa_train_plain"]
     return model
 
 
@@ -93,7 +100,8 @@ def report_of(model: nn.Module) -> Report | None:
 
 @functools.cache
 def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module's class that enters the interception; one per class, however many models."""
+    """The subclass of a module's class that enters the interception; one per class, however many
+    models."""
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +127,8 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         outside, mode.site = mode.site, site
         scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
         if hooks is not mode.hooks:
-            # A checkpoint began since. What is kept inside must not depend on what was kept outside.
+            # A checkpoint began since. What is kept inside must not depend on what was kept
+            # outside.
             mode.hooks, mode.lineage, mode.linears = hooks, Lineage(), Lineage()
         try:
             return plain.forward(self, *args, **kwargs)
@@ -130,7 +139,7 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)
-        if reduced[0] is copyreg.__newobj__:
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (_new, (plain, *reduced[1][1:]), *reduced[2:])
         return reduced
 
@@ -148,5 +157,5 @@ def _nothing() -> Site:
 
 def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
     """Unpickling: an object of the wrapped class of `plain`, its state still to come."""
-    wrapped = _wrapped(plain)
+    wrapped = _wrapped(plain)  # type: ignore[arg-type]
     return wrapped.__new__(wrapped, *args)

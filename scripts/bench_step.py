@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shlex
 import statistics
 import sys
@@ -95,7 +96,7 @@ def main(
         records.append(out, *({**setting, **row, **source} for row in measured))
         title = f"{name}, batch {batch_size}, {dtype}, {torch.get_num_threads()} threads"
         console.print(f"\n{title}\n{as_text(measured)}", highlight=False, soft_wrap=True)
-    console.print(f"rows in {out}", soft_wrap=True)
+    console.print(f"rows in {os.path.relpath(out)}", highlight=False, soft_wrap=True)
 
 
 def measure(
@@ -245,8 +246,6 @@ def as_text(rows: list[records.Row]) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     app()

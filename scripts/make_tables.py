@@ -26,7 +26,10 @@ from mesa_train.training import records
 from mesa_train.training.records import Row
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MARKED = re.compile(r"(?P<open><!-- table:(?P<words>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.S)
+MARKED = re.compile(
+    r"(?P<open><!-- table:(?P<words>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)",
+    re.DOTALL,
+)
 
 
 def main(
@@ -70,6 +73,8 @@ def renew(text: str, results: Path) -> str:
 
 def step_table(results: Path, words: Sequence[str]) -> str:
     """`step MODEL`: the newest run of bench_step.py on a model."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'step' takes one model, got {len(words)} words")
     (model,) = words
     rows = [row for row in records.read(results / "bench_step.jsonl") if row["model"] == model]
     if not rows:
@@ -158,8 +163,6 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
 
 
 if __name__ == "__main__":
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     app()

@@ -12,17 +12,20 @@ again.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import nn
 
 import mesa_train
 from mesa_train.memory.methods import PLAIN
 from mesa_train.training import models, records
 from mesa_train.training.data import ImageSet, light_augmentation, load
-from mesa_train.training.engine import TrainConfig, Trainer, fit
+from mesa_train.training.engine import EpochResult, TrainConfig, Trainer, fit
 from mesa_train.training.progress import Dashboard
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results/train_parity.jsonl"
@@ -75,12 +78,11 @@ def main(
                 row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
                 rows.append({**row, "settings": settings, **records.provenance()})
             records.append(out, *rows)
-    console.print(f"rows in {out}; draw them with scripts/plot_parity.py", soft_wrap=True)
+    rows_at = os.path.relpath(out)
+    console.print(f"rows in {rows_at}; draw them with scripts/plot_parity.py", soft_wrap=True)
 
 
-def build(
-    name: str, model: str, images: ImageSet, seed: int
-) -> tuple[Any, ImageSet]:
+def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module, ImageSet]:
     """The model of one run, wrapped unless it is plain."""
     module, images = models.build(model, images, seed=seed)
     return module if name == PLAIN else mesa_train.wrap(module, name), images
@@ -100,16 +102,14 @@ def train(
     config: TrainConfig,
     seed: int,
     dashboard: Dashboard,
-) -> Any:
+) -> Iterator[EpochResult]:
     """Every name's run with one seed, together. Yields what `fit` yields."""
     config = dataclasses.replace(config, seed=seed)
     trainers = {}
     for name in names:
         module, resized = build(name, model, images, seed)
         trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
-    return fit(
-        trainers, resized, config, transform=light_augmentation(), watch=dashboard.on_step
-    )
+    return fit(trainers, resized, config, transform=light_augmentation(), watch=dashboard.on_step)
 
 
 def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
@@ -121,8 +121,6 @@ def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     app()

@@ -50,7 +50,8 @@ class Affine:
             raise ValueError(f"group_size must be at least 1, got {self.group_size!r}")
 
     def __str__(self) -> str:
-        return f"{self.bits} bits in groups of {self.group_size}, {'stochastic' if self.stochastic else 'nearest'}"
+        rounding = "stochastic" if self.stochastic else "nearest"
+        return f"{self.bits} bits in groups of {self.group_size}, {rounding}"
 
     def encode(self, x: Tensor) -> Codes:
         """(rows, cols) of any float dtype to codes (rows, bytes) and scales (rows, groups, 2)."""

@@ -1,4 +1,5 @@
-"""The lossless codec: the tensor itself. For tests, for `bits=32`, and to tell a codec's error from a bug."""
+"""The lossless codec: the tensor itself. For tests, for `bits=32`, and to tell a codec's error from
+a bug."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class Lossless:
     def decode(
         self,
         tensors: Sequence[Tensor],
-        cols: int,
+        cols: int,  # noqa: ARG002
         dtype: torch.dtype,
         weight: Tensor | None = None,
         bias: Tensor | None = None,

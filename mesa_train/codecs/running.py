@@ -1,11 +1,12 @@
-"""Running ranges, the scheme of Mesa's paper (arXiv 2111.11124, section 3): 8 bits, groups of a head's channels pooled
-over the whole batch, minimum and range as running averages with decay 0.9, stochastic rounding.
+"""Running ranges, the scheme of Mesa's paper (arXiv 2111.11124, section 3): 8 bits, groups of a
+head's channels pooled over the whole batch, minimum and range as running averages with decay 0.9,
+stochastic rounding.
 
-Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both ends, a leaf keeps the
-range it was coded with (a later forward cannot corrupt it), and the averages move once per optimisation step, never
-in a recompute. The averages are non-persistent buffers of the module, so they follow it between devices and stay out
-of its `state_dict`. Under
-`compress`, which has no module, and while torch.compile traces, the ranges are the tensor's own.
+Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both
+ends, a leaf keeps the range it was coded with (a later forward cannot corrupt it), and the averages
+move once per optimisation step, never in a recompute. The averages are non-persistent buffers of
+the module, so they follow it between devices and stay out of its `state_dict`. Under `compress`,
+which has no module, and while torch.compile traces, the ranges are the tensor's own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _LEVELS = 255
 
 
 class Running:
-    """One operand's codec: a module's buffer holds (3, groups): minimum, range, and the step they were moved at."""
+    """One operand's codec: a module's buffer holds (3, groups): minimum, range, and the step they
+    were moved at."""
 
     def __init__(self, module: nn.Module | None, name: str, step: int, group_size: int) -> None:
         self.module, self.name, self.step, self.group_size = module, name, step, group_size
@@ -46,9 +48,10 @@ class Running:
         return cls(site.module, f"_mesa_train_{operator}_{operand}_{use}", mode.step, group_size)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32 (groups,)."""
+        """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32
+        (groups,)."""
         x = x.float()
-        rows, cols = x.shape
+        cols = x.shape[1]
         groups, size = group_shape(cols, self.group_size)
         low, span = self._range(x, groups, size)
         scale = span / _LEVELS
@@ -83,7 +86,8 @@ class Running:
         return value.to(dtype)
 
     def _range(self, x: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
-        """(minimum, range) to code with, (groups,) each; moves the averages if this step has not yet."""
+        """(minimum, range) to code with, (groups,) each; moves the averages if this step has not
+        yet."""
         rows, cols = x.shape
         if rows == 0:
             return x.new_zeros(groups), x.new_zeros(groups)
@@ -110,8 +114,9 @@ class Running:
 
 
 def _noise(x: Tensor, groups: int, size: int) -> Tensor:
-    """u in [0, 1), (rows, cols): a function of the data, so that a recompute draws the same numbers."""
+    """u in [0, 1), (rows, cols): a function of the data, so that a recompute draws the same
+    numbers."""
     rows, cols = x.shape
     first, last = [x[:, c].contiguous().view(torch.int32).long() & 0xFFFF for c in (0, -1)]
-    keys = [bits[:, None].expand(rows, groups) for bits in (first, last)]
-    return uniform(*keys, size, 0).reshape(rows, groups * size)[:, :cols]
+    low, high = [bits[:, None].expand(rows, groups) for bits in (first, last)]
+    return uniform(low, high, size, 0).reshape(rows, groups * size)[:, :cols]

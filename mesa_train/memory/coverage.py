@@ -1,4 +1,5 @@
-"""Coverage: what the last forward of a wrapped model stored how, by module and operator, and what it left alone and why.
+"""Coverage: what the last forward of a wrapped model stored how, by module and operator, and what
+it left alone and why.
 
 Costs nothing of its own: the interception counts as it goes, and this only reads the counts.
 """
@@ -18,7 +19,8 @@ from .text import format_bytes, format_table
 
 @dataclasses.dataclass(frozen=True)
 class CoverageRow:
-    """One operand of one operator in one module: how it was kept, how often, in how many new bytes."""
+    """One operand of one operator in one module: how it was kept, how often, in how many new
+    bytes."""
 
     module: str
     operator: str
@@ -30,8 +32,8 @@ class CoverageRow:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What a forward stored. `how` of a row is a codec, "1 bit", "shared" (a stash that stood already), "rebuilt"
-    (from other stashes), or "kept whole" with the reason."""
+    """What a forward stored. `how` of a row is a codec, "1 bit", "shared" (a stash that stood
+    already), "rebuilt" (from other stashes), or "kept whole" with the reason."""
 
     rows: tuple[CoverageRow, ...]
 
@@ -72,7 +74,8 @@ def coverage(model: nn.Module) -> Coverage:
     report = report_of(model)
     if report is None:
         raise ValueError(
-            f"coverage needs a wrapped model; call mesa_train.wrap on this {type(model).__name__} first"
+            "coverage needs a wrapped model; call mesa_train.wrap on this "
+            f"{type(model).__name__} first"
         )
     if not report.rows:
         raise ValueError("coverage reads what a forward kept; run one with gradients enabled first")

@@ -1,8 +1,9 @@
 """Element-wise activations.
 
-gelu, silu and their kin keep the codes of their input (1 byte per element, nearest rounding) and their output is
-rebuilt from the same codes, so the Linear behind them keeps nothing. relu and its kin have a derivative of two values
-and keep one bit. sigmoid and tanh keep the codes of their output. glu keeps its input's codes.
+gelu, silu and their kin keep the codes of their input (1 byte per element, nearest rounding) and
+their output is rebuilt from the same codes, so the Linear behind them keeps nothing. relu and its
+kin have a derivative of two values and keep one bit. sigmoid and tanh keep the codes of their
+output. glu keeps its input's codes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 
-# kind: (the function, its derivative times a gradient), both at a decoded input. The fused kernels know these kinds.
+# kind: (the function, its derivative times a gradient), both at a decoded input. The fused kernels
+# know these kinds.
 SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "gelu": (F.gelu, lambda g, x: _aten.gelu_backward(g, x)),
     "gelu_tanh": (
@@ -98,7 +100,8 @@ class Gated(Operator):
 
 
 class InPlace:
-    """Mixin: instead of recording an output, run a function that overwrites the input. inputs: x."""
+    """Mixin: instead of recording an output, run a function that overwrites the input. inputs:
+    x."""
 
     @staticmethod
     def forward(
@@ -137,7 +140,8 @@ class SteppedInPlace(InPlace, Stepped):
 
 
 def smooth(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that keeps its input; `overwrites` for the variants named with a trailing underscore."""
+    """Row of an activation that keeps its input; `overwrites` for the variants named with a
+    trailing underscore."""
 
     def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         which = kind
@@ -157,7 +161,8 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         function = SMOOTH[which][0]
         x = mode.keep(input, "activation", "input")
         if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
-            # The tensor's next version is another tensor: what is kept has to be a copy of this one.
+            # The tensor's next version is another tensor: what is kept has to be a copy of this
+            # one.
             x = Stash(
                 x.recipe,
                 tuple([t.clone() for t in x.tensors]),
@@ -258,7 +263,8 @@ def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
 
 
 def _writable(input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded: not for a leaf or a view, which PyTorch itself must rebase."""
+    """Whether an in-place variant can be recorded: not for a leaf or a view, which PyTorch itself
+    must rebase."""
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 

@@ -1,9 +1,10 @@
 """Scaled dot product attention.
 
-The fused kernels keep the stashes of q, k, v and of the output (which the projection behind shares) and the exact
-logsumexp; their own backward is called on the decoded tensors. Where PyTorch runs its unfused form (a mask that needs
-a gradient, say), the codes of the attention weights are kept beside q, k and v; with `recompute="linear"`, and with
-dropout on the weights, they are computed again instead, from the same random numbers.
+The fused kernels keep the stashes of q, k, v and of the output (which the projection behind shares)
+and the exact logsumexp; their own backward is called on the decoded tensors. Where PyTorch runs its
+unfused form (a mask that needs a gradient, say), the codes of the attention weights are kept beside
+q, k and v; with `recompute="linear"`, and with dropout on the weights, they are computed again
+instead, from the same random numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _WITHIN = (1, 3)
 
 
 class FlashCPU(Operator):
-    """inputs: q, k, v (B, H, N, D). stashes: q, k, v, out, logsumexp, mask. static: causal, scale."""
+    """inputs: q, k, v (B, H, N, D). stashes: q, k, v, out, logsumexp, mask. static: causal,
+    scale."""
 
     @derivative("attention")
     def backward(
@@ -48,7 +50,8 @@ class FlashCPU(Operator):
 
 
 class FlashCUDA(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths, dropout, ..."""
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths,
+    dropout, ..."""
 
     @derivative("attention")
     def backward(
@@ -75,7 +78,8 @@ class FlashCUDA(Operator):
 
 
 class Efficient(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout, causal, scale."""
+    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout,
+    causal, scale."""
 
     @derivative("attention")
     def backward(
@@ -102,7 +106,8 @@ class Efficient(Operator):
 
 
 class CuDNN(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence lengths, dropout, ..."""
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence
+    lengths, dropout, ..."""
 
     @derivative("attention")
     def backward(
@@ -151,27 +156,26 @@ class Unfused(Operator):
 
 
 class Recomputed(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, mask. static: dtype, keywords, the generator's state before the call."""
+    """inputs: q, k, v, mask. stashes: q, k, v, mask. static: dtype, keywords, the generator's state
+    before the call."""
 
     @derivative("attention")
     def backward(
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
         dtype, keywords, state = static
-        inputs: list[Tensor | None] = [
-            saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)
-        ]
-        inputs.append(
-            None if saved.specs[3] is None else saved[3].detach().requires_grad_(needs[3])
-        )
+        q, k, v = [saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)]
+        mask = None
+        if saved.specs[3] is not None:
+            mask = saved[3].detach().requires_grad_(needs[3])
         with torch.random.fork_rng(
             [grad.device] if grad.is_cuda else [], enabled=state is not None
         ):
             if state is not None:
                 _generator(grad.device).set_state(state)
             with torch.enable_grad():
-                out = F.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3], **keywords)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **keywords)
+        wanted = [t for t in (q, k, v, mask) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
         return tuple([next(found) if need else None for need in needs])
 
@@ -256,7 +260,8 @@ def _backend(
     causal: bool,
     scale: float | None,
 ) -> int:
-    """The kernel that PyTorch would choose. A tracer cannot ask, so there the common cases are told apart by hand."""
+    """The kernel that PyTorch would choose. A tracer cannot ask, so there the common cases are told
+    apart by hand."""
     if not torch.compiler.is_compiling():
         return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale)
     if q.device.type == "cpu":
@@ -433,7 +438,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _aligned(mask: Tensor) -> bool:
-    """The efficient kernel wants rows of the mask to start at multiples of 16 bytes; PyTorch pads, we do not."""
+    """The efficient kernel wants rows of the mask to start at multiples of 16 bytes; PyTorch pads,
+    we do not."""
     return mask.shape[-1] % 8 == 0
 
 

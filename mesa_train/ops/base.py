@@ -1,7 +1,8 @@
 """What the operators share: an autograd node that records a result PyTorch has computed already.
 
-A row computes its output with the function that was called, under `no_grad`, and hands it to `Operator.apply`, whose
-forward only keeps stashes. So the forward is exact by construction; the derivative is all that an operator defines.
+A row computes its output with the function that was called, under `no_grad`, and hands it to
+`Operator.apply`, whose forward only keeps stashes. So the forward is exact by construction; the
+derivative is all that an operator defines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from mesa_train.stash import Saved, Stash, save
 
 
 class Operator(torch.autograd.Function):
-    """Base of the operators. `apply(output, stashes, static, *inputs)`: backward returns one gradient per input."""
+    """Base of the operators. `apply(output, stashes, static, *inputs)`: backward returns one
+    gradient per input."""
 
     @staticmethod
     def forward(
@@ -29,9 +31,11 @@ class Operator(torch.autograd.Function):
 
 
 def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]:
-    """Turn `gradients(saved, static, needs, grad)`, one gradient per input, into an operator's backward.
+    """Turn `gradients(saved, static, needs, grad)`, one gradient per input, into an operator's
+    backward.
 
-    Codes are not differentiable, so a second derivative raises an error that names the operator and the remedy.
+    Codes are not differentiable, so a second derivative raises an error that names the operator and
+    the remedy.
     """
 
     def wrap(gradients: Callable[..., tuple[Any, ...]]) -> Any:
@@ -48,8 +52,9 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
             with torch.no_grad():
                 results = gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad)
             message = (
-                f"mesa_train: a second derivative through {operator!r} was asked for, but it keeps codes, which have "
-                f"none. Leave it to PyTorch with overrides={{{operator!r}: {{'enabled': False}}}}, or unwrap the model."
+                f"mesa_train: a second derivative through {operator!r} was asked for, but it keeps "
+                f"codes, which have none. Leave it to PyTorch with overrides={{{operator!r}: "
+                "{'enabled': False}}, or unwrap the model."
             )
             # Through the leaves as well, or a search for one of them would pass the error by.
             tracked = [r.detach().requires_grad_() for r in results if r is not None] + _leaves(ctx)

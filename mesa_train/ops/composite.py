@@ -1,8 +1,8 @@
 """Composite functions, re-entered so that the functions they call are looked up too.
 
-PyTorch suspends a mode while its own `__torch_function__` runs, and a composite checks for modes before it does
-anything, so calling it again with the mode on would never end. We call its twin, the same code with that check
-answering no, under the mode.
+PyTorch suspends a mode while its own `__torch_function__` runs, and a composite checks for modes
+before it does anything, so calling it again with the mode on would never end. We call its twin, the
+same code with that check answering no, under the mode.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Convolutions of one, two or three dims, grouped and depthwise too.
 
-Keeps the stash of the input (1 byte per element; nothing of its own behind a norm, an activation or another
-convolution's neighbour that keeps the same tensor) and the weight itself. Codes follow the memory format: along the
-channels in channels-last, along the positions of one channel otherwise.
+Keeps the stash of the input (1 byte per element; nothing of its own behind a norm, an activation or
+another convolution's neighbour that keeps the same tensor) and the weight itself. Codes follow the
+memory format: along the channels in channels-last, along the positions of one channel otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Conv(Operator):
-    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x and bias, and the convolution's numbers."""
+    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x and bias, and the
+    convolution's numbers."""
 
     @derivative("conv")
     def backward(

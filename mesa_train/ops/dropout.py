@@ -1,5 +1,6 @@
-"""Dropout. Keeps one bit per element where PyTorch keeps a bool (GPU) or a number (CPU), drawn from the same stream of
-the global generator; the output is rebuilt from the input's stash and the bits, so a Linear behind it keeps nothing."""
+"""Dropout. Keeps one bit per element where PyTorch keeps a bool (GPU) or a number (CPU), drawn from
+the same stream of the global generator; the output is rebuilt from the input's stash and the bits,
+so a Linear behind it keeps nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def dropout(
     scale = 1 / (1 - p)
     with torch.no_grad():
         if input.device.type == "cpu":
-            # What PyTorch's own dropout does on the CPU, step by step: the same draws, the same rounding.
+            # What PyTorch's own dropout does on the CPU, step by step: the same draws, the same
+            # rounding.
             noise = torch.empty_like(input).bernoulli_(1 - p)
             mask = noise != 0
             result = input * noise.div_(1 - p)

@@ -1,5 +1,6 @@
-"""Largest and smallest element along dims (query pooling in Hiera). Keeps one bit per element, which ones were reached,
-where PyTorch keeps the input and the output; codes would not do, since the derivative compares the two."""
+"""Largest and smallest element along dims (query pooling in Hiera). Keeps one bit per element,
+which ones were reached, where PyTorch keeps the input and the output; codes would not do, since the
+derivative compares the two."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Extremum(Operator):
-    """inputs: x. stashes: one bit per element, how many reached it. static: shape of x, dims, keepdim."""
+    """inputs: x. stashes: one bit per element, how many reached it. static: shape of x, dims,
+    keepdim."""
 
     @derivative("extremum")
     def backward(

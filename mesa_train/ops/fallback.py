@@ -1,8 +1,10 @@
-"""The generic fallback: whatever PyTorch saves for an operator without a row is coded on its way into the graph.
+"""The generic fallback: whatever PyTorch saves for an operator without a row is coded on its way
+into the graph.
 
-A saved-tensor hook codes float tensors (never below 8 bits) and packs bools to bits; parameters, autocast's weight
-copies and small tensors pass. A tensor whose stash is known shares it. If somebody else's hooks are active (offload,
-checkpointing, a byte counter), the codes go through them, so that they free, move or count codes.
+A saved-tensor hook codes float tensors (never below 8 bits) and packs bools to bits; parameters,
+autocast's weight copies and small tensors pass. A tensor whose stash is known shares it. If
+somebody else's hooks are active (offload, checkpointing, a byte counter), the codes go through
+them, so that they free, move or count codes.
 """
 
 from __future__ import annotations
@@ -21,16 +23,40 @@ if TYPE_CHECKING:
 
 # Functions that save nothing of size.
 _NOTHING = frozenset(
-    ["add", "add_", "sub", "sub_", "rsub", "neg", "neg_", "__get__", "__set__", "__setitem__", "copy_", "fill_", "zero_", "requires_grad_", "backward", "detach", "detach_", "size", "dim", "ndim", "numel", "stride", "element_size", "data_ptr", "is_contiguous", "is_floating_point", "is_complex", "item", "tolist", "__len__", "__hash__", "__repr__", "__format__", "__bool__", "__iter__", "nelement", "storage_offset", "untyped_storage", "get_device", "register_hook", "retain_grad", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "all", "any", "argmax", "argmin", "argsort", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "sum", "mean", "cat", "stack", "concat", "concatenate", "hstack", "vstack", "repeat", "tile", "masked_fill", "masked_fill_", "cumsum", "type_as", "expand_as", "view_as", "reshape_as", "interpolate", "upsample", "unfold", "fold", "meshgrid", "numpy", "cpu", "cuda", "type", "is_inference", "embedding"]
+    """
+    add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_
+    requires_grad_ backward detach detach_ size dim ndim numel stride element_size data_ptr
+    is_contiguous is_floating_point is_complex item tolist __len__ __hash__ __repr__
+    __format__ __bool__ __iter__ nelement storage_offset untyped_storage get_device
+    register_hook retain_grad eq ne lt le gt ge isnan isinf isfinite all any argmax argmin
+    argsort zeros_like ones_like empty_like full_like rand_like randn_like new_zeros
+    new_ones new_empty new_full new_tensor sum mean cat stack concat concatenate hstack
+    vstack repeat tile masked_fill masked_fill_ cumsum type_as expand_as view_as reshape_as
+    interpolate upsample unfold fold meshgrid numpy cpu cuda type is_inference embedding
+    """.split()
 )
 
-# Functions whose saved tensors must stay exact: a loss seeds the whole backward; a derivative that compares what was
-# saved with a bound or with another tensor, or that has a pole, turns a small error into any error.
+# Functions whose saved tensors must stay exact: a loss seeds the whole backward; a derivative that
+# compares what was saved with a bound or with another tensor, or that has a pole, turns a small
+# error into any error.
 _EXACT = frozenset(
-    ["log_softmax", "cross_entropy", "nll_loss", "nll_loss_nd", "binary_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "soft_margin_loss", "multi_margin_loss", "ctc_loss", "gaussian_nll_loss", "cosine_embedding_loss", "triplet_margin_loss", "hinge_embedding_loss", "poisson_nll_loss", "margin_ranking_loss", "logsumexp", "multilabel_margin_loss", "multilabel_soft_margin_loss", "amax", "amin", "max", "min", "maximum", "minimum", "fmax", "fmin", "aminmax", "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_", "abs", "abs_", "absolute", "threshold", "threshold_", "hardshrink", "softshrink", "prelu", "rrelu", "hardtanh", "hardtanh_", "floor_divide", "remainder", "fmod", "heaviside", "nan_to_num", "nan_to_num_", "logical_and", "logical_or", "reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "sqrt", "sqrt_", "log", "log_", "log2", "log10", "log1p", "log1p_", "logit", "xlogy", "acos", "asin", "acosh", "atanh", "tan", "atan2", "norm", "vector_norm", "matrix_norm", "renorm", "cdist", "pdist", "dist", "prod", "cumprod", "logcumsumexp", "erfinv", "lgamma", "digamma"]
+    """
+    log_softmax cross_entropy nll_loss nll_loss_nd binary_cross_entropy
+    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    soft_margin_loss multi_margin_loss ctc_loss gaussian_nll_loss cosine_embedding_loss
+    triplet_margin_loss hinge_embedding_loss poisson_nll_loss margin_ranking_loss logsumexp
+    multilabel_margin_loss multilabel_soft_margin_loss amax amin max min maximum minimum
+    fmax fmin aminmax clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ abs
+    abs_ absolute threshold threshold_ hardshrink softshrink prelu rrelu hardtanh hardtanh_
+    floor_divide remainder fmod heaviside nan_to_num nan_to_num_ logical_and logical_or
+    reciprocal reciprocal_ rsqrt rsqrt_ sqrt sqrt_ log log_ log2 log10 log1p log1p_ logit
+    xlogy acos asin acosh atanh tan atan2 norm vector_norm matrix_norm renorm cdist pdist
+    dist prod cumprod logcumsumexp erfinv lgamma digamma
+    """.split()
 )
 
-# Functions that keep something only if both operands need a gradient, and then the second must stay exact or not.
+# Functions that keep something only if both operands need a gradient, and then the second must stay
+# exact or not.
 _PRODUCTS = frozenset(["mul", "mul_", "multiply"])
 _QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__", "__rtruediv__"])
 
@@ -47,7 +73,7 @@ def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if (name in _PRODUCTS or name in _QUOTIENTS) and not _both_tracked(args):
         return func(*args, **kwargs)
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return func(*args, **kwargs)
     exact = args[1] if name in _QUOTIENTS or name == "pow" else None
     hooks = _Hooks(mode, name, exact if isinstance(exact, Tensor) else None)
@@ -67,11 +93,13 @@ class _Hooks:
             kept = self._kept(tensor)
         tensors: list[Tensor] = []
         specs: dict[int, Spec] = {}
-        spec = strip(kept, tensors, {}, specs) if isinstance(kept, Stash) else None
-        shape = None
-        if spec is None:
-            bits, shape = kept if isinstance(kept, tuple) else (kept, None)
-            tensors = [bits]
+        spec = shape = None
+        if isinstance(kept, Stash):
+            spec = strip(kept, tensors, {}, specs)
+        elif isinstance(kept, tuple):
+            tensors, shape = [kept[0]], kept[1]
+        else:
+            tensors = [kept]
         if self.outer is None:
             return _Packed(tensors, spec, shape, None, [t._version for t in tensors])
         wrap, unwrap = self.outer
@@ -99,7 +127,8 @@ class _Hooks:
 
 
 class _Packed:
-    """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor back."""
+    """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor
+    back."""
 
     __slots__ = ("shape", "spec", "tensors", "unwrap", "versions")
 
@@ -121,10 +150,12 @@ class _Packed:
 
 
 def _unpack(packed: _Packed) -> Tensor:
-    # What is kept whole may have been written to since; under hooks PyTorch leaves that check to them.
+    # What is kept whole may have been written to since; under hooks PyTorch leaves that check to
+    # them.
     if packed.versions is not None and packed.versions != [t._version for t in packed.tensors]:
         raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation"
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation"
         )
     tensors = (
         packed.tensors if packed.unwrap is None else [packed.unwrap(t) for t in packed.tensors]
@@ -137,7 +168,8 @@ def _unpack(packed: _Packed) -> Tensor:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """A parameter, a view of one, or a cast of one (autocast's copies hang directly on the parameter)."""
+    """A parameter, a view of one, or a cast of one (autocast's copies hang directly on the
+    parameter)."""
     if tensor.is_leaf:
         return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
     node = tensor.grad_fn

@@ -1,11 +1,13 @@
 """Linear, and a layer scale behind it.
 
-Keeps the input's stash (1 byte per element at 8 bits; nothing of its own behind a norm, an activation or attention,
-whose stashes it shares) and the weight itself, which is cast again in the backward rather than kept as autocast's
-copy. A frozen weight keeps no input; a frozen input keeps no weight.
+Keeps the input's stash (1 byte per element at 8 bits; nothing of its own behind a norm, an
+activation or attention, whose stashes it shares) and the weight itself, which is cast again in the
+backward rather than kept as autocast's copy. A frozen weight keeps no input; a frozen input keeps
+no weight.
 
-y = scale * (x W^T + b), with a trained scale per output feature, needs no output either: with G = g^T x,
-dW = scale * G, dscale = rowsum(W * G) + b * sum(g), so the product that PyTorch would keep is never kept.
+y = scale * (x W^T + b), with a trained scale per output feature, needs no output either: with G =
+g^T x, dW = scale * G, dscale = rowsum(W * G) + b * sum(g), so the product that PyTorch would keep
+is never kept.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Linear(Operator):
 
 
 class ScaledLinear(Operator):
-    """inputs: x, weight, bias, scale (out). static: the Linear's dtype. stashes: x, weight, scale, bias."""
+    """inputs: x, weight, bias, scale (out). static: the Linear's dtype. stashes: x, weight, scale,
+    bias."""
 
     @derivative("linear")
     def backward(
@@ -46,13 +49,14 @@ class ScaledLinear(Operator):
         dx = dweight = dbias = dscale = None
         if needs[0]:
             dx = (grad * scale).to(dtype) @ weight.to(dtype)
-        total = flat.sum(0) if needs[2] or saved.specs[3] is not None else None
+        biased = saved.specs[3] is not None
+        total = flat.sum(0) if biased else flat.new_zeros(())
         if needs[1] or needs[3]:
             x = saved.get(0, dtype)
             unscaled = (flat.to(dtype).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             dweight = unscaled * scale[:, None]
             dscale = (weight * unscaled).sum(1)
-            if saved.specs[3] is not None:
+            if biased:
                 dscale = dscale + saved[3] * total
         if needs[2]:
             dbias = scale * total
@@ -91,7 +95,8 @@ def linear(
 
 
 def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> Any:
-    """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is what this is."""
+    """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is
+    what this is."""
     made = mode.linears.get(product)
     if (
         made is None
@@ -113,7 +118,8 @@ def _version(tensor: Tensor) -> int:
 
 
 def _watched(product: Tensor) -> bool:
-    """Whether somebody waits for the product's own gradient, which a scaled Linear does not compute."""
+    """Whether somebody waits for the product's own gradient, which a scaled Linear does not
+    compute."""
     return not torch.compiler.is_compiling() and (
         product.retains_grad or bool(product._backward_hooks)
     )

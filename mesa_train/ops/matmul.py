@@ -1,7 +1,8 @@
 """Matrix products: matmul, mm, bmm, addmm, baddbmm, einsum of two operands.
 
-Keeps the stashes of both operands (of one, if the other needs no gradient); parameters stay themselves. 1 byte per
-element at 8 bits; nothing of its own where the operand is a softmax's output or a norm's.
+Keeps the stashes of both operands (of one, if the other needs no gradient); parameters stay
+themselves. 1 byte per element at 8 bits; nothing of its own where the operand is a softmax's output
+or a norm's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class MatMul(Operator):
-    """inputs: left (..., n, k), right (..., k, m), both at least 2-D. stashes: left, right. static: their shapes."""
+    """inputs: left (..., n, k), right (..., k, m), both at least 2-D. stashes: left, right. static:
+    their shapes."""
 
     @derivative("matmul")
     def backward(
@@ -33,7 +35,8 @@ class MatMul(Operator):
         if needs[1]:
             left = saved.get(0, grad.dtype)
             if len(right_shape) == 2:
-                # One product over all leading dims: the batched one would build a gradient per sample and sum it.
+                # One product over all leading dims: the batched one would build a gradient per
+                # sample and sum it.
                 dright = left.reshape(-1, left.shape[-1]).t() @ grad.reshape(-1, grad.shape[-1])
             else:
                 dright = sum_to(left.mT @ grad, right_shape)
@@ -54,7 +57,8 @@ class AddMatMul(Operator):
 
 
 class Einsum(Operator):
-    """inputs: left, right. stashes: left, right. static: the subscripts of left, right and output."""
+    """inputs: left, right. stashes: left, right. static: the subscripts of left, right and
+    output."""
 
     @derivative("matmul")
     def backward(

@@ -1,7 +1,8 @@
 """Products of two tensors that both need a gradient: layer scale, gates, SwiGLU.
 
-Keeps the stashes of both factors (none for a Linear's output times a layer scale, see `linear.py`; a small or trained
-factor stays itself), and the product is rebuilt from them. A product with a constant keeps what PyTorch keeps.
+Keeps the stashes of both factors (none for a Linear's output times a layer scale, see `linear.py`;
+a small or trained factor stays itself), and the product is rebuilt from them. A product with a
+constant keeps what PyTorch keeps.
 """
 
 from __future__ import annotations

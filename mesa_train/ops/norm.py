@@ -1,8 +1,9 @@
 """Layer norm, RMS norm, group norm, batch norm, and vectors normalised to length one.
 
-Each keeps the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard deviations; the
-mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same codes, so the Linear or convolution
-behind it keeps nothing. PyTorch keeps the input (4 bytes under autocast) and the output's cast (2 bytes).
+Each keeps the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard
+deviations; the mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same
+codes, so the Linear or convolution behind it keeps nothing. PyTorch keeps the input (4 bytes under
+autocast) and the output's cast (2 bytes).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, whole
+from mesa_train.stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
 
 from .base import Operator, aliases, derivative
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class TokenNorm(Operator):
-    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight. static: centred, shape."""
+    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight. static:
+    centred, shape."""
 
     @derivative("layer_norm")
     def backward(
@@ -34,9 +36,9 @@ class TokenNorm(Operator):
         weight = saved[2].reshape(-1) if saved.specs[2] is not None else None
         spec = saved.specs[0]
         assert spec is not None
-        cols = spec.recipe.geometry.cols
+        assert isinstance(spec.recipe, Leaf)
+        cols, codec = spec.recipe.geometry.cols, spec.recipe.codec
         flat = grad.reshape(-1, cols)
-        codec = spec.recipe.codec
         if isinstance(codec, Affine):
             codes, scales = saved.own(spec)
             dx, dweight, dbias = codec.norm_backward((codes, scales), flat, rstd, weight, centred)
@@ -59,8 +61,8 @@ class RMSNorm(TokenNorm):
 class ChannelNorm(Operator):
     """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
 
-    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over (none: the
-    statistics were constants).
+    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over
+    (none: the statistics were constants).
     """
 
     @derivative("batch_norm")
@@ -108,7 +110,8 @@ class Normalize(Operator):
 
 
 class Scaled:
-    """Recipe: x_hat * weight + bias, the norm's output. `per_channel` is the shape that lines weight up with x_hat."""
+    """Recipe: x_hat * weight + bias, the norm's output. `per_channel` is the shape that lines
+    weight up with x_hat."""
 
     def __init__(
         self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None
@@ -122,6 +125,7 @@ class Scaled:
         source = spec.sources[0]
         if self.per_channel is None:
             leaf = source.recipe
+            assert isinstance(leaf, Leaf)
             flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
             return leaf.geometry.restore(
                 leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat)
@@ -149,11 +153,9 @@ def layer_norm(
     if not mode.covers("layer_norm", input, weight, bias) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
-    tensors = [_cast_like_autocast(t) for t in (input, weight, bias)]
-    result, mean, rstd = mode.exactly(torch.native_layer_norm, tensors[0], shape, *tensors[1:], eps)
-    return _token_norm(
-        mode, "layer_norm", tensors[0], result, mean, rstd, (input, weight, bias), shape
-    )
+    x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    result, mean, rstd = mode.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
+    return _token_norm(mode, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
 
 
 def rms_norm(
@@ -229,7 +231,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves them."""
+    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves
+    them."""
     channels = input.shape[1] if input.dim() >= 2 else 0
     if not mode.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
         return NotImplemented
@@ -250,7 +253,8 @@ def batch_norm(
         ),
     )
     if not training:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, rstd = running_mean.clone(), (running_var + eps).rsqrt()
     batch = input.shape[0]
     shape = (batch, 1, channels, input.numel() // (batch * channels))
@@ -287,7 +291,8 @@ def normalize(
 def token_norm_gradients(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of a norm over rows: grad and x_hat (rows, cols), rstd (rows,), weight (cols,)."""
+    """(dx, dweight, dbias) of a norm over rows: grad and x_hat (rows, cols), rstd (rows,), weight
+    (cols,)."""
     g = grad.to(x_hat.dtype)
     dweight, dbias = (g * x_hat).sum(0), g.sum(0)
     if weight is not None:
@@ -364,7 +369,7 @@ def _channel_norm(
     return output
 
 
-def _cast_like_autocast(tensor: Tensor | None) -> Tensor | None:
+def _cast_like_autocast(tensor: Any) -> Any:
     """CUDA's autocast runs norms in float32; the functions called here are below its reach."""
     if (
         tensor is None

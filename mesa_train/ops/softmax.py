@@ -1,5 +1,5 @@
-"""Softmax. Keeps the codes of its output (1 byte per element), which its derivative alone reads and which the matmul
-behind it shares; never its input."""
+"""Softmax. Keeps the codes of its output (1 byte per element), which its derivative alone reads and
+which the matmul behind it shares; never its input."""
 
 from __future__ import annotations
 

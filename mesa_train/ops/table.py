@@ -1,4 +1,5 @@
-"""The one table: which torch function is recorded by which row. Adding an operation is adding a line and a file."""
+"""The one table: which torch function is recorded by which row. Adding an operation is adding a
+line and a file."""
 
 from __future__ import annotations
 
@@ -96,9 +97,18 @@ ROWS: dict[Any, Row] = {
 }
 
 # Recomputing these moves data and computes nothing.
-_VIEWS = ["transpose", "permute", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "unbind", "chunk", "split", "tensor_split", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "roll", "flip", "expand", "clone", "unsafe_chunk", "unsafe_split", "split_with_sizes", "adjoint", "t"]
-_CASTS = ["to", "float", "half", "bfloat16", "double"]
-
+_VIEWS = frozenset(
+    """
+    transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind
+    chunk split tensor_split select narrow movedim moveaxis swapaxes swapdims roll flip
+    expand clone unsafe_chunk unsafe_split split_with_sizes adjoint t
+    """.split()
+)
+_CASTS = frozenset(
+    """
+    to float half bfloat16 double
+    """.split()
+)
 for _name in _VIEWS:
     for _owner in (torch, Tensor):
         if hasattr(_owner, _name):

@@ -1,7 +1,8 @@
-"""Functions that only move or relabel data, replayed on the source's stash: the result needs no stash of its own.
+"""Functions that only move or relabel data, replayed on the source's stash: the result needs no
+stash of its own.
 
-One stored tensor then serves all its shapes: the attention output for the attention's backward, and transposed and
-reshaped for the projection's weight gradient.
+One stored tensor then serves all its shapes: the attention output for the attention's backward, and
+transposed and reshaped for the projection's weight gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def view(mode: Interception, func: Any, /, input: Any, *args: Any, **kwargs: Any
 
 
 def pad(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Row of F.pad. For every mode but "constant" PyTorch saves the input, to the hooks of the fallback."""
+    """Row of F.pad. For every mode but "constant" PyTorch saves the input, to the hooks of the
+    fallback."""
     output = fallback(mode, func, (input, *args), kwargs)
     source = mode.lineage.get(input)
     if source is not None and not _has_tensor(args) and not _has_tensor(kwargs.values()):
@@ -46,7 +48,8 @@ def pad(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: A
 def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Row of dtype conversions (and moves to the device a tensor is on)."""
     if "memory_format" in kwargs:
-        return NotImplemented  # a view behind it may rely on the new layout, which a cast of codes does not have
+        # A view behind it may rely on the new layout, which a cast of codes does not have.
+        return NotImplemented
     output = func(input, *args, **kwargs)
     source = mode.lineage.get(input)
     if (

@@ -28,9 +28,7 @@ from mesa_train.training.progress import Dashboard
 
 
 def main(
-    policy: Annotated[
-        str, typer.Option(help=f"One of {', '.join(mesa_train.PRESETS)}.")
-    ] = "mesa8",
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(mesa_train.PRESETS)}.")] = "mesa8",
     model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
     data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
     image_size: Annotated[

@@ -1,0 +1,271 @@
+"""What a policy accepts, what it says of what it does not, and what its fields do to the bytes kept."""
+
+import dataclasses
+import pickle
+
+import mesa_train
+import pytest
+import torch
+from mesa_train import PRESETS, Policy
+from mesa_train.policy import OPERATORS
+from torch import nn
+
+ROWS, COLS = 64, 128
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(COLS)
+        self.mlp = nn.Sequential(nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS))
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(COLS, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).softmax(-1))
+
+
+def kept_bytes(policy, model=None):
+    model = mesa_train.wrap(Model() if model is None else model, policy)
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(torch.randn(ROWS, COLS))
+    return sum(s.nbytes() for s in storages.values())
+
+
+def codes(cols, bits):
+    return ROWS * (cols * bits // 8 + 4 * -(-cols // 128))
+
+
+STATISTICS = ROWS * 4
+
+
+def expected_bytes(blocks, softmax):
+    """blocks: (bits of x_hat, bits of gelu's input) each; softmax: bits of its output."""
+    return sum(codes(COLS, n) + STATISTICS + codes(2 * COLS, g) for n, g in blocks) + codes(COLS, softmax)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"bits": 3}, ValueError, ["Policy.bits", "3", "8, 4, 2, 32"]),
+        ({"bits": "8"}, ValueError, ["Policy.bits", "'8'"]),
+        ({"bits": True}, ValueError, ["Policy.bits", "True"]),
+        ({"rounding": "up"}, ValueError, ["Policy.rounding", "'up'", "auto, nearest, stochastic"]),
+        ({"recompute": "all"}, ValueError, ["Policy.recompute", "'all'", "none, cheap, linear"]),
+        ({"recompute": True}, ValueError, ["Policy.recompute", "True"]),
+        ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
+        ({"group_size": 0}, ValueError, ["Policy.group_size", "0", "8"]),
+        ({"group_size": -64}, ValueError, ["Policy.group_size", "-64"]),
+        ({"group_size": 64.0}, TypeError, ["Policy.group_size", "64.0"]),
+        ({"group_size": True}, TypeError, ["Policy.group_size", "True"]),
+        ({"min_bytes": -1}, ValueError, ["Policy.min_bytes", "-1"]),
+        ({"min_bytes": "1k"}, TypeError, ["Policy.min_bytes", "'1k'"]),
+        ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
+        ({"ranges": "running", "bits": 4}, ValueError, ["running", "8 bits", "bits=4"]),
+        ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
+        ({"overrides": {"head": {"bit": 4}}}, ValueError, ["'head'", "'bit'", "bits", "did you mean 'bits'"]),
+        ({"overrides": {"head": {"overrides": {}}}}, ValueError, ["'overrides'"]),
+        ({"overrides": {"head": {"bits": 5}}}, ValueError, ["Policy.bits", "5"]),
+        ({"overrides": {"head": 4}}, TypeError, ["head"]),
+        ({"overrides": {3: {"bits": 4}}}, TypeError, ["3"]),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, said):
+    with pytest.raises(error) as raised:
+        Policy(**fields)
+    for part in said:
+        assert part in str(raised.value)
+
+
+def test_presets():
+    assert set(PRESETS) == {"mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "lossless", "paper"}
+    for name, policy in PRESETS.items():
+        assert Policy.preset(name) is policy
+        assert Policy.of(name) is policy
+    assert Policy.of(None) == Policy() == PRESETS["mesa8"]
+    assert PRESETS["lossless"].bits == 32
+    assert PRESETS["paper"].ranges == "running"
+    with pytest.raises(ValueError, match=r"'mesa9'.*mesa8, mesa4.*did you mean 'mesa"):
+        Policy.preset("mesa9")
+    with pytest.raises(TypeError, match=r"preset's name or None, got int"):
+        Policy.of(8)
+
+
+def test_q_and_k_keep_8_bits_in_mesa4():
+    rules = PRESETS["mesa4"].rules([""])[""]
+    assert [rules["attention", o].codec.bits for o in ("q", "k", "v", "out")] == [8, 8, 4, 4]
+    assert rules["linear", "input"].codec.stochastic
+    assert not rules["activation", "input"].codec.stochastic
+    # Nothing is known of how an unknown operator uses what it saves.
+    assert rules["fallback", "saved"].codec.bits == 8
+
+
+def test_a_policy_is_a_value():
+    policy = Policy(bits=4, overrides={"head": {"bits": 8}})
+    assert policy == Policy(bits=4, overrides={"head": {"bits": 8}})
+    assert hash(policy) == hash(Policy(bits=4, overrides={"head": {"bits": 8}}))
+    assert len({policy, Policy(bits=4), Policy(bits=4)}) == 2
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert dataclasses.replace(policy, bits=2).overrides == policy.overrides
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.bits = 8
+    given = {"head": {"bits": 8}}
+    policy = Policy(overrides=given)
+    given["head"]["bits"] = 2
+    assert policy.overrides == {"head": {"bits": 8}}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_round_trip_of_presets(name, tmp_path):
+    path = tmp_path / "policy.yaml"
+    assert Policy.from_yaml(PRESETS[name].to_yaml(path)) == PRESETS[name]
+    assert Policy.from_yaml(path) == PRESETS[name]
+    assert Policy.from_yaml(str(path)) == PRESETS[name]
+
+
+def test_yaml_keeps_the_order_of_overrides():
+    policy = Policy(overrides={"z": {"bits": 4}, "a.*": {"bits": 8, "enabled": False}, "softmax": {"min_bytes": 0}})
+    again = Policy.from_yaml(policy.to_yaml())
+    assert again == policy
+    assert list(again.overrides) == ["z", "a.*", "softmax"]
+
+
+def test_yaml_starts_from_a_preset():
+    policy = Policy.from_yaml("preset: mesa4\ngroup_size: 64\n")
+    assert policy == dataclasses.replace(PRESETS["mesa4"], group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bits: 4\ngroupsize: 64\n", ["'groupsize'", "did you mean 'group_size'"]),
+        ("- bits\n- 4\n", ["mapping"]),
+        ("mesa8", ["mapping", "mesa8"]),
+        ("preset: mesa5\nbits: 4\n", ["'mesa5'"]),
+        ("bits: 5\nrounding: auto\n", ["Policy.bits", "5"]),
+    ],
+)
+def test_yaml_errors(text, said):
+    with pytest.raises(ValueError) as raised:
+        Policy.from_yaml(text)
+    for part in said:
+        assert part in str(raised.value)
+
+
+def test_a_missing_yaml_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Policy.from_yaml(tmp_path / "none.yaml")
+
+
+BASE = {"min_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blocks", "softmax"),
+    [
+        ({}, [(8, 8), (8, 8)], 8),
+        ({"blocks.0": {"bits": 4}}, [(4, 4), (8, 8)], 8),
+        ({"blocks": {"bits": 4}}, [(4, 4), (4, 4)], 8),
+        ({"blocks.*.mlp": {"bits": 4}}, [(8, 4), (8, 4)], 8),
+        ({"*": {"bits": 4}}, [(4, 4), (4, 4)], 4),
+        ({"softmax": {"bits": 2}}, [(8, 8), (8, 8)], 2),
+        ({"softmax.output": {"bits": 2}}, [(8, 8), (8, 8)], 2),
+        ({"activation": {"bits": 2}}, [(8, 2), (8, 2)], 8),
+        ({"blocks.1.mlp:activation": {"bits": 2}}, [(8, 8), (8, 2)], 8),
+        ({"blocks.1:layer_norm.normalized": {"bits": 4}}, [(8, 8), (4, 8)], 8),
+        ({"blocks": {"bits": 4}, "blocks.1": {"bits": 2}}, [(4, 4), (2, 2)], 8),
+        ({"blocks.1": {"bits": 2}, "blocks": {"bits": 4}}, [(4, 4), (4, 4)], 8),
+        ({"blocks.[01].norm": {"bits": 4}}, [(4, 8), (4, 8)], 8),
+    ],
+)
+def test_overrides_change_the_bytes_they_say(overrides, blocks, softmax):
+    assert kept_bytes(Policy(**BASE, overrides=overrides)) == expected_bytes(blocks, softmax)
+
+
+def test_disabled_parts_keep_what_pytorch_keeps():
+    all_ours = kept_bytes(Policy(**BASE))
+    head = kept_bytes(Policy(**BASE, overrides={"head": {"enabled": False}}))
+    # The head's input, a softmax's output, is already kept in codes; PyTorch keeps it whole.
+    assert head == all_ours + ROWS * COLS * 4
+    everything = kept_bytes(Policy(**BASE, overrides={"*": {"enabled": False}}))
+    assert everything == kept_bytes(Policy(enabled=False))
+    plain = Model()
+    assert everything == kept_bytes(Policy(bits=32, enabled=False), plain)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("block.*.mlp", ["'block.*.mlp'", "matches no module and no operator", "blocks"]),
+        ("heads", ["'heads'", "head"]),
+        ("blocks.7", ["'blocks.7'", "blocks.0"]),
+        ("softmx", ["'softmx'", "softmax"]),
+        ("head:liner", ["'head:liner'", "did you mean 'linear'"]),
+        ("attention.query", ["attention.q"]),
+        ("head:linear.output", ["linear.input"]),
+        ("nothing:linear", ["'nothing:linear'"]),
+    ],
+)
+def test_an_override_that_matches_nothing_says_what_is_close(pattern, said):
+    model = Model()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError) as raised:
+        mesa_train.wrap(model, Policy(overrides={pattern: {"bits": 4}}))
+    for part in said:
+        assert part in str(raised.value)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_failed_wrap_leaves_the_policy_before():
+    model = mesa_train.wrap(Model(), "mesa4")
+    with pytest.raises(ValueError):
+        mesa_train.wrap(model, Policy(overrides={"nothing": {"bits": 4}}))
+    from mesa_train.wrap import policy_of
+
+    assert policy_of(model) == PRESETS["mesa4"]
+
+
+def test_module_names_that_are_operators_too():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.Linear(COLS, COLS)
+
+        def forward(self, x):
+            return self.attention(x)
+
+    # The operator wins; the module is reached by a pattern that is no operator's name.
+    linear = codes(COLS, 8)
+    assert kept_bytes(Policy(**BASE, overrides={"attention": {"bits": 4}}), Named()) == linear
+    assert kept_bytes(Policy(**BASE, overrides={"attentio[n]": {"bits": 4}}), Named()) == codes(COLS, 4)
+    assert kept_bytes(Policy(**BASE, overrides={"attention:linear": {"bits": 4}}), Named()) == codes(COLS, 4)
+
+
+def test_compress_takes_overrides_by_operator_only():
+    with mesa_train.compress(Policy(overrides={"softmax": {"bits": 4}})):
+        pass
+    with pytest.raises(ValueError, match="blocks"):
+        mesa_train.compress(Policy(overrides={"blocks": {"bits": 4}}))
+
+
+def test_every_operator_can_be_switched_off():
+    for operator in OPERATORS:
+        rules = Policy(overrides={operator: {"enabled": False}}).rules([""])[""]
+        assert [o for o, on in rules.operators.items() if not on] == [operator]
