@@ -96,7 +96,7 @@ def compare(function, *leaves):
 
 
 def double(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def attention_of_nothing(q, k, v):

@@ -131,11 +131,11 @@ class Activated:
         return SMOOTH[self.kind][0](saved.value(source, dtype))
 
 
-class SmoothInPlace(InPlace, Smooth):
+class SmoothInPlace(InPlace, Smooth):  # type: ignore[misc]
     """Smooth, written to its input."""
 
 
-class SteppedInPlace(InPlace, Stepped):
+class SteppedInPlace(InPlace, Stepped):  # type: ignore[misc]
     """Stepped, written to its input."""
 
 

@@ -198,10 +198,11 @@ def attention(
         return NotImplemented
     if query.dim() == key.dim() == value.dim() == 3:
         # As PyTorch does: the batch as heads.
-        batched = [view(mode, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
+        q, k, v = [view(mode, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(0)
-        output = attention(mode, func, *batched, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        rest = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        output = attention(mode, func, q, k, v, *rest)
         return output if output is NotImplemented else view(mode, Tensor.squeeze, output, 0)
     device = query.device.type
     q, k, v = query, key, value

@@ -47,13 +47,14 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
     """Draws `value` (times `scale`) over epochs: one bold line per name, thin ones per seed.
 
-    Rows need the keys name, seed and epoch. Lines that coincide stay visible: later names are
-    dashed over earlier ones.
+    Rows need the keys name, seed and epoch. Lines that coincide stay visible: the names after the
+    first are dashed over it, each in the others' gaps.
     """
     from matplotlib.ticker import MaxNLocator
 
     by_name = group_by(rows, "name")
     palette = colours([name for (name,) in by_name])
+    others = len(by_name) - 1
     for order, ((name,), own) in enumerate(by_name.items()):
         colour = palette[name]
         seeds = group_by(own, "seed")
@@ -66,7 +67,8 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
             for (epoch,), at in sorted(group_by(own, "epoch").items())
             if len(at) == len(seeds)
         ]
-        style = "-" if order == 0 else (0, (4, order))
+        dash = 4 if others > 1 else 2  # in line widths
+        style = "-" if order == 0 else (dash * order, (dash, dash * max(1, others - 1)))
         marker = "o" if len(means) <= 12 else None
         axis.plot(
             *zip(*means, strict=True),

@@ -19,19 +19,24 @@ def digits():
     return load("digits")
 
 
-@pytest.mark.parametrize(("name", "total", "size"), [("mnist5k", 5000, 28), ("digits", 1797, 8)])
-def test_split_is_stratified_disjoint_and_fixed(name, total, size):
-    data, again = load(name), load(name)
-    assert len(data.train) + len(data.held_out) == total
-    assert len(data.held_out) == round(0.2 * total)
+@pytest.mark.parametrize(
+    ("name", "train", "held_out", "size", "first_labels"),
+    [
+        ("mnist5k", 4000, 1000, 28, [6, 3, 0, 8, 8, 3, 0, 0]),
+        ("digits", 1437, 360, 8, [7, 6, 3, 7, 7, 3, 2, 8]),
+    ],
+)
+def test_split_is_stratified_disjoint_and_fixed(name, train, held_out, size, first_labels):
+    data = load(name)
+    assert (len(data.train), len(data.held_out)) == (train, held_out)
     assert data.train.images.shape[1:] == (1, size, size)
     assert data.train.images.dtype == torch.uint8
     assert data.image_size == size
     assert data.num_classes == 10
     share = data.held_out.labels.bincount() / data.train.labels.bincount()
     assert share.sub(0.25).abs().max() < 0.02  # a held-out class of 36 may be off by one image
-    assert torch.equal(data.train.images, again.train.images)
-    assert torch.equal(data.held_out.labels, again.held_out.labels)
+    # Results of different days compare only while this holds.
+    assert data.held_out.labels[:8].tolist() == first_labels
     together = torch.cat([data.train.images, data.held_out.images]).flatten(1)
     everything = BUILTIN[name]()[0].flatten(1)
     assert torch.equal(together.unique(dim=0), everything.unique(dim=0))
