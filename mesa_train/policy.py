@@ -44,7 +44,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 
 # Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the
 # noise of stochastic rounding would not average out; everything else enters linearly, where
-# stochastic rounding is unbiased.
+# stochastic rounding is unbiased. A norm's output enters linearly too, unless a matmul is rebuilt from
+# it: then q and k are exponentiated and the MLP's hidden is activated.
 _NEAREST = {("activation", "input"), ("activation", "output"), ("fallback", "saved")}
 
 
@@ -236,8 +237,11 @@ class Rule:
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
         """The rule of a policy without overrides for one operand."""
+        nearest = (operator, operand) in _NEAREST or (
+            policy.recompute == "linear" and operand == "normalized"
+        )
         stochastic = policy.rounding == "stochastic" or (
-            policy.rounding == "auto" and policy.bits < 8 and (operator, operand) not in _NEAREST
+            policy.rounding == "auto" and policy.bits < 8 and not nearest
         )
         return cls(
             enabled=policy.enabled,
@@ -302,7 +306,7 @@ PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
     "mesa4": Policy(bits=4, overrides=_QK8),
     "mesa8-recompute": Policy(recompute="linear"),
-    "mesa4-recompute": Policy(bits=4, recompute="linear"),
+    "mesa4-recompute": Policy(bits=4, group_size=32, recompute="linear"),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

@@ -1,12 +1,13 @@
 """What a caller can get wrong, and the shapes and dtypes that nobody thinks of."""
 
-import mesa_train
 import pytest
 import torch
 import torch.nn.functional as F
-from mesa_train import Policy, compress
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+
+import mesa_train
+from mesa_train import Policy, compress
 
 LOSSLESS = Policy(bits=32, min_bytes=0)
 EIGHT = Policy(min_bytes=0)
@@ -73,13 +74,19 @@ def compare(function, *leaves):
             total = total.abs()
         return output, torch.autograd.grad(total, trained, allow_unused=True)
 
-    try:
-        expected, gradients = run()
-    except (RuntimeError, ValueError, TypeError, IndexError) as refusal:
+    def attempt():
+        try:
+            return run(), None
+        except (RuntimeError, ValueError, TypeError, IndexError) as refusal:
+            return (None, None), refusal
+
+    (expected, gradients), refusal = attempt()
+    if refusal is not None:
         for policy in (LOSSLESS, EIGHT):
-            with compress(policy), pytest.raises(type(refusal)) as raised:
-                run()
-            assert str(raised.value).splitlines()[0] == str(refusal).splitlines()[0]
+            with compress(policy):
+                _, ours = attempt()
+            assert type(ours) is type(refusal)
+            assert str(ours).splitlines()[0] == str(refusal).splitlines()[0]
         return
     for policy in (LOSSLESS, EIGHT):
         with compress(policy):
@@ -92,7 +99,9 @@ def compare(function, *leaves):
             if g is not None:
                 assert o.shape == g.shape
                 assert o.dtype == g.dtype
-                assert (o - g).abs().sum() <= (1e-10 if policy is LOSSLESS else 0.2) * (g.abs().sum() + 1e-30)
+                # Where the gradient is zero the rounding of what cancels is left, relative to values of about one.
+                rounding = 1e-10 if policy is LOSSLESS else 0.05
+                assert (o - g).abs().sum() <= rounding * (g.abs().sum() + 1)
 
 
 def double(*shape):
@@ -115,6 +124,8 @@ SHAPES = {
     "matmul, empty batch": (torch.matmul, double(0, 3, 4), double(0, 4, 5)),
     "matmul, nothing to sum": (torch.matmul, double(2, 3, 0), double(2, 0, 5)),
     "matmul, empty times a matrix": (torch.matmul, double(0, 3, 4), double(4, 5)),
+    "matmul, nothing to sum by a matrix": (torch.matmul, double(2, 3, 0), double(0, 5)),
+    "matmul, no columns": (torch.matmul, double(2, 3, 4), double(4, 0)),
     "bmm, empty": (torch.bmm, double(0, 3, 4), double(0, 4, 5)),
     "addmm, empty": (torch.addmm, double(5), double(0, 4), double(4, 5)),
     "einsum, empty": (lambda a, b: torch.einsum("ij,jk->ik", a, b), double(0, 4), double(4, 5)),
@@ -127,7 +138,10 @@ SHAPES = {
     "group_norm, empty": (lambda x: F.group_norm(x, 2), double(0, 4, 3)),
     "group_norm, that does not divide": (lambda x: F.group_norm(x, 3), double(2, 4, 3)),
     "batch_norm, empty": (lambda x: F.batch_norm(x, None, None, training=True), double(0, 4, 3)),
-    "batch_norm, one value a channel": (lambda x: F.batch_norm(x, None, None, training=True), double(1, 4)),
+    "batch_norm, one value a channel": (
+        lambda x: F.batch_norm(x, None, None, training=True),
+        double(1, 4),
+    ),
     "batch_norm, eval without statistics": (lambda x: F.batch_norm(x, None, None), double(3, 4)),
     "normalize, empty": (lambda x: F.normalize(x, dim=-1), double(0, 4)),
     "normalize, zeros": (lambda x: F.normalize(x * 0, dim=-1), double(3, 4)),
@@ -142,10 +156,30 @@ SHAPES = {
     "conv, empty batch": (F.conv2d, double(0, 3, 5, 5), double(2, 3, 3, 3)),
     "conv, too small": (F.conv2d, double(1, 3, 2, 2), double(2, 3, 3, 3)),
     "conv, one pixel": (F.conv2d, double(2, 3, 1, 1), double(2, 3, 1, 1)),
-    "attention, empty batch": (attention_of_nothing, double(0, 2, 3, 4), double(0, 2, 3, 4), double(0, 2, 3, 4)),
-    "attention, no queries": (attention_of_nothing, double(1, 2, 0, 4), double(1, 2, 3, 4), double(1, 2, 3, 4)),
-    "attention, one token": (attention_of_nothing, double(1, 2, 1, 4), double(1, 2, 1, 4), double(1, 2, 1, 4)),
-    "attention, odd head": (attention_of_nothing, double(2, 3, 5, 7), double(2, 3, 5, 7), double(2, 3, 5, 7)),
+    "attention, empty batch": (
+        attention_of_nothing,
+        double(0, 2, 3, 4),
+        double(0, 2, 3, 4),
+        double(0, 2, 3, 4),
+    ),
+    "attention, no queries": (
+        attention_of_nothing,
+        double(1, 2, 0, 4),
+        double(1, 2, 3, 4),
+        double(1, 2, 3, 4),
+    ),
+    "attention, one token": (
+        attention_of_nothing,
+        double(1, 2, 1, 4),
+        double(1, 2, 1, 4),
+        double(1, 2, 1, 4),
+    ),
+    "attention, odd head": (
+        attention_of_nothing,
+        double(2, 3, 5, 7),
+        double(2, 3, 5, 7),
+        double(2, 3, 5, 7),
+    ),
     "dropout, empty": (lambda x: F.dropout(x, 0.5), double(0, 3)),
     "dropout, p out of range": (lambda x: F.dropout(x, 1.5), double(2, 3)),
     "mul, empty": (torch.mul, double(0, 3), double(3)),
@@ -153,12 +187,32 @@ SHAPES = {
     "matmul, shapes that do not fit": (torch.matmul, double(2, 3), double(4, 5)),
     "linear, shapes that do not fit": (F.linear, double(2, 3), double(4, 5)),
     "linear, dtypes that do not fit": (F.linear, double(2, 3), torch.randn(4, 3)),
-    "linear, integers": (F.linear, torch.ones(2, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long)),
-    "matmul, integers": (torch.matmul, torch.ones(2, 3, dtype=torch.int32), torch.ones(3, 3, dtype=torch.int32)),
+    "linear, integers": (
+        F.linear,
+        torch.ones(2, 3, dtype=torch.long),
+        torch.ones(4, 3, dtype=torch.long),
+    ),
+    "matmul, integers": (
+        torch.matmul,
+        torch.ones(2, 3, dtype=torch.int32),
+        torch.ones(3, 3, dtype=torch.int32),
+    ),
     "relu, integers": (F.relu, torch.arange(-3, 3)),
-    "linear, complex": (F.linear, torch.randn(2, 3, dtype=torch.complex128), torch.randn(4, 3, dtype=torch.complex128)),
-    "matmul, complex": (torch.matmul, torch.randn(2, 3, dtype=torch.complex128), torch.randn(3, 2, dtype=torch.complex128)),
-    "mul, complex": (torch.mul, torch.randn(2, 3, dtype=torch.complex128), torch.randn(3, dtype=torch.complex128)),
+    "linear, complex": (
+        F.linear,
+        torch.randn(2, 3, dtype=torch.complex128),
+        torch.randn(4, 3, dtype=torch.complex128),
+    ),
+    "matmul, complex": (
+        torch.matmul,
+        torch.randn(2, 3, dtype=torch.complex128),
+        torch.randn(3, 2, dtype=torch.complex128),
+    ),
+    "mul, complex": (
+        torch.mul,
+        torch.randn(2, 3, dtype=torch.complex128),
+        torch.randn(3, dtype=torch.complex128),
+    ),
     "tanh, complex": (torch.tanh, torch.randn(2, 3, dtype=torch.complex128)),
     "exp, complex": (torch.exp, torch.randn(2, 3, dtype=torch.complex128)),
     "fft": (lambda x: torch.fft.rfft2(x).abs(), double(2, 4, 6)),
@@ -168,7 +222,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore:Casting complex values to real")
+@pytest.mark.filterwarnings(
+    "ignore:Initializing zero-element tensors", "ignore:Casting complex values to real"
+)
 @pytest.mark.parametrize("case", SHAPES)
 def test_odd_shapes_and_dtypes_do_as_pytorch_does(case):
     compare(*SHAPES[case])
@@ -226,17 +282,22 @@ def test_non_finite_values_reach_the_gradients():
 
 def test_inplace_on_a_leaf_is_pytorchs_error():
     x = torch.randn(3, 4, requires_grad=True)
-    for function in (torch.relu_, lambda t: F.silu(t, inplace=True), lambda t: F.relu(t, inplace=True)):
+    for function in (
+        torch.relu_,
+        lambda t: F.silu(t, inplace=True),
+        lambda t: F.relu(t, inplace=True),
+    ):
         with compress(EIGHT), pytest.raises(RuntimeError, match="leaf"):
             function(x)
 
 
 def test_inplace_modules():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.SiLU(inplace=True),
-        nn.Conv2d(8, 8, 1), nn.Hardswish(inplace=True), nn.Conv2d(8, 4, 1), nn.ReLU6(inplace=True), nn.LeakyReLU(0.1, inplace=True),
-    ).double()  # fmt: skip
+    activations = [nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.Mish, nn.ELU]
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)]
+    for activation in activations:
+        layers += [nn.Conv2d(8, 8, 1), activation(inplace=True)]
+    model = nn.Sequential(*layers, nn.LeakyReLU(0.1, inplace=True)).double()
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -252,7 +313,9 @@ def test_nothing_is_left_on_after_an_error():
     assert not _get_current_function_mode_stack()
 
 
-@pytest.mark.parametrize("operator", ["linear", "layer_norm", "rms_norm", "group_norm", "softmax", "attention", "mul"])
+@pytest.mark.parametrize(
+    "operator", ["linear", "layer_norm", "rms_norm", "group_norm", "softmax", "attention", "mul"]
+)
 def test_a_second_derivative_names_the_operator_and_the_remedy(operator):
     x = torch.randn(2, 4, 4, 4, requires_grad=True)
     w = torch.ones(4, 4, requires_grad=True)

@@ -1,17 +1,20 @@
 """torch.compile traces a wrapped model whole, and the compiled model keeps and computes what the eager one does."""
 
-import mesa_train
 import pytest
 import torch
 import torch.nn.functional as F
-from mesa_train import Policy, compress
 from torch import nn
+
+import mesa_train
+from mesa_train import Policy, compress
 
 EIGHT = Policy(min_bytes=0)
 
 pytestmark = [
     # Dynamo reads deprecated attributes of torch while it traces.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+    ),
 ]
 
 
@@ -30,12 +33,21 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.gate, self.fc1, self.fc2 = nn.Linear(width, 64), nn.Linear(width, 64), nn.Linear(64, width)
+        self.gate, self.fc1, self.fc2 = (
+            nn.Linear(width, 64),
+            nn.Linear(width, 64),
+            nn.Linear(64, width),
+        )
         self.scale = nn.Parameter(torch.full((width,), 0.5))
 
     def forward(self, x):
         b, n, c = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(b, n, 3, self.heads, c // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
         x = x + self.proj(out) * self.scale
         h = self.norm2(x)
@@ -76,7 +88,10 @@ def distance(found, expected):
     return (difference / sum(e.square().sum() for e in expected)).sqrt().item()
 
 
-@pytest.mark.parametrize("policy", [EIGHT, Policy(bits=4, min_bytes=0), Policy(min_bytes=0, recompute="linear"), Policy(bits=32)])
+@pytest.mark.parametrize(
+    "policy",
+    [EIGHT, Policy(bits=4, min_bytes=0), Policy(min_bytes=0, recompute="linear"), Policy(bits=32)],
+)
 def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     mesa_train.wrap(model, policy)
     expected_output, expected = gradients(model, model, images())
@@ -84,7 +99,9 @@ def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     output, found = gradients(compiled, model, images())
     torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-5)
     # Decompositions move x_hat by a rounding, and a code by a step where it lies between two.
-    assert distance(found, expected) < (1e-5 if policy.bits == 32 else 5e-3 if policy.bits == 8 else 5e-2)
+    assert distance(found, expected) < (
+        1e-5 if policy.bits == 32 else 5e-3 if policy.bits == 8 else 5e-2
+    )
 
 
 def test_a_compiled_model_keeps_codes(model):
@@ -128,7 +145,9 @@ def test_compress_inside_and_outside():
     def expected():
         return torch.autograd.grad(inside(x, w).square().sum(), (x, w))
 
-    found = torch.autograd.grad(torch.compile(inside, backend="aot_eager", fullgraph=True)(x, w).square().sum(), (x, w))
+    found = torch.autograd.grad(
+        torch.compile(inside, backend="aot_eager", fullgraph=True)(x, w).square().sum(), (x, w)
+    )
     assert distance(found, expected()) < 5e-3
 
     def function(x, w):

@@ -3,12 +3,13 @@
 import dataclasses
 import pickle
 
-import mesa_train
 import pytest
 import torch
+from torch import nn
+
+import mesa_train
 from mesa_train import PRESETS, Policy
 from mesa_train.policy import OPERATORS
-from torch import nn
 
 ROWS, COLS = 64, 128
 
@@ -58,7 +59,9 @@ STATISTICS = ROWS * 4
 
 def expected_bytes(blocks, softmax):
     """blocks: (bits of x_hat, bits of gelu's input) each; softmax: bits of its output."""
-    return sum(codes(COLS, n) + STATISTICS + codes(2 * COLS, g) for n, g in blocks) + codes(COLS, softmax)
+    return sum(codes(COLS, n) + STATISTICS + codes(2 * COLS, g) for n, g in blocks) + codes(
+        COLS, softmax
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,11 @@ def expected_bytes(blocks, softmax):
         ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
         ({"ranges": "running", "bits": 4}, ValueError, ["running", "8 bits", "bits=4"]),
         ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
-        ({"overrides": {"head": {"bit": 4}}}, ValueError, ["'head'", "'bit'", "bits", "did you mean 'bits'"]),
+        (
+            {"overrides": {"head": {"bit": 4}}},
+            ValueError,
+            ["'head'", "'bit'", "bits", "did you mean 'bits'"],
+        ),
         ({"overrides": {"head": {"overrides": {}}}}, ValueError, ["'overrides'"]),
         ({"overrides": {"head": {"bits": 5}}}, ValueError, ["Policy.bits", "5"]),
         ({"overrides": {"head": 4}}, TypeError, ["head"]),
@@ -95,7 +102,14 @@ def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, said
 
 
 def test_presets():
-    assert set(PRESETS) == {"mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "lossless", "paper"}
+    assert set(PRESETS) == {
+        "mesa8",
+        "mesa4",
+        "mesa8-recompute",
+        "mesa4-recompute",
+        "lossless",
+        "paper",
+    }
     for name, policy in PRESETS.items():
         assert Policy.preset(name) is policy
         assert Policy.of(name) is policy
@@ -141,7 +155,13 @@ def test_yaml_round_trip_of_presets(name, tmp_path):
 
 
 def test_yaml_keeps_the_order_of_overrides():
-    policy = Policy(overrides={"z": {"bits": 4}, "a.*": {"bits": 8, "enabled": False}, "softmax": {"min_bytes": 0}})
+    policy = Policy(
+        overrides={
+            "z": {"bits": 4},
+            "a.*": {"bits": 8, "enabled": False},
+            "softmax": {"min_bytes": 0},
+        }
+    )
     again = Policy.from_yaml(policy.to_yaml())
     assert again == policy
     assert list(again.overrides) == ["z", "a.*", "softmax"]
@@ -254,8 +274,12 @@ def test_module_names_that_are_operators_too():
     # The operator wins; the module is reached by a pattern that is no operator's name.
     linear = codes(COLS, 8)
     assert kept_bytes(Policy(**BASE, overrides={"attention": {"bits": 4}}), Named()) == linear
-    assert kept_bytes(Policy(**BASE, overrides={"attentio[n]": {"bits": 4}}), Named()) == codes(COLS, 4)
-    assert kept_bytes(Policy(**BASE, overrides={"attention:linear": {"bits": 4}}), Named()) == codes(COLS, 4)
+    assert kept_bytes(Policy(**BASE, overrides={"attentio[n]": {"bits": 4}}), Named()) == codes(
+        COLS, 4
+    )
+    assert kept_bytes(
+        Policy(**BASE, overrides={"attention:linear": {"bits": 4}}), Named()
+    ) == codes(COLS, 4)
 
 
 def test_compress_takes_overrides_by_operator_only():

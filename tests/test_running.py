@@ -2,13 +2,14 @@
 
 import copy
 
-import mesa_train
 import pytest
 import torch
 import torch.nn.functional as F
-from mesa_train.codecs.running import DECAY, Running
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import mesa_train
+from mesa_train.codecs.running import DECAY, Running
 
 ROWS, COLS = 64, 128
 
@@ -16,7 +17,11 @@ ROWS, COLS = 64, 128
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(COLS, COLS), nn.LayerNorm(COLS), nn.Linear(COLS, 8)
+        self.first, self.norm, self.last = (
+            nn.Linear(COLS, COLS),
+            nn.LayerNorm(COLS),
+            nn.Linear(COLS, 8),
+        )
 
     def forward(self, x):
         return self.last(F.gelu(self.norm(self.first(x))))
@@ -56,7 +61,9 @@ def test_the_averages_are_the_papers(model):
     moved = ranges(model)["first._mesa_train_linear_input_0"]
     other = y.view(ROWS, 2, 64)
     torch.testing.assert_close(moved[0], DECAY * low + (1 - DECAY) * other.amin((0, 2)))
-    torch.testing.assert_close(moved[1], DECAY * span + (1 - DECAY) * (other.amax((0, 2)) - other.amin((0, 2))))
+    torch.testing.assert_close(
+        moved[1], DECAY * span + (1 - DECAY) * (other.amax((0, 2)) - other.amin((0, 2)))
+    )
 
 
 def test_values_beyond_the_lagging_range_saturate(model):
@@ -92,7 +99,9 @@ def test_a_step_that_leaves_the_first_parameter_is_a_step(model):
     with torch.no_grad():
         model.last.bias.add_(1.0)
     model(batch(3.0, seed=2))
-    assert all(not torch.equal(v[:2], before[n][:2]) for n, v in ranges(model).items() if "first" in n)
+    assert all(
+        not torch.equal(v[:2], before[n][:2]) for n, v in ranges(model).items() if "first" in n
+    )
 
 
 class Blocks(nn.Module):

@@ -3,14 +3,15 @@
 import gc
 import weakref
 
-import mesa_train
 import pytest
 import torch
 import torch.nn.functional as F
-from mesa_train import Policy, compress, stash
-from mesa_train.codecs.affine import Affine
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+
+import mesa_train
+from mesa_train import Policy, compress, stash
+from mesa_train.codecs.affine import Affine
 
 ROWS, COLS = 64, 96
 LOSSLESS = Policy(bits=32, min_bytes=0)
@@ -60,7 +61,9 @@ def kept(function, *arguments, parameters=(), policy=None):
 def test_linear_keeps_codes_of_its_input(bits):
     linear = nn.Linear(COLS, 32)
     policy = Policy(bits=bits, min_bytes=0)
-    assert kept(linear, activation(ROWS, COLS), parameters=linear.parameters(), policy=policy)[0] == codes(ROWS, COLS, bits)
+    assert kept(linear, activation(ROWS, COLS), parameters=linear.parameters(), policy=policy)[
+        0
+    ] == codes(ROWS, COLS, bits)
 
 
 def test_frozen_weight_keeps_no_input_and_frozen_input_no_weight():
@@ -76,20 +79,26 @@ def test_frozen_weight_keeps_no_input_and_frozen_input_no_weight():
 
 
 def test_mlp_keeps_x_hat_its_statistics_and_the_activation_input():
-    mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS))
+    mlp = nn.Sequential(
+        nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS)
+    )
     size, _ = kept(mlp, activation(ROWS, COLS), parameters=mlp.parameters())
     assert size == codes(ROWS, COLS) + ROWS * 4 + codes(ROWS, 2 * COLS)
 
 
 def test_mlp_under_recompute_linear_keeps_x_hat_alone():
-    mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS))
+    mlp = nn.Sequential(
+        nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS)
+    )
     policy = Policy(min_bytes=0, recompute="linear")
     size, _ = kept(mlp, activation(ROWS, COLS), parameters=mlp.parameters(), policy=policy)
     assert size == codes(ROWS, COLS) + ROWS * 4
 
 
 def test_mlp_under_recompute_none_keeps_every_operand():
-    mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS))
+    mlp = nn.Sequential(
+        nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS)
+    )
     policy = Policy(min_bytes=0, recompute="none")
     size, _ = kept(mlp, activation(ROWS, COLS), parameters=mlp.parameters(), policy=policy)
     assert size == 2 * codes(ROWS, COLS) + ROWS * 4 + 2 * codes(ROWS, 2 * COLS)
@@ -100,7 +109,10 @@ def test_q_k_v_share_their_input_and_the_projection_the_attention_output():
     heads, tokens, batch = 3, 16, 4
 
     def attention(x):
-        q, k, v = [f(x).view(batch, tokens, heads, COLS // heads).transpose(1, 2) for f in (query, key, value)]
+        q, k, v = [
+            f(x).view(batch, tokens, heads, COLS // heads).transpose(1, 2)
+            for f in (query, key, value)
+        ]
         out = F.scaled_dot_product_attention(q, k, v)
         return projection(out.transpose(1, 2).reshape(batch, tokens, COLS))
 
@@ -122,7 +134,11 @@ def test_softmax_and_the_matmul_behind_it_share():
 def test_layer_scale_keeps_nothing_more():
     linear, scale = nn.Linear(COLS, COLS), nn.Parameter(torch.ones(COLS))
     parameters = [*linear.parameters(), scale]
-    for function in (lambda x: linear(x) * scale, lambda x: scale * linear(x), lambda x: linear(x).mul_(scale)):
+    for function in (
+        lambda x: linear(x) * scale,
+        lambda x: scale * linear(x),
+        lambda x: linear(x).mul_(scale),
+    ):
         # `mul_` copies back, which keeps nothing either.
         assert kept(function, activation(ROWS, COLS), parameters=parameters)[0] == codes(ROWS, COLS)
 
@@ -130,14 +146,21 @@ def test_layer_scale_keeps_nothing_more():
 def test_masks_are_one_bit():
     assert kept(F.relu, activation(ROWS, COLS))[0] == ROWS * COLS // 8
     assert kept(F.dropout, activation(ROWS, COLS))[0] == ROWS * COLS // 8
-    size, _ = kept(lambda x: F.linear(F.dropout(F.gelu(x)), weight), activation(ROWS, COLS), parameters=[weight := nn.Parameter(torch.randn(8, COLS))])
+    size, _ = kept(
+        lambda x: F.linear(F.dropout(F.gelu(x)), weight),
+        activation(ROWS, COLS),
+        parameters=[weight := nn.Parameter(torch.randn(8, COLS))],
+    )
     assert size == codes(ROWS, COLS) + ROWS * COLS // 8
 
 
 def test_swiglu_keeps_its_two_inputs():
     weight = nn.Parameter(torch.randn(8, COLS))
     size, _ = kept(
-        lambda a, b: F.linear(F.silu(a) * b, weight), activation(ROWS, COLS), activation(ROWS, COLS), parameters=[weight]
+        lambda a, b: F.linear(F.silu(a) * b, weight),
+        activation(ROWS, COLS),
+        activation(ROWS, COLS),
+        parameters=[weight],
     )
     assert size == 2 * codes(ROWS, COLS)
 
@@ -152,7 +175,9 @@ def test_autocast_keeps_no_copy_of_a_weight():
 def test_fallback_codes_what_pytorch_saves():
     assert kept(torch.exp, activation(ROWS, COLS).mul(0.5))[0] == codes(ROWS, COLS)
     assert kept(torch.sin, activation(ROWS, COLS))[0] == codes(ROWS, COLS)
-    assert kept(lambda x: F.pad(x, (1, 1), mode="reflect"), activation(4, ROWS, COLS))[0] == codes(4 * ROWS, COLS)
+    assert kept(lambda x: F.pad(x, (1, 1), mode="reflect"), activation(4, ROWS, COLS))[0] == codes(
+        4 * ROWS, COLS
+    )
 
 
 def test_norm_of_a_matrix_codes_along_the_channels():
@@ -165,7 +190,9 @@ def test_min_bytes_keeps_small_tensors_as_they_are():
     linear = nn.Linear(COLS, 8)
     for rows in (16, 17):
         policy = Policy(min_bytes=17 * COLS * 4)
-        size, _ = kept(linear, activation(rows, COLS), parameters=linear.parameters(), policy=policy)
+        size, _ = kept(
+            linear, activation(rows, COLS), parameters=linear.parameters(), policy=policy
+        )
         assert size == (codes(rows, COLS) if rows == 17 else rows * COLS * 4)
 
 
@@ -253,7 +280,10 @@ def test_the_input_of_a_scaled_linear_may_be_written_to():
         return y * s
 
     torch.manual_seed(0)
-    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 8), (3, 8), (3,))]
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 8), (3, 8), (3,))
+    ]
     with compress(Policy(min_bytes=0)):
         output = function(*leaves)
     equal(plain, torch.autograd.grad(output.square().sum(), leaves), 0.02)
@@ -277,7 +307,9 @@ def test_writing_to_a_coded_tensor_is_allowed_and_right():
         assert (f - e).norm() < 0.02 * e.norm()
 
 
-@pytest.mark.parametrize("operator", [torch.exp, torch.sigmoid, torch.sin, F.gelu, lambda x: x.softmax(-1)])
+@pytest.mark.parametrize(
+    "operator", [torch.exp, torch.sigmoid, torch.sin, F.gelu, lambda x: x.softmax(-1)]
+)
 @pytest.mark.parametrize("policy", [LOSSLESS, Policy()], ids=["lossless", "small"])
 def test_writing_to_a_tensor_kept_whole_is_the_error_that_pytorch_raises(operator, policy):
     x = torch.randn(5, 8).requires_grad_()
@@ -301,7 +333,11 @@ def test_normalize_lets_its_output_be_written_to():
 
 
 def test_the_product_keeps_its_own_gradient_when_asked():
-    x, w, s = torch.randn(4, 8), torch.randn(3, 8, requires_grad=True), torch.randn(3, requires_grad=True)
+    x, w, s = (
+        torch.randn(4, 8),
+        torch.randn(3, 8, requires_grad=True),
+        torch.randn(3, requires_grad=True),
+    )
     seen = []
     with compress(LOSSLESS):
         y, z = F.linear(x, w), F.linear(x, w)
@@ -316,7 +352,9 @@ def test_the_product_keeps_its_own_gradient_when_asked():
 
 def test_one_tensor_for_many_layers_is_coded_once():
     layers = nn.ModuleList(nn.Linear(COLS, 8) for _ in range(5))
-    size, output = kept(lambda x: sum(f(x) for f in layers), activation(ROWS, COLS), parameters=layers.parameters())
+    size, output = kept(
+        lambda x: sum(f(x) for f in layers), activation(ROWS, COLS), parameters=layers.parameters()
+    )
     assert size == codes(ROWS, COLS)
     output.sum().backward()
     assert all(torch.equal(f.weight.grad, layers[0].weight.grad) for f in layers)
@@ -327,7 +365,11 @@ def test_weight_sharing():
         return F.linear(F.gelu(F.linear(F.gelu(F.linear(x, w)), w)), w.t())
 
     for recompute in ("none", "cheap", "linear"):
-        equal(*both(function, (5, 8), (8, 8), policy=Policy(bits=32, min_bytes=0, recompute=recompute)))
+        equal(
+            *both(
+                function, (5, 8), (8, 8), policy=Policy(bits=32, min_bytes=0, recompute=recompute)
+            )
+        )
 
 
 def test_detach_and_no_grad_inside():
@@ -386,7 +428,9 @@ class Interrupted(nn.Module):
         return self.last(x)
 
 
-@pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()], ids=["exception", "interrupt"])
+@pytest.mark.parametrize(
+    "error", [ValueError("stop"), KeyboardInterrupt()], ids=["exception", "interrupt"]
+)
 def test_an_exception_in_the_middle_leaves_nothing_behind(error):
     torch.manual_seed(0)
     model = mesa_train.wrap(Interrupted(None), Policy(min_bytes=0))
@@ -402,7 +446,10 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(error):
             references.append(weakref.ref(tensor))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(type(error)) as raised:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        pytest.raises(type(error)) as raised,
+    ):
         model(x)
     assert references
     assert not _get_current_function_mode_stack()
@@ -461,5 +508,7 @@ def test_global_generators_are_left_alone():
     before = torch.get_rng_state()
     with compress(Policy(bits=4, min_bytes=0, rounding="stochastic")):
         x = torch.ones(ROWS, COLS).requires_grad_() * 0.3
-        F.linear(F.layer_norm(x.exp(), (COLS,)), torch.ones(8, COLS, requires_grad=True)).sum().backward()
+        F.linear(
+            F.layer_norm(x.exp(), (COLS,)), torch.ones(8, COLS, requires_grad=True)
+        ).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)

@@ -78,7 +78,7 @@ def linear(
     mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Any:
     """Row of torch.nn.functional.linear."""
-    if not mode.covers("linear", input, weight, bias) or weight.dim() != 2:
+    if not mode.covers("linear", input, weight, bias) or weight.dim() != 2 or not weight.numel():
         return NotImplemented
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
     w = whole(weight) if input.requires_grad else None

@@ -88,6 +88,7 @@ def matmul(
         or not mode.covers("matmul", input, other)
         or input.dim() < 2
         or other.dim() < 2
+        or not other.numel()
     ):
         return NotImplemented
     stashes = _operands(mode, input, other)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from mesa_train import PRESETS, Policy, compress
 from torch import nn
 from torch.func import functional_call
+
+from mesa_train import PRESETS, Policy, compress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,9 @@ def call(case, made, policy):
 def gradients(outputs, leaves, **kwargs):
     generator = torch.Generator().manual_seed(2)
     outputs = [o for o in outputs if o.requires_grad]
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    weights = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs
+    ]
     return torch.autograd.grad(outputs, leaves, weights, **kwargs)
 
 
@@ -120,7 +123,9 @@ def run(case, policy, dtype=torch.float64, layout=None):
 
 def error(found, expected):
     """Relative L2 over several tensors."""
-    difference = sum((f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True))
+    difference = sum(
+        (f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True)
+    )
     size = sum(e.double().square().sum() for e in expected)
     return (difference / size.clamp_min(1e-300)).sqrt().item()
 
@@ -129,7 +134,9 @@ LOSSLESS = Policy(bits=32, min_bytes=0)
 EIGHT = Policy(min_bytes=0)
 FOUR = Policy(bits=4, min_bytes=0)
 TWO = Policy(bits=2, min_bytes=0)
-EVERY = {name: dataclasses.replace(p, min_bytes=0) for name, p in PRESETS.items()} | {"two bits": TWO}
+EVERY = {name: dataclasses.replace(p, min_bytes=0) for name, p in PRESETS.items()} | {
+    "two bits": TWO
+}
 
 
 def of_module(name, factory, *inputs, call=lambda module, *args: module(*args), **kwargs):
@@ -138,7 +145,10 @@ def of_module(name, factory, *inputs, call=lambda module, *args: module(*args), 
     module = factory()
     names = [n for n, _ in module.named_parameters()]
     # Weights of the size a trained network has, so that softmaxes do not saturate.
-    weights = [parameter(*p.shape, make=lambda *s: 0.3 * torch.randn(*s)) for _, p in module.named_parameters()]
+    weights = [
+        parameter(*p.shape, make=lambda *s: 0.3 * torch.randn(*s))
+        for _, p in module.named_parameters()
+    ]
 
     class Call(nn.Module):
         def __init__(self):
@@ -162,14 +172,26 @@ def of_module(name, factory, *inputs, call=lambda module, *args: module(*args), 
 
 def _linear():
     for dims, shape in enumerate([(9,), (3, 9), (2, 3, 9), (2, 3, 2, 9)], 1):
-        yield Case(f"linear {dims}-D", F.linear, (activation(*shape), parameter(5, 9), parameter(5)))
+        yield Case(
+            f"linear {dims}-D", F.linear, (activation(*shape), parameter(5, 9), parameter(5))
+        )
     yield Case("linear without bias", F.linear, (activation(4, 9), parameter(5, 9)))
-    yield Case("linear, weight by keyword", lambda x, w: F.linear(input=x, weight=w), (activation(4, 9), parameter(5, 9)))
-    yield Case("linear wider than a group", F.linear, (activation(3, 200), parameter(5, 200), parameter(5)))
+    yield Case(
+        "linear, weight by keyword",
+        lambda x, w: F.linear(input=x, weight=w),
+        (activation(4, 9), parameter(5, 9)),
+    )
+    yield Case(
+        "linear wider than a group", F.linear, (activation(3, 200), parameter(5, 200), parameter(5))
+    )
     yield Case("linear of a constant", F.linear, (constant(4, 9), parameter(5, 9), parameter(5)))
     yield Case("linear by a constant", F.linear, (activation(4, 9), constant(5, 9), constant(5)))
-    yield Case("linear with only a bias trained", F.linear, (constant(4, 9), constant(5, 9), parameter(5)))
-    yield Case("linear with an activation as weight", F.linear, (activation(4, 9), activation(5, 9)))
+    yield Case(
+        "linear with only a bias trained", F.linear, (constant(4, 9), constant(5, 9), parameter(5))
+    )
+    yield Case(
+        "linear with an activation as weight", F.linear, (activation(4, 9), activation(5, 9))
+    )
 
 
 def _matmul():
@@ -185,7 +207,9 @@ def _matmul():
         (parameter(6), activation(4, 5), parameter(5, 6)),
         fallback=True,
     )
-    yield Case("baddbmm", torch.baddbmm, (activation(2, 4, 6), activation(2, 4, 5), activation(2, 5, 6)))
+    yield Case(
+        "baddbmm", torch.baddbmm, (activation(2, 4, 6), activation(2, 4, 5), activation(2, 5, 6))
+    )
     yield Case(
         "baddbmm beta alpha, broadcast",
         lambda b, x, y: torch.baddbmm(b, x, y, beta=0.25, alpha=3),
@@ -195,15 +219,28 @@ def _matmul():
     yield Case("matmul N-D 2-D", torch.matmul, (activation(2, 3, 4, 5), activation(5, 6)))
     yield Case("matmul 2-D N-D", torch.matmul, (activation(4, 5), activation(3, 5, 6)))
     yield Case("matmul N-D N-D", torch.matmul, (activation(2, 3, 4, 5), activation(2, 3, 5, 6)))
-    yield Case("matmul broadcasting batch", torch.matmul, (activation(2, 1, 4, 5), activation(3, 5, 6)))
+    yield Case(
+        "matmul broadcasting batch", torch.matmul, (activation(2, 1, 4, 5), activation(3, 5, 6))
+    )
     yield Case("matmul vector", torch.matmul, (activation(4, 5), activation(5)), fallback=True)
-    yield Case("matmul by keyword", lambda x, y: torch.matmul(input=x, other=y), (activation(4, 5), activation(5, 6)))
+    yield Case(
+        "matmul by keyword",
+        lambda x, y: torch.matmul(input=x, other=y),
+        (activation(4, 5), activation(5, 6)),
+    )
     yield Case("matmul with itself", lambda x: x @ x.mT, (activation(2, 4, 5),))
     yield Case("@", lambda x, y: x @ y, (activation(2, 4, 5), parameter(5, 6)))
     yield Case("@ of a constant", lambda x, y: x @ y, (constant(2, 4, 5), activation(2, 5, 6)))
-    yield Case("__rmatmul__", lambda x, y: y.__rmatmul__(x), (activation(2, 4, 5), activation(2, 5, 6)))
+    yield Case(
+        "__rmatmul__", lambda x, y: y.__rmatmul__(x), (activation(2, 4, 5), activation(2, 5, 6))
+    )
     yield Case("bmm", torch.bmm, (activation(2, 4, 5), activation(2, 5, 6)))
-    yield Case("bmm by keyword", lambda x, y: torch.bmm(x, mat2=y), (activation(2, 4, 5), activation(2, 5, 6)), fallback=True)
+    yield Case(
+        "bmm by keyword",
+        lambda x, y: torch.bmm(x, mat2=y),
+        (activation(2, 4, 5), activation(2, 5, 6)),
+        fallback=True,
+    )
     yield Case("Tensor.bmm", lambda x, y: x.bmm(y), (activation(2, 4, 5), activation(2, 5, 6)))
     yield Case("mm", torch.mm, (activation(4, 5), activation(5, 6)))
     for equation, left, right in [
@@ -214,7 +251,9 @@ def _matmul():
         ("bnc , cd -> bnd", (2, 4, 5), (5, 3)),
     ]:
         yield Case(
-            f"einsum {equation}", lambda x, y, e=equation: torch.einsum(e, x, y), (activation(*left), activation(*right))
+            f"einsum {equation}",
+            lambda x, y, e=equation: torch.einsum(e, x, y),
+            (activation(*left), activation(*right)),
         )
     for equation, left, right in [
         ("ij,kl->ik", (3, 5), (2, 4)),  # an index is summed over that the other does not have
@@ -229,7 +268,11 @@ def _matmul():
             (activation(*left), activation(*right)),
             fallback=True,
         )
-    yield Case("einsum of a list", lambda x, y: torch.einsum("ij,jk->ik", [x, y]), (activation(3, 4), activation(4, 5)))
+    yield Case(
+        "einsum of a list",
+        lambda x, y: torch.einsum("ij,jk->ik", [x, y]),
+        (activation(3, 4), activation(4, 5)),
+    )
     yield Case(
         "einsum of three",
         lambda x, y, z: torch.einsum("ij,jk,kl->il", x, y, z),
@@ -245,16 +288,31 @@ def _attention():
     # Softmax's arguments are exponentiated: at 4 bits an unscaled random q and k lose most.
     loose = {"four": 0.8, "eight": 0.05}
     yield Case("attention", sdpa, qkv, **loose)
-    yield Case("attention of a packed qkv", lambda x: sdpa(*x.unbind(0)), (activation(3, 2, 3, 6, 8),), **loose)
-    yield Case("attention of one tensor", lambda x: sdpa(x, x, x), (activation(2, 3, 6, 8),), **loose)
+    yield Case(
+        "attention of a packed qkv",
+        lambda x: sdpa(*x.unbind(0)),
+        (activation(3, 2, 3, 6, 8),),
+        **loose,
+    )
+    yield Case(
+        "attention of one tensor", lambda x: sdpa(x, x, x), (activation(2, 3, 6, 8),), **loose
+    )
     yield Case("attention causal", lambda q, k, v: sdpa(q, k, v, is_causal=True), same, **loose)
     yield Case("attention scale", lambda q, k, v: sdpa(q, k, v, scale=0.3), qkv, **loose)
     yield Case(
-        "attention bool mask", lambda q, k, v, m: sdpa(q, k, v, m), (*qkv, constant(2, 1, 7, 5, make=mask_of, cast=False)), **loose
+        "attention bool mask",
+        lambda q, k, v, m: sdpa(q, k, v, m),
+        (*qkv, constant(2, 1, 7, 5, make=mask_of, cast=False)),
+        **loose,
     )
-    yield Case("attention float mask", lambda q, k, v, m: sdpa(q, k, v, m), (*qkv, constant(7, 5)), **loose)
     yield Case(
-        "attention mask with a gradient", lambda q, k, v, m: sdpa(q, k, v, m), (*qkv, parameter(1, 3, 7, 5)), **loose
+        "attention float mask", lambda q, k, v, m: sdpa(q, k, v, m), (*qkv, constant(7, 5)), **loose
+    )
+    yield Case(
+        "attention mask with a gradient",
+        lambda q, k, v, m: sdpa(q, k, v, m),
+        (*qkv, parameter(1, 3, 7, 5)),
+        **loose,
     )
     yield Case(
         "attention mask with a gradient, scale",
@@ -275,18 +333,33 @@ def _attention():
         (activation(2, 4, 6, 8), activation(2, 2, 6, 8), activation(2, 2, 6, 8)),
         **loose,
     )
-    yield Case("attention 3-D", sdpa, (activation(3, 7, 8), activation(3, 5, 8), activation(3, 5, 8)), **loose)
+    yield Case(
+        "attention 3-D",
+        sdpa,
+        (activation(3, 7, 8), activation(3, 5, 8), activation(3, 5, 8)),
+        **loose,
+    )
     yield Case("attention 5-D", sdpa, (activation(2, 2, 3, 4, 8),) * 3, **loose)
     yield Case(
-        "attention values of another width", sdpa, (activation(2, 3, 7, 8), activation(2, 3, 5, 8), activation(2, 3, 5, 4)), **loose
+        "attention values of another width",
+        sdpa,
+        (activation(2, 3, 7, 8), activation(2, 3, 5, 8), activation(2, 3, 5, 4)),
+        **loose,
     )
     yield Case(
         "attention heads aside",
-        lambda x: sdpa(*x.view(2, 6, 3, 3, 8).permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(2, 6, 24),
+        lambda x: (
+            sdpa(*x.view(2, 6, 3, 3, 8).permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(2, 6, 24)
+        ),
         (activation(2, 6, 72),),
         **loose,
     )
-    yield Case("attention of constant q, k", sdpa, (constant(2, 3, 6, 8), constant(2, 3, 6, 8), activation(2, 3, 6, 8)), **loose)
+    yield Case(
+        "attention of constant q, k",
+        sdpa,
+        (constant(2, 3, 6, 8), constant(2, 3, 6, 8), activation(2, 3, 6, 8)),
+        **loose,
+    )
     yield Case(
         "attention by hand",
         lambda q, k, v: ((q @ k.transpose(-2, -1)) * 8**-0.5).softmax(-1) @ v,
@@ -330,23 +403,41 @@ def _softmax():
 
 
 def _norms():
-    yield Case("layer_norm", lambda x, w, b: F.layer_norm(x, (9,), w, b), (activation(2, 4, 9), parameter(9), parameter(9)))
+    yield Case(
+        "layer_norm",
+        lambda x, w, b: F.layer_norm(x, (9,), w, b),
+        (activation(2, 4, 9), parameter(9), parameter(9)),
+    )
     yield Case("layer_norm without affine", lambda x: F.layer_norm(x, (9,)), (activation(2, 4, 9),))
-    yield Case("layer_norm without bias", lambda x, w: F.layer_norm(x, (9,), w), (activation(2, 4, 9), parameter(9)))
+    yield Case(
+        "layer_norm without bias",
+        lambda x, w: F.layer_norm(x, (9,), w),
+        (activation(2, 4, 9), parameter(9)),
+    )
     yield Case(
         "layer_norm of two dims",
         lambda x, w, b: F.layer_norm(x, (4, 9), w, b, 1e-3),
         (activation(3, 4, 9), parameter(4, 9), parameter(4, 9)),
     )
-    yield Case("layer_norm of a constant", lambda x, w, b: F.layer_norm(x, (9,), w, b), (constant(4, 9), parameter(9), parameter(9)))
-    yield Case("layer_norm frozen", lambda x, w, b: F.layer_norm(x, (9,), w, b), (activation(4, 9), constant(9), constant(9)))
+    yield Case(
+        "layer_norm of a constant",
+        lambda x, w, b: F.layer_norm(x, (9,), w, b),
+        (constant(4, 9), parameter(9), parameter(9)),
+    )
+    yield Case(
+        "layer_norm frozen",
+        lambda x, w, b: F.layer_norm(x, (9,), w, b),
+        (activation(4, 9), constant(9), constant(9)),
+    )
     yield Case(
         "layer_norm and linear",
         lambda x, w, b, v: F.linear(F.layer_norm(x, (9,), w, b), v),
         (activation(2, 4, 9), parameter(9), parameter(9), parameter(5, 9)),
     )
     yield Case("rms_norm", lambda x, w: F.rms_norm(x, (9,), w), (activation(2, 4, 9), parameter(9)))
-    yield Case("rms_norm without weight", lambda x: F.rms_norm(x, (9,), eps=1e-2), (activation(2, 4, 9),))
+    yield Case(
+        "rms_norm without weight", lambda x: F.rms_norm(x, (9,), eps=1e-2), (activation(2, 4, 9),)
+    )
     yield Case(
         "rms_norm of two dims, and linear",
         lambda x, w, v: F.linear(F.rms_norm(x, (4, 9), w), v),
@@ -356,11 +447,15 @@ def _norms():
         inputs = (activation(4, 6, *shape), parameter(6), parameter(6))
         # Groups of two normalise to +1 and -1, and their gradient is what cancellation leaves.
         loose = {"eight": 0.1, "four": 2.0} if dims == 2 else {}
-        yield Case(f"group_norm {dims}-D", lambda x, w, b: F.group_norm(x, 3, w, b), inputs, **loose)
+        yield Case(
+            f"group_norm {dims}-D", lambda x, w, b: F.group_norm(x, 3, w, b), inputs, **loose
+        )
         for training in (True, False):
             yield Case(
                 f"batch_norm {dims}-D training={training}",
-                lambda x, w, b, m, v, t=training: F.batch_norm(x, m, v, w, b, training=t, momentum=0.3),
+                lambda x, w, b, m, v, t=training: F.batch_norm(
+                    x, m, v, w, b, training=t, momentum=0.3
+                ),
                 (*inputs, constant(6), constant(6, make=positive)),
             )
     yield Case("group_norm without affine", lambda x: F.group_norm(x, 2), (activation(4, 6, 5),))
@@ -381,9 +476,15 @@ def _norms():
     )
     yield of_module("nn.BatchNorm2d", lambda: nn.BatchNorm2d(6), activation(4, 6, 3, 5))
     for dim in (-1, 1):
-        yield Case(f"normalize dim={dim}", lambda x, d=dim: F.normalize(x, dim=d), (activation(3, 4, 9),))
-    yield Case("normalize under eps", lambda x: F.normalize(x, dim=-1, eps=4.0), (activation(6, 9),))
-    yield Case("normalize p=1", lambda x: F.normalize(x, p=1.0, dim=-1), (activation(3, 9),), fallback=True)
+        yield Case(
+            f"normalize dim={dim}", lambda x, d=dim: F.normalize(x, dim=d), (activation(3, 4, 9),)
+        )
+    yield Case(
+        "normalize under eps", lambda x: F.normalize(x, dim=-1, eps=4.0), (activation(6, 9),)
+    )
+    yield Case(
+        "normalize p=1", lambda x: F.normalize(x, p=1.0, dim=-1), (activation(3, 9),), fallback=True
+    )
 
 
 def _activations():
@@ -439,7 +540,9 @@ def _activations():
     yield Case("SwiGLU", lambda a, b: F.silu(a) * b, (activation(3, 4, 9), activation(3, 4, 9)))
     yield Case(
         "SwiGLU of one Linear",
-        lambda x, w, v: F.linear(F.silu(F.linear(x, w).chunk(2, -1)[0]) * F.linear(x, w).chunk(2, -1)[1], v),
+        lambda x, w, v: F.linear(
+            F.silu(F.linear(x, w).chunk(2, -1)[0]) * F.linear(x, w).chunk(2, -1)[1], v
+        ),
         (activation(4, 9), parameter(10, 9), parameter(3, 5)),
         eight=0.05,
         four=0.8,
@@ -477,15 +580,30 @@ def _conv():
             (activation(2, 4, *size), parameter(4, 1, *[3] * dims)),
         )
     x = activation(2, 4, 7, 6)
-    yield Case("conv2d grouped", lambda x, w, b: F.conv2d(x, w, b, groups=2), (x, parameter(6, 2, 3, 3), parameter(6)))
-    yield Case("conv2d valid", lambda x, w: F.conv2d(x, w, padding="valid"), (x, parameter(6, 4, 3, 2)))
-    yield Case("conv2d same, even kernel", lambda x, w: F.conv2d(x, w, padding="same"), (x, parameter(6, 4, 2, 4)), fallback=True)
     yield Case(
-        "conv2d of tuples", lambda x, w: F.conv2d(x, w, None, (2, 1), (0, 1), (1, 2), 1), (x, parameter(6, 4, 3, 2))
+        "conv2d grouped",
+        lambda x, w, b: F.conv2d(x, w, b, groups=2),
+        (x, parameter(6, 2, 3, 3), parameter(6)),
+    )
+    yield Case(
+        "conv2d valid", lambda x, w: F.conv2d(x, w, padding="valid"), (x, parameter(6, 4, 3, 2))
+    )
+    yield Case(
+        "conv2d same, even kernel",
+        lambda x, w: F.conv2d(x, w, padding="same"),
+        (x, parameter(6, 4, 2, 4)),
+        fallback=True,
+    )
+    yield Case(
+        "conv2d of tuples",
+        lambda x, w: F.conv2d(x, w, None, (2, 1), (0, 1), (1, 2), 1),
+        (x, parameter(6, 4, 3, 2)),
     )
     yield Case("conv2d of a constant", F.conv2d, (constant(2, 4, 7, 6), parameter(6, 4, 3, 3)))
     yield Case("conv2d frozen", F.conv2d, (x, constant(6, 4, 3, 3)))
-    yield Case("conv2d unbatched", F.conv2d, (activation(4, 7, 6), parameter(6, 4, 3, 3)), fallback=True)
+    yield Case(
+        "conv2d unbatched", F.conv2d, (activation(4, 7, 6), parameter(6, 4, 3, 3)), fallback=True
+    )
     yield Case("conv_transpose2d", F.conv_transpose2d, (x, parameter(4, 6, 3, 3)), fallback=True)
     for mode in ("reflect", "circular", "replicate", "zeros"):
         yield of_module(
@@ -502,7 +620,9 @@ def _products():
     yield Case("layer scale in place", lambda x, w, b, s: F.linear(x, w, b).mul_(s), weights)
     yield Case("layer scale in place, *=", lambda x, w, b, s: _imul(F.linear(x, w, b), s), weights)
     yield Case(
-        "layer scale without bias", lambda x, w, s: F.linear(x, w) * s, (activation(2, 4, 9), parameter(6, 9), parameter(6))
+        "layer scale without bias",
+        lambda x, w, s: F.linear(x, w) * s,
+        (activation(2, 4, 9), parameter(6, 9), parameter(6)),
     )
     yield Case(
         "layer scale of a constant's Linear",
@@ -515,20 +635,40 @@ def _products():
         (activation(2, 4, 9), constant(6, 9), constant(6), parameter(6)),
     )
     yield Case("layer scale twice", lambda x, w, b, s: F.linear(x, w, b) * s * s, weights)
-    yield Case("layer scale and the product too", lambda x, w, b, s: (y := F.linear(x, w, b)) * s + y.tanh(), weights)
+    yield Case(
+        "layer scale and the product too",
+        lambda x, w, b, s: (y := F.linear(x, w, b)) * s + y.tanh(),
+        weights,
+    )
     yield Case(
         "layer scale after a cast", lambda x, w, b, s: F.linear(x, w, b).view(8, 6) * s, weights
     )
     yield Case("scale not after a Linear", lambda x, s: x * s, (activation(2, 4, 6), parameter(6)))
-    yield Case("scale in place, not after a Linear", lambda x, s: _imul(x.add(1.0), s), (activation(2, 4, 6), parameter(6)), fallback=True)
+    yield Case(
+        "scale in place, not after a Linear",
+        lambda x, s: _imul(x.add(1.0), s),
+        (activation(2, 4, 6), parameter(6)),
+        fallback=True,
+    )
     yield Case("scale in another shape", lambda x, s: x * s, (activation(2, 4, 6), parameter(4, 1)))
     yield Case("mul", torch.mul, (activation(2, 4, 6), activation(2, 4, 6)))
     yield Case("Tensor.mul", lambda x, y: x.mul(y), (activation(2, 4, 6), activation(2, 1, 6)))
     yield Case("mul with itself", lambda x: x * x, (activation(2, 4, 6),))
-    yield Case("mul with a scalar tensor", lambda x, y: x * y[0], (activation(2, 4, 6), parameter(1)))
-    yield Case("mul with a constant", lambda x, y: x * y, (activation(2, 4, 6), constant(4, 6)), fallback=True)
+    yield Case(
+        "mul with a scalar tensor", lambda x, y: x * y[0], (activation(2, 4, 6), parameter(1))
+    )
+    yield Case(
+        "mul with a constant",
+        lambda x, y: x * y,
+        (activation(2, 4, 6), constant(4, 6)),
+        fallback=True,
+    )
     yield Case("mul with a number", lambda x: 2 * x * 0.5, (activation(2, 4, 6),), fallback=True)
-    yield Case("mul by keyword", lambda x, y: torch.mul(x, other=y), (activation(2, 4, 6), activation(2, 4, 6)))
+    yield Case(
+        "mul by keyword",
+        lambda x, y: torch.mul(x, other=y),
+        (activation(2, 4, 6), activation(2, 4, 6)),
+    )
     yield Case("gate", lambda x, y: x * y.sigmoid(), (activation(2, 4, 6), activation(2, 4, 6)))
 
 
@@ -542,12 +682,18 @@ def _dropout():
     yield Case("dropout", lambda x: F.dropout(x, 0.4), x)
     yield Case("torch.dropout", lambda x: torch.dropout(x, 0.4, True), x)
     yield Case("torch.dropout by keyword", lambda x: torch.dropout(x, p=0.4, train=True), x)
-    yield Case("dropout inplace", lambda x: F.dropout(x.mul(1.5), 0.4, True, True), x, fallback=True)
+    yield Case(
+        "dropout inplace", lambda x: F.dropout(x.mul(1.5), 0.4, True, True), x, fallback=True
+    )
     yield Case("dropout p=1", lambda x: F.dropout(x, 1.0), x, fallback=True)
     yield Case("dropout p=0", lambda x: F.dropout(x, 0.0) * x, x)
     yield Case("dropout eval", lambda x: F.dropout(x, 0.4, False) * x, x)
     yield Case(
-        "gelu, dropout, linear", lambda x, w: F.linear(F.dropout(F.gelu(x), 0.4), w), (*x, parameter(5, 9)), eight=0.05, four=0.8
+        "gelu, dropout, linear",
+        lambda x, w: F.linear(F.dropout(F.gelu(x), 0.4), w),
+        (*x, parameter(5, 9)),
+        eight=0.05,
+        four=0.8,
     )
     yield Case("dropout2d", lambda x: F.dropout2d(x, 0.4), (activation(3, 4, 5, 5),), fallback=True)
 
@@ -565,8 +711,16 @@ def _fallback():
         ("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2), (activation(2, 3, 7, 7),)),
         ("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, 1), (activation(2, 3, 7, 7),)),
         ("where", lambda x, y: torch.where(x > y, x * x, y), (x, x)),
-        ("masked_fill", lambda x, m: x.masked_fill(m, -1.0), (x, constant(3, 4, 9, make=mask_of, cast=False))),
-        ("bilinear", F.bilinear, (activation(4, 5), activation(4, 6), parameter(3, 5, 6), parameter(3))),
+        (
+            "masked_fill",
+            lambda x, m: x.masked_fill(m, -1.0),
+            (x, constant(3, 4, 9, make=mask_of, cast=False)),
+        ),
+        (
+            "bilinear",
+            F.bilinear,
+            (activation(4, 5), activation(4, 6), parameter(3, 5, 6), parameter(3)),
+        ),
         ("log_softmax", lambda x: F.log_softmax(x, -1), (x,)),
         ("std", lambda x: x.std(-1), (x,)),
         ("norm", lambda x: torch.linalg.vector_norm(x, dim=-1), (x,)),
@@ -575,7 +729,11 @@ def _fallback():
         ("index", lambda x: x[torch.tensor([0, 2, 2])].square(), (x,)),
         ("cat", lambda x, y: torch.cat([x, y], -1).square(), (x, x)),
         ("pad reflect", lambda x: F.pad(x, (2, 1), mode="reflect").square(), (x,)),
-        ("interpolate", lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), (activation(2, 3, 4, 4),)),
+        (
+            "interpolate",
+            lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+            (activation(2, 3, 4, 4),),
+        ),
         ("amax", lambda x: x.amax(-1), (x,)),
         ("max of all", lambda x: x.max() * x.min(), (x,)),
         ("maximum", torch.maximum, (x, x)),
@@ -583,7 +741,11 @@ def _fallback():
         ("abs", torch.abs, (x,)),
         ("hardtanh", F.hardtanh, (x,)),
         ("prelu", F.prelu, (x, parameter(4))),
-        ("views", lambda x: x.transpose(0, 1).flip(0).roll(1, 0).flatten(1).unflatten(1, (3, 9)).exp(), (x,)),
+        (
+            "views",
+            lambda x: x.transpose(0, 1).flip(0).roll(1, 0).flatten(1).unflatten(1, (3, 9)).exp(),
+            (x,),
+        ),
     ]:
         # Division and the powers magnify what is small.
         loose = {"eight": 0.1, "four": 0.4}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from mesa_train import Policy, compress
 from mesa_train.codecs.affine import Affine
 from mesa_train.kernels import reference
@@ -23,7 +24,11 @@ def coded(x, bits, stochastic):
 
 
 def activation(*shape, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 1.0).requires_grad_().mul(1.0)
+    return (
+        (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 1.0)
+        .requires_grad_()
+        .mul(1.0)
+    )
 
 
 def gradients(function, inputs, grad, bits=None):
@@ -88,7 +93,11 @@ def test_activation_from_its_output(bits, name):
 
 
 def test_layer_norm(bits):
-    x, w, b = activation(*SHAPE), torch.randn(40, requires_grad=True), torch.randn(40, requires_grad=True)
+    x, w, b = (
+        activation(*SHAPE),
+        torch.randn(40, requires_grad=True),
+        torch.randn(40, requires_grad=True),
+    )
     grad = torch.randn(SHAPE)
     found = gradients(lambda x, w, b: F.layer_norm(x, (40,), w, b), (x, w, b), grad, bits)
     _, mean, rstd = torch.native_layer_norm(x.detach(), (40,), w, b, 1e-5)
@@ -104,8 +113,13 @@ def test_layer_norm(bits):
 def test_batch_norm(bits):
     x, w = activation(4, 5, 6, 7), torch.randn(5, requires_grad=True)
     grad = torch.randn(4, 5, 6, 7)
-    found = gradients(lambda x, w: F.batch_norm(x, None, None, w, training=True), (x, w), grad, bits)
-    mean, rstd = x.detach().mean((0, 2, 3)), (x.detach().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
+    found = gradients(
+        lambda x, w: F.batch_norm(x, None, None, w, training=True), (x, w), grad, bits
+    )
+    mean, rstd = (
+        x.detach().mean((0, 2, 3)),
+        (x.detach().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt(),
+    )
     x_hat = (x.detach() - mean[:, None, None]) * rstd[:, None, None]
     # In a contiguous tensor a group lies within one channel's positions.
     x_hat = coded(x_hat.flatten(2), bits, bits < 8).view_as(x_hat)
@@ -154,7 +168,9 @@ def test_dropout_replays_the_mask_it_drew(bits):
     dx, dw = gradients(lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (x, w), grad, bits)
     at = coded(x, bits, False).requires_grad_()
     torch.manual_seed(3)
-    expected_dx, expected_dw = gradients(lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (at, w), grad)
+    expected_dx, expected_dw = gradients(
+        lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (at, w), grad
+    )
     close(dx, expected_dx)
     close(dw, expected_dw)
 
