@@ -38,7 +38,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
     model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
     data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
-    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,

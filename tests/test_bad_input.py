@@ -297,7 +297,8 @@ def test_inplace_modules():
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)]
     for activation in activations:
         layers += [nn.Conv2d(8, 8, 1), activation(inplace=True)]
-    model = nn.Sequential(*layers, nn.LeakyReLU(0.1, inplace=True)).double()
+    layers += [nn.Conv2d(8, 4, 1), nn.LeakyReLU(0.1, inplace=True)]
+    model = nn.Sequential(*layers).double()
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
