@@ -48,9 +48,27 @@ class Interception(TorchFunctionMode):
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
+        self.outer: list[Any] = []
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
+
+    def __enter__(self) -> Interception:
+        # What the inner policy leaves alone is not the outer one's either.
+        other = innermost()
+        if other is self:
+            other = None
+        self.outer.append((other, other.site if other is not None else None))
+        if other is not None:
+            other.site = _NOTHING
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        other, site = self.outer.pop()
+        if other is not None:
+            other.site = site
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -200,6 +218,10 @@ def saved_hooks() -> Any:
         else torch._C._autograd._top_saved_tensors_default_hooks(False)
     )
     return None if top is None else top[0]
+
+
+# A site where every operator is PyTorch's.
+_NOTHING = Site("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:

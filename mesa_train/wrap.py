@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .intercept import Interception, Report, Site, active, innermost, saved_hooks
+from .intercept import Interception, Report, Site, active, saved_hooks
 from .policy import Policy
 from .stash import Lineage
 
@@ -34,11 +34,15 @@ class Installed:
         self.policy = policy
         self.report = Report()
         self.step, self._version = 0, -1
+        changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
+        self._running = "running" in changes
 
     def forward_begins(self, model: nn.Module) -> None:
         """A new forward of the whole model: clear the report, and count the step if the weights
         have moved."""
         self.report.rows.clear()
+        if not self._running:
+            return
         version = sum([p._version for p in model.parameters() if p.requires_grad])
         if version != self._version:
             self.step, self._version = self.step + 1, version
@@ -113,17 +117,8 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         if mode is None:
             if site.name == "" and not torch.compiler.is_compiling():
                 installed.forward_begins(self)
-            other = innermost()
-            if other is None:
-                with Interception(site, installed, installed.report, installed.step):
-                    return plain.forward(self, *args, **kwargs)
-            # What the inner policy leaves alone is not the outer one's either.
-            outside, other.site = other.site, _nothing()
-            try:
-                with Interception(site, installed, installed.report, installed.step):
-                    return plain.forward(self, *args, **kwargs)
-            finally:
-                other.site = outside
+            with Interception(site, installed, installed.report, installed.step):
+                return plain.forward(self, *args, **kwargs)
         outside, mode.site = mode.site, site
         scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
         if hooks is not mode.hooks:
@@ -147,12 +142,6 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
     members["__module__"], members["__qualname__"] = plain.__module__, plain.__qualname__
     members["__doc__"] = plain.__doc__
     return type(plain.__name__, (plain,), members)
-
-
-@functools.cache
-def _nothing() -> Site:
-    """A site where every operator is PyTorch's."""
-    return Site("", Policy(enabled=False).rules([""])[""])
 
 
 def _new(plain: type[nn.Module], *args: Any) -> nn.Module:

@@ -619,3 +619,19 @@ def test_traced_by_fx():
     assert close(gradients(copied, batch()), gradients(plain, batch()), 0.02)
     mesa_train.unwrap(model)
     assert same(gradients(model, batch()), gradients(plain, batch()))
+
+
+def test_an_inner_context_decides_alone() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    weight = nn.Parameter(torch.randn(8, 8))
+
+    def node() -> str:
+        return type(nn.functional.linear(x, weight).grad_fn).__name__
+
+    with mesa_train.compress(mesa_train.Policy(min_bytes=0)) as context:
+        with mesa_train.compress(mesa_train.Policy(enabled=False)):
+            assert node() != "LinearBackward"
+        assert node() == "LinearBackward"
+        with context:
+            assert node() == "LinearBackward"
+        assert node() == "LinearBackward"
