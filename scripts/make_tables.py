@@ -137,6 +137,34 @@ def parity_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
+def families_table(results: Path, words: Sequence[str]) -> str:
+    """`families`: the newest rows of bench_families.py, a line per model."""
+    if words:
+        raise ValueError(f"the table 'families' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "families.jsonl")
+    if not rows:
+        return missing("scripts/bench_families.py")
+    newest = {(row["model"], row["method"]): row for row in rows}
+    methods = list(dict.fromkeys(method for _, method in newest))
+    presets = [method for method in methods if method != "plain"]
+    head = ["model", "plain keeps", *[f"{p} keeps" for p in presets]]
+    head += ["plain's gradient error", *[f"{p}'s" for p in presets]]
+    lines = []
+    for model in dict.fromkeys(model for model, _ in newest):
+        own = {m: newest[model, m] for m in methods if (model, m) in newest}
+        kept = [
+            f"{format_bytes(row['saved_bytes'])}"
+            + (f" ({row['saved_ratio']:.2f}x less)" if method != "plain" else "")
+            for method, row in own.items()
+        ]
+        lines.append([model, *kept, *[f"{row['gradient_error']:.2%}" for row in own.values()]])
+    return markdown(head, lines) + (
+        f"\nBatch {rows[-1]['batch_size']}, {rows[-1]['dtype']}, random weights; gradient error: "
+        "relative L2 distance from the plain float32 gradient over all parameters. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -159,6 +187,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "step": step_table,
     "parity": parity_table,
+    "families": families_table,
 }
 
 

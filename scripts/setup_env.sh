@@ -7,9 +7,9 @@
 # PYTHON names the interpreter of a new environment (default python3); pip reads its usual settings.
 
 setup_env() {
-    local extra=$1 digest
+    local extra=$1 digest quiet=
     local python=${PYTHON:-python3}
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x .venv/bin/pip ]; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "mesa_train needs Python 3.10 or newer; $("$python" --version) was found." \
                 "Name another with PYTHON=..." >&2
@@ -24,8 +24,8 @@ setup_env() {
     if [ "$(cat ".venv/.installed-$extra" 2>/dev/null)" != "$digest" ] &&
         [ "$(cat .venv/.installed-dev 2>/dev/null)" != "$digest" ]; then
         echo "Installing mesa_train[$extra] and what it needs; the first time this takes minutes"
-        .venv/bin/python -m pip install --disable-pip-version-check --quiet \
-            --progress-bar on --editable ".[$extra]"
+        [ -t 1 ] || quiet=--quiet # on a terminal pip shows what it downloads
+        .venv/bin/python -m pip install --disable-pip-version-check $quiet --editable ".[$extra]"
         echo "$digest" >".venv/.installed-$extra"
     fi
     export PATH="$PWD/.venv/bin:$PATH"

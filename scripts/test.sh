@@ -6,9 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 setup_env dev
 
-echo "== ruff" && ruff check . && ruff format --check .
-echo "== mypy" && mypy
-echo "== tables" && python scripts/make_tables.py --check
+# One command a line: bash does not stop at a failure inside an && list.
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== tables"
+python scripts/make_tables.py --check
 echo "== pytest"
 # As many processes as cores, each with one thread: threads of two processes on one core wait for
 # each other far longer than they work.

@@ -39,24 +39,39 @@ inline float fast_log1p(float y) {
   return 2.0f * s * fused(p, t, 1.0f);
 }
 
+// Gelu's value over x and its slope are 1/2 plus an odd function of x, and constant beyond 5.5 but for
+// 1e-6. The odd part over x is a polynomial in u = 2 (x / 5.5)**2 - 1, fitted at Chebyshev nodes:
+// absolute error 4e-7 and 1.3e-6, in half the instructions of an exponential and a quotient.
+// Spelled by recursion, since a loop inside the loop over elements would keep it from vectorising.
+template <size_t K, size_t N>
+inline float horner(const float (&coefficients)[N], float u) {
+  if constexpr (K + 1 == N) {
+    return coefficients[K];
+  } else {
+    return fused(horner<K + 1>(coefficients, u), u, coefficients[K]);
+  }
+}
+
+template <size_t N>
+inline float sigmoidal(float x, const float (&coefficients)[N]) {
+  constexpr float edge = 5.5f;
+  const float within = x < -edge ? -edge : x > edge ? edge : x;
+  const float u = fused(within * within, 2.0f / (edge * edge), -1.0f);
+  const float y = fused(within, horner<0>(coefficients, u), 0.5f);
+  return x < -edge ? 0.0f : x > edge ? 1.0f : y;
+}
+
 struct Gelu {
-  // The normal distribution function from its density (Abramowitz and Stegun 7.1.26).
-  static float cdf(float x, float gauss) {
-    const float z = std::fabs(x) * 0.70710678f;
-    const float t = 1.0f / fused(0.3275911f, z, 1.0f);
-    float p = 1.061405429f;
-    p = fused(p, t, -1.453152027f);
-    p = fused(p, t, 1.421413741f);
-    p = fused(p, t, -0.284496736f);
-    p = fused(p, t, 0.254829592f);
-    const float tail = 0.5f * p * t * gauss;
-    return x > 0 ? 1.0f - tail : tail;
-  }
-  static float value(float x) { return x * cdf(x, fast_exp(-0.5f * x * x)); }
-  static float slope(float x) {
-    const float gauss = fast_exp(-0.5f * x * x);
-    return cdf(x, gauss) + x * gauss * 0.39894228f;
-  }
+  static constexpr float CDF[] = {
+      1.285519710e-01f,  -6.417202004e-02f, 4.773316690e-02f,  -3.880173935e-02f, 3.215006421e-02f,
+      -2.598297638e-02f, 1.983557338e-02f,  -1.516187987e-02f, 1.188126540e-02f,  -6.780335452e-03f,
+      1.990242253e-03f,  -2.005734905e-03f, 2.782866748e-03f,  -1.111402824e-03f};
+  static constexpr float SLOPE[] = {
+      1.287593169e-01f,  -6.574264393e-02f, 5.365431245e-02f,  -5.362139557e-02f, 6.048361760e-02f,
+      -7.010197854e-02f, 7.337015428e-02f,  -6.644046309e-02f, 6.679912973e-02f,  -7.025769289e-02f,
+      3.978943527e-02f,  -3.615273466e-03f, 1.176455113e-02f,  -2.370564859e-02f, 9.773893476e-03f};
+  static float value(float x) { return x * sigmoidal(x, CDF); }
+  static float slope(float x) { return sigmoidal(x, SLOPE); }
 };
 
 // x * sigmoid(argument(x)): half a tanh form is a sigmoid of twice its argument.
