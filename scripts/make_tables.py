@@ -114,10 +114,13 @@ def parity_table(results: Path, words: Sequence[str]) -> str:
     if not rows:
         return missing("scripts/train_parity.py")
     settings = rows[-1]["settings"]
-    final = [r for r in rows if r["settings"] == settings and r["epoch"] == settings["epochs"]]
+    final = records.in_order(
+        row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
+    )
     head = ["policy", "kept for the backward", "final training loss", "held-out accuracy", "seeds"]
     lines = []
     for (name,), own in records.group_by(final, "name").items():
+        own.sort(key=lambda row: row["seed"])
         accuracies = [100 * row["val_accuracy"] for row in own]
         spread = statistics.stdev(accuracies) if len(own) > 1 else 0.0
         lines.append(
@@ -165,6 +168,25 @@ def families_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
+def rounding_table(results: Path, words: Sequence[str]) -> str:
+    """`rounding`: the newest run of bench_rounding.py."""
+    if words:
+        raise ValueError(f"the table 'rounding' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "rounding.jsonl")
+    if not rows:
+        return missing("scripts/bench_rounding.py")
+    lines = []
+    for row in [row for row in rows if row["date"] == rows[-1]["date"]]:
+        changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
+        kept = format_bytes(row["kept_bytes"])
+        lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
+    return markdown(["preset", "changed", "kept for the backward", "gradient error"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
+        "initialisation; relative L2 distance from the plain float32 gradient over all "
+        f"parameters. {origin(rows[-1])}\n"
+    )
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -188,6 +210,7 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "step": step_table,
     "parity": parity_table,
     "families": families_table,
+    "rounding": rounding_table,
 }
 
 

@@ -26,13 +26,14 @@ def main(
     if not recorded:
         raise SystemExit(f"plot_parity: no rows in {rows}; run scripts/train_parity.py first")
     settings = recorded[-1]["settings"]
-    recorded = [row for row in recorded if row["settings"] == settings]
+    recorded = records.in_order(row for row in recorded if row["settings"] == settings)
     final = [row for row in recorded if row["epoch"] == settings["epochs"]]
     seeds = len(records.group_by(final, "seed"))
     figure, (loss, accuracy, last) = plots.figure(
         3,
         f"{settings['model']} from scratch on {settings['train_images']:,} images of "
-        f"{settings['data']}: mean of {seeds} seeds (bold) and each seed (thin)",
+        f"{settings['data']}"
+        + (f": mean of {seeds} seeds (bold) and each seed (thin)" if seeds > 1 else ""),
     )
     plots.curves(loss, recorded, "train_loss", "training loss")
     plots.curves(accuracy, recorded, "val_accuracy", "held-out accuracy (%)", scale=100)
@@ -40,6 +41,10 @@ def main(
     worst = 100 * min(row["val_accuracy"] for row in final)
     accuracy.set_ylim(max(0, 100 - 4 * (100 - worst)), 100)
     plots.dots(last, final, "val_accuracy", "final held-out accuracy (%)", scale=100)
+    # Three points at least, so that a handful of images does not look like a difference.
+    low, high = last.get_ylim()
+    margin = max(0, 3 - (high - low)) / 2
+    last.set_ylim(low - margin, high + margin)
     plots.save(figure, picture)
 
 

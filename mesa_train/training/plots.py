@@ -47,14 +47,13 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
     """Draws `value` (times `scale`) over epochs: one bold line per name, thin ones per seed.
 
-    Rows need the keys name, seed and epoch. Lines that coincide stay visible: the names after the
-    first are dashed over it, each in the others' gaps.
+    Rows need the keys name, seed and epoch. Lines that coincide stay visible: each name's is
+    thinner than the one below it.
     """
     from matplotlib.ticker import MaxNLocator
 
     by_name = group_by(rows, "name")
     palette = colours([name for (name,) in by_name])
-    others = len(by_name) - 1
     for order, ((name,), own) in enumerate(by_name.items()):
         colour = palette[name]
         seeds = group_by(own, "seed")
@@ -67,17 +66,14 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
             for (epoch,), at in sorted(group_by(own, "epoch").items())
             if len(at) == len(seeds)
         ]
-        dash = 4 if others > 1 else 2  # in line widths
-        style = "-" if order == 0 else (dash * order, (dash, dash * max(1, others - 1)))
-        marker = "o" if len(means) <= 12 else None
         axis.plot(
             *zip(*means, strict=True),
             color=colour,
-            linewidth=1.8,
-            linestyle=style,
-            marker=marker,
-            markersize=3,
+            linewidth=1.4 + 0.9 * (len(by_name) - 1 - order),
+            solid_capstyle="butt",
+            marker="o" if len(means) == 1 else None,
             label=name,
+            zorder=3 + order,
         )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")

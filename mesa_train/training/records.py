@@ -82,6 +82,19 @@ def group_by(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]
     return groups
 
 
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows with a `name` sorted as readers expect: plain, the presets, then any other name.
+
+    Runs may have finished in any order; rows of one name keep theirs.
+    """
+    from mesa_train.policy import PRESETS
+
+    known = ["plain", *PRESETS]
+    return sorted(
+        rows, key=lambda row: known.index(row["name"]) if row["name"] in known else len(known)
+    )
+
+
 @cache
 def _device_name(device_type: str) -> str:
     if device_type == "cuda":

@@ -44,3 +44,12 @@ def test_group_by_keeps_order():
     groups = records.group_by(rows, "k")
     assert list(groups) == [("b",), ("a",)]
     assert [row["i"] for row in groups["b",]] == [0, 2]
+
+
+def test_in_order_puts_plain_first_and_presets_as_listed():
+    rows = [
+        {"name": n, "i": i} for i, n in enumerate(["other", "paper", "mesa8", "plain", "mesa8"])
+    ]
+    names = [row["name"] for row in records.in_order(rows)]
+    assert names == ["plain", "mesa8", "mesa8", "paper", "other"]
+    assert [row["i"] for row in records.in_order(rows) if row["name"] == "mesa8"] == [2, 4]
