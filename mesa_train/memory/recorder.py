@@ -194,6 +194,7 @@ def _plain_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def by_address(tensors: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of tensors (and of what wrapper subclasses hold), each once."""
     storages = [inner.untyped_storage() for t in tensors for inner in _plain_tensors(t)]
     return {storage._cdata: storage for storage in storages}
 
