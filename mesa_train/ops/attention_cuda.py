@@ -1,0 +1,223 @@
+"""The fused attention kernels of a GPU: flash, memory-efficient, cuDNN.
+
+Each keeps the stashes of q, k, v and of the output (which the projection behind shares) and the
+exact logsumexp, and calls its own backward on the decoded tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.stash import Saved, whole
+
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+_aten = torch.ops.aten
+
+# Heads and features of one token may share a group of codes; tokens may not.
+WITHIN = (1, 3)
+
+
+class FlashCUDA(Operator):
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths,
+    dropout, ..."""
+
+    @derivative("attention")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(4)]
+        return _aten._scaled_dot_product_flash_attention_backward(
+            *(
+                grad,
+                *operands,
+                saved[4],
+                cum_q,
+                cum_k,
+                max_q,
+                max_k,
+                dropout_p,
+                causal,
+                saved[5],
+                saved[6],
+            ),
+            scale=scale,
+        )
+
+
+class Efficient(Operator):
+    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout,
+    causal, scale."""
+
+    @derivative("attention")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(3)]
+        mask = saved[7] if saved.specs[7] is not None else None
+        return _aten._scaled_dot_product_efficient_attention_backward(
+            *(
+                grad,
+                *operands,
+                mask,
+                saved.get(3, grad.dtype),
+                saved[4],
+                saved[5],
+                saved[6],
+                dropout_p,
+                list(needs),
+            ),
+            causal,
+            scale=scale,
+        )
+
+
+class CuDNN(Operator):
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence
+    lengths, dropout, ..."""
+
+    @derivative("attention")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
+        operands = [saved.get(i, grad.dtype) for i in range(4)]
+        mask = saved[7] if saved.specs[7] is not None else None
+        return _aten._scaled_dot_product_cudnn_attention_backward(
+            *(
+                grad,
+                *operands,
+                saved[4],
+                saved[5],
+                saved[6],
+                mask,
+                cum_q,
+                cum_k,
+                max_q,
+                max_k,
+                dropout_p,
+                causal,
+            ),
+            scale=scale,
+        )
+
+
+def flash(
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
+) -> Any:
+    """Record flash attention: no mask."""
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+        _aten._scaled_dot_product_flash_attention, *cast[:3], dropout_p, causal, False, scale=scale
+    )
+    out = mode.keep(result, "attention", "out", WITHIN)
+    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset))
+    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
+    return recorded(mode, FlashCUDA, result, out, kept, static, inputs[:3])
+
+
+def efficient(
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
+) -> Any:
+    """Record memory-efficient attention: any mask."""
+    q, k, v, mask = cast
+    mask = additive(mask, q.dtype)
+    bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    result, logsumexp, seed, offset = mode.exactly(
+        _aten._scaled_dot_product_efficient_attention,
+        q,
+        k,
+        v,
+        bias,
+        True,
+        dropout_p,
+        causal,
+        scale=scale,
+    )
+    out = mode.keep(result, "attention", "out", WITHIN)
+    kept = (
+        *stashes,
+        out,
+        whole(logsumexp),
+        whole(seed),
+        whole(offset),
+        None if bias is None else whole(bias),
+    )
+    return recorded(mode, Efficient, result, out, kept, (dropout_p, causal, scale), inputs)
+
+
+def cudnn(
+    mode: Interception,
+    stashes: Any,
+    cast: Any,
+    inputs: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
+) -> Any:
+    """Record cuDNN's attention: no mask or an additive one."""
+    q, k, v, mask = cast
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+        _aten._scaled_dot_product_cudnn_attention,
+        q,
+        k,
+        v,
+        mask,
+        True,
+        dropout_p,
+        causal,
+        False,
+        scale=scale,
+    )
+    out = mode.keep(result, "attention", "out", WITHIN)
+    kept = (
+        *stashes,
+        out,
+        whole(logsumexp),
+        whole(seed),
+        whole(offset),
+        None if mask is None else whole(mask),
+    )
+    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
+    return recorded(mode, CuDNN, result, out, kept, static, inputs[:3])
+
+
+def recorded(
+    mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
+) -> Any:
+    """Attach an operator to a result; the output's stash stands for it from now on."""
+    output = node.apply(result, kept, static, *inputs)
+    mode.lineage.set(output, out)
+    return output
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask as what is added to the scores."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def aligned(mask: Tensor) -> bool:
+    """The efficient kernel wants rows of the mask to start at multiples of 16 bytes; PyTorch pads,
+    we do not."""
+    return mask.shape[-1] % 8 == 0
