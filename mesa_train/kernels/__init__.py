@@ -2,7 +2,8 @@
 
 Importing this package defines every operator with its plain-torch reference, on any device, and
 compiles nothing. `load()` puts the C++ kernels in front on the CPU; the first call of a machine
-compiles them (about 10 s), the first call of a process loads them, the others cost nothing.
+compiles them (about 10 s), the first call of a process loads them, the others cost nothing. It also
+names the Triton kernels for GPUs, which are imported by the first call with a tensor on one.
 """
 
 import threading
@@ -17,9 +18,10 @@ def _load_once() -> bool:
     global _loaded
     with _lock:
         if not _loaded:
-            from mesa_train.kernels import cpu_build
+            from mesa_train.kernels import cpu_build, triton_load
 
             cpu_build.load()
+            triton_load.load()
             _loaded = True
     return True
 

@@ -1,10 +1,12 @@
-"""Both bodies of the operators under one name, and inputs that visit the corners."""
+"""Every body of the operators under one name, and inputs that visit the corners."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 
 from mesa_train import kernels
@@ -50,11 +52,23 @@ def native() -> SimpleNamespace:
     return SimpleNamespace(**{n: getattr(torch.ops.mesa_train, n).default for n in OPERATORS})
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture
+def triton() -> Iterator[SimpleNamespace]:
+    """The Triton kernels: on the GPU where there is one, else interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        yield triton_interpreter.on_gpu()
+        return
+    # Numpy, which the interpreter computes with, warns of overflow and NaN.
+    with np.errstate(all="ignore"):
+        yield triton_interpreter.interpreted()
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
 def ops(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """The reference's bodies, then the C++ kernels."""
-    if request.param == "native":
-        return request.getfixturevalue("native")
+    """The reference's bodies, then the C++ kernels, then the Triton kernels."""
+    if request.param != "reference":
+        return request.getfixturevalue(request.param)
     return SimpleNamespace(**{name: getattr(reference, name) for name in OPERATORS})
 
 

@@ -1,0 +1,195 @@
+"""What the Triton kernels share: how codes are cut into tiles, decoding a tile, and launching.
+
+A row is cut into units: P neighbouring groups whose codes begin on a whole byte. P is 1 unless the
+length of a group leaves a byte half full (197 keys in two groups at 4 bits). A tile is U units by W
+columns, W the next power of two, so that a group's range is a reduction along the tile's fast
+dimension and memory is read and written once, in order.
+
+Rounding is specified (`reference.py`): every launch turns the fusion of products and sums off, and
+where one rounding is welcome a kernel says `tl.fma`.
+"""
+# ruff: noqa: ANN001, ANN201 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile: 32 a thread at 4 warps, enough loads in flight to hide the memory's latency.
+TILE = 4096
+# Longest row of a tile; at 32 warps a thread then holds 32 elements.
+WIDEST = 32768
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# --- tiles ---
+
+
+class Tiles(NamedTuple):
+    """The tiles of a coded matrix; `grid` and the numbers a kernel takes, in its order."""
+
+    grid: tuple[int]
+    num_warps: int
+    # units of the matrix, units of a row, groups of a row, columns of a group, columns, code bytes of
+    # a row, code bytes of a unit
+    numbers: tuple[int, int, int, int, int, int, int]
+    # BITS, P, RAGGED (whether the last unit of a row is short), U, W
+    constants: tuple[int, int, bool, int, int]
+
+
+@lru_cache(maxsize=4096)
+def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
+    """How (rows, cols) in `groups` groups a row is cut; None where no tile would fit."""
+    size = -(-cols // groups)
+    per_byte = 8 // bits
+    joined = 1 if groups == 1 else per_byte // math.gcd(size, per_byte)
+    width = max(triton.next_power_of_2(joined * size), per_byte)
+    per_row = -(-groups // joined)
+    units = rows * per_row
+    code_bytes, unit_bytes = -(-cols * bits // 8), joined * size * bits // 8
+    if width > WIDEST or units >= 2**31 or cols >= 2**31:
+        return None
+    height = max(1, TILE // width)
+    return Tiles(
+        (triton.cdiv(units, height),),
+        warps(height * width),
+        (
+            units,
+            per_row,
+            groups,
+            size,
+            cols,
+            code_bytes,
+            code_bytes if per_row == 1 else unit_bytes,
+        ),
+        (bits, joined, cols % (joined * size) != 0, height, width),
+    )
+
+
+def warps(elements: int) -> int:
+    """Warps of a tile: 32 elements a thread, 4 to 32 warps."""
+    return min(32, max(4, triton.next_power_of_2(elements // 1024)))
+
+
+def handles(*tensors: Tensor | None) -> bool:
+    """Whether the kernels read all these dtypes."""
+    return all([t is None or t.dtype in _DTYPES for t in tensors])
+
+
+@triton.jit
+def locate(units, per_row, U: tl.constexpr):
+    """(row, place in its row, whether there is such a unit) of a tile's units."""
+    unit = tl.program_id(0) * U + tl.arange(0, U)
+    row = unit // per_row
+    return row, unit - row * per_row, unit < units
+
+
+@triton.jit
+def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets (U, WIDTH) of a tile's bytes of codes, and which of them there are.
+
+    Written in whole bytes of a unit, which Triton knows to be a multiple of 16 or not: dividing
+    columns would hide it, and each byte would be loaded by itself.
+    """
+    b = tl.arange(0, WIDTH)[None, :]
+    start = place * unit_bytes
+    there = live[:, None] & (b < unit_bytes)
+    if RAGGED:
+        there = there & (start[:, None] + b < code_bytes)
+    return (row.to(tl.int64) * code_bytes + start)[:, None] + b, there
+
+
+@triton.jit
+def value_mask(place, live, size, cols, P: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr):
+    """Which of a tile's columns (U, W) there are."""
+    i = tl.arange(0, W)[None, :]
+    mask = live[:, None] & (i < P * size)
+    if RAGGED:
+        mask = mask & ((place * (P * size))[:, None] + i < cols)
+    return mask
+
+
+@triton.jit
+def unpack(packed, BITS: tl.constexpr):
+    """(U, bytes) uint8 to (U, codes) int32, low bits first."""
+    wide = packed.to(tl.int32)
+    if BITS == 8:
+        return wide
+    else:
+        PER: tl.constexpr = 8 // BITS
+        shifts = tl.arange(0, PER) * BITS
+        parts = (wide[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+        return tl.reshape(parts, (packed.shape[0], packed.shape[1] * PER))
+
+
+@triton.jit
+def as_scale(stored):
+    """The scale, the low half of a group's stored pair, in float32."""
+    return (stored << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_zero(stored):
+    """The zero, the high half."""
+    return (stored & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_tile(
+    codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Values (U, W) in float32."""
+    WIDTH: tl.constexpr = W * BITS // 8
+    at, there = code_place(row, place, live, code_bytes, unit_bytes, RAGGED, WIDTH)
+    q = unpack(tl.load(codes + at, there, other=0), BITS)
+    i = tl.arange(0, W)[None, :]
+    first = place * P
+    pairs = scales.to(tl.pointer_type(tl.int32), bitcast=True)
+    pairs += row.to(tl.int64) * groups + first
+    stored = tl.load(pairs, live, other=0)[:, None]
+    for p in tl.static_range(1, P):
+        later = tl.load(pairs + p, live & (first + p < groups), other=0)[:, None]
+        stored = tl.where(i >= p * size, later, stored)
+    return q.to(tl.float32) * as_scale(stored) + as_zero(stored)
+
+
+# --- launching ---
+
+_compiled: dict[Any, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int | float, ...],
+    constants: tuple[Any, ...],
+) -> None:
+    """Run `kernel(*tensors, *numbers, *constants)` on the current device and stream.
+
+    Triton looks a kernel up by binding all arguments anew on every call, which takes longer than
+    many of these kernels run. A kernel that was found once is kept under all that its choice can
+    depend on: device, dtypes, alignment of the pointers, and the numbers and constants themselves.
+    """
+    signature = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    device = next(t.device for t in tensors if t is not None)
+    key = kernel, device, num_warps, signature, numbers, constants
+    found = _compiled.get(key)
+    if found is not None:
+        found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
+        return
+    found = kernel[grid](
+        *tensors, *numbers, *constants, num_warps=num_warps, enable_fp_fusion=False
+    )
+    if found is not None:  # The interpreter compiles nothing.
+        _compiled[key] = found
