@@ -1,0 +1,281 @@
+"""Every operator against a copy of the bytes it must move: what a kernel could at best take.
+
+An operator must read each of its inputs and write each of its outputs once. Beside it, in turns,
+runs a copy that reads and writes as many bytes altogether, into memory that is there already; the
+operator allocates its output, as it does in training. Caches are flushed before each. `share` is
+the copy's time by the operator's, the median over rounds of the ratio within one round, so 1 means
+that the arithmetic is free.
+
+    python scripts/bench_ops.py                   shapes of vit_small at batch 16 on the CPU
+    python scripts/bench_ops.py --device cuda     shapes of vit_base at batch 128
+    python scripts/bench_ops.py --operators affine_encode,norm_backward --bits 4
+
+Rows go to docs/results/ops.jsonl. On a GPU the time is the device's own (events around each call),
+and `host_us` is what a call costs the processor that launches it.
+MESA_TRAIN_CPU_KERNELS=0 and MESA_TRAIN_TRITON=0 measure the plain-torch reference instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from mesa_train import kernels
+from mesa_train.kernels import triton_load
+from mesa_train.memory.text import format_table
+from mesa_train.training import records
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GROUP_SIZE = 128
+# tokens, width and hidden width of the model whose shapes are measured.
+SHAPES = {"cpu": (16 * 197, 384, 1536), "cuda": (128 * 197, 768, 3072)}
+# More than the last-level cache of a GPU, or of the cores a process has.
+FLUSH_BYTES = 128 * 2**20
+
+
+class Case(NamedTuple):
+    """One call. `reads` are the tensors it must read; what it returns it must write."""
+
+    operator: str
+    variant: str
+    call: Callable[[], Any]
+    reads: tuple[Tensor, ...]
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    operators: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    bits: Annotated[str, typer.Option(help="Comma-separated, of 8, 4, 2.")] = "8,4,2",
+    rounds: Annotated[int, typer.Option(min=1)] = 31,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = REPOSITORY
+    / "docs/results/ops.jsonl",
+) -> None:
+    """Measure the operators and append a row for each."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device not in SHAPES:
+        raise SystemExit(f"bench_ops: unknown device {device!r}; choose from {', '.join(SHAPES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench_ops: --device cuda, but PyTorch sees no CUDA device here")
+    wanted = operators.split(",") if operators else list(triton_load.OPERATORS)
+    if unknown := sorted(set(wanted) - set(triton_load.OPERATORS)):
+        raise SystemExit(
+            f"bench_ops: unknown operators {', '.join(unknown)}; "
+            f"choose from {', '.join(triton_load.OPERATORS)}"
+        )
+    kernels.load()
+    common = {
+        "backend": backend(torch.device(device)),
+        "rounds": rounds,
+        "group_size": GROUP_SIZE,
+        "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
+        **records.provenance(device),
+    }
+    timer = on_gpu if device == "cuda" else on_cpu
+    rows = []
+    for case in cases(torch.device(device), [int(b) for b in bits.split(",")]):
+        if case.operator in wanted:
+            rows.append({**measure(case, rounds, timer), **common})
+            records.append(out, rows[-1])
+    console = Console()
+    console.print(as_text(rows), highlight=False, soft_wrap=True)
+    console.print(f"rows in {os.path.relpath(out)}", highlight=False, soft_wrap=True)
+
+
+def backend(device: torch.device) -> str:
+    """Which body of the operators runs on the device."""
+    key = device.type.upper()
+    native = torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode", key)
+    if device.type == "cpu":
+        return "c++" if native else "reference"
+    current = torch.device(device.type, torch.accelerator.current_device_index())
+    return "triton" if native and triton_load._obstacle(current) is None else "reference"
+
+
+def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
+    """All calls, on the shapes of a ViT in bfloat16 autocast."""
+    ops = torch.ops.mesa_train
+    tokens, width, hidden = SHAPES[device.type]
+    torch.manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x, grad = normal(tokens, hidden), normal(tokens, hidden)
+    q = normal(tokens, 3 * width)[:, :width]
+    stream, upstream = normal(tokens, width, dtype=torch.float32), normal(tokens, width)
+    mean, rstd = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
+    weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
+    for b in bits:
+        for stochastic in (False, True):
+            how = f"{b} bits, {'stochastic' if stochastic else 'nearest'}"
+            code = b, GROUP_SIZE, stochastic, 0
+            for name, part in (("hidden", x), ("q in packed qkv", q)):
+                yield Case(
+                    "affine_encode",
+                    f"{name}, {how}",
+                    partial(ops.affine_encode.default, part, *code),
+                    (part,),
+                )
+            yield Case(
+                "normalized_encode",
+                f"float32, {how}",
+                partial(ops.normalized_encode.default, stream, mean, rstd, *code),
+                (stream, mean, rstd),
+            )
+        coded = ops.affine_encode.default(x, b, GROUP_SIZE, False, 0)
+        x_hat = ops.affine_encode.default(stream, b, GROUP_SIZE, False, 0)
+        yield Case(
+            "affine_decode",
+            f"hidden, {b} bits",
+            partial(ops.affine_decode.default, *coded, b, hidden, x.dtype),
+            coded,
+        )
+        yield Case(
+            "affine_decode",
+            f"norm's output, {b} bits",
+            partial(ops.affine_decode.default, *x_hat, b, width, x.dtype, weight, bias),
+            x_hat,
+        )
+        yield Case(
+            "norm_backward",
+            f"layer norm, {b} bits",
+            partial(
+                ops.norm_backward.default, upstream, *x_hat, rstd, weight, b, True, upstream.dtype
+            ),
+            (upstream, *x_hat, rstd),
+        )
+        yield Case(
+            "activation_decode",
+            f"gelu, {b} bits",
+            partial(ops.activation_decode.default, *coded, b, hidden, x.dtype, "gelu"),
+            coded,
+        )
+        yield Case(
+            "activation_backward",
+            f"gelu, {b} bits",
+            partial(ops.activation_backward.default, grad, *coded, b, "gelu"),
+            (grad, *coded),
+        )
+    mask = x > 0
+    packed = ops.bitmask_encode.default(mask)
+    yield Case("bitmask_encode", "bool", partial(ops.bitmask_encode.default, mask), (mask,))
+    yield Case("bitmask_positive", "hidden", partial(ops.bitmask_positive.default, x), (x,))
+    yield Case(
+        "bitmask_apply",
+        "hidden",
+        partial(ops.bitmask_apply.default, grad, packed, 2.0),
+        (grad, packed),
+    )
+
+
+# (operator, copy, rounds): microseconds of each in every round, and of a launch on a GPU.
+Timer = Callable[[Callable[[], Any], Callable[[], Any], int], tuple[list[float], list[float], Any]]
+
+
+def on_cpu(
+    call: Callable[[], Any], copy: Callable[[], Any], rounds: int
+) -> tuple[list[float], list[float], None]:
+    """Wall-clock times of the two in turns."""
+    flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64)
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):  # the first one warms up
+        for own, run in zip(times, (call, copy), strict=True):
+            flush.add_(1)
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if number:
+                own.append(elapsed * 1e6)
+    return *times, None
+
+
+def on_gpu(
+    call: Callable[[], Any], copy: Callable[[], Any], rounds: int
+) -> tuple[list[float], list[float], float]:
+    """Times between events in turns, and the host's time per launch."""
+    flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
+    call(), copy()
+    marks = []
+    for _ in range(rounds):
+        for run in (call, copy):
+            # The device is busy with this while the host prepares the call behind it.
+            flush.add_(1)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            marks.append((start, end))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) * 1e3 for start, end in marks]
+    launches = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        launches.append((time.perf_counter() - begin) * 1e6)
+    torch.cuda.synchronize()
+    return times[::2], times[1::2], statistics.median(launches)
+
+
+def measure(case: Case, rounds: int, timer: Timer) -> records.Row:
+    """The row of one call."""
+    result = case.call()
+    writes = result if isinstance(result, tuple) else (result,)
+    moved = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=case.reads[0].device)
+    target = torch.zeros_like(source)
+    times, copies, host = timer(case.call, partial(target.copy_, source), rounds)
+    shares = [theirs / mine for mine, theirs in zip(times, copies, strict=True)]
+    low, _, high = statistics.quantiles(shares, n=4) if rounds > 1 else shares * 3
+    row = {
+        "operator": case.operator,
+        "variant": case.variant,
+        "moved_bytes": moved,
+        "time_us": statistics.median(times),
+        "copy_us": statistics.median(copies),
+        "bytes_per_s": moved / statistics.median(times) * 1e6,
+        "copy_bytes_per_s": moved / statistics.median(copies) * 1e6,
+        "share": statistics.median(shares),
+        "share_quartiles": [low, high],
+    }
+    return row if host is None else {**row, "host_us": host}
+
+
+def as_text(rows: list[records.Row]) -> str:
+    """The rows as a table for a terminal."""
+    head = ["operator", "variant", "time", "copy", "GB/s", "share of copy", "quartiles", "host"]
+    return format_table(
+        head,
+        [
+            [
+                row["operator"],
+                row["variant"],
+                f"{row['time_us']:.0f} us",
+                f"{row['copy_us']:.0f} us",
+                f"{row['bytes_per_s'] / 1e9:.1f}",
+                f"{row['share']:.0%}",
+                "{:.0%} to {:.0%}".format(*row["share_quartiles"]),
+                f"{row['host_us']:.0f} us" if "host_us" in row else "",
+            ]
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
