@@ -144,8 +144,13 @@ class Saved:
     """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in
     another dtype."""
 
-    def __init__(self, tensors: Sequence[Tensor], specs: tuple[Spec | None, ...]) -> None:
-        self.tensors, self.specs = tensors, specs
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        specs: tuple[Spec | None, ...],
+        grad: Tensor | None = None,
+    ) -> None:
+        self.tensors, self.specs, self.grad = tensors, specs, grad
         self._memo: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __getitem__(self, index: int) -> Tensor:
@@ -279,7 +284,17 @@ class Whole:
     """Recipe: the tensor itself. For weights, statistics, and what is too small to code."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return saved.own(spec)[0].to(dtype)
+        tensor, grad = saved.own(spec)[0], saved.grad
+        if (
+            torch.compiler.is_compiling()
+            and grad is not None
+            and grad.dtype is dtype
+            and tensor.dtype is not dtype
+        ):
+            # The partitioner would find autocast's cast of the weight in the forward and keep that
+            # copy. What depends on the gradient has to wait for the backward.
+            return torch.ops.mesa_train.cast_like(tensor, grad)
+        return tensor.to(dtype)
 
 
 _WHOLE = Whole()

@@ -12,38 +12,40 @@ AdamW at learning rate 0: it does all of its work and leaves the weights where t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from mesa_train import footprint
 from mesa_train.memory.checkpointing import NoBlocks
 from mesa_train.memory.compare import default_loss, relative_error
 from mesa_train.memory.load import Loaded, load
-from mesa_train.memory.methods import PLAIN, applied, check_method
+from mesa_train.memory.methods import PLAIN
 from mesa_train.memory.text import format_bytes, format_table
+from mesa_train.memory.variants import CHOICES, COMPILE, SAVE_ON_CPU, Variant, check_variant
 from mesa_train.training import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = "vit_small_patch16_224,deit3_small_patch16_224"
-SAVE_ON_CPU = "save_on_cpu"
-METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu"
+METHODS = (
+    "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,"
+    "compile,compile-budget-0.5,compile-fp8,compile:mesa8"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
-Forward = Callable[[Any], Any]
+BUDGET_BYTES = 24 << 30
 
 
 def main(
@@ -51,7 +53,7 @@ def main(
         str, typer.Option(help="Comma-separated, each as for `mesa-train compare`.")
     ] = MODELS,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: plain, checkpoint, save_on_cpu, any preset.")
+        str, typer.Option(help=f"Comma-separated, of {', '.join(CHOICES)}.")
     ] = METHODS,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     image_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -74,8 +76,7 @@ def main(
                 raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
             wanted = [PLAIN, *(m for m in methods.split(",") if m != PLAIN)]
             for method in wanted:
-                if method != SAVE_ON_CPU:
-                    check_method(method)
+                check_variant(method)
             loaded = load(name, batch_size=batch_size, image_size=image_size, device=device)
         except (ValueError, ImportError) as error:
             raise SystemExit(f"bench_step: {error}") from None
@@ -90,7 +91,12 @@ def main(
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(name, total=2 * len(wanted) + 1 + (rounds + 1) * len(wanted))
             measured = measure(
-                loaded, wanted, DTYPES[dtype], rounds, functools.partial(progress.advance, task)
+                loaded,
+                batch_size,
+                wanted,
+                DTYPES[dtype],
+                rounds,
+                functools.partial(progress.advance, task),
             )
         source = records.provenance(device)
         records.append(out, *({**setting, **row, **source} for row in measured))
@@ -101,6 +107,7 @@ def main(
 
 def measure(
     loaded: Loaded,
+    batch_size: int,
     methods: list[str],
     autocast: torch.dtype | None,
     rounds: int,
@@ -120,6 +127,11 @@ def measure(
         except NoBlocks as reason:
             rows[method] = {"method": method, "note": str(reason)}
             continue
+        except RuntimeError as reason:
+            # What a compiler refuses is a row too.
+            lines = str(reason).strip().splitlines()
+            rows[method] = {"method": method, "note": f"{type(reason).__name__}: {lines[0]}"}
+            continue
         rows[method] = {"method": method, "kept_bytes": kept, "gradient_error": error}
     usable = [method for method, row in rows.items() if "note" not in row]
     times_ms: dict[str, list[float]] = {method: [] for method in usable}
@@ -137,6 +149,8 @@ def measure(
         ratios = [mine / theirs for mine, theirs in zip(own, plain, strict=True)]
         rows[method] |= {
             "kept_ratio": rows[PLAIN]["kept_bytes"] / rows[method]["kept_bytes"],
+            "images_per_s": batch_size / statistics.median(own) * 1e3,
+            "largest_batch": largest_batch(bench.model, rows[method]["kept_bytes"] / batch_size),
             "step_ms": statistics.median(own),
             "step_ms_quartiles": _quartiles(own),
             "step_ratio": statistics.median(ratios),
@@ -144,6 +158,13 @@ def measure(
             "times_ms": [round(time_ms, 3) for time_ms in own],
         }
     return [rows[method] for method in methods]
+
+
+def largest_batch(model: nn.Module, kept_per_image: float) -> int:
+    """Largest batch whose kept bytes fit `BUDGET_BYTES` beside float32 weights, gradients and
+    AdamW's two moments; the transient buffers of a single operator are left out."""
+    states = 16 * sum(p.numel() for p in model.parameters())
+    return max(0, int((BUDGET_BYTES - states) / kept_per_image))
 
 
 class Bench:
@@ -157,37 +178,25 @@ class Bench:
         self.inputs = inputs
         self.device = next(self.model.parameters()).device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.variants: dict[str, Variant] = {}
 
-    @contextlib.contextmanager
-    def using(self, method: str) -> Iterator[None]:
-        """Within the context the model trains with `method`."""
-        if method != SAVE_ON_CPU:
-            with applied(self.model, method):
-                yield
-            return
-        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
-            yield
+    def variant(self, method: str) -> Variant:
+        """The model made ready for `method`, once."""
+        if method not in self.variants:
+            self.variants[method] = Variant(self.model, method)
+        return self.variants[method]
 
     def kept_bytes(self, method: str) -> int:
         """Bytes kept for the backward; for save_on_cpu those of the copies in main memory."""
-        if method != SAVE_ON_CPU:
+        if method != SAVE_ON_CPU and not method.startswith(COMPILE):
             found = footprint(self.model, self.inputs, policy=method, autocast=self.autocast)
             return found.saved_bytes
-        kept = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self._loss(self.autocast)
-        return kept
+        return self.variant(method).kept_bytes(lambda module: self._loss(module, self.autocast))
 
     def gradients(self, method: str | None) -> list[Tensor | None]:
         """Every parameter's gradient with `method`; None is plain float32, the reference."""
-        with self.using(method or PLAIN):
-            self._loss(self.autocast if method else None).backward()
+        with self.variant(method or PLAIN).active() as module:
+            self._loss(module, self.autocast if method else None).backward()
         gradients = [p.grad for p in self.model.parameters()]
         self.optimizer.zero_grad(set_to_none=True)
         return gradients
@@ -195,12 +204,12 @@ class Bench:
     def step(self, method: str) -> tuple[float, int | None]:
         """(milliseconds, peak allocated bytes on a GPU) of one whole training step."""
         on_gpu = self.device.type == "cuda"
-        with self.using(method):
+        with self.variant(method).active() as module:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
                 torch.cuda.synchronize(self.device)
             start = time.perf_counter()
-            self._loss(self.autocast).backward()
+            self._loss(module, self.autocast).backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if on_gpu:
@@ -208,10 +217,10 @@ class Bench:
             time_ms = (time.perf_counter() - start) * 1e3
         return time_ms, torch.cuda.max_memory_allocated(self.device) if on_gpu else None
 
-    def _loss(self, autocast: torch.dtype | None) -> Tensor:
+    def _loss(self, module: nn.Module, autocast: torch.dtype | None) -> Tensor:
         torch.manual_seed(0)
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-            return default_loss(self.model(*self.args, **self.kwargs))
+            return default_loss(module(*self.args, **self.kwargs))
 
 
 def _quartiles(values: list[float]) -> list[float]:

@@ -268,3 +268,8 @@ def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
     mask = _unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     return torch.empty_like(grad).copy_(torch.where(mask, wide * scale, 0.0))
+
+
+def cast_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in like's dtype, another than its own."""
+    return x.to(like.dtype)

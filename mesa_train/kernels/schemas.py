@@ -197,6 +197,11 @@ def _bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
     return torch.empty_like(grad)
 
 
+def _cast_like(x: Tensor, like: Tensor) -> Tensor:
+    torch._check(x.dtype != like.dtype, lambda: f"x is {like.dtype} already")
+    return torch.empty_like(x, dtype=like.dtype)
+
+
 # --- registration ---
 
 
@@ -255,3 +260,4 @@ _define(
     _bitmask_apply,
     reference.bitmask_apply,
 )
+_define("cast_like(Tensor x, Tensor like) -> Tensor", _cast_like, reference.cast_like)

@@ -47,10 +47,12 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
                     None,
                     None,
                     None,
-                    *gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad),
+                    *gradients(Saved(ctx.saved_tensors, ctx.kept, grad), ctx.static, needs, grad),
                 )
             with torch.no_grad():
-                results = gradients(Saved(ctx.saved_tensors, ctx.kept), ctx.static, needs, grad)
+                results = gradients(
+                    Saved(ctx.saved_tensors, ctx.kept, grad), ctx.static, needs, grad
+                )
             message = (
                 f"mesa_train: a second derivative through {operator!r} was asked for, but it keeps "
                 f"codes, which have none. Leave it to PyTorch with overrides={{{operator!r}: "

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class Conv(Operator):
-    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x and bias, and the
+    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x, weight and bias, and the
     convolution's numbers."""
 
     @derivative("conv")
     def backward(
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
-        shape, bias_size, numbers = static
+        shape, weight_shape, bias_size, numbers = static
         # An operand that is not needed only lends its shape.
         x = saved.get(0, grad.dtype) if needs[1] else grad.new_empty(()).expand(shape)
-        weight = saved.get(1, grad.dtype)
+        weight = saved.get(1, grad.dtype) if needs[0] else grad.new_empty(weight_shape)
         return torch.ops.aten.convolution_backward(
             grad, x, weight, bias_size, *numbers, [needs[0], needs[1], needs[2]]
         )
@@ -72,8 +72,10 @@ def conv(
     x = mode.keep(input, "conv", "input", within) if weight.requires_grad else None
     result = mode.exactly(func, input, weight, bias, stride, padding, dilation, groups)
     numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
-    static = (tuple(input.shape), None if bias is None else [bias.shape[0]], numbers)
-    return Conv.apply(result, (x, whole(weight)), static, input, weight, bias)
+    bias_size = None if bias is None else [bias.shape[0]]
+    static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
+    w = whole(weight) if input.requires_grad else None
+    return Conv.apply(result, (x, w), static, input, weight, bias)
 
 
 def _each(value: Any, dims: int) -> list[int]:

@@ -1,0 +1,105 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from mesa_train import footprint
+from mesa_train.memory.checkpointing import NoBlocks
+from mesa_train.memory.variants import Variant
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=10, img_size=64)
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.randn(4, 3, 64, 64)
+
+
+def runner(images):
+    def run(module):
+        with torch.autocast("cpu", BF16):
+            output = module(images)
+        return F.cross_entropy(output.float(), torch.arange(len(images)))
+
+    return run
+
+
+def gradients(model, method, images):
+    variant = Variant(model, method)
+    with variant.active() as module:
+        runner(images)(module).backward()
+    found = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["plain", "checkpoint", "save_on_cpu", pytest.param("compile", marks=pytest.mark.slow)],
+)
+def test_exact_methods_give_plain_gradients_to_the_shared_parameters(model, images, method):
+    expected = gradients(model, "plain", images)
+    found = gradients(model, method, images)
+    tolerance = 0.02 if method == "compile" else 0  # Inductor rounds to bf16 less often.
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_kept_bytes_are_those_of_the_footprint(model, images):
+    def whole(module):
+        with torch.autocast("cpu", BF16):
+            return module(images).float().sum()
+
+    for method in ("plain", "mesa8", "checkpoint"):
+        counted = Variant(model, method).kept_bytes(whole)
+        expected = footprint(model, images, policy=method, autocast=BF16).saved_bytes
+        assert counted == expected, method
+
+
+@pytest.mark.slow
+def test_compiled_with_a_preset_keeps_what_the_eager_model_keeps(model, images):
+    run = runner(images)
+    eager = Variant(model, "mesa8").kept_bytes(run)
+    compiled = Variant(model, "compile:mesa8").kept_bytes(run)
+    plain = Variant(model, "compile").kept_bytes(run)
+    assert compiled <= 1.1 * eager
+    assert compiled < plain / 2
+
+
+@pytest.mark.slow
+def test_a_lower_budget_keeps_less(model, images):
+    run = runner(images)
+    assert Variant(model, "compile-budget-0.5").kept_bytes(run) < Variant(
+        model, "compile"
+    ).kept_bytes(run)
+
+
+def test_the_model_stays_as_it_was(model, images):
+    before = {name: id(p) for name, p in model.named_parameters()}
+    variant = Variant(model, "mesa8")
+    assert type(model).__name__ == "VisionTransformer"
+    assert {name: id(p) for name, p in variant.module.named_parameters()} == before
+
+
+def test_an_unknown_method(model):
+    with pytest.raises(ValueError, match=r"unknown method 'compil'; .*did you mean 'compile'"):
+        Variant(model, "compil")
+
+
+def test_nothing_to_checkpoint():
+    with pytest.raises(NoBlocks, match="no row of equal blocks"):
+        Variant(torch.nn.Linear(2, 2), "checkpoint")
