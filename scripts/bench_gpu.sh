@@ -31,7 +31,10 @@ step() {
 }
 
 step "device" "$PYTHON" -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'
-step "kernels against the reference" timeout 240 "$PYTHON" -m pytest tests/kernels -q -k triton \
+# Nearly all of this is Triton's compiler, once for every dtype, alignment and number of bits.
+workers=$("$PYTHON" -c 'import os; print(min(8, os.cpu_count()))')
+step "kernels against the reference" timeout 240 \
+  "$PYTHON" -m pytest tests/kernels -q -k triton -n "$workers" \
   --deselect tests/kernels/test_triton_operators.py::test_compiled_kernels_round_as_specified_and_move_whole_vectors
 step "operators against a copy" timeout 100 "$PYTHON" scripts/bench_ops.py --device cuda \
   --out "$out/ops.jsonl"

@@ -39,6 +39,7 @@ from mesa_train.training import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GROUP_SIZE = 128
+OPERATORS = tuple(triton_load.OPERATORS)
 # tokens, width and hidden width of the model whose shapes are measured.
 SHAPES = {"cpu": (16 * 197, 384, 1536), "cuda": (128 * 197, 768, 3072)}
 # More than the last-level cache of a GPU, or of the cores a process has.
@@ -70,11 +71,10 @@ def main(
         raise SystemExit(f"bench_ops: unknown device {device!r}; choose from {', '.join(SHAPES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_ops: --device cuda, but PyTorch sees no CUDA device here")
-    wanted = operators.split(",") if operators else list(triton_load.OPERATORS)
-    if unknown := sorted(set(wanted) - set(triton_load.OPERATORS)):
+    wanted = operators.split(",") if operators else OPERATORS
+    if unknown := sorted(set(wanted) - set(OPERATORS)):
         raise SystemExit(
-            f"bench_ops: unknown operators {', '.join(unknown)}; "
-            f"choose from {', '.join(triton_load.OPERATORS)}"
+            f"bench_ops: unknown operators {', '.join(unknown)}; choose from {', '.join(OPERATORS)}"
         )
     kernels.load()
     common = {
@@ -135,6 +135,18 @@ def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
                 f"float32, {how}",
                 partial(ops.normalized_encode.default, stream, mean, rstd, *code),
                 (stream, mean, rstd),
+            )
+            yield Case(
+                "norm_encode",
+                f"layer norm, {how}",
+                partial(ops.norm_encode.default, stream, weight, bias, 1e-6, True, x.dtype, *code),
+                (stream,),
+            )
+            yield Case(
+                "activation_encode",
+                f"gelu, {how}",
+                partial(ops.activation_encode.default, x, "gelu", *code),
+                (x,),
             )
         coded = ops.affine_encode.default(x, b, GROUP_SIZE, False, 0)
         x_hat = ops.affine_encode.default(stream, b, GROUP_SIZE, False, 0)

@@ -130,7 +130,35 @@ def activation_backward(
     cut = _cut(codes, scales, bits, grad.shape[1])
     if cut is None or not handles(grad):
         return reference.activation_backward(grad, codes, scales, bits, kind)
-    tensors = grad, codes.contiguous(), scales.contiguous(), dx, None
-    numbers = (*cut.numbers, *grad.stride())
-    launch(_activation_backward, cut.grid, cut.num_warps, tensors, numbers, (*cut.constants, kind))
+    _launch_backward(cut, grad, codes, scales, dx, None, kind)
     return dx
+
+
+def activation_pair(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor]:
+    """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype."""
+    dx = schemas._activation_backward(grad, codes, scales, bits, kind)
+    y = torch.empty_like(dx)
+    if dx.numel() == 0:
+        return dx, y
+    cols = grad.shape[1]
+    cut = _cut(codes, scales, bits, cols)
+    if cut is None or not handles(grad):
+        dx = reference.activation_backward(grad, codes, scales, bits, kind)
+        return dx, reference.activation_decode(codes, scales, bits, cols, grad.dtype, kind)
+    _launch_backward(cut, grad, codes, scales, dx, y, kind)
+    return dx, y
+
+
+def _launch_backward(
+    cut: Tiles, grad: Tensor, codes: Tensor, scales: Tensor, dx: Tensor, y: Tensor | None, kind: str
+) -> None:
+    launch(
+        _activation_backward,
+        cut.grid,
+        cut.num_warps,
+        (grad, codes.contiguous(), scales.contiguous(), dx, y),
+        (*cut.numbers, *grad.stride()),
+        (*cut.constants, kind),
+    )

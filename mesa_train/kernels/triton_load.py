@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import reference, schemas, triton_schemas
 
 # operator: the file its launcher is in, under the operator's name.
 OPERATORS = {
@@ -31,6 +31,8 @@ OPERATORS = {
     "bitmask_encode": "triton_bitmask",
     "bitmask_positive": "triton_bitmask",
     "bitmask_apply": "triton_bitmask",
+    "norm_encode": "triton_forward",
+    "activation_encode": "triton_forward",
 }
 # NVIDIA's and AMD's GPUs share the first key.
 _KEYS = ("CUDA", "XPU")
@@ -51,17 +53,13 @@ def load() -> None:
 
 
 def _door(name: str) -> Callable[..., Any]:
-    body: Callable[..., Any] | None = None
-    device = torch.device("cpu")
-    others: dict[torch.device, Callable[..., Any]] = {}
+    bodies: dict[torch.device, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
-        nonlocal body, device
         here = args[0].device
-        if here != device:  # The first call, or another device than the last one's.
-            body = others.setdefault(here, _body(name, here))
-            device = here
-        assert body is not None
+        body = bodies.get(here)
+        if body is None:
+            body = bodies.setdefault(here, _body(name, here))
         # A kernel runs on the current device, which need not be the tensors' own.
         if here.index == torch.accelerator.current_device_index():
             return body(*args)
@@ -78,7 +76,9 @@ def _body(name: str, device: torch.device) -> Callable[..., Any]:
         module = importlib.import_module(f"mesa_train.kernels.{OPERATORS[name]}")
         launcher: Callable[..., Any] = getattr(module, name)
         return launcher
-    fake, plain = getattr(schemas, f"_{name}"), getattr(reference, name)
+    forward = OPERATORS[name] == "triton_forward"
+    fake = getattr(triton_schemas if forward else schemas, f"_{name}")
+    plain = getattr(triton_schemas if forward else reference, name)
 
     def checked(*args: Any) -> Any:
         fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))

@@ -21,10 +21,21 @@ SHAPES = (
 )
 
 
-def test_every_operator_has_a_kernel():
-    assert set(triton_load.OPERATORS) == set(conftest.OPERATORS)
-    for module, names in triton_interpreter.MODULES.items():
-        assert all(triton_load.OPERATORS[name] == module for name in names)
+def test_every_kernel_is_registered_and_tested():
+    tested = {**triton_interpreter.MODULES, **triton_interpreter.FORWARDS}
+    expected = {name: module for module, names in tested.items() for name in names}
+    assert expected == triton_load.OPERATORS
+
+
+@pytest.mark.parametrize("bits", schemas.BITS)
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_pair_is_the_gradient_and_the_activation(triton, kind, bits):
+    pair = triton_interpreter.bodies({"triton_decode": ("activation_pair",)}).activation_pair
+    coded = reference.affine_encode(torch.randn(6, 2, 97)[:, 0] * 3, bits, 64, False, 0)
+    grad = torch.randn(6, 97).to(torch.bfloat16)
+    dx, y = pair(grad, *coded, bits, kind)
+    assert torch.equal(dx, triton.activation_backward(grad, *coded, bits, kind))
+    assert torch.equal(y, triton.activation_decode(*coded, bits, 97, torch.bfloat16, kind))
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -138,9 +149,13 @@ def test_without_triton_the_reference_runs_after_one_warning(monkeypatch, caplog
     x = torch.randn(4, 64)
     try:
         with caplog.at_level(logging.WARNING):
-            for name in ("affine_encode", "affine_encode", "bitmask_positive"):
+            code = 8, 64, False, 0
+            for name, args in (
+                ("affine_encode", (x, *code)),
+                ("activation_encode", (x, "gelu", *code)),
+                ("bitmask_positive", (x,)),
+            ):
                 body = triton_load._body(name, torch.device("cpu"))
-                args = (x, 8, 64, False, 0) if name == "affine_encode" else (x,)
                 out = body(*args)
         assert torch.equal(out, reference.bitmask_positive(x))
         with pytest.raises(RuntimeError, match="x must be a floating-point tensor"):

@@ -16,6 +16,7 @@ from mesa_train.kernels import (
     triton_bitmask,
     triton_decode,
     triton_encode,
+    triton_forward,
     triton_norm,
 )
 
@@ -77,7 +78,17 @@ def main() -> None:
     for kind in reference.ACTIVATIONS:
         text = ptx(triton_decode.activation_decode, *coded, 2, 384, torch.bfloat16, kind)
         assert "st.global.v4.b32" in text
-        ptx(triton_decode.activation_backward, qkv.bfloat16()[:, :384], *coded, 2, kind)
+        grad = qkv.bfloat16()[:, :384]
+        ptx(triton_decode.activation_backward, grad, *coded, 2, kind)
+        ptx(triton_decode.activation_pair, grad, *coded, 2, kind)
+        text = ptx(triton_forward.activation_encode, qkv.bfloat16(), kind, 8, 128, False, 0)
+        assert "st.global.v4.b32" in text
+    for dtype in (torch.float32, torch.bfloat16):
+        args = (qkv.to(dtype)[:, :384], qkv[0, :384], qkv[1, :384], 1e-5, True, torch.bfloat16)
+        for stochastic in (False, True):
+            text = ptx(triton_forward.norm_encode, *args, 4, 128, stochastic, 0)
+            assert "ld.global.v4.b32" in text
+            assert "st.global.v4.b32" in text
     # Groups that share a byte, and a short last one.
     ptx(triton_encode.affine_encode, qkv[:, :197], 4, 128, True, 0)
     bits = reference.bitmask_positive(qkv)

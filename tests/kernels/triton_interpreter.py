@@ -22,9 +22,21 @@ MODULES = {
     "triton_norm": ("norm_backward",),
     "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
+FORWARDS = {"triton_forward": ("norm_encode", "activation_encode")}
+Modules = dict[str, tuple[str, ...]]
 
 
-def on_gpu() -> SimpleNamespace:
+def bodies(modules: Modules = MODULES) -> SimpleNamespace:
+    """The kernels by operator, for CPU tensors."""
+    return on_gpu(modules) if torch.cuda.is_available() else interpreted(modules)
+
+
+def forwards() -> SimpleNamespace:
+    """Those of the fused forwards."""
+    return bodies(FORWARDS)
+
+
+def on_gpu(modules: Modules) -> SimpleNamespace:
     """The registered operators, their tensors moved to the GPU with storage and strides as they are."""
     from mesa_train import kernels
 
@@ -46,18 +58,18 @@ def on_gpu() -> SimpleNamespace:
 
         return call
 
-    names = [name for names in MODULES.values() for name in names]
+    names = [name for names in modules.values() for name in names]
     return SimpleNamespace(**{name: launcher(name) for name in names})
 
 
-def interpreted() -> SimpleNamespace:
+def interpreted(modules: Modules) -> SimpleNamespace:
     """The kernels' launchers, for CPU tensors."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         _interpret_library()
         found = {}
-        for module, names in MODULES.items():
+        for module, names in modules.items():
             loaded = importlib.import_module(f"mesa_train.kernels.{module}")
             found.update({name: getattr(loaded, name) for name in names})
         return SimpleNamespace(**found)

@@ -1,0 +1,92 @@
+"""Forwards that make their codes on the way, for GPUs: one pass over a norm's or an activation's
+input where the plain order makes two.
+
+Unlike every other operator these compute a forward, so their output is close to PyTorch's own and not
+bit for bit equal to it. Nothing uses them unless it asks for that.
+"""
+# ruff: noqa: ARG001 (a fake takes all the arguments of its operator)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mesa_train.kernels import reference, schemas
+
+
+def _norm_encode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    schemas._check_encode(x, bits, group_size)
+    schemas._check_vector("weight", weight, x.shape[1])
+    schemas._check_vector("bias", bias, x.shape[1])
+    codes, scales = schemas._encoded(x, bits, group_size)
+    rstd = x.new_empty((x.shape[0],), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), rstd, codes, scales
+
+
+def norm_encode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm (centered) or RMSNorm of (rows, cols) in `dtype`; rstd (rows,); codes and scales of
+    the normalised rows."""
+    wide = x.to(torch.float32)
+    mean = wide.mean(1) if centered else None
+    value = wide if mean is None else wide - mean.unsqueeze(1)
+    rstd = (value.square().mean(1) + eps).rsqrt()
+    value = value * rstd.unsqueeze(1)
+    codes, scales = reference.affine_encode(value, bits, group_size, stochastic, seed)
+    if weight is not None:
+        value = value * weight.to(torch.float32)
+    if bias is not None:
+        value = value + bias.to(torch.float32)
+    return value.to(dtype), rstd, codes, scales
+
+
+def _activation_encode(
+    x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    schemas._check_kind(kind)
+    schemas._check_encode(x, bits, group_size)
+    return x.new_empty(x.shape), *schemas._encoded(x, bits, group_size)
+
+
+def activation_encode(
+    x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kind(x), (rows, cols) in x's dtype; codes and scales of x."""
+    y = reference.ACTIVATIONS[kind][0](x.to(torch.float32)).to(x.dtype)
+    return y.contiguous(), *reference.affine_encode(x, bits, group_size, stochastic, seed)
+
+
+schemas._define(
+    "norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered,"
+    " ScalarType dtype, int bits, int group_size, bool stochastic, int seed)"
+    " -> (Tensor y, Tensor rstd, Tensor codes, Tensor scales)",
+    _norm_encode,
+    norm_encode,
+)
+schemas._define(
+    "activation_encode(Tensor x, str kind, int bits, int group_size, bool stochastic, int seed)"
+    " -> (Tensor y, Tensor codes, Tensor scales)",
+    _activation_encode,
+    activation_encode,
+)
