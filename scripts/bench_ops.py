@@ -71,14 +71,13 @@ def main(
         raise SystemExit(f"bench_ops: unknown device {device!r}; choose from {', '.join(SHAPES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_ops: --device cuda, but PyTorch sees no CUDA device here")
-    wanted = operators.split(",") if operators else OPERATORS
+    wanted = operators.split(",") if operators else offered(device)
     if unknown := sorted(set(wanted) - set(OPERATORS)):
         raise SystemExit(
             f"bench_ops: unknown operators {', '.join(unknown)}; choose from {', '.join(OPERATORS)}"
         )
     kernels.load()
     common = {
-        "backend": backend(torch.device(device)),
         "rounds": rounds,
         "group_size": GROUP_SIZE,
         "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
@@ -88,21 +87,28 @@ def main(
     rows = []
     for case in cases(torch.device(device), [int(b) for b in bits.split(",")]):
         if case.operator in wanted:
-            rows.append({**measure(case, rounds, timer), **common})
+            body = {"backend": backend(case.operator, device)}
+            rows.append({**measure(case, rounds, timer), **body, **common})
             records.append(out, rows[-1])
     console = Console()
     console.print(as_text(rows), highlight=False, soft_wrap=True)
     console.print(f"rows in {os.path.relpath(out)}", highlight=False, soft_wrap=True)
 
 
-def backend(device: torch.device) -> str:
-    """Which body of the operators runs on the device."""
-    key = device.type.upper()
-    native = torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode", key)
-    if device.type == "cpu":
-        return "c++" if native else "reference"
-    current = torch.device(device.type, torch.accelerator.current_device_index())
-    return "triton" if native and triton_load._obstacle(current) is None else "reference"
+def offered(device: str) -> list[str]:
+    """The operators that are used on a kind of device: forwards that make codes are for GPUs."""
+    return [n for n, m in triton_load.OPERATORS.items() if device != "cpu" or "forward" not in m]
+
+
+def backend(operator: str, device: str) -> str:
+    """Which body of an operator runs on a kind of device."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel(f"mesa_train::{operator}", device.upper()):
+        return "reference"
+    if device == "cpu":
+        return "c++"
+    current = torch.device(device, torch.accelerator.current_device_index())
+    return "reference" if triton_load._obstacle(current) else "triton"
 
 
 def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
