@@ -171,11 +171,11 @@ class Saved:
             shared = (
                 spec.uses is not None and spec.uses.count > 1 and not torch.compiler.is_compiling()
             )
-            value = _neighbours.take(spec.uses, dtype) if shared else None
+            value = neighbours.take(spec.uses, dtype) if shared else None
             if value is None:
                 value = spec.recipe.load(self, spec, dtype)
                 if shared:
-                    _neighbours.offer(spec.uses, dtype, value)
+                    neighbours.offer(spec.uses, dtype, value)
             self._memo[key] = value
         return value
 
@@ -185,8 +185,8 @@ class Saved:
 
 
 class _Neighbours(threading.local):
-    """A matmul rebuilt by one operator's backward, handed to the next that needs it (GELU and fc2
-    share theirs).
+    """What one operator's backward made that the next one needs: a matmul rebuilt for both, or the
+    activation's gradient that the Linear behind it had almost computed.
 
     Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and
     what is left goes with the engine's final callback, so nothing outlives the backward.
@@ -194,6 +194,7 @@ class _Neighbours(threading.local):
 
     def __init__(self) -> None:
         self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
+        self.gradients: dict[int, tuple[Tensor, Tensor, int, Tensor]] = {}
         self.run = -1
 
     def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
@@ -208,16 +209,44 @@ class _Neighbours(threading.local):
 
     def offer(self, uses: Uses | None, dtype: torch.dtype, value: Tensor) -> None:
         assert uses is not None
+        self._enter()
+        self.values[uses, dtype] = value, uses.count - 1
+
+    def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
+        """The gradient at a coded tensor that was handed over for this very `grad`."""
+        found = self.gradients.pop(codes.data_ptr(), None)
+        if found is None:
+            return None
+        _, expected, version, value = found
+        # What hooks or another user of the activation made of it is another tensor or version.
+        same = (
+            expected.data_ptr() == grad.data_ptr()
+            and expected._version == version == grad._version
+            and (expected.shape, expected.stride()) == (grad.shape, grad.stride())
+            and expected.dtype is grad.dtype
+        )
+        return value if same else None
+
+    def offer_gradient(self, codes: Tensor, grad: Tensor, value: Tensor) -> None:
+        """Hand `value` to the operator that gets `grad` and kept `codes`; both are held, so their
+        addresses stay theirs."""
+        self._enter()
+        self.gradients[codes.data_ptr()] = codes, grad, grad._version, value
+
+    def _enter(self) -> None:
         # A run that ended in an error has not called its callback.
         run = torch._C._current_graph_task_id()
         if run != self.run:
-            self.values.clear()
+            self._clear()
             self.run = run
-            torch.autograd.Variable._execution_engine.queue_callback(self.values.clear)
-        self.values[uses, dtype] = value, uses.count - 1
+            torch.autograd.Variable._execution_engine.queue_callback(self._clear)
+
+    def _clear(self) -> None:
+        self.values.clear()
+        self.gradients.clear()
 
 
-_neighbours = _Neighbours()
+neighbours = _Neighbours()
 
 
 class Geometry:

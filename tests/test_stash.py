@@ -467,20 +467,20 @@ def test_repeated_matmuls_are_shared_in_one_backward_and_then_gone():
     mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, COLS), nn.GELU(), nn.Linear(COLS, COLS))
     calls = []
 
-    class Counted(type(stash._neighbours)):
+    class Counted(type(stash.neighbours)):
         def take(self, *args):
             found = super().take(*args)
             calls.append(found is not None)
             return found
 
     counted = Counted()
-    before, stash._neighbours = stash._neighbours, counted
+    before, stash.neighbours = stash.neighbours, counted
     try:
         with compress(Policy(min_bytes=0, recompute="linear")):
             output = mlp(activation(ROWS, COLS))
         output.sum().backward()
     finally:
-        stash._neighbours = before
+        stash.neighbours = before
     assert calls == [False, True]
     assert not counted.values
 
@@ -500,7 +500,7 @@ def test_a_failed_backward_leaves_no_rebuilt_matmul_for_good():
     with pytest.raises(ZeroDivisionError):
         step(True)
     step(False)
-    assert not stash._neighbours.values
+    assert not stash.neighbours.values
 
 
 def test_global_generators_are_left_alone():

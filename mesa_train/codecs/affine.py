@@ -96,6 +96,11 @@ class Affine:
         kernels.load()
         return _ops.activation_backward.default(grad, *codes, self.bits, kind)
 
+    def activation_pair(self, codes: Codes, grad: Tensor, kind: str) -> Codes:
+        """`activation_backward` and the activation itself in grad's dtype, in one pass."""
+        kernels.load()
+        return _ops.activation_pair.default(grad, *codes, self.bits, kind)
+
     def bytes(self, rows: int, cols: int) -> int:
         """Bytes of the codes and scales of a (rows, cols) tensor."""
         groups, _ = group_shape(cols, self.group_size)

@@ -149,6 +149,32 @@ Tensor activation_backward(const Tensor& grad, const Tensor& codes, const Tensor
   return out.tensor;
 }
 
+// One pass over the codes for a Linear that needs the activation it read and the activation's own
+// backward, which needs the Linear's gradient.
+std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& codes,
+                                           const Tensor& scales, int64_t bits,
+                                           const std::string& kind) {
+  const Activation& act = find_activation(kind);
+  const Matrix grads("grad", grad);
+  const Coded coded(codes, scales, bits, grads.rows, grads.cols);
+  const Layout& layout = coded.layout;
+  const Output dx(grads.rows, grads.cols, grad.scalar_type());
+  const Output y(grads.rows, grads.cols, grad.scalar_type());
+  parallel_stretches(grads.rows, layout, [&](const auto& for_each) {
+    const auto values = buffer<float>(layout.stretch);
+    const auto slopes = buffer<float>(layout.stretch);
+    const auto unpacked = buffer<uint8_t>(layout.stretch + 3);
+    for_each([&](const Stretch& s) {
+      coded.read(s, unpacked.get(), values.get());
+      grads.read(s.row, s.col, slopes.get(), s.n);
+      act.pair(values.get(), slopes.get(), s.n);
+      dx.write(s.row, s.col, slopes.get(), s.n);
+      y.write(s.row, s.col, values.get(), s.n);
+    });
+  });
+  return {dx.tensor, y.tensor};
+}
+
 // Rows are summed into at most 64 partial sums whose extent depends on the shape alone, and those
 // are added in order: the same bits for any number of threads.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& codes,
@@ -296,6 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(mesa_train, CPU, m) {
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("activation_decode", TORCH_BOX(&activation_decode));
   m.impl("activation_backward", TORCH_BOX(&activation_backward));
+  m.impl("activation_pair", TORCH_BOX(&activation_pair));
   m.impl("bitmask_encode", TORCH_BOX(&bitmask_encode));
   m.impl("bitmask_positive", TORCH_BOX(&bitmask_positive));
   m.impl("bitmask_apply", TORCH_BOX(&bitmask_apply));

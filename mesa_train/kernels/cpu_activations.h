@@ -160,6 +160,7 @@ struct Activation {
   std::string_view kind;
   void (*value)(float* x, int64_t n);                     // x = kind(x)
   void (*backward)(const float* x, float* grad, int64_t n);  // grad = grad * kind'(x)
+  void (*pair)(float* x, float* grad, int64_t n);            // both
 };
 
 template <typename Kind>
@@ -170,6 +171,12 @@ constexpr Activation activation(std::string_view kind) {
           },
           [](const float* x, float* grad, int64_t n) {
             for (int64_t i = 0; i < n; ++i) grad[i] *= Kind::slope(x[i]);
+          },
+          [](float* __restrict x, float* __restrict grad, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) {
+              grad[i] *= Kind::slope(x[i]);
+              x[i] = Kind::value(x[i]);
+            }
           }};
 }
 

@@ -253,6 +253,14 @@ def activation_backward(
     return ACTIVATIONS[kind][1](grad.to(torch.float32).contiguous(), x).to(grad.dtype)
 
 
+def activation_pair(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor]:
+    """grad * kind'(decoded) and kind(decoded), both (rows, cols) in grad's dtype."""
+    value = activation_decode(codes, scales, bits, grad.shape[1], grad.dtype, kind)
+    return activation_backward(grad, codes, scales, bits, kind), value
+
+
 def bitmask_encode(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
     return _pack(mask.reshape(1, -1), 1).view(-1)

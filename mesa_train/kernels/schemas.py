@@ -180,6 +180,13 @@ def _activation_backward(
     return grad.new_empty(grad.shape)
 
 
+def _activation_pair(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor]:
+    dx = _activation_backward(grad, codes, scales, bits, kind)
+    return dx, torch.empty_like(dx)
+
+
 def _bitmask_encode(mask: Tensor) -> Tensor:
     torch._check(mask.dtype == torch.bool, lambda: f"mask must be torch.bool, got {mask.dtype}")
     return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
@@ -252,6 +259,12 @@ _define(
     "activation_backward(Tensor grad, Tensor codes, Tensor scales, int bits, str kind) -> Tensor",
     _activation_backward,
     reference.activation_backward,
+)
+_define(
+    "activation_pair(Tensor grad, Tensor codes, Tensor scales, int bits, str kind)"
+    " -> (Tensor dx, Tensor y)",
+    _activation_pair,
+    reference.activation_pair,
 )
 _define("bitmask_encode(Tensor mask) -> Tensor", _bitmask_encode, reference.bitmask_encode)
 _define("bitmask_positive(Tensor x) -> Tensor", _bitmask_positive, reference.bitmask_positive)

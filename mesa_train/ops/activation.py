@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, save, whole
+from mesa_train.stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, neighbours, save, whole
 
 from .base import Operator, aliases, derivative
 
@@ -65,9 +65,13 @@ class Smooth(Operator):
         assert spec is not None
         leaf = spec.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
-            geometry = leaf.geometry
+            geometry, codes = leaf.geometry, saved.own(spec)
+            if not torch.compiler.is_compiling():
+                handed = neighbours.take_gradient(codes[0], grad)
+                if handed is not None:
+                    return (handed,)
             flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
-            return (geometry.restore(leaf.codec.activation_backward(saved.own(spec), flat, kind)),)
+            return (geometry.restore(leaf.codec.activation_backward(codes, flat, kind)),)
         return (SMOOTH[kind][1](grad, saved.get(0, grad.dtype)),)
 
 
@@ -129,6 +133,19 @@ class Activated:
             )
             return leaf.geometry.restore(decoded)
         return SMOOTH[self.kind][0](saved.value(source, dtype))
+
+    def load_for(self, saved: Saved, spec: Spec, grad: Tensor) -> Tensor:
+        """The activation in the dtype of `grad`, its gradient; the activation's own backward, which
+        is next to run, gets its result from the same pass over the codes."""
+        source = spec.sources[0]
+        leaf = source.recipe
+        if not (isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine)):
+            return saved.value(spec, grad.dtype)
+        geometry, codes = leaf.geometry, saved.own(source)
+        flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
+        dx, value = leaf.codec.activation_pair((codes[0], codes[1]), flat, self.kind)
+        neighbours.offer_gradient(codes[0], grad, geometry.restore(dx))
+        return geometry.restore(value)
 
 
 class SmoothInPlace(InPlace, Smooth):  # type: ignore[misc]

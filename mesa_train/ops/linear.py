@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
 
+from .activation import Activated
 from .base import Operator, derivative
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ScaledLinear(Operator):
         biased = saved.specs[3] is not None
         total = flat.sum(0) if biased else flat.new_zeros(())
         if needs[1] or needs[3]:
-            x = saved.get(0, dtype)
+            x = _input(saved, dx, dtype)
             unscaled = (flat.to(dtype).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             dweight = unscaled * scale[:, None]
             dscale = (weight * unscaled).sum(1)
@@ -125,13 +126,22 @@ def _watched(product: Tensor) -> bool:
     )
 
 
+def _input(saved: Saved, dx: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The Linear's input; where that is an activation, its backward is prepared on the way."""
+    spec = saved.specs[0]
+    assert spec is not None
+    if dx is None or torch.compiler.is_compiling() or not isinstance(spec.recipe, Activated):
+        return saved.get(0, dtype)
+    return spec.recipe.load_for(saved, spec, dx)
+
+
 def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
     dx = dweight = dbias = None
     flat = grad.reshape(-1, grad.shape[-1])
     if needs[0]:
         dx = grad @ saved.get(1, grad.dtype)
     if needs[1]:
-        x = saved.get(0, grad.dtype)
+        x = _input(saved, dx, grad.dtype)
         dweight = flat.t() @ x.reshape(-1, x.shape[-1])
     if needs[2]:
         dbias = flat.sum(0)

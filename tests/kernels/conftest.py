@@ -19,6 +19,7 @@ OPERATORS = (
     "norm_backward",
     "activation_decode",
     "activation_backward",
+    "activation_pair",
     "bitmask_encode",
     "bitmask_positive",
     "bitmask_apply",

@@ -30,20 +30,22 @@ def samples():
         ],
         "activation_decode": [(*coded, 4, 130, torch.half, "gelu")],
         "activation_backward": [(x[:, ::1], *coded, 4, "silu")],
+        "activation_pair": [(x.bfloat16(), *coded, 4, "gelu")],
+        "cast_like": [(x.t(), x.bfloat16())],
         "bitmask_encode": [(x > 0,), ((x > 0).t(),)],
         "bitmask_positive": [(x,)],
         "bitmask_apply": [(x, bits, 2.0), (x.t(), bits, 1.0)],
     }
 
 
-@pytest.mark.parametrize("name", conftest.OPERATORS)
+@pytest.mark.parametrize("name", [*conftest.OPERATORS, "cast_like"])
 def test_opcheck(name):
     kernels.load()
     for args in samples()[name]:
         torch.library.opcheck(getattr(ops, name).default, args)
 
 
-@pytest.mark.parametrize("name", conftest.OPERATORS)
+@pytest.mark.parametrize("name", [*conftest.OPERATORS, "cast_like"])
 def test_meta_tensors_have_the_same_shapes(name):
     def meta(value):
         return value.to("meta") if isinstance(value, torch.Tensor) else value

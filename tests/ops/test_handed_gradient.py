@@ -1,0 +1,130 @@
+"""An activation's gradient that the Linear behind it makes in the same pass over the codes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mesa_train import compress, wrap
+from mesa_train.codecs.affine import Affine
+from mesa_train.policy import Policy
+from mesa_train.stash import neighbours
+
+EIGHT = Policy(min_bytes=0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of the two operators ran."""
+    counts = {"activation_pair": 0, "activation_backward": 0}
+    for name in counts:
+        method = getattr(Affine, name)
+
+        def counted(self, *args, name=name, method=method):
+            counts[name] += 1
+            return method(self, *args)
+
+        monkeypatch.setattr(Affine, name, counted)
+    return counts
+
+
+def mlp(*between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), *between, nn.Linear(32, 8))
+
+
+def gradients(model, x, loss=None):
+    x = x.clone().requires_grad_()
+    output = model(x)
+    (loss or (lambda y: y.square().sum()))(output).backward()
+    found = [x.grad, *[p.grad for p in model.parameters()]]
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def close(found, expected, tolerance=0.02):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_serves_both(calls, dtype):
+    model, x = mlp().to(dtype), torch.randn(4, 5, 8, dtype=dtype)
+    expected = gradients(model, x)
+    wrap(model, EIGHT)
+    close(gradients(model, x), expected)
+    assert calls == {"activation_pair": 1, "activation_backward": 0}
+    assert not neighbours.gradients
+
+
+def test_layer_scale_behind(calls):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.scale = mlp(), nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return self.mlp(x) * self.scale
+
+    model, x = Scaled(), torch.randn(4, 5, 8)
+    expected = gradients(model, x)
+    wrap(model, EIGHT)
+    close(gradients(model, x), expected)
+    assert calls == {"activation_pair": 1, "activation_backward": 0}
+
+
+def test_a_second_user_of_the_activation(calls):
+    """The gradient that reaches the activation is a sum, so what was prepared is not it."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x):
+            hidden = F.gelu(self.one(x))
+            return self.two(hidden) + self.three(hidden)
+
+    model, x = Both(), torch.randn(6, 8)
+    expected = gradients(model, x)
+    wrap(model, EIGHT)
+    close(gradients(model, x), expected)
+    assert calls["activation_backward"] == 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hook_that_changes_the_gradient(calls, inplace):
+    x = torch.randn(6, 8)
+
+    def run(policy):
+        model = mlp()
+        with compress(policy):
+            hidden = model[1](model[0](x))
+            hidden.register_hook(lambda g: g.mul_(3) if inplace else g * 3)
+            model[2](hidden).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    close(run(EIGHT), run(Policy(enabled=False)))
+    assert calls["activation_backward"] == 1
+
+
+def test_a_frozen_linear_prepares_nothing(calls):
+    model, x = mlp(), torch.randn(6, 8)
+    for p in model[2].parameters():
+        p.requires_grad_(False)
+    wrap(model, EIGHT)
+    model(x).square().sum().backward()
+    assert calls == {"activation_pair": 0, "activation_backward": 1}
+
+
+def test_two_backwards_of_one_graph(calls):
+    model, x = mlp(), torch.randn(6, 8)
+    wrap(model, EIGHT)
+    loss = model(x).square().sum()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not neighbours.gradients
