@@ -188,6 +188,12 @@ def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
             partial(ops.activation_backward.default, grad, *coded, b, "gelu"),
             (grad, *coded),
         )
+        yield Case(
+            "activation_pair",
+            f"gelu, {b} bits",
+            partial(ops.activation_pair.default, grad, *coded, b, "gelu"),
+            (grad, *coded),
+        )
     mask = x > 0
     packed = ops.bitmask_encode.default(mask)
     yield Case("bitmask_encode", "bool", partial(ops.bitmask_encode.default, mask), (mask,))

@@ -138,15 +138,12 @@ def activation_pair(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
 ) -> tuple[Tensor, Tensor]:
     """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype."""
-    dx = schemas._activation_backward(grad, codes, scales, bits, kind)
-    y = torch.empty_like(dx)
+    dx, y = schemas._activation_pair(grad, codes, scales, bits, kind)
     if dx.numel() == 0:
         return dx, y
-    cols = grad.shape[1]
-    cut = _cut(codes, scales, bits, cols)
+    cut = _cut(codes, scales, bits, grad.shape[1])
     if cut is None or not handles(grad):
-        dx = reference.activation_backward(grad, codes, scales, bits, kind)
-        return dx, reference.activation_decode(codes, scales, bits, cols, grad.dtype, kind)
+        return reference.activation_pair(grad, codes, scales, bits, kind)
     _launch_backward(cut, grad, codes, scales, dx, y, kind)
     return dx, y
 

@@ -27,6 +27,7 @@ OPERATORS = {
     "affine_decode": "triton_decode",
     "activation_decode": "triton_decode",
     "activation_backward": "triton_decode",
+    "activation_pair": "triton_decode",
     "norm_backward": "triton_norm",
     "bitmask_encode": "triton_bitmask",
     "bitmask_positive": "triton_bitmask",

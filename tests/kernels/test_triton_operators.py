@@ -27,17 +27,6 @@ def test_every_kernel_is_registered_and_tested():
     assert expected == triton_load.OPERATORS
 
 
-@pytest.mark.parametrize("bits", schemas.BITS)
-@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
-def test_pair_is_the_gradient_and_the_activation(triton, kind, bits):
-    pair = triton_interpreter.bodies({"triton_decode": ("activation_pair",)}).activation_pair
-    coded = reference.affine_encode(torch.randn(6, 2, 97)[:, 0] * 3, bits, 64, False, 0)
-    grad = torch.randn(6, 97).to(torch.bfloat16)
-    dx, y = pair(grad, *coded, bits, kind)
-    assert torch.equal(dx, triton.activation_backward(grad, *coded, bits, kind))
-    assert torch.equal(y, triton.activation_decode(*coded, bits, 97, torch.bfloat16, kind))
-
-
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "group_size"), SHAPES)
 def test_codes_equal_the_reference(triton, rows, cols, group_size, stochastic):

@@ -18,7 +18,12 @@ import torch
 
 MODULES = {
     "triton_encode": ("affine_encode", "normalized_encode"),
-    "triton_decode": ("affine_decode", "activation_decode", "activation_backward"),
+    "triton_decode": (
+        "affine_decode",
+        "activation_decode",
+        "activation_backward",
+        "activation_pair",
+    ),
     "triton_norm": ("norm_backward",),
     "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
