@@ -63,12 +63,12 @@ _QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__", "
 
 def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
     """Call `func` with the coding hooks on, unless it saves nothing worth it."""
-    name = getattr(func, "__name__", "")
     if torch.compiler.is_compiling():
-        if _writes(name, args, kwargs):
+        if _writes(func, args, kwargs):
             mode.lineage.clear()
             mode.linears.clear()
         return func(*args, **kwargs)
+    name = getattr(func, "__name__", "")
     if name in _NOTHING or name in _EXACT or not mode.site.rules.operators["fallback"]:
         return func(*args, **kwargs)
     if (name in _PRODUCTS or name in _QUOTIENTS) and not _both_tracked(args):
@@ -179,11 +179,21 @@ def _is_weight(tensor: Tensor) -> bool:
     )
 
 
-def _writes(name: str, args: Any, kwargs: Any) -> bool:
+def _writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a function may write to a tensor, and so to all that share its memory."""
     if kwargs.get("inplace") or kwargs.get("out") is not None or any([a is True for a in args]):
         return True
+    return _writes_by_name(func)
+
+
+def _writes_by_name(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
     return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.startswith("__"))
+
+
+# Answered while tracing instead of traced: not every version of torch can trace what is asked of a
+# function's name. As torch.compiler.assume_constant_result, which would import all of torch._dynamo.
+_writes_by_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _both_tracked(args: Any) -> bool:
