@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .codecs.affine import Affine
 from .codecs.running import Running
 from .ops import table
 from .policy import Policy, Rule, Rules
@@ -127,8 +128,8 @@ class Interception(TorchFunctionMode):
         """
         label = label or operator
         rule = self.site.rules[operator, operand]
-        known = self.lineage.get(tensor)
-        if known is not None and rule.enabled and known.cost <= _limit(rule):
+        known = self.known(tensor, operator, operand)
+        if known is not None:
             self.report.add(
                 self.site.name, label, operand, "shared" if known.cost == VIEW else "rebuilt", 0
             )
@@ -146,6 +147,25 @@ class Interception(TorchFunctionMode):
             leaf = self.leaf(codec, codec.encode(matrix), geometry, tensor.dtype, label, operand)
         self.lineage.set(tensor, leaf)
         return leaf
+
+    def known(self, tensor: Tensor, operator: str, operand: str) -> Stash | None:
+        """The stash that stands for `tensor` already, if `operand` may be rebuilt from it."""
+        rule = self.site.rules[operator, operand]
+        known = self.lineage.get(tensor)
+        if known is None or not rule.enabled or known.cost > _limit(rule):
+            return None
+        return known
+
+    def fused(
+        self, operator: str, operand: str, dtype: torch.dtype, tensor: Tensor | None = None
+    ) -> Affine | None:
+        """The codec of a forward that is to make the codes of `operand` in the pass that computes its
+        output, which works in float32; None where PyTorch's own function is called. `tensor` is
+        what would be coded, if it has to be worth it."""
+        rule = self.site.rules[operator, operand]
+        if not rule.fused or not isinstance(rule.codec, Affine) or dtype is torch.float64:
+            return None
+        return None if tensor is not None and why_whole(tensor, rule) else rule.codec
 
     def codec(self, operator: str, operand: str) -> Any:
         """The codec for an operand's next use here."""

@@ -21,6 +21,7 @@ BITS = (8, 4, 2, 32)
 ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")
+FORWARDS = ("exact", "fused")
 
 # Every operator with the operands it may keep. "attention.q" in an override names one operand,
 # "attention" all.
@@ -66,6 +67,9 @@ class Policy:
     ranges: "exact" takes each group's own minimum and maximum; "running" is the scheme of Mesa's
         paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay
         0.9.
+    forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
+        lets norms, activations and softmax run in kernels that make the codes in the same pass,
+        equal to PyTorch's to rounding. For GPUs: on a CPU those kernels are slower.
     overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a
         module name with `*` for any part of it (it covers the submodules too), an operator
         ("softmax"), an operand ("attention.q"), or both joined by a colon ("blocks.*.mlp:linear").
@@ -80,6 +84,7 @@ class Policy:
     min_bytes: int = 16384
     enabled: bool = True
     ranges: str = "exact"
+    forward: str = "exact"
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class Policy:
         _choice("rounding", self.rounding, ROUNDINGS)
         _choice("recompute", self.recompute, RECOMPUTE)
         _choice("ranges", self.ranges, RANGES)
+        _choice("forward", self.forward, FORWARDS)
         _integer("group_size", self.group_size, 8)
         _integer("min_bytes", self.min_bytes, 0)
         if not isinstance(self.enabled, bool):
@@ -224,8 +230,8 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one operand is kept: by which codec (None: running ranges, bound at each use), and what
-    may be rebuilt."""
+    """How one operand is kept: by which codec (None: running ranges, bound at each use), what may be
+    rebuilt, and whether the forward may make its codes."""
 
     enabled: bool
     codec: Any
@@ -233,6 +239,7 @@ class Rule:
     rebuild_cheap: bool
     rebuild_linear: bool
     min_bytes: int
+    fused: bool
 
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
@@ -250,6 +257,7 @@ class Rule:
             rebuild_cheap=policy.recompute in ("cheap", "linear"),
             rebuild_linear=policy.recompute == "linear",
             min_bytes=policy.min_bytes,
+            fused=policy.forward == "fused",
         )
 
 

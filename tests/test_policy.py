@@ -74,6 +74,7 @@ def expected_bytes(blocks, softmax):
         ({"recompute": "all"}, ValueError, ["Policy.recompute", "'all'", "none, cheap, linear"]),
         ({"recompute": True}, ValueError, ["Policy.recompute", "True"]),
         ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
+        ({"forward": "fast"}, ValueError, ["Policy.forward", "'fast'", "exact, fused"]),
         ({"group_size": 0}, ValueError, ["Policy.group_size", "0", "8"]),
         ({"group_size": -64}, ValueError, ["Policy.group_size", "-64"]),
         ({"group_size": 64.0}, TypeError, ["Policy.group_size", "64.0"]),

@@ -56,14 +56,46 @@ class Affine:
     def encode(self, x: Tensor) -> Codes:
         """(rows, cols) of any float dtype to codes (rows, bytes) and scales (rows, groups, 2)."""
         kernels.load()
-        return _ops.affine_encode.default(x, self.bits, self.group_size, self.stochastic, self.seed)
+        return _ops.affine_encode.default(x, *self._code())
 
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Codes:
         """Codes of (x - mean) * rstd, with mean and rstd (rows,); mean None does not centre."""
         kernels.load()
-        return _ops.normalized_encode.default(
-            x, mean, rstd, self.bits, self.group_size, self.stochastic, self.seed
+        return _ops.normalized_encode.default(x, mean, rstd, *self._code())
+
+    def norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Codes]:
+        """LayerNorm (centred) or RMSNorm of (rows, cols) in `dtype`, rstd (rows,), and the codes of
+        the normalised rows, in one pass."""
+        kernels.load()
+        y, rstd, *codes = _ops.norm_encode.default(
+            x, weight, bias, eps, centred, dtype, *self._code()
         )
+        return y, rstd, (codes[0], codes[1])
+
+    def activation(self, x: Tensor, kind: str) -> tuple[Tensor, Codes]:
+        """The activation `kind` of (rows, cols), and the codes of x, in one pass."""
+        kernels.load()
+        y, *codes = _ops.activation_encode.default(x, kind, *self._code())
+        return y, (codes[0], codes[1])
+
+    def softmax(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Codes]:
+        """Softmax along the rows of (rows, cols) in `dtype`, and the codes of that, in one pass."""
+        kernels.load()
+        y, *codes = _ops.softmax_encode.default(x, dtype, *self._code())
+        return y, (codes[0], codes[1])
+
+    def softmax_backward(self, codes: Codes, grad: Tensor) -> Tensor:
+        """The gradient (rows, cols) at a softmax's input, from codes of its output."""
+        kernels.load()
+        return _ops.softmax_backward.default(grad, *codes, self.bits)
 
     def decode(
         self,
@@ -100,6 +132,9 @@ class Affine:
         """`activation_backward` and the activation itself in grad's dtype, in one pass."""
         kernels.load()
         return _ops.activation_pair.default(grad, *codes, self.bits, kind)
+
+    def _code(self) -> tuple[int, int, bool, int]:
+        return self.bits, self.group_size, self.stochastic, self.seed
 
     def bytes(self, rows: int, cols: int) -> int:
         """Bytes of the codes and scales of a (rows, cols) tensor."""

@@ -9,6 +9,7 @@ names the Triton kernels for GPUs, which are imported by the first call with a t
 import threading
 
 from mesa_train.kernels import schemas as schemas
+from mesa_train.kernels import short_attention as short_attention
 from mesa_train.kernels import triton_schemas as triton_schemas
 
 _lock = threading.Lock()

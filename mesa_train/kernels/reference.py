@@ -261,6 +261,14 @@ def activation_pair(
     return activation_backward(grad, codes, scales, bits, kind), value
 
 
+def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """y * (grad - sum(grad * y)) at the decoded output y of a softmax along each row, in grad's
+    dtype."""
+    wide = grad.to(torch.float32)
+    y = _decode(codes, scales, bits, grad.shape[1])
+    return (y * (wide - (wide * y).sum(1, keepdim=True))).to(grad.dtype)
+
+
 def bitmask_encode(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
     return _pack(mask.reshape(1, -1), 1).view(-1)

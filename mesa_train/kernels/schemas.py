@@ -187,6 +187,13 @@ def _activation_pair(
     return dx, torch.empty_like(dx)
 
 
+def _softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    _check_matrix("grad", grad)
+    _check_floating("grad", grad)
+    _check_codes(codes, scales, bits, grad.shape[0], grad.shape[1])
+    return grad.new_empty(grad.shape)
+
+
 def _bitmask_encode(mask: Tensor) -> Tensor:
     torch._check(mask.dtype == torch.bool, lambda: f"mask must be torch.bool, got {mask.dtype}")
     return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
@@ -265,6 +272,11 @@ _define(
     " -> (Tensor dx, Tensor y)",
     _activation_pair,
     reference.activation_pair,
+)
+_define(
+    "softmax_backward(Tensor grad, Tensor codes, Tensor scales, int bits) -> Tensor",
+    _softmax_backward,
+    reference.softmax_backward,
 )
 _define("bitmask_encode(Tensor mask) -> Tensor", _bitmask_encode, reference.bitmask_encode)
 _define("bitmask_positive(Tensor x) -> Tensor", _bitmask_positive, reference.bitmask_positive)

@@ -14,14 +14,14 @@ from mesa_train.kernels import triton_schemas
 from mesa_train.kernels.triton_activations import value
 from mesa_train.kernels.triton_encode import encode_tile, signed
 from mesa_train.kernels.triton_tiles import (
-    TILE,
-    WIDEST,
     handles,
     launch,
     locate,
+    locate_rows,
+    row_sum,
+    row_tiles,
     tiles,
     value_mask,
-    warps,
 )
 
 
@@ -46,13 +46,6 @@ def _activation(
     )  # fmt: skip
 
 
-@triton.jit
-def _row_mean(x, cols, R: tl.constexpr, UNITS: tl.constexpr):
-    """The mean of each row of a tile (R * UNITS, W), beside each of its units."""
-    total = tl.sum(tl.reshape(tl.sum(x, 1), (R, UNITS)), 1) / cols
-    return tl.reshape(tl.broadcast_to(total[:, None], (R, UNITS)), (R * UNITS,))
-
-
 @triton.jit(do_not_specialize=["seed"])
 def _norm(
     x, weight, bias, y, rstds, codes, scales,
@@ -60,10 +53,7 @@ def _norm(
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
     UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.arange(0, R * UNITS)
-    row = tl.program_id(0) * R + unit // UNITS
-    place = unit % UNITS
-    live = (row < rows) & (place < per_row)
+    row, place, live = locate_rows(rows, per_row, R, UNITS)
     mask = value_mask(place, live, size, cols, P, RAGGED, W)
     i = tl.arange(0, W)[None, :]
     start = place * (P * size)
@@ -71,8 +61,8 @@ def _norm(
     at = x + begin[:, None] + i.to(tl.int64) * col_stride
     v = tl.load(at, mask, other=0).to(tl.float32)
     if CENTERED:
-        v = tl.where(mask, v - _row_mean(v, cols, R, UNITS)[:, None], 0.0)
-    rstd = tl.rsqrt(_row_mean(v * v, cols, R, UNITS) + eps)
+        v = tl.where(mask, v - (row_sum(v, R, UNITS) / cols)[:, None], 0.0)
+    rstd = tl.rsqrt(row_sum(v * v, R, UNITS) / cols + eps)
     v = v * rstd[:, None]
     tl.store(rstds + row, rstd, live & (place == 0))
     encode_tile(
@@ -131,29 +121,17 @@ def norm_encode(
     )
     if x.numel() == 0:
         return y, rstd.fill_(eps**-0.5), codes, scales
-    rows, cols = x.shape
-    cut = tiles(rows, cols, scales.shape[1], bits)
-    _, per_row, *numbers = cut.numbers if cut else (0, 0)
-    units = triton.next_power_of_2(per_row)
-    width = cut.constants[4] if cut else WIDEST
-    if cut is None or units * width > WIDEST or not handles(x, weight, bias, y):
+    cut = row_tiles(*x.shape, scales.shape[1], bits)
+    if cut is None or not handles(x, weight, bias, y):
         return triton_schemas.norm_encode(x, weight, bias, eps, centered, dtype, *code)
-    height = max(1, TILE // 2 // (units * width))
-    bits, joined, ragged, *_ = cut.constants
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     launch(
         _norm,
-        (triton.cdiv(rows, height),),
-        warps(height * units * width),
-        (
-            x,
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            rstd,
-            codes,
-            scales,
-        ),
-        (rows, per_row, *numbers, *x.stride(), eps, signed(seed) if stochastic else 0),
-        (bits, joined, ragged, height, units, width, stochastic, centered),
+        cut.grid,
+        cut.num_warps,
+        (x, weight, bias, y, rstd, codes, scales),
+        (*cut.numbers, *x.stride(), eps, signed(seed) if stochastic else 0),
+        (*cut.constants, stochastic, centered),
     )
     return y, rstd, codes, scales

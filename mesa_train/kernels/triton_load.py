@@ -29,11 +29,13 @@ OPERATORS = {
     "activation_backward": "triton_decode",
     "activation_pair": "triton_decode",
     "norm_backward": "triton_norm",
+    "softmax_backward": "triton_softmax",
     "bitmask_encode": "triton_bitmask",
     "bitmask_positive": "triton_bitmask",
     "bitmask_apply": "triton_bitmask",
     "norm_encode": "triton_forward",
     "activation_encode": "triton_forward",
+    "softmax_encode": "triton_softmax",
 }
 # NVIDIA's and AMD's GPUs share the first key.
 _KEYS = ("CUDA", "XPU")
@@ -77,7 +79,7 @@ def _body(name: str, device: torch.device) -> Callable[..., Any]:
         module = importlib.import_module(f"mesa_train.kernels.{OPERATORS[name]}")
         launcher: Callable[..., Any] = getattr(module, name)
         return launcher
-    forward = OPERATORS[name] == "triton_forward"
+    forward = hasattr(triton_schemas, f"_{name}")
     fake = getattr(triton_schemas if forward else schemas, f"_{name}")
     plain = getattr(triton_schemas if forward else reference, name)
 

@@ -1,5 +1,5 @@
-"""Forwards that make their codes on the way, for GPUs: one pass over a norm's or an activation's
-input where the plain order makes two.
+"""Forwards that make their codes on the way, for GPUs: one pass over the data of a norm, an activation
+or a softmax where the plain order makes two.
 
 Unlike every other operator these compute a forward, so their output is close to PyTorch's own and not
 bit for bit equal to it. Nothing uses them unless it asks for that.
@@ -77,6 +77,21 @@ def activation_encode(
     return y.contiguous(), *reference.affine_encode(x, bits, group_size, stochastic, seed)
 
 
+def _softmax_encode(
+    x: Tensor, dtype: torch.dtype, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    schemas._check_encode(x, bits, group_size)
+    return x.new_empty(x.shape, dtype=dtype), *schemas._encoded(x, bits, group_size)
+
+
+def softmax_encode(
+    x: Tensor, dtype: torch.dtype, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of each row of (rows, cols), in `dtype`; codes and scales of that."""
+    y = x.to(torch.float32).softmax(1).to(dtype)
+    return y, *reference.affine_encode(y, bits, group_size, stochastic, seed)
+
+
 schemas._define(
     "norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered,"
     " ScalarType dtype, int bits, int group_size, bool stochastic, int seed)"
@@ -89,4 +104,10 @@ schemas._define(
     " -> (Tensor y, Tensor codes, Tensor scales)",
     _activation_encode,
     activation_encode,
+)
+schemas._define(
+    "softmax_encode(Tensor x, ScalarType dtype, int bits, int group_size, bool stochastic, int seed)"
+    " -> (Tensor y, Tensor codes, Tensor scales)",
+    _softmax_encode,
+    softmax_encode,
 )

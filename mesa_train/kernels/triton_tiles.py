@@ -40,9 +40,9 @@ class Tiles(NamedTuple):
     num_warps: int
     # units of the matrix, units of a row, groups of a row, columns of a group, columns, code bytes of
     # a row, code bytes of a unit
-    numbers: tuple[int, int, int, int, int, int, int]
+    numbers: tuple[int, ...]
     # BITS, P, RAGGED (whether the last unit of a row is short), U, W
-    constants: tuple[int, int, bool, int, int]
+    constants: tuple[Any, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -74,6 +74,30 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     )
 
 
+@lru_cache(maxsize=4096)
+def row_tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
+    """Tiles of whole rows, for what needs a sum along a row; None where a row would not fit.
+
+    `numbers` are those of `tiles` with the rows of the matrix first; `constants` are BITS, P,
+    RAGGED, R, UNITS, W: a tile is R rows of UNITS units each.
+    """
+    cut = tiles(rows, cols, groups, bits)
+    if cut is None:
+        return None
+    _, per_row, *rest = cut.numbers
+    bits, joined, ragged, _, width = cut.constants
+    units = triton.next_power_of_2(per_row)
+    if units * width > WIDEST:
+        return None
+    height = max(1, TILE // 2 // (units * width))
+    return Tiles(
+        (triton.cdiv(rows, height),),
+        warps(height * units * width),
+        (rows, per_row, *rest),
+        (bits, joined, ragged, height, units, width),
+    )
+
+
 def warps(elements: int) -> int:
     """Warps of a tile: 32 elements a thread, 4 to 32 warps."""
     return min(32, max(4, triton.next_power_of_2(elements // 1024)))
@@ -90,6 +114,22 @@ def locate(units, per_row, U: tl.constexpr):
     unit = tl.program_id(0) * U + tl.arange(0, U)
     row = unit // per_row
     return row, unit - row * per_row, unit < units
+
+
+@triton.jit
+def locate_rows(rows, per_row, R: tl.constexpr, UNITS: tl.constexpr):
+    """The same for the R * UNITS units of a tile of whole rows."""
+    unit = tl.arange(0, R * UNITS)
+    row = tl.program_id(0) * R + unit // UNITS
+    place = unit % UNITS
+    return row, place, (row < rows) & (place < per_row)
+
+
+@triton.jit
+def row_sum(x, R: tl.constexpr, UNITS: tl.constexpr):
+    """The sum of each row of a tile (R * UNITS, W), beside each of its units."""
+    total = tl.sum(tl.reshape(tl.sum(x, 1), (R, UNITS)), 1)
+    return tl.reshape(tl.broadcast_to(total[:, None], (R, UNITS)), (R * UNITS,))
 
 
 @triton.jit

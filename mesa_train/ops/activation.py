@@ -17,7 +17,18 @@ from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, Leaf, Replay, Saved, Spec, Stash, neighbours, save, whole
+from mesa_train.stash import (
+    CHEAP,
+    Geometry,
+    Leaf,
+    Replay,
+    Saved,
+    Spec,
+    Stash,
+    neighbours,
+    save,
+    whole,
+)
 
 from .base import Operator, aliases, derivative
 
@@ -176,6 +187,9 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         ):
             return NotImplemented
         function = SMOOTH[which][0]
+        codec = mode.fused("activation", "input", input.dtype, input)
+        if codec is not None and not inplace and not mode.known(input, "activation", "input"):
+            return _fused(mode, codec, which, input)
         x = mode.keep(input, "activation", "input")
         if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
             # The tensor's next version is another tensor: what is kept has to be a copy of this
@@ -197,6 +211,19 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         return output
 
     return row
+
+
+def _fused(mode: Interception, codec: Affine, kind: str, input: Tensor) -> Tensor:
+    """The activation and its input's codes in one pass."""
+    with torch.no_grad():
+        geometry, matrix = Geometry.of(input.detach(), (input.dim() - 1,))
+        result, codes = codec.activation(matrix, kind)
+        result = geometry.restore(result)
+    x = mode.leaf(codec, codes, geometry, input.dtype, "activation", "input")
+    mode.lineage.set(input, x)
+    output = Smooth.apply(result, (x,), kind, input)
+    mode.lineage.set(output, Stash(Activated(kind), (), (x,), cost=CHEAP, dtype=result.dtype))
+    return output
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:

@@ -53,37 +53,17 @@ class Short(Operator):
     """inputs: q (B, H, N, D), k, v (B, H, M, D), in half precision on a CPU. stashes: q, k, v.
     static: scale.
 
-    The weights are computed again from the decoded q and k, a few heads at a time so that they stay
-    in the cache. Against PyTorch's fused backward on two AVX-512 cores: 1.7 times faster for 197
-    tokens, 6 times for windows of 49, slower from about 1000. The weights' sum over the decoded
-    keys is 1, which with the kept logsumexp it would not be; the gradients are closer for it.
+    See `kernels/short_attention.py`, which makes the weights again from the decoded q and k.
     """
 
     @derivative("attention")
     def backward(
         saved: Saved, scale: float, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
-        dtype, shape = grad.dtype, grad.shape
-        q, k, v, g = [
-            t.reshape(-1, *t.shape[2:]) for t in (*[saved.get(i, dtype) for i in range(3)], grad)
-        ]
-        dq, dk, dv = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        heads = max(2, _SCORES_BYTES // (4 * q.shape[1] * k.shape[1]))
-        for operands in zip(*[t.split(heads) for t in (q, k, v, g, dq, dk, dv)], strict=True):
-            q_, k_, v_, g_, dq_, dk_, dv_ = operands
-            # Scores are exponentiated, so they are taken in float32.
-            scores = q_.float().mul_(scale) @ k_.float().mT
-            weights = torch.softmax(scores, -1).to(dtype)
-            torch.bmm(weights.mT, g_, out=dv_)
-            dscores = _aten._softmax_backward_data(g_ @ v_.mT, weights, -1, dtype)
-            torch.bmm(dscores, k_, out=dq_)
-            torch.bmm(dscores.mT, q_, out=dk_)
-        dq, dk = dq.mul_(scale), dk.mul_(scale)
-        return tuple([t.view(*shape[:2], *t.shape[1:]) for t in (dq, dk, dv)])
+        operands = [saved.get(i, grad.dtype) for i in range(3)]
+        return torch.ops.mesa_train.short_attention_backward.default(grad, *operands, scale)
 
 
-# float32 scores of the heads that `Short` works on together; 2 and 4 MiB were the fastest here.
-_SCORES_BYTES = 2 << 20
 # Most scores of a head for which `Short` is chosen.
 _SHORT = 512 * 512
 
@@ -261,8 +241,7 @@ def _flash_cpu(
 
 def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and mask is None
+        mask is None
         and not causal
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[:2] == k.shape[:2]

@@ -8,6 +8,7 @@ autocast) and the output's cast (2 bytes).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,6 +155,9 @@ def layer_norm(
         return NotImplemented
     shape = tuple(normalized_shape)
     x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    codec = mode.fused("layer_norm", "normalized", x.dtype)
+    if codec is not None:
+        return _fused(mode, "layer_norm", codec, x, (input, weight, bias), shape, eps)
     result, mean, rstd = mode.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
     return _token_norm(mode, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
 
@@ -171,6 +175,10 @@ def rms_norm(
     if not mode.covers("rms_norm", input, weight) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
+    codec = mode.fused("rms_norm", "normalized", input.dtype)
+    if codec is not None and (weight is None or weight.dtype is input.dtype):
+        least = torch.finfo(input.dtype).eps if eps is None else eps
+        return _fused(mode, "rms_norm", codec, input, (input, weight, None), shape, least)
     result = mode.exactly(func, input, list(shape), weight, eps)
     with torch.no_grad():
         wide = input.to(torch.promote_types(input.dtype, torch.float32)).flatten(-len(shape))
@@ -313,20 +321,53 @@ def _token_norm(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, ...],
 ) -> Any:
-    _, weight, bias = inputs
-    cols = 1
-    for size in shape:
-        cols *= size
     codec = mode.codec(operator, "normalized")
     rstd = rstd.reshape(-1)
     with torch.no_grad():
-        matrix = x.detach().reshape(-1, cols)
-        tensors = codec.encode_normalized(matrix, None if mean is None else mean.reshape(-1), rstd)
-    geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), cols)
-    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
+        matrix = x.detach().reshape(-1, math.prod(shape))
+        codes = codec.encode_normalized(matrix, None if mean is None else mean.reshape(-1), rstd)
+    return _recorded(mode, operator, codec, codes, result, rstd, inputs, shape, mean is not None)
+
+
+def _fused(
+    mode: Interception,
+    operator: str,
+    codec: Affine,
+    x: Tensor,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, ...],
+    eps: float,
+) -> Any:
+    """The norm and its codes in one pass."""
+    _, weight, bias = inputs
+    centred = operator == "layer_norm"
+    with torch.no_grad():
+        matrix = x.detach().reshape(-1, math.prod(shape))
+        scale = None if weight is None else weight.reshape(-1)
+        shift = None if bias is None else bias.reshape(-1)
+        result, rstd, codes = codec.norm(matrix, scale, shift, eps, centred, x.dtype)
+    result = result.view(x.shape)
+    return _recorded(mode, operator, codec, codes, result, rstd, inputs, shape, centred)
+
+
+def _recorded(
+    mode: Interception,
+    operator: str,
+    codec: Any,
+    codes: tuple[Tensor, ...],
+    result: Tensor,
+    rstd: Tensor,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, ...],
+    centred: bool,
+) -> Any:
+    _, weight, bias = inputs
+    dims = tuple(range(result.dim()))
+    geometry = Geometry(tuple(result.shape), dims, math.prod(shape))
+    x_hat = mode.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
-    node = RMSNorm if mean is None else TokenNorm
-    output = node.apply(result, stashes, (mean is not None, shape), *inputs)
+    node = TokenNorm if centred else RMSNorm
+    output = node.apply(result, stashes, (centred, shape), *inputs)
     parameters = tuple([p for p in (weight, bias) if p is not None])
     recipe = Scaled(weight is not None, bias is not None, None)
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved
+from mesa_train.codecs.affine import Affine
+from mesa_train.stash import Geometry, Leaf, Saved
 
 from .base import Operator, derivative
 
@@ -20,6 +22,20 @@ class Softmax(Operator):
 
     @derivative("softmax")
     def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+        spec = saved.specs[0]
+        assert spec is not None
+        leaf = spec.recipe
+        if (
+            isinstance(leaf, Leaf)
+            and isinstance(leaf.codec, Affine)
+            and grad.dtype != torch.float64
+        ):
+            geometry = leaf.geometry
+            if geometry.cols == grad.shape[dim] and geometry.order[-1] == dim % grad.dim():
+                rows = grad.permute(geometry.order).reshape(-1, geometry.cols)
+                codes = saved.own(spec)
+                dx = leaf.codec.softmax_backward((codes[0], codes[1]), rows)
+                return (geometry.restore(dx),)
         weighted = grad * saved.get(0, grad.dtype)
         return (weighted - saved.get(0, grad.dtype) * weighted.sum(dim, keepdim=True),)
 
@@ -36,8 +52,33 @@ def softmax(
     """Row of torch.softmax, Tensor.softmax and torch.nn.functional.softmax."""
     if dim is None or not mode.covers("softmax", input):
         return NotImplemented
-    result = mode.exactly(func, input, dim, *args, **kwargs)
-    stash = mode.keep(result, "softmax", "output")
+    last = input.dim() > 0 and dim % input.dim() == input.dim() - 1
+    dtype = None if args or not last else _dtype(input, kwargs)
+    codec = None
+    if dtype is not None:
+        weights = input.detach().new_empty(input.shape, dtype=dtype, device="meta")
+        codec = mode.fused("softmax", "output", dtype, weights)
+    if codec is not None and dtype is not None:
+        with torch.no_grad():
+            result, codes = codec.softmax(input.detach().reshape(-1, input.shape[-1]), dtype)
+        geometry = Geometry(tuple(input.shape), tuple(range(input.dim())), input.shape[-1])
+        stash = mode.leaf(codec, codes, geometry, dtype, "softmax", "output")
+        result = geometry.restore(result)
+    else:
+        result = mode.exactly(func, input, dim, *args, **kwargs)
+        stash = mode.keep(result, "softmax", "output")
     output = Softmax.apply(result, (stash,), dim, input)
     mode.lineage.set(output, stash)
     return output
+
+
+def _dtype(input: Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of the output as PyTorch chooses it; None with keywords that are not known here."""
+    if not kwargs.keys() <= {"dtype", "_stacklevel"}:
+        return None
+    device = input.device.type
+    narrow = input.dtype in (torch.float16, torch.bfloat16)
+    # CUDA's autocast runs softmax in float32.
+    wide = narrow and device != "cpu" and torch.is_autocast_enabled(device)
+    chosen = kwargs.get("dtype") or (torch.float32 if wide else input.dtype)
+    return chosen if chosen in (torch.float32, torch.float16, torch.bfloat16) else None

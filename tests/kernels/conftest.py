@@ -20,6 +20,7 @@ OPERATORS = (
     "activation_decode",
     "activation_backward",
     "activation_pair",
+    "softmax_backward",
     "bitmask_encode",
     "bitmask_positive",
     "bitmask_apply",

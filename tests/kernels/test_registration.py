@@ -31,6 +31,7 @@ def samples():
         "activation_decode": [(*coded, 4, 130, torch.half, "gelu")],
         "activation_backward": [(x[:, ::1], *coded, 4, "silu")],
         "activation_pair": [(x.bfloat16(), *coded, 4, "gelu")],
+        "softmax_backward": [(x, *coded, 4), (x.bfloat16(), *coded, 4)],
         "cast_like": [(x.t(), x.bfloat16())],
         "bitmask_encode": [(x > 0,), ((x > 0).t(),)],
         "bitmask_positive": [(x,)],
@@ -110,6 +111,7 @@ REFUSED = [
     ("norm_backward", (X[:2], *CODED, X[:, 0], None, 8, True, torch.float), "must have 2 rows"),
     ("activation_decode", (*CODED, 8, 64, torch.float, "gulp"), r"kind must be one of .* 'gulp'"),
     ("activation_backward", (X, *CODED, 8, "gulp"), r"kind must be one of \('gelu', .* 'gulp'"),
+    ("softmax_backward", (X[:2], *CODED, 8), "must have 2 rows"),
     ("bitmask_encode", (X,), "mask must be torch.bool"),
     ("bitmask_apply", (X, CODED[0][0, :5], 1.0), "bits must have 32 elements"),
 ]

@@ -8,7 +8,7 @@ import triton_interpreter
 from mesa_train.kernels import reference, schemas, triton_schemas
 
 SHAPES = ((1, 1, 1), (9, 1, 64), (12, 33, 7), (5, 197, 128), (9, 384, 128), (7, 768, 128))
-OPERATORS = ("norm_encode", "activation_encode")
+OPERATORS = ("norm_encode", "activation_encode", "softmax_encode")
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -77,6 +77,30 @@ def test_activations(forward, rows, cols, group_size, stochastic, kind):
             assert all(torch.equal(a, e) for a, e in zip(coded, codes, strict=True))
 
 
+@pytest.mark.parametrize(("rows", "cols", "group_size"), SHAPES)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_softmax(forward, rows, cols, group_size, stochastic):
+    for bits in schemas.BITS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, 2 * cols).to(dtype)[:, cols:] * 4
+            x[0, 0] = float("-inf") if cols > 1 else 0.0  # a masked key
+            y, *coded = forward.softmax_encode(x, dtype, bits, group_size, stochastic, 5)
+            expected = x.float().softmax(1).to(dtype)
+            eps = max(torch.finfo(dtype).eps, 2e-6)
+            torch.testing.assert_close(y, expected, rtol=eps, atol=eps)
+            codes = reference.affine_encode(y, bits, group_size, stochastic, 5)
+            assert all(torch.equal(a, e) for a, e in zip(coded, codes, strict=True))
+
+
+def test_a_softmax_over_nothing_is_nan(forward):
+    x = torch.randn(3, 64)
+    x[1] = float("-inf")
+    y, *coded = forward.softmax_encode(x, torch.float32, 8, 32, False, 0)
+    assert y[1].isnan().all()
+    assert reference.affine_decode(*coded, 8, 64, torch.float32)[1].isnan().all()
+    torch.testing.assert_close(y[[0, 2]], x[[0, 2]].softmax(1))
+
+
 def test_a_row_with_nan_is_nan(forward):
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
@@ -93,6 +117,7 @@ def test_opcheck(name):
     args = {
         "norm_encode": (x, x[0], None, 1e-5, True, torch.bfloat16, 4, 64, False, 0),
         "activation_encode": (x, "gelu", 4, 64, True, 1),
+        "softmax_encode": (x, torch.bfloat16, 4, 64, True, 1),
     }[name]
     torch.library.opcheck(getattr(torch.ops.mesa_train, name).default, args)
 
@@ -101,6 +126,7 @@ def test_opcheck(name):
 def test_empty(forward, shape):
     x = torch.randn(shape)
     assert forward.activation_encode(x, "gelu", 4, 64, False, 0)[0].shape == shape
+    assert forward.softmax_encode(x, torch.half, 4, 64, False, 0)[0].shape == shape
     if shape[1]:
         y, rstd, *_ = forward.norm_encode(x, None, None, 1e-5, True, torch.half, 4, 64, False, 0)
         assert (y.shape, y.dtype, rstd.shape) == (shape, torch.half, (0,))

@@ -25,9 +25,13 @@ MODULES = {
         "activation_pair",
     ),
     "triton_norm": ("norm_backward",),
+    "triton_softmax": ("softmax_backward",),
     "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
-FORWARDS = {"triton_forward": ("norm_encode", "activation_encode")}
+FORWARDS = {
+    "triton_forward": ("norm_encode", "activation_encode"),
+    "triton_softmax": ("softmax_encode",),
+}
 Modules = dict[str, tuple[str, ...]]
 
 

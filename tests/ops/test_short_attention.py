@@ -70,12 +70,12 @@ def test_large_scores():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_number_of_heads_at_a_time_does_not_matter(monkeypatch, batch):
-    from mesa_train.ops import attention
+    from mesa_train.kernels import short_attention
 
     inputs = operands((batch, 5, 23, 8))
     grad = torch.randn(inputs[0].shape).bfloat16()
     together, _ = gradients(inputs, grad, LOSSLESS)
-    monkeypatch.setattr(attention, "_SCORES_BYTES", 0)
+    monkeypatch.setattr(short_attention, "_SCORES_BYTES", 0)
     apart, _ = gradients(inputs, grad, LOSSLESS)
     for a, b in zip(together, apart, strict=True):
         assert error(a, b.double()) < 0.01
@@ -104,3 +104,34 @@ def test_frozen_operands_get_none():
     assert q.grad is not None
     assert k.grad is None
     assert v.grad is not None
+
+
+def test_a_compiled_backward_is_the_same():
+    torch._dynamo.reset()
+
+    def attend(q, k, v):
+        with compress(LOSSLESS):
+            return F.scaled_dot_product_attention(q * 2, k * 2, v * 2)
+
+    inputs = operands((2, 3, 50, 16))
+    grad = torch.randn(inputs[0].shape).bfloat16()
+    expected = torch.autograd.grad(attend(*inputs), inputs, grad)
+    found = torch.autograd.grad(
+        torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs), inputs, grad
+    )
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    torch._dynamo.reset()
+
+
+def test_the_operator():
+    inputs = [t.detach() for t in operands((2, 3, 5, 8), 7)]
+    grad = torch.randn(2, 3, 5, 8).bfloat16()
+    operator = torch.ops.mesa_train.short_attention_backward.default
+    torch.library.opcheck(operator, (grad, *inputs, 0.3))
+    q, k, v = inputs
+    with pytest.raises(RuntimeError, match=r"v is torch.float32, but grad torch.bfloat16"):
+        operator(grad, q, k, v.float(), 0.3)
+    with pytest.raises(RuntimeError, match="q must be 4-D"):
+        operator(grad, q[0], k, v, 0.3)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        operator(grad, q, k[:, :2], v, 0.3)
