@@ -74,7 +74,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
-        row = table.ROWS.get(func)
+        row = table.row_of(func)
         if row is not None:
             result = row(self, func, *args, **kwargs)
             if result is not NotImplemented:

@@ -15,6 +15,7 @@ from . import (
     attention,
     composite,
     conv,
+    deformable,
     dropout,
     extremum,
     linear,
@@ -96,6 +97,9 @@ ROWS: dict[Any, Row] = {
     F.pad: views.pad,
 }
 
+# Operators of other libraries, by name: the library may be loaded after this one, or never.
+FOREIGN: dict[str, Row] = {"torchvision::deform_conv2d": deformable.deform_conv}
+
 # Recomputing these moves data and computes nothing.
 _VIEWS = frozenset(
     """
@@ -118,3 +122,11 @@ for _name in _CASTS:
 ROWS[Tensor.__getitem__] = views.view
 for _name in ("T", "mT"):
     ROWS[getattr(Tensor, _name).__get__] = views.view
+
+
+def row_of(func: Any) -> Row | None:
+    """The row of a torch function or of an operator of another library, if there is one."""
+    row = ROWS.get(func)
+    if row is None and isinstance(func, torch._ops.OpOverloadPacket):
+        row = FOREIGN.get(func._qualified_op_name)
+    return row
