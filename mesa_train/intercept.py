@@ -42,6 +42,8 @@ class Interception(TorchFunctionMode):
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
+        if not torch.compiler.is_compiling():
+            table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
         self.lineage: Lineage[Stash] = Lineage()
@@ -74,7 +76,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
-        row = table.row_of(func)
+        row = table.ROWS.get(func)
         if row is not None:
             result = row(self, func, *args, **kwargs)
             if result is not NotImplemented:

@@ -3,6 +3,7 @@ line and a file."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,8 @@ ROWS: dict[Any, Row] = {
     F.pad: views.pad,
 }
 
-# Operators of other libraries, by name: the library may be loaded after this one, or never.
-FOREIGN: dict[str, Row] = {"torchvision::deform_conv2d": deformable.deform_conv}
+# Operators of other libraries, which may be loaded after this one, or never.
+_FOREIGN: dict[tuple[str, str], Row] = {("torchvision", "deform_conv2d"): deformable.deform_conv}
 
 # Recomputing these moves data and computes nothing.
 _VIEWS = frozenset(
@@ -124,9 +125,9 @@ for _name in ("T", "mT"):
     ROWS[getattr(Tensor, _name).__get__] = views.view
 
 
-def row_of(func: Any) -> Row | None:
-    """The row of a torch function or of an operator of another library, if there is one."""
-    row = ROWS.get(func)
-    if row is None and isinstance(func, torch._ops.OpOverloadPacket):
-        row = FOREIGN.get(func._qualified_op_name)
-    return row
+def link() -> None:
+    """Adds the rows of other libraries' operators that have been loaded since."""
+    for library, name in list(_FOREIGN):
+        if library in sys.modules and hasattr(getattr(torch.ops, library), name):
+            operator = getattr(getattr(torch.ops, library), name)
+            ROWS[operator] = _FOREIGN.pop((library, name))

@@ -313,3 +313,20 @@ def test_mistakes_are_named(options, message):
 def test_small_images_are_refused_in_the_forward_too():
     with pytest.raises(ValueError, match="LITv2: images of 32x28 are too small"):
         LITv2(width=32, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))(torch.randn(1, 3, 32, 28))
+
+
+@pytest.mark.slow
+def test_the_whole_graph_compiles():
+    model = create(num_classes=10, img_size=64).train()
+    mesa_train.wrap(model, "mesa8")
+    images = torch.randn(4, 3, 64, 64)
+
+    def gradients(function):
+        model.zero_grad()
+        function(images).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = gradients(compiled)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
