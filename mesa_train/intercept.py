@@ -43,6 +43,8 @@ class Interception(TorchFunctionMode):
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
+        if not torch.compiler.is_compiling():
+            table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
         self.lineage: Lineage[Stash] = Lineage()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .intercept import Interception, Report, Site, active, saved_hooks
+from .ops import table
 from .policy import Policy
 from .stash import Lineage
 
@@ -65,6 +66,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
     resolved = Policy.of(policy)
+    table.link()
     names = dict(model.named_modules())
     rules = resolved.rules(names)
     unwrap(model)

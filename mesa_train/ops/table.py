@@ -3,6 +3,7 @@ line and a file."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import (
     attention,
     composite,
     conv,
+    deformable,
     dropout,
     extremum,
     linear,
@@ -96,6 +98,9 @@ ROWS: dict[Any, Row] = {
     F.pad: views.pad,
 }
 
+# Operators of other libraries, which may be loaded after this one, or never.
+_FOREIGN: dict[tuple[str, str], Row] = {("torchvision", "deform_conv2d"): deformable.deform_conv}
+
 # Recomputing these moves data and computes nothing.
 _VIEWS = frozenset(
     """
@@ -118,3 +123,11 @@ for _name in _CASTS:
 ROWS[Tensor.__getitem__] = views.view
 for _name in ("T", "mT"):
     ROWS[getattr(Tensor, _name).__get__] = views.view
+
+
+def link() -> None:
+    """Adds the rows of other libraries' operators that have been loaded since."""
+    for library, name in list(_FOREIGN):
+        if library in sys.modules and hasattr(getattr(torch.ops, library), name):
+            operator = getattr(getattr(torch.ops, library), name)
+            ROWS[operator] = _FOREIGN.pop((library, name))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torchvision.ops import deform_conv2d
 
 from mesa_train import PRESETS, Policy, compress
 
@@ -562,6 +563,14 @@ def _in_a_part(x, function):
     return y
 
 
+def deform_conv(x, offset, weight, bias=None, mask=None, stride=2, padding=0):
+    """torchvision's, which has no kernel for bfloat16 on a CPU."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tensors = [None if t is None else t.to(wide) for t in (x, offset, weight, bias, mask)]
+    *tensors, mask = tensors
+    return deform_conv2d(*tensors, stride=stride, padding=padding, mask=mask).to(x.dtype)
+
+
 def _conv():
     for dims in (1, 2, 3):
         conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
@@ -601,6 +610,22 @@ def _conv():
     )
     yield Case("conv2d of a constant", F.conv2d, (constant(2, 4, 7, 6), parameter(6, 4, 3, 3)))
     yield Case("conv2d frozen", F.conv2d, (x, constant(6, 4, 3, 3)))
+    for name, offset_role in (("", activation), (" by constant offsets", constant)):
+        yield Case(
+            f"deform_conv2d{name}",
+            deform_conv,
+            (x, offset_role(2, 8, 3, 3), parameter(6, 4, 2, 2), parameter(6)),
+        )
+    yield Case(
+        "deform_conv2d with a mask",
+        lambda x, o, w, m: deform_conv(x, o, w, None, m, stride=1, padding=1),
+        (x, activation(2, 8, 8, 7), parameter(6, 4, 2, 2), activation(2, 4, 8, 7)),
+    )
+    yield Case(
+        "deform_conv2d and conv2d",
+        lambda x, w, v: deform_conv(x, F.conv2d(x, v, stride=2), w),
+        (x, parameter(6, 4, 2, 2), parameter(8, 4, 2, 2)),
+    )
     yield Case(
         "conv2d unbatched", F.conv2d, (activation(4, 7, 6), parameter(6, 4, 3, 3)), fallback=True
     )

@@ -222,7 +222,7 @@ def test_second_derivative_is_right_or_an_error_with_a_remedy(case):
 
     (expected, expected_second), refusal = attempt(None)
     if refusal:
-        assert refusal.startswith("derivative for")
+        assert refusal.startswith(("derivative for", "double backwards on"))
         pytest.skip("PyTorch has no second derivative here")
     disabled = []
     for _ in range(6):

@@ -1,0 +1,6 @@
+"""Models of this project, registered with timm: `import mesa_train.models` and `timm.create_model`.
+
+Needs timm and torchvision: pip install 'mesa_train[timm]'.
+"""
+
+from . import litv2 as litv2

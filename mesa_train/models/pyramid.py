@@ -1,0 +1,391 @@
+"""The skeleton that LITv2 and LIT share: four stages of token maps at strides 4, 8, 16 and 32.
+
+Maps are (B, H, W, C) throughout. A `Pyramid` is a timm model: `forward_features`, `forward_head`,
+`reset_classifier`, `features_only=True` and the rest behave as timm's own models do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, to_2tuple, trunc_normal_
+from timm.models._features import FeatureInfo, feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .deformable_merging import DeformableMerging
+
+# (stage from 0, drop path rate) to a block of (B, H, W, C).
+MakeBlock = Callable[[int, float], nn.Module]
+
+# The smallest side whose map, 8 tokens at stride 4, survives three halvings.
+LEAST_IMAGE_SIZE = 29
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, in_chans, H, W), padded to a multiple of 4, to maps (B, H / 4, W / 4, dim)."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        bottom, right = -images.shape[2] % 4, -images.shape[3] % 4
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
+        x = self.proj(images).permute(0, 2, 3, 1)
+        if torch.is_autocast_enabled(x.device.type):
+            # CUDA's autocast runs layer norm in float32, a CPU's does not: without this the
+            # residual stream would be float32 on the one and bfloat16 on the other.
+            x = x.float()
+        return self.norm(x)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear; with `depthwise`, a 3x3 depthwise convolution of the map before GELU."""
+
+    def __init__(self, dim: int, ratio: float = 4.0, *, depthwise: bool) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        if depthwise:
+            self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.depthwise = depthwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.depthwise:
+            x = self.dwconv(x)
+        return self.fc2(F.gelu(x))
+
+    def flops(self, tokens: int) -> int:
+        """Multiply-adds; of the biases only the convolution's are counted, as the authors do."""
+        hidden, dim = self.fc1.weight.shape
+        return tokens * (2 * dim * hidden + (10 * hidden if self.depthwise else 0))
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 depthwise convolution of a map (B, H, W, C), to the same shape."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        # The authors divide fan-out by the groups: 9 in every stage.
+        nn.init.normal_(self.dwconv.weight, std=(2 / 9) ** 0.5)
+        assert self.dwconv.bias is not None
+        nn.init.zeros_(self.dwconv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The permuted map is in channels-last layout, so nothing is copied on either side.
+        return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """x + drop(attn(norm1(x))), without attn that is left out, then x + drop(mlp(norm2(x)))."""
+
+    def __init__(self, dim: int, attn: nn.Module | None, mlp: Mlp, drop_path: float) -> None:
+        super().__init__()
+        if attn is not None:
+            self.norm1 = nn.LayerNorm(dim)
+            self.attn: Any = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.attends = attn is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attends:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def flops(self, height: int, width: int) -> int:
+        tokens, dim = height * width, self.norm2.weight.numel()
+        attention = self.attn.flops(height, width) + tokens * dim if self.attends else 0
+        return attention + tokens * dim + self.mlp.flops(tokens)
+
+
+class Stage(nn.Module):
+    """Blocks and, but for the last stage, the merging that follows them."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: DeformableMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.run_blocks(x)
+        return x if self.downsample is None else self.downsample(x)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """The stage's own map, before it is merged."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class Pyramid(nn.Module):
+    """Image classifier of `len(depths)` stages whose widths double.
+
+    img_size: the size it is first meant for, an int or (height, width); only `flops` and subclasses
+        that say so depend on it. drop_path_rate: of the last block; it rises linearly from 0.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        make_block: MakeBlock,
+        *,
+        width: int,
+        depths: Sequence[int],
+        img_size: int | tuple[int, int],
+        num_classes: int,
+        in_chans: int,
+        drop_path_rate: float,
+        drop_rate: float,
+        global_pool: str,
+    ) -> None:
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        check_image_size(type(self).__name__, *self.img_size)
+        self.widths = [width * 2**stage for stage in range(len(depths))]
+        self.num_features = self.head_hidden_size = self.widths[-1]
+        self.num_classes, self.global_pool, self.drop_rate = (
+            num_classes,
+            _pool(global_pool),
+            drop_rate,
+        )
+        self.patch_embed = PatchEmbed(in_chans, width)
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        last = len(depths) - 1
+        stages = []
+        for stage, depth in enumerate(depths):
+            dim = self.widths[stage]
+            blocks = [make_block(stage, next(rates)) for _ in range(depth)]
+            stages.append(Stage(blocks, DeformableMerging(dim, 2 * dim) if stage < last else None))
+        self.layers: Any = nn.ModuleList(stages)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
+        self.head = self._classifier()
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"layers.{stage}"}
+            for stage, dim in enumerate(self.widths)
+        ]
+        self.apply(_init_linear)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The last stage's normalised map (B, H / 32, W / 32, num_features)."""
+        check_image_size(type(self).__name__, *images.shape[2:])
+        x = self.patch_embed(images)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool:
+            x = x.mean((1, 2))
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's interface: each stage's map before it is merged, and the final features."""
+        output_fmt = _format(output_fmt)
+        check_image_size(type(self).__name__, *x.shape[2:])
+        take, last = feature_take_indices(len(self.layers), indices)
+        x = self.patch_embed(x)
+        found = []
+        for index, stage in enumerate(self.layers):
+            x = stage.run_blocks(x)
+            if index in take:
+                own = self.norm(x) if norm and index == len(self.layers) - 1 else x
+                found.append(_in_format(own, output_fmt))
+            if stop_early and index == last:
+                break
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """timm's interface: drop what features of `indices` do not need."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        self.layers[-1].downsample = None
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of `num_classes`, or none for 0; global_pool "avg" or ""."""
+        if global_pool is not None:
+            self.global_pool = _pool(global_pool)
+        self.num_classes = num_classes
+        reference = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else None
+        self.head = self._classifier()
+        _init_linear(self.head)
+        if reference is not None:
+            self.head.to(reference.device, reference.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two dims that are not decayed; optimizers exempt those of one dim."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's interface for layer-wise rates."""
+        blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.(?:blocks\.(\d+)|downsample)"
+        ends = [(blocks, None if coarse else (0,)), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": ends}
+
+    def flops(
+        self, img_size: int | tuple[int, int] | None = None, *, corrected: bool = False
+    ) -> int:
+        """Multiply-adds of one image, counted as the authors' code does.
+
+        Their count has two slips: 12 offset channels where there are 8, and the final norm's tokens
+        over 16 where they are 64 times fewer than stage 1's. `corrected` counts without them.
+        """
+        height, width = (-(-side // 4) for side in to_2tuple(img_size or self.img_size))
+        first = height * width
+        kernel = self.patch_embed.proj.weight[0].numel()
+        total = first * self.widths[0] * (kernel + 1)
+        for stage in self.layers:
+            total += sum(block.flops(height, width) for block in stage.blocks)
+            if stage.downsample is not None:
+                total += stage.downsample.flops(height, width, offsets=8 if corrected else 12)
+                height, width = height // 2, width // 2
+        normed = height * width if corrected else first // 2 ** len(self.layers)
+        return total + self.num_features * (normed + self.num_classes)
+
+    def _classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
+
+class PyramidFeatures(nn.Module):
+    """A Pyramid's backbone for dense tasks, as timm's `features_only=True` builds it.
+
+    Every chosen stage's map, before it is merged, goes through a LayerNorm of its own, `norm{i}`:
+    the authors' backbones and their keys. Images (B, C, H, W) to maps (B, C_i, H_i, W_i), or with
+    the channels last for output_fmt "NHWC".
+    """
+
+    def __init__(
+        self,
+        model: Pyramid,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        output_fmt: str = "NCHW",
+    ) -> None:
+        super().__init__()
+        self.output_fmt = _format(output_fmt)
+        out_indices = model.prune_intermediate_layers(list(out_indices), prune_norm=True)
+        self.feature_info = FeatureInfo(model.feature_info, out_indices)
+        self.out_indices = out_indices
+        self.patch_embed = model.patch_embed
+        self.layers: Any = model.layers
+        for index in out_indices:
+            self.add_module(f"norm{index}", nn.LayerNorm(model.widths[index]))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        check_image_size(type(self).__name__, *images.shape[2:])
+        x = self.patch_embed(images)
+        found = []
+        for index, stage in enumerate(self.layers):
+            x = stage.run_blocks(x)
+            if index in self.out_indices:
+                found.append(_in_format(self.get_submodule(f"norm{index}")(x), self.output_fmt))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return found
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of a model: how its images are made."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **changes,
+    }
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """One rate a block, from 0 to `last`. ValueError unless 0 <= last < 1."""
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path_rate={last} must lie in [0, 1)")
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
+def check_image_size(name: str, height: int, width: int) -> None:
+    """ValueError for images that leave no token in the last stage."""
+    if min(height, width) < LEAST_IMAGE_SIZE:
+        raise ValueError(
+            f"{name}: images of {height}x{width} are too small, at least "
+            f"{LEAST_IMAGE_SIZE}x{LEAST_IMAGE_SIZE} are needed"
+        )
+
+
+def _pool(name: str) -> str:
+    if name not in ("avg", ""):
+        raise ValueError(f"global_pool must be 'avg' or '', got {name!r}")
+    return name
+
+
+def _format(name: Any) -> str:
+    name = getattr(name, "value", name)  # timm has an enumeration of them
+    if name not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {name!r}")
+    return name
+
+
+def _in_format(x: Tensor, output_fmt: str) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,53 @@
+"""torchvision's deformable convolution.
+
+Keeps the stash of the input (1 byte per element, shared with the convolution that predicts the
+offsets from the same tensor), the weight itself, and offsets and mask as they are: a few numbers a
+position, and the derivative jumps where a sampling point crosses a pixel, so codes would not do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.stash import Saved, whole
+
+from .base import Operator, derivative
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+class DeformConv(Operator):
+    """inputs: x, weight, offset, mask, bias. stashes: the same. static: the convolution's
+    numbers."""
+
+    @derivative("conv")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        tensors = [saved.get(i, grad.dtype) for i in range(5)]
+        gradients = torch.ops.torchvision._deform_conv2d_backward(grad, *tensors, *static)
+        return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
+
+
+def deform_conv(
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    *numbers: Any,
+) -> Any:
+    """Row of torch.ops.torchvision.deform_conv2d, which torchvision.ops.deform_conv2d calls."""
+    tensors = (input, weight, offset, mask, bias)
+    if not mode.covers("conv", *tensors) or not input.numel():
+        return NotImplemented
+    x = mode.keep(input, "conv", "input", (2, 3), label="deform_conv2d")
+    result = mode.exactly(func, *tensors, *numbers)
+    return DeformConv.apply(result, (x, *[whole(t) for t in tensors[1:]]), numbers, *tensors)

@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or not there: written beside, synced, listed by hash, then renamed.
+
+A checkpoint is a folder `step-00000120`: Accelerate's state (weights in safetensors, optimizer,
+scaler), `state.json` (position, best accuracy, the model's keys and shapes), and `manifest.json`
+with every file's size and SHA-256, written last. A kill in the middle leaves a folder named
+`.partial-...` that is never read; the symbolic link `last` moves once the folder is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial-"
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or the keys."""
+
+
+def partial(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is complete."""
+    return folder / f"{PARTIAL}step-{step:08d}"
+
+
+def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
+    """Completes a partial checkpoint, points `last` at it, and drops all but the newest `keep`."""
+    folder = written.parent
+    (written / STATE).write_text(json.dumps(state))
+    files = {
+        str(path.relative_to(written)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(written.rglob("*"))
+        if path.is_file()
+    }
+    for name in files:
+        _sync(written / name)
+    (written / MANIFEST).write_text(json.dumps(files, indent=1))
+    _sync(written / MANIFEST)
+    final = folder / written.name.removeprefix(PARTIAL)
+    if final.exists():
+        shutil.rmtree(final)
+    written.rename(final)
+    link = folder / ".last"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(folder / "last")
+    _sync(folder)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first, by name; nothing is read."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose every file is as it was written.
+
+    Raises CheckpointError naming the file that is missing, truncated or changed.
+    """
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{checkpoint} is no checkpoint of mesa_train: it has no {MANIFEST}")
+    try:
+        files = json.loads(manifest.read_text())
+        items = [
+            (checkpoint / name, entry["bytes"], entry["sha256"]) for name, entry in files.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{manifest} is damaged: it lists no files") from None
+    for path, size, digest in items:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path} is truncated: {path.stat().st_size} bytes of {size}"
+                if path.stat().st_size < size
+                else f"{path} has changed: {path.stat().st_size} bytes instead of {size}"
+            )
+        if _digest(path) != digest:
+            raise CheckpointError(f"{path} has changed since it was written (SHA-256 differs)")
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest usable checkpoint and its state; damaged ones are reported and passed over."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        _log.warning("%s was cut short while being written; it is not used", left)
+    for checkpoint in reversed(complete(folder)):
+        try:
+            return checkpoint, verify(checkpoint)
+        except CheckpointError as error:
+            _log.warning("%s; trying the one before", error)
+    return None
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Every key of the state dict with its shape."""
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
+
+
+def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where keys or shapes differ, naming some of each kind."""
+    problems = []
+    for label, keys in (
+        ("missing", [key for key in wanted if key not in found]),
+        ("unexpected", [key for key in found if key not in wanted]),
+        (
+            "of another shape",
+            [key for key in wanted if key in found and list(found[key]) != list(wanted[key])],
+        ),
+    ):
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            problems.append(f"{label}: {shown}")
+    if problems:
+        raise CheckpointError(f"{name} is of another model; {'; '.join(problems)}")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into `model`. Raises CheckpointError naming file and keys."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from None
+    check_keys(path, {key: value.shape for key, value in weights.items()}, shapes(model))
+    model.load_state_dict(weights)
+
+
+def save_weights(path: Path, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
+    """Write a safetensors file in one go: the old one stays until the new one is complete."""
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f".{path.name}.partial")
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, beside, dict(about)
+    )
+    _sync(beside)
+    beside.replace(path)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

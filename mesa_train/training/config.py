@@ -1,0 +1,266 @@
+"""A recipe's configuration: a strict schema, read from YAML, changed by `section.key=value`.
+
+Whatever is wrong is one line naming the key, the value and the choices, said before any data or
+model is loaded. The defaults are LITv2's official ImageNet recipe for S.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
+PRECISIONS = ("no", "bf16", "fp16")
+FILES = ("parquet", "arrow")
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe's configuration, told in one line."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`weights` is a safetensors file to start from; `classes` must match the data if given."""
+
+    name: str = "litv2_s"
+    classes: int | None = None
+    drop_path: float = 0.2
+    weights: str | None = None
+    sync_batch_norm: bool = False
+    grad_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are cut.
+
+    source: mnist5k or digits (they ship with packages), imagefolder, parquet, arrow, or the name of
+        a data set on a hub. path: its folder or file. streaming needs train_images.
+    crop: False resizes the test image to the square, as at 384 px; True takes the centre crop.
+    on_corrupt: "raise" stops at an image that cannot be decoded, "skip" takes the next one.
+    """
+
+    source: str = "mnist5k"
+    path: str | None = None
+    streaming: bool = False
+    train_images: int | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    image_key: str = "image"
+    label_key: str = "label"
+    image_size: int = 224
+    crop: bool = True
+    workers: int = 8
+    pin_memory: bool = True
+    on_corrupt: str = "raise"
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """timm's names; `rand_augment` "" turns it off. Label smoothing applies without mixup too."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Rates are for a global batch of `lr_batch` and scale linearly with it; 0 leaves them alone.
+
+    offset_scale multiplies the rate of the offset convolutions' weights. Their floor is the
+    official one with offset_floor="shared" (every group's, so that they hardly decay) and scaled
+    like their peak with "scaled".
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    warmup_lr: float = 5e-7
+    min_lr: float = 5e-6
+    lr_batch: int = 512
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup_epochs: float = 20
+    clip: float = 5.0
+    offset_scale: float = 0.01
+    offset_floor: str = "shared"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The accumulation follows from global_batch, micro_batch and the processes.
+
+    policy: "plain" or a mesa_train preset. save_every: optimizer steps between checkpoints, 0 for
+        once an epoch. ema: decay of the averaged weights, 0 for none.
+    """
+
+    epochs: int = 300
+    global_batch: int = 1024
+    micro_batch: int = 128
+    precision: str = "bf16"
+    policy: str = "mesa8"
+    seed: int = 0
+    ema: float = 0.0
+    log_every: int = 10
+    save_every: int = 0
+    keep: int = 2
+    tracker: str = "tensorboard"
+    out: str = "runs/litv2"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A recipe: one section for each concern."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(values).__name__}")
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise ConfigError(f"--set takes section.key=value, got {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {name}: {text!r} is not a YAML value") from None
+        within = values.setdefault(section, {})
+        if not isinstance(within, dict):
+            raise ConfigError(f"{section} must be a section of keys, got {within!r}")
+        within[key] = value
+    return of_dict(values)
+
+
+def of_dict(values: Mapping[str, Any]) -> Config:
+    """A checked Config of nested plain values. Raises ConfigError."""
+    config: Config = _read(Config, values, "")
+    _check(config)
+    return config
+
+
+def _read(schema: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {values!r}")
+    hints = typing.get_type_hints(schema)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=3)
+            rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key}; {rest}")
+    return schema(
+        **{
+            key: _read(hints[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(hints[key])
+            else _typed(hints[key], value, prefix + key)
+            for key, value in values.items()
+        }
+    )
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value` as `kind`; YAML reads 5e-4 as text, so numbers in text are taken."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        if isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(_typed(p, v, name) for p, v in zip(parts, value, strict=True))
+        raise ConfigError(f"{name} must be a list of {len(parts)} numbers, got {value!r}")
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
+
+
+def _check(config: Config) -> None:
+    from mesa_train.policy import PRESETS
+
+    data, optim, train, augment = config.data, config.optim, config.train, config.augment
+    _one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
+    _one_of("optim.name", optim.name, OPTIMIZERS)
+    _one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
+    _one_of("train.precision", train.precision, PRECISIONS)
+    _one_of("train.policy", train.policy, ("plain", *PRESETS))
+    _one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
+    for name, value in (
+        ("data.image_size", data.image_size),
+        ("optim.lr", optim.lr),
+        ("optim.clip", optim.clip),
+        ("train.epochs", train.epochs),
+        ("train.global_batch", train.global_batch),
+        ("train.micro_batch", train.micro_batch),
+        ("train.log_every", train.log_every),
+        ("train.keep", train.keep),
+    ):
+        if value <= 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
+    for name, share in (
+        ("augment.label_smoothing", augment.label_smoothing),
+        ("augment.erase", augment.erase),
+        ("model.drop_path", config.model.drop_path),
+        ("train.ema", train.ema),
+    ):
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name} must lie in [0, 1), got {share}")
+    if optim.warmup_epochs >= train.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs={optim.warmup_epochs:g} must be fewer than "
+            f"train.epochs={train.epochs}"
+        )
+    if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
+        raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+    if data.source in ("imagefolder", *FILES) and not data.path:
+        raise ConfigError(f"data.path is missing: {data.source} needs a folder")
+    if data.path and not Path(data.path).exists():
+        raise ConfigError(f"data.path: no such folder or file {data.path}")
+    if data.streaming and not data.train_images:
+        raise ConfigError("data.train_images is missing: streaming cannot count the images")
+    if config.model.weights and not Path(config.model.weights).is_file():
+        raise ConfigError(f"model.weights: no such file {config.model.weights}")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -1,0 +1,136 @@
+"""What a recipe will do before it does it: batches, steps, parameter groups, memory on a device.
+
+Memory is counted on the meta device: the activations that the loss keeps (bf16 autocast included)
+to the byte, and weights, gradients and optimizer state by their sizes. Working memory of kernels,
+the allocator's slack and the CUDA context (about 1 to 2 GiB together) come on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.text import format_bytes
+
+from . import optimizers
+from .config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batches and steps of a run on `world` processes."""
+
+    world: int
+    accumulation: int
+    steps_per_epoch: int
+    steps: int
+
+
+def plan(config: Config, images: int, world: int) -> Plan:
+    """ConfigError if the batch does not divide or the images do not fill one."""
+    train = config.train
+    if train.global_batch % (train.micro_batch * world):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of "
+            f"train.micro_batch={train.micro_batch} on {world} processes"
+        )
+    steps = images // train.global_batch
+    if not steps:
+        raise ConfigError(f"train.global_batch={train.global_batch} exceeds the {images} images")
+    accumulation = train.global_batch // (train.micro_batch * world)
+    return Plan(world, accumulation, steps, steps * train.epochs)
+
+
+def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
+    """The model, unwrapped. ConfigError for an unknown name or an image size it refuses."""
+    import difflib
+
+    import timm
+
+    import mesa_train.models  # noqa: F401  registers them with timm
+
+    model, size = config.model, config.data.image_size
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
+        raise ConfigError(
+            f"model.name: no model {model.name!r}" + (f"; {', '.join(near)}?" if near else "")
+        )
+    options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": model.drop_path}
+    try:
+        with torch.device(device):
+            try:
+                built = timm.create_model(model.name, img_size=size, **options)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+                built = timm.create_model(model.name, **options)
+        if model.grad_checkpointing:
+            built.set_grad_checkpointing(True)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{model.name} refuses data.image_size={size}: {reason}") from None
+    return built
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+
+
+def memory(config: Config, classes: int) -> dict[str, int]:
+    """Predicted bytes on one device that holds the whole model, by what they are for."""
+    model = build_model(config, classes, "meta").train()
+    size = config.data.image_size
+    images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
+
+    def loss(logits: Tensor) -> Tensor:
+        return -logits.float().log_softmax(dim=-1).mean()
+
+    kept = mesa_train.footprint(
+        model,
+        images,
+        policy=PLAIN if config.train.policy == "plain" else config.train.policy,
+        autocast=autocast_dtype(config),
+        loss=loss,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "weights": kept.parameter_bytes + kept.buffer_bytes,
+        "gradients": kept.parameter_bytes,
+        "optimizer": optimizers.state_bytes(config.optim.name, parameters),
+        "activations": kept.saved_bytes,
+        "images": images.numel() * 4,
+    }
+
+
+def report(config: Config, classes: int, images: int, world: int) -> str:
+    """The dry run's text."""
+    made = plan(config, images, world)
+    model = build_model(config, classes, "meta")
+    train = config.train
+    lines = [
+        f"{config.model.name} at {config.data.image_size} px, {images} images, {classes} classes",
+        f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
+        f"{world} processes",
+        f"{made.steps} steps = {train.epochs} epochs of {made.steps_per_epoch}",
+        f"policy {train.policy}, precision {train.precision}, optimizer {config.optim.name}",
+    ]
+    for group in optimizers.groups(model, config.optim, train.global_batch):
+        count = sum(p.numel() for p in group["params"])
+        rate = group["lr"] * group.get("lr_scale", 1)
+        lines.append(
+            f"group {group['name']:<9} {len(group['params']):>4} tensors {count:>12,} values  "
+            f"lr {rate:.3g}  decay {group['weight_decay']:g}"
+        )
+    sizes = memory(config, classes)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    lines.append(f"predicted memory {format_bytes(sum(sizes.values()))}: {parts}")
+    plain = dataclasses.replace(config, train=dataclasses.replace(train, policy="plain"))
+    if train.policy != "plain":
+        lines.append(f"plain would need {format_bytes(sum(memory(plain, classes).values()))}")
+    return "\n".join(lines)

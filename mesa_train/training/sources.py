@@ -1,0 +1,214 @@
+"""Images by index through `datasets` or from a package, with their paths, and what to do when one
+cannot be decoded.
+
+A sample depends on (seed, epoch, index) alone: its random augmentation is drawn from a stream of
+its own, so that neither the number of workers nor a resume in the middle of an epoch changes it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import data as builtin
+from .config import FILES, AugmentConfig, ConfigError, DataConfig
+
+_log = logging.getLogger(__name__)
+IGNORED = -1
+
+
+class CorruptImage(RuntimeError):
+    """An image that cannot be decoded; the message names its path."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Encoded or decoded images by index: `read(i)` gives (bytes or image, label, path)."""
+
+    read: Callable[[int], tuple[Any, int, str]]
+    count: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Training and validation records of one data set."""
+
+    train: Records
+    val: Records
+    classes: int
+
+
+def load(config: DataConfig, classes: int | None) -> Sources:
+    """Open a data set. ConfigError if a split, a column or the class count does not fit."""
+    found = _builtin(config) if config.source in builtin.BUILTIN else _datasets(config)
+    if classes is not None and classes != found.classes:
+        raise ConfigError(f"model.classes={classes} but {config.source} has {found.classes}")
+    return found
+
+
+def _builtin(config: DataConfig) -> Sources:
+    images = builtin.load(config.source)
+
+    def records(split: builtin.Split, name: str) -> Records:
+        pixels, labels = split.images.squeeze(1).numpy(), split.labels.tolist()
+        return Records(lambda i: (pixels[i], labels[i], f"{name}[{i}]"), len(labels))
+
+    return Sources(
+        records(images.train, f"{config.source}/train"),
+        records(images.held_out, f"{config.source}/validation"),
+        images.num_classes,
+    )
+
+
+def _datasets(config: DataConfig) -> Sources:
+    import datasets
+
+    kind = config.source
+    options: dict[str, Any] = {}
+    if kind == "imagefolder":
+        options = {"data_dir": config.path}
+    elif kind in FILES:
+        splits = (config.train_split, config.val_split)
+        options = {"data_files": {s: f"{config.path}/{s}*.{kind}" for s in splits}}
+    try:
+        found = datasets.load_dataset(kind, **options)
+        train, val = found[config.train_split], found[config.val_split]
+    except KeyError as error:
+        raise ConfigError(f"{kind} has no split {error}; it has {', '.join(found)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.source={kind}: {' '.join(str(error).split())}") from None
+    for key in (config.image_key, config.label_key):
+        if key not in train.column_names:
+            raise ConfigError(f"{kind} has no column {key!r}; {', '.join(train.column_names)}")
+    label = train.features[config.label_key]
+    classes = getattr(label, "num_classes", None) or 1 + max(train[config.label_key])
+
+    def records(split: Any) -> Records:
+        split = split.cast_column(config.image_key, datasets.Image(decode=False))
+
+        def read(index: int) -> tuple[Any, int, str]:
+            row = split[index]
+            image = row[config.image_key]
+            path = image["path"] or f"{config.source}[{index}]"
+            return image["bytes"] or path, row[config.label_key], path
+
+        return Records(read, len(split))
+
+    return Sources(records(train), records(val), classes)
+
+
+def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
+    """timm's transforms for training and for testing (resize to 256/224 of the size, then crop)."""
+    from timm.data import create_transform
+
+    common = {"input_size": (3, config.image_size, config.image_size), "interpolation": "bicubic"}
+    train = create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.rand_augment or None,
+        re_prob=augment.erase,
+        re_mode="pixel",
+        re_count=1,
+    )
+    test = create_transform(
+        **common,
+        crop_pct=224 / 256 if config.crop else 1.0,
+        crop_mode="center" if config.crop else "squash",
+    )
+    return train, test
+
+
+class Samples(Dataset[tuple[Tensor, int, list[str]]]):
+    """(image, label, paths that could not be decoded) of an (epoch, index) pair.
+
+    An index of -1 is padding: a black image with the label `IGNORED`. With `on_corrupt="skip"` a
+    training image that fails gives way to the next index, a test image (`replace=False`) is ignored.
+    """
+
+    def __init__(
+        self, records: Records, transform: Any, size: int, seed: int, on_corrupt: str, replace: bool
+    ) -> None:
+        self.records, self.transform, self.size = records, transform, size
+        self.seed, self.on_corrupt, self.replace = seed, on_corrupt, replace
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
+        epoch, index = key
+        empty = torch.zeros(3, self.size, self.size)
+        if index < 0:
+            return empty, IGNORED, []
+        skipped: list[str] = []
+        for offset in range(self.records.count):
+            position = (index + offset) % self.records.count
+            encoded, label, path = self.records.read(position)
+            try:
+                image = _decode(encoded)
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+                if self.on_corrupt == "raise":
+                    raise CorruptImage(
+                        f"{path} cannot be decoded ({error}); "
+                        "data.on_corrupt=skip trains without such images"
+                    ) from None
+                skipped.append(path)
+                if not self.replace:
+                    return empty, IGNORED, skipped
+                continue
+            seed_all(self.seed, epoch, position)
+            return self.transform(image), label, skipped
+        raise CorruptImage(f"none of {self.records.count} images can be decoded")
+
+
+def _decode(encoded: Any) -> Image.Image:
+    if isinstance(encoded, np.ndarray):
+        return Image.fromarray(encoded).convert("RGB")
+    with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        return image.convert("RGB")
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed python's, numpy's and torch's streams from several numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's mixup draws from the global stream
+    torch.manual_seed(seed)
+
+
+def train_order(
+    count: int, *, seed: int, epoch: int, first: int, rank: int, world: int, micro: int, accum: int
+) -> Iterator[list[tuple[int, int]]]:
+    """One rank's micro-batches of an epoch from optimizer step `first` on, incomplete ones dropped.
+
+    Step, micro-step and rank cut the same permutation whatever the number of ranks.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    batch = micro * accum * world
+    for step in range(first, count // batch):
+        for turn in range(accum):
+            start = step * batch + (turn * world + rank) * micro
+            yield [(epoch, int(i)) for i in order[start : start + micro]]
+
+
+def val_order(count: int, *, rank: int, world: int, batch: int) -> Iterator[list[tuple[int, int]]]:
+    """One rank's share in order; padded so that every rank makes equally many batches."""
+    for start in range(0, count, batch * world):
+        own = range(start + rank * batch, start + (rank + 1) * batch)
+        yield [(0, i if i < count else -1) for i in own]
+
+
+def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (N, 3, H, W), labels (N,), paths that were skipped."""
+    images, labels, skipped = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [path for paths in skipped for path in paths]
