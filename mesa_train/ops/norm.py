@@ -4,10 +4,14 @@ Each keeps the codes of its normalised input x_hat (1 byte per element) and the 
 deviations; the mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same
 codes, so the Linear or convolution behind it keeps nothing. PyTorch keeps the input (4 bytes under
 autocast) and the output's cast (2 bytes).
+
+A layer or RMS norm of a matmul's output (queries and keys) keeps no codes where matmuls are rebuilt
+(`recompute="linear"`): x_hat follows from the rebuilt output and the statistics.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
+from mesa_train.stash import CHEAP, MATMUL, Geometry, Leaf, Saved, Spec, Stash, whole
 
 from .base import Operator, aliases, derivative
 
@@ -36,15 +40,18 @@ class TokenNorm(Operator):
         weight = saved[2].reshape(-1) if saved.specs[2] is not None else None
         spec = saved.specs[0]
         assert spec is not None
-        assert isinstance(spec.recipe, Leaf)
-        cols, codec = spec.recipe.geometry.cols, spec.recipe.codec
+        leaf, cols = spec.recipe, math.prod(shape)
         flat = grad.reshape(-1, cols)
-        if isinstance(codec, Affine):
+        if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
             codes, scales = saved.own(spec)
-            dx, dweight, dbias = codec.norm_backward((codes, scales), flat, rstd, weight, centred)
+            dx, dweight, dbias = leaf.codec.norm_backward(
+                (codes, scales), flat, rstd, weight, centred
+            )
         else:
-            x_hat = codec.decode(saved.own(spec), cols, rstd.dtype)
-            dx, dweight, dbias = token_norm_gradients(flat, x_hat, rstd, weight, centred)
+            x_hat = saved.value(spec, torch.promote_types(rstd.dtype, torch.float32))
+            dx, dweight, dbias = token_norm_gradients(
+                flat, x_hat.reshape(-1, cols), rstd, weight, centred
+            )
         return (
             dx.view_as(grad) if needs[0] else None,
             dweight.view(shape) if needs[1] else None,
@@ -136,6 +143,23 @@ class Scaled:
         if bias is not None:
             value = value + bias.view(self.per_channel)
         return value.to(dtype)
+
+
+class Normalized:
+    """Recipe: x_hat of a layer or RMS norm over `dims` trailing dims, from the norm's input rebuilt
+    and the reciprocal deviations of the forward."""
+
+    def __init__(self, dims: int, centred: bool) -> None:
+        self.dims, self.centred = dims, centred
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        # In the source's own dtype, the one that its other users share.
+        value = saved.value(spec.sources[0])
+        rstd = saved.own(spec)[0]
+        rows = value.flatten(value.dim() - self.dims).to(torch.promote_types(dtype, rstd.dtype))
+        if self.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return (rows * rstd.view(*rows.shape[:-1], 1)).view(value.shape).to(dtype)
 
 
 def layer_norm(
@@ -313,22 +337,34 @@ def _token_norm(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, ...],
 ) -> Any:
-    _, weight, bias = inputs
-    cols = 1
-    for size in shape:
-        cols *= size
-    codec = mode.codec(operator, "normalized")
+    input, weight, bias = inputs
     rstd = rstd.reshape(-1)
-    with torch.no_grad():
-        matrix = x.detach().reshape(-1, cols)
-        tensors = codec.encode_normalized(matrix, None if mean is None else mean.reshape(-1), rstd)
-    geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), cols)
-    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
+    source = mode.lineage.get(input)
+    rebuilt = mode.site.rules[operator, "normalized"].rebuild_linear
+    if source is not None and source.cost == MATMUL and rebuilt:
+        x_hat = Stash(
+            Normalized(len(shape), mean is not None),
+            (rstd,),
+            (source,),
+            cost=CHEAP,
+            dtype=result.dtype,
+        )
+        mode.report.add(mode.site.name, operator, "normalized", "rebuilt", 0)
+    else:
+        codec, cols = mode.codec(operator, "normalized"), math.prod(shape)
+        centre = None if mean is None else mean.reshape(-1)
+        with torch.no_grad():
+            matrix = x.detach().reshape(-1, cols)
+            tensors = codec.encode_normalized(matrix, centre, rstd)
+        geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), cols)
+        x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
     node = RMSNorm if mean is None else TokenNorm
     output = node.apply(result, stashes, (mean is not None, shape), *inputs)
     parameters = tuple([p for p in (weight, bias) if p is not None])
-    recipe = Scaled(weight is not None, bias is not None, None)
+    recipe = Scaled(
+        weight is not None, bias is not None, None if isinstance(x_hat.recipe, Leaf) else shape
+    )
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
     return output
 

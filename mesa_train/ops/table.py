@@ -94,6 +94,9 @@ ROWS: dict[Any, Row] = {
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
     F.pad: views.pad,
+    torch.cat: views.cat,
+    torch.concat: views.cat,
+    torch.concatenate: views.cat,
 }
 
 # Recomputing these moves data and computes nothing.
