@@ -126,6 +126,48 @@ def test_q_k_v_share_their_input_and_the_projection_the_attention_output():
     assert size == (1 + 1) * codes(batch * tokens, COLS) + logsumexp
 
 
+def test_one_matmul_behind_attention_and_an_activation_keeps_nothing_of_its_own():
+    projection = nn.Linear(3 * COLS, COLS)
+    heads, tokens, batch = 3, 16, 4
+
+    def block(q, k, v, h):
+        out = F.scaled_dot_product_attention(*[t.transpose(1, 2) for t in (q, k, v)])
+        return projection(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(h)], -1))
+
+    parts = [activation(batch, tokens, heads, COLS // heads) for _ in range(3)]
+    arguments = (*parts, activation(batch, tokens, 2 * COLS))
+    size, _ = kept(block, *arguments, parameters=projection.parameters())
+    rows, logsumexp = batch * tokens, batch * heads * tokens * 4
+    assert size == 4 * codes(rows, COLS) + codes(rows, 2 * COLS) + logsumexp
+
+
+def test_parts_without_a_stash_that_are_the_larger_share_are_coded_with_the_rest():
+    projection = nn.Linear(3 * COLS, COLS)
+    size, _ = kept(
+        lambda x, y: projection(torch.cat([F.gelu(x), y], -1)),
+        activation(ROWS, COLS),
+        activation(ROWS, 2 * COLS),
+        parameters=projection.parameters(),
+    )
+    assert size == codes(ROWS, COLS) + codes(ROWS, 3 * COLS)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_of_a_repeated_matmul_keeps_its_deviations_alone(norm):
+    project, normalise = nn.Linear(COLS, 2 * COLS), norm(COLS)
+
+    def head(x):
+        q, k = project(x).split(COLS, -1)
+        return normalise(q) * normalise(k)
+
+    parameters = [*project.parameters(), *normalise.parameters()]
+    policy = Policy(min_bytes=0, recompute="linear")
+    size, output = kept(head, activation(ROWS, COLS), parameters=parameters, policy=policy)
+    assert size == codes(ROWS, COLS) + 2 * ROWS * 4
+    output.sum().backward()
+    assert not stash.neighbours.values
+
+
 def test_softmax_and_the_matmul_behind_it_share():
     size, _ = kept(lambda x, y: x.softmax(-1) @ y, activation(4, 16, 16), activation(4, 16, 24))
     assert size == codes(64, 16) + codes(64, 24)

@@ -4,6 +4,9 @@ Each keeps the codes of its normalised input x_hat (1 byte per element) and the 
 deviations; the mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same
 codes, so the Linear or convolution behind it keeps nothing. PyTorch keeps the input (4 bytes under
 autocast) and the output's cast (2 bytes).
+
+A layer or RMS norm of a matmul's output (queries and keys) keeps no codes where matmuls are rebuilt
+(`recompute="linear"`): x_hat follows from the rebuilt output and the statistics.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, whole
+from mesa_train.stash import CHEAP, MATMUL, Geometry, Leaf, Saved, Spec, Stash, whole
 
 from .base import Operator, aliases, derivative
 
@@ -37,15 +40,18 @@ class TokenNorm(Operator):
         weight = saved[2].reshape(-1) if saved.specs[2] is not None else None
         spec = saved.specs[0]
         assert spec is not None
-        assert isinstance(spec.recipe, Leaf)
-        cols, codec = spec.recipe.geometry.cols, spec.recipe.codec
+        leaf, cols = spec.recipe, math.prod(shape)
         flat = grad.reshape(-1, cols)
-        if isinstance(codec, Affine):
+        if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
             codes, scales = saved.own(spec)
-            dx, dweight, dbias = codec.norm_backward((codes, scales), flat, rstd, weight, centred)
+            dx, dweight, dbias = leaf.codec.norm_backward(
+                (codes, scales), flat, rstd, weight, centred
+            )
         else:
-            x_hat = codec.decode(saved.own(spec), cols, rstd.dtype)
-            dx, dweight, dbias = token_norm_gradients(flat, x_hat, rstd, weight, centred)
+            x_hat = saved.value(spec, torch.promote_types(rstd.dtype, torch.float32))
+            dx, dweight, dbias = token_norm_gradients(
+                flat, x_hat.reshape(-1, cols), rstd, weight, centred
+            )
         return (
             dx.view_as(grad) if needs[0] else None,
             dweight.view(shape) if needs[1] else None,
@@ -139,6 +145,23 @@ class Scaled:
         return value.to(dtype)
 
 
+class Normalized:
+    """Recipe: x_hat of a layer or RMS norm over `dims` trailing dims, from the norm's input rebuilt
+    and the reciprocal deviations of the forward."""
+
+    def __init__(self, dims: int, centred: bool) -> None:
+        self.dims, self.centred = dims, centred
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        # In the source's own dtype, the one that its other users share.
+        value = saved.value(spec.sources[0])
+        rstd = saved.own(spec)[0]
+        rows = value.flatten(value.dim() - self.dims).to(torch.promote_types(dtype, rstd.dtype))
+        if self.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return (rows * rstd.view(*rows.shape[:-1], 1)).view(value.shape).to(dtype)
+
+
 def layer_norm(
     mode: Interception,
     func: Any,
@@ -156,7 +179,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
     codec = mode.fused("layer_norm", "normalized", x.dtype)
-    if codec is not None:
+    if codec is not None and _rebuildable(mode, "layer_norm", input) is None:
         return _fused(mode, "layer_norm", codec, x, (input, weight, bias), shape, eps)
     result, mean, rstd = mode.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
     return _token_norm(mode, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
@@ -176,7 +199,11 @@ def rms_norm(
         return NotImplemented
     shape = tuple(normalized_shape)
     codec = mode.fused("rms_norm", "normalized", input.dtype)
-    if codec is not None and (weight is None or weight.dtype is input.dtype):
+    if (
+        codec is not None
+        and (weight is None or weight.dtype is input.dtype)
+        and _rebuildable(mode, "rms_norm", input) is None
+    ):
         least = torch.finfo(input.dtype).eps if eps is None else eps
         return _fused(mode, "rms_norm", codec, input, (input, weight, None), shape, least)
     result = mode.exactly(func, input, list(shape), weight, eps)
@@ -321,12 +348,20 @@ def _token_norm(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, ...],
 ) -> Any:
-    codec = mode.codec(operator, "normalized")
-    rstd = rstd.reshape(-1)
-    with torch.no_grad():
-        matrix = x.detach().reshape(-1, math.prod(shape))
-        codes = codec.encode_normalized(matrix, None if mean is None else mean.reshape(-1), rstd)
-    return _recorded(mode, operator, codec, codes, result, rstd, inputs, shape, mean is not None)
+    centred, rstd = mean is not None, rstd.reshape(-1)
+    source = _rebuildable(mode, operator, inputs[0])
+    if source is not None:
+        recipe = Normalized(len(shape), centred)
+        x_hat = Stash(recipe, (rstd,), (source,), cost=CHEAP, dtype=result.dtype)
+        mode.report.add(mode.site.name, operator, "normalized", "rebuilt", 0)
+    else:
+        codec = mode.codec(operator, "normalized")
+        with torch.no_grad():
+            matrix = x.detach().reshape(-1, math.prod(shape))
+            centre = None if mean is None else mean.reshape(-1)
+            codes = codec.encode_normalized(matrix, centre, rstd)
+        x_hat = _leaf(mode, operator, codec, codes, result, shape)
+    return _recorded(mode, x_hat, result, rstd, inputs, shape, centred)
 
 
 def _fused(
@@ -347,14 +382,33 @@ def _fused(
         shift = None if bias is None else bias.reshape(-1)
         result, rstd, codes = codec.norm(matrix, scale, shift, eps, centred, x.dtype)
     result = result.view(x.shape)
-    return _recorded(mode, operator, codec, codes, result, rstd, inputs, shape, centred)
+    x_hat = _leaf(mode, operator, codec, codes, result, shape)
+    return _recorded(mode, x_hat, result, rstd, inputs, shape, centred)
 
 
-def _recorded(
+def _rebuildable(mode: Interception, operator: str, input: Tensor) -> Stash | None:
+    """The stash of a norm's input that a matmul rebuilds, where the policy has it rebuilt."""
+    source = mode.lineage.get(input)
+    rebuilt = mode.site.rules[operator, "normalized"].rebuild_linear
+    return source if source is not None and source.cost == MATMUL and rebuilt else None
+
+
+def _leaf(
     mode: Interception,
     operator: str,
     codec: Any,
     codes: tuple[Tensor, ...],
+    result: Tensor,
+    shape: tuple[int, ...],
+) -> Stash:
+    dims = tuple(range(result.dim()))
+    geometry = Geometry(tuple(result.shape), dims, math.prod(shape))
+    return mode.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
+
+
+def _recorded(
+    mode: Interception,
+    x_hat: Stash,
     result: Tensor,
     rstd: Tensor,
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
@@ -362,14 +416,13 @@ def _recorded(
     centred: bool,
 ) -> Any:
     _, weight, bias = inputs
-    dims = tuple(range(result.dim()))
-    geometry = Geometry(tuple(result.shape), dims, math.prod(shape))
-    x_hat = mode.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
     node = TokenNorm if centred else RMSNorm
     output = node.apply(result, stashes, (centred, shape), *inputs)
     parameters = tuple([p for p in (weight, bias) if p is not None])
-    recipe = Scaled(weight is not None, bias is not None, None)
+    recipe = Scaled(
+        weight is not None, bias is not None, None if isinstance(x_hat.recipe, Leaf) else shape
+    )
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
     return output
 

@@ -96,6 +96,9 @@ ROWS: dict[Any, Row] = {
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
     F.pad: views.pad,
+    torch.cat: views.cat,
+    torch.concat: views.cat,
+    torch.concatenate: views.cat,
 }
 
 # Operators of other libraries, which may be loaded after this one, or never.

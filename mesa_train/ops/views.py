@@ -2,16 +2,18 @@
 stash of its own.
 
 One stored tensor then serves all its shapes: the attention output for the attention's backward, and
-transposed and reshaped for the projection's weight gradient.
+transposed and reshaped for the projection's weight gradient. Tensors joined by `cat` are rebuilt from
+the stashes of the parts, so one matmul behind attention and an activation keeps neither twice.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from mesa_train.stash import VIEW, Cast, Replay, Stash
+from mesa_train.stash import VIEW, Cast, Replay, Saved, Spec, Stash
 
 from .fallback import fallback
 
@@ -32,6 +34,40 @@ def view(mode: Interception, func: Any, /, input: Any, *args: Any, **kwargs: Any
     elif isinstance(output, (tuple, list)):
         for index, part in enumerate(output):
             _derive(mode, part, source, Replay(func, args, kwargs, index))
+    return output
+
+
+class Joined:
+    """Recipe: the sources, concatenated along `dim`."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return torch.cat([saved.value(source, dtype) for source in spec.sources], self.dim)
+
+
+def cat(mode: Interception, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
+    """Row of torch.cat. Where the parts that have a stash are the larger share, the others get one
+    now: coding the whole for the operator behind it would code the known parts a second time."""
+    parts = tuple(tensors)
+    if kwargs or not mode.covers("linear", *parts):
+        return NotImplemented
+    output = func(parts, dim)
+    sources = [mode.lineage.get(part) for part in parts]
+    known = sum([p.numel() for p, s in zip(parts, sources, strict=True) if s is not None])
+    if (
+        2 * known <= output.numel()
+        or any([part.dtype is not output.dtype for part in parts])
+        or not mode.site.rules["linear", "input"].rebuild_cheap
+    ):
+        return output
+    stashes = [
+        mode.keep(part, "linear", "input", label="cat") if source is None else source
+        for part, source in zip(parts, sources, strict=True)
+    ]
+    stash = Stash(Joined(dim), (), tuple(stashes), cost=VIEW, dtype=output.dtype)
+    mode.lineage.set(output, stash)
     return output
 
 

@@ -723,6 +723,46 @@ def _dropout():
     yield Case("dropout2d", lambda x: F.dropout2d(x, 0.4), (activation(3, 4, 5, 5),), fallback=True)
 
 
+def _joined():
+    """Parts with and without a stash, one matmul behind them; norms of a matmul's output."""
+    w = parameter(5, 18)
+    for name, function in [
+        ("cat of activations", lambda x, y, w: F.linear(torch.cat([F.gelu(x), F.silu(y)], -1), w)),
+        ("cat by keyword", lambda x, y, w: F.linear(torch.cat((F.gelu(x), y), dim=-1), w)),
+        (
+            "cat of one stash and a larger part without",
+            lambda x, y, w: F.linear(torch.cat([F.gelu(x)[..., :4], y, x[..., 4:]], -1), w),
+        ),
+        (
+            "cat of tokens",
+            lambda x, y, w: F.linear(torch.cat([F.gelu(x), F.gelu(y), y[:1]]).repeat(1, 1, 2), w),
+        ),
+        ("cat used twice", lambda x, y, w: F.linear(_twice(torch.cat([F.gelu(x), y], 2)), w)),
+    ]:
+        inputs = (activation(3, 4, 9), activation(3, 4, 9), w)
+        yield Case(name, function, inputs, eight=0.05, four=0.8)
+    inputs = (activation(2, 4, 9), parameter(12, 9), parameter(6))
+    for name, norm in [
+        ("layer_norm", lambda h, g: F.layer_norm(h, (6,), g)),
+        ("rms_norm", lambda h, g: F.rms_norm(h, (6,), g, 1e-6)),
+        ("rms_norm over two dims", lambda h, g: F.rms_norm(h, (2, 6), torch.stack([g, g]), 1e-6)),
+    ]:
+        yield Case(
+            f"{name} behind a linear",
+            lambda x, w, g, norm=norm: (
+                norm(F.linear(x, w).unflatten(-1, (2, 6)), g).transpose(1, 2)
+                @ F.gelu(F.linear(x, w)).unflatten(-1, (2, 6)).permute(0, 2, 3, 1)
+            ),
+            inputs,
+            eight=0.06,
+            four=1.0,
+        )
+
+
+def _twice(x):
+    return x + x.sigmoid() * x
+
+
 def _fallback():
     x = activation(3, 4, 9)
     for name, function, inputs in [
@@ -780,6 +820,7 @@ def _fallback():
 
 CASES = [
     *_linear(),
+    *_joined(),
     *_matmul(),
     *_attention(),
     *_softmax(),
