@@ -1,4 +1,4 @@
-"""Layer norm, RMS norm, group norm, batch norm, and vectors normalised to length one.
+"""Layer norm and RMS norm.
 
 Each keeps the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard
 deviations; the mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same
@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.stash import CHEAP, MATMUL, Geometry, Leaf, Saved, Spec, Stash, whole
 
-from .base import Operator, aliases, derivative
+from .base import Operator, derivative
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -63,57 +62,6 @@ class RMSNorm(TokenNorm):
     """The same under RMS norm's own name."""
 
     backward = derivative("rms_norm")(TokenNorm.backward.__wrapped__)
-
-
-class ChannelNorm(Operator):
-    """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
-
-    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over
-    (none: the statistics were constants).
-    """
-
-    @derivative("batch_norm")
-    def backward(
-        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
-    ) -> tuple[Any, ...]:
-        shape, averaged = static
-        rstd = saved[1]
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        g = grad.reshape(shape).to(wide)
-        x_hat = saved.get(0, wide).reshape(shape)
-        dweight = (g * x_hat).sum((0, 3)).reshape(-1) if needs[1] else None
-        dbias = g.sum((0, 3)).reshape(-1) if needs[2] else None
-        dx = None
-        if needs[0]:
-            if saved.specs[2] is not None:
-                g = g * saved[2].reshape(shape[1], shape[2], 1)
-            if averaged:
-                g = (
-                    g
-                    - g.mean(averaged, keepdim=True)
-                    - x_hat * (g * x_hat).mean(averaged, keepdim=True)
-                )
-            dx = (g * rstd).reshape(grad.shape)
-        return dx, dweight, dbias
-
-
-class GroupNorm(ChannelNorm):
-    """The same under group norm's own name."""
-
-    backward = derivative("group_norm")(ChannelNorm.backward.__wrapped__)
-
-
-class Normalize(Operator):
-    """x / max(|x|, eps). inputs: x. stashes: the output, the clamped norm. static: dim, eps."""
-
-    @derivative("normalize")
-    def backward(
-        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
-    ) -> tuple[Any, ...]:
-        dim, eps = static
-        y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
-        along = torch.where(norm > eps, (grad * y).sum(dim, keepdim=True), 0)
-        return ((grad - y * along) / norm,)
 
 
 class Scaled:
@@ -177,7 +125,7 @@ def layer_norm(
     if not mode.covers("layer_norm", input, weight, bias) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
-    x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
+    x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
     codec = mode.fused("layer_norm", "normalized", x.dtype)
     if codec is not None and _rebuildable(mode, "layer_norm", input) is None:
         return _fused(mode, "layer_norm", codec, x, (input, weight, bias), shape, eps)
@@ -212,115 +160,6 @@ def rms_norm(
         square = wide.square().mean(-1) + (torch.finfo(input.dtype).eps if eps is None else eps)
         rstd = square.rsqrt()
     return _token_norm(mode, "rms_norm", input, result, None, rstd, (input, weight, None), shape)
-
-
-def group_norm(
-    mode: Interception,
-    func: Any,
-    /,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    """Row of torch.nn.functional.group_norm."""
-    if (
-        not mode.covers("group_norm", input, weight, bias)
-        or not input.numel()
-        or input.shape[1] % num_groups
-    ):
-        return NotImplemented
-    batch, channels = input.shape[:2]
-    positions = input.numel() // (batch * channels)
-    x, *parameters = [_cast_like_autocast(t) for t in (input, weight, bias)]
-    # As PyTorch does before it calls this function.
-    layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
-    result, mean, rstd = mode.exactly(
-        torch.native_group_norm,
-        x.contiguous(memory_format=layout),
-        *parameters,
-        batch,
-        channels,
-        positions,
-        num_groups,
-        eps,
-    )
-    shape = (batch, num_groups, channels // num_groups, positions)
-    statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
-    return _channel_norm(
-        mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3)
-    )
-
-
-def batch_norm(
-    mode: Interception,
-    func: Any,
-    /,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves
-    them."""
-    channels = input.shape[1] if input.dim() >= 2 else 0
-    if not mode.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
-        return NotImplemented
-    if training and input.numel() == channels:
-        return NotImplemented  # PyTorch's own error says what is wrong
-    result, mean, rstd, *_ = mode.exactly(
-        torch._batch_norm_impl_index,
-        *(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            torch.backends.cudnn.enabled,
-        ),
-    )
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, rstd = running_mean.clone(), (running_var + eps).rsqrt()
-    batch = input.shape[0]
-    shape = (batch, 1, channels, input.numel() // (batch * channels))
-    statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)
-    averaged = (0, 3) if training else ()
-    return _channel_norm(
-        mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged
-    )
-
-
-def normalize(
-    mode: Interception,
-    func: Any,
-    /,
-    input: Tensor,
-    p: float = 2.0,
-    dim: int = 1,
-    eps: float = 1e-12,
-    out: Tensor | None = None,
-) -> Any:
-    """Row of torch.nn.functional.normalize with p=2 along one dim."""
-    if p != 2 or out is not None or not isinstance(dim, int) or not mode.covers("normalize", input):
-        return NotImplemented
-    result = mode.exactly(func, input, p, dim, eps)
-    norm = mode.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
-    y = mode.keep(result, "normalize", "output")
-    if not torch.compiler.is_compiling() and aliases(y, result):
-        result = result.clone()  # PyTorch does not keep its output, so it may be written to
-    output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
-    mode.lineage.set(output, y)
-    return output
 
 
 def token_norm_gradients(
@@ -427,43 +266,7 @@ def _recorded(
     return output
 
 
-def _channel_norm(
-    mode: Interception,
-    operator: str,
-    x: Tensor,
-    result: Tensor,
-    statistics: tuple[Tensor, Tensor],
-    inputs: tuple[Tensor, Tensor | None, Tensor | None],
-    shape: tuple[int, ...],
-    averaged: tuple[int, ...],
-) -> Any:
-    _, weight, bias = inputs
-    mean, rstd = statistics
-    codec = mode.codec(operator, "normalized")
-    with torch.no_grad():
-        if x.is_contiguous() and shape[3] > 1:
-            geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
-            rows = [s.expand(*shape[:3], 1).reshape(-1) for s in (mean, rstd)]
-            tensors = codec.encode_normalized(x.detach().reshape(-1, shape[3]), *rows)
-        else:
-            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            aligned = [s.expand(*s.shape[:2], shape[2], 1).flatten(1, 2) for s in (mean, rstd)]
-            aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
-            # With one position a channel, groups run along the channels.
-            within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
-            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
-            tensors = codec.encode(matrix)
-    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
-    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
-    node = GroupNorm if operator == "group_norm" else ChannelNorm
-    output = node.apply(result, stashes, (shape, averaged), *inputs)
-    parameters = tuple([p for p in (weight, bias) if p is not None])
-    recipe = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
-    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
-    return output
-
-
-def _cast_like_autocast(tensor: Any) -> Any:
+def cast_like_autocast(tensor: Any) -> Any:
     """CUDA's autocast runs norms in float32; the functions called here are below its reach."""
     if (
         tensor is None

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import (
     activation,
     attention,
+    channel_norm,
     composite,
     conv,
     deformable,
@@ -23,6 +24,7 @@ from . import (
     matmul,
     multiply,
     norm,
+    normalize,
     softmax,
     views,
 )
@@ -54,9 +56,9 @@ ROWS: dict[Any, Row] = {
     Tensor.softmax: softmax.softmax,
     F.layer_norm: norm.layer_norm,
     F.rms_norm: norm.rms_norm,
-    F.group_norm: norm.group_norm,
-    F.batch_norm: norm.batch_norm,
-    F.normalize: norm.normalize,
+    F.group_norm: channel_norm.group_norm,
+    F.batch_norm: channel_norm.batch_norm,
+    F.normalize: normalize.normalize,
     F.conv1d: conv.conv,
     F.conv2d: conv.conv,
     F.conv3d: conv.conv,

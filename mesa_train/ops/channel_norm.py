@@ -1,0 +1,181 @@
+"""Group norm and batch norm.
+
+Like layer norm (`norm.py`): the codes of the normalised input x_hat (1 byte per element) and the
+reciprocal standard deviations are kept, and the output is rebuilt from the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from mesa_train.stash import CHEAP, Geometry, Saved, Stash, whole
+
+from .base import Operator, derivative
+from .norm import Scaled, cast_like_autocast
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+class ChannelNorm(Operator):
+    """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
+
+    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over
+    (none: the statistics were constants).
+    """
+
+    @derivative("batch_norm")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        shape, averaged = static
+        rstd = saved[1]
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        g = grad.reshape(shape).to(wide)
+        x_hat = saved.get(0, wide).reshape(shape)
+        dweight = (g * x_hat).sum((0, 3)).reshape(-1) if needs[1] else None
+        dbias = g.sum((0, 3)).reshape(-1) if needs[2] else None
+        dx = None
+        if needs[0]:
+            if saved.specs[2] is not None:
+                g = g * saved[2].reshape(shape[1], shape[2], 1)
+            if averaged:
+                g = (
+                    g
+                    - g.mean(averaged, keepdim=True)
+                    - x_hat * (g * x_hat).mean(averaged, keepdim=True)
+                )
+            dx = (g * rstd).reshape(grad.shape)
+        return dx, dweight, dbias
+
+
+class GroupNorm(ChannelNorm):
+    """The same under group norm's own name."""
+
+    backward = derivative("group_norm")(ChannelNorm.backward.__wrapped__)
+
+
+def group_norm(
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Row of torch.nn.functional.group_norm."""
+    if (
+        not mode.covers("group_norm", input, weight, bias)
+        or not input.numel()
+        or input.shape[1] % num_groups
+    ):
+        return NotImplemented
+    batch, channels = input.shape[:2]
+    positions = input.numel() // (batch * channels)
+    x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
+    # As PyTorch does before it calls this function.
+    layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+    result, mean, rstd = mode.exactly(
+        torch.native_group_norm,
+        x.contiguous(memory_format=layout),
+        *parameters,
+        batch,
+        channels,
+        positions,
+        num_groups,
+        eps,
+    )
+    shape = (batch, num_groups, channels // num_groups, positions)
+    statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
+    return _channel_norm(
+        mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3)
+    )
+
+
+def batch_norm(
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves
+    them."""
+    channels = input.shape[1] if input.dim() >= 2 else 0
+    if not mode.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
+        return NotImplemented
+    if training and input.numel() == channels:
+        return NotImplemented  # PyTorch's own error says what is wrong
+    result, mean, rstd, *_ = mode.exactly(
+        torch._batch_norm_impl_index,
+        *(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            torch.backends.cudnn.enabled,
+        ),
+    )
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, rstd = running_mean.clone(), (running_var + eps).rsqrt()
+    batch = input.shape[0]
+    shape = (batch, 1, channels, input.numel() // (batch * channels))
+    statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)
+    averaged = (0, 3) if training else ()
+    return _channel_norm(
+        mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged
+    )
+
+
+def _channel_norm(
+    mode: Interception,
+    operator: str,
+    x: Tensor,
+    result: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, ...],
+    averaged: tuple[int, ...],
+) -> Any:
+    _, weight, bias = inputs
+    mean, rstd = statistics
+    codec = mode.codec(operator, "normalized")
+    with torch.no_grad():
+        if x.is_contiguous() and shape[3] > 1:
+            geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
+            rows = [s.expand(*shape[:3], 1).reshape(-1) for s in (mean, rstd)]
+            tensors = codec.encode_normalized(x.detach().reshape(-1, shape[3]), *rows)
+        else:
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            aligned = [s.expand(*s.shape[:2], shape[2], 1).flatten(1, 2) for s in (mean, rstd)]
+            aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
+            # With one position a channel, groups run along the channels.
+            within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
+            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
+            tensors = codec.encode(matrix)
+    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
+    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    node = GroupNorm if operator == "group_norm" else ChannelNorm
+    output = node.apply(result, stashes, (shape, averaged), *inputs)
+    parameters = tuple([p for p in (weight, bias) if p is not None])
+    recipe = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
+    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    return output

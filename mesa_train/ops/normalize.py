@@ -1,0 +1,52 @@
+"""Vectors normalised to length one. Keeps the codes of the output (1 byte per element), which the
+matmul behind it shares, and the clamped lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.stash import Saved, whole
+
+from .base import Operator, aliases, derivative
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+class Normalize(Operator):
+    """x / max(|x|, eps). inputs: x. stashes: the output, the clamped norm. static: dim, eps."""
+
+    @derivative("normalize")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        dim, eps = static
+        y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
+        along = torch.where(norm > eps, (grad * y).sum(dim, keepdim=True), 0)
+        return ((grad - y * along) / norm,)
+
+
+def normalize(
+    mode: Interception,
+    func: Any,
+    /,
+    input: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Any:
+    """Row of torch.nn.functional.normalize with p=2 along one dim."""
+    if p != 2 or out is not None or not isinstance(dim, int) or not mode.covers("normalize", input):
+        return NotImplemented
+    result = mode.exactly(func, input, p, dim, eps)
+    norm = mode.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
+    y = mode.keep(result, "normalize", "output")
+    if not torch.compiler.is_compiling() and aliases(y, result):
+        result = result.clone()  # PyTorch does not keep its output, so it may be written to
+    output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
+    mode.lineage.set(output, y)
+    return output
