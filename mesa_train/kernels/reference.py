@@ -269,6 +269,16 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> 
     return (y * (wide - (wide * y).sum(1, keepdim=True))).to(grad.dtype)
 
 
+def scale_backward(
+    grad: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad * scale and grad, both in `dtype`, and grad's column sums in float32: what a Linear with
+    a layer scale (cols,) behind it needs of the gradient (rows, cols)."""
+    wide = grad.to(torch.float32)
+    scaled = (wide * scale.to(torch.float32)).to(dtype).contiguous()
+    return scaled, torch.empty_like(scaled).copy_(wide), wide.sum(0)
+
+
 def bitmask_encode(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
     return _pack(mask.reshape(1, -1), 1).view(-1)

@@ -194,6 +194,17 @@ def _softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) ->
     return grad.new_empty(grad.shape)
 
 
+def _scale_backward(
+    grad: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrix("grad", grad)
+    _check_floating("grad", grad)
+    _check_vector("scale", scale, grad.shape[1])
+    scaled = grad.new_empty(grad.shape, dtype=dtype)
+    total = grad.new_empty((grad.shape[1],), dtype=torch.float32)
+    return scaled, torch.empty_like(scaled), total
+
+
 def _bitmask_encode(mask: Tensor) -> Tensor:
     torch._check(mask.dtype == torch.bool, lambda: f"mask must be torch.bool, got {mask.dtype}")
     return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
@@ -277,6 +288,12 @@ _define(
     "softmax_backward(Tensor grad, Tensor codes, Tensor scales, int bits) -> Tensor",
     _softmax_backward,
     reference.softmax_backward,
+)
+_define(
+    "scale_backward(Tensor grad, Tensor scale, ScalarType dtype)"
+    " -> (Tensor scaled, Tensor cast, Tensor total)",
+    _scale_backward,
+    reference.scale_backward,
 )
 _define("bitmask_encode(Tensor mask) -> Tensor", _bitmask_encode, reference.bitmask_encode)
 _define("bitmask_positive(Tensor x) -> Tensor", _bitmask_positive, reference.bitmask_positive)

@@ -30,6 +30,7 @@ OPERATORS = {
     "activation_pair": "triton_decode",
     "norm_backward": "triton_norm",
     "softmax_backward": "triton_softmax",
+    "scale_backward": "triton_scale",
     "bitmask_encode": "triton_bitmask",
     "bitmask_positive": "triton_bitmask",
     "bitmask_apply": "triton_bitmask",

@@ -1,15 +1,8 @@
-"""Triton: a norm's backward from codes of its normalised input, in two launches.
-
-The first reads grad and codes once: a program walks its share of the rows, writes their dx and adds
-up its own column sums. The second adds those in order. There are no atomics, so the same input
-gives the same bits again on the same device.
-"""
+"""Triton: a norm's backward from codes of its normalised input: grad and codes are read once."""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -17,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
+from mesa_train.kernels.triton_columns import add_parts, split
 from mesa_train.kernels.triton_tiles import (
     WIDEST,
     as_scale,
@@ -26,13 +20,6 @@ from mesa_train.kernels.triton_tiles import (
     unpack,
     warps,
 )
-
-# Elements of a tile and programs a multiprocessor: together they keep enough loads in flight, and
-# the partial column sums stay a few percent of the traffic.
-_TILE = 2048
-_PROGRAMS = 4
-# Columns and partial sums that a program of the second launch reads at once.
-_COLUMNS, _PARTS = 32, 64
 
 
 @triton.jit
@@ -80,43 +67,6 @@ def _rows(
     tl.store(to + cols, tl.sum(dbias, 0), columns)
 
 
-@triton.jit
-def _columns(
-    partial, dweight, dbias, parts, cols, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    which = tl.program_id(1)
-    total = tl.zeros((PARTS, COLUMNS), tl.float32)
-    for begin in range(0, parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        mask = (part < parts)[:, None] & (c < cols)[None, :]
-        at = (part * 2 + which).to(tl.int64)[:, None] * cols + c[None, :]
-        total += tl.load(partial + at, mask, other=0)
-    out = tl.sum(total, 0)
-    if which == 0:
-        tl.store(dweight + c, out, c < cols)
-    else:
-        tl.store(dbias + c, out, c < cols)
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # the interpreter
-        return 1
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-
-
-@lru_cache(maxsize=4096)
-def _split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(rows of a tile, columns of a tile, programs, tiles that a program walks)."""
-    width = max(triton.next_power_of_2(cols), 16)
-    height = max(1, min(_TILE // width, 16))
-    count = triton.cdiv(rows, height)
-    share = triton.cdiv(count, _PROGRAMS * _multiprocessors(device))
-    return height, width, triton.cdiv(count, share), share
-
-
 def norm_backward(
     grad: Tensor,
     codes: Tensor,
@@ -136,7 +86,7 @@ def norm_backward(
         return dx, dweight.zero_(), dbias.zero_()
     if cols > WIDEST // 2 or not handles(grad, rstd, weight, dx):
         return reference.norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
-    height, width, programs, share = _split(rows, cols, grad.device)
+    height, width, programs, share = split(rows, cols, grad.device)
     groups = scales.shape[1]
     partial = grad.new_empty((programs, 2, cols), dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
@@ -148,12 +98,5 @@ def norm_backward(
         (rows, cols, groups, codes.shape[1], *grad.stride(), share),
         (-(-cols // groups), centered, bits, height, width),
     )
-    launch(
-        _columns,
-        (triton.cdiv(cols, _COLUMNS), 2),
-        4,
-        (partial, dweight, dbias),
-        (programs, cols),
-        (_COLUMNS, _PARTS),
-    )
+    add_parts(partial, dweight, dbias)
     return dx, dweight, dbias

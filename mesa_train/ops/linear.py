@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mesa_train import kernels
 from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
 
 from .activation import Activated
@@ -46,18 +47,17 @@ class ScaledLinear(Operator):
         saved: Saved, dtype: torch.dtype, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
         weight, scale = saved[1], saved[2]
-        flat = grad.reshape(-1, grad.shape[-1])
+        rows = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = dscale = None
+        scaled, narrow, total = _scaled_rows(rows, scale, dtype)
         if needs[0]:
-            dx = (grad * scale).to(dtype) @ weight.to(dtype)
-        biased = saved.specs[3] is not None
-        total = flat.sum(0) if biased else flat.new_zeros(())
+            dx = (scaled @ weight.to(dtype)).view(*grad.shape[:-1], weight.shape[1])
         if needs[1] or needs[3]:
             x = _input(saved, dx, dtype)
-            unscaled = (flat.to(dtype).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            unscaled = (narrow.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             dweight = unscaled * scale[:, None]
             dscale = (weight * unscaled).sum(1)
-            if biased:
+            if saved.specs[3] is not None:
                 dscale = dscale + saved[3] * total
         if needs[2]:
             dbias = scale * total
@@ -112,6 +112,15 @@ def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> 
     stashes = (x, whole(weight), whole(scale), None if bias is None else whole(bias))
     result = mode.exactly(func, product, scale)
     return ScaledLinear.apply(result, stashes, product.dtype, input, weight, bias, scale)
+
+
+def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """rows * scale and rows, both in `dtype`, and the sum of the rows."""
+    if rows.dtype is torch.float64 or rows.dtype is dtype:
+        return (rows * scale).to(dtype), rows.to(dtype), rows.sum(0)
+    kernels.load()
+    scaled, narrow, total = torch.ops.mesa_train.scale_backward.default(rows, scale, dtype)
+    return scaled, narrow, total.to(rows.dtype)
 
 
 def _version(tensor: Tensor) -> int:

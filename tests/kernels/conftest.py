@@ -21,6 +21,7 @@ OPERATORS = (
     "activation_backward",
     "activation_pair",
     "softmax_backward",
+    "scale_backward",
     "bitmask_encode",
     "bitmask_positive",
     "bitmask_apply",

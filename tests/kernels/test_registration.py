@@ -32,6 +32,7 @@ def samples():
         "activation_backward": [(x[:, ::1], *coded, 4, "silu")],
         "activation_pair": [(x.bfloat16(), *coded, 4, "gelu")],
         "softmax_backward": [(x, *coded, 4), (x.bfloat16(), *coded, 4)],
+        "scale_backward": [(x, weight, torch.bfloat16), (x.bfloat16().t(), vector, torch.half)],
         "cast_like": [(x.t(), x.bfloat16())],
         "bitmask_encode": [(x > 0,), ((x > 0).t(),)],
         "bitmask_positive": [(x,)],
@@ -112,6 +113,7 @@ REFUSED = [
     ("activation_decode", (*CODED, 8, 64, torch.float, "gulp"), r"kind must be one of .* 'gulp'"),
     ("activation_backward", (X, *CODED, 8, "gulp"), r"kind must be one of \('gelu', .* 'gulp'"),
     ("softmax_backward", (X[:2], *CODED, 8), "must have 2 rows"),
+    ("scale_backward", (X, X[:, 0], torch.half), "scale must have 64 elements, got 4"),
     ("bitmask_encode", (X,), "mask must be torch.bool"),
     ("bitmask_apply", (X, CODED[0][0, :5], 1.0), "bits must have 32 elements"),
 ]

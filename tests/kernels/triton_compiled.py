@@ -18,6 +18,7 @@ from mesa_train.kernels import (
     triton_encode,
     triton_forward,
     triton_norm,
+    triton_scale,
     triton_softmax,
 )
 
@@ -94,6 +95,9 @@ def main() -> None:
             text = ptx(triton_softmax.softmax_encode, scores, dtype, 8, 128, stochastic, 0)
             assert "ld.global.v4.b32" in text
             assert "st.global.v4.b32" in text
+        text = ptx(triton_scale.scale_backward, qkv[:, :384], qkv[0, :384], torch.bfloat16)
+        assert "atom" not in text
+        assert "ld.global.v4.b32" in text
         ptx(triton_softmax.softmax_backward, qkv.to(dtype)[:, :384], *coded, 2)
     # Groups that share a byte, and a short last one.
     ptx(triton_encode.affine_encode, qkv[:, :197], 4, 128, True, 0)

@@ -26,6 +26,7 @@ MODULES = {
     ),
     "triton_norm": ("norm_backward",),
     "triton_softmax": ("softmax_backward",),
+    "triton_scale": ("scale_backward",),
     "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
 FORWARDS = {
