@@ -28,6 +28,8 @@ from .stochastic_rounding import write_rounded
 
 CHUNK = 1 << 24
 METHODS = ("factored", "lion")
+# Keeps a row of zeros from a division by zero.
+_TINY = 1e-30
 
 
 class InBackward:
@@ -128,29 +130,26 @@ class InBackward:
         self, state: dict[str, Any], weight: Tensor, grad: Tensor, decay: float, stream: Any
     ) -> None:
         beta = min(1 - self.steps**-0.8, self.beta2_cap)
-        tiny = 1e-30
         if weight.dim() == 1:
-            square = grad.float().square().add_(tiny)
-            mean = _average(state, "mean", square, beta)
-            scale = mean.rsqrt()
+            square = grad.float().square().add_(_TINY)
+            scales: tuple[Tensor, ...] = (_average(state, "mean", square, beta).rsqrt(),)
         else:
-            row, column = _means(grad, tiny)
+            row, column = _means(grad)
             row = _average(state, "row", row, beta)
             column = _average(state, "column", column, beta)
             # E[g^2] is about row * column / mean(row).
-            left, right = (row / row.mean()).rsqrt(), column.rsqrt()
-        total = 0.0
+            scales = ((row / row.mean()).rsqrt()[:, None], column.rsqrt())
+
+        def change(part: slice, g: Tensor) -> Tensor:
+            g = g * scales[0][part]
+            return g * scales[1] if len(scales) > 1 else g
+
+        total = torch.zeros((), device=grad.device)
         for part, g, _ in _chunks(weight, grad):
-            total = (
-                total
-                + (g * _scale(scale, part) if weight.dim() == 1 else g * left[part, None] * right)
-                .square()
-                .sum()
-            )
+            total += change(part, g).square().sum()
         damp = (total / grad.numel()).sqrt().div(self.clip).clamp(min=1.0)
         for part, g, w in _chunks(weight, grad):
-            change = g * (_scale(scale, part) if weight.dim() == 1 else left[part, None] * right)
-            value = w.float() * (1 - self.lr * decay) - change * (self.lr / damp)
+            value = w.float() * (1 - self.lr * decay) - change(part, g) * (self.lr / damp)
             write_rounded(w, value, stream)
 
     def _lion(
@@ -158,7 +157,7 @@ class InBackward:
     ) -> None:
         codec = Affine(8, 128, stochastic=True, seed=self.seed + self.steps)
         kept = state.setdefault("moment", {})
-        for number, (part, g, w) in enumerate(_chunks(weight, grad)):
+        for number, (_, g, w) in enumerate(_chunks(weight, grad)):
             rows = g if g.dim() > 1 else g[None]
             moment = torch.zeros_like(rows)
             if number in kept:
@@ -189,11 +188,11 @@ def _chunks(weight: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tenso
         yield part, grad[part].float(), weight[part]
 
 
-def _means(grad: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
+def _means(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Means of the squared gradient (rows,) and (columns,)."""
     row, column = [], torch.zeros(grad.shape[1], device=grad.device)
     for _, g, _ in _chunks(grad, grad):
-        square = g.square().add_(tiny)
+        square = g.square().add_(_TINY)
         row.append(square.mean(1))
         column += square.sum(0)
     return torch.cat(row), column / len(grad)
@@ -205,7 +204,3 @@ def _average(state: dict[str, Any], name: str, value: Tensor, beta: float) -> Te
         state[name] = torch.zeros_like(value)
     state[name].lerp_(value, 1 - beta)
     return state[name]
-
-
-def _scale(scale: Tensor, part: slice) -> Tensor:
-    return scale[part]

@@ -48,7 +48,7 @@ def groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups "body", "head" (the classifier's weight) and "no_decay" (biases, norms,
     position embedding, probe); empty ones are left out. Decay is decoupled: lr * decay * weight."""
-    exempt = getattr(model, "no_weight_decay", set)()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
     members: dict[str, list[nn.Parameter]] = {"body": [], "head": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
 STATE, INDEX = "state.json", "model.safetensors.index.json"
@@ -39,7 +41,7 @@ def save(
         partial.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
     if _rank() == 0:
         (partial / STATE).write_text(json.dumps(dict(state)))
         shutil.rmtree(final, ignore_errors=True)
@@ -59,16 +61,16 @@ def load(
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
     found = {
         key.removeprefix("model."): tuple(entry.size)
-        for key, entry in dcp.FileSystemReader(checkpoint)
-        .read_metadata()
-        .state_dict_metadata.items()
+        for key, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
         if key.startswith("model.") and hasattr(entry, "size")
     }
     compare(checkpoint, found, model)
     optimizers = () if optimizer is None else optimizer
     weights, moments = get_state_dict(model, optimizers)
-    wanted = {"model": weights, **({"optimizer": moments} if optimizer is not None else {})}
-    dcp.load(wanted, checkpoint_id=checkpoint)
+    wanted: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        wanted["optimizer"] = moments
+    load_shards(wanted, checkpoint_id=checkpoint)
     set_state_dict(
         model, optimizers, model_state_dict=weights, optim_state_dict=wanted.get("optimizer", {})
     )
@@ -201,7 +203,7 @@ def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
             with deepspeed.zero.GatheredParameters([value]):
                 yield name, value.detach().cpu().clone()
         elif isinstance(value, DTensor):
-            yield name, value.detach().full_tensor().cpu()
+            yield name, value.full_tensor().detach().cpu()
         else:
             yield name, value.detach().cpu()
 

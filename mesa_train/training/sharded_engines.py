@@ -114,9 +114,8 @@ class Direct:
 
         train = config.train
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(
-            kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None
-        )
+        place = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
+        self.device = torch.device(place)
         self.config, self.rank, self.data_rank, self.data_ranks = config, 0, 0, 1
         self.finish = vit22b_parallel.finish_gradients
         # FSDP gathers shards in bfloat16 itself; a whole model computes so under autocast.

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .sharded_checkpoint import STATE, CheckpointError, barrier
 
 _TAG, _UNIVERSAL = "zero", "universal"
@@ -62,7 +64,8 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         barrier()
     before = run.engine._config.load_universal_checkpoint
     run.engine._config.load_universal_checkpoint = universal
-    # From the universal format DeepSpeed gives every group the first group's decay.
+    # From the universal format DeepSpeed gives every group the first group's decay, and all states
+    # one tensor that counts the steps, which each of them would then advance.
     owned = [
         {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
     ]
@@ -72,6 +75,9 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         run.engine._config.load_universal_checkpoint = before
     for group, own in zip(run.optimizer.param_groups, owned, strict=True):
         group.update(own)
+    for moments in run.engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(moments.get("step")):
+            moments["step"] = moments["step"].clone()
     if path is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to read in it")
     return state

@@ -10,6 +10,7 @@ step, and neither changes what is computed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -134,7 +135,7 @@ class Guard:
                 return f"blocks.{index} is the first whose output is not finite{before}"
         if not sizes:
             return "no forward was watched"
-        growth = [b / max(a, 1e-30) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+        growth = [b / max(a, 1e-30) for a, b in itertools.pairwise(sizes)]
         if not growth:
             return f"blocks.0 reached {sizes[0]:g}"
         worst = max(range(len(growth)), key=growth.__getitem__) + 1
