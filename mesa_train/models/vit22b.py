@@ -203,6 +203,14 @@ class ViT22B(VisionTransformer):
             **made,
         )
 
+        # The one pooled token is taken in `pool`: FSDP wants no views out of its units.
+        self.attn_pool.pool = "none"
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens (B, N, D) to the features (B, D) that the classifier reads."""
+        pooled = super().pool(x, pool_type)
+        return pooled if self.attn_pool is None else pooled.flatten(1)
+
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:  # noqa: ARG002
         """Draw all weights from torch's global stream; on the meta device nothing happens."""
         if not any(p.is_meta for p in self.parameters()):

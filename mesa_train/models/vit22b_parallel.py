@@ -160,7 +160,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
             groups = tuple(
                 grad.device_mesh.get_group(i)
                 for i, placement in enumerate(grad.placements)
-                if isinstance(placement, Shard)
+                if not placement.is_replicate()
             )
         own = _own(grad).float().square().sum()
         squares[groups] = squares.get(groups, torch.zeros_like(own)) + own

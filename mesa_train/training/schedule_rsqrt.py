@@ -1,0 +1,66 @@
+"""The schedule and the decay of ViT-22B: reciprocal square root with warm-up and cool-down, decay
+that differs between body and classifier.
+
+The form is big_vision's: a linear warm-up, 1 / sqrt(1 + (t - warmup) / timescale), and a linear
+cool-down to zero over the last steps. ViT-22B: peak 1e-3, 10,000 steps of warm-up, 30,000 of
+cool-down, 177,000 in all; the timescale is that of the public ViT-g recipe, 10,000.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ReciprocalSqrt:
+    """Learning rate by optimizer step. ValueError if warm-up and cool-down overlap."""
+
+    peak: float
+    warmup: int
+    cooldown: int
+    total: int
+    timescale: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.timescale <= 0 or self.total <= 0:
+            raise ValueError(f"timescale={self.timescale} and total={self.total} must be positive")
+        if self.warmup + self.cooldown > self.total:
+            raise ValueError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} exceed the {self.total} steps"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The rate of the optimizer step that comes after `step` steps."""
+        up = min(1.0, step / self.warmup) if self.warmup else 1.0
+        down = min(1.0, (self.total - step) / self.cooldown) if self.cooldown else 1.0
+        behind = max(0, step - self.warmup)
+        return self.peak * up * max(0.0, down) / (1 + behind / self.timescale) ** 0.5
+
+
+def groups(
+    model: nn.Module, weight_decay: float = 0.03, head_decay: float = 3.0
+) -> list[dict[str, Any]]:
+    """Parameter groups "body", "head" (the classifier's weight) and "no_decay" (biases, norms,
+    position embedding, probe); empty ones are left out. Decay is decoupled: lr * decay * weight."""
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    members: dict[str, list[nn.Parameter]] = {"body": [], "head": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # ZeRO-3 leaves an empty tensor and keeps the shape beside it.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        vector = len(shape) < 2 or name in exempt
+        kind = "no_decay" if vector else "head" if name == "head.weight" else "body"
+        members[kind].append(parameter)
+    decay = {"body": weight_decay, "head": head_decay, "no_decay": 0.0}
+    return [
+        {"params": found, "name": kind, "weight_decay": decay[kind]}
+        for kind, found in members.items()
+        if found
+    ]

@@ -1,0 +1,222 @@
+"""Checkpoints of sharded models: every rank writes its shards, any number of ranks reads them.
+
+`save` and `load` are torch.distributed.checkpoint with a state file beside it, in a folder
+`step-00000120` that appears whole: it is written under another name and renamed. `export` writes
+plain safetensors, one file a block as on the hub, gathering one parameter at a time, so no rank
+ever holds more than a block; `load_export` reads from such files only what a rank's shards need.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
+
+STATE, INDEX = "state.json", "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or the parameters."""
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write `folder/step-N` from all ranks (N is state["step"]); returns it."""
+    final = folder / f"step-{state['step']:08d}"
+    partial = folder / f".partial-{final.name}"
+    if _rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    if _rank() == 0:
+        (partial / STATE).write_text(json.dumps(dict(state)))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    barrier()
+    return final
+
+
+def load(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint into a model and its optimizer, sharded in any way; returns the state.
+
+    Raises CheckpointError, before anything is read, if parameters are missing or of other shapes.
+    """
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    found = {
+        key.removeprefix("model."): tuple(entry.size)
+        for key, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+        if key.startswith("model.") and hasattr(entry, "size")
+    }
+    compare(checkpoint, found, model)
+    optimizers = () if optimizer is None else optimizer
+    weights, moments = get_state_dict(model, optimizers)
+    wanted: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        wanted["optimizer"] = moments
+    load_shards(wanted, checkpoint_id=checkpoint)
+    set_state_dict(
+        model, optimizers, model_state_dict=weights, optim_state_dict=wanted.get("optimizer", {})
+    )
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder."""
+    found = sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
+    return found[-1] if found else None
+
+
+def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """CheckpointError where names or (global) shapes differ from the model's, naming some."""
+    wanted = {
+        name: tuple(getattr(value, "ds_shape", value.shape))
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+    problems = []
+    for label, names in (
+        ("missing", [n for n in wanted if n not in found]),
+        ("unexpected", [n for n in found if n not in wanted]),
+        ("of another shape", [n for n in wanted if n in found and found[n] != wanted[n]]),
+    ):
+        if names:
+            shown = ", ".join(
+                f"{n} {found[n]} instead of {wanted[n]}" if label == "of another shape" else n
+                for n in names[:3]
+            )
+            problems.append(
+                f"{label}: {shown}" + (f" and {len(names) - 3} more" if names[3:] else "")
+            )
+    if problems:
+        raise CheckpointError(f"{source} is of another model; {'; '.join(problems)}")
+
+
+def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
+    """Write consolidated safetensors, one file for each block and one for the rest, and the index
+    that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks."""
+    from safetensors.torch import save_file
+
+    names = list(model.state_dict())
+    units = sorted({_unit(name) for name in names}, key=lambda u: (u < 0, u))
+    index: dict[str, str] = {}
+    size = 0
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, unit in enumerate(units, 1):
+        file = f"model-{number:05d}-of-{len(units):05d}.safetensors"
+        members: dict[str, Tensor] = {}
+        for name, value in _values(model, [n for n in names if _unit(n) == unit]):
+            if _rank() == 0:
+                members[name] = value.to(dtype or value.dtype).contiguous()
+                index[name], size = file, size + members[name].nbytes
+        if _rank() == 0:
+            save_file(members, folder / file)
+    if _rank() == 0:
+        table = {"metadata": {"total_size": size}, "weight_map": index}
+        (folder / INDEX).write_text(json.dumps(table, indent=1))
+    barrier()
+    return folder
+
+
+def load_export(source: Path, model: nn.Module) -> None:
+    """Read safetensors (a file, or a folder with an index) into a model: for each parameter only
+    this rank's rows and columns, straight from disk.
+
+    Raises CheckpointError, before anything is read, if names or shapes differ.
+    """
+    files = _files(source)
+    from safetensors import SafetensorError, safe_open
+
+    opened = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values()) if files else [source]):
+        try:
+            opened[file] = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
+        for name in opened[file].keys():  # noqa: SIM118  not a mapping
+            shapes[name], files[name] = tuple(opened[file].get_slice(name).get_shape()), file
+    compare(source, shapes, model)
+    with torch.no_grad():
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            part = opened[files[name]].get_slice(name)
+            if hasattr(parameter, "ds_id"):
+                _into_partitioned(parameter, part)
+            elif isinstance(parameter, DTensor):
+                parameter.to_local().copy_(part[_slices(parameter)])
+            else:
+                parameter.copy_(part[:])
+
+
+def _into_partitioned(parameter: Any, part: Any) -> None:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if _rank() == 0:
+            parameter.data.copy_(part[:])
+
+
+def _slices(parameter: DTensor) -> tuple[slice, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _files(source: Path) -> dict[str, Path]:
+    """The file of each parameter, empty for a single file."""
+    if source.is_file():
+        return {}
+    if not (source / INDEX).is_file():
+        raise CheckpointError(f"{source} is neither a safetensors file nor a folder with {INDEX}")
+    table = json.loads((source / INDEX).read_text())["weight_map"]
+    return {name: source / file for name, file in table.items()}
+
+
+def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters on the CPU, one at a time; all ranks must take part."""
+    state = model.state_dict(keep_vars=True)
+    for name in names:
+        value: Any = state[name]
+        if hasattr(value, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([value]):
+                yield name, value.detach().cpu().clone()
+        elif isinstance(value, DTensor):
+            yield name, value.full_tensor().detach().cpu()
+        else:
+            yield name, value.detach().cpu()
+
+
+def _unit(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing in a single process."""
+    if dist.is_initialized():
+        dist.barrier()

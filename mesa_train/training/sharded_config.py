@@ -1,0 +1,214 @@
+"""Configuration of the ViT-22B recipes: a strict schema, read from YAML, changed by
+`section.key=value`. A mistake is one line that names the key, the value and the choices, said
+before any model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mesa_train.policy import PRESETS
+
+BACKENDS = ("auto", "single", "fsdp2", "zero3")
+PRECISIONS = ("no", "bf16", "pure_bf16")
+CHECKPOINTING = ("none", "block")
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe's configuration, told in one line."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model of mesa_train.models.vit22b. weights: safetensors file or folder to start from."""
+
+    name: str = "vit_22b_tiny"
+    image_size: int = 224
+    qk_norm: str = "rms"
+    gelu: str = "tanh"
+    drop_path: float = 0.0
+    head_bias: float = -10.0
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The paper's values by default, but for the length of the run."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    warmup: int = 10_000
+    cooldown: int = 30_000
+    timescale: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.03
+    head_decay: float = 3.0
+    clip: float = 1.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. global_batch / (micro_batch * data-parallel ranks) micro-batches are accumulated.
+
+    backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
+    precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
+        weights (and loses small updates: see recipes/vit22b/README.md).
+    policy: "plain" or a preset of mesa_train.
+    """
+
+    backend: str = "auto"
+    tensor_parallel: int = 1
+    reshard: bool = True
+    offload: bool = False
+    precision: str = "bf16"
+    policy: str = "mesa8"
+    checkpointing: str = "none"
+    data: str = "mnist5k"
+    global_batch: int = 64
+    micro_batch: int = 64
+    steps: int = 100
+    seed: int = 0
+    save_every: int = 0
+    resume: str | None = None
+    watch_every: int = 0
+    peak_tflops: float = 0.0
+    out: str = "runs/vit22b"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A recipe: one section for each concern."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    values = yaml.safe_load(path.read_text()) or {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise ConfigError(f"--set takes section.key=value, got {change!r}")
+        within = values.setdefault(section, {})
+        if not isinstance(within, dict):
+            raise ConfigError(f"{section} must be a section of keys, got {within!r}")
+        within[key] = yaml.safe_load(text)
+    config: Config = _read(Config, values, "")
+    _check(config)
+    return config
+
+
+def _read(schema: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold keys, got {values!r}")
+    hints = typing.get_type_hints(schema)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=3)
+            rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key}; {rest}")
+    return schema(
+        **{
+            key: _read(hints[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(hints[key])
+            else _typed(hints[key], value, prefix + key)
+            for key, value in values.items()
+        }
+    )
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value` as `kind`; YAML reads 5e-4 as text, so numbers in text are taken."""
+    options = typing.get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(options):
+            return tuple(_typed(k, v, name) for k, v in zip(options, value, strict=True))
+        raise ConfigError(f"{name} must be a list of {len(options)} numbers, got {value!r}")
+    kind = options[0] if options else kind
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
+
+
+def _check(config: Config) -> None:
+    from mesa_train.models.vit22b import GELUS, QK_NORMS, SIZES
+
+    model, optim, train = config.model, config.optim, config.train
+    for name, value, choices in (
+        ("model.name", model.name, SIZES),
+        ("model.qk_norm", model.qk_norm, QK_NORMS),
+        ("model.gelu", model.gelu, GELUS),
+        ("optim.name", optim.name, OPTIMIZERS),
+        ("train.backend", train.backend, BACKENDS),
+        ("train.precision", train.precision, PRECISIONS),
+        ("train.checkpointing", train.checkpointing, CHECKPOINTING),
+        ("train.policy", train.policy, ("plain", *PRESETS)),
+    ):
+        if value not in choices:
+            near = difflib.get_close_matches(value, list(choices), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+    patch = SIZES[model.name][0]
+    if model.image_size <= 0 or model.image_size % patch:
+        raise ConfigError(
+            f"model.image_size must be a multiple of the patch, {patch}; got {model.image_size}"
+        )
+    for name, number in (
+        ("optim.lr", optim.lr),
+        ("optim.clip", optim.clip),
+        ("train.global_batch", train.global_batch),
+        ("train.micro_batch", train.micro_batch),
+        ("train.steps", train.steps),
+        ("train.tensor_parallel", train.tensor_parallel),
+    ):
+        if number <= 0:
+            raise ConfigError(f"{name} must be positive, got {number}")
+    if optim.warmup + optim.cooldown > train.steps:
+        raise ConfigError(
+            f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "
+            f"train.steps={train.steps}"
+        )
+    heads = SIZES[model.name][3]
+    if heads % train.tensor_parallel:
+        raise ConfigError(
+            f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
+            f"{model.name}"
+        )
+
+
+def accumulation(train: TrainConfig, ranks: int) -> int:
+    """Micro-batches that a data-parallel rank accumulates. ConfigError if the batch does not
+    divide."""
+    if train.global_batch % (train.micro_batch * ranks):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of "
+            f"train.micro_batch={train.micro_batch} on {ranks} data-parallel ranks"
+        )
+    return train.global_batch // (train.micro_batch * ranks)

@@ -1,0 +1,333 @@
+"""How one optimizer step runs on one process, under FSDP2 with tensor parallelism, or under ZeRO-3.
+
+An engine owns the model, the optimizer and the processes; the loop (`sharded_loop.py`) is the same
+for all. `Direct` is plain PyTorch, sharded or not. `Zero3` is DeepSpeed through Accelerate, which
+reads offloading from the launcher's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.policy import PRESETS
+
+from . import sharded_checkpoint as checkpoints
+from .schedule_rsqrt import groups
+from .sharded_config import Config, ConfigError, accumulation
+
+# What processes talk through.
+_COMMUNICATION = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class Engine(Protocol):
+    """One run's model and optimizer. `data_rank` of `data_ranks` says which images are its own."""
+
+    model: nn.Module
+    device: torch.device
+    data_rank: int
+    data_ranks: int
+    rank: int
+
+    def forward(self, images: Tensor) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, lr: float) -> float: ...
+
+    def save(self, folder: Path, state: dict[str, Any]) -> Path: ...
+
+    def load(self, checkpoint: Path) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+def engine_of(config: Config, classes: int, channels: int) -> Engine:
+    """The engine that configuration and launcher ask for. ConfigError where they disagree."""
+    backend, world = config.train.backend, int(os.environ.get("WORLD_SIZE", "1"))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if backend == "auto":
+        backend = "zero3" if deepspeed else "fsdp2" if world > 1 else "single"
+    if backend == "zero3" and not deepspeed:
+        raise ConfigError(
+            "train.backend=zero3 needs a DeepSpeed launch: "
+            "accelerate launch --config_file recipes/vit22b/accelerate/zero3.yaml ..."
+        )
+    if backend == "single" and world > 1:
+        raise ConfigError(f"train.backend=single, but {world} processes were started")
+    if config.train.tensor_parallel > 1 and (backend != "fsdp2" or world == 1):
+        raise ConfigError(
+            f"train.tensor_parallel={config.train.tensor_parallel} needs the backend fsdp2 and as "
+            f"many processes; this is {backend} with {world}"
+        )
+    check_precision(config.train.precision)
+    if backend == "zero3":
+        return Zero3(config, classes, channels)
+    return Direct(config, classes, channels, sharded=backend == "fsdp2")
+
+
+def build(config: Config, classes: int, channels: int, device: str) -> Any:
+    """The model on `device`; on "meta" nothing is initialised."""
+    import timm
+
+    import mesa_train.models  # noqa: F401  registers them with timm
+
+    model, dtype = config.model, torch.get_default_dtype()
+    if config.train.precision == "pure_bf16":
+        dtype = torch.bfloat16
+    with torch.device(device):
+        built = timm.create_model(
+            model.name,
+            img_size=model.image_size,
+            num_classes=classes,
+            in_chans=channels,
+            qk_norm=model.qk_norm,
+            gelu=model.gelu,
+            drop_path_rate=model.drop_path,
+            dtype=dtype,
+        )
+    built.set_grad_checkpointing(config.train.checkpointing == "block")
+    return built.train()
+
+
+def check_precision(precision: str) -> None:
+    """ConfigError for bfloat16 on a GPU that has none (before Ampere)."""
+    if precision != "no" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name()
+        raise ConfigError(
+            f"train.precision={precision}: {name} has no bfloat16 arithmetic; set train.precision=no"
+        )
+
+
+class Direct:
+    """One process, or FSDP2 (times tensor parallelism) over all of them."""
+
+    def __init__(self, config: Config, classes: int, channels: int, sharded: bool) -> None:
+        from mesa_train.models import vit22b_init, vit22b_parallel
+
+        train = config.train
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        place = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
+        self.device = torch.device(place)
+        self.config, self.rank, self.data_rank, self.data_ranks = config, 0, 0, 1
+        self.finish = vit22b_parallel.finish_gradients
+        # FSDP gathers shards in bfloat16 itself; a whole model computes so under autocast.
+        half = train.precision == "bf16"
+        self.autocast = half and not sharded
+        model = build(config, classes, channels, "meta")
+        if sharded:
+            if kind == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group(_COMMUNICATION[kind])
+            mesh = vit22b_parallel.mesh_of(kind, dist.get_world_size(), train.tensor_parallel)
+            accumulation(train, mesh["dp"].size())
+            vit22b_parallel.sharded(
+                model,
+                mesh,
+                device=str(self.device),
+                seed=train.seed,
+                head_bias=config.model.head_bias,
+                compute=torch.bfloat16 if half else None,
+                reshard=train.reshard,
+                offload=train.offload,
+            )
+            self.rank = dist.get_rank()
+            self.data_rank, self.data_ranks = mesh["dp"].get_local_rank(), mesh["dp"].size()
+        else:
+            accumulation(train, 1)
+            model.to_empty(device=self.device)
+            vit22b_init.initialise(model, train.seed, config.model.head_bias)
+        self.accumulate = accumulation(train, self.data_ranks)
+        if config.model.weights:
+            checkpoints.load_export(Path(config.model.weights), model)
+        self.model: Any = install(model, train.policy)
+        self.optimizer = optimizer_of(config, self.model)
+        self.pending = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model(images)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients; they are reduced over the ranks once, at the last."""
+        self.pending += 1
+        if hasattr(self.model, "set_requires_gradient_sync"):
+            self.model.set_requires_gradient_sync(self.pending == self.accumulate)
+        (loss / self.accumulate).backward()
+
+    def step(self, lr: float) -> float:
+        norm = self.finish(self.model, self.config.optim.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending = 0
+        return norm.item()
+
+    def save(self, folder: Path, state: dict[str, Any]) -> Path:
+        return checkpoints.save(folder, self.model, self.optimizer, state)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        return checkpoints.load(checkpoint, self.model, self.optimizer)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class Zero3:
+    """DeepSpeed's ZeRO-3 through Accelerate, offloading as the launcher's configuration says."""
+
+    def __init__(self, config: Config, classes: int, channels: int) -> None:
+        import deepspeed
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+        from deepspeed.utils import set_z3_leaf_modules
+
+        from mesa_train.models.vit22b import SIZES, ParallelBlock
+        from mesa_train.models.vit22b_init import initialise
+
+        train = config.train
+        # Without this, Accelerate on a CPU takes every process for the only one.
+        handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+        self.accelerator = Accelerator(kwargs_handlers=handlers)
+        world = int(os.environ["WORLD_SIZE"])
+        if self.accelerator.num_processes != world:
+            raise ConfigError(
+                f"Accelerate sees {self.accelerator.num_processes} processes of {world}; "
+                "training would not be synchronised"
+            )
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        count = sum(p.numel() for p in build(config, classes, channels, "meta").parameters())
+        check_deepspeed(settings, train.policy, SIZES[config.model.name][1], count)
+        self.config, self.device = config, self.accelerator.device
+        self.rank = self.data_rank = self.accelerator.process_index
+        self.data_ranks = world
+        self.accumulate = accumulation(train, world)
+        settings["train_micro_batch_size_per_gpu"] = train.micro_batch
+        settings["gradient_accumulation_steps"] = self.accumulate
+        settings["train_batch_size"] = train.global_batch
+        settings["gradient_clipping"] = config.optim.clip
+        if train.precision == "bf16":
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        elif train.precision == "pure_bf16":
+            settings["bf16"] = {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            }
+        # Every module's parameters leave this process as soon as the module is built.
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = build(config, classes, channels, str(self.device))
+        # A stash is rebuilt from weights of its whole block: they have to be there together.
+        set_z3_leaf_modules(model, [ParallelBlock, type(model.attn_pool)])
+        initialise(model, train.seed, config.model.head_bias)
+        if config.model.weights:
+            checkpoints.load_export(Path(config.model.weights), model)
+        plain = install(model, train.policy)
+        self.engine, self.optimizer = self.accelerator.prepare(plain, optimizer_of(config, plain))
+        self.model: Any = plain
+
+    def forward(self, images: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if self.config.train.precision == "pure_bf16" else images.dtype
+        return self.engine(images.to(dtype))
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path, state: dict[str, Any]) -> Path:
+        from .sharded_zero import save
+
+        return save(folder, self, state)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        from .sharded_zero import load
+
+        return load(checkpoint, self)
+
+    def close(self) -> None:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def install(model: Any, policy: str) -> Any:
+    """mesa_train on the model, unless the policy is "plain". ConfigError if F.linear is not
+    torch's own: DeepSpeed's replacement hides every Linear from us."""
+    if policy == "plain":
+        return model
+    if F.linear is not torch._C._nn.linear:
+        raise ConfigError(
+            "DeepSpeed has replaced torch.nn.functional.linear; set "
+            "zero_optimization.memory_efficient_linear to false in its configuration"
+        )
+    return mesa_train.wrap(model, PRESETS[policy])
+
+
+def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with 8-bit moments, over body, head and what does not decay."""
+    optim = config.optim
+    parameters = groups(model, optim.weight_decay, optim.head_decay)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError(
+            f"optim.name={optim.name} needs: pip install 'mesa_train[bitsandbytes]'"
+        ) from None
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise ConfigError(
+            f"optim.name={optim.name}: bitsandbytes cannot step the shards of FSDP2; "
+            "use zero3, or a single process"
+        )
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=optim.lr, betas=optim.betas)
+
+
+def check_deepspeed(settings: dict[str, Any], policy: str, width: int, parameters: int) -> None:
+    """ConfigError for what would go wrong silently, or after much memory was spent."""
+    import shutil
+
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise ConfigError(f"zero_optimization.stage must be 3, got {zero.get('stage')!r}")
+    # Gains of norms are read outside their block's turn when an output is rebuilt.
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    if policy != "plain" and isinstance(threshold, int) and threshold < width:
+        raise ConfigError(
+            f"zero_optimization.stage3_param_persistence_threshold={threshold} must be at least the "
+            f"width {width}: mesa_train reads the norms' gains outside their turn"
+        )
+    # float32 weight and two moments beside the optimizer, a bfloat16 weight beside the model.
+    for key, bytes_each in (("offload_param", 2), ("offload_optimizer", 12)):
+        target = zero.get(key) or {}
+        if target.get("device") != "nvme":
+            continue
+        folder = Path(str(target.get("nvme_path")))
+        if not folder.is_dir():
+            raise ConfigError(f"zero_optimization.{key}.nvme_path: no such folder {folder}")
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"zero_optimization.{key}.nvme_path: {folder} cannot be written to")
+        need, free = parameters * bytes_each, shutil.disk_usage(folder).free
+        if free < need:
+            raise ConfigError(
+                f"zero_optimization.{key}.nvme_path: {folder} has {free / 2**30:.1f} GiB free, "
+                f"{need / 2**30:.1f} are needed"
+            )

@@ -1,0 +1,105 @@
+"""Checkpoints of DeepSpeed's ZeRO-3, its own format, read by any number of processes.
+
+Each rank writes its shards of weights and moments. As many ranks read them as they are; another
+number needs DeepSpeed's universal format, into which rank 0 converts the checkpoint once, beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .sharded_checkpoint import STATE, CheckpointError, barrier
+
+_TAG, _UNIVERSAL = "zero", "universal"
+
+
+def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
+    """Write `folder/step-N` from all ranks; returns it."""
+    final = folder / f"step-{state['step']:08d}"
+    partial = folder / f".partial-{final.name}"
+    if run.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    run.engine.save_checkpoint(str(partial), tag=_TAG)
+    if run.rank == 0:
+        shapes = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
+        written = {**state, "ranks": run.data_ranks, "shapes": shapes}
+        (partial / STATE).write_text(json.dumps(written))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    barrier()
+    return final
+
+
+def load(checkpoint: Path, run: Any) -> dict[str, Any]:
+    """Read a checkpoint of any number of ranks; returns its state.
+
+    Raises CheckpointError, before anything is read, if it is incomplete or of another model.
+    """
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    found = state.pop("shapes", {})
+    wanted = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
+    if found != wanted:
+        other = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+        example = f"{other[0]} is {found.get(other[0])}, not {wanted.get(other[0])}"
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {len(other)} parameters differ; {example}"
+        )
+    universal = state.pop("ranks") != run.data_ranks
+    tag = _TAG
+    if universal:
+        tag = _UNIVERSAL
+        if run.rank == 0:
+            _convert(checkpoint)
+        barrier()
+    before = run.engine._config.load_universal_checkpoint
+    run.engine._config.load_universal_checkpoint = universal
+    # From the universal format DeepSpeed gives every group the first group's decay, and all states
+    # one tensor that counts the steps, which each of them would then advance.
+    owned = [
+        {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
+    ]
+    try:
+        path, _ = run.engine.load_checkpoint(str(checkpoint), tag=tag)
+    finally:
+        run.engine._config.load_universal_checkpoint = before
+    for group, own in zip(run.optimizer.param_groups, owned, strict=True):
+        group.update(own)
+    for moments in run.engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(moments.get("step")):
+            moments["step"] = moments["step"].clone()
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to read in it")
+    return state
+
+
+def _convert(checkpoint: Path) -> None:
+    """DeepSpeed's own conversion, in a process of its own: it starts workers."""
+    target = checkpoint / _UNIVERSAL
+    if target.is_dir():
+        return
+    partial = checkpoint / f".partial-{_UNIVERSAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(checkpoint / _TAG), "--output_folder", str(partial)),
+            *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise CheckpointError(f"{checkpoint} could not be converted: {done.stderr.strip()[-500:]}")
+    partial.rename(target)

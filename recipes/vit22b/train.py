@@ -1,0 +1,61 @@
+"""Train a ViT-22B or a smaller sibling, on one process or sharded over several.
+
+    python recipes/vit22b/train.py recipes/vit22b/tiny.yaml
+    accelerate launch --config_file recipes/vit22b/accelerate/fsdp2.yaml \\
+        recipes/vit22b/train.py recipes/vit22b/tiny.yaml --set train.tensor_parallel=2
+
+Rows go to OUT/metrics.jsonl, checkpoints to OUT/step-*, the final weights to OUT/weights.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mesa_train.training import sharded_config, sharded_loop
+from mesa_train.training.sharded_checkpoint import CheckpointError, export
+from mesa_train.training.stability import DivergenceError
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="A YAML file of this folder.")],
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    weights: Annotated[bool, typer.Option(help="Write consolidated weights at the end.")] = True,
+) -> None:
+    """Train as CONFIG says."""
+    try:
+        settings = sharded_config.load(config, changes or [])
+        out = Path(settings.train.out)
+        write = sharded_loop.append_to(out / "metrics.jsonl")
+
+        def report(row: dict[str, Any]) -> None:
+            write(row)
+            print(f"step {row['step']}: loss {row['loss']:.5f}, {row['images_per_s']:.1f} images/s")
+
+        engine = sharded_loop.train(settings, report)
+        if weights:
+            export(out / "weights", engine.model)
+        engine.close()
+    except (sharded_config.ConfigError, CheckpointError, DivergenceError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        leave(2)
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End this process at once: threads of gloo may abort an orderly exit after all is written."""
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
