@@ -3,4 +3,5 @@
 Needs timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
+from . import lit as lit
 from . import litv2 as litv2
