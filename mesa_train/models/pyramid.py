@@ -89,13 +89,20 @@ class DepthwiseConv(nn.Module):
 class Block(nn.Module):
     """x + drop(attn(norm1(x))), without attn that is left out, then x + drop(mlp(norm2(x)))."""
 
-    def __init__(self, dim: int, attn: nn.Module | None, mlp: Mlp, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module | None,
+        mlp: nn.Module,
+        drop_path: float,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         if attn is not None:
-            self.norm1 = nn.LayerNorm(dim)
+            self.norm1 = nn.LayerNorm(dim, eps)
             self.attn: Any = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = mlp
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp: Any = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.attends = attn is not None
 
@@ -180,7 +187,7 @@ class Pyramid(nn.Module):
             {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"layers.{stage}"}
             for stage, dim in enumerate(self.widths)
         ]
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The last stage's normalised map (B, H / 32, W / 32, num_features)."""
@@ -251,7 +258,7 @@ class Pyramid(nn.Module):
         self.num_classes = num_classes
         reference = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else None
         self.head = self._classifier()
-        _init_linear(self.head)
+        init_linear(self.head)
         if reference is not None:
             self.head.to(reference.device, reference.dtype)
 
@@ -384,7 +391,8 @@ def _in_format(x: Tensor, output_fmt: str) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights, biases of zero: the start of every Linear."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,0 +1,193 @@
+"""LIT (arXiv 2105.14217), LITv2's predecessor: MLPs alone early, plain attention late.
+
+`lit_s`, `lit_m` and `lit_b` have a table of relative position biases in stages 3 and 4, whose size
+fixes that of the images: give `img_size` when the model is made. `lit_ti` (`LITTi`) has learned
+absolute positions and a class token. Parameters and their names are those of the authors' code.
+
+| | parameters | multiply-adds at 224 |
+|---|---|---|
+| lit_ti | 19.9 M | |
+| lit_s | 28.0 M | 4.08 G |
+| lit_m | 49.4 M | 8.60 G |
+| lit_b | 87.3 M | 15.04 G |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .lit_ti import LITTi, resize_positions
+from .pyramid import Block, Mlp, Pyramid, PyramidFeatures, default_cfg
+
+_BIAS, _INDEX = "relative_position_bias_table", "relative_position_index"
+
+
+class RelativeAttention(nn.Module):
+    """Attention of a map (B, H, W, dim) of one size, with a learned bias per distance and head."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, num_heads: int, resolution: tuple[int, int]) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.resolution = dim, num_heads, resolution
+        height, width = resolution
+        table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer(_INDEX, _distances(height, width))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        if (height, width) != self.resolution:
+            raise ValueError(
+                f"LIT was made for maps of {self.resolution[0]}x{self.resolution[1]} here, not "
+                f"{height}x{width}: its position biases fix the image size; give img_size"
+            )
+        tokens = height * width
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1).unsqueeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(out.transpose(1, 2).reshape(batch, height, width, self.dim))
+
+    def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
+        tokens = height * width
+        return tokens * (4 * self.dim**2 + 2 * tokens * self.dim)
+
+
+class LIT(Pyramid):
+    """Image classifier for images of `img_size`; `attends` says which stages have attention."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        width: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        attends: Sequence[bool] = (False, False, True, True),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        if not len(depths) == len(num_heads) == len(attends):
+            raise ValueError(
+                "LIT: depths, num_heads and attends must be of one length, got "
+                f"{len(depths)}, {len(num_heads)} and {len(attends)}"
+            )
+        height, columns = (-(-side // 4) for side in to_2tuple(img_size))
+
+        def make_block(stage: int, drop_path: float) -> nn.Module:
+            dim, attn = width * 2**stage, None
+            if attends[stage]:
+                resolution = (height // 2**stage, columns // 2**stage)
+                attn = RelativeAttention(dim, num_heads[stage], resolution)
+            return Block(dim, attn, Mlp(dim, mlp_ratio, depthwise=False), drop_path)
+
+        super().__init__(
+            make_block,
+            width=width,
+            depths=depths,
+            img_size=img_size,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            drop_rate=drop_rate,
+            global_pool=global_pool,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(_BIAS)}
+
+
+def resize_biases(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A LIT checkpoint's weights for the size of `model`: bias tables are interpolated."""
+    own = model.state_dict()
+    resized = {}
+    for key, value in weights.items():
+        if key in own and key.endswith(_INDEX):
+            value = own[key]
+        elif key in own and key.endswith(_BIAS) and value.shape != own[key].shape:
+            attn: Any = model.get_submodule(key.rpartition(".")[0])
+            value = resize_rel_pos_bias_table_simple(value, attn.resolution, own[key].shape)
+        resized[key] = value
+    return resized
+
+
+def _distances(height: int, width: int) -> Tensor:
+    """(tokens, tokens): the table's row for the distance between two tokens."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    rows = y[:, None] - y[None, :] + height - 1
+    columns = x[:, None] - x[None, :] + width - 1
+    return rows * (2 * width - 1) + columns
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "lit_ti": default_cfg(first_conv="patch_embed1.proj", fixed_input_size=True),
+        "lit_s": default_cfg(fixed_input_size=True),
+        "lit_m": default_cfg(fixed_input_size=True),
+        "lit_b": default_cfg(fixed_input_size=True),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **options: Any) -> Any:
+    return build_model_with_cfg(
+        LIT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=resize_biases,
+        feature_cfg={
+            "out_indices": (0, 1, 2, 3),
+            "feature_cls": PyramidFeatures,
+            "output_fmt": "NCHW",
+        },
+        **options,
+    )
+
+
+@register_model
+def lit_ti(pretrained: bool = False, **options: Any) -> LITTi:
+    """LIT-Ti; its authors train it with drop_path_rate=0.1."""
+    return build_model_with_cfg(
+        LITTi,
+        "lit_ti",
+        pretrained,
+        pretrained_filter_fn=resize_positions,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **options,
+    )
+
+
+@register_model
+def lit_s(pretrained: bool = False, **options: Any) -> LIT:
+    """LIT-S; its authors train it with drop_path_rate=0.2."""
+    return _create("lit_s", pretrained, **options)
+
+
+@register_model
+def lit_m(pretrained: bool = False, **options: Any) -> LIT:
+    """LIT-M; its authors train it with drop_path_rate=0.3."""
+    return _create("lit_m", pretrained, **{"depths": (2, 2, 18, 2)} | options)
+
+
+@register_model
+def lit_b(pretrained: bool = False, **options: Any) -> LIT:
+    """LIT-B; its authors train it with drop_path_rate=0.5 and activation checkpointing."""
+    base = {"width": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+    return _create("lit_b", pretrained, **base | options)

@@ -1,0 +1,200 @@
+"""LIT-Ti (arXiv 2105.14217): the smallest LIT, which its authors wrote apart from the others.
+
+Learned absolute positions at the start of every stage, a class token that joins in stage 4 and is
+read out, layer norms with eps 1e-6. Names are those of the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .deformable_merging import DeformableMerging
+from .pyramid import Block, Mlp, PatchEmbed, check_image_size, drop_path_rates, init_linear
+
+_STAGES = (1, 2, 3, 4)
+
+
+class LITTi(nn.Module):
+    """Image classifier for images of `img_size`; a timm model."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        widths: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        check_image_size("LITTi", *self.img_size)
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_classes, self.drop_rate, self.global_pool = (
+            num_classes,
+            drop_rate,
+            _pool(global_pool),
+        )
+        self.depth, self.grad_checkpointing = len(_STAGES), False
+        height, width = (-(-side // 4) for side in self.img_size)
+        self.grids = [(height // 2**i, width // 2**i) for i in range(len(_STAGES))]
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        eps = 1e-6
+
+        def block(stage: int) -> Block:
+            dim = widths[stage]
+            attn = Attention(dim, num_heads[stage], qkv_bias=True) if stage >= 2 else None
+            return Block(dim, attn, Mlp(dim, mlp_ratios[stage], depthwise=False), next(rates), eps)
+
+        self.patch_embed1 = PatchEmbed(in_chans, widths[0])
+        for stage in (2, 3, 4):
+            merging = DeformableMerging(widths[stage - 2], widths[stage - 1])
+            self.add_module(f"patch_embed{stage}", merging)
+        for stage, (rows, columns) in zip(_STAGES, self.grids, strict=True):
+            tokens = rows * columns + (stage == 4)
+            positions = nn.Parameter(torch.empty(1, tokens, widths[stage - 1]))
+            trunc_normal_(positions, std=0.02)
+            self.register_parameter(f"pos_embed{stage}", positions)
+        for stage in _STAGES:
+            blocks = [block(stage - 1) for _ in range(depths[stage - 1])]
+            self.add_module(f"block{stage}", nn.ModuleList(blocks))
+        self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=eps)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1]))
+        trunc_normal_(self.cls_token, std=0.02)
+        self.head = self._classifier()
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"block{i + 1}"}
+            for i, dim in enumerate(widths)
+        ]
+        self.apply(init_linear)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens (B, 1 + tokens, num_features), the class token first."""
+        x: Tensor = images
+        for stage in _STAGES[: self.depth]:
+            x = self._stage(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool:
+            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's interface: each stage's map (without the class token) and the final tokens."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"LITTi: output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(self.depth, indices)
+        found = []
+        for index, stage in enumerate(_STAGES[: self.depth]):
+            x = self._stage(stage, x)
+            if index in take:
+                own = self.norm(x) if norm and stage == 4 else x
+                own = own[:, 1:].unflatten(1, self.grids[3]) if stage == 4 else own
+                found.append(own.permute(0, 3, 1, 2).contiguous())
+            if stop_early and index == last:
+                break
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """timm's interface: drop what features of `indices` do not need."""
+        take, last = feature_take_indices(self.depth, indices)
+        for stage in _STAGES[last + 1 :]:
+            for name in ("patch_embed", "block", "pos_embed"):
+                delattr(self, f"{name}{stage}")
+        self.depth = last + 1
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of `num_classes`, or none for 0; global_pool "token", "avg" or ""."""
+        if global_pool is not None:
+            self.global_pool = _pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self._classifier().to(self.cls_token.device, self.cls_token.dtype)
+        init_linear(self.head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """As in the authors' code: their position embeddings are decayed."""
+        return {"cls_token"}
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        if stage == 1 and tuple(x.shape[2:]) != self.img_size:
+            raise ValueError(
+                f"LITTi was made for images of {self.img_size[0]}x{self.img_size[1]}, not "
+                f"{x.shape[2]}x{x.shape[3]}: its positions fix the size; give img_size"
+            )
+        x = self.get_submodule(f"patch_embed{stage}")(x)
+        positions = self.get_parameter(f"pos_embed{stage}")
+        if stage == 4:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+            x = x + positions
+        elif stage == 3:
+            x = x.flatten(1, 2) + positions
+        else:
+            x = x + positions.unflatten(1, self.grids[stage - 1])
+        for block in self.get_submodule(f"block{stage}").children():
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x.unflatten(1, self.grids[2]) if stage == 3 else x
+
+    def _classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
+
+def resize_positions(weights: Mapping[str, Tensor], model: LITTi) -> dict[str, Tensor]:
+    """A LIT-Ti checkpoint's weights for the size of `model`: positions are interpolated."""
+    resized = dict(weights)
+    for stage, grid in zip(_STAGES, model.grids, strict=True):
+        key = f"pos_embed{stage}"
+        if key in resized:
+            prefix = int(stage == 4)
+            resized[key] = resample_abs_pos_embed(resized[key], grid, num_prefix_tokens=prefix)
+    return resized
+
+
+def _pool(name: str) -> str:
+    if name not in ("token", "avg", ""):
+        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {name!r}")
+    return name
