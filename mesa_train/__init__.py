@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import checkpoint
 from .intercept import compress
 from .policy import PRESETS, Policy
 from .wrap import unwrap, wrap
@@ -22,6 +23,7 @@ __all__ = [
     "Coverage",
     "Footprint",
     "Policy",
+    "checkpoint",
     "compress",
     "coverage",
     "footprint",

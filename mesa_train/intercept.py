@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .codecs import bitmask
 from .codecs.affine import Affine
+from .codecs.placeholder import Placeholder, bits, discards
 from .codecs.running import Running
 from .ops import table
+from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy, Rule, Rules
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
 
@@ -52,6 +55,7 @@ class Interception(TorchFunctionMode):
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
         self.outer: list[Any] = []
+        self.inputs: InputHooks | None = None
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
@@ -64,6 +68,10 @@ class Interception(TorchFunctionMode):
         self.outer.append((other, other.site if other is not None else None))
         if other is not None:
             other.site = _NOTHING
+        if len(self.outer) == 1 and self.site.rules.operators["checkpoint"] and _hookable():
+            self.inputs = InputHooks(self)
+            self.inputs.__enter__()
+            self.hooks = saved_hooks()
         super().__enter__()
         return self
 
@@ -72,6 +80,9 @@ class Interception(TorchFunctionMode):
         other, site = self.outer.pop()
         if other is not None:
             other.site = site
+        if not self.outer and self.inputs is not None:
+            self.inputs.__exit__(*error)
+            self.inputs = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -167,12 +178,19 @@ class Interception(TorchFunctionMode):
         rule = self.site.rules[operator, operand]
         if not rule.fused or not isinstance(rule.codec, Affine) or dtype is torch.float64:
             return None
+        if discards(self.hooks):
+            return None
         return None if tensor is not None and why_whole(tensor, rule) else rule.codec
 
     def codec(self, operator: str, operand: str) -> Any:
         """The codec for an operand's next use here."""
         rule = self.site.rules[operator, operand]
-        return rule.codec or Running.at(self, operator, operand, rule.group_size)
+        codec = rule.codec or Running.at(self, operator, operand, rule.group_size)
+        return Placeholder(codec) if discards(self.hooks) else codec
+
+    def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
+        """One bit per element of a mask, coded by `encode`."""
+        return bits(mask) if discards(self.hooks) else encode(mask)
 
     def leaf(
         self,
@@ -184,6 +202,8 @@ class Interception(TorchFunctionMode):
         operand: str,
     ) -> Stash:
         """A leaf of codes that exist already, reported."""
+        if isinstance(codec, Placeholder):
+            return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])
             self.report.add(self.site.name, operator, operand, str(codec), size)
@@ -240,6 +260,15 @@ def saved_hooks() -> Any:
         else torch._C._autograd._top_saved_tensors_default_hooks(False)
     )
     return None if top is None else top[0]
+
+
+def _hookable() -> bool:
+    """Whether saved-tensor hooks can be entered: not while compiling, nor inside torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _transformed()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    )
 
 
 # A site where every operator is PyTorch's.

@@ -22,6 +22,7 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")
 FORWARDS = ("exact", "fused")
+CHECKPOINT_INPUTS = (None, 8, 4, 2)
 
 # Every operator with the operands it may keep. "attention.q" in an override names one operand,
 # "attention" all.
@@ -41,13 +42,19 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "extremum": ("mask",),
     "activation": ("input", "output"),
     "fallback": ("saved",),
+    "checkpoint": ("input",),
 }
 
 # Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the
 # noise of stochastic rounding would not average out; everything else enters linearly, where
 # stochastic rounding is unbiased. A norm's output enters linearly too, unless a matmul is rebuilt from
 # it: then q and k are exponentiated and the MLP's hidden is activated.
-_NEAREST = {("activation", "input"), ("activation", "output"), ("fallback", "saved")}
+_NEAREST = {
+    ("activation", "input"),
+    ("activation", "output"),
+    ("fallback", "saved"),
+    ("checkpoint", "input"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +77,9 @@ class Policy:
     forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
         lets norms, activations and softmax run in kernels that make the codes in the same pass,
         equal to PyTorch's to rounding. For GPUs: on a CPU those kernels are slower.
+    checkpoint_inputs: None leaves alone what activation checkpointing itself keeps, the inputs of
+        its regions; 8, 4 or 2 keeps codes of those that need a gradient. Says nothing about how the
+        regions' insides are kept between recompute and backward.
     overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a
         module name with `*` for any part of it (it covers the submodules too), an operator
         ("softmax"), an operand ("attention.q"), or both joined by a colon ("blocks.*.mlp:linear").
@@ -85,6 +95,7 @@ class Policy:
     enabled: bool = True
     ranges: str = "exact"
     forward: str = "exact"
+    checkpoint_inputs: int | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +104,7 @@ class Policy:
         _choice("recompute", self.recompute, RECOMPUTE)
         _choice("ranges", self.ranges, RANGES)
         _choice("forward", self.forward, FORWARDS)
+        _choice("checkpoint_inputs", self.checkpoint_inputs, CHECKPOINT_INPUTS)
         _integer("group_size", self.group_size, 8)
         _integer("min_bytes", self.min_bytes, 0)
         if not isinstance(self.enabled, bool):
@@ -196,7 +208,9 @@ class Policy:
         return resolved
 
 
-_OVERRIDABLE = tuple(f.name for f in dataclasses.fields(Policy) if f.name != "overrides")
+_OVERRIDABLE = tuple(
+    f.name for f in dataclasses.fields(Policy) if f.name not in ("overrides", "checkpoint_inputs")
+)
 
 
 class Rules:
@@ -221,6 +235,8 @@ class Rules:
                 effective = policy._changed(merged)
                 if operator == "fallback" and effective.bits < 8:
                     effective = dataclasses.replace(effective, bits=8)
+                if operator == "checkpoint":
+                    effective = _for_inputs(effective)
                 self.table[operator, operand] = Rule.of(effective, operator, operand)
             self.operators[operator] = any(self.table[operator, o].enabled for o in operands)
 
@@ -259,6 +275,14 @@ class Rule:
             min_bytes=policy.min_bytes,
             fused=policy.forward == "fused",
         )
+
+
+def _for_inputs(policy: Policy) -> Policy:
+    """The policy for what a checkpoint keeps: its own bits, each tensor's own ranges."""
+    bits = policy.checkpoint_inputs
+    if bits is None:
+        return dataclasses.replace(policy, enabled=False)
+    return dataclasses.replace(policy, bits=bits, ranges="exact")
 
 
 def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None, str | None]:

@@ -292,5 +292,6 @@ def test_compress_takes_overrides_by_operator_only():
 
 def test_every_operator_can_be_switched_off():
     for operator in OPERATORS:
-        rules = Policy(overrides={operator: {"enabled": False}}).rules([""])[""]
+        overrides = {operator: {"enabled": False}}
+        rules = Policy(checkpoint_inputs=8, overrides=overrides).rules([""])[""]
         assert [o for o, on in rules.operators.items() if not on] == [operator]

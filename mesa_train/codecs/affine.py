@@ -136,6 +136,17 @@ class Affine:
     def _code(self) -> tuple[int, int, bool, int]:
         return self.bits, self.group_size, self.stochastic, self.seed
 
+    def shapes(
+        self,
+        rows: int,
+        cols: int,
+        normalized_from: torch.dtype | None = None,  # noqa: ARG002
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that codes of a (rows, cols) tensor consist of."""
+        groups, _ = group_shape(cols, self.group_size)
+        codes = (rows, code_bytes(cols, self.bits))
+        return [(codes, torch.uint8), ((rows, groups, 2), torch.bfloat16)]
+
     def bytes(self, rows: int, cols: int) -> int:
         """Bytes of the codes and scales of a (rows, cols) tensor."""
         groups, _ = group_shape(cols, self.group_size)

@@ -23,6 +23,12 @@ class Lossless:
         centred = x.to(wide) if mean is None else x.to(wide) - mean[:, None]
         return (centred * rstd[:, None],)
 
+    def shapes(
+        self, rows: int, cols: int, normalized_from: torch.dtype
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the normalised form of a (rows, cols) tensor."""
+        return [((rows, cols), torch.promote_types(normalized_from, torch.float32))]
+
     def decode(
         self,
         tensors: Sequence[Tensor],

@@ -66,6 +66,17 @@ class Running:
         centred = x.float() if mean is None else x.float() - mean[:, None]
         return self.encode(centred * rstd[:, None])
 
+    def shapes(
+        self,
+        rows: int,
+        cols: int,
+        normalized_from: torch.dtype | None = None,  # noqa: ARG002
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that codes of a (rows, cols) tensor consist of."""
+        groups, _ = group_shape(cols, self.group_size)
+        ranges = ((groups,), torch.float32)
+        return [((rows, cols), torch.uint8), ranges, ranges]
+
     def decode(
         self,
         tensors: Sequence[Tensor],

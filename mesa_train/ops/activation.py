@@ -240,9 +240,9 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
         off = slope[0] if slope else off
         with torch.no_grad():
             bits = (
-                bitmask.encode_positive(input)
+                mode.bits(input, bitmask.encode_positive)
                 if kind in ("relu", "leaky_relu")
-                else bitmask.encode(above(input))
+                else mode.bits(above(input))
             )
         mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
         if inplace:
@@ -273,7 +273,7 @@ def clamp(
         outside = torch.zeros_like(input, dtype=torch.bool)
         outside = outside if min is None else outside | (input < min)
         outside = outside if max is None else outside | (input > max)
-        bits = bitmask.encode(~outside)
+        bits = mode.bits(~outside)
     mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
     return Stepped.apply(result, (whole(bits),), (1.0, 0.0), input)
 

@@ -64,7 +64,7 @@ def dropout(
             result = input * noise.div_(1 - p)
         else:
             result, mask = torch.native_dropout(input, p, True)
-        bits = bitmask.encode(mask)
+        bits = mode.bits(mask)
     mode.report.add(mode.site.name, "dropout", "mask", "1 bit", bits.numel())
     output = Dropout.apply(result, (whole(bits),), scale, input)
     source = mode.lineage.get(input)

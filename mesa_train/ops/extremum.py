@@ -51,7 +51,7 @@ def extremum(
     with torch.no_grad():
         best = result if keepdim else func(input, dims, True)
         mask = input == best
-        bits, count = bitmask.encode(mask), mask.sum(dims, keepdim=True).to(input.dtype)
+        bits, count = mode.bits(mask), mask.sum(dims, keepdim=True).to(input.dtype)
     mode.report.add(mode.site.name, "extremum", "mask", "1 bit", bits.numel())
     return Extremum.apply(
         result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input

@@ -77,7 +77,7 @@ def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     exact = args[1] if name in _QUOTIENTS or name == "pow" else None
     hooks = _Hooks(mode, name, exact if isinstance(exact, Tensor) else None)
-    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, _unpack):
+    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         return func(*args, **kwargs)
 
 
@@ -88,7 +88,7 @@ class _Hooks:
         self.mode, self.name, self.exact = mode, name, exact
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(self, tensor: Tensor) -> _Packed:
+    def pack(self, tensor: Tensor) -> Packed:
         with torch.no_grad():
             kept = self._kept(tensor)
         tensors: list[Tensor] = []
@@ -100,10 +100,7 @@ class _Hooks:
             tensors, shape = [kept[0]], kept[1]
         else:
             tensors = [kept]
-        if self.outer is None:
-            return _Packed(tensors, spec, shape, None, [t._version for t in tensors])
-        wrap, unwrap = self.outer
-        return _Packed([wrap(t) for t in tensors], spec, shape, unwrap)
+        return Packed.of(tensors, spec, shape, self.outer)
 
     def _kept(self, tensor: Tensor) -> Stash | Tensor | tuple[Tensor, tuple[int, ...]]:
         """A stash, the tensor itself, or a mask's (bits, shape)."""
@@ -112,7 +109,7 @@ class _Hooks:
             tensor.dtype is torch.bool
             and tensor.numel() >= mode.site.rules["fallback", "saved"].min_bytes
         ):
-            bits = bitmask.encode(tensor)
+            bits = mode.bits(tensor)
             mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
             return bits, tuple(tensor.shape)
         if self.exact is not None and tensor.data_ptr() == self.exact.data_ptr():
@@ -126,7 +123,7 @@ class _Hooks:
         return mode.keep(tensor, "fallback", "saved", label=self.name)
 
 
-class _Packed:
+class Packed:
     """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor
     back."""
 
@@ -148,8 +145,24 @@ class _Packed:
             versions,
         )
 
+    @classmethod
+    def of(
+        cls,
+        tensors: list[Tensor],
+        spec: Spec | None,
+        shape: tuple[int, ...] | None,
+        outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None,
+    ) -> Packed:
+        """A stash's tensors with its structure, a mask's bits with its shape, or one tensor alone,
+        through the hooks that were on before ours."""
+        if outer is None:
+            return cls(tensors, spec, shape, None, [t._version for t in tensors])
+        wrap, unwrap = outer
+        return cls([wrap(t) for t in tensors], spec, shape, unwrap)
 
-def _unpack(packed: _Packed) -> Tensor:
+
+def unpack(packed: Packed) -> Tensor:
+    """The tensor that was packed."""
     # What is kept whole may have been written to since; under hooks PyTorch leaves that check to
     # them.
     if packed.versions is not None and packed.versions != [t._version for t in packed.tensors]:

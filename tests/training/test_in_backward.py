@@ -55,7 +55,9 @@ def steps(method, parameters, gradients, **options):
 def example(count=3):
     torch.manual_seed(0)
     shapes = [(7, 5), (6,), (4, 3, 2)]
-    return [torch.randn(s) for s in shapes], [[torch.randn(s) for s in shapes] for _ in range(count)]
+    return [torch.randn(s) for s in shapes], [
+        [torch.randn(s) for s in shapes] for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 10])
@@ -118,7 +120,9 @@ def test_a_model_in_bfloat16_learns_and_no_gradients_pile_up(method, policy):
     if policy:
         mesa_train.wrap(model, policy)
     model.set_grad_checkpointing(policy == "mesa8")
-    stepper = InBackward(groups(model, 0.0, 0.0), lr=3e-3 if method == "factored" else 3e-4, method=method)
+    stepper = InBackward(
+        groups(model, 0.0, 0.0), lr=3e-3 if method == "factored" else 3e-4, method=method
+    )
     alive = []
 
     def count(*_):
