@@ -1,0 +1,195 @@
+// What is read from codes element by element: the values themselves, and an activation or its
+// backward at them. One pass, in registers between memory and memory.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "cpu_activations.h"
+#include "cpu_rows.h"
+
+namespace mesa {
+
+// make(to, n) writes n elements to `to`, all of a vector's width where a group is shorter.
+template <typename Raw, typename Make>
+inline void write_group(Raw* to, int64_t n, const Make& make) {
+  if (n < LANES) {
+    Padded<Raw> padded;
+    make(padded.data, LANES);
+    padded.copy_to(to, n);
+  } else {
+    make(to, n);
+  }
+}
+
+// finish(values, col) changes the values of LANES columns before they are stored.
+template <typename Finish>
+Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& finish) {
+  const Layout& layout = coded.layout;
+  const Output out(rows, layout.cols, dtype, written_as(dtype));
+  with_dtype(dtype, [&]<typename T>(T) {
+    parallel_stretches(rows, layout, [&](const auto& for_each) {
+      const auto room = buffer<uint8_t>(coded.room());
+      for_each([&](const Stretch& s) {
+        for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+          const uint8_t* const q = coded.q(row, s.col, s.n, room.get());
+          const Grid* const grids = coded.grids(row, s.group);
+          for (int64_t g = 0; g < s.groups; ++g) {
+            const int64_t begin = g * layout.size, n = std::min(layout.size, s.n - begin);
+            const float scale = grids[g].scale(), zero = grids[g].zero();
+            write_group(out.row<T>(row) + s.col + begin, n, [&](auto* to, int64_t length) {
+              for_vectors(length, [&](int64_t i) {
+                const Floats value = floats(load<Bytes>(q + begin + i)) * scale + zero;
+                T::store(to + i, finish(value, s.col + begin + i));
+              });
+            });
+          }
+        }
+      });
+    });
+  });
+  return out.result();
+}
+
+// Some groups of a row: their codes, and the same elements of the tensors that go with them.
+struct Piece {
+  const uint8_t* q;
+  const Grid* grids;
+  int64_t groups, size, n;
+  const void* grad;  // null unless a backward is asked for,
+  void* dx;
+  void* y;  // and null unless the activation is
+};
+
+// An activation and its slope at a group's codes: computed,
+template <typename Kind, typename T>
+struct Computed {
+  float scale, zero;
+  explicit Computed(Grid grid) : scale(grid.scale()), zero(grid.zero()) {}
+  Floats at(Bytes q) const { return floats(q) * scale + zero; }
+  Floats value(Bytes q) const { return Kind::template value<T>(at(q)); }
+  Floats slope(Bytes q) const { return Kind::template slope<T>(at(q)); }
+};
+
+// or looked up among the 16 or 4 there are.
+template <typename Kind>
+struct Tabled {
+  float values[16], slopes[16];
+  explicit Tabled(Grid grid) {
+    for (int q = 0; q < 16; q += LANES) {
+      Floats x;
+      for (int k = 0; k < LANES; ++k) x[k] = static_cast<float>(q + k);
+      x = x * grid.scale() + grid.zero();
+      store(values + q, Kind::template value<Float32>(x));
+      store(slopes + q, Kind::template slope<Float32>(x));
+    }
+  }
+  Floats value(Bytes q) const { return lookup(values, q); }
+  Floats slope(Bytes q) const { return lookup(slopes, q); }
+};
+
+template <typename T, typename Activated, bool BACKWARD, bool VALUE>
+void activate(const Piece& p) {
+  using Raw = typename T::Raw;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t begin = g * p.size, n = std::min(p.size, p.n - begin);
+    const Activated activated(p.grids[g]);
+    const uint8_t* const q = p.q + begin;
+    const Raw* const grad = static_cast<const Raw*>(p.grad) + begin;
+    Raw* const dx = static_cast<Raw*>(p.dx) + begin;
+    Raw* const y = static_cast<Raw*>(p.y) + begin;
+    const auto run = [&](const Raw* grad, Raw* dx, Raw* y, int64_t length) {
+      for_vectors(length, [&](int64_t i) {
+        const Bytes codes = load<Bytes>(q + i);
+        if constexpr (BACKWARD) T::store(dx + i, T::load(grad + i) * activated.slope(codes));
+        if constexpr (VALUE) T::store(y + i, activated.value(codes));
+      });
+    };
+    if (n >= LANES) {
+      run(grad, dx, y, n);
+    } else {
+      Padded<Raw> padded, dx_padded, y_padded;
+      if constexpr (BACKWARD) padded = Padded<Raw>(grad, n);
+      run(padded.data, dx_padded.data, y_padded.data, LANES);
+      if constexpr (BACKWARD) dx_padded.copy_to(dx, n);
+      if constexpr (VALUE) y_padded.copy_to(y, n);
+    }
+  }
+}
+
+using Activate = void (*)(const Piece&);
+
+// Of one dtype: at 8 bits, and at fewer.
+template <typename T>
+struct Passes {
+  Activate value[2], backward[2], pair[2];
+};
+
+template <typename Kind, typename T>
+constexpr Passes<T> passes() {
+  using Long = Computed<Kind, T>;
+  using Short = Tabled<Kind>;
+  return {{activate<T, Long, false, true>, activate<T, Short, false, true>},
+          {activate<T, Long, true, false>, activate<T, Short, true, false>},
+          {activate<T, Long, true, true>, activate<T, Short, true, true>}};
+}
+
+struct Activation {
+  std::string_view kind;
+  Passes<Float32> float32;
+  Passes<BFloat16> bfloat16;
+  Passes<Float16> float16;
+
+  const Passes<Float32>& of(Float32) const { return float32; }
+  const Passes<BFloat16>& of(BFloat16) const { return bfloat16; }
+  const Passes<Float16>& of(Float16) const { return float16; }
+};
+
+template <typename Kind>
+constexpr Activation activation(std::string_view kind) {
+  return {kind, passes<Kind, Float32>(), passes<Kind, BFloat16>(), passes<Kind, Float16>()};
+}
+
+inline constexpr Activation ACTIVATIONS[] = {
+    activation<Gelu>("gelu"),
+    activation<GeluTanh>("gelu_tanh"),
+    activation<Silu>("silu"),
+    activation<Relu>("relu"),
+    activation<Hardswish>("hardswish"),
+    activation<Hardsigmoid>("hardsigmoid"),
+    activation<Mish>("mish"),
+    activation<Softplus>("softplus"),
+    activation<QuickGelu>("quick_gelu"),
+    activation<Elu>("elu"),
+    activation<LeakyRelu>("leaky_relu"),
+};
+
+inline const Activation& find_activation(const std::string& kind) {
+  for (const Activation& a : ACTIVATIONS) {
+    if (a.kind == kind) return a;
+  }
+  std::string choices;
+  for (const Activation& a : ACTIVATIONS) {
+    choices += (choices.empty() ? "'" : ", '") + std::string(a.kind) + "'";
+  }
+  STD_TORCH_CHECK(false, "kind must be one of (", choices, "), got '", kind, "'");
+}
+
+// fill(row, col, p) adds its tensors to p.
+template <typename T, typename Fill>
+void activate_all(const Coded& coded, int64_t rows, Activate pass, const Fill& fill) {
+  const Layout& layout = coded.layout;
+  parallel_stretches(rows, layout, [&](const auto& for_each) {
+    const auto room = buffer<uint8_t>(coded.room());
+    for_each([&](const Stretch& s) {
+      for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+        Piece p{coded.q(row, s.col, s.n, room.get()), coded.grids(row, s.group), s.groups,
+                layout.size, s.n, nullptr, nullptr, nullptr};
+        fill(row, s.col, p);
+        pass(p);
+      }
+    });
+  });
+}
+
+}  // namespace mesa
