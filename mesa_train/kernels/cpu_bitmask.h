@@ -19,7 +19,7 @@ inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict byte
 template <typename T>
 inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
   const auto visit = [](const typename T::Raw* from, uint8_t* to) {
-    store(to, __builtin_convertvector((T::load(from) > 0) & 1, Bytes));
+    store(to, to_bytes(std::bit_cast<Words>((T::load(from) > 0) & 1)));
   };
   if (n < LANES) {
     const Padded padded(x, n);

@@ -90,12 +90,16 @@ struct Ends {
 };
 
 inline Ends ends_of(Ints low, Ints high) {
+#if defined(MESA_AVX512)
+  return {_mm512_reduce_min_epi32((__m512i)low), _mm512_reduce_max_epi32((__m512i)high)};
+#else
   Ends ends{low[0], high[0]};
   for (int k = 1; k < LANES; ++k) {
-    ends.low = std::min(ends.low, low[k]);
-    ends.high = std::max(ends.high, high[k]);
+    ends.low = std::min<int32_t>(ends.low, low[k]);
+    ends.high = std::max<int32_t>(ends.high, high[k]);
   }
   return ends;
+#endif
 }
 
 template <typename Source>
@@ -196,7 +200,7 @@ inline void quantize_nearest(const Source& x, uint8_t* q, int64_t n, float zero,
   for_vectors(n, [&](int64_t i) {
     const Floats v = clamp((x.at(i) - zero) * inverse, levels);
     // 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
-    store(q + i, __builtin_convertvector(as_words(v + 12582912.0f), Bytes));
+    store(q + i, to_bytes(as_words(v + 12582912.0f)));
   });
 }
 
@@ -209,9 +213,9 @@ inline void quantize_stochastic(const Source& x, uint8_t* q, int64_t n, float ze
   for (int k = 0; k < LANES; ++k) lane[k] = (column + k) * 0x9E3779B9u;
   for_vectors(n, [&](int64_t i) {
     const Words h = mix((lane + static_cast<uint32_t>(i) * 0x9E3779B9u) ^ key) >> 8;
-    const Floats u = __builtin_convertvector(std::bit_cast<Ints>(h), Floats) * 0x1p-24f;
+    const Floats u = floats(std::bit_cast<Ints>(h)) * 0x1p-24f;
     const Floats v = clamp((x.at(i) - zero) * inverse + u, levels);
-    store(q + i, __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes));
+    store(q + i, to_bytes(std::bit_cast<Words>(__builtin_convertvector(v, Ints))));
   });
 }
 

@@ -39,6 +39,7 @@ Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& 
             const float scale = grids[g].scale(), zero = grids[g].zero();
             write_group(out.row<T>(row) + s.col + begin, n, [&](auto* to, int64_t length) {
               for_vectors(length, [&](int64_t i) {
+                prefetch(q + begin + i + AHEAD);
                 const Floats value = floats(load<Bytes>(q + begin + i)) * scale + zero;
                 T::store(to + i, finish(value, s.col + begin + i));
               });
@@ -72,20 +73,14 @@ struct Computed {
 };
 
 // or looked up among the 16 or 4 there are.
-template <typename Kind>
+template <typename Kind, typename T>
 struct Tabled {
-  float values[16], slopes[16];
-  explicit Tabled(Grid grid) {
-    for (int q = 0; q < 16; q += LANES) {
-      Floats x;
-      for (int k = 0; k < LANES; ++k) x[k] = static_cast<float>(q + k);
-      x = x * grid.scale() + grid.zero();
-      store(values + q, Kind::template value<Float32>(x));
-      store(slopes + q, Kind::template slope<Float32>(x));
-    }
-  }
-  Floats value(Bytes q) const { return lookup(values, q); }
-  Floats slope(Bytes q) const { return lookup(slopes, q); }
+  Table values, slopes;  // The compiler leaves out the one that a pass does not use.
+  explicit Tabled(Grid grid)
+      : values([&](Floats q) { return Kind::template value<T>(q * grid.scale() + grid.zero()); }),
+        slopes([&](Floats q) { return Kind::template slope<T>(q * grid.scale() + grid.zero()); }) {}
+  Floats value(Bytes q) const { return values[q]; }
+  Floats slope(Bytes q) const { return slopes[q]; }
 };
 
 template <typename T, typename Activated, bool BACKWARD, bool VALUE>
@@ -101,6 +96,8 @@ void activate(const Piece& p) {
     const auto run = [&](const Raw* grad, Raw* dx, Raw* y, int64_t length) {
       for_vectors(length, [&](int64_t i) {
         const Bytes codes = load<Bytes>(q + i);
+        prefetch(q + i + AHEAD);
+        if constexpr (BACKWARD) prefetch(grad + i + AHEAD);
         if constexpr (BACKWARD) T::store(dx + i, T::load(grad + i) * activated.slope(codes));
         if constexpr (VALUE) T::store(y + i, activated.value(codes));
       });
@@ -128,7 +125,7 @@ struct Passes {
 template <typename Kind, typename T>
 constexpr Passes<T> passes() {
   using Long = Computed<Kind, T>;
-  using Short = Tabled<Kind>;
+  using Short = Tabled<Kind, T>;
   return {{activate<T, Long, false, true>, activate<T, Short, false, true>},
           {activate<T, Long, true, false>, activate<T, Short, true, false>},
           {activate<T, Long, true, true>, activate<T, Short, true, true>}};

@@ -38,7 +38,7 @@ inline void quantize(const Source& x, uint8_t* q, int64_t n, const Grids& grids,
 
 // source(row) is what row's elements are read through.
 template <typename SourceOf>
-void encode_stretch(const Stretch& s, const Layout& layout, const SourceOf& source, Grids& grids,
+void encode_stretch(const Stretch& s, int64_t rows, const Layout& layout, const SourceOf& source, Grids& grids,
                     Rounding rounding, const Codes& out, uint8_t* room) {
   using Raw = typename decltype(source(0))::Dtype::Raw;
   // visit(group among the stretch's, its source, where it begins in its row's stretch, its length)
@@ -67,6 +67,9 @@ void encode_stretch(const Stretch& s, const Layout& layout, const SourceOf& sour
   for (int64_t r = 0; r < s.rows; ++r) {
     uint8_t* const bytes = out.bytes + (s.row + r) * layout.bytes + s.col * layout.bits / 8;
     uint8_t* const q = layout.bits == 8 ? bytes : room;
+    if (s.row + s.rows + r < rows) {
+      prefetch(source(s.row + s.rows + r).x + s.col, s.n * sizeof(Raw));
+    }
     for_groups(r, [&](int64_t k, const auto& x, int64_t begin, int64_t n) {
       const int64_t column = s.col + begin;
       if (n < LANES) {
@@ -99,7 +102,7 @@ std::tuple<Tensor, Tensor> encode(const Matrix& x, int64_t bits, int64_t group_s
       const auto room = buffer<uint8_t>(layout.stretch + 3);
       Grids grids;
       for_each([&](const Stretch& s) {
-        encode_stretch(s, layout, of, grids, rounding, out, room.get());
+        encode_stretch(s, x.rows, layout, of, grids, rounding, out, room.get());
       });
     });
   });

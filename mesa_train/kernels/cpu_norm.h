@@ -65,6 +65,8 @@ void norm_rows(const NormShape& shape, const NormRow<T, U, Q>* rows, float* dwei
       const Floats b = all(-row.rstd * (mean_d + mean_dx * row.grids[g].zero()));
       const Floats rstd = all(row.rstd);
       for (int64_t i = begin; i < end; i += LANES) {
+        prefetch(row.grad + i + R * shape.cols);
+        prefetch(row.q + i + R * shape.cols);
         const Floats d = T::load(row.grad + i) * load<Floats>(shape.weight + i);
         U::store(row.dx + i, fused(widened(row.q + i), a, fused(d, rstd, b)));
       }

@@ -57,9 +57,56 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-inline Floats floats(Bytes q) {
-  return __builtin_convertvector(__builtin_convertvector(q, Ints), Floats);
+// --- between widths: the extension has these too, but g++ takes the vectors apart for them ---
+
+inline Ints widen(Bytes x) {
+#if defined(MESA_AVX512)
+  return (Ints)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, std::bit_cast<int64_t>(x)));
+#else
+  return __builtin_convertvector(x, Ints);
+#endif
 }
+
+inline Words widen(Shorts x) {
+#if defined(MESA_AVX512)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
+// The low bytes.
+inline Bytes to_bytes(Words x) {
+#if defined(MESA_AVX512)
+  return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(255));
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  return std::bit_cast<Bytes>(_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves)));
+#else
+  return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+// The high halves.
+inline Shorts to_shorts(Words x) {
+#if defined(MESA_AVX512)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
+#elif defined(__AVX2__)
+  const __m256i high = (__m256i)(x >> 16);
+  return (Shorts)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+#else
+  return __builtin_convertvector(x >> 16, Shorts);
+#endif
+}
+
+inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats floats(Bytes x) { return floats(widen(x)); }
 
 // --- arithmetic ---
 
@@ -96,23 +143,44 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 inline Floats absolute(Floats x) { return as_floats(as_words(x) & 0x7FFFFFFFu); }
 
-// The same order of additions whatever the processor does with halves.
 inline float sum(Floats x) {
+#if defined(MESA_AVX512)
+  return _mm512_reduce_add_ps(x);
+#else
   float total = 0;
   for (int k = 0; k < LANES; ++k) total += x[k];
   return total;
-}
-
-// table[q] for q below 16.
-inline Floats lookup(const float* table, Bytes q) {
-#if defined(MESA_AVX512)
-  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)q), _mm512_loadu_ps(table));
-#else
-  Floats v;
-  for (int k = 0; k < LANES; ++k) v[k] = table[q[k]];
-  return v;
 #endif
 }
+
+// A function of the codes below 16, looked up: in a register where that has room for all.
+struct Table {
+#if defined(MESA_AVX512)
+  Floats values;
+#else
+  float values[16];
+#endif
+
+  template <typename F>
+  explicit Table(const F& f) {
+    Floats code;
+    for (int k = 0; k < LANES; ++k) code[k] = static_cast<float>(k);
+#if defined(MESA_AVX512)
+    values = f(code);
+#else
+    for (int q = 0; q < 16; q += LANES) store(values + q, f(code + static_cast<float>(q)));
+#endif
+  }
+  Floats operator[](Bytes q) const {
+#if defined(MESA_AVX512)
+    return _mm512_permutexvar_ps((__m512i)widen(q), values);
+#else
+    Floats v;
+    for (int k = 0; k < LANES; ++k) v[k] = values[q[k]];
+    return v;
+#endif
+  }
+};
 
 // --- dtypes: how LANES elements are read and written ---
 
@@ -125,7 +193,7 @@ struct Float32 {
 struct BFloat16 {
   using Raw = uint16_t;
   static Floats load(const Raw* from) {
-    return as_floats(__builtin_convertvector(mesa::load<Shorts>(from), Words) << 16);
+    return as_floats(widen(mesa::load<Shorts>(from)) << 16);
   }
   // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction for this
   // flushes denormals and keeps a NaN's digits.
@@ -133,7 +201,7 @@ struct BFloat16 {
     const Words bits = as_words(x);
     const Words even = bits + 0x7FFF + ((bits >> 16) & 1);
     const Words kept = (x == x) ? even : all(0x7FC00000u);
-    mesa::store(to, __builtin_convertvector(kept >> 16, Shorts));
+    mesa::store(to, to_shorts(kept));
   }
 };
 
@@ -165,6 +233,15 @@ struct Float16 {
 
 // --- loops ---
 
+// Hardware sees a long run coming, but not the next of many short rows, nor enough of it while it waits
+// for arithmetic. Any address will do, beyond an end too.
+inline void prefetch(const void* from) { __builtin_prefetch(from); }
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
+}
+// Elements ahead of a loop, whatever their size.
+constexpr int64_t AHEAD = 1024;
+
 // visit(i) for vectors that cover [0, n), n >= LANES. Where n is no multiple of LANES the last one
 // overlaps its neighbour, so a visit must not mind being repeated.
 template <typename Visit>
@@ -179,7 +256,7 @@ template <typename Raw>
 struct Padded {
   Raw data[LANES];
   Padded() = default;
-  Padded(const Raw* from, int64_t n) {
+  [[gnu::noinline]] Padded(const Raw* from, int64_t n) {
     for (int64_t i = 0; i < LANES; ++i) data[i] = from[std::min(i, n - 1)];
   }
   void copy_to(Raw* to, int64_t n) const { std::memcpy(to, data, n * sizeof(Raw)); }
