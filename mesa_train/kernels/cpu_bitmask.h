@@ -18,17 +18,14 @@ inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict byte
 // x > 0 as flags.
 template <typename T>
 inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
-  const auto visit = [](const typename T::Raw* from, uint8_t* to) {
-    store(to, to_bytes(std::bit_cast<Words>((T::load(from) > 0) & 1)));
-  };
-  if (n < LANES) {
-    const Padded padded(x, n);
-    Padded<uint8_t> last;
-    visit(padded.data, last.data);
-    last.copy_to(flags, n);
-  } else {
-    for_vectors(n, [&](int64_t i) { visit(x + i, flags + i); });
-  }
+  Padded<typename T::Raw> padded;
+  Padded<uint8_t> last;
+  const auto* const from = padded.read(x, n);
+  uint8_t* const to = last.write(flags, n);
+  for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
+    store(to + i, to_bytes(std::bit_cast<Words>((T::load(from + i) > 0) & 1)));
+  });
+  last.finish(flags, n);
 }
 
 // All ones where the bit of an element is set. i is a multiple of LANES.
@@ -52,12 +49,11 @@ inline void apply_bits(const typename T::Raw* x, const uint8_t* bytes, typename 
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) visit(x + i, mask_at(bytes, i), out + i);
   if (i < n) {
-    const Padded padded(x + i, n - i);
+    Padded<typename T::Raw> padded, result;
     uint8_t last[3] = {};  // as many as mask_at reads
     std::memcpy(last, bytes + i / 8, ceil_div(n, 8) - i / 8);
-    Padded<typename T::Raw> result;
-    visit(padded.data, mask_at(last, i % 8), result.data);
-    result.copy_to(out + i, n - i);
+    visit(padded.read(x + i, n - i), mask_at(last, i % 8), result.data);
+    result.finish(out + i, n - i);
   }
 }
 

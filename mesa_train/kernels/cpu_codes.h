@@ -209,13 +209,18 @@ template <typename Source>
 inline void quantize_stochastic(const Source& x, uint8_t* q, int64_t n, float zero, float inverse,
                                 int bits, uint32_t key, uint32_t column) {
   const float levels = static_cast<float>((1 << bits) - 1);
-  Words lane;
-  for (int k = 0; k < LANES; ++k) lane[k] = (column + k) * 0x9E3779B9u;
+  constexpr uint32_t golden = 0x9E3779B9u;
+  Words spread;  // (column + i) * golden, carried along
+  for (int k = 0; k < LANES; ++k) spread[k] = (column + k) * golden;
+  int64_t at = 0;
   for_vectors(n, [&](int64_t i) {
-    const Words h = mix((lane + static_cast<uint32_t>(i) * 0x9E3779B9u) ^ key) >> 8;
-    const Floats u = floats(std::bit_cast<Ints>(h)) * 0x1p-24f;
-    const Floats v = clamp((x.at(i) - zero) * inverse + u, levels);
+    if (i != at) spread += static_cast<uint32_t>(i - at) * golden;
+    const Floats h = floats(std::bit_cast<Ints>(mix(spread ^ key) >> 8));
+    // The product is exact, so the sum is rounded once however it is computed.
+    const Floats v = clamp(fused(h, all(0x1p-24f), (x.at(i) - zero) * inverse), levels);
     store(q + i, to_bytes(std::bit_cast<Words>(__builtin_convertvector(v, Ints))));
+    spread += static_cast<uint32_t>(LANES) * golden;
+    at = i + LANES;
   });
 }
 

@@ -10,18 +10,6 @@
 
 namespace mesa {
 
-// make(to, n) writes n elements to `to`, all of a vector's width where a group is shorter.
-template <typename Raw, typename Make>
-inline void write_group(Raw* to, int64_t n, const Make& make) {
-  if (n < LANES) {
-    Padded<Raw> padded;
-    make(padded.data, LANES);
-    padded.copy_to(to, n);
-  } else {
-    make(to, n);
-  }
-}
-
 // finish(values, col) changes the values of LANES columns before they are stored.
 template <typename Finish>
 Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& finish) {
@@ -37,13 +25,15 @@ Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& 
           for (int64_t g = 0; g < s.groups; ++g) {
             const int64_t begin = g * layout.size, n = std::min(layout.size, s.n - begin);
             const float scale = grids[g].scale(), zero = grids[g].zero();
-            write_group(out.row<T>(row) + s.col + begin, n, [&](auto* to, int64_t length) {
-              for_vectors(length, [&](int64_t i) {
-                prefetch(q + begin + i + AHEAD);
-                const Floats value = floats(load<Bytes>(q + begin + i)) * scale + zero;
-                T::store(to + i, finish(value, s.col + begin + i));
-              });
+            auto* const to = out.row<T>(row) + s.col + begin;
+            Padded<typename T::Raw> padded;
+            auto* const values = padded.write(to, n);
+            for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
+              prefetch(q + begin + i + AHEAD);
+              const Floats value = floats(load<Bytes>(q + begin + i)) * scale + zero;
+              T::store(values + i, finish(value, s.col + begin + i));
             });
+            padded.finish(to, n);
           }
         }
       });
@@ -65,20 +55,24 @@ struct Piece {
 // An activation and its slope at a group's codes: computed,
 template <typename Kind, typename T>
 struct Computed {
+  typename Evaluator<Kind, T>::Type kind;
   float scale, zero;
-  explicit Computed(Grid grid) : scale(grid.scale()), zero(grid.zero()) {}
+  void enter(Grid grid) { scale = grid.scale(), zero = grid.zero(); }
   Floats at(Bytes q) const { return floats(q) * scale + zero; }
-  Floats value(Bytes q) const { return Kind::template value<T>(at(q)); }
-  Floats slope(Bytes q) const { return Kind::template slope<T>(at(q)); }
+  Floats value(Bytes q) const { return kind.template value<T>(at(q)); }
+  Floats slope(Bytes q) const { return kind.template slope<T>(at(q)); }
 };
 
 // or looked up among the 16 or 4 there are.
 template <typename Kind, typename T>
 struct Tabled {
+  typename Evaluator<Kind, T>::Type kind;
   Table values, slopes;  // The compiler leaves out the one that a pass does not use.
-  explicit Tabled(Grid grid)
-      : values([&](Floats q) { return Kind::template value<T>(q * grid.scale() + grid.zero()); }),
-        slopes([&](Floats q) { return Kind::template slope<T>(q * grid.scale() + grid.zero()); }) {}
+  void enter(Grid grid) {
+    const float scale = grid.scale(), zero = grid.zero();
+    values.fill([&](Floats q) { return kind.template value<T>(q * scale + zero); });
+    slopes.fill([&](Floats q) { return kind.template slope<T>(q * scale + zero); });
+  }
   Floats value(Bytes q) const { return values[q]; }
   Floats slope(Bytes q) const { return slopes[q]; }
 };
@@ -86,31 +80,30 @@ struct Tabled {
 template <typename T, typename Activated, bool BACKWARD, bool VALUE>
 void activate(const Piece& p) {
   using Raw = typename T::Raw;
+  Activated activated;
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t begin = g * p.size, n = std::min(p.size, p.n - begin);
-    const Activated activated(p.grids[g]);
+    activated.enter(p.grids[g]);
     const uint8_t* const q = p.q + begin;
-    const Raw* const grad = static_cast<const Raw*>(p.grad) + begin;
-    Raw* const dx = static_cast<Raw*>(p.dx) + begin;
-    Raw* const y = static_cast<Raw*>(p.y) + begin;
-    const auto run = [&](const Raw* grad, Raw* dx, Raw* y, int64_t length) {
-      for_vectors(length, [&](int64_t i) {
-        const Bytes codes = load<Bytes>(q + i);
-        prefetch(q + i + AHEAD);
-        if constexpr (BACKWARD) prefetch(grad + i + AHEAD);
-        if constexpr (BACKWARD) T::store(dx + i, T::load(grad + i) * activated.slope(codes));
-        if constexpr (VALUE) T::store(y + i, activated.value(codes));
-      });
-    };
-    if (n >= LANES) {
-      run(grad, dx, y, n);
-    } else {
-      Padded<Raw> padded, dx_padded, y_padded;
-      if constexpr (BACKWARD) padded = Padded<Raw>(grad, n);
-      run(padded.data, dx_padded.data, y_padded.data, LANES);
-      if constexpr (BACKWARD) dx_padded.copy_to(dx, n);
-      if constexpr (VALUE) y_padded.copy_to(y, n);
+    Padded<Raw> padded, dx_padded, y_padded;
+    const Raw* grad = nullptr;
+    Raw *dx = nullptr, *y = nullptr;
+    if constexpr (BACKWARD) {
+      grad = padded.read(static_cast<const Raw*>(p.grad) + begin, n);
+      dx = dx_padded.write(static_cast<Raw*>(p.dx) + begin, n);
     }
+    if constexpr (VALUE) y = y_padded.write(static_cast<Raw*>(p.y) + begin, n);
+    for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
+      const Bytes codes = load<Bytes>(q + i);
+      prefetch(q + i + AHEAD);
+      if constexpr (BACKWARD) {
+        prefetch(grad + i + AHEAD);
+        T::store(dx + i, T::load(grad + i) * activated.slope(codes));
+      }
+      if constexpr (VALUE) T::store(y + i, activated.value(codes));
+    });
+    if constexpr (BACKWARD) dx_padded.finish(static_cast<Raw*>(p.dx) + begin, n);
+    if constexpr (VALUE) y_padded.finish(static_cast<Raw*>(p.y) + begin, n);
   }
 }
 

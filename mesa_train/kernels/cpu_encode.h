@@ -51,13 +51,8 @@ void encode_stretch(const Stretch& s, int64_t rows, const Layout& layout, const 
   };
   for (int64_t r = 0; r < s.rows; ++r) {
     for_groups(r, [&](int64_t k, const auto& x, int64_t, int64_t n) {
-      Ends& ends = grids.ends[k];
-      if (n < LANES) {
-        const Padded<Raw> padded(x.x, n);
-        ends = find_ends(x.on(padded.data), LANES);
-      } else {
-        ends = find_ends(x, n);
-      }
+      Padded<Raw> padded;
+      grids.ends[k] = find_ends(x.on(padded.read(x.x, n)), std::max<int64_t>(n, LANES));
     });
   }
   grids.compute(layout.bits);
@@ -71,16 +66,11 @@ void encode_stretch(const Stretch& s, int64_t rows, const Layout& layout, const 
       prefetch(source(s.row + s.rows + r).x + s.col, s.n * sizeof(Raw));
     }
     for_groups(r, [&](int64_t k, const auto& x, int64_t begin, int64_t n) {
-      const int64_t column = s.col + begin;
-      if (n < LANES) {
-        const Padded<Raw> padded(x.x, n);
-        Padded<uint8_t> codes;
-        quantize(x.on(padded.data), codes.data, LANES, grids, k, layout.bits, rounding, first,
-                 column);
-        codes.copy_to(q + begin, n);
-      } else {
-        quantize(x, q + begin, n, grids, k, layout.bits, rounding, first, column);
-      }
+      Padded<Raw> padded;
+      Padded<uint8_t> codes;
+      quantize(x.on(padded.read(x.x, n)), codes.write(q + begin, n), std::max<int64_t>(n, LANES),
+               grids, k, layout.bits, rounding, first, s.col + begin);
+      codes.finish(q + begin, n);
     });
     if (layout.bits != 8) {
       std::memset(q + s.n, 0, 3);

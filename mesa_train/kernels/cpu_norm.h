@@ -88,13 +88,13 @@ void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U
     x[i] = static_cast<float>(row.q[i]) * grid.scale() + grid.zero();
   }
   const auto convert = [&](auto from, auto to, const auto* source, auto* target) {
-    int64_t i = 0;
-    for (; i + LANES <= shape.cols; i += LANES) to.store(target + i, from.load(source + i));
-    if (i == shape.cols) return;
-    const Padded padded(source + i, shape.cols - i);
-    std::remove_pointer_t<decltype(target)> last[LANES];
-    to.store(last, from.load(padded.data));
-    std::copy_n(last, shape.cols - i, target + i);
+    for (int64_t i = 0; i < shape.cols; i += LANES) {
+      const int64_t n = std::min<int64_t>(LANES, shape.cols - i);
+      Padded<std::remove_cvref_t<decltype(*source)>> read;
+      Padded<std::remove_cvref_t<decltype(*target)>> written;
+      to.store(written.write(target + i, n), from.load(read.read(source + i, n)));
+      written.finish(target + i, n);
+    }
   };
   convert(T{}, Float32{}, row.grad, grad);
   const NormRow<Float32, Float32, float> wide{x, grad, dx, &IDENTITY, row.rstd};

@@ -162,7 +162,7 @@ struct Table {
 #endif
 
   template <typename F>
-  explicit Table(const F& f) {
+  void fill(const F& f) {
     Floats code;
     for (int k = 0; k < LANES; ++k) code[k] = static_cast<float>(k);
 #if defined(MESA_AVX512)
@@ -195,9 +195,16 @@ struct BFloat16 {
   static Floats load(const Raw* from) {
     return as_floats(widen(mesa::load<Shorts>(from)) << 16);
   }
-  // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction for this
-  // flushes denormals and keeps a NaN's digits.
+  // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction flushes
+  // denormals and keeps a NaN's digits, so it is for vectors without either.
   static void store(Raw* to, Floats x) {
+#if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    constexpr int quiet = 0x01, denormal = 0x20, signalling = 0x80;
+    if (_mm512_fpclass_ps_mask(x, quiet | denormal | signalling) == 0) [[likely]] {
+      const __m256bh narrow = _mm512_cvtneps_pbh(x);
+      return std::memcpy(to, &narrow, sizeof narrow), void();
+    }
+#endif
     const Words bits = as_words(x);
     const Words even = bits + 0x7FFF + ((bits >> 16) & 1);
     const Words kept = (x == x) ? even : all(0x7FC00000u);
@@ -243,23 +250,34 @@ inline void prefetch(const void* from, int64_t bytes) {
 constexpr int64_t AHEAD = 1024;
 
 // visit(i) for vectors that cover [0, n), n >= LANES. Where n is no multiple of LANES the last one
-// overlaps its neighbour, so a visit must not mind being repeated.
+// overlaps its neighbour, so a visit must not mind being repeated. Spelled with a single call, which
+// the compiler inlines however long it is.
 template <typename Visit>
 inline void for_vectors(int64_t n, const Visit& visit) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) visit(i);
-  if (i < n) visit(n - LANES);
+  for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
 }
 
-// A group that is shorter than a vector, continued with its last element.
+// Room for a group that is shorter than a vector.
 template <typename Raw>
 struct Padded {
   Raw data[LANES];
-  Padded() = default;
-  [[gnu::noinline]] Padded(const Raw* from, int64_t n) {
+
+  // `from`, or its n elements here, continued with the last, where they are less than a vector.
+  const Raw* read(const Raw* from, int64_t n) {
+    if (n >= LANES) return from;
+    fill(from, n);
+    return data;
+  }
+  // Where a vector can be written for n elements of `to`; `finish` copies them there.
+  Raw* write(Raw* to, int64_t n) { return n >= LANES ? to : data; }
+  void finish(Raw* to, int64_t n) const {
+    if (n < LANES) std::memcpy(to, data, n * sizeof(Raw));
+  }
+
+ private:
+  [[gnu::noinline]] void fill(const Raw* from, int64_t n) {
     for (int64_t i = 0; i < LANES; ++i) data[i] = from[std::min(i, n - 1)];
   }
-  void copy_to(Raw* to, int64_t n) const { std::memcpy(to, data, n * sizeof(Raw)); }
 };
 
 }  // namespace mesa
