@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = tuple(
-    Path(__file__).parent / name
-    for name in ("cpu.cpp", "cpu_rows.h", "cpu_stages.h", "cpu_activations.h")
+_SOURCES = (
+    Path(__file__).parent / "cpu.cpp",
+    *sorted(Path(__file__).parent.glob("cpu_*.h")),
 )
 # Contraction into FMA would round once where the specification rounds twice. Without errno and
 # floating-point traps, which nobody reads, more loops vectorise.

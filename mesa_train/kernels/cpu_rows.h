@@ -15,7 +15,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu_stages.h"
+#include "cpu_codes.h"
 
 namespace mesa {
 
@@ -34,73 +34,90 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype);
 }
 
-struct Dtype {
-  ScalarType type;
-  Load load;
-  Store store;
-};
+// Calls f with the type that reads and writes a dtype. Float64 has none: its tensors are cast before
+// and after.
+template <typename F>
+void with_dtype(ScalarType type, const F& f) {
+  if (type == ScalarType::BFloat16) return f(BFloat16{});
+  if (type == ScalarType::Half) return f(Float16{});
+  f(Float32{});
+}
 
-inline constexpr Dtype DTYPES[] = {
-    {ScalarType::Float, load_float, store_float},
-    {ScalarType::BFloat16, load_bfloat16, store_bfloat16},
-    {ScalarType::Half, load_half, store_half},
-    {ScalarType::Double, load_double, store_double},
-};
-
-inline const Dtype& floating(const char* name, ScalarType type) {
-  for (const Dtype& d : DTYPES) {
-    if (d.type == type) return d;
-  }
-  STD_TORCH_CHECK(false, name,
+inline void check_floating(const char* name, ScalarType type) {
+  const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                     type == ScalarType::Half || type == ScalarType::Double;
+  STD_TORCH_CHECK(known, name,
                   " must be a floating-point tensor (float64, float32, float16 or bfloat16), got ",
                   torch::headeronly::toString(type));
+}
+
+inline Tensor cast(const Tensor& from, ScalarType dtype) {
+  std::vector<int64_t> sizes(from.dim());
+  for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = from.size(d);
+  Tensor to = empty(sizes, dtype);
+  return torch::stable::copy_(to, from);
 }
 
 // A 2-D tensor of any float dtype, read row by row.
 struct Matrix {
   Tensor tensor;
-  Load load;
+  ScalarType type;  // of what is read
   int64_t rows, cols;
 
-  Matrix(const char* name, const Tensor& t) : tensor(t) {
+  Matrix(const char* name, const Tensor& t) : tensor(t), type(t.scalar_type()) {
     STD_TORCH_CHECK(t.dim() == 2, name, " must be 2-D (rows, cols), got ", t.dim(), "-D");
-    load = floating(name, t.scalar_type()).load;
+    check_floating(name, type);
     rows = t.size(0);
     cols = t.size(1);
-    if (cols > 1 && t.stride(1) != 1) tensor = torch::stable::contiguous(t);
+    if (type == ScalarType::Double) {
+      type = ScalarType::Float;
+      tensor = cast(t, type);
+    } else if (cols > 1 && t.stride(1) != 1) {
+      tensor = torch::stable::contiguous(t);
+    }
     data_ = static_cast<const char*>(tensor.const_data_ptr());
-    width_ = tensor.element_size();
-    stride_ = tensor.stride(0) * width_;
+    stride_ = tensor.stride(0) * tensor.element_size();
   }
-  void read(int64_t row, int64_t col, float* to, int64_t n) const {
-    load(data_ + row * stride_ + col * width_, to, n);
+  template <typename T>
+  const typename T::Raw* row(int64_t row) const {
+    return reinterpret_cast<const typename T::Raw*>(data_ + row * stride_);
   }
 
  private:
   const char* data_;
-  int64_t width_, stride_;
+  int64_t stride_;
 };
 
-// A fresh (rows, cols) tensor, written row by row.
+// A fresh (rows, cols) tensor, written row by row as `type`: float32 on the way to another dtype.
 struct Output {
   Tensor tensor;
 
-  Output(int64_t rows, int64_t cols, ScalarType dtype)
-      : tensor(empty({rows, cols}, dtype)), store_(floating("dtype", dtype).store), cols_(cols) {
+  Output(int64_t rows, int64_t cols, ScalarType dtype, ScalarType type)
+      : tensor(empty({rows, cols}, type)), dtype_(dtype) {
+    check_floating("dtype", dtype);
     data_ = static_cast<char*>(tensor.mutable_data_ptr());
-    width_ = tensor.element_size();
+    stride_ = cols * tensor.element_size();
   }
-  void write(int64_t row, int64_t col, const float* from, int64_t n) const {
-    store_(from, data_ + (row * cols_ + col) * width_, n);
+  template <typename T>
+  typename T::Raw* row(int64_t row) const {
+    return reinterpret_cast<typename T::Raw*>(data_ + row * stride_);
+  }
+  Tensor result() const {
+    return tensor.scalar_type() == dtype_ ? tensor : cast(tensor, dtype_);
   }
 
  private:
-  Store store_;
+  ScalarType dtype_;
   char* data_;
-  int64_t cols_, width_;
+  int64_t stride_;
 };
 
-// A small vector (a weight, a bias, a row statistic) in float32; `data` is null when it is absent.
+inline ScalarType written_as(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Float : dtype;
+}
+
+// A small vector (a weight, a bias, a row statistic) in float32, zeros for a vector's width behind it;
+// `data` is null when it is absent.
 struct Vector {
   std::vector<float> values;
   const float* data = nullptr;
@@ -110,21 +127,23 @@ struct Vector {
     STD_TORCH_CHECK(t->dim() == 1, name, " must be 1-D, got ", t->dim(), "-D");
     STD_TORCH_CHECK(t->size(0) == length, name, " must have ", length, " elements, got ",
                     t->size(0));
-    const Load load = floating(name, t->scalar_type()).load;
-    const Tensor source = torch::stable::contiguous(*t);
-    values.resize(length);
-    load(source.const_data_ptr(), values.data(), length);
+    check_floating(name, t->scalar_type());
+    const bool ready = t->scalar_type() == ScalarType::Float && t->is_contiguous();
+    const Tensor source = ready ? *t : cast(*t, ScalarType::Float);
+    values.resize(length + LANES);
+    std::memcpy(values.data(), source.const_data_ptr(), length * sizeof(float));
     data = values.data();
   }
 };
 
 // --- codes ---
 
-// How a row of codes is laid out, and how it is cut into stretches that start on a whole byte.
+// How a row of codes is laid out, and how it is cut into stretches that start on a whole byte. Rows
+// that are one short stretch go together.
 struct Layout {
   int bits;
   int64_t cols, groups, size, bytes;
-  int64_t stretch_groups, stretch, stretches;
+  int64_t stretch_groups, stretch, stretches, together;
 
   Layout(int64_t bits_, int64_t cols_, int64_t groups_) : cols(cols_), groups(groups_) {
     STD_TORCH_CHECK(bits_ == 8 || bits_ == 4 || bits_ == 2, "bits must be one of (8, 4, 2), got ",
@@ -134,37 +153,40 @@ struct Layout {
     bytes = ceil_div(cols * bits, 8);
     const int64_t per_byte = 8 / bits;
     const int64_t fit = size ? STRETCH / size / per_byte * per_byte : 0;
-    stretch_groups = std::max(fit, per_byte);
+    stretch_groups = std::clamp(fit, per_byte, Grids::ROOM);
     stretch = stretch_groups * size;
     stretches = ceil_div(groups, stretch_groups);
+    together = stretches == 1 ? std::max<int64_t>(1, stretch_groups / groups) : 1;
   }
 };
 
+// `groups` groups, `n` elements, of each of `rows` rows.
 struct Stretch {
-  int64_t row, group, groups, col, n;
+  int64_t row, rows, group, groups, col, n;
 };
 
 // body(for_each) runs once a thread, so that it can own its buffers; for_each visits its stretches.
 template <typename Body>
 void parallel_stretches(int64_t rows, const Layout& layout, const Body& body) {
   if (rows == 0 || layout.cols == 0) return;
-  const int64_t length = std::min(layout.stretch, layout.cols);
+  const int64_t length = std::min(layout.stretch, layout.cols) * layout.together;
   torch::stable::parallel_for(
-      0, rows * layout.stretches, std::max<int64_t>(1, GRAIN / length),
+      0, ceil_div(rows, layout.together) * layout.stretches, std::max<int64_t>(1, GRAIN / length),
       [&](int64_t begin, int64_t end) {
         body([&](const auto& visit) {
           for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i / layout.stretches;
+            const int64_t row = i / layout.stretches * layout.together;
             const int64_t group = i % layout.stretches * layout.stretch_groups;
             const int64_t col = group * layout.size;
-            visit(Stretch{row, group, std::min(layout.stretch_groups, layout.groups - group), col,
+            visit(Stretch{row, std::min(layout.together, rows - row), group,
+                          std::min(layout.stretch_groups, layout.groups - group), col,
                           std::min(layout.stretch, layout.cols - col)});
           }
         });
       });
 }
 
-// Codes and scales of (rows, cols), checked and read as float32 values.
+// Codes and scales of (rows, cols), checked.
 struct Coded {
   Tensor codes, scales;
   Layout layout;
@@ -185,23 +207,26 @@ struct Coded {
     if (!codes.is_contiguous()) codes = torch::stable::contiguous(codes);
     if (!scales.is_contiguous()) scales = torch::stable::contiguous(scales);
     bytes_ = static_cast<const uint8_t*>(codes.const_data_ptr());
-    scales_ptr_ = static_cast<const uint16_t*>(scales.const_data_ptr());
+    grids_ = static_cast<const Grid*>(scales.const_data_ptr());
   }
 
-  // `unpacked` has room for a stretch and 3 more; `to` for a stretch.
-  void read(const Stretch& s, uint8_t* unpacked, float* to) const {
-    const uint8_t* q = bytes_ + s.row * layout.bytes + s.col * layout.bits / 8;
-    if (layout.bits != 8) {
-      unpack(q, unpacked, s.n, layout.bits);
-      q = unpacked;
+  // Elements of room that `q` needs.
+  int64_t room() const { return layout.stretch + LANES; }
+
+  // The codes of n elements of a row, one a byte, and at least a vector's width that can be read from
+  // the first element of each group: `room`, where they are not there already.
+  const uint8_t* q(int64_t row, int64_t col, int64_t n, uint8_t* room) const {
+    const uint8_t* const from = bytes_ + row * layout.bytes + col * layout.bits / 8;
+    if (layout.bits == 8 && layout.size >= LANES) return from;
+    if (layout.bits == 8) {
+      std::memcpy(room, from, n);
+    } else {
+      unpack(from, room, n, layout.bits);
     }
-    const uint16_t* grid = scales_ptr_ + (s.row * layout.groups + s.group) * 2;
-    for (int64_t g = 0; g < s.groups; ++g) {
-      const float scale = as_float(static_cast<uint32_t>(grid[2 * g]) << 16);
-      const float zero = as_float(static_cast<uint32_t>(grid[2 * g + 1]) << 16);
-      const int64_t begin = g * layout.size, end = std::min(begin + layout.size, s.n);
-      for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(q[i]) * scale + zero;
-    }
+    return room;
+  }
+  const Grid* grids(int64_t row, int64_t group) const {
+    return grids_ + row * layout.groups + group;
   }
 
  private:
@@ -213,7 +238,7 @@ struct Coded {
     return scales.size(1);
   }
   const uint8_t* bytes_;
-  const uint16_t* scales_ptr_;
+  const Grid* grids_;
 };
 
 template <typename T>

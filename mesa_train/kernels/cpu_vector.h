@@ -1,0 +1,283 @@
+// Vectors of a register's width, as a few operations on them: the vocabulary of the CPU kernels'
+// inner loops.
+//
+// The types are the compiler's own vector extension (g++ and clang++), so arithmetic, comparisons
+// and choices are spelled as for numbers and compile for any processor. Where a processor has an
+// instruction that the extension cannot spell, it is used under that processor's macro, with a plain
+// version beside it that gives the same bits; only `fused` rounds differently without FMA.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/Half.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static_assert(std::endian::native == std::endian::little, "codes are packed through wider integers");
+
+namespace mesa {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define MESA_AVX512
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
+
+inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline Floats as_floats(Words bits) { return std::bit_cast<Floats>(bits); }
+inline Words as_words(Floats x) { return std::bit_cast<Words>(x); }
+
+inline Floats all(float x) { return x - Floats{}; }
+inline Words all(uint32_t x) { return x + Words{}; }
+
+template <typename V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// --- between widths: the extension has these too, but g++ takes the vectors apart for them ---
+
+inline Ints widen(Bytes x) {
+#if defined(MESA_AVX512)
+  return (Ints)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, std::bit_cast<int64_t>(x)));
+#else
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
+inline Words widen(Shorts x) {
+#if defined(MESA_AVX512)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
+// The low bytes.
+inline Bytes to_bytes(Words x) {
+#if defined(MESA_AVX512)
+  return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(255));
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  return std::bit_cast<Bytes>(_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves)));
+#else
+  return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+// The high halves.
+inline Shorts to_shorts(Words x) {
+#if defined(MESA_AVX512)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
+#elif defined(__AVX2__)
+  const __m256i high = (__m256i)(x >> 16);
+  return (Shorts)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+#else
+  return __builtin_convertvector(x >> 16, Shorts);
+#endif
+}
+
+inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats floats(Bytes x) { return floats(widen(x)); }
+
+// --- arithmetic ---
+
+// A NaN in `a` gives b.
+inline Floats larger(Floats a, Floats b) {
+#if defined(MESA_AVX512)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Floats smaller(Floats a, Floats b) {
+#if defined(MESA_AVX512)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// For results that need not be equal to the reference bit for bit.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(MESA_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  for (int k = 0; k < LANES; ++k) c[k] = std::fma(a[k], b[k], c[k]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats absolute(Floats x) { return as_floats(as_words(x) & 0x7FFFFFFFu); }
+
+inline float sum(Floats x) {
+#if defined(MESA_AVX512)
+  return _mm512_reduce_add_ps(x);
+#else
+  float total = 0;
+  for (int k = 0; k < LANES; ++k) total += x[k];
+  return total;
+#endif
+}
+
+// A function of the codes below 16, looked up: in a register where that has room for all.
+struct Table {
+#if defined(MESA_AVX512)
+  Floats values;
+#else
+  float values[16];
+#endif
+
+  template <typename F>
+  void fill(const F& f) {
+    Floats code;
+    for (int k = 0; k < LANES; ++k) code[k] = static_cast<float>(k);
+#if defined(MESA_AVX512)
+    values = f(code);
+#else
+    for (int q = 0; q < 16; q += LANES) store(values + q, f(code + static_cast<float>(q)));
+#endif
+  }
+  Floats operator[](Bytes q) const {
+#if defined(MESA_AVX512)
+    return _mm512_permutexvar_ps((__m512i)widen(q), values);
+#else
+    Floats v;
+    for (int k = 0; k < LANES; ++k) v[k] = values[q[k]];
+    return v;
+#endif
+  }
+};
+
+// --- dtypes: how LANES elements are read and written ---
+
+struct Float32 {
+  using Raw = float;
+  static Floats load(const Raw* from) { return mesa::load<Floats>(from); }
+  static void store(Raw* to, Floats x) { mesa::store(to, x); }
+};
+
+struct BFloat16 {
+  using Raw = uint16_t;
+  static Floats load(const Raw* from) {
+    return as_floats(widen(mesa::load<Shorts>(from)) << 16);
+  }
+  // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction flushes
+  // denormals and keeps a NaN's digits, so it is for vectors without either.
+  static void store(Raw* to, Floats x) {
+#if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    constexpr int quiet = 0x01, denormal = 0x20, signalling = 0x80;
+    if (_mm512_fpclass_ps_mask(x, quiet | denormal | signalling) == 0) [[likely]] {
+      const __m256bh narrow = _mm512_cvtneps_pbh(x);
+      return std::memcpy(to, &narrow, sizeof narrow), void();
+    }
+#endif
+    const Words bits = as_words(x);
+    const Words even = bits + 0x7FFF + ((bits >> 16) & 1);
+    const Words kept = (x == x) ? even : all(0x7FC00000u);
+    mesa::store(to, to_shorts(kept));
+  }
+};
+
+struct Float16 {
+  using Raw = uint16_t;
+  static Floats load(const Raw* from) {
+#if defined(MESA_AVX512)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Floats x;
+    for (int k = 0; k < LANES; ++k) x[k] = c10::Half(from[k], c10::Half::from_bits());
+    return x;
+#endif
+  }
+  static void store(Raw* to, Floats x) {
+#if defined(MESA_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int k = 0; k < LANES; ++k) to[k] = c10::Half(x[k]).x;
+#endif
+  }
+};
+
+// --- loops ---
+
+// Hardware sees a long run coming, but not the next of many short rows, nor enough of it while it waits
+// for arithmetic. Any address will do, beyond an end too.
+inline void prefetch(const void* from) { __builtin_prefetch(from); }
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
+}
+// Elements ahead of a loop, whatever their size.
+constexpr int64_t AHEAD = 1024;
+
+// visit(i) for vectors that cover [0, n), n >= LANES. Where n is no multiple of LANES the last one
+// overlaps its neighbour, so a visit must not mind being repeated. Spelled with a single call, which
+// the compiler inlines however long it is.
+template <typename Visit>
+inline void for_vectors(int64_t n, const Visit& visit) {
+  for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
+}
+
+// Room for a group that is shorter than a vector.
+template <typename Raw>
+struct Padded {
+  Raw data[LANES];
+
+  // `from`, or its n elements here, continued with the last, where they are less than a vector.
+  const Raw* read(const Raw* from, int64_t n) {
+    if (n >= LANES) return from;
+    fill(from, n);
+    return data;
+  }
+  // Where a vector can be written for n elements of `to`; `finish` copies them there.
+  Raw* write(Raw* to, int64_t n) { return n >= LANES ? to : data; }
+  void finish(Raw* to, int64_t n) const {
+    if (n < LANES) std::memcpy(to, data, n * sizeof(Raw));
+  }
+
+ private:
+  [[gnu::noinline]] void fill(const Raw* from, int64_t n) {
+    for (int64_t i = 0; i < LANES; ++i) data[i] = from[std::min(i, n - 1)];
+  }
+};
+
+}  // namespace mesa
