@@ -8,6 +8,7 @@
 #include "cpu_decode.h"
 #include "cpu_encode.h"
 #include "cpu_norm.h"
+#include "cpu_rowwise.h"
 
 namespace mesa {
 namespace {
@@ -130,17 +131,48 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
     });
   }
 
-  Tensor dweight = empty({cols}, ScalarType::Float), dbias = empty({cols}, ScalarType::Float);
-  float* const sums[] = {static_cast<float*>(dweight.mutable_data_ptr()),
-                         static_cast<float*>(dbias.mutable_data_ptr())};
-  for (int which = 0; which < 2; ++which) {
-    std::fill_n(sums[which], cols, 0.0f);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const float* const from = partial.data() + (2 * b + which) * padded;
-      for (int64_t i = 0; i < cols; ++i) sums[which][i] += from[i];
-    }
+  return {dx.result(), added(partial, blocks, 2 * padded, 0, cols),
+          added(partial, blocks, 2 * padded, padded, cols)};
+}
+
+Tensor softmax_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
+                        int64_t bits) {
+  const Matrix grads("grad", grad);
+  const Coded coded(codes, scales, bits, grads.rows, grads.cols);
+  const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
+  if (grads.rows > 0 && grads.cols > 0) {
+    with_dtype(grads.type, [&]<typename T>(T) {
+      torch::stable::parallel_for(
+          0, grads.rows, std::max<int64_t>(1, GRAIN / grads.cols),
+          [&](int64_t begin, int64_t end) { softmax_rows<T>(grads, coded, begin, end, dx); });
+    });
   }
-  return {dx.result(), dweight, dbias};
+  return dx.result();
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_backward(const Tensor& grad, const Tensor& scale,
+                                                  ScalarType dtype) {
+  const Matrix grads("grad", grad);
+  const int64_t rows = grads.rows, cols = grads.cols, padded = ceil_div(cols, LANES) * LANES;
+  const Vector factors("scale", scale, cols);
+  const Output scaled(rows, cols, dtype, written_as(dtype)), cast(rows, cols, dtype, written_as(dtype));
+  const int64_t block = std::max<int64_t>(16, ceil_div(rows, 64)), blocks = ceil_div(rows, block);
+  std::vector<float> partial(blocks * padded);
+  if (rows > 0 && cols > 0) {
+    with_dtype(grads.type, [&]<typename T>(T) {
+      with_dtype(written_as(dtype), [&]<typename U>(U) {
+        torch::stable::parallel_for(
+            0, blocks, std::max<int64_t>(1, GRAIN / (block * cols)),
+            [&](int64_t first, int64_t last) {
+              for (int64_t b = first; b < last; ++b) {
+                scale_rows<T, U>(grads, factors.data, b * block, std::min((b + 1) * block, rows),
+                                 scaled, cast, partial.data() + b * padded);
+              }
+            });
+      });
+    });
+  }
+  return {scaled.result(), cast.result(), added(partial, blocks, padded, 0, cols)};
 }
 
 Tensor bitmask_encode(const Tensor& mask) {
@@ -214,6 +246,8 @@ STABLE_TORCH_LIBRARY_IMPL(mesa_train, CPU, m) {
   m.impl("activation_decode", TORCH_BOX(&activation_decode));
   m.impl("activation_backward", TORCH_BOX(&activation_backward));
   m.impl("activation_pair", TORCH_BOX(&activation_pair));
+  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("scale_backward", TORCH_BOX(&scale_backward));
   m.impl("bitmask_encode", TORCH_BOX(&bitmask_encode));
   m.impl("bitmask_positive", TORCH_BOX(&bitmask_positive));
   m.impl("bitmask_apply", TORCH_BOX(&bitmask_apply));
