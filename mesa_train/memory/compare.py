@@ -11,19 +11,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import statistics
 import time as clock
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mesa_train.memory.checkpointing import NoBlocks
-from mesa_train.memory.footprint import arguments, autocasting, device_of, footprint, tensors_in
+from mesa_train.memory.footprint import arguments, autocasting, device_of, footprint
+from mesa_train.memory.gradients import default_loss as default_loss
+from mesa_train.memory.gradients import relative_error as relative_error
 from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
 from mesa_train.memory.standins import standing_in
 
@@ -181,40 +181,6 @@ class _Runs:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def default_loss(output: Any) -> Tensor:
-    """A float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
-
-    Scores are a first output of shape (batch, classes); the targets are fixed and spread over the
-    classes. Raises ValueError if no floating-point tensor of the output requires grad.
-    """
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.requires_grad:
-        return own.float()
-    outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
-    if not outputs:
-        raise ValueError("no output of the model requires grad, so there is no gradient to compare")
-    scores = outputs[0].float()
-    if scores.dim() == 2 and scores.shape[1] > 1:
-        targets = (torch.arange(len(scores), device=scores.device) * 7919) % scores.shape[1]
-        return F.cross_entropy(scores, targets)
-    return scores.square().mean()
-
-
-def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
-    distance = norm = 0.0
-    for own, exact in zip(gradients, reference, strict=True):
-        if exact is not None:
-            norm += exact.double().square().sum().item()
-        if own is None and exact is None:
-            continue
-        difference = (0 if own is None else own.double()) - (0 if exact is None else exact.double())
-        distance += torch.as_tensor(difference).square().sum().item()
-    if norm == 0:
-        return 0.0 if distance == 0 else math.inf
-    return math.sqrt(distance / norm)
 
 
 class _Steps:
