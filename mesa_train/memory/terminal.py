@@ -7,16 +7,17 @@ narrow.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mesa_train.memory.compare import Row
+from mesa_train.memory.columns import cell, with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.text import format_bytes, format_ratio
+from mesa_train.memory.tree import Node, grow
 
 # Cells and the style of the whole line.
 _Line = tuple[Sequence[str | Text], str]
@@ -25,132 +26,96 @@ _Line = tuple[Sequence[str | Text], str]
 _LEAST_SHARE = 0.0005
 
 
-def comparison(rows: Sequence[Row]) -> Table:
-    """One line a method; columns that nobody asked for are left out."""
-    with_error = any(row.gradient_error is not None for row in rows)
-    with_time = any(row.time_ms is not None for row in rows)
-    head = ["method", "kept for\nbackward", "less than\nplain"]
-    head += ["gradient\nerror"] if with_error else []
-    head += ["forward +\nbackward", "time vs.\nplain"] if with_time else []
-    least = min((row.saved_bytes for row in rows if row.saved_bytes is not None), default=None)
+# key, heading, whether it is left out where there is little room.
+_COLUMNS = (
+    ("kept_bytes", "kept for\nbackward", False),
+    ("kept_ratio", "less than\nplain", True),
+    ("peak_bytes", "peak of\nstep", False),
+    ("resident_bytes", "resident\nset", True),
+    ("gradient_error", "gradient\nerror", False),
+    ("gradient_cosine", "cosine", True),
+    ("step_ms", "step\nms", False),
+    ("images_per_s", "images\nper s", False),
+    ("weight_bytes", "weights", True),
+    ("gradient_bytes", "gradients", True),
+    ("optimizer_bytes", "optimizer", True),
+    ("largest_batch", "largest\nbatch", False),
+)
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
+    """One line a method; columns that no row has are left out, and the less telling ones below a
+    width of 140 characters."""
+    rows = with_ratios(rows)
+    columns = [
+        (key, heading)
+        for key, heading, spare in _COLUMNS
+        if any(row.get(key) is not None for row in rows) and not (spare and width < 140)
+    ]
+    sizes = [row["kept_bytes"] for row in rows if row.get("kept_bytes") is not None]
     lines: list[_Line] = []
     for row in rows:
-        ratio, error = row.saved_ratio, row.gradient_error
-        line = [
-            row.method,
-            "-" if row.saved_bytes is None else format_bytes(row.saved_bytes),
-            "-" if ratio is None else f"{ratio:.2f}x",
-        ]
-        if with_error:
-            line.append("-" if error is None else f"{error:.2%}")
-        if with_time:
-            line.append("-" if row.time_ms is None else f"{row.time_ms:,.0f} ms")
-            line.append("-" if row.time_ratio is None else f"{row.time_ratio:.2f}x")
-        lines.append((line, "bold" if row.saved_bytes == least is not None else ""))
-    return _table(head, lines)
+        cells = [cell(key, row) for key, _ in columns]
+        if width < 140:
+            cells = [text.partition(" (")[0] for text in cells]
+        style = "bold" if sizes and row.get("kept_bytes") == min(sizes) else ""
+        lines.append(([row["method"], *[text or "-" for text in cells]], style))
+    return _table(["method", *[heading for _, heading in columns]], lines)
 
 
-def notes_of(rows: Sequence[Row]) -> list[str]:
-    """The rows' notes, each once, with the methods that it is about unless it is about all."""
-    methods: dict[str, list[str]] = {}
-    for row in rows:
-        for note in row.notes:
-            methods.setdefault(note, []).append(row.method)
-    return [
-        note if len(names) == len(rows) else f"{', '.join(names)}: {note}"
-        for note, names in methods.items()
-    ]
+def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why rows are not complete, one line a method."""
+    return [f"{row['method']}: {row['note']}" for row in rows if row.get("note")]
 
 
-def by_operator(plain: Footprint, other: Footprint, name: str) -> Table:
-    """Bytes by operator: plain against a policy, largest of the plain ones first."""
-    before, after, whole = plain.by_operator, other.by_operator, plain.saved_bytes
+def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Table:
+    """Bytes by operator under two methods, largest of the first one's first."""
+    before, after, whole = one.by_operator, other.by_operator, one.saved_bytes
     lines: list[_Line] = [
         ([operator, *_cells(before.get(operator, 0), whole, after.get(operator, 0))], "")
         for operator in dict.fromkeys([*before, *after])
     ]
     lines.append((["kept for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
     for what in ("parameter", "buffer"):
-        sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (plain, other)]
+        sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (one, other)]
         lines.append(([f"{what}s", sizes[0], "", sizes[1], ""], ""))
-    return _table(["operator", "plain", "share", name, "less"], lines, rule_before=len(lines) - 3)
+    head = ["operator", names[0], "share", names[1], "less"]
+    return _table(head, lines, rule_before=len(lines) - 3)
 
 
-def by_module(plain: Footprint, other: Footprint, name: str, depth: int | None = None) -> Table:
-    """The module tree to `depth`, every line with its subtree's bytes: plain against a policy."""
-    root = tree(plain, other)
-    least = _LEAST_SHARE * plain.saved_bytes, _LEAST_SHARE * other.saved_bytes
+def by_module(
+    one: Footprint, other: Footprint, names: tuple[str, str], depth: int | None = None
+) -> Table:
+    """The module tree to `depth`, every line with its subtree's bytes under two methods."""
+    root = grow([forward_order(one), forward_order(other)])
+    least = _LEAST_SHARE * one.saved_bytes, _LEAST_SHARE * other.saved_bytes
     lines: list[_Line] = []
     for prefix, node in _lines(root, least, depth):
         label = Text.assemble((prefix, "dim"), node.label)
         if node.count > 1:
             label.append(f"  x{node.count}", style="cyan")
-        lines.append(([label, *_cells(node.plain, plain.saved_bytes, node.other, node.count)], ""))
-    return _table(["module", "plain", "share", name, "less"], lines)
+        before, after = node.sizes
+        lines.append(([label, *_cells(before, one.saved_bytes, after, node.count)], ""))
+    return _table(["module", names[0], "share", names[1], "less"], lines)
 
 
-@dataclasses.dataclass
-class Node:
-    """A module: bytes of its subtree under both methods, children, and how many such siblings."""
-
-    label: str
-    plain: int = 0
-    other: int = 0
-    children: list[Node] = dataclasses.field(default_factory=list)
-    count: int = 1
-
-    def child(self, label: str) -> Node:
-        """The child of that name, made if it is not there."""
-        for node in self.children:
-            if node.label == label:
-                return node
-        self.children.append(Node(label))
-        return self.children[-1]
-
-    def same(self, other: Node) -> bool:
-        """Whether two subtrees keep the same bytes in the same places."""
-        return (
-            (self.plain, self.other) == (other.plain, other.other)
-            and len(self.children) == len(other.children)
-            and all(
-                a.label == b.label and a.same(b)
-                for a, b in zip(self.children, other.children, strict=True)
-            )
-        )
+def stored(footprint: Footprint) -> Table | None:
+    """What a policy stored how and why, by operator and operand; None without a policy."""
+    if footprint.stored is None:
+        return None
+    lines: list[_Line] = [
+        ([f"{operator}.{operand}", how, str(calls), format_bytes(size)], "")
+        for (operator, operand, how), (calls, size) in footprint.stored.by_operator().items()
+    ]
+    return _table(["operand", "kept as", "calls", "size"], lines)
 
 
-def tree(plain: Footprint, other: Footprint) -> Node:
-    """The module tree of two footprints of a model, in forward order, equal neighbours folded."""
-    root = Node("(model)")
-    for footprint, field in ((plain, "plain"), (other, "other")):
-        for row in footprint.rows:
-            path = [root]
-            for part in row.module.split(".") if row.module else ():
-                path.append(path[-1].child(part))
-            for node in path:
-                setattr(node, field, getattr(node, field) + row.saved_bytes)
-    _fold(root)
-    return root
-
-
-def _fold(node: Node) -> None:
-    """Joins equal numbered neighbours into one line, and an only child into its parent's."""
-    folded: list[Node] = []
-    first = ""
-    for child in node.children:
-        if folded and first and child.label.isdigit() and folded[-1].same(child):
-            folded[-1].count += 1
-            folded[-1].label = f"{first}-{child.label}"
-            continue
-        folded.append(child)
-        first = child.label if child.label.isdigit() else ""
-    node.children = folded
-    for child in folded:
-        _fold(child)
-        if len(child.children) == 1:
-            only = child.children[0]
-            if only.count == 1 and (only.plain, only.other) == (child.plain, child.other):
-                child.label, child.children = f"{child.label}.{only.label}", only.children
+def forward_order(footprint: Footprint) -> dict[str, int]:
+    """Bytes by module without submodules, in the order of the forward."""
+    sizes: dict[str, int] = {}
+    for row in footprint.rows:
+        sizes[row.module] = sizes.get(row.module, 0) + row.saved_bytes
+    return sizes
 
 
 def _lines(
@@ -162,7 +127,7 @@ def _lines(
     children = [
         child
         for child in node.children
-        if child.plain * child.count > least[0] or child.other * child.count > least[1]
+        if any(size * child.count > low for size, low in zip(child.sizes, least, strict=True))
     ]
     for child in children:
         branch, below = ("└ ", "  ") if child is children[-1] else ("├ ", "│ ")

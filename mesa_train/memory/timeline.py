@@ -89,7 +89,8 @@ def timeline(
             with autocasting(torch.device("cpu"), autocast):
                 value = (loss or default_loss)(model(*args, **kwargs))
             live.mark(BACKWARD, "")
-            value.backward()
+            # Not value.backward(): the fakes' function mode would be off inside.
+            torch.autograd.backward(value)
         del value
         live.close()
         gradients = {
@@ -150,7 +151,7 @@ def _marks(live: _Live, name: str) -> tuple[Callable[..., None], Callable[..., N
     def enter(*_: Any) -> None:
         live.mark(FORWARD, name)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         # On the node: a hook on the tensor would keep operators from being recorded together.
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:

@@ -29,6 +29,7 @@ from mesa_train.memory.contenders import Contender, optimizer_bytes
 from mesa_train.memory.fitting import largest_batch_by_trying, largest_batch_on_a_line
 from mesa_train.memory.footprint import arguments, autocasting, footprint
 from mesa_train.memory.gradients import cosine, default_loss, relative_error
+from mesa_train.memory.inputs import resized
 from mesa_train.memory.load import load
 from mesa_train.memory.peak import Peak, peak_of, resident
 from mesa_train.memory.timeline import timeline
@@ -227,22 +228,6 @@ class Bench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def resized(inputs: Any, own: int, batch: int, data: bool) -> Any:
-    """`inputs` of `own` images as if they were `batch`: repeated and cut along the first dimension,
-    or on the meta device if without `data`. None where a tensor has no such dimension."""
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    if not tensors or any(t.dim() == 0 or t.shape[0] != own for t in tensors):
-        return None
-
-    def resize(tensor: Tensor) -> Tensor:
-        if not data:
-            return tensor.new_empty(batch, *tensor.shape[1:], device="meta")
-        times = -(-batch // own)
-        return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch].clone()
-
-    return pytree.tree_map_only(Tensor, resize, inputs)
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -1,0 +1,5 @@
+"""`mesa-train estimate`."""
+
+
+def estimate() -> None:
+    """estimate"""

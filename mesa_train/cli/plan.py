@@ -1,0 +1,5 @@
+"""`mesa-train plan`."""
+
+
+def plan() -> None:
+    """plan"""
