@@ -33,7 +33,7 @@ FAMILIES = {
 }
 _OPERATORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 # Stands for the page's own text colour until the SVG is written.
-_INK = "#010203"
+INK = "#010203"
 _FEW = 7
 
 
@@ -73,7 +73,7 @@ def tradeoff(rows: Sequence[Row], title: str, frontier: Sequence[Row] = ()) -> F
     points = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in shown]
     front = [points[i] for i in pareto(points)]
     axis.plot(
-        *zip(*front, strict=True), color=_INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1
+        *zip(*front, strict=True), color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1
     )
     if frontier:
         line = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in frontier]
@@ -92,8 +92,8 @@ def tradeoff(rows: Sequence[Row], title: str, frontier: Sequence[Row] = ()) -> F
     axis.set_ylabel("training step, ms")
     axis.set_title(title, fontsize=10, loc="left")
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=5)
-    _label(canvas, axis, [row["method"] for row in shown], points, front)
-    return _inked(canvas)
+    label_points(canvas, axis, [row["method"] for row in shown], points, front)
+    return inked(canvas)
 
 
 def where(rows: Sequence[Row], title: str) -> Figure | None:
@@ -143,7 +143,7 @@ def where(rows: Sequence[Row], title: str) -> Figure | None:
     axis.set_title(title, fontsize=10, loc="left")
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=4)
     axis.set_axisbelow(True)
-    return _inked(canvas)
+    return inked(canvas)
 
 
 def save_png(canvas: Figure, path: Path) -> None:
@@ -166,12 +166,12 @@ def as_svg(canvas: Figure, name: str, description: str) -> str:
     text = re.sub(r'id="(?!p[0-9a-f]{10})([^"]*)"', rf'id="{name}-\1"', text)
     text = re.sub(r'xlink:href="#(?!p[0-9a-f]{10})([^"]*)"', rf'xlink:href="#{name}-\1"', text)
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    text = text.replace(_INK, "currentColor")
+    text = text.replace(INK, "currentColor")
     head, _, rest = text.partition(">")
     return f'{head} role="img" aria-label="{description}">{rest}'
 
 
-def _label(
+def label_points(
     canvas: Figure,
     axis: Axes,
     names: Sequence[str],
@@ -197,7 +197,7 @@ def _label(
         ]
         if sum((a - b) ** 2 for a, b in zip(pixel, nearest, strict=True)) > 16**2:
             ends = [back.transform(end) for end in (pixel, nearest)]
-            axis.plot(*zip(*ends, strict=True), color=_INK, alpha=0.4, linewidth=0.7, zorder=1)
+            axis.plot(*zip(*ends, strict=True), color=INK, alpha=0.4, linewidth=0.7, zorder=1)
 
 
 def _plain_ticks(axis: Axes, values: Sequence[float]) -> None:
@@ -211,18 +211,18 @@ def _plain_ticks(axis: Axes, values: Sequence[float]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _inked(canvas: Figure) -> Figure:
+def inked(canvas: Figure) -> Figure:
     """Everything that is black by default in the ink that the SVG turns into the page's colour."""
     from matplotlib.text import Text
 
     for text in canvas.findobj(Text):
-        text.set_color(_INK)
+        text.set_color(INK)
     for axis in canvas.axes:
         for spine in axis.spines.values():
-            spine.set_edgecolor(_INK)
-        axis.tick_params(colors=_INK)
+            spine.set_edgecolor(INK)
+        axis.tick_params(colors=INK)
         for line in (axis.xaxis, axis.yaxis):
             for grid in line.get_gridlines():
-                grid.set_color(_INK)
+                grid.set_color(INK)
                 grid.set_alpha(0.15)
     return canvas

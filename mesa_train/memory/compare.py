@@ -26,6 +26,7 @@ from mesa_train.memory.gradients import default_loss as default_loss
 from mesa_train.memory.gradients import relative_error as relative_error
 from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
 from mesa_train.memory.standins import standing_in
+from mesa_train.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def compare(
             continue
         ratio = plain.saved_bytes / found.saved_bytes if found.saved_bytes else None
         results[method] = Row(method, found.saved_bytes, ratio, notes=found.notes)
-    run = _Runs(model, inputs, autocast, loss or default_loss)
+    run = Runs(model, inputs, autocast, loss or default_loss)
     usable = [method for method, row in results.items() if row.saved_bytes is not None]
     if error and real:
         steps.next("gradient: float32")
@@ -108,7 +109,8 @@ def compare(
             distance = relative_error(run.gradients(method), reference)
             results[method] = dataclasses.replace(results[method], gradient_error=distance)
     if time and real:
-        times = run.times(usable, rounds, steps)
+        every = usable if PLAIN in usable else [PLAIN, *usable]
+        times = dict(zip(every, run.times(every, rounds, steps.next), strict=True))
         for method in usable:
             results[method] = dataclasses.replace(
                 results[method],
@@ -121,7 +123,7 @@ def compare(
     return [results[method] for method in methods]
 
 
-class _Runs:
+class Runs:
     """Real steps of one model on one batch, all with the same random numbers and buffers."""
 
     def __init__(
@@ -137,25 +139,29 @@ class _Runs:
     def reference(self) -> list[Tensor | None]:
         """The plain gradient in float32; a model with narrower weights is copied for it."""
         if all(p.dtype.itemsize >= 4 for p in self.model.parameters()):
-            return _Runs(self.model, self.inputs, None, self.loss).gradients(PLAIN)
+            return Runs(self.model, self.inputs, None, self.loss).gradients(PLAIN)
         wide = copy.deepcopy(self.model).float()
         inputs = pytree.tree_map_only(
             Tensor, lambda t: t.float() if t.is_floating_point() else t, self.inputs
         )
-        return _Runs(wide, inputs, None, self.loss).gradients(PLAIN)
+        return Runs(wide, inputs, None, self.loss).gradients(PLAIN)
 
-    def gradients(self, method: str) -> list[Tensor | None]:
+    def gradients(self, method: Policy | str) -> list[Tensor | None]:
         """The gradient of all trainable parameters, None where the loss does not depend on one."""
         with applied(self.model, method), standing_in(self.model):
             return self._step()
 
-    def times(self, methods: list[str], rounds: int, steps: _Steps) -> dict[str, list[float]]:
-        """Seconds of `rounds` steps by method, plain among them, in alternation after a warm-up."""
-        every = methods if PLAIN in methods else [PLAIN, *methods]
-        times: dict[str, list[float]] = {method: [] for method in every}
+    def times(
+        self,
+        methods: Sequence[Policy | str],
+        rounds: int,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> list[list[float]]:
+        """Seconds of `rounds` steps for each method, taking turns, after one that warms up."""
+        times: list[list[float]] = [[] for _ in methods]
         for number in range(rounds + 1):
-            steps.next(f"time: round {number} of {rounds}" if number else "time: warming up")
-            for method in every:
+            tell(f"time: round {number} of {rounds}" if number else "time: warming up")
+            for method, own in zip(methods, times, strict=True):
                 with applied(self.model, method), standing_in(self.model):
                     self._synchronize()
                     start = clock.perf_counter()
@@ -163,7 +169,7 @@ class _Runs:
                     self._synchronize()
                     taken = clock.perf_counter() - start
                 if number:
-                    times[method].append(taken)
+                    own.append(taken)
         return times
 
     def _step(self) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ narrow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -18,6 +18,9 @@ from mesa_train.memory.columns import cell, with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.text import format_bytes, format_ratio
 from mesa_train.memory.tree import Node, grow
+
+if TYPE_CHECKING:
+    from mesa_train.memory.planner import Plan
 
 # Cells and the style of the whole line.
 _Line = tuple[Sequence[str | Text], str]
@@ -157,3 +160,27 @@ def _table(
         name.no_wrap, name.overflow = True, "ellipsis"
         table.add_row(name, *line[1:], style=style)
     return table
+
+
+def prediction(plan: Plan) -> Table:
+    """What a step takes with a plan's policy, beside plain."""
+    own, plain = plan.prediction, plan.plain
+    lines: list[_Line] = [
+        (
+            ["peak of the step", format_bytes(plain.peak_bytes), format_bytes(own.peak_bytes)],
+            "bold",
+        ),
+        (["kept for backward", format_bytes(plain.kept_bytes), format_bytes(own.kept_bytes)], ""),
+    ]
+    if own.step_s is not None and plain.step_s is not None:
+        times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, own.step_s)]
+        lines.append((["forward + backward", *times], ""))
+    errors = [f"{error:.2%}" for error in (plain.gradient_error, own.gradient_error)]
+    lines.append((["gradient error", *errors], ""))
+    return _table(["predicted", "plain", "plan"], lines)
+
+
+def choices(plan: Plan) -> Table:
+    """How many stashes of each kind are stored how."""
+    lines: list[_Line] = [([kind, how, str(n)], "") for kind, how, n in sorted(plan.summary())]
+    return _table(["stash", "kept as", "places"], lines)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,23 @@ from mesa_train.memory.methods import applied
 from mesa_train.memory.standins import standing_in
 from mesa_train.policy import Policy
 
+if TYPE_CHECKING:
+    from mesa_train.memory.sites import Watch
+
 FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """From a module's forward or backward on until the next moment: most bytes live in it."""
+    """From a module's forward or backward on until the next moment: most bytes live in it.
+
+    stored: how many stashes stand then, of those that the forward made in order (see `Watch`).
+    """
 
     phase: str
     module: str
     peak_bytes: int
+    stored: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +74,11 @@ def timeline(
     policy: Policy | str | None = None,
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> Timeline:
     """The timeline of a step of `model(inputs)` with `policy`; the model stays as it was.
+
+    watch: takes the place of the report of the wrapped model, and counts the stashes.
 
     The fakes stand for CPU tensors: the autograd engine would want a real GPU for those of one.
     Arguments and errors as for `footprint`.
@@ -79,7 +89,10 @@ def timeline(
     with contextlib.ExitStack() as stack:
         stack.enter_context(applied(model, policy))
         stack.enter_context(standing_in(model, fakes))
-        live = _Live((*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))))
+        if watch is not None:
+            watch.installed(model)
+        known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
+        live = _Live(known, watch)
         for name, module in model.named_modules():
             enter, leave = _marks(live, name)
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
@@ -88,7 +101,7 @@ def timeline(
         with live:
             with autocasting(torch.device("cpu"), autocast):
                 value = (loss or default_loss)(model(*args, **kwargs))
-            live.mark(BACKWARD, "")
+            live.mark(BACKWARD, "", live.stored())
             # Not value.backward(): the fakes' function mode would be off inside.
             torch.autograd.backward(value)
         del value
@@ -104,11 +117,12 @@ def timeline(
 class _Live(TorchDispatchMode):
     """Counts the storages that operators make while it is on; `known` ones are not its business."""
 
-    def __init__(self, known: tuple[Tensor, ...]) -> None:
+    def __init__(self, known: tuple[Tensor, ...], watch: Watch | None) -> None:
         super().__init__()
         self.bytes = self.highest = 0
         self.moments: list[Moment] = []
-        self._now = (FORWARD, "")
+        self._now = (FORWARD, "", 0)
+        self._watch = watch
         # Held, so that no address is used twice.
         self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -120,14 +134,21 @@ class _Live(TorchDispatchMode):
                 self._add(tensor)
         return output
 
-    def mark(self, phase: str, module: str) -> None:
+    def stored(self) -> int:
+        """How many stashes the forward has made so far."""
+        return 0 if self._watch is None else len(self._watch.stored)
+
+    def mark(self, phase: str, module: str, stored: int) -> None:
         """A new moment begins."""
         self.close()
-        self._now = phase, module
+        self._now = phase, module, stored
 
     def close(self) -> None:
-        """The moment that is on ends."""
-        self.moments.append(Moment(*self._now, self.highest))
+        """The moment that is on ends. In a forward moment stashes come while it lasts."""
+        phase, module, stored = self._now
+        if phase == FORWARD:
+            stored = self.stored()
+        self.moments.append(Moment(phase, module, self.highest, stored))
         self.highest = self.bytes
 
     def _add(self, tensor: Tensor) -> None:
@@ -149,13 +170,14 @@ def _marks(live: _Live, name: str) -> tuple[Callable[..., None], Callable[..., N
     """Hooks that mark a module's forward, and its backward where its output's gradient arrives."""
 
     def enter(*_: Any) -> None:
-        live.mark(FORWARD, name)
+        live.mark(FORWARD, name, live.stored())
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         # On the node: a hook on the tensor would keep operators from being recorded together.
+        stored = live.stored()
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: live.mark(BACKWARD, name))
+                tensor.grad_fn.register_prehook(lambda _: live.mark(BACKWARD, name, stored))
                 return
 
     return enter, leave
