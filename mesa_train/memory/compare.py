@@ -25,6 +25,7 @@ from mesa_train.memory.footprint import arguments, autocasting, device_of, footp
 from mesa_train.memory.gradients import default_loss as default_loss
 from mesa_train.memory.gradients import relative_error as relative_error
 from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
+from mesa_train.memory.peak import peak_of
 from mesa_train.memory.standins import standing_in
 from mesa_train.policy import Policy
 
@@ -150,6 +151,12 @@ class Runs:
         """The gradient of all trainable parameters, None where the loss does not depend on one."""
         with applied(self.model, method), standing_in(self.model):
             return self._step()
+
+    def peak(self, method: Policy | str) -> int:
+        """Most bytes allocated at once in a step, beyond what was before it."""
+        self.gradients(method)  # What is allocated once and stays is not the step's.
+        with applied(self.model, method), standing_in(self.model):
+            return peak_of(self._step, self.device).allocated_bytes
 
     def times(
         self,

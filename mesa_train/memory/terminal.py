@@ -16,10 +16,11 @@ from rich.text import Text
 
 from mesa_train.memory.columns import cell, with_ratios
 from mesa_train.memory.footprint import Footprint
-from mesa_train.memory.text import format_bytes, format_ratio
+from mesa_train.memory.text import format_bytes, format_gib, format_ratio
 from mesa_train.memory.tree import Node, grow
 
 if TYPE_CHECKING:
+    from mesa_train.memory.estimate import Estimate
     from mesa_train.memory.planner import Plan
 
 # Cells and the style of the whole line.
@@ -184,3 +185,17 @@ def choices(plan: Plan) -> Table:
     """How many stashes of each kind are stored how."""
     lines: list[_Line] = [([kind, how, str(n)], "") for kind, how, n in sorted(plan.summary())]
     return _table(["stash", "kept as", "places"], lines)
+
+
+def estimates(found: Sequence[Estimate]) -> Table:
+    """One line a setup and policy: what lies on a GPU, and the largest batch."""
+    lines: list[_Line] = []
+    for e in found:
+        held = e.states
+        name = e.strategy if e.offload == "none" else f"{e.strategy} {e.offload}"
+        sizes = (held.weights, held.gradients, held.optimizer, held.gathered, e.activations)
+        cells = [format_gib(size) for size in (*sizes, e.gpu_bytes)]
+        batch = str(e.largest_batch) if not e.reason else e.reason
+        lines.append(([f"{name}, {e.policy}", *cells, batch], "" if e.fits else "dim"))
+    head = ["GiB a GPU", "weights", "grads", "states", "gather", "activ.", "all", "batch"]
+    return _table(head, lines)

@@ -19,6 +19,11 @@ def format_bytes(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
+def format_gib(size: int) -> str:
+    """A size in GiB as a plain number."""
+    return f"{size / 2**30:.2f}"
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of a size as people write it: "24GiB", "800 MB", "1.5T", "4096".
 

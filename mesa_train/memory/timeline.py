@@ -41,12 +41,14 @@ class Moment:
     """From a module's forward or backward on until the next moment: most bytes live in it.
 
     stored: how many stashes stand then, of those that the forward made in order (see `Watch`).
+    gradient_bytes: of the parameters' gradients that are there when it begins.
     """
 
     phase: str
     module: str
     peak_bytes: int
     stored: int = 0
+    gradient_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Timeline:
     def peak_bytes(self) -> int:
         """Most bytes live at once, beyond what is there before and after the step."""
         return max(moment.peak_bytes for moment in self.moments)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most bytes live at once beside the parameters' gradients."""
+        return max(moment.peak_bytes - moment.gradient_bytes for moment in self.moments)
 
     @property
     def peak(self) -> Moment:
@@ -92,7 +99,7 @@ def timeline(
         if watch is not None:
             watch.installed(model)
         known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
-        live = _Live(known, watch)
+        live = _Live(known, watch, list(model.parameters()))
         for name, module in model.named_modules():
             enter, leave = _marks(live, name)
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
@@ -117,8 +124,11 @@ def timeline(
 class _Live(TorchDispatchMode):
     """Counts the storages that operators make while it is on; `known` ones are not its business."""
 
-    def __init__(self, known: tuple[Tensor, ...], watch: Watch | None) -> None:
+    def __init__(
+        self, known: tuple[Tensor, ...], watch: Watch | None, parameters: list[nn.Parameter]
+    ) -> None:
         super().__init__()
+        self._parameters, self._gradients = parameters, 0
         self.bytes = self.highest = 0
         self.moments: list[Moment] = []
         self._now = (FORWARD, "", 0)
@@ -148,8 +158,11 @@ class _Live(TorchDispatchMode):
         phase, module, stored = self._now
         if phase == FORWARD:
             stored = self.stored()
-        self.moments.append(Moment(phase, module, self.highest, stored))
+        self.moments.append(Moment(phase, module, self.highest, stored, self._gradients))
         self.highest = self.bytes
+        if phase == BACKWARD:
+            there = [p.grad for p in self._parameters if p.grad is not None]
+            self._gradients = sum(g.nbytes for g in there)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
