@@ -251,7 +251,7 @@ neighbours = _Neighbours()
 
 def _address(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor's memory begins; fakes, which have none, are told apart too."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 class Geometry:

@@ -60,11 +60,8 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def tradeoff(rows: Sequence[Row], title: str, frontier: Sequence[Row] = ()) -> Figure | None:
-    """Kept bytes against step time, a labelled point a method; None if fewer than two have both.
-
-    frontier: rows with kept_bytes and step_ms of planned policies, drawn as a line.
-    """
+def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
+    """Kept bytes against step time, a labelled point a method; None if fewer than two have both."""
     shown = [row for row in rows if row.get("kept_bytes") and row.get("step_ms")]
     if len(shown) < 2:
         return None
@@ -75,16 +72,11 @@ def tradeoff(rows: Sequence[Row], title: str, frontier: Sequence[Row] = ()) -> F
     axis.plot(
         *zip(*front, strict=True), color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1
     )
-    if frontier:
-        line = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in frontier]
-        axis.plot(
-            *zip(*line, strict=True), color=FAMILIES["mesa_train"], linewidth=2, alpha=0.6, zorder=2
-        )
-        axis.scatter(*zip(*line, strict=True), color=FAMILIES["mesa_train"], s=12, zorder=2)
     for name, colour in FAMILIES.items():
         own = [p for p, row in zip(points, shown, strict=True) if family(row["method"]) == name]
         if own:
-            axis.scatter(*zip(*own, strict=True), color=colour, s=38, zorder=3, label=name)
+            xs, ys = zip(*own, strict=True)
+            axis.scatter(xs, ys, color=colour, s=38, zorder=3, label=name)
     axis.set_xscale("log")
     _plain_ticks(axis, [x for x, _ in points])
     axis.margins(x=0.16, y=0.14)

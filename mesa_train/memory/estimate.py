@@ -121,8 +121,8 @@ def estimates(
             if key not in known:
                 try:
                     known[key] = activations_of(make(), batch, policy, key[1], lora)
-                except NoBlocks as reason:
-                    known[key] = str(reason)
+                except NoBlocks as error:
+                    known[key] = str(error)
             found = known[key]
             if isinstance(found, str):
                 continue

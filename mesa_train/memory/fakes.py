@@ -90,7 +90,7 @@ def _attention_choice() -> Iterator[None]:
             F.scaled_dot_product_attention(query, *args, **kwargs)
         return next((n for name, n in _ATTENTION_KERNELS.items() if name in called.names), 0)
 
-    torch._fused_sdp_choice = choice  # type: ignore[assignment]
+    torch._fused_sdp_choice = choice
     try:
         yield
     finally:

@@ -279,7 +279,8 @@ class Planner:
         sites = {site.key: site for site in self.sites}
         shares = [(key, rows * cols / sites[key].elements) for key, (rows, cols) in self.universe]
         # Where each stash of that policy stands among all that there could be.
-        places, start = [], 0
+        places: list[int] = []
+        start = 0
         for key in order:
             while start < len(shares) and shares[start][0] != key:
                 start += 1

@@ -37,24 +37,22 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 _TREE_METHODS = ("plain", "mesa8", "mesa4", "mesa8-recompute", "checkpoint")
 
 
-def write_report(
-    path: Path, rows: Sequence[Row], setting: Mapping[str, Any], frontier: Sequence[Row] = ()
-) -> None:
+def write_report(path: Path, rows: Sequence[Row], setting: Mapping[str, Any]) -> None:
     """Write the page.
 
     rows: as `processes.measure` yields them. setting: model, shapes, dtype, device, command,
-    versions, date, and what else there is to tell. frontier: see `charts.tradeoff`.
+    versions, date, and what else there is to tell.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(rows, setting, frontier), encoding="utf-8")
+    path.write_text(render(rows, setting), encoding="utf-8")
 
 
-def render(rows: Sequence[Row], setting: Mapping[str, Any], frontier: Sequence[Row] = ()) -> str:
+def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
     """The page as text."""
     rows = with_ratios(rows)
     model = str(setting["model"])
     charts = ""
-    chart = tradeoff(rows, "Memory against time; dashed: no method is better in both", frontier)
+    chart = tradeoff(rows, "Memory against time; dashed: no method is better in both")
     if chart is not None:
         described = f"Kept bytes against step time of {len(rows)} methods on {model}"
         charts += _section("Memory against time", _frame(as_svg(chart, "tradeoff", described)))

@@ -74,7 +74,7 @@ def calibrate(
     kinds = dict.fromkeys(s.kind for s in sites)
     for kind in kinds:
         own = [s for s in sites if s.kind == kind]
-        low = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
+        low: list[int] = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
         for bits in low:
             progress(f"{'.'.join(kind)} at {bits} bits")
             choices = {**everything, **{s.key: bits for s in own}}

@@ -136,9 +136,9 @@ def sites_of(stored: Watch, rebuilding: Watch, whole: Watch) -> list[Site]:
             sites[key].kept_bytes += size
     still = {key for key, *_ in rebuilding.stored}
     for key, stash in rebuilding.rebuilt.items():
-        site = sites.get(key)
-        if site is None or key in still:
+        if key not in sites or key in still:
             continue
+        site = sites[key]
         product = _product(stash)
         if product is None:
             continue

@@ -16,6 +16,10 @@ from mesa_train.memory.sites import REBUILD, Key, Site
 
 # Objectives.
 COST, PEAK = "cost", "peak"
+# Bytes of a unit of memory in the program, so that its rows are of one magnitude.
+_UNIT = 2.0**20
+# A column: a site's choice, a product that is repeated, both together, or the peak.
+_Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,77 +77,27 @@ def solve(
     except ImportError as error:
         raise ImportError("planning needs scipy: pip install 'mesa_train[plan]'") from error
 
-    columns: dict[object, int] = {}
-    for site in problem.sites:
-        for choice in site.choices():
-            columns[site.key, choice] = len(columns)
-    products = list(dict.fromkeys(s.product for s in problem.sites if s.product))
-    for product in products:
-        columns[product] = len(columns)
-    coupled = {k: v for k, v in problem.coupled.items() if v > 0}
-    links = _links(problem, coupled)
-    for link in links:
-        columns[link] = len(columns)
-    columns[PEAK] = len(columns)
-    count = len(columns)
-
-    entries: list[tuple[int, int, float]] = []
-    low: list[float] = []
-    high: list[float] = []
-
-    def add(row: Mapping[object, float], least: float, most: float) -> None:
-        entries.extend((len(low), columns[name], value) for name, value in row.items())
-        low.append(least)
-        high.append(most)
-
-    for site in problem.sites:
-        add({(site.key, c): 1.0 for c in site.choices()}, 1, 1)
-        if site.product:
-            add({(site.key, REBUILD): 1.0, site.product: -1.0}, -math.inf, 0)
-    for key, choice, product in links:
-        # The variance comes with the choice and the repetition together.
-        add({(key, choice): 1.0, product: 1.0, (key, choice, product): -1.0}, -math.inf, 1)
-    # Bytes in units of a MiB, so that the rows are of one magnitude.
-    unit = 2.0**20
-    for fixed, row in _moments(problem):
-        scaled = {name: size / unit for name, size in row.items()}
-        add({**scaled, PEAK: -1.0}, -math.inf, -fixed / unit)
-    seconds: dict[object, float] = dict(problem.seconds)
-    seconds |= {p: problem.matmul_s[p] for p in products}
-    variance: dict[object, float] = {k: v for k, v in problem.variance.items() if k in columns}
-    variance |= {(k, c, p): coupled[k, c] for k, c, p in links}
-    if max_seconds is not None:
-        add(seconds, -math.inf, max_seconds)
-    if max_variance is not None:
-        # Scaled up: the solver's tolerances are absolute.
-        add({k: v * 1e3 for k, v in variance.items()}, -math.inf, max_variance * 1e3)
-
-    goal = np.zeros(count)
-    whole = np.ones(count)
-    upper = np.ones(count)
-    whole[columns[PEAK]] = 0
-    upper[columns[PEAK]] = math.inf if budget is None else budget / unit
-    scale = sum(problem.matmul_s[p] for p in products) + sum(map(abs, seconds.values())) or 1.0
-    if objective == PEAK:
-        goal[columns[PEAK]] = 1
-        # Of equal peaks the cheapest.
-        for name, value in seconds.items():
-            goal[columns[name]] += 1e-3 * value / scale
-    else:
-        for name, value in seconds.items():
-            goal[columns[name]] += value
-        for name, value in variance.items():
-            goal[columns[name]] += price * value
-        goal[:-1] *= 1e3
-        # Of equal costs the smallest.
-        goal[columns[PEAK]] = 1e-6
-    rows, cols, values = zip(*entries, strict=True)
-    matrix = coo_array((values, (rows, cols)), shape=(len(low), count)).tocsr()
     if budget is not None and budget < 0:
         return None
+    program = _Program(problem)
+    columns = program.columns
+    if max_seconds is not None:
+        program.add(program.seconds, -math.inf, max_seconds)
+    if max_variance is not None:
+        # Scaled up: the solver's tolerances are absolute.
+        scaled = {name: 1e3 * value for name, value in program.variance.items()}
+        program.add(scaled, -math.inf, 1e3 * max_variance)
+    count = len(columns)
+    goal, whole, upper = np.zeros(count), np.ones(count), np.ones(count)
+    for name, value in program.goal(objective, price).items():
+        goal[columns[name]] = value
+    whole[columns[PEAK]] = 0
+    upper[columns[PEAK]] = math.inf if budget is None else budget / _UNIT
+    rows, cols, values = zip(*program.entries, strict=True)
+    matrix = coo_array((values, (rows, cols)), shape=(len(program.low), count)).tocsr()
     found = milp(
         goal,
-        constraints=LinearConstraint(matrix, low, high),
+        constraints=LinearConstraint(matrix, program.low, program.high),
         bounds=Bounds(np.zeros(count), upper),
         integrality=whole,
         options={"time_limit": limit_s, "mip_rel_gap": 1e-3},
@@ -154,6 +108,56 @@ def solve(
     for site in problem.sites:
         chosen[site.key] = max(site.choices(), key=lambda c: found.x[columns[site.key, c]])
     return score(problem, chosen, float(found.mip_gap or 0.0))
+
+
+class _Program:
+    """The rows of a problem: a site has one choice, a rebuilt one needs its product, every moment
+    stays below the peak."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.entries: list[tuple[int, int, float]] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+        products = list(dict.fromkeys(s.product for s in problem.sites if s.product))
+        coupled = {k: v for k, v in problem.coupled.items() if v > 0}
+        links = _links(problem, coupled)
+        names: list[_Name] = [(s.key, c) for s in problem.sites for c in s.choices()]
+        names += [*products, *links, PEAK]
+        self.columns = {name: index for index, name in enumerate(names)}
+        for site in problem.sites:
+            self.add({(site.key, c): 1.0 for c in site.choices()}, 1, 1)
+            if site.product:
+                self.add({(site.key, REBUILD): 1.0, site.product: -1.0}, -math.inf, 0)
+        for link in links:
+            # The variance comes with the choice and the repetition together.
+            key, choice, product = link
+            self.add({(key, choice): 1.0, product: 1.0, link: -1.0}, -math.inf, 1)
+        for fixed, sizes in _moments(problem):
+            row: dict[_Name, float] = {name: size / _UNIT for name, size in sizes.items()}
+            self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
+        self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
+        self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
+        for name in self.columns:
+            if isinstance(name, tuple) and len(name) == 2:
+                self.seconds[name] = problem.seconds[name]
+                self.variance[name] = problem.variance[name]
+
+    def add(self, row: Mapping[_Name, float], least: float, most: float) -> None:
+        """A row: the sum of its columns times these factors is within the bounds."""
+        self.entries.extend((len(self.low), self.columns[n], value) for n, value in row.items())
+        self.low.append(least)
+        self.high.append(most)
+
+    def goal(self, objective: str, price: float) -> dict[_Name, float]:
+        """What is minimised; what comes second is a thousandth of it or less."""
+        if objective == PEAK:
+            scale = sum(map(abs, self.seconds.values())) or 1.0
+            return {**{n: 1e-3 * s / scale for n, s in self.seconds.items()}, PEAK: 1.0}
+        names = {*self.seconds, *self.variance}
+        costs: dict[_Name, float] = {
+            n: 1e3 * (self.seconds.get(n, 0.0) + price * self.variance.get(n, 0.0)) for n in names
+        }
+        return {**costs, PEAK: 1e-6}
 
 
 def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:

@@ -43,7 +43,7 @@ def test_the_simplest_that_fits():
             estimates(make, cluster, batch=4, policies=["plain", "mesa8"], reserve=0, **more)
         )
 
-    roomy, narrow, none = ask(GIB), ask(60 << 20), ask(5 << 20)
+    roomy, narrow, none = ask(GIB), ask(60 << 20), ask(1 << 20)
     assert (best(roomy).strategy, best(roomy).policy) == ("ddp", "plain")
     assert best(narrow).strategy.startswith(("zero", "fsdp"))
     assert best(none) is None
