@@ -8,9 +8,13 @@ scipy.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from mesa_train.memory.sites import REBUILD, Key, Site
 
@@ -95,19 +99,35 @@ def solve(
     upper[columns[PEAK]] = math.inf if budget is None else budget / _UNIT
     rows, cols, values = zip(*program.entries, strict=True)
     matrix = coo_array((values, (rows, cols)), shape=(len(program.low), count)).tocsr()
-    found = milp(
-        goal,
-        constraints=LinearConstraint(matrix, program.low, program.high),
-        bounds=Bounds(np.zeros(count), upper),
-        integrality=whole,
-        options={"time_limit": limit_s, "mip_rel_gap": 1e-3},
-    )
+    with _silent():
+        found = milp(
+            goal,
+            constraints=LinearConstraint(matrix, program.low, program.high),
+            bounds=Bounds(np.zeros(count), upper),
+            integrality=whole,
+            options={"time_limit": limit_s, "mip_rel_gap": 1e-3},
+        )
     if found.x is None:
         return None
     chosen: dict[Key, int | str] = {}
     for site in problem.sites:
         chosen[site.key] = max(site.choices(), key=lambda c: found.x[columns[site.key, c]])
     return score(problem, chosen, float(found.mip_gap or 0.0))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Within the context nothing reaches the process's stdout: HiGHS writes remarks of its own there,
+    whatever it is told, and stdout is for results."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 class _Program:

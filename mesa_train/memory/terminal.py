@@ -30,31 +30,31 @@ _Line = tuple[Sequence[str | Text], str]
 _LEAST_SHARE = 0.0005
 
 
-# key, heading, whether it is left out where there is little room.
+# key, heading, and the least width of a terminal that has room for it.
 _COLUMNS = (
-    ("kept_bytes", "kept for\nbackward", False),
-    ("kept_ratio", "less than\nplain", True),
-    ("peak_bytes", "peak of\nstep", False),
-    ("resident_bytes", "resident\nset", True),
-    ("gradient_error", "gradient\nerror", False),
-    ("gradient_cosine", "cosine", True),
-    ("step_ms", "step\nms", False),
-    ("images_per_s", "images\nper s", False),
-    ("weight_bytes", "weights", True),
-    ("gradient_bytes", "gradients", True),
-    ("optimizer_bytes", "optimizer", True),
-    ("largest_batch", "largest\nbatch", False),
+    ("kept_bytes", "kept for\nbackward", 0),
+    ("kept_ratio", "less than\nplain", 140),
+    ("peak_bytes", "peak of\nstep", 0),
+    ("resident_bytes", "resident\nset", 140),
+    ("gradient_error", "gradient\nerror", 0),
+    ("gradient_cosine", "cosine", 140),
+    ("step_ms", "step\nms", 0),
+    ("images_per_s", "images\nper s", 100),
+    ("weight_bytes", "weights", 140),
+    ("gradient_bytes", "gradients", 140),
+    ("optimizer_bytes", "optimizer", 140),
+    ("largest_batch", "largest\nbatch", 0),
 )
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
-    """One line a method; columns that no row has are left out, and the less telling ones below a
-    width of 140 characters."""
+    """One line a method; columns that no row has are left out, and the less telling ones in a narrow
+    terminal."""
     rows = with_ratios(rows)
     columns = [
         (key, heading)
-        for key, heading, spare in _COLUMNS
-        if any(row.get(key) is not None for row in rows) and not (spare and width < 140)
+        for key, heading, least in _COLUMNS
+        if any(row.get(key) is not None for row in rows) and width >= least
     ]
     sizes = [row["kept_bytes"] for row in rows if row.get("kept_bytes") is not None]
     lines: list[_Line] = []
