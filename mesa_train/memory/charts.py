@@ -6,6 +6,7 @@ colour. ImportError, naming the extra, without matplotlib.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,7 @@ def as_svg(canvas: Figure, name: str, description: str) -> str:
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace(INK, "currentColor")
     head, _, rest = text.partition(">")
-    return f'{head} role="img" aria-label="{description}">{rest}'
+    return f'{head} role="img" aria-label="{html.escape(description)}">{rest}'
 
 
 def label_points(

@@ -188,10 +188,11 @@ class Planner:
         if room is not None and self.plain.peak_bytes - self.standing <= room:
             return self._as_plain()
         found = self._fitted(room, bounds)
-        if found is not None:
+        if found is not None and (room is not None or self._below_plain(found)):
             return found
-        smallest = self._fitted(None, (None, None))
-        assert smallest is not None
+        if room is None:
+            return self._as_plain()
+        smallest = self._smallest()
         peak = smallest.prediction.peak_bytes
         asked = " and ".join(
             said
@@ -211,8 +212,7 @@ class Planner:
 
     def frontier(self, points: int = 8) -> list[Plan]:
         """Plans for budgets spread between the smallest peak within reach and plain's."""
-        smallest = self._fitted(None, (None, None))
-        assert smallest is not None
+        smallest = self._smallest()
         low, high = smallest.prediction.peak_bytes, self.plain.peak_bytes
         plans = [smallest]
         for number in range(1, points):
@@ -221,6 +221,14 @@ class Planner:
             if found is not None:
                 plans.append(found)
         return [*plans, self._as_plain()]
+
+    def _smallest(self) -> Plan:
+        """The plan with the smallest peak, whatever it costs."""
+        found = self._fitted(None, (None, None))
+        return found if found is not None and self._below_plain(found) else self._as_plain()
+
+    def _below_plain(self, found: Plan) -> bool:
+        return found.prediction.peak_bytes < self.plain.peak_bytes
 
     def _fitted(self, room: int | None, bounds: tuple[float | None, float | None]) -> Plan | None:
         """Solve, play the answer through the timeline, correct the program by it, and again."""
