@@ -19,6 +19,7 @@ from mesa_train.memory.inputs import resized
 from mesa_train.memory.load import Loaded
 from mesa_train.memory.states import adamw_bytes
 from mesa_train.memory.timeline import timeline
+from mesa_train.memory.tree import forward_order
 
 Row = dict[str, Any]
 
@@ -76,7 +77,7 @@ def _counted(
     row: Row = {
         "kept_bytes": found.saved_bytes,
         "by_operator": found.by_operator,
-        "by_module": found.by_module,
+        "by_module": forward_order(found),
         "weight_bytes": weights,
         "gradient_bytes": step.gradient_bytes,
         "optimizer_bytes": optimizer,

@@ -17,7 +17,7 @@ from rich.text import Text
 from mesa_train.memory.columns import cell, with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.text import format_bytes, format_gib, format_ratio
-from mesa_train.memory.tree import Node, grow
+from mesa_train.memory.tree import Node, forward_order, grow
 
 if TYPE_CHECKING:
     from mesa_train.memory.estimate import Estimate
@@ -112,14 +112,6 @@ def stored(footprint: Footprint) -> Table | None:
         for (operator, operand, how), (calls, size) in footprint.stored.by_operator().items()
     ]
     return _table(["operand", "kept as", "calls", "size"], lines)
-
-
-def forward_order(footprint: Footprint) -> dict[str, int]:
-    """Bytes by module without submodules, in the order of the forward."""
-    sizes: dict[str, int] = {}
-    for row in footprint.rows:
-        sizes[row.module] = sizes.get(row.module, 0) + row.saved_bytes
-    return sizes
 
 
 def _lines(

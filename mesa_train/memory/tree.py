@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mesa_train.memory.footprint import Footprint
 
 
 @dataclasses.dataclass
@@ -68,3 +72,11 @@ def _fold(node: Node) -> None:
             only = child.children[0]
             if only.count == 1 and only.sizes == child.sizes:
                 child.label, child.children = f"{child.label}.{only.label}", only.children
+
+
+def forward_order(footprint: Footprint) -> dict[str, int]:
+    """Bytes by module without submodules, in the order of the forward."""
+    sizes: dict[str, int] = {}
+    for row in footprint.rows:
+        sizes[row.module] = sizes.get(row.module, 0) + row.saved_bytes
+    return sizes

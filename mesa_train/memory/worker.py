@@ -33,6 +33,7 @@ from mesa_train.memory.inputs import resized
 from mesa_train.memory.load import load
 from mesa_train.memory.peak import Peak, peak_of, resident
 from mesa_train.memory.timeline import timeline
+from mesa_train.memory.tree import forward_order
 from mesa_train.memory.variants import Variant
 
 Row = dict[str, Any]
@@ -145,7 +146,7 @@ class Bench:
         return {
             "kept_bytes": found.saved_bytes,
             "by_operator": found.by_operator,
-            "by_module": found.by_module,
+            "by_module": forward_order(found),
         }
 
     def standing(self) -> int:

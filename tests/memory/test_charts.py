@@ -9,6 +9,9 @@ from mesa_train.memory.labels import place
 pytest.importorskip("matplotlib")
 
 from mesa_train.memory.charts import as_svg, family, pareto, save_png, tradeoff, where
+from mesa_train.memory.frontier import draw
+from mesa_train.memory.planner import Plan, Prediction
+from mesa_train.policy import Policy
 
 
 def overlapping(corners, sizes):
@@ -86,3 +89,28 @@ def test_drawn(tmp_path):
 def test_too_little_to_draw():
     assert tradeoff([{"method": "plain", "kept_bytes": 5, "step_ms": 1.0}], "") is None
     assert where([{"method": "plain", "note": "failed"}], "") is None
+
+
+def test_frontier_with_rivals(tmp_path):
+    plain = Prediction(500 << 20, 900 << 20, 1.0, 1.0, 0.01)
+    plans = [
+        Plan(Policy(), Prediction(k << 20, p << 20, t, t, e), {}, 0.0, plain)
+        for k, p, t, e in ((50, 450, 1.2, 0.2), (120, 520, 1.1, 0.02), (500, 900, 1.0, 0.01))
+    ]
+    rivals = [
+        {"method": "plain", "peak_bytes": 900 << 20, "step_ms": 10.0},
+        {"method": "checkpoint", "peak_bytes": 480 << 20, "step_ms": 13.0},
+        {"method": "plain+adamw8bit", "peak_bytes": 400 << 20, "step_ms": 11.0},
+        {"method": "compile", "note": "refused"},
+    ]
+    chart = draw(plans, rivals, "title")
+    texts = {text.get_text() for text in chart.axes[0].texts}
+    # Other optimizer states are another budget, and what failed has no place.
+    assert {"plain", "checkpoint", "20 % error", "2 % error"} <= texts
+    assert not {"plain+adamw8bit", "compile"} & texts
+    save_png(chart, tmp_path / "frontier.png")
+    untimed = [
+        Plan(Policy(), Prediction(1, 10 << 20, None, None, 0.1), {}, 0.0, plain),
+        Plan(Policy(), Prediction(1, 20 << 20, None, None, 0.01), {}, 0.0, plain),
+    ]
+    assert draw(untimed, [], "").axes[0].get_ylabel() == "gradient error, %"

@@ -8,9 +8,9 @@ from rich.console import Console
 from mesa_train.memory.columns import with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.recorder import Kept
-from mesa_train.memory.terminal import by_module, by_operator, comparison, forward_order, notes_of
+from mesa_train.memory.terminal import by_module, by_operator, comparison, notes_of
 from mesa_train.memory.text import format_bytes, format_ratio, format_table, parse_bytes
-from mesa_train.memory.tree import grow
+from mesa_train.memory.tree import forward_order, grow
 
 
 def rendered(table, width):
