@@ -15,6 +15,7 @@ from .wrap import unwrap, wrap
 if TYPE_CHECKING:
     from .memory.coverage import Coverage, coverage
     from .memory.footprint import Footprint, footprint
+    from .memory.planner import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -22,11 +23,13 @@ __all__ = [
     "PRESETS",
     "Coverage",
     "Footprint",
+    "Plan",
     "Policy",
     "checkpoint",
     "compress",
     "coverage",
     "footprint",
+    "plan",
     "unwrap",
     "wrap",
 ]
@@ -37,6 +40,8 @@ _LATER = {
     "coverage": "coverage",
     "Footprint": "footprint",
     "footprint": "footprint",
+    "Plan": "planner",
+    "plan": "planner",
 }
 
 

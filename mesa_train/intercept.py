@@ -143,9 +143,8 @@ class Interception(TorchFunctionMode):
         rule = self.site.rules[operator, operand]
         known = self.known(tensor, operator, operand)
         if known is not None:
-            self.report.add(
-                self.site.name, label, operand, "shared" if known.cost == VIEW else "rebuilt", 0
-            )
+            how = "shared" if known.cost == VIEW else "rebuilt"
+            self.report.add(self.site.name, label, operand, how, 0, known)
             return known
         reason = why_whole(tensor, rule)
         if reason:
@@ -204,10 +203,11 @@ class Interception(TorchFunctionMode):
         """A leaf of codes that exist already, reported."""
         if isinstance(codec, Placeholder):
             return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
+        stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])
-            self.report.add(self.site.name, operator, operand, str(codec), size)
-        return Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype)
+            self.report.add(self.site.name, operator, operand, str(codec), size, stash)
+        return stash
 
 
 class Report:
@@ -216,7 +216,15 @@ class Report:
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
 
-    def add(self, module: str, operator: str, operand: str, how: str, size: int) -> None:
+    def add(
+        self,
+        module: str,
+        operator: str,
+        operand: str,
+        how: str,
+        size: int,
+        stash: Stash | None = None,  # noqa: ARG002 - for reports that look closer
+    ) -> None:
         """Count one operand of one call; `size` is in bytes that nobody else keeps already."""
         if torch.compiler.is_compiling():
             return

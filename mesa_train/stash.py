@@ -194,7 +194,7 @@ class _Neighbours(threading.local):
 
     def __init__(self) -> None:
         self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
-        self.gradients: dict[int, tuple[Tensor, Tensor, int, Tensor]] = {}
+        self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
         self.run = -1
 
     def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
@@ -214,13 +214,13 @@ class _Neighbours(threading.local):
 
     def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
         """The gradient at a coded tensor that was handed over for this very `grad`."""
-        found = self.gradients.pop(codes.data_ptr(), None)
+        found = self.gradients.pop(_address(codes), None)
         if found is None:
             return None
         _, expected, version, value = found
         # What hooks or another user of the activation made of it is another tensor or version.
         same = (
-            expected.data_ptr() == grad.data_ptr()
+            _address(expected) == _address(grad)
             and expected._version == version == grad._version
             and (expected.shape, expected.stride()) == (grad.shape, grad.stride())
             and expected.dtype is grad.dtype
@@ -231,7 +231,7 @@ class _Neighbours(threading.local):
         """Hand `value` to the operator that gets `grad` and kept `codes`; both are held, so their
         addresses stay theirs."""
         self._enter()
-        self.gradients[codes.data_ptr()] = codes, grad, grad._version, value
+        self.gradients[_address(codes)] = codes, grad, grad._version, value
 
     def _enter(self) -> None:
         # A run that ended in an error has not called its callback.
@@ -247,6 +247,11 @@ class _Neighbours(threading.local):
 
 
 neighbours = _Neighbours()
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory begins; fakes, which have none, are told apart too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 class Geometry:

@@ -52,19 +52,38 @@ class Installed:
         return {**self.__dict__, "report": Report()}
 
 
-def wrap(model: Model, policy: Policy | str | None = None) -> Model:
+def wrap(
+    model: Model,
+    policy: Policy | str | None = None,
+    *,
+    budget: int | str | None = None,
+    inputs: Any = None,
+    autocast: torch.dtype | None = None,
+) -> Model:
     """Let `model` keep codes instead of activations between forward and backward. In place; returns
     the model.
 
     model: any `nn.Module`; weights, buffers, hooks, `state_dict` keys and `forward`'s signature
         stay as they are.
     policy: a `Policy`, a preset's name, or None for "mesa8". Wrapping again replaces the policy.
+    budget: instead of a policy, most memory of a training step, such as "8GiB": the policy is
+        planned (see `plan`) for a batch like `inputs` under `autocast`.
 
     Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches
-    nothing.
+    nothing, if a budget comes without inputs or beside a policy, or if nothing fits it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
+    if budget is not None:
+        if policy is not None or inputs is None:
+            raise ValueError(
+                "wrap(budget=...) plans the policy from inputs=..., and takes no policy"
+            )
+        from .memory.planner import plan
+
+        policy = plan(model, inputs, budget, autocast=autocast).policy
+    elif inputs is not None or autocast is not None:
+        raise ValueError("wrap takes inputs and autocast for a budget only; budget is None")
     resolved = Policy.of(policy)
     table.link()
     names = dict(model.named_modules())

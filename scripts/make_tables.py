@@ -187,6 +187,44 @@ def rounding_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
+def plans_table(results: Path, words: Sequence[str]) -> str:
+    """`plans`: the newest rows of bench_plan.py, predictions with measurements in brackets."""
+    if words:
+        raise ValueError(f"the table 'plans' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "plans.jsonl")
+    if not rows:
+        return missing("scripts/bench_plan.py")
+    newest = {(row["model"], row["share"]): row for row in rows}
+    head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
+    lines, off = [], {"kept_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
+    for (model, share), row in sorted(newest.items()):
+        said, seen = row["predicted"], row["measured"]
+        off = {k: max(v, abs(said[k] / seen[k] - 1)) for k, v in off.items()}
+        kept, peak = (
+            f"{format_bytes(said[k])} ({format_bytes(seen[k])})"
+            for k in ("kept_bytes", "peak_bytes")
+        )
+        lines.append(
+            [
+                model if share == min(s for m, s in newest if m == model) else "",
+                "least possible" if share == 0 else format_bytes(row["budget"]),
+                kept,
+                peak,
+                f"{said['time_ratio']:.2f} ({seen['time_ratio']:.2f})",
+                f"{said['gradient_error']:.2%} ({seen['gradient_error']:.2%})",
+            ]
+        )
+    worst = ", ".join(f"{name} {off[key]:.1%}" for key, name in _PREDICTED.items())
+    return markdown(head, lines) + (
+        "\nPredicted, and measured in brackets; bf16 autocast, random weights; the peak is that of "
+        "a whole training step with weights and AdamW's states. Furthest off: "
+        f"{worst}. {origin(rows[-1])}\n"
+    )
+
+
+_PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -211,6 +249,7 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "parity": parity_table,
     "families": families_table,
     "rounding": rounding_table,
+    "plans": plans_table,
 }
 
 

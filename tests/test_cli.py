@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mesa_train.cli import DEFAULT_METHODS, app
+from mesa_train.cli import app
 
 VIT = ["vit_tiny_patch16_224", "--batch-size", "2", "--image-size", "64"]
 
@@ -16,29 +16,48 @@ def run(*arguments, columns=80):
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, list(arguments))
 
 
-def test_compare_in_a_terminal():
-    result = run("compare", *VIT, "--methods", "plain,mesa8", "--rounds", "1")
+@pytest.mark.slow
+def test_compare_in_a_terminal(tmp_path):
+    pytest.importorskip("matplotlib")
+    chosen = ["--methods", "plain,mesa8,vit_has_no_such.yaml"]
+    assert run("compare", *VIT, *chosen).exit_code == 2
+    policy = tmp_path / "mine.yaml"
+    policy.write_text("preset: mesa4\n")
+    chosen = ["--methods", f"plain,mesa8,{policy}", "--rounds", "2", "--memory", "1GiB"]
+    result = run("compare", *VIT, *chosen, "--out", str(tmp_path / "out"), columns=100)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert "bf16 autocast" in lines[0]
-    assert max(map(len, lines)) <= 80
-    assert "…" not in result.stdout
-    (mesa8,) = [line.split() for line in lines if line.strip().startswith("mesa8")]
-    assert mesa8[2] == "MiB"
-    assert float(mesa8[3].rstrip("x")) > 2.5
-    assert mesa8[4].endswith("%")
-    assert mesa8[6] == "ms"
+    assert max(map(len, lines)) <= 100
+    (plain, mesa8) = [line.split() for line in lines if line.strip().startswith(("plain", "mesa8"))]
+    assert mesa8[2] == plain[2] == "MiB"
+    assert float(plain[1]) > 2.5 * float(mesa8[1])
+    assert mesa8[5].endswith("%")
+    assert int(mesa8[-1].replace(",", "")) > int(plain[-1].replace(",", ""))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"rows.jsonl", "compare.png", "where.png", "report.html"}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["plain", "mesa8", str(policy)]
+    assert rows[0]["versions"]["torch"]
+    assert rows[2]["kept_bytes"] < rows[1]["kept_bytes"]
 
 
 def test_compare_json_is_json_alone():
-    result = run("compare", *VIT, "--fake", "--json")
+    result = run("compare", *VIT, "--quick", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["inputs"] == [[2, 3, 64, 64]]
-    assert [row["method"] for row in found["rows"]] == DEFAULT_METHODS.split(",")
-    plain, mesa8 = (row["saved_bytes"] for row in found["rows"][:2])
-    assert plain > 2.5 * mesa8
-    assert found["rows"][0]["time_ms"] is None
+    rows = {row["method"]: row for row in found["rows"]}
+    assert {"plain", "float32", "bf16", "mesa8", "checkpoint", "mesa8+checkpoint"} <= set(rows)
+    assert rows["plain"]["kept_bytes"] > 2.5 * rows["mesa8"]["kept_bytes"]
+    assert rows["bf16"]["weight_bytes"] * 2 == rows["plain"]["weight_bytes"]
+    assert rows["plain+adamw8bit"]["optimizer_bytes"] < rows["plain"]["optimizer_bytes"] / 3
+    assert "step_ms" not in rows["plain"]
+
+
+def test_compare_says_what_quick_cannot():
+    result = run("compare", *VIT, "--quick", "--methods", "plain,compile", "--memory", "1GiB")
+    assert "compile: its bytes show in a real run alone" in result.stdout
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -62,9 +81,114 @@ def test_profile_with_a_policy_from_a_file(tmp_path):
     assert found["with_policy"]["saved_bytes"] < found["plain"]["saved_bytes"] / 4
 
 
+def test_profile_says_what_is_stored_how():
+    result = run("profile", *VIT, "--fake", columns=100)
+    assert "What mesa8 stores, how and why:" in result.stdout
+    assert "8 bits in groups of 128, nearest" in result.stdout
+    assert "rebuilt" in result.stdout
+
+
+def test_profile_of_two_policies():
+    result = run("profile", *VIT, "--fake", "--policy", "mesa8", "--diff", "mesa4")
+    assert result.exit_code == 0, result.output
+    head = next(line for line in result.stdout.splitlines() if "operator" in line)
+    assert head.split() == ["operator", "mesa8", "share", "mesa4", "less"]
+    found = json.loads(run("profile", *VIT, "--fake", "--diff", "mesa4", "--json").stdout)
+    assert found["with_policy"]["saved_bytes"] > 1.2 * found["with_diff"]["saved_bytes"]
+    assert found["with_diff"]["stored"]
+
+
+def test_profile_beyond_this_machine():
+    model = ["vit_giant_patch14_224", "--batch-size", "1024"]
+    found = json.loads(run("profile", *model, "--fake", "--json").stdout)
+    assert found["plain"]["saved_bytes"] > 500 * 2**30
+
+
+def test_plan(tmp_path):
+    pytest.importorskip("scipy")
+    size = ["vit_tiny_patch16_224", "--batch-size", "32", "--image-size", "96", "--fake"]
+    policy, chart = tmp_path / "plan.yaml", tmp_path / "frontier.png"
+    result = run("plan", *size, "--budget", "130MiB", "--out", str(policy))
+    assert result.exit_code == 0, result.output
+    assert "peak of the step" in result.stdout
+    found = json.loads(run("profile", *size, "--policy", str(policy), "--json").stdout)
+    drawn = run("plan", *size, "--budget", "130MiB", "--json", "--frontier", str(chart))
+    said = json.loads(drawn.stdout)
+    assert said["prediction"]["peak_bytes"] <= 130 * 2**20 < said["plain"]["peak_bytes"]
+    # The profile runs no loss, which keeps some bytes more.
+    kept = found["with_policy"]["saved_bytes"]
+    assert kept == pytest.approx(said["prediction"]["kept_bytes"], rel=0.03)
+    assert chart.stat().st_size > 10_000
+    assert len(said["frontier"]) > 3
+
+
+def test_estimate(tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    size = ["vit_small_patch16_224", "--policies", "plain,mesa8", "--batch-size", "64"]
+    where = ["--gpus", "8", "--gpu-memory", "6GiB", "--out", str(path)]
+    result = run("estimate", *size, *where)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.partition("The simplest")[0].splitlines())) <= 80
+    assert f"accelerate launch --config_file {path}" in result.stdout
+    assert "num_processes: 8" in path.read_text()
+    found = json.loads(run("estimate", *size, *where, "--json").stdout)
+    assert found["chosen"]["fits"]
+    none = run("estimate", *size, "--gpu-memory", "2.1GiB")
+    assert "do not fit" in none.stdout or "not even one image" in none.stdout
+
+
+USERS_MODEL = """
+import torch
+from torch import nn
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Conv2d(3, 64, 8, 8), nn.Embedding(50, 64)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(64, 4, 256, batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, pixels, tokens, mask=None):
+        x = torch.cat([self.image(pixels).flatten(2).mT, self.text(tokens)], 1)
+        for block in self.blocks:
+            x = block(x)
+        return {"features": x}
+
+
+def build(batch_size, image_size=64):
+    model = Pair()
+    pixels = torch.randn(batch_size, 3, image_size, image_size)
+    return model, {"pixels": pixels, "tokens": torch.randint(0, 50, (batch_size, 12))}
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_their_own(tmp_path, monkeypatch):
+    """A file with a factory: a dict of two inputs, of the size asked for."""
+    (tmp_path / "users_model.py").write_text(USERS_MODEL)
+    monkeypatch.chdir(tmp_path)
+    name = ["python:users_model.build", "--batch-size", "6", "--image-size", "96"]
+    found = json.loads(run("compare", *name, "--quick", "--json", "--memory", "1GiB").stdout)
+    assert found["inputs"] == [[6, 3, 96, 96], [6, 12]]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["mesa8"]["kept_bytes"] < rows["plain"]["kept_bytes"] / 2
+    assert rows["mesa8"]["largest_batch"] > rows["plain"]["largest_batch"]
+    chosen = ["--methods", "plain,mesa8", "--rounds", "1"]
+    real = json.loads(run("compare", *name, *chosen, "--json").stdout)["rows"]
+    assert [row.get("note") for row in real] == [None, None]
+    assert [row["kept_bytes"] for row in real] == [
+        rows[m]["kept_bytes"] for m in ("plain", "mesa8")
+    ]
+    assert real[1]["gradient_error"] < 0.05
+    planned = json.loads(run("plan", *name, "--json").stdout)
+    assert planned["prediction"]["peak_bytes"] < planned["plain"]["peak_bytes"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
 def test_dtypes(dtype):
-    result = run("compare", *VIT, "--fake", "--json", "--dtype", dtype, "--methods", "plain")
+    result = run("compare", *VIT, "--quick", "--json", "--dtype", dtype, "--methods", "plain")
     assert json.loads(result.stdout)["dtype"] == dtype
 
 
@@ -79,6 +203,12 @@ def test_dtypes(dtype):
         (["compare", "torchvision:vit_b_16", "--image-size", "225"], "images of 225x225"),
         (["profile", *VIT, "--policy", "mesa9"], "unknown method 'mesa9'"),
         (["profile", *VIT, "--policy", "no_such_file.yaml"], "no_such_file.yaml"),
+        (["profile", *VIT, "--diff", "mesa9"], "unknown method 'mesa9'"),
+        (["compare", *VIT, "--memory", "lots"], "a size is a number with a unit"),
+        (["plan", *VIT, "--fake", "--budget", "lots"], "a size is a number with a unit"),
+        (["plan", *VIT, "--fake", "--budget", "1MiB"], "the smallest peak within reach is"),
+        (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "do not spread evenly"),
+        (["estimate", *VIT, "--policies", "mesa9"], "unknown method 'mesa9'"),
     ],
 )
 def test_one_line_for_a_wrong_request(arguments, message):
@@ -90,7 +220,17 @@ def test_one_line_for_a_wrong_request(arguments, message):
 
 
 def test_as_a_module():
-    command = [sys.executable, "-m", "mesa_train.cli", "compare", *VIT, "--fake", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mesa_train.cli",
+        "compare",
+        *VIT,
+        "--quick",
+        "--json",
+        "--methods",
+        "plain",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "vit_tiny_patch16_224"

@@ -11,21 +11,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import statistics
 import time as clock
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mesa_train.memory.checkpointing import NoBlocks
-from mesa_train.memory.footprint import arguments, autocasting, device_of, footprint, tensors_in
+from mesa_train.memory.footprint import arguments, autocasting, device_of, footprint
+from mesa_train.memory.gradients import default_loss as default_loss
+from mesa_train.memory.gradients import relative_error as relative_error
 from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
+from mesa_train.memory.peak import peak_of
 from mesa_train.memory.standins import standing_in
+from mesa_train.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def compare(
             continue
         ratio = plain.saved_bytes / found.saved_bytes if found.saved_bytes else None
         results[method] = Row(method, found.saved_bytes, ratio, notes=found.notes)
-    run = _Runs(model, inputs, autocast, loss or default_loss)
+    run = Runs(model, inputs, autocast, loss or default_loss)
     usable = [method for method, row in results.items() if row.saved_bytes is not None]
     if error and real:
         steps.next("gradient: float32")
@@ -108,7 +110,8 @@ def compare(
             distance = relative_error(run.gradients(method), reference)
             results[method] = dataclasses.replace(results[method], gradient_error=distance)
     if time and real:
-        times = run.times(usable, rounds, steps)
+        every = usable if PLAIN in usable else [PLAIN, *usable]
+        times = dict(zip(every, run.times(every, rounds, steps.next), strict=True))
         for method in usable:
             results[method] = dataclasses.replace(
                 results[method],
@@ -121,7 +124,7 @@ def compare(
     return [results[method] for method in methods]
 
 
-class _Runs:
+class Runs:
     """Real steps of one model on one batch, all with the same random numbers and buffers."""
 
     def __init__(
@@ -137,25 +140,35 @@ class _Runs:
     def reference(self) -> list[Tensor | None]:
         """The plain gradient in float32; a model with narrower weights is copied for it."""
         if all(p.dtype.itemsize >= 4 for p in self.model.parameters()):
-            return _Runs(self.model, self.inputs, None, self.loss).gradients(PLAIN)
+            return Runs(self.model, self.inputs, None, self.loss).gradients(PLAIN)
         wide = copy.deepcopy(self.model).float()
         inputs = pytree.tree_map_only(
             Tensor, lambda t: t.float() if t.is_floating_point() else t, self.inputs
         )
-        return _Runs(wide, inputs, None, self.loss).gradients(PLAIN)
+        return Runs(wide, inputs, None, self.loss).gradients(PLAIN)
 
-    def gradients(self, method: str) -> list[Tensor | None]:
+    def gradients(self, method: Policy | str) -> list[Tensor | None]:
         """The gradient of all trainable parameters, None where the loss does not depend on one."""
         with applied(self.model, method), standing_in(self.model):
             return self._step()
 
-    def times(self, methods: list[str], rounds: int, steps: _Steps) -> dict[str, list[float]]:
-        """Seconds of `rounds` steps by method, plain among them, in alternation after a warm-up."""
-        every = methods if PLAIN in methods else [PLAIN, *methods]
-        times: dict[str, list[float]] = {method: [] for method in every}
+    def peak(self, method: Policy | str) -> int:
+        """Most bytes allocated at once in a step, beyond what was before it."""
+        self.gradients(method)  # What is allocated once and stays is not the step's.
+        with applied(self.model, method), standing_in(self.model):
+            return peak_of(self._step, self.device).allocated_bytes
+
+    def times(
+        self,
+        methods: Sequence[Policy | str],
+        rounds: int,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> list[list[float]]:
+        """Seconds of `rounds` steps for each method, taking turns, after one that warms up."""
+        times: list[list[float]] = [[] for _ in methods]
         for number in range(rounds + 1):
-            steps.next(f"time: round {number} of {rounds}" if number else "time: warming up")
-            for method in every:
+            tell(f"time: round {number} of {rounds}" if number else "time: warming up")
+            for method, own in zip(methods, times, strict=True):
                 with applied(self.model, method), standing_in(self.model):
                     self._synchronize()
                     start = clock.perf_counter()
@@ -163,7 +176,7 @@ class _Runs:
                     self._synchronize()
                     taken = clock.perf_counter() - start
                 if number:
-                    times[method].append(taken)
+                    own.append(taken)
         return times
 
     def _step(self) -> list[Tensor | None]:
@@ -181,40 +194,6 @@ class _Runs:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def default_loss(output: Any) -> Tensor:
-    """A float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
-
-    Scores are a first output of shape (batch, classes); the targets are fixed and spread over the
-    classes. Raises ValueError if no floating-point tensor of the output requires grad.
-    """
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.requires_grad:
-        return own.float()
-    outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
-    if not outputs:
-        raise ValueError("no output of the model requires grad, so there is no gradient to compare")
-    scores = outputs[0].float()
-    if scores.dim() == 2 and scores.shape[1] > 1:
-        targets = (torch.arange(len(scores), device=scores.device) * 7919) % scores.shape[1]
-        return F.cross_entropy(scores, targets)
-    return scores.square().mean()
-
-
-def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
-    distance = norm = 0.0
-    for own, exact in zip(gradients, reference, strict=True):
-        if exact is not None:
-            norm += exact.double().square().sum().item()
-        if own is None and exact is None:
-            continue
-        difference = (0 if own is None else own.double()) - (0 if exact is None else exact.double())
-        distance += torch.as_tensor(difference).square().sum().item()
-    if norm == 0:
-        return 0.0 if distance == 0 else math.inf
-    return math.sqrt(distance / norm)
 
 
 class _Steps:

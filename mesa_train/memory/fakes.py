@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,7 +54,7 @@ class Fakes:
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Within the context fakes can be computed with, and new tensors are fakes."""
-        with self._mode, _NormStatistics(), _AttentionChoice():
+        with self._mode, _NormStatistics(), _attention_choice():
             yield
 
     def of(self, value: Any) -> Any:
@@ -77,16 +76,25 @@ class Fakes:
         return self._made[id(tensor)][1]
 
 
-class _AttentionChoice(TorchFunctionMode):
-    """Answers `torch._fused_sdp_choice` by what `scaled_dot_product_attention` runs."""
+@contextlib.contextmanager
+def _attention_choice() -> Iterator[None]:
+    """Within the context `torch._fused_sdp_choice` answers for fakes by what
+    `scaled_dot_product_attention` runs. Not a function mode: a checkpoint's second forward, which
+    the autograd engine runs, would not find it on."""
+    own = torch._fused_sdp_choice
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch._fused_sdp_choice:
-            return func(*args, **kwargs)
+    def choice(query: Tensor, *args: Any, **kwargs: Any) -> int:
+        if not isinstance(query, FakeTensor):
+            return own(query, *args, **kwargs)
         with torch.no_grad(), _Called() as called:
-            F.scaled_dot_product_attention(*args, **kwargs)
+            F.scaled_dot_product_attention(query, *args, **kwargs)
         return next((n for name, n in _ATTENTION_KERNELS.items() if name in called.names), 0)
+
+    torch._fused_sdp_choice = choice
+    try:
+        yield
+    finally:
+        torch._fused_sdp_choice = own
 
 
 class _Called(TorchDispatchMode):

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
+from mesa_train.memory.coverage import Coverage, coverage
 from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.methods import applied
 from mesa_train.memory.recorder import Kept, Recorder, by_address
 from mesa_train.memory.standins import standing_in
 from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.policy import Policy
+from mesa_train.wrap import report_of
 
 _FAKES_CANNOT = (
     fake_tensor.DataDependentOutputException,
@@ -40,6 +42,7 @@ class Footprint:
     parameter_bytes, buffer_bytes: the model's own, there with or without a backward.
     rows: one `Kept(operator, module, dtype, shape, saved_bytes)` a storage, in forward order.
     notes: what a reader should know about how it was counted.
+    stored: under a policy, what was stored how and why (see `coverage`).
     """
 
     saved_bytes: int
@@ -47,6 +50,7 @@ class Footprint:
     buffer_bytes: int
     rows: tuple[Kept, ...]
     notes: tuple[str, ...] = ()
+    stored: Coverage | None = None
 
     @property
     def by_operator(self) -> dict[str, int]:
@@ -74,6 +78,7 @@ class Footprint:
             "by_module": self.by_module,
             "rows": [{**row._asdict(), "shape": list(row.shape)} for row in self.rows],
             "notes": list(self.notes),
+            "stored": None if self.stored is None else self.stored.to_dict()["rows"],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -148,6 +153,8 @@ def footprint(
                 f"({error}); count it with real tensors: fake=False and the model on a real device"
             ) from error
         rows = tuple(recorder.kept())
+        report = report_of(model)
+        stored = coverage(model) if report is not None and report.rows else None
     if not rows and not any(t.requires_grad for t in tensors_in(output)):
         raise ValueError(
             f"nothing is kept for a backward: no output of {type(model).__name__} requires grad "
@@ -156,7 +163,7 @@ def footprint(
     if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
         notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
     saved_bytes = sum(row.saved_bytes for row in rows)
-    return Footprint(saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes))
+    return Footprint(saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,7 +5,10 @@
                                       folder or config.json, or a name on the hub; random weights
                                       where there is only a config
     torchvision:vit_b_16              torchvision, random weights
-    python:my_package.module.factory  any importable callable; returns a module or (module, inputs)
+    python:my_package.module.factory  any importable callable; returns a module or (module, inputs),
+                                      inputs being a tensor, a tuple of arguments, a dict of keyword
+                                      arguments, or a function of the batch size that makes one;
+                                      given batch_size and image_size if it takes them
 
 On the meta device nothing is allocated, so a model of any size loads at once.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -61,7 +65,7 @@ def load(
         "timm": _timm,
         "hf": _transformers,
         "torchvision": _torchvision,
-        "python": _factory,
+        "python": functools.partial(_factory, batch_size=batch_size),
     }
     if not colon:
         scheme, rest = "timm", name
@@ -184,7 +188,7 @@ def _classifier(transformers: Any, config: Any) -> Any:
     return (named or found)[0]
 
 
-def _factory(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+def _factory(name: str, image_size: int | None, batch_size: int) -> tuple[nn.Module, Any]:
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
     if not module_name or not attribute:
         raise ValueError(f"python:{name} must name a module and a callable: python:MODULE.FACTORY")
@@ -199,7 +203,9 @@ def _factory(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     if not callable(factory):
         names = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise ValueError(_unknown(f"callable in {module_name}", attribute, names))
-    made = factory()
+    asked = {"batch_size": batch_size, "image_size": image_size}
+    taken = _keywords(factory)
+    made = factory(**{k: v for k, v in asked.items() if k in taken and v is not None})
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -207,6 +213,16 @@ def _factory(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
         )
     size = image_size or 224
     return model, inputs if inputs is not None else _images(3, size, size)
+
+
+def _keywords(factory: Callable[..., Any]) -> set[str]:
+    """Names of the parameters that can be given by keyword."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return set()  # Written in C, with no signature to read.
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name for p in parameters if p.kind in named}
 
 
 def _built(

@@ -1,7 +1,7 @@
 """Methods: the ways to train a model that are measured against each other, put on and taken off.
 
-A method is "plain", "checkpoint", a preset's name or a Policy. Whatever mesa_train had installed on
-the model before is back afterwards, with its report.
+A method is "plain", "checkpoint", a preset's name, a preset's name with "+checkpoint", or a Policy.
+Whatever mesa_train had installed on the model before is back afterwards, with its report.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from mesa_train.wrap import report_of, unwrap, wrap
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
+# A preset whose blocks are checkpointed as well.
+BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
 
 
-def check_method(method: str) -> None:
-    """ValueError with the choices and the closest name if `method` is none."""
-    choices = (PLAIN, CHECKPOINT, *PRESETS)
+def check_method(method: str, more: tuple[str, ...] = ()) -> None:
+    """ValueError with the choices and the closest name if `method` is none, nor one of `more`."""
+    choices = (PLAIN, CHECKPOINT, *PRESETS, *BOTH, *more)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(choices)}{hint}")
+        short = [c for c in choices if c not in BOTH]
+        raise ValueError(
+            f"unknown method {method!r}; choose from {', '.join(short)}, PRESET+{CHECKPOINT}{hint}"
+        )
 
 
 @contextlib.contextmanager
@@ -48,12 +53,10 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
             yield
             return
         unwrap(model)
-        if method == CHECKPOINT:
-            with checkpointed(model):
-                yield
-        else:
-            if method != PLAIN:
-                wrap(model, method)
+        policy, blocks = _parts(method)
+        if policy is not None:
+            wrap(model, policy)
+        with checkpointed(model) if blocks else contextlib.nullcontext():
             yield
     finally:
         for module, own, attributes in before:
@@ -63,3 +66,12 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
         if report is not None:
             report.rows.clear()
             report.rows.update(reported)
+
+
+def _parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
+    """(the policy or None, whether blocks are checkpointed)."""
+    if method in (PLAIN, CHECKPOINT):
+        return None, method == CHECKPOINT
+    if isinstance(method, str) and method in BOTH:
+        return BOTH[method], True
+    return method, False

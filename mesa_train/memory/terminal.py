@@ -7,16 +7,21 @@ narrow.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mesa_train.memory.compare import Row
+from mesa_train.memory.columns import cell, with_ratios
 from mesa_train.memory.footprint import Footprint
-from mesa_train.memory.text import format_bytes, format_ratio
+from mesa_train.memory.text import format_bytes, format_gib, format_ratio
+from mesa_train.memory.tree import Node, forward_order, grow
+
+if TYPE_CHECKING:
+    from mesa_train.memory.estimate import Estimate
+    from mesa_train.memory.planner import Plan
 
 # Cells and the style of the whole line.
 _Line = tuple[Sequence[str | Text], str]
@@ -25,132 +30,88 @@ _Line = tuple[Sequence[str | Text], str]
 _LEAST_SHARE = 0.0005
 
 
-def comparison(rows: Sequence[Row]) -> Table:
-    """One line a method; columns that nobody asked for are left out."""
-    with_error = any(row.gradient_error is not None for row in rows)
-    with_time = any(row.time_ms is not None for row in rows)
-    head = ["method", "kept for\nbackward", "less than\nplain"]
-    head += ["gradient\nerror"] if with_error else []
-    head += ["forward +\nbackward", "time vs.\nplain"] if with_time else []
-    least = min((row.saved_bytes for row in rows if row.saved_bytes is not None), default=None)
+# key, heading, and the least width of a terminal that has room for it.
+_COLUMNS = (
+    ("kept_bytes", "kept for\nbackward", 0),
+    ("kept_ratio", "less than\nplain", 140),
+    ("peak_bytes", "peak of\nstep", 0),
+    ("resident_bytes", "resident\nset", 140),
+    ("gradient_error", "gradient\nerror", 0),
+    ("gradient_cosine", "cosine", 140),
+    ("step_ms", "step\nms", 0),
+    ("images_per_s", "images\nper s", 100),
+    ("weight_bytes", "weights", 140),
+    ("gradient_bytes", "gradients", 140),
+    ("optimizer_bytes", "optimizer", 140),
+    ("largest_batch", "largest\nbatch", 0),
+)
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
+    """One line a method; columns that no row has are left out, and the less telling ones in a narrow
+    terminal."""
+    rows = with_ratios(rows)
+    columns = [
+        (key, heading)
+        for key, heading, least in _COLUMNS
+        if any(row.get(key) is not None for row in rows) and width >= least
+    ]
+    sizes = [row["kept_bytes"] for row in rows if row.get("kept_bytes") is not None]
     lines: list[_Line] = []
     for row in rows:
-        ratio, error = row.saved_ratio, row.gradient_error
-        line = [
-            row.method,
-            "-" if row.saved_bytes is None else format_bytes(row.saved_bytes),
-            "-" if ratio is None else f"{ratio:.2f}x",
-        ]
-        if with_error:
-            line.append("-" if error is None else f"{error:.2%}")
-        if with_time:
-            line.append("-" if row.time_ms is None else f"{row.time_ms:,.0f} ms")
-            line.append("-" if row.time_ratio is None else f"{row.time_ratio:.2f}x")
-        lines.append((line, "bold" if row.saved_bytes == least is not None else ""))
-    return _table(head, lines)
+        cells = [cell(key, row) for key, _ in columns]
+        if width < 140:
+            cells = [text.partition(" (")[0] for text in cells]
+        style = "bold" if sizes and row.get("kept_bytes") == min(sizes) else ""
+        lines.append(([row["method"], *[text or "-" for text in cells]], style))
+    return _table(["method", *[heading for _, heading in columns]], lines)
 
 
-def notes_of(rows: Sequence[Row]) -> list[str]:
-    """The rows' notes, each once, with the methods that it is about unless it is about all."""
-    methods: dict[str, list[str]] = {}
-    for row in rows:
-        for note in row.notes:
-            methods.setdefault(note, []).append(row.method)
-    return [
-        note if len(names) == len(rows) else f"{', '.join(names)}: {note}"
-        for note, names in methods.items()
-    ]
+def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why rows are not complete, one line a method."""
+    return [f"{row['method']}: {row['note']}" for row in rows if row.get("note")]
 
 
-def by_operator(plain: Footprint, other: Footprint, name: str) -> Table:
-    """Bytes by operator: plain against a policy, largest of the plain ones first."""
-    before, after, whole = plain.by_operator, other.by_operator, plain.saved_bytes
+def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Table:
+    """Bytes by operator under two methods, largest of the first one's first."""
+    before, after, whole = one.by_operator, other.by_operator, one.saved_bytes
     lines: list[_Line] = [
         ([operator, *_cells(before.get(operator, 0), whole, after.get(operator, 0))], "")
         for operator in dict.fromkeys([*before, *after])
     ]
     lines.append((["kept for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
     for what in ("parameter", "buffer"):
-        sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (plain, other)]
+        sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (one, other)]
         lines.append(([f"{what}s", sizes[0], "", sizes[1], ""], ""))
-    return _table(["operator", "plain", "share", name, "less"], lines, rule_before=len(lines) - 3)
+    head = ["operator", names[0], "share", names[1], "less"]
+    return _table(head, lines, rule_before=len(lines) - 3)
 
 
-def by_module(plain: Footprint, other: Footprint, name: str, depth: int | None = None) -> Table:
-    """The module tree to `depth`, every line with its subtree's bytes: plain against a policy."""
-    root = tree(plain, other)
-    least = _LEAST_SHARE * plain.saved_bytes, _LEAST_SHARE * other.saved_bytes
+def by_module(
+    one: Footprint, other: Footprint, names: tuple[str, str], depth: int | None = None
+) -> Table:
+    """The module tree to `depth`, every line with its subtree's bytes under two methods."""
+    root = grow([forward_order(one), forward_order(other)])
+    least = _LEAST_SHARE * one.saved_bytes, _LEAST_SHARE * other.saved_bytes
     lines: list[_Line] = []
     for prefix, node in _lines(root, least, depth):
         label = Text.assemble((prefix, "dim"), node.label)
         if node.count > 1:
             label.append(f"  x{node.count}", style="cyan")
-        lines.append(([label, *_cells(node.plain, plain.saved_bytes, node.other, node.count)], ""))
-    return _table(["module", "plain", "share", name, "less"], lines)
+        before, after = node.sizes
+        lines.append(([label, *_cells(before, one.saved_bytes, after, node.count)], ""))
+    return _table(["module", names[0], "share", names[1], "less"], lines)
 
 
-@dataclasses.dataclass
-class Node:
-    """A module: bytes of its subtree under both methods, children, and how many such siblings."""
-
-    label: str
-    plain: int = 0
-    other: int = 0
-    children: list[Node] = dataclasses.field(default_factory=list)
-    count: int = 1
-
-    def child(self, label: str) -> Node:
-        """The child of that name, made if it is not there."""
-        for node in self.children:
-            if node.label == label:
-                return node
-        self.children.append(Node(label))
-        return self.children[-1]
-
-    def same(self, other: Node) -> bool:
-        """Whether two subtrees keep the same bytes in the same places."""
-        return (
-            (self.plain, self.other) == (other.plain, other.other)
-            and len(self.children) == len(other.children)
-            and all(
-                a.label == b.label and a.same(b)
-                for a, b in zip(self.children, other.children, strict=True)
-            )
-        )
-
-
-def tree(plain: Footprint, other: Footprint) -> Node:
-    """The module tree of two footprints of a model, in forward order, equal neighbours folded."""
-    root = Node("(model)")
-    for footprint, field in ((plain, "plain"), (other, "other")):
-        for row in footprint.rows:
-            path = [root]
-            for part in row.module.split(".") if row.module else ():
-                path.append(path[-1].child(part))
-            for node in path:
-                setattr(node, field, getattr(node, field) + row.saved_bytes)
-    _fold(root)
-    return root
-
-
-def _fold(node: Node) -> None:
-    """Joins equal numbered neighbours into one line, and an only child into its parent's."""
-    folded: list[Node] = []
-    first = ""
-    for child in node.children:
-        if folded and first and child.label.isdigit() and folded[-1].same(child):
-            folded[-1].count += 1
-            folded[-1].label = f"{first}-{child.label}"
-            continue
-        folded.append(child)
-        first = child.label if child.label.isdigit() else ""
-    node.children = folded
-    for child in folded:
-        _fold(child)
-        if len(child.children) == 1:
-            only = child.children[0]
-            if only.count == 1 and (only.plain, only.other) == (child.plain, child.other):
-                child.label, child.children = f"{child.label}.{only.label}", only.children
+def stored(footprint: Footprint) -> Table | None:
+    """What a policy stored how and why, by operator and operand; None without a policy."""
+    if footprint.stored is None:
+        return None
+    lines: list[_Line] = [
+        ([f"{operator}.{operand}", how, str(calls), format_bytes(size)], "")
+        for (operator, operand, how), (calls, size) in footprint.stored.by_operator().items()
+    ]
+    return _table(["operand", "kept as", "calls", "size"], lines)
 
 
 def _lines(
@@ -162,7 +123,7 @@ def _lines(
     children = [
         child
         for child in node.children
-        if child.plain * child.count > least[0] or child.other * child.count > least[1]
+        if any(size * child.count > low for size, low in zip(child.sizes, least, strict=True))
     ]
     for child in children:
         branch, below = ("└ ", "  ") if child is children[-1] else ("├ ", "│ ")
@@ -192,3 +153,41 @@ def _table(
         name.no_wrap, name.overflow = True, "ellipsis"
         table.add_row(name, *line[1:], style=style)
     return table
+
+
+def prediction(plan: Plan) -> Table:
+    """What a step takes with a plan's policy, beside plain."""
+    own, plain = plan.prediction, plan.plain
+    lines: list[_Line] = [
+        (
+            ["peak of the step", format_bytes(plain.peak_bytes), format_bytes(own.peak_bytes)],
+            "bold",
+        ),
+        (["kept for backward", format_bytes(plain.kept_bytes), format_bytes(own.kept_bytes)], ""),
+    ]
+    if own.step_s is not None and plain.step_s is not None:
+        times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, own.step_s)]
+        lines.append((["forward + backward", *times], ""))
+    errors = [f"{error:.2%}" for error in (plain.gradient_error, own.gradient_error)]
+    lines.append((["gradient error", *errors], ""))
+    return _table(["predicted", "plain", "plan"], lines)
+
+
+def choices(plan: Plan) -> Table:
+    """How many stashes of each kind are stored how."""
+    lines: list[_Line] = [([kind, how, str(n)], "") for kind, how, n in sorted(plan.summary())]
+    return _table(["stash", "kept as", "places"], lines)
+
+
+def estimates(found: Sequence[Estimate]) -> Table:
+    """One line a setup and policy: what lies on a GPU, and the largest batch."""
+    lines: list[_Line] = []
+    for e in found:
+        held = e.states
+        name = e.strategy if e.offload == "none" else f"{e.strategy} {e.offload}"
+        sizes = (held.weights, held.gradients, held.optimizer, held.gathered, e.activations)
+        cells = [format_gib(size) for size in (*sizes, e.gpu_bytes)]
+        batch = str(e.largest_batch) if not e.reason else e.reason
+        lines.append(([f"{name}, {e.policy}", *cells, batch], "" if e.fits else "dim"))
+    head = ["GiB a GPU", "weights", "grads", "states", "gather", "activ.", "all", "batch"]
+    return _table(head, lines)

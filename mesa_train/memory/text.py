@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?")
 
 
 def format_bytes(size: int) -> str:
@@ -14,6 +17,25 @@ def format_bytes(size: int) -> str:
     if size < 10 * 2**30:
         return f"{size / 2**20:.1f} MiB"
     return f"{size / 2**30:,.1f} GiB"
+
+
+def format_gib(size: int) -> str:
+    """A size in GiB as a plain number."""
+    return f"{size / 2**30:.2f}"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as people write it: "24GiB", "800 MB", "1.5T", "4096".
+
+    Binary units with an i (KiB, MiB, GiB, TiB) and without a B; decimal ones as KB, MB, GB, TB.
+    ValueError for anything else, zero and less.
+    """
+    found = _SIZE.fullmatch(text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"a size is a number with a unit such as 24GiB or 800MB, got {text!r}")
+    number, prefix, kind = float(found[1]), found[2] or "", found[3] or ""
+    base = 1000 if kind == "b" and prefix else 1024
+    return int(number * base ** " kmgt".index(prefix or " "))
 
 
 def format_ratio(before: int, after: int) -> str:

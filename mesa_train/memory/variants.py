@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.memory.checkpointing import checkpointed
-from mesa_train.memory.methods import CHECKPOINT, PLAIN
-from mesa_train.policy import PRESETS
+from mesa_train.memory.methods import BOTH, CHECKPOINT, PLAIN, check_method
+from mesa_train.policy import PRESETS, Policy
 from mesa_train.wrap import unwrap, wrap
 
 SAVE_ON_CPU = "save_on_cpu"
@@ -39,43 +38,44 @@ _FP8 = {
 }
 
 # method: activation_memory_budget, inductor's post_grad_fusion_options. A budget of 0.5 is as far
-# down as a ViT recomputes elementwise operations alone.
+# down as a ViT recomputes elementwise operations alone; 0.2 repeats matmuls.
 _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
     COMPILE: (1.0, {}),
     "compile-budget-0.5": (0.5, {}),
+    "compile-budget-0.2": (0.2, {}),
     "compile-fp8": (0.9, _FP8),
     **{f"{COMPILE}:{preset}": (1.0, {}) for preset in PRESETS if preset != "paper"},
 }
 
-CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, *PRESETS, *_COMPILED)
+CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, *PRESETS, *BOTH, *_COMPILED)
 
 
 def check_variant(method: str) -> None:
     """ValueError with the choices and the closest name if `method` is none."""
-    if method not in CHOICES:
-        near = difflib.get_close_matches(method, CHOICES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(CHOICES)}{hint}")
+    check_method(method, (SAVE_ON_CPU, *_COMPILED))
 
 
 class Variant:
     """`model` for one method: call it within `active()`.
 
     model: stays as it is; its parameters and buffers are the variant's too.
-    method: one of `CHOICES`.
+    method: one of `CHOICES`, or a Policy.
 
-    Raises ValueError for another method, NoBlocks where checkpointing finds nothing.
+    Raises ValueError for another name, NoBlocks where checkpointing finds nothing.
     """
 
-    def __init__(self, model: nn.Module, method: str) -> None:
-        check_variant(method)
+    def __init__(self, model: nn.Module, method: str | Policy) -> None:
+        if isinstance(method, str):
+            check_variant(method)
         self.method = method
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.module = unwrap(copy.deepcopy(model, shared))
-        preset = method.removeprefix(f"{COMPILE}:")
-        if preset in PRESETS:
-            wrap(self.module, preset)
-        if method == CHECKPOINT:
+        policy = method
+        if isinstance(method, str):
+            policy = BOTH.get(method, method.removeprefix(f"{COMPILE}:"))
+        if isinstance(policy, Policy) or policy in PRESETS:
+            wrap(self.module, policy)
+        if method == CHECKPOINT or method in BOTH:
             # Held and never left: the copy is checkpointed for good.
             self._checkpointed = checkpointed(self.module)
             self._checkpointed.__enter__()

@@ -11,6 +11,7 @@ import mesa_train
 from mesa_train.memory.checkpointing import NoBlocks, checkpointed, find_blocks
 from mesa_train.memory.compare import Row, compare, default_loss, relative_error
 from mesa_train.memory.footprint import footprint
+from mesa_train.memory.gradients import cosine
 from mesa_train.memory.methods import METHODS
 
 BF16 = torch.bfloat16
@@ -182,6 +183,19 @@ class TestLossAndError:
         assert relative_error(exact, exact) == 0
         assert relative_error([torch.tensor([3.0]), None, None], exact) == pytest.approx(0.8)
         assert math.isnan(relative_error([torch.tensor([math.nan]), None, None], exact))
+
+
+class TestCosine:
+    def test_by_hand(self):
+        one, other = [torch.tensor([3.0, 0.0]), None], [torch.tensor([3.0, 4.0]), None]
+        assert cosine(one, other) == pytest.approx(0.6)
+        assert cosine(one, one) == pytest.approx(1)
+        assert cosine(one, [-t if t is not None else None for t in one]) == pytest.approx(-1)
+
+    def test_missing_and_zero(self):
+        zero, some = [torch.zeros(2)], [torch.ones(2)]
+        assert cosine(zero, zero) == 1
+        assert cosine(zero, some) == cosine([None], some) == 0
 
 
 def test_row_as_dict():

@@ -5,11 +5,12 @@ import io
 import pytest
 from rich.console import Console
 
-from mesa_train.memory.compare import Row
+from mesa_train.memory.columns import with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.recorder import Kept
-from mesa_train.memory.terminal import by_module, by_operator, comparison, notes_of, tree
-from mesa_train.memory.text import format_bytes, format_ratio, format_table
+from mesa_train.memory.terminal import by_module, by_operator, comparison, notes_of
+from mesa_train.memory.text import format_bytes, format_ratio, format_table, parse_bytes
+from mesa_train.memory.tree import forward_order, grow
 
 
 def rendered(table, width):
@@ -23,6 +24,10 @@ def made(*rows):
     return Footprint(sum(row.saved_bytes for row in kept), 2**20, 0, kept)
 
 
+def tree(*footprints):
+    return grow([forward_order(footprint) for footprint in footprints])
+
+
 def vit(scale):
     blocks = [
         (operator, f"blocks.{i}.{module}", scale * 2**20)
@@ -32,40 +37,58 @@ def vit(scale):
     return made(("conv2d", "patch_embed.proj", scale * 2**20), *blocks, ("linear", "head", 7))
 
 
-@pytest.mark.parametrize("width", [80, 120])
+WIDE = {
+    "method": "mesa8-recompute",
+    "kept_bytes": 987_654_321_000,
+    "peak_bytes": 1_987_654_321_000,
+    "resident_bytes": 2_987_654_321_000,
+    "gradient_error": 0.12345,
+    "gradient_cosine": 0.98765432,
+    "step_ms": 123456.7,
+    "step_ms_quartiles": [122222.2, 124444.4],
+    "images_per_s": 12345.6,
+    "largest_batch": 123456,
+}
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
 def test_comparison_fits(width):
-    rows = [
-        Row("mesa8-recompute", 987_654_321_000, 123.45, 0.12345, 123456.7, 1.234),
-        Row("checkpoint", None, notes=("no blocks",)),
-    ]
-    text = rendered(comparison(rows), width)
+    rows = [WIDE, {"method": "checkpoint", "note": "no blocks"}]
+    text = rendered(comparison(rows, width), width)
     assert "…" not in text
-    assert "919.8 GiB" in text
-    assert "12.35%" in text
-    assert "123,457 ms" in text
+    for said in ("919.8 GiB", "12.35%", "123,457", "123,456"):
+        assert said in text
     assert max(map(len, text.splitlines())) <= width
+    assert ("0.98765" in text) == ("124,444" in text) == (width >= 140)
 
 
-def test_columns_that_nobody_asked_for():
-    text = rendered(comparison([Row("plain", 2**20, 1.0)]), 80)
-    assert "gradient" not in text
-    assert "time" not in text
+def test_columns_that_no_row_has():
+    text = rendered(comparison([{"method": "plain", "kept_bytes": 2**20}]), 80)
+    for said in ("gradient", "step", "largest"):
+        assert said not in text
+
+
+def test_ratios_to_plain():
+    rows = with_ratios(
+        [{"method": "plain", "kept_bytes": 6, "step_ms": 2.0}, {**WIDE, "kept_bytes": 3}]
+    )
+    assert [row["kept_ratio"] for row in rows] == [1, 2]
+    assert rows[1]["step_ratio"] == WIDE["step_ms"] / 2
 
 
 def test_notes_name_their_methods():
-    rows = [Row("a", 1, notes=("both", "one")), Row("b", 1, notes=("both",))]
-    assert notes_of(rows) == ["both", "a: one"]
+    assert notes_of([{"method": "a"}, {"method": "b", "note": "why"}]) == ["b: why"]
 
 
 def test_tree_folds_equal_blocks():
     root = tree(vit(4), vit(1))
     patch, blocks, head = root.children
-    assert (patch.label, patch.plain, patch.other) == ("patch_embed.proj", 4 * 2**20, 2**20)
-    assert (blocks.label, blocks.plain) == ("blocks", 12 * 8 * 2**20)
+    assert (patch.label, patch.sizes) == ("patch_embed.proj", [4 * 2**20, 2**20])
+    assert (blocks.label, blocks.sizes[0]) == ("blocks", 12 * 8 * 2**20)
     (folded,) = blocks.children
-    assert (folded.label, folded.count, folded.plain) == ("0-11", 12, 8 * 2**20)
+    assert (folded.label, folded.count, folded.sizes[0]) == ("0-11", 12, 8 * 2**20)
     assert [child.label for child in folded.children] == ["norm", "attn.qkv"]
-    assert head.plain == 7
+    assert head.sizes == [7, 7]
 
 
 def test_tree_keeps_different_blocks_apart():
@@ -81,8 +104,8 @@ def test_profile_fits(width):
     deep = "encoder." * 12 + "layer"
     plain = made(("scaled_dot_product_attention", deep, 4 * 2**30), ("linear", "a", 2**30))
     for table in (
-        by_module(plain, plain, "mesa4-recompute"),
-        by_operator(plain, plain, "mesa4-recompute"),
+        by_module(plain, plain, ("plain", "mesa4-recompute")),
+        by_operator(plain, plain, ("plain", "mesa4-recompute")),
     ):
         text = rendered(table, width)
         assert max(map(len, text.splitlines())) <= width
@@ -91,11 +114,11 @@ def test_profile_fits(width):
 
 
 def test_modules_of_no_weight_and_depth():
-    text = rendered(by_module(vit(4), vit(1), "mesa8"), 80)
+    text = rendered(by_module(vit(4), vit(1), ("plain", "mesa8")), 80)
     assert "head" not in text
     assert "0-11  x12" in text
     assert "4.00x" in text
-    assert "0-11" not in rendered(by_module(vit(4), vit(1), "mesa8", depth=1), 80)
+    assert "0-11" not in rendered(by_module(vit(4), vit(1), ("plain", "mesa8"), depth=1), 80)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +153,24 @@ def test_format_table_aligns():
         "---------",
         "long  100",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 << 30),
+        ("1.5 TiB", 3 << 39),
+        ("800MB", 800_000_000),
+        ("8g", 8 << 30),
+        ("4096", 4096),
+        ("7B", 7),
+    ],
+)
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "0", "3 apples", "1e9"])
+def test_parse_bytes_refuses(text):
+    with pytest.raises(ValueError, match="a size is a number with a unit"):
+        parse_bytes(text)

@@ -1,0 +1,174 @@
+"""What the commands share: their arguments, loading, output, and errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from mesa_train.memory.load import Loaded
+
+
+class DType(str, enum.Enum):
+    """The arithmetic of the forward. Weights stay float32."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm name, hf:CONFIG_OR_PATH, torchvision:NAME or python:MODULE.FACTORY.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Height and width of the images; default: the model's own."),
+]
+Precision = Annotated[
+    DType, typer.Option(help="float32, or autocast to bfloat16 or float16 (weights stay float32).")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; default: cuda if there is one, else cpu.")
+]
+Fake = Annotated[
+    bool,
+    typer.Option("--fake", help="Count on tensors without data: any size, in seconds, bytes only."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def device_name(device: str | None, fake: bool) -> str:
+    """The device that is measured on or counted for; ValueError where there is no such one."""
+    import torch
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {where!r}")
+    if where.startswith("cuda") and not torch.cuda.is_available() and not fake:
+        raise ValueError(f"--device {where}: PyTorch sees no CUDA device here")
+    return where
+
+
+def loading(
+    name: str, batch_size: int, image_size: int | None, device: str | None, fake: bool
+) -> tuple[Loaded, str]:
+    """The model (on meta for --fake) and the device that it is measured on or counted for."""
+    from mesa_train.memory.load import load
+
+    where = device_name(device, fake)
+    with quiet():
+        loaded = load(
+            name,
+            batch_size=batch_size,
+            image_size=image_size,
+            device="meta" if fake else where,
+        )
+    return loaded, where
+
+
+def autocast_of(dtype: DType) -> torch.dtype | None:
+    """The dtype of autocast, None for float32."""
+    import torch
+
+    return {DType.bf16: torch.bfloat16, DType.fp16: torch.float16}.get(dtype)
+
+
+def setting_of(loaded: Loaded, dtype: DType, device: str, fake: bool) -> dict[str, Any]:
+    """What was measured, for JSON."""
+    import torch
+
+    return {
+        "model": loaded.name,
+        "inputs": loaded.shapes(),
+        "dtype": dtype.value,
+        "device": device,
+        "fake": fake,
+        "torch": torch.__version__,
+    }
+
+
+def title_of(loaded: Loaded, dtype: DType, device: str) -> str:
+    """The line above a table."""
+    arithmetic = "float32" if dtype is DType.float32 else f"{dtype.value} autocast"
+    shapes = ", ".join("x".join(map(str, shape)) for shape in loaded.shapes())
+    return f"{loaded.name}  {shapes}  {arithmetic}  {device}"
+
+
+def command_line() -> str:
+    """The command as it was typed, the program by its plain name."""
+    program = Path(sys.argv[0]).name
+    if program in ("__main__.py", "cli.py"):
+        return shlex.join(["python", "-m", "mesa_train.cli", *sys.argv[1:]])
+    return shlex.join([program, *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, gone when done; nothing at all where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What libraries print while they build a model goes to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A wrong request ends in one line on stderr and exit code 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        typer.echo(f"mesa-train: {lines[0] if lines else type(error).__name__}", err=True)
+        raise typer.Exit(2) from None
+
+
+def show(*renderables: Any) -> None:
+    """Print to stdout, leaving out None."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for renderable in renderables:
+        if renderable is not None:
+            console.print(renderable)
+
+
+def console_width() -> int:
+    """Characters in a line of the terminal."""
+    from rich.console import Console
+
+    return Console().width
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """Print as JSON alone."""
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,151 @@
+"""`mesa-train compare`: methods side by side, each in a process of its own, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mesa_train.cli.common import (
+    BatchSize,
+    Device,
+    DType,
+    ImageSize,
+    Json,
+    Model,
+    Precision,
+    autocast_of,
+    command_line,
+    console_width,
+    device_name,
+    loading,
+    one_line_errors,
+    progress_bar,
+    quiet,
+    setting_of,
+    show,
+    show_json,
+    title_of,
+)
+
+
+def compare(
+    model: Model,
+    batch_size: BatchSize = 8,
+    image_size: ImageSize = None,
+    dtype: Precision = DType.bf16,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: plain, float32, bf16, checkpoint, save_on_cpu, any preset, "
+            "compile, PRESET+checkpoint, METHOD+adamw8bit, a policy's YAML file; default: all."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", "--fake", help="Bytes alone, on tensors without data, in seconds."),
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of every method.")] = 5,
+    memory: Annotated[
+        str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 300.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for rows.jsonl, charts and report.html.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Methods side by side: bytes kept, peak, gradient error, step time, largest batch."""
+    with one_line_errors():
+        from mesa_train.memory.contenders import DEFAULT, Contender
+        from mesa_train.memory.text import parse_bytes
+
+        names = list(DEFAULT)
+        if methods is not None:
+            names = [name.strip() for name in methods.split(",") if name.strip()]
+        elif quick:
+            names = [name for name in names if Contender.of(name).countable]
+        for name in names:
+            Contender.of(name)
+        memory_bytes = None if memory is None else parse_bytes(memory)
+        where = device_name(device, quick)
+        # Also where every method runs elsewhere: what is wrong with the model shows here, at once.
+        loaded, where = loading(model, batch_size, image_size, device, fake=quick)
+        setting = setting_of(loaded, dtype, where, quick)
+        title = title_of(loaded, dtype, where)
+        if not quick:
+            del loaded
+        with progress_bar() as progress:
+            if quick:
+                from mesa_train.memory.quick import count
+
+                def make() -> Any:
+                    return loading(model, batch_size, image_size, device, fake=True)[0]
+
+                with quiet():
+                    rows = count(
+                        make,
+                        names,
+                        batch_size=batch_size,
+                        dtype=autocast_of(dtype),
+                        memory_bytes=memory_bytes,
+                        progress=progress,
+                    )
+            else:
+                from mesa_train.memory.processes import Request, measure
+
+                asked = autocast_of(dtype)
+                request = Request(
+                    model,
+                    batch_size=batch_size,
+                    image_size=image_size,
+                    device=where,
+                    dtype=None if asked is None else str(asked).removeprefix("torch."),
+                    rounds=rounds,
+                    memory_bytes=memory_bytes,
+                    limit_s=limit,
+                )
+                rows = list(measure(request, names, progress))
+        if out is not None:
+            _write(out, rows, setting, where)
+        if as_json:
+            show_json({**setting, "rows": rows})
+            return
+        from mesa_train.memory import terminal
+
+        show(title, terminal.comparison(rows, console_width()), *terminal.notes_of(rows))
+        if out is not None:
+            show(f"rows.jsonl, charts and report.html are in {out}")
+
+
+def _write(
+    folder: Path, rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any], device: str
+) -> None:
+    """Rows, charts and the page."""
+    from mesa_train.memory import charts
+    from mesa_train.memory.report import write_report
+    from mesa_train.training import records
+
+    source = records.provenance(device)
+    told = {
+        **setting,
+        "shapes": setting["inputs"],
+        "command": command_line(),
+        "device_name": source["device"],
+        **{key: source[key] for key in ("threads", "versions", "commit", "date")},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
+    path.unlink(missing_ok=True)
+    records.append(path, *({**told, **row} for row in rows))
+    title = f"{setting['model']}, {setting['dtype']}"
+    tradeoff = charts.tradeoff(rows, title)
+    if tradeoff is not None:
+        charts.save_png(tradeoff, folder / "compare.png")
+    where = charts.where(rows, title)
+    if where is not None:
+        charts.save_png(where, folder / "where.png")
+    write_report(folder / "report.html", rows, told)

@@ -1,0 +1,101 @@
+"""`mesa-train estimate`: what sharded training takes on every GPU, and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mesa_train.cli.common import (
+    BatchSize,
+    ImageSize,
+    Json,
+    Model,
+    loading,
+    one_line_errors,
+    quiet,
+    show,
+    show_json,
+)
+
+
+def estimate(
+    model: Model,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "24GiB",
+    cpu_memory: Annotated[str, typer.Option(help="Main memory of a machine.")] = "256GiB",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that share a layer, with FSDP2.")
+    ] = 1,
+    policies: Annotated[
+        str | None, typer.Option(help="Comma-separated presets, checkpoint, plain; default: all.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    lora: Annotated[
+        int, typer.Option(min=0, help="Rank of LoRA on a model frozen in NF4; 0: train all.")
+    ] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Also what does not fit.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write accelerate's configuration to this YAML file.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Weights, gradients, states, activations a GPU for ZeRO, FSDP2, offload, LoRA: what fits."""
+    with one_line_errors():
+        from mesa_train.memory import terminal
+        from mesa_train.memory.estimate import POLICIES, best, estimates
+        from mesa_train.memory.launch import accelerate_config, command
+        from mesa_train.memory.methods import check_method
+        from mesa_train.memory.sharding import Cluster
+        from mesa_train.memory.text import parse_bytes
+
+        names = list(POLICIES) if policies is None else [p.strip() for p in policies.split(",")]
+        for name in names:
+            check_method(name)
+        cluster = Cluster(
+            gpus, parse_bytes(gpu_memory), parse_bytes(cpu_memory), nodes, tensor_parallel
+        )
+
+        def make() -> Any:
+            return loading(model, batch_size, image_size, "cpu", fake=True)[0]
+
+        with quiet():
+            found = list(
+                estimates(
+                    make, cluster, batch=batch_size, policies=names, optimizer=optimizer, lora=lora
+                )
+            )
+        chosen = best(found)
+        if chosen is not None and out is not None:
+            out.write_text(accelerate_config(chosen, cluster))
+        if as_json:
+            show_json(
+                {
+                    "model": model,
+                    "gpus": gpus,
+                    "rows": [e.to_dict() for e in found],
+                    "chosen": None if chosen is None else chosen.to_dict(),
+                }
+            )
+            return
+        title = f"{model}  {gpus} GPUs of {gpu_memory}  {batch_size} images a GPU"
+        shown = [e for e in found if e.fits or every]
+        show(title, terminal.estimates(shown) if shown else None)
+        if chosen is None:
+            most = max(found, key=lambda e: e.largest_batch)
+            if most.largest_batch:
+                show(
+                    f"{batch_size} images a GPU do not fit; {most.strategy} with {most.policy} "
+                    f"takes {most.largest_batch}"
+                )
+            else:
+                show("not even one image a GPU fits; more or larger GPUs are needed")
+            return
+        path = str(out) if out is not None else "accelerate.yaml"
+        show(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:")
+        typer.echo(accelerate_config(chosen, cluster), nl=False)
+        typer.echo(command(chosen, model, path))

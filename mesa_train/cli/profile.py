@@ -1,0 +1,106 @@
+"""`mesa-train profile`: where the bytes are, by operator and by module, and what is stored how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mesa_train.cli.common import (
+    BatchSize,
+    Device,
+    DType,
+    Fake,
+    ImageSize,
+    Json,
+    Model,
+    Precision,
+    autocast_of,
+    loading,
+    one_line_errors,
+    progress_bar,
+    setting_of,
+    show,
+    show_json,
+    title_of,
+)
+
+if TYPE_CHECKING:
+    from mesa_train.policy import Policy
+
+
+def profile(
+    model: Model,
+    policy: Annotated[
+        str, typer.Option(help="A preset, checkpoint, or a policy's YAML file.")
+    ] = "mesa8",
+    diff: Annotated[
+        str | None, typer.Option(help="Another policy to set beside it, instead of plain.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="Levels of the module tree to show; default: all.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    image_size: ImageSize = None,
+    dtype: Precision = DType.bf16,
+    device: Device = None,
+    fake: Fake = False,
+    as_json: Json = False,
+) -> None:
+    """Where the bytes are, by operator and by module: plain against a policy, or two policies."""
+    with one_line_errors():
+        from mesa_train.memory.footprint import footprint
+
+        names = ("plain", policy) if diff is None else (policy, diff)
+        methods = [_method(name) for name in names]
+        loaded, where = loading(model, batch_size, image_size, device, fake)
+        found = []
+        with progress_bar() as progress:
+            for step, (name, method) in enumerate(zip(names, methods, strict=True)):
+                progress(name, step, 2)
+                counted = footprint(
+                    loaded.model,
+                    loaded.inputs,
+                    policy=method,
+                    autocast=autocast_of(dtype),
+                    device=where if fake else None,
+                    fake=fake,
+                )
+                found.append(counted)
+        one, other = found
+        if as_json:
+            setting = setting_of(loaded, dtype, where, fake)
+            keys = ("plain", "with_policy") if diff is None else ("with_policy", "with_diff")
+            both = dict(zip(keys, (one.to_dict(), other.to_dict()), strict=True))
+            show_json({**setting, "policy": policy, "diff": diff, **both})
+            return
+        from mesa_train.memory import terminal
+
+        labels = (_label(names[0]), _label(names[1]))
+        show(
+            title_of(loaded, dtype, where),
+            terminal.by_operator(one, other, labels),
+            "Modules with their submodules:",
+            terminal.by_module(one, other, labels, depth),
+        )
+        for label, counted in zip(labels, found, strict=True):
+            table = terminal.stored(counted)
+            if table is not None:
+                show(f"What {label} stores, how and why:", table)
+        show(*one.notes)
+
+
+def _method(name: str) -> Policy | str:
+    """A policy from its file, or a method's name; ValueError with the choices for another."""
+    from mesa_train.memory.methods import check_method
+    from mesa_train.policy import Policy
+
+    if name.endswith((".yaml", ".yml")):
+        return Policy.from_yaml(name)
+    check_method(name)
+    return name
+
+
+def _label(name: str) -> str:
+    """A name short enough for a column."""
+    return name if len(name) <= 24 else name.rpartition("/")[2][-24:]

@@ -1,0 +1,43 @@
+"""Columns of a comparison: what follows from other columns, and how a value is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mesa_train.memory.text import format_bytes
+
+Row = Mapping[str, Any]
+
+
+def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with how many times less than plain each keeps, and how many times slower it is."""
+    plain = next((row for row in rows if row["method"] == "plain"), {})
+    found = []
+    for row in rows:
+        extra: dict[str, Any] = {}
+        if plain.get("kept_bytes") and row.get("kept_bytes"):
+            extra["kept_ratio"] = plain["kept_bytes"] / row["kept_bytes"]
+        if plain.get("step_ms") and row.get("step_ms"):
+            extra["step_ratio"] = row["step_ms"] / plain["step_ms"]
+        found.append({**row, **extra})
+    return found
+
+
+def cell(key: str, row: Row) -> str:
+    """A value as it is written in a table, "" where there is none."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    if key == "kept_ratio":
+        return f"{value:.2f}x"
+    if key == "step_ms":
+        low, high = row.get("step_ms_quartiles", (value, value))
+        return f"{value:,.0f} ({low:,.0f} to {high:,.0f})"
+    if key == "gradient_error":
+        return f"{value:.2%}"
+    if key == "gradient_cosine":
+        return f"{value:.5f}"
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,64 @@
+"""A model as NF4 + LoRA leaves it, for counting: frozen 4-bit Linears with small trained ones.
+
+For the meta device: the shapes and what is kept for the backward are those of QLoRA (arXiv
+2305.14314); there is nothing to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Elements that share an 8-bit scale, and scales that share a float32 one: QLoRA's double
+# quantisation.
+_BLOCK, _BLOCKS = 64, 256
+
+
+class LoraLinear(nn.Module):
+    """y = W x + b + B A x with W and b frozen."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def with_lora(model: nn.Module, rank: int) -> int:
+    """Freeze `model` in place, give every Linear but the last a LoRA of `rank`; the last, the head,
+    is trained whole. Returns the bytes of the frozen parameters, Linears' weights as NF4.
+
+    ValueError for a rank below 1 or a model with fewer than two Linears.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+    linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    if len(linears) < 2:
+        raise ValueError(f"{type(model).__name__} has fewer than two Linears to put LoRA on")
+    head = model.get_submodule(linears[-1])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+    coded = 0
+    for name in linears[:-1]:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if min(linear.weight.shape) <= rank:
+            continue
+        coded += nf4_bytes(linear.weight.numel()) - 2 * linear.weight.numel()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, LoraLinear(linear, rank))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return 2 * frozen + coded
+
+
+def nf4_bytes(elements: int) -> int:
+    """Bytes of NF4 codes with double-quantised scales."""
+    scales = -(-elements // _BLOCK)
+    return -(-elements // 2) + scales + 4 * -(-scales // _BLOCKS)

@@ -1,0 +1,424 @@
+"""Plan: a policy for a memory budget, chosen stash by stash, with what it will cost.
+
+What could be done with every stash (`sites.py`), what that costs in time (`costs.py`) and in
+gradient error (`sensitivity.py`), and how many bytes are live at every moment of the step
+(`timeline.py`) make an integer program (`solver.py`). Its answer is played through the timeline
+again, which shows the working set of the backward under those very choices; the program is corrected
+by it and solved again until both agree. So the predicted bytes are those of the policy itself, not
+of a model of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mesa_train.memory.compare import Runs
+from mesa_train.memory.costs import Costs
+from mesa_train.memory.footprint import device_of, footprint
+from mesa_train.memory.gradients import default_loss
+from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.sensitivity import Sensitivity, calibrate, parameter_names, typical
+from mesa_train.memory.sites import KEEP, Key, Watch, as_policy, sites_of, weights_of
+from mesa_train.memory.solver import COST, PEAK, Problem, Solution, score, solve
+from mesa_train.memory.states import adamw_bytes
+from mesa_train.memory.text import format_bytes, parse_bytes
+from mesa_train.memory.timeline import Timeline, timeline
+from mesa_train.policy import PRESETS, Policy
+
+# What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
+# of 5 % is worth 10 % of the step.
+PRICE = 0.10 / 0.05**2
+_ROUNDS = 4
+
+
+class OverBudget(ValueError):
+    """No policy fits the budget. `smallest` is the plan with the smallest peak."""
+
+    def __init__(self, message: str, smallest: Plan) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a step with a plan's policy takes.
+
+    kept_bytes: for the backward, each storage once. peak_bytes: allocated at once in a step, with
+    weights, buffers, inputs, gradients and optimizer states. step_s: forward and backward, None for
+    a model without data; time_ratio: by plain's. gradient_error: relative L2 distance from the
+    float32 gradient.
+    """
+
+    kept_bytes: int
+    peak_bytes: int
+    step_s: float | None
+    time_ratio: float | None
+    gradient_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """policy: for `wrap`. choices: by site, bits or "keep" or "rebuild". gap: how far the choice may
+    be from the best one, relative to its cost. plain: what the step takes without a policy."""
+
+    policy: Policy
+    prediction: Prediction
+    choices: dict[Key, int | str]
+    gap: float
+    plain: Prediction
+
+    def summary(self) -> list[tuple[str, str, int]]:
+        """(operator.operand, choice, how many sites), in the order of the model."""
+        counts: dict[tuple[str, str], int] = {}
+        for (_, operator, operand), choice in self.choices.items():
+            said = f"{choice} bits" if isinstance(choice, int) else choice
+            key = (f"{operator}.{operand}", said)
+            counts[key] = counts.get(key, 0) + 1
+        return [(*key, count) for key, count in counts.items()]
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    budget: int | str | None = None,
+    *,
+    max_time: float | None = None,
+    max_error: float | None = None,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Plan:
+    """The policy that fits `budget` at the least time and gradient error; the model stays as it was.
+
+    inputs, autocast: as for `footprint`. A model on the meta device is planned for by counting
+    alone: bytes are exact, time and error are those of a typical GPU and ViT.
+    budget: most bytes allocated at once in a training step, such as "8GiB"; None for as few as the
+        other bounds allow.
+    max_time: most step time, as a multiple of plain's (1.1: 10 % more). max_error: most relative
+        error of the gradient that codes may add to plain's.
+    loss: from the output to a scalar; default: `default_loss`.
+    optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
+
+    Raises OverBudget, a ValueError that says what the smallest peak is, if nothing fits; ValueError
+    for a bound out of range; ImportError, naming the extra, without scipy; what `footprint` raises.
+    """
+    return Planner(
+        model,
+        inputs,
+        autocast=autocast,
+        loss=loss,
+        optimizer_bytes=optimizer_bytes,
+        progress=progress,
+    ).plan(budget, max_time=max_time, max_error=max_error)
+
+
+class Planner:
+    """What is known of one model and batch; `plan` may be asked several times."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        *,
+        autocast: torch.dtype | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        optimizer_bytes: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.model, self.inputs, self.autocast = model, inputs, autocast
+        self.loss = loss or default_loss
+        self.device = device_of(model)
+        self.real = self.device.type != "meta"
+        tell = progress or (lambda *_: None)
+        tell("stashes", 0, 4)
+        self.base = PRESETS["mesa8"]
+        stored, first = self._play(self.base)
+        linear = dataclasses.replace(self.base, recompute="linear")
+        rebuilding, _ = self._play(linear, Watch(holding=True))
+        whole, _ = self._play(dataclasses.replace(self.base, bits=32))
+        self.sites = sites_of(stored, rebuilding, whole)
+        if not self.sites:
+            raise ValueError(
+                f"{type(model).__name__} stores no tensor of {self.base.min_bytes} bytes or more "
+                "with this batch, so there is nothing to choose"
+            )
+        self.universe = [(key, matrix) for key, _, matrix in stored.stored]
+        self.first = first
+        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if optimizer_bytes is None:
+            optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
+        own = {
+            t.data_ptr() if self.real else id(t): t
+            for t in (*model.parameters(), *model.buffers(), *tensors)
+        }
+        self.standing = optimizer_bytes + sum(t.nbytes for t in own.values())
+        tell("times", 1, 4)
+        self.costs = Costs(self.device, autocast or torch.float32)
+        self.seconds, self.matmul_s = self._seconds()
+        self.plain_s, self.anchor_s = self._anchor()
+        tell("gradients", 2, 4)
+        self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
+        tell("choosing", 3, 4)
+        self.plain = self._prediction_of_plain()
+
+    def plan(
+        self,
+        budget: int | str | None = None,
+        *,
+        max_time: float | None = None,
+        max_error: float | None = None,
+    ) -> Plan:
+        """As `plan`, for this model and batch."""
+        room = None if budget is None else self._bytes(budget) - self.standing
+        bounds = self._bounds(max_time, max_error)
+        if room is not None and self.plain.peak_bytes - self.standing <= room:
+            return self._as_plain()
+        found = self._fitted(room, bounds)
+        if found is not None and (room is not None or self._below_plain(found)):
+            return found
+        if room is None:
+            return self._as_plain()
+        smallest = self._smallest()
+        peak = smallest.prediction.peak_bytes
+        asked = " and ".join(
+            said
+            for said in (
+                budget is not None and f"a budget of {format_bytes(self._bytes(budget))}",
+                max_time is not None and f"{max_time:.2f} times plain's time",
+                max_error is not None and f"a gradient error of {max_error:.1%}",
+            )
+            if said
+        )
+        how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
+        raise OverBudget(
+            f"no policy fits {asked}; the smallest peak within reach is {format_bytes(peak)} "
+            f"({format_bytes(self.standing)} of it weights, inputs and optimizer states), with {how}",
+            smallest,
+        )
+
+    def frontier(self, points: int = 8) -> list[Plan]:
+        """Plans for budgets spread between the smallest peak within reach and plain's."""
+        smallest = self._smallest()
+        low, high = smallest.prediction.peak_bytes, self.plain.peak_bytes
+        plans = [smallest]
+        for number in range(1, points):
+            size = int(low * (high / low) ** (number / points))
+            found = self._fitted(size - self.standing, (None, None))
+            if found is not None:
+                plans.append(found)
+        return [*plans, self._as_plain()]
+
+    def _smallest(self) -> Plan:
+        """The plan with the smallest peak, whatever it costs."""
+        found = self._fitted(None, (None, None))
+        return found if found is not None and self._below_plain(found) else self._as_plain()
+
+    def _below_plain(self, found: Plan) -> bool:
+        return found.prediction.peak_bytes < self.plain.peak_bytes
+
+    def _fitted(self, room: int | None, bounds: tuple[float | None, float | None]) -> Plan | None:
+        """Solve, play the answer through the timeline, correct the program by it, and again."""
+        best: tuple[Solution, Timeline] | None = None
+        played = self.first
+        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
+        watch_order = [key for key, _ in self.universe]
+        limit = room
+        for _ in range(6):
+            problem = self._problem(played, base, watch_order)
+            found = solve(
+                problem,
+                budget=limit,
+                max_seconds=bounds[0],
+                max_variance=bounds[1],
+                objective=COST if room is not None else PEAK,
+                price=PRICE * (self.plain_s or 1.0),
+            )
+            if found is None:
+                break
+            policy = as_policy(self.base, self.sites, found.choices)
+            watch, played = self._play(policy)
+            fits = room is None or played.peak_bytes <= room
+            known = best is not None and found.choices == best[0].choices
+            if fits and (best is None or self._better(found, played, best, room)):
+                best = found, played
+            if known or (fits and math.isclose(found.peak_bytes, played.peak_bytes, rel_tol=5e-3)):
+                break
+            if not fits and found.choices == base:
+                # The program sees the same peak and calls it smaller: a rounding of its own.
+                assert limit is not None
+                limit -= max(played.peak_bytes - limit, 2**16)
+            base, watch_order = found.choices, [key for key, *_ in watch.stored]
+        if best is None:
+            return None
+        return self._plan(*best)
+
+    def _better(
+        self,
+        found: Solution,
+        played: Timeline,
+        best: tuple[Solution, Timeline],
+        room: int | None,
+    ) -> bool:
+        if room is None:
+            return played.peak_bytes < best[1].peak_bytes
+        price = PRICE * (self.plain_s or 1.0)
+        cost, other = (s.seconds + price * s.variance for s in (found, best[0]))
+        return cost < other
+
+    def _problem(
+        self, played: Timeline, base: dict[Key, int | str], order: Sequence[Key]
+    ) -> Problem:
+        """The program near a policy whose timeline is known: what is live beside the stashes is
+        taken to be the same."""
+        sites = {site.key: site for site in self.sites}
+        shares = [(key, rows * cols / sites[key].elements) for key, (rows, cols) in self.universe]
+        # Where each stash of that policy stands among all that there could be.
+        places: list[int] = []
+        start = 0
+        for key in order:
+            while start < len(shares) and shares[start][0] != key:
+                start += 1
+            places.append(start)
+            start += 1
+        own = [0.0]
+        for key, share in shares:
+            own.append(own[-1] + share * sites[key].bytes(base[key]))
+        moments = []
+        for moment in played.moments:
+            count = places[moment.stored] if moment.stored < len(places) else len(shares)
+            moments.append(
+                (moment.peak_bytes - own[min(count, len(shares))], min(count, len(shares)))
+            )
+        s = self.sensitivity
+        return Problem(
+            self.sites, self.seconds, s.variance, self.matmul_s, s.coupled, moments, shares
+        )
+
+    def _plan(self, found: Solution, played: Timeline) -> Plan:
+        policy = as_policy(self.base, self.sites, found.choices)
+        kept = self._kept(policy)
+        eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
+        problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+        extra = found.seconds - score(problem, eight).seconds
+        step = None if self.anchor_s is None else self.anchor_s + extra
+        error = math.sqrt(self.sensitivity.floor + found.variance)
+        ratio = None if step is None or self.plain_s is None else step / self.plain_s
+        peak = self.standing + played.peak_bytes
+        prediction = Prediction(kept, peak, step, ratio, error)
+        return Plan(policy, prediction, found.choices, found.gap, self.plain)
+
+    def _as_plain(self) -> Plan:
+        choices: dict[Key, int | str] = {s.key: KEEP for s in self.sites}
+        return Plan(Policy(enabled=False), self.plain, choices, 0.0, self.plain)
+
+    def _prediction_of_plain(self) -> Prediction:
+        peak = (
+            self.standing
+            + timeline(
+                self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
+            ).peak_bytes
+        )
+        error = math.sqrt(self.sensitivity.floor)
+        ratio = None if self.plain_s is None else 1.0
+        return Prediction(self._kept(PLAIN), peak, self.plain_s, ratio, error)
+
+    def _kept(self, policy: Policy | str) -> int:
+        return footprint(
+            self.model,
+            self.inputs,
+            policy=policy,
+            autocast=self.autocast,
+            fake=True,
+            device="cpu",
+            loss=self.loss,
+        ).saved_bytes
+
+    def _play(self, policy: Policy, watch: Watch | None = None) -> tuple[Watch, Timeline]:
+        watch = watch or Watch()
+        played = timeline(
+            self.model,
+            self.inputs,
+            policy=policy,
+            autocast=self.autocast,
+            loss=self.loss,
+            watch=watch,
+        )
+        return watch, played
+
+    def _seconds(self) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
+        seconds: dict[tuple[Key, int | str], float] = {}
+        products: dict[str, float] = {}
+        weights = weights_of(self.model)
+        for site in self.sites:
+            for choice in site.choices():
+                seconds[site.key, choice] = 0.0
+                if isinstance(choice, int):
+                    seconds[site.key, choice] = sum(
+                        self.costs.code(rows, cols, choice) for rows, cols in site.matrices
+                    )
+            if site.product:
+                outs, ins = weights[site.product]
+                # Of q, k and v each is a part of the product: it has as many rows as all of them.
+                parts = [s.elements for s in self.sites if s.product == site.product]
+                rows = max(1, max(sum(parts), outs) // outs)
+                products[site.product] = self.costs.matmul(rows, ins, outs)
+        return seconds, products
+
+    def _anchor(self) -> tuple[float | None, float | None]:
+        """Seconds of plain's step and of the base policy's; None without data."""
+        if not self.real:
+            return None, None
+        runs = Runs(self.model, self.inputs, self.autocast, self.loss)
+        plain, own = runs.times([PLAIN, self.base], _ROUNDS)
+        ratios = [a / b for a, b in zip(own, plain, strict=True)]
+        step = statistics.median(plain)
+        return step, step * statistics.median(ratios)
+
+    def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
+        if not self.real:
+            return typical(self.sites)
+        runs = Runs(self.model, self.inputs, self.autocast, self.loss)
+
+        def gradients(policy: Policy | str | None) -> list[Tensor | None]:
+            return runs.reference() if policy is None else runs.gradients(policy)
+
+        return calibrate(self.sites, self.base, gradients, parameter_names(self.model), progress)
+
+    def _bounds(
+        self, max_time: float | None, max_error: float | None
+    ) -> tuple[float | None, float | None]:
+        """(most seconds of the choices, most variance)."""
+        if max_time is not None and max_time < 1:
+            raise ValueError(f"max_time is a multiple of plain's time, at least 1, got {max_time}")
+        if max_error is not None and max_error <= 0:
+            raise ValueError(f"max_error must be above 0, got {max_error}")
+        seconds = None
+        if max_time is not None:
+            if self.plain_s is None or self.anchor_s is None:
+                raise ValueError("max_time needs a model on a real device, to be timed")
+            eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
+            problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+            own = score(problem, eight).seconds
+            seconds = max(0.0, own + max_time * self.plain_s - self.anchor_s)
+        return seconds, None if max_error is None else max_error**2
+
+    @staticmethod
+    def _bytes(budget: int | str) -> int:
+        size = parse_bytes(budget) if isinstance(budget, str) else budget
+        if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+            raise ValueError(f"budget is bytes or text such as '8GiB', got {budget!r}")
+        return size

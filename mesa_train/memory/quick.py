@@ -1,0 +1,99 @@
+"""A comparison by counting alone: kept bytes, peak of the step, largest batch, on tensors without
+data. Any model and batch, in seconds; no times and no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mesa_train.memory.checkpointing import NoBlocks
+from mesa_train.memory.contenders import Contender
+from mesa_train.memory.fitting import largest_batch_on_a_line
+from mesa_train.memory.footprint import footprint
+from mesa_train.memory.gradients import default_loss
+from mesa_train.memory.inputs import resized
+from mesa_train.memory.load import Loaded
+from mesa_train.memory.states import adamw_bytes
+from mesa_train.memory.timeline import timeline
+from mesa_train.memory.tree import forward_order
+
+Row = dict[str, Any]
+
+
+def count(
+    make: Callable[[], Loaded],
+    methods: Sequence[str],
+    *,
+    batch_size: int,
+    dtype: torch.dtype | None,
+    memory_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """A row a method with what can be counted; what needs a real run has its reason as "note".
+
+    make: loads the model, on the meta device.
+
+    Raises ValueError for an unknown method or none at all, and what counting raises.
+    """
+    if not methods:
+        raise ValueError("a comparison needs a method, such as plain or mesa8")
+    contenders = [Contender.of(method) for method in methods]
+    rows = []
+    for number, contender in enumerate(contenders):
+        if progress is not None:
+            progress(contender.name, number, len(contenders))
+        row: Row = {"method": contender.name, "caveats": list(contender.caveats)}
+        if contender.countable:
+            try:
+                row |= _counted(make(), contender, batch_size, dtype, memory_bytes)
+            except NoBlocks as reason:
+                row["note"] = str(reason)
+        else:
+            row["note"] = "its bytes show in a real run alone: leave --quick out"
+        rows.append(row)
+    return rows
+
+
+def _counted(
+    loaded: Loaded,
+    contender: Contender,
+    batch_size: int,
+    dtype: torch.dtype | None,
+    memory_bytes: int | None,
+) -> Row:
+    model, inputs = contender.cast(loaded.model, loaded.inputs)
+    autocast = contender.autocast(dtype)
+    found = footprint(model, inputs, policy=contender.variant, autocast=autocast, loss=default_loss)
+    step = timeline(model, inputs, policy=contender.variant, autocast=autocast)
+    weights = found.parameter_bytes + found.buffer_bytes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = sum(adamw_bytes(p.numel(), p.element_size(), contender.eight_bit) for p in trained)
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    standing = weights + optimizer + sum(t.nbytes for t in tensors)
+    row: Row = {
+        "kept_bytes": found.saved_bytes,
+        "by_operator": found.by_operator,
+        "by_module": forward_order(found),
+        "weight_bytes": weights,
+        "gradient_bytes": step.gradient_bytes,
+        "optimizer_bytes": optimizer,
+        "step_bytes": step.peak_bytes,
+        "peak_bytes": standing + step.peak_bytes,
+    }
+    if memory_bytes is not None and resized(inputs, batch_size, 1, data=False) is not None:
+        room = memory_bytes - standing
+
+        def peak(batch: int) -> int:
+            images = resized(inputs, batch_size, batch, data=False)
+            return timeline(model, images, policy=contender.variant, autocast=autocast).peak_bytes
+
+        per_image = found.saved_bytes / batch_size
+        guess = max(1, int(room / max(per_image, 1)))
+        row["largest_batch"] = largest_batch_on_a_line(
+            peak, room, guess, per_image, step.gradient_bytes
+        )
+    return row

@@ -1,0 +1,213 @@
+"""Sites: the stashes that a model's forward makes, and what else could be done with each.
+
+A site is one operand of one operator in one module, the finest thing that a policy's override can
+name. It may be stored in 8, 4 or 2 bits, kept as it is, or rebuilt by repeating the matmul that made
+it. What there is to choose from is read off three forwards on tensors without data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mesa_train.codecs.affine import Affine
+from mesa_train.intercept import Report
+from mesa_train.ops.linear import Product
+from mesa_train.policy import OPERATORS, Policy
+from mesa_train.stash import Leaf, Stash
+
+Key = tuple[str, str, str]
+
+# The choices for a site: bits, then what is no number of bits.
+KEEP, REBUILD = "keep", "rebuild"
+# bits: elements of a group of codes. Fewer bits get smaller groups: the error grows with a group's
+# range, and the scales of a group of 32 cost a bit an element.
+GROUP = {8: 128, 4: 64, 2: 32}
+
+
+@dataclasses.dataclass
+class Site:
+    """key: (module, operator, operand). order: of its first stash in the forward.
+
+    matrices: the (rows, cols) of every tensor stored for it. kept_bytes: as whole tensors.
+    product: name of the Linear whose repetition rebuilds it, or None. source: for that Linear, the
+    site that its input is rebuilt from.
+    """
+
+    key: Key
+    order: int
+    matrices: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    kept_bytes: int = 0
+    product: str | None = None
+    source: Key | None = None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """(operator, operand)."""
+        return self.key[1:]
+
+    @property
+    def elements(self) -> int:
+        """Elements stored."""
+        return sum(rows * cols for rows, cols in self.matrices)
+
+    def choices(self) -> list[int | str]:
+        """What may be done with it."""
+        low = [] if self.key[1] == "fallback" else [4, 2]
+        return [8, *low, KEEP, *([REBUILD] if self.product else [])]
+
+    def bytes(self, choice: int | str) -> int:
+        """Bytes that it keeps under a choice."""
+        if choice == REBUILD:
+            return 0
+        if choice == KEEP:
+            return self.kept_bytes
+        assert isinstance(choice, int)
+        codec = Affine(choice, GROUP[choice])
+        return sum(codec.bytes(rows, cols) for rows, cols in self.matrices)
+
+
+class Watch(Report):
+    """A report that also lists the stored stashes in the order of the forward.
+
+    holding: keeps the stashes themselves, to look into what is rebuilt from what; they are not freed
+    in the backward then, so such a timeline's peak is none.
+    """
+
+    def __init__(self, holding: bool = False) -> None:
+        super().__init__()
+        self.holding = holding
+        self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
+        self.rebuilt: dict[Key, Stash] = {}
+        self.leaves: dict[int, tuple[Stash, Key]] = {}
+        # By the id of a weight, which is held: the name of its module.
+        self.modules: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def installed(self, model: nn.Module) -> None:
+        """Take the place of a wrapped model's report."""
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor):
+                self.modules[id(weight)] = weight, name
+        entry = vars(model).get("_mesa_train")
+        if entry is not None:
+            entry[0].report = self
+
+    def add(
+        self,
+        module: str,
+        operator: str,
+        operand: str,
+        how: str,
+        size: int,
+        stash: Stash | None = None,
+    ) -> None:
+        """As `Report.add`; called once an operand and call."""
+        super().add(module, operator, operand, how, size)
+        key = (module, operator, operand)
+        if operand == "saved" or operator not in OPERATORS:
+            key = (module, "fallback", "saved")
+        if stash is None:
+            return
+        if how == "rebuilt" and self.holding:
+            self.rebuilt.setdefault(key, stash)
+        elif isinstance(stash.recipe, Leaf) and how != "shared":
+            cols = stash.recipe.geometry.cols
+            codes = stash.tensors[0]
+            rows = codes.shape[0] if codes.dim() == 2 else codes.numel() // max(cols, 1)
+            self.stored.append((key, size, (rows, cols)))
+            if self.holding:
+                self.leaves[id(stash)] = (stash, key)
+
+
+def sites_of(stored: Watch, rebuilding: Watch, whole: Watch) -> list[Site]:
+    """The sites of a model, from reports of 8 bits, of `recompute="linear"` and of 32 bits."""
+    sites: dict[Key, Site] = {}
+    for order, (key, _, matrix) in enumerate(stored.stored):
+        site = sites.setdefault(key, Site(key, order))
+        assert matrix is not None
+        site.matrices.append(matrix)
+    for key, size, _ in whole.stored:
+        if key in sites:
+            sites[key].kept_bytes += size
+    still = {key for key, *_ in rebuilding.stored}
+    for key, stash in rebuilding.rebuilt.items():
+        if key not in sites or key in still:
+            continue
+        site = sites[key]
+        product = _product(stash)
+        if product is None:
+            continue
+        named = rebuilding.modules.get(id(product.tensors[0]))
+        if named is None:
+            continue
+        site.product = named[1]
+        site.source = next((k for s, k in _leaves(product, rebuilding) if k in sites), None)
+    return list(sites.values())
+
+
+def _product(stash: Stash) -> Stash | None:
+    """The repeated Linear in a stash's recipe, if it is one and the only one."""
+    found = [s for s in _nodes(stash) if isinstance(s.recipe, Product)]
+    return found[0] if len(found) == 1 else None
+
+
+def _leaves(stash: Stash, watch: Watch) -> Iterator[tuple[Stash, Key]]:
+    for node in _nodes(stash):
+        if id(node) in watch.leaves:
+            yield watch.leaves[id(node)]
+
+
+def _nodes(stash: Stash) -> Iterator[Stash]:
+    yield stash
+    for source in stash.sources:
+        yield from _nodes(source)
+
+
+def weights_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every Linear by its name."""
+    return {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() == 2
+    }
+
+
+def as_policy(base: Policy, sites: list[Site], choices: dict[Key, int | str]) -> Policy:
+    """The policy that does with every site what `choices` says: one override an operand with the
+    commonest choice, and one for each site that differs."""
+    sources = {s.source for s in sites if choices[s.key] == REBUILD}
+    wanted = {s.key: _changes(choices[s.key], s.key in sources) for s in sites}
+    overrides: dict[str, dict[str, Any]] = {}
+    common: dict[tuple[str, str], dict[str, Any]] = {}
+    for kind in dict.fromkeys(s.kind for s in sites):
+        own = [wanted[s.key] for s in sites if s.kind == kind]
+        # A site of the model itself has no name of its own in a pattern.
+        rooted = [wanted[s.key] for s in sites if s.kind == kind and not s.key[0]]
+        common[kind] = rooted[0] if rooted else max(own, key=own.count)
+        overrides[".".join(kind)] = common[kind]
+    # A module's pattern covers its submodules: theirs have to come later.
+    for site in sorted(sites, key=lambda s: s.key[0].count(".")):
+        module, operator, operand = site.key
+        outer = [o.key[0] for o in sites if o.kind == site.kind and o.key != site.key]
+        covered = any(not o or module.startswith(o + ".") for o in outer)
+        if (wanted[site.key] != common[site.kind] or covered) and module:
+            overrides[f"{module}:{operator}.{operand}"] = wanted[site.key]
+    return dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
+
+
+def _changes(choice: int | str, feeds_matmul: bool) -> dict[str, Any]:
+    """The fields of an override."""
+    if choice == REBUILD:
+        return {"recompute": "linear"}
+    if choice == KEEP:
+        return {"bits": 32}
+    assert isinstance(choice, int)
+    changes: dict[str, Any] = {"bits": choice, "group_size": GROUP[choice]}
+    if feeds_matmul and choice < 8:
+        changes["rounding"] = "nearest"
+    return changes

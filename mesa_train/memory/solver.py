@@ -1,0 +1,228 @@
+"""The choice for every site at once: an integer program, solved by HiGHS to a proven gap.
+
+Minimise time + price * error variance (or the peak, or time alone) such that at every moment of the
+step the live bytes fit, the added time and the added variance stay within their bounds, and a site
+is rebuilt only where the matmul that makes it is repeated. ImportError, naming the extra, without
+scipy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mesa_train.memory.sites import REBUILD, Key, Site
+
+# Objectives.
+COST, PEAK = "cost", "peak"
+# Bytes of a unit of memory in the program, so that its rows are of one magnitude.
+_UNIT = 2.0**20
+# A column: a site's choice, a product that is repeated, both together, or the peak.
+_Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is chosen from, and what it costs.
+
+    seconds, variance: by site and choice; the variance is of the gradient, relative to its square.
+    matmul_s: seconds of repeating a product. coupled: variance that a choice of a source adds if
+    something is rebuilt from it. moments: (bytes live beyond the sites' own, how many stored
+    stashes stand) at the moments that matter. order: the sites of those stashes, each with its
+    share of the site's bytes.
+    """
+
+    sites: Sequence[Site]
+    seconds: Mapping[tuple[Key, int | str], float]
+    variance: Mapping[tuple[Key, int | str], float]
+    matmul_s: Mapping[str, float]
+    coupled: Mapping[tuple[Key, int | str], float]
+    moments: Sequence[tuple[float, int]]
+    order: Sequence[tuple[Key, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """choices: by site. peak_bytes: of the moments as given. seconds, variance: of the choices.
+    gap: how far from the optimum it may be, relative to it."""
+
+    choices: dict[Key, int | str]
+    peak_bytes: float
+    seconds: float
+    variance: float
+    gap: float
+
+
+def solve(
+    problem: Problem,
+    *,
+    budget: float | None = None,
+    max_seconds: float | None = None,
+    max_variance: float | None = None,
+    objective: str = COST,
+    price: float = 0.0,
+    limit_s: float = 20.0,
+) -> Solution | None:
+    """The best choices, or None if there are none within the bounds.
+
+    budget: most bytes live at any moment. max_seconds, max_variance: of the choices together.
+    price: seconds that a unit of variance is worth. objective: COST minimises seconds and priced
+    variance, PEAK the highest moment.
+    """
+    try:
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_array
+    except ImportError as error:
+        raise ImportError("planning needs scipy: pip install 'mesa_train[plan]'") from error
+
+    if budget is not None and budget < 0:
+        return None
+    program = _Program(problem)
+    columns = program.columns
+    if max_seconds is not None:
+        program.add(program.seconds, -math.inf, max_seconds)
+    if max_variance is not None:
+        # Scaled up: the solver's tolerances are absolute.
+        scaled = {name: 1e3 * value for name, value in program.variance.items()}
+        program.add(scaled, -math.inf, 1e3 * max_variance)
+    count = len(columns)
+    goal, whole, upper = np.zeros(count), np.ones(count), np.ones(count)
+    for name, value in program.goal(objective, price).items():
+        goal[columns[name]] = value
+    whole[columns[PEAK]] = 0
+    upper[columns[PEAK]] = math.inf if budget is None else budget / _UNIT
+    rows, cols, values = zip(*program.entries, strict=True)
+    matrix = coo_array((values, (rows, cols)), shape=(len(program.low), count)).tocsr()
+    with _silent():
+        found = milp(
+            goal,
+            constraints=LinearConstraint(matrix, program.low, program.high),
+            bounds=Bounds(np.zeros(count), upper),
+            integrality=whole,
+            options={"time_limit": limit_s, "mip_rel_gap": 1e-3},
+        )
+    if found.x is None:
+        return None
+    chosen: dict[Key, int | str] = {}
+    for site in problem.sites:
+        chosen[site.key] = max(site.choices(), key=lambda c: found.x[columns[site.key, c]])
+    return score(problem, chosen, float(found.mip_gap or 0.0))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Within the context nothing reaches the process's stdout: HiGHS writes remarks of its own there,
+    whatever it is told, and stdout is for results."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
+
+
+class _Program:
+    """The rows of a problem: a site has one choice, a rebuilt one needs its product, every moment
+    stays below the peak."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.entries: list[tuple[int, int, float]] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+        products = list(dict.fromkeys(s.product for s in problem.sites if s.product))
+        coupled = {k: v for k, v in problem.coupled.items() if v > 0}
+        links = _links(problem, coupled)
+        names: list[_Name] = [(s.key, c) for s in problem.sites for c in s.choices()]
+        names += [*products, *links, PEAK]
+        self.columns = {name: index for index, name in enumerate(names)}
+        for site in problem.sites:
+            self.add({(site.key, c): 1.0 for c in site.choices()}, 1, 1)
+            if site.product:
+                self.add({(site.key, REBUILD): 1.0, site.product: -1.0}, -math.inf, 0)
+        for link in links:
+            # The variance comes with the choice and the repetition together.
+            key, choice, product = link
+            self.add({(key, choice): 1.0, product: 1.0, link: -1.0}, -math.inf, 1)
+        for fixed, sizes in _moments(problem):
+            row: dict[_Name, float] = {name: size / _UNIT for name, size in sizes.items()}
+            self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
+        self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
+        self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
+        for name in self.columns:
+            if isinstance(name, tuple) and len(name) == 2:
+                self.seconds[name] = problem.seconds[name]
+                self.variance[name] = problem.variance[name]
+
+    def add(self, row: Mapping[_Name, float], least: float, most: float) -> None:
+        """A row: the sum of its columns times these factors is within the bounds."""
+        self.entries.extend((len(self.low), self.columns[n], value) for n, value in row.items())
+        self.low.append(least)
+        self.high.append(most)
+
+    def goal(self, objective: str, price: float) -> dict[_Name, float]:
+        """What is minimised; what comes second is a thousandth of it or less."""
+        if objective == PEAK:
+            scale = sum(map(abs, self.seconds.values())) or 1.0
+            return {**{n: 1e-3 * s / scale for n, s in self.seconds.items()}, PEAK: 1.0}
+        names = {*self.seconds, *self.variance}
+        costs: dict[_Name, float] = {
+            n: 1e3 * (self.seconds.get(n, 0.0) + price * self.variance.get(n, 0.0)) for n in names
+        }
+        return {**costs, PEAK: 1e-6}
+
+
+def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:
+    """What a set of choices costs in a problem."""
+    repeated = {s.product for s in problem.sites if s.product and choices[s.key] == REBUILD}
+    seconds = sum(problem.seconds[k, c] for k, c in choices.items())
+    seconds += sum(problem.matmul_s[p] for p in repeated if p)
+    variance = sum(problem.variance[k, c] for k, c in choices.items())
+    feeding = {s.source for s in problem.sites if s.source and choices[s.key] == REBUILD}
+    variance += sum(problem.coupled.get((k, choices[k]), 0.0) for k in feeding if k)
+    names = dict.fromkeys(choices.items(), 1.0)
+    peak = max(
+        fixed + sum(size for name, size in row.items() if name in names)
+        for fixed, row in _moments(problem)
+    )
+    return Solution(dict(choices), peak, seconds, variance, gap)
+
+
+def _links(
+    problem: Problem, coupled: Mapping[tuple[Key, int | str], float]
+) -> list[tuple[Key, int | str, str]]:
+    """(source, its choice, the product rebuilt from it), one for each whose variance is coupled."""
+    found = {(s.source, s.product) for s in problem.sites if s.product and s.source is not None}
+    return [
+        (key, choice, product)
+        for key, choice in coupled
+        for source, product in sorted(found)
+        if source == key
+    ]
+
+
+def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], float]]]:
+    """(fixed bytes, bytes by site and choice) of the moments, the highest for each set of stashes
+    that stand."""
+    highest: dict[int, float] = {}
+    for fixed, stored in problem.moments:
+        highest[stored] = max(fixed, highest.get(stored, -math.inf))
+    sites = {site.key: site for site in problem.sites}
+    found = []
+    for stored, fixed in sorted(highest.items()):
+        row: dict[tuple[Key, int | str], float] = {}
+        for key, share in problem.order[:stored]:
+            for choice in sites[key].choices():
+                size = share * sites[key].bytes(choice)
+                if size:
+                    row[key, choice] = row.get((key, choice), 0.0) + size
+        found.append((fixed, row))
+    return found

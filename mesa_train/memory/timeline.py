@@ -1,0 +1,196 @@
+"""Timeline: how many bytes are live at every moment of a step, without running it.
+
+Forward, loss and backward run on fake tensors (no data, no memory), and every storage that an
+operator makes is counted from its birth to its death. So the peak contains the working set of the
+backward: decoded copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients
+that have come so far. What stays there all the time (parameters, buffers, inputs, optimizer states)
+is not counted, nor what a kernel allocates inside itself and frees before it returns.
+
+Cost: one to a few seconds for a ViT, whatever its size and batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mesa_train.memory.fakes import Fakes
+from mesa_train.memory.footprint import arguments, autocasting, tensors_in
+from mesa_train.memory.gradients import default_loss
+from mesa_train.memory.methods import applied
+from mesa_train.memory.standins import standing_in
+from mesa_train.policy import Policy
+
+if TYPE_CHECKING:
+    from mesa_train.memory.sites import Watch
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """From a module's forward or backward on until the next moment: most bytes live in it.
+
+    stored: how many stashes stand then, of those that the forward made in order (see `Watch`).
+    gradient_bytes: of the parameters' gradients that are there when it begins.
+    """
+
+    phase: str
+    module: str
+    peak_bytes: int
+    stored: int = 0
+    gradient_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The moments of one step in order, and the bytes of gradients that it leaves."""
+
+    moments: tuple[Moment, ...]
+    gradient_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes live at once, beyond what is there before and after the step."""
+        return max(moment.peak_bytes for moment in self.moments)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most bytes live at once beside the parameters' gradients."""
+        return max(moment.peak_bytes - moment.gradient_bytes for moment in self.moments)
+
+    @property
+    def peak(self) -> Moment:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda moment: moment.peak_bytes)
+
+
+def timeline(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    policy: Policy | str | None = None,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    watch: Watch | None = None,
+) -> Timeline:
+    """The timeline of a step of `model(inputs)` with `policy`; the model stays as it was.
+
+    watch: takes the place of the report of the wrapped model, and counts the stashes.
+
+    The fakes stand for CPU tensors: the autograd engine would want a real GPU for those of one.
+    Arguments and errors as for `footprint`.
+    """
+    args, kwargs = arguments(inputs)
+    fakes = Fakes(torch.device("cpu"))
+    args, kwargs = fakes.of(args), fakes.of(kwargs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(applied(model, policy))
+        stack.enter_context(standing_in(model, fakes))
+        if watch is not None:
+            watch.installed(model)
+        known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
+        live = _Live(known, watch, list(model.parameters()))
+        for name, module in model.named_modules():
+            enter, leave = _marks(live, name)
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(torch.enable_grad())
+        with live:
+            with autocasting(torch.device("cpu"), autocast):
+                value = (loss or default_loss)(model(*args, **kwargs))
+            live.mark(BACKWARD, "", live.stored())
+            # Not value.backward(): the fakes' function mode would be off inside.
+            torch.autograd.backward(value)
+        del value
+        live.close()
+        gradients = {
+            p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes()
+            for p in model.parameters()
+            if p.grad is not None
+        }
+    return Timeline(tuple(live.moments), sum(gradients.values()))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operators make while it is on; `known` ones are not its business."""
+
+    def __init__(
+        self, known: tuple[Tensor, ...], watch: Watch | None, parameters: list[nn.Parameter]
+    ) -> None:
+        super().__init__()
+        self._parameters, self._gradients = parameters, 0
+        self.bytes = self.highest = 0
+        self.moments: list[Moment] = []
+        self._now = (FORWARD, "", 0)
+        self._watch = watch
+        # Held, so that no address is used twice.
+        self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return output
+
+    def stored(self) -> int:
+        """How many stashes the forward has made so far."""
+        return 0 if self._watch is None else len(self._watch.stored)
+
+    def mark(self, phase: str, module: str, stored: int) -> None:
+        """A new moment begins."""
+        self.close()
+        self._now = phase, module, stored
+
+    def close(self) -> None:
+        """The moment that is on ends. In a forward moment stashes come while it lasts."""
+        phase, module, stored = self._now
+        if phase == FORWARD:
+            stored = self.stored()
+        self.moments.append(Moment(phase, module, self.highest, stored, self._gradients))
+        self.highest = self.bytes
+        if phase == BACKWARD:
+            there = [p.grad for p in self._parameters if p.grad is not None]
+            self._gradients = sum(g.nbytes for g in there)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known or address in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
+        self.bytes += size
+        self.highest = max(self.highest, self.bytes)
+
+    def _gone(self, address: int, size: int, _: Any) -> None:
+        del self._alive[address]
+        self.bytes -= size
+
+
+def _marks(live: _Live, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that mark a module's forward, and its backward where its output's gradient arrives."""
+
+    def enter(*_: Any) -> None:
+        live.mark(FORWARD, name, live.stored())
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        # On the node: a hook on the tensor would keep operators from being recorded together.
+        stored = live.stored()
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda _: live.mark(BACKWARD, name, stored))
+                return
+
+    return enter, leave

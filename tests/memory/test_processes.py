@@ -1,0 +1,139 @@
+"""A process a method: what one breaks is its row's reason, and the next one does not notice."""
+
+import pytest
+
+from mesa_train.memory.contenders import DEFAULT, Contender
+from mesa_train.memory.fitting import bisect, largest_batch_on_a_line
+from mesa_train.memory.processes import Request, measure
+
+FACTORY = """
+import os, signal, time
+import torch
+from torch import nn
+from mesa_train.intercept import innermost
+
+
+class Moody(nn.Module):
+    '''Fails where mesa_train is on, each policy in its own way.'''
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 4))
+
+    def forward(self, x):
+        mode = innermost()
+        if mode is not None:
+            bits = mode.owner.policy.bits
+            if bits == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if bits == 4:
+                time.sleep(600)
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return self.inner(x)
+
+
+def build(batch_size):
+    return Moody(), torch.rand(batch_size, 32)
+"""
+
+
+@pytest.mark.slow
+def test_failures_are_rows(tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    request = Request("python:moody.build", batch_size=64, dtype=None, rounds=1, limit_s=15)
+    methods = ["plain", "mesa8", "lossless", "mesa4", "checkpoint", "plain+adamw8bit"]
+    rows = list(measure(request, methods, lambda *step: seen.append(step)))
+    assert [row["method"] for row in rows] == methods
+    plain, killed, memory, slow, blocks, last = rows
+    assert "note" not in plain
+    assert plain["gradient_error"] == 0
+    assert killed["note"] == "killed by the system, most likely out of memory"
+    assert memory["note"] == "out of memory: tried to allocate 2.00 GiB"
+    assert slow["note"] == "stopped after 15 s"
+    assert "no row of equal blocks" in blocks["note"]
+    assert last["kept_bytes"] == plain["kept_bytes"]
+    assert [done for _, done, _ in seen] == list(range(7))
+
+
+@pytest.mark.slow
+def test_weights_and_batch_are_the_same_for_all(tmp_path, monkeypatch):
+    """Also where the factory draws from a generator of its own."""
+    source = (
+        "import numpy, torch\n"
+        "def build():\n"
+        "    model = torch.nn.Linear(8, 4)\n"
+        "    random = numpy.random.default_rng()\n"
+        "    model.weight.data = torch.from_numpy(random.random((4, 8))).float()\n"
+        "    return model, torch.from_numpy(random.random((16, 8))).float()\n"
+    )
+    (tmp_path / "drawn.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    request = Request("python:drawn.build", dtype=None, rounds=0)
+    rows = list(measure(request, ["plain", "lossless"]))
+    assert [row.get("gradient_error") for row in rows] == [0, 0]
+
+
+def test_a_model_that_cannot_be_loaded():
+    request = Request("python:no.such", rounds=0)
+    (row,) = measure(request, ["plain"])
+    assert "no module named 'no'" in row["note"]
+
+
+class TestContenders:
+    def test_all_have_something_to_say(self):
+        for name in DEFAULT:
+            contender = Contender.of(name)
+            assert contender.name == name
+            assert name in ("plain",) or contender.caveats
+
+    def test_parts(self, tmp_path):
+        assert Contender.of("mesa8+adamw8bit").eight_bit
+        assert Contender.of("mesa8+adamw8bit").variant == "mesa8"
+        assert Contender.of("float32").variant == "plain"
+        assert not Contender.of("compile:mesa8").countable
+        assert Contender.of("mesa8+checkpoint").countable
+        path = tmp_path / "p.yaml"
+        path.write_text("bits: 4\n")
+        assert Contender.of(f"{path}+adamw8bit").variant.bits == 4
+        redrawn = Contender.of("compile-budget-0.2").caveats
+        assert any("190758" in caveat for caveat in redrawn)
+
+    @pytest.mark.parametrize("name", ["mesa9", "adamw8bit", "mesa8+adam", "checkpoint+mesa8", ""])
+    def test_unknown(self, name):
+        with pytest.raises(ValueError, match="unknown method"):
+            Contender.of(name)
+
+    def test_none(self):
+        with pytest.raises(ValueError, match="needs a method"):
+            next(measure(Request("resnet18"), []))
+
+
+class TestFitting:
+    @pytest.mark.parametrize("limit", [1, 2, 3, 17, 64, 100, 1000])
+    @pytest.mark.parametrize("guess", [1, 16, 300])
+    def test_bisect(self, limit, guess):
+        tried = []
+
+        def fits(batch):
+            tried.append(batch)
+            return batch <= limit
+
+        found = bisect(fits, guess)
+        assert found <= limit
+        assert limit - found <= max(1, 0.02 * limit)
+        assert len(tried) < 20
+
+    def test_nothing_fits(self):
+        assert bisect(lambda batch: False, 64) == 0
+
+    def test_line(self):
+        # 1000 bytes of gradients at the end, or 100 + 7 an image at the start of the backward.
+        def peak(batch):
+            return max(1000 + batch, 100 + 7 * batch)
+
+        found = largest_batch_on_a_line(peak, 70_100, 3000, 7.0, 1000)
+        assert found == 10_000
+        assert peak(found) <= 70_100 < peak(found + 1)
+        assert largest_batch_on_a_line(peak, 50, 1, 7.0, 1000) == 0
