@@ -39,6 +39,6 @@ step "kernels against the reference" timeout 240 \
 step "operators against a copy" timeout 100 "$PYTHON" scripts/bench_ops.py --device cuda \
   --out "$out/ops.jsonl"
 step "training steps" timeout 140 "$PYTHON" scripts/bench_step.py --device cuda \
-  --models vit_base_patch16_224 --batch-size 128 --methods plain,mesa8,mesa4,checkpoint \
+  --models vit_base_patch16_224 --batch-size 128 --methods plain,mesa8,mesa8-fused,mesa4,checkpoint \
   --rounds 9 --out "$out/bench_step.jsonl"
 echo "== done after ${SECONDS} s; rows in $out"

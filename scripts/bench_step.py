@@ -28,11 +28,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from mesa_train import footprint
+from mesa_train import Policy, footprint
 from mesa_train.memory.checkpointing import NoBlocks
 from mesa_train.memory.compare import default_loss, relative_error
+from mesa_train.memory.contenders import optimizer_bytes
+from mesa_train.memory.footprint import tensors_in
 from mesa_train.memory.load import Loaded, load
 from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.peak import peak_of
 from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.memory.variants import CHOICES, COMPILE, SAVE_ON_CPU, Variant, check_variant
 from mesa_train.training import records
@@ -43,6 +46,8 @@ METHODS = (
     "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,"
     "compile,compile-budget-0.5,compile-fp8,compile:mesa8"
 )
+# Policies that are no preset, under names of their own.
+POLICIES = {"mesa8-fused": Policy(forward="fused")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
 BUDGET_BYTES = 24 << 30
@@ -53,7 +58,7 @@ def main(
         str, typer.Option(help="Comma-separated, each as for `mesa-train compare`.")
     ] = MODELS,
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(CHOICES)}.")
+        str, typer.Option(help=f"Comma-separated, of {', '.join((*CHOICES, *POLICIES))}.")
     ] = METHODS,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     image_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -76,7 +81,8 @@ def main(
                 raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
             wanted = [PLAIN, *(m for m in methods.split(",") if m != PLAIN)]
             for method in wanted:
-                check_variant(method)
+                if method not in POLICIES:
+                    check_variant(method)
             loaded = load(name, batch_size=batch_size, image_size=image_size, device=device)
         except (ValueError, ImportError) as error:
             raise SystemExit(f"bench_step: {error}") from None
@@ -89,7 +95,7 @@ def main(
             "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         }
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(name, total=2 * len(wanted) + 1 + (rounds + 1) * len(wanted))
+            task = progress.add_task(name, total=3 * len(wanted) + 1 + (rounds + 1) * len(wanted))
             measured = measure(
                 loaded,
                 batch_size,
@@ -138,11 +144,13 @@ def measure(
     for number in range(rounds + 1):  # the first one warms up
         turn = number % len(usable)
         for method in usable[turn:] + usable[:turn]:
-            time_ms, peak_bytes = bench.step(method)
+            time_ms = bench.timed(method)
             advance()
             if number:
                 times_ms[method].append(time_ms)
-                rows[method]["peak_bytes"] = peak_bytes
+    for method in usable:
+        rows[method]["peak_bytes"] = bench.peak_bytes(method)
+        advance()
     plain = times_ms[PLAIN]
     for method in usable:
         own = times_ms[method]
@@ -177,19 +185,20 @@ class Bench:
         self.args = () if isinstance(inputs, dict) else (inputs,)
         self.inputs = inputs
         self.device = next(self.model.parameters()).device
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.variants: dict[str, Variant] = {}
 
     def variant(self, method: str) -> Variant:
         """The model made ready for `method`, once."""
         if method not in self.variants:
-            self.variants[method] = Variant(self.model, method)
+            self.variants[method] = Variant(self.model, POLICIES.get(method, method))
         return self.variants[method]
 
     def kept_bytes(self, method: str) -> int:
         """Bytes kept for the backward; for save_on_cpu those of the copies in main memory."""
         if method != SAVE_ON_CPU and not method.startswith(COMPILE):
-            found = footprint(self.model, self.inputs, policy=method, autocast=self.autocast)
+            policy = POLICIES.get(method, method)
+            found = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
             return found.saved_bytes
         return self.variant(method).kept_bytes(lambda module: self._loss(module, self.autocast))
 
@@ -201,21 +210,32 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         return gradients
 
-    def step(self, method: str) -> tuple[float, int | None]:
-        """(milliseconds, peak allocated bytes on a GPU) of one whole training step."""
-        on_gpu = self.device.type == "cuda"
+    def timed(self, method: str) -> float:
+        """Milliseconds of one whole training step."""
         with self.variant(method).active() as module:
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(self.device)
-                torch.cuda.synchronize(self.device)
+            self._synchronize()
             start = time.perf_counter()
-            self._loss(module, self.autocast).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if on_gpu:
-                torch.cuda.synchronize(self.device)
-            time_ms = (time.perf_counter() - start) * 1e3
-        return time_ms, torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+            self._step(module)
+            self._synchronize()
+            return (time.perf_counter() - start) * 1e3
+
+    def peak_bytes(self, method: str) -> int:
+        """Most bytes allocated in a step, those of weights, optimizer states and inputs among
+        them."""
+        standing = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.inputs)]
+        with self.variant(method).active() as module:
+            peak = peak_of(lambda: self._step(module), self.device)
+        states = optimizer_bytes(self.optimizer)
+        return peak.allocated_bytes + states + sum([t.nbytes for t in standing])
+
+    def _step(self, module: nn.Module) -> None:
+        self._loss(module, self.autocast).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _loss(self, module: nn.Module, autocast: torch.dtype | None) -> Tensor:
         torch.manual_seed(0)
@@ -233,7 +253,10 @@ def _quartiles(values: list[float]) -> list[float]:
 
 def as_text(rows: list[records.Row]) -> str:
     """The rows as a table for a terminal."""
-    head = ["method", "kept", "less", "gradient error", "step", "step vs. plain", "quartiles"]
+    head = [
+        *("method", "kept", "less", "peak", "gradient error"),
+        *("step", "step vs. plain", "quartiles"),
+    ]
     lines = []
     for row in rows:
         if "note" in row:
@@ -245,6 +268,7 @@ def as_text(rows: list[records.Row]) -> str:
                 row["method"],
                 format_bytes(row["kept_bytes"]),
                 f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["peak_bytes"]),
                 f"{row['gradient_error']:.2%}",
                 f"{row['step_ms']:.0f} ms",
                 f"{row['step_ratio']:.3f}",

@@ -80,11 +80,14 @@ def step_table(results: Path, words: Sequence[str]) -> str:
     if not rows:
         return missing("scripts/bench_step.py")
     newest = [row for row in rows if row["date"] == rows[-1]["date"]]
-    head = ["method", "kept for the backward", "less", "gradient error", "step", "step vs. plain"]
+    head = [
+        *("method", "kept for the backward", "less", "peak of the step", "gradient error"),
+        *("step", "step vs. plain", "largest batch in 24 GiB"),
+    ]
     lines = []
     for row in newest:
         if "note" in row:
-            lines.append([row["method"], row["note"], "", "", "", ""])
+            lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
             continue
         low, high = row["step_ratio_quartiles"]
         lines.append(
@@ -92,17 +95,46 @@ def step_table(results: Path, words: Sequence[str]) -> str:
                 row["method"],
                 format_bytes(row["kept_bytes"]),
                 f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
                 f"{row['gradient_error']:.2%}",
                 f"{row['step_ms']:.0f} ms",
                 f"{row['step_ratio']:.2f} ({low:.2f} to {high:.2f})",
+                str(row.get("largest_batch", "")),
             ]
         )
     any_row = newest[0]
     return markdown(head, lines) + (
         f"\n{model}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
-        "L2 distance from the plain float32 gradient over all parameters; step: forward, backward "
+        "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
+        "AdamW's states; largest batch: what is kept and those; step: forward, backward "
         f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets. "
         f"{origin(any_row)}\n"
+    )
+
+
+def ops_table(results: Path, words: Sequence[str]) -> str:
+    """`ops cpu` or `ops cuda`: the newest run of bench_ops.py on a kind of device, 8 and 4 bits."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'ops' takes a kind of device, got {len(words)} words")
+    rows = [r for r in records.read(results / "ops.jsonl") if r["device_type"] == words[0]]
+    if not rows:
+        return missing("scripts/bench_ops.py")
+    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+    head = ["operator", "on", "time", "a copy takes", "share"]
+    lines = [
+        [
+            row["operator"],
+            row["variant"],
+            f"{row['time_us'] / 1e3:.2f} ms",
+            f"{row['copy_us'] / 1e3:.2f} ms",
+            f"{row['share']:.0%}",
+        ]
+        for row in newest
+        if "2 bits" not in row["variant"]
+    ]
+    return markdown(head, lines) + (
+        "\nAgainst a copy that reads and writes as many bytes, in turns, caches flushed before "
+        f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
     )
 
 
@@ -247,6 +279,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "step": step_table,
     "parity": parity_table,
+    "ops": ops_table,
     "families": families_table,
     "rounding": rounding_table,
     "plans": plans_table,
