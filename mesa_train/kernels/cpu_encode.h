@@ -62,8 +62,8 @@ void encode_stretch(const Stretch& s, int64_t rows, const Layout& layout, const 
   for (int64_t r = 0; r < s.rows; ++r) {
     uint8_t* const bytes = out.bytes + (s.row + r) * layout.bytes + s.col * layout.bits / 8;
     uint8_t* const q = layout.bits == 8 ? bytes : room;
-    if (s.row + s.rows + r < rows) {
-      prefetch(source(s.row + s.rows + r).x + s.col, s.n * sizeof(Raw));
+    if (const int64_t later = s.row + r + layout.rows_ahead(sizeof(Raw)); later < rows) {
+      prefetch(source(later).x + s.col, s.n * sizeof(Raw));
     }
     for_groups(r, [&](int64_t k, const auto& x, int64_t begin, int64_t n) {
       Padded<Raw> padded;

@@ -26,6 +26,7 @@ inline Floats widened(const float* x) { return load<Floats>(x); }
 
 struct NormShape {
   int64_t cols, padded, groups, size;  // `padded`: cols up to whole vectors
+  int64_t ahead;                       // elements to what is worth a prefetch
   bool centered;
   const float* weight;
 };
@@ -65,8 +66,8 @@ void norm_rows(const NormShape& shape, const NormRow<T, U, Q>* rows, float* dwei
       const Floats b = all(-row.rstd * (mean_d + mean_dx * row.grids[g].zero()));
       const Floats rstd = all(row.rstd);
       for (int64_t i = begin; i < end; i += LANES) {
-        prefetch(row.grad + i + R * shape.cols);
-        prefetch(row.q + i + R * shape.cols);
+        prefetch(row.grad + i + shape.ahead);
+        prefetch(row.q + i + shape.ahead);
         const Floats d = T::load(row.grad + i) * load<Floats>(shape.weight + i);
         U::store(row.dx + i, fused(widened(row.q + i), a, fused(d, rstd, b)));
       }
@@ -98,7 +99,7 @@ void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U
   };
   convert(T{}, Float32{}, row.grad, grad);
   const NormRow<Float32, Float32, float> wide{x, grad, dx, &IDENTITY, row.rstd};
-  const NormShape whole{shape.cols, shape.padded, 1, shape.padded, shape.centered, shape.weight};
+  const NormShape whole{shape.cols, shape.padded, 1, shape.padded, 0, shape.centered, shape.weight};
   norm_rows<1>(whole, &wide, dweight, dbias);
   convert(Float32{}, U{}, dx, row.dx);
 }

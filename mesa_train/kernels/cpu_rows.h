@@ -26,6 +26,9 @@ constexpr int64_t STRETCH = 2048;
 // Elements worth a thread: what ATen uses.
 constexpr int64_t GRAIN = 32768;
 
+// What a thread asks for ahead of its work: far enough for a miss of the address cache as well.
+constexpr int64_t BYTES_AHEAD = 12 * 1024;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- tensors ---
@@ -157,6 +160,11 @@ struct Layout {
     stretch = stretch_groups * size;
     stretches = ceil_div(groups, stretch_groups);
     together = stretches == 1 ? std::max<int64_t>(1, stretch_groups / groups) : 1;
+  }
+
+  // Rows between one that is worked on and one that is worth a prefetch.
+  int64_t rows_ahead(int64_t width) const {
+    return std::max(together, BYTES_AHEAD / std::max<int64_t>(1, cols * width));
   }
 };
 
