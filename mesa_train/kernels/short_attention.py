@@ -65,6 +65,18 @@ def short_attention_backward(
     return first, second, third
 
 
+def scratch_bytes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Most bytes that `short_attention_backward` allocates beside its results: for whoever counts
+    memory on tensors without data, which do not show what happens inside an operator."""
+    copies = sum(t.nbytes for t in (grad, q, k, v) if not t.is_contiguous())
+    (heads, queries, width), keys = (q.shape[0] * q.shape[1], *q.shape[2:]), k.shape[2]
+    together = min(heads, max(2, _SCORES_BYTES // (4 * queries * keys)))
+    # float32 scores and weights, weights in half precision; of the heads before, weights and dscores
+    # are still there.
+    per_score = 10 if together == heads else 14
+    return copies + together * (per_score * queries * keys + 4 * (queries + keys) * width)
+
+
 schemas._define(
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",

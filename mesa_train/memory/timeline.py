@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mesa_train.kernels.short_attention import scratch_bytes
 from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.footprint import arguments, autocasting, tensors_in
 from mesa_train.memory.gradients import default_loss
@@ -142,6 +143,8 @@ class _Live(TorchDispatchMode):
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
+        if func.name() == "mesa_train::short_attention_backward":
+            self.highest = max(self.highest, self.bytes + scratch_bytes(*args[:4]))
         return output
 
     def stored(self) -> int:

@@ -78,5 +78,5 @@ def test_on_meta():
         model = timm.create_model("vit_giant_patch14_224", depth=4)
         images = torch.empty(64, 3, 224, 224)
     plain, mesa = (timeline(model, images, policy=p, autocast=BF16) for p in ("plain", "mesa8"))
-    assert plain.peak_bytes > 10 * 2**30
+    assert plain.peak_bytes > 3 * 2**30
     assert plain.working_bytes > 2 * mesa.working_bytes
