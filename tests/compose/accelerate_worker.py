@@ -7,12 +7,18 @@ import sys
 import tempfile
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from compose_models import POLICIES, Net, batch, distance
 from torch.utils.data import DataLoader, TensorDataset
 from worker_tools import alone, criterion, moved, run, share, train, wrapped
@@ -29,8 +35,23 @@ def accelerator_for(kind, accumulation=1):
     keywords = {"kwargs_handlers": GLOO, "gradient_accumulation_steps": accumulation}
     if kind == "ddp":
         made = Accelerator(cpu=True, **keywords)
+    elif kind == "fsdp2":
+        # Accelerate takes FSDP for a thing of accelerators alone.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_offload=False,
+        )
+        made = Accelerator(fsdp_plugin=plugin, **keywords)
+        assert made.distributed_type is DistributedType.FSDP
     else:
-        zero = {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0}
+        zero = {
+            "stage": int(kind[-1]),
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
         settings = {
             "train_micro_batch_size_per_gpu": 2 // accumulation,
             "gradient_accumulation_steps": accumulation,
@@ -67,6 +88,7 @@ def training(kind, how, preset):
     expected, weights = alone()
     state = accelerator.get_state_dict(model)
     away = 0.0
+    state = {n: getattr(v, "full_tensor", lambda v=v: v)() for n, v in state.items()}
     if accelerator.is_main_process:
         away = moved(state, weights)
     held = [away]
@@ -114,12 +136,12 @@ def saved(kind, how, preset):
 
 def checks():
     found = {}
-    for kind in ("ddp", "zero2", "zero3"):
+    for kind in ("ddp", "zero2", "zero3", "fsdp2"):
         found[f"{kind}/None/before"] = functools.partial(training, kind, "before", None)
         for how in ("before", "after", "enable"):
             for preset in ("lossless", "mesa8"):
                 found[f"{kind}/{preset}/{how}"] = functools.partial(training, kind, how, preset)
-            if kind != "zero3":
+            if kind in ("ddp", "zero2"):
                 found[f"{kind} accumulate/mesa8/{how}"] = functools.partial(
                     accumulation, kind, how, "mesa8"
                 )

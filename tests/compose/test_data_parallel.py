@@ -52,6 +52,12 @@ def by_deepspeed(tmp_path_factory):
     return launch("deepspeed_worker.py", tmp_path_factory.mktemp("deepspeed"), timeout=500)
 
 
+@pytest.fixture(scope="module")
+def by_accelerate(tmp_path_factory):
+    pytest.importorskip("accelerate")
+    return launch("accelerate_worker.py", tmp_path_factory.mktemp("accelerate"), timeout=500)
+
+
 def found(results, name):
     """A check's values, the same on both processes."""
     for result in results:
@@ -76,6 +82,7 @@ def same_training(values, variant, preset):
 
 
 @pytest.mark.parametrize(("variant", "preset", "after"), list(cases(torch_worker.VARIANTS)))
+@pytest.mark.compatibility("DDP and FSDP2", "{variant}, wrapped {where}")
 def test_ddp_and_fsdp(by_torch, variant, preset, after):
     values = found(by_torch, f"{variant}/{preset}/{'after' if after else 'before'}")
     same_training(values, variant, preset)
@@ -84,6 +91,7 @@ def test_ddp_and_fsdp(by_torch, variant, preset, after):
 
 
 @pytest.mark.parametrize(("variant", "preset", "after"), list(cases(ZERO)))
+@pytest.mark.compatibility("DeepSpeed", "{variant}, wrapped {where}")
 def test_zero(by_deepspeed, variant, preset, after):
     values = found(by_deepspeed, f"{variant}/{preset}/{'after' if after else 'before'}")
     same_training(values, variant, preset)
@@ -106,13 +114,20 @@ class TestAccumulation:
     the batch changes none of them: rounding is all that differs."""
 
     @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+    @pytest.mark.compatibility("Gradient accumulation", "{kind} no_sync, wrapped {where}")
     def test_no_sync(self, by_torch, kind, preset, where):
         assert found(by_torch, f"{kind} no_sync/{preset}/{where}")["distance"] <= 1e-5
 
     @pytest.mark.parametrize("stage", [2, 3])
+    @pytest.mark.compatibility("Gradient accumulation", "DeepSpeed ZeRO-{stage}, wrapped {where}")
     def test_deepspeed(self, by_deepspeed, stage, preset, where):
         assert found(by_deepspeed, f"zero{stage} accumulation/{preset}/{where}")["distance"] <= 1e-5
 
+    @pytest.mark.compatibility(
+        "Activation checkpointing",
+        "deepspeed.checkpointing, wrapped {where}",
+        note="inputs stay whole: DeepSpeed keeps them itself",
+    )
     def test_deepspeeds_activation_checkpointing(self, by_deepspeed, preset, where):
         values = found(by_deepspeed, f"activation checkpointing/{preset}/{where}")
         assert values["losses"] == pytest.approx(values["unchecked"], rel=1e-6)
@@ -120,12 +135,16 @@ class TestAccumulation:
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.compatibility("State dicts", "FSDP2 to a plain model and back, wrapped {where}")
 def test_fsdp_state_dicts(by_torch, where):
     assert found(by_torch, f"fsdp state/mesa8/{where}") == {"same": True, "forward": True}
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.compatibility(
+    "State dicts", "ZeRO-{stage} checkpoints to a plain model and back, wrapped {where}"
+)
 def test_deepspeed_checkpoints(by_deepspeed, stage, where):
     assert found(by_deepspeed, f"zero{stage} checkpoints/mesa8/{where}") == {
         "same": True,
@@ -133,6 +152,34 @@ def test_deepspeed_checkpoints(by_deepspeed, stage, where):
     }
 
 
+@pytest.mark.compatibility("DeepSpeed", "zero3 replaces F.linear")
 def test_zero3s_linear_is_seen_inside_an_interception_alone(by_deepspeed):
     nodes = found(by_deepspeed, "zero3 linear/mesa8/before")["nodes"]
     assert nodes == ["LinearBackward", "LinearFunctionForZeroStage3Backward"]
+
+
+@pytest.mark.parametrize("how", ["before", "after", "enable"])
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("preset", ["lossless", "mesa8"])
+@pytest.mark.compatibility("Accelerate", "{kind}, wrapped by {how}")
+def test_accelerate(by_accelerate, kind, how, preset):
+    plain = found(by_accelerate, f"{kind}/None/before")
+    same_training(plain, kind, None)
+    values = found(by_accelerate, f"{kind}/{preset}/{how}")
+    same_training(values, kind, preset)
+    assert values["kept"] < plain["kept"] / (1.4 if preset == "lossless" else 4)
+    assert values["unwrapped"]
+
+
+@pytest.mark.parametrize("how", ["before", "after", "enable"])
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+@pytest.mark.compatibility("Gradient accumulation", "Accelerate {kind}, wrapped by {how}")
+def test_accelerates_accumulate(by_accelerate, kind, how):
+    values = found(by_accelerate, f"{kind} accumulate/mesa8/{how}")
+    assert values["moved"]
+    assert values["distance"] <= 1e-5
+
+
+@pytest.mark.compatibility("State dicts", "Accelerate save_state to a plain model")
+def test_accelerates_save_state_loads_without_us(by_accelerate):
+    assert found(by_accelerate, "ddp state/mesa8/enable") == {"same": True}
