@@ -26,6 +26,7 @@ from .codecs.running import Running
 from .ops import table
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy, Rule, Rules
+from .sharded import relays, see_linear
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
 
 
@@ -50,7 +51,7 @@ class Interception(TorchFunctionMode):
             table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
-        self.lineage: Lineage[Stash] = Lineage()
+        self.lineage: Lineage[Stash] = Lineage(relays())
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
@@ -61,6 +62,8 @@ class Interception(TorchFunctionMode):
         self.uses: dict[tuple[str, str, str], int] = {}
 
     def __enter__(self) -> Interception:
+        if not torch.compiler.is_compiling():
+            see_linear()
         # What the inner policy leaves alone is not the outer one's either.
         other = innermost()
         if other is self:

@@ -180,6 +180,13 @@ class Policy:
         fields = yaml.safe_load(text)
         if not isinstance(fields, dict):
             raise ValueError(f"a policy in YAML is a mapping of fields, got {fields!r}")
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, given: Mapping[str, Any]) -> Policy:
+        """From a mapping of fields, as a configuration file holds it; a key `preset` starts from that
+        preset. ValueError names unknown keys."""
+        fields = dict(given)
         base = cls.preset(fields.pop("preset")) if "preset" in fields else cls()
         names = [f.name for f in dataclasses.fields(cls)]
         for key in fields:

@@ -21,6 +21,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .sharded import partitioned, present, relayed
 
 Entry = TypeVar("Entry")
 
@@ -83,9 +86,10 @@ class Uses:
 
 
 class Spec:
-    """A stash without its tensors: `slots` index the saved tensors."""
+    """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
+    parameters among them (None elsewhere), which may be away when they are read."""
 
-    __slots__ = ("dtype", "recipe", "slots", "sources", "uses")
+    __slots__ = ("dtype", "partitioned", "recipe", "slots", "sources", "uses")
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Spec:
         sources: tuple[Spec, ...],
         dtype: torch.dtype,
         uses: Uses | None,
+        partitioned: tuple[Any, ...] = (),
     ) -> None:
         self.recipe, self.slots, self.sources, self.dtype, self.uses = (
             recipe,
@@ -102,6 +107,7 @@ class Spec:
             dtype,
             uses,
         )
+        self.partitioned = partitioned
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
@@ -130,7 +136,8 @@ def strip(
         own.append(slots[id(tensor)])
     if stash.uses is not None:
         stash.uses.count += 1
-    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses)
+    away = partitioned(stash.tensors)
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses, away)
     specs[id(stash)] = spec
     return spec
 
@@ -181,7 +188,13 @@ class Saved:
 
     def own(self, spec: Spec) -> list[Tensor]:
         """The saved tensors that a node itself reads."""
-        return [self.tensors[slot] for slot in spec.slots]
+        tensors = [self.tensors[slot] for slot in spec.slots]
+        if not spec.partitioned:
+            return tensors
+        return [
+            tensor if parameter is None else present(tensor, parameter)
+            for tensor, parameter in zip(tensors, spec.partitioned, strict=True)
+        ]
 
 
 class _Neighbours(threading.local):
@@ -370,26 +383,52 @@ class Lineage(Generic[Entry]):
 
     Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no
     weak references and no versions to ask for; there whoever writes in place clears everything.
+
+    relays: also know a tensor after ZeRO-3 has passed it on (see `sharded.relayed`): the same memory
+        at the same version, under a new name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, relays: bool = False) -> None:
         self._entries: dict[int, tuple[Any, int, Entry]] = {}
         self._traced: dict[Tensor, Entry] = {}
+        self._placed: dict[int, tuple[Any, int, Tensor, Entry]] | None = {} if relays else None
 
     def get(self, tensor: Tensor) -> Entry | None:
         """The tensor's stash, or None if it has none or was written to since."""
         if torch.compiler.is_compiling():
             return self._traced.get(tensor)
         entry = self._entries.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+        if entry is None or entry[0]() is not tensor:
+            return self._relayed(tensor) if self._placed else None
+        return entry[2] if entry[1] == tensor._version else None
+
+    def _relayed(self, tensor: Tensor) -> Entry | None:
+        assert self._placed is not None
+        if not relayed(tensor):
             return None
-        return entry[2]
+        placed = self._placed.get(tensor.data_ptr())
+        if placed is None:
+            return None
+        storage, version, layout, stash = placed
+        same = (
+            not storage.expired()
+            and version == tensor._version
+            and layout.dtype is tensor.dtype
+            and (layout.shape, layout.stride()) == (tensor.shape, tensor.stride())
+        )
+        return stash if same else None
 
     def set(self, tensor: Tensor, stash: Entry) -> None:
         """Let `stash` stand for `tensor` as it is now."""
         if torch.compiler.is_compiling():
             self._traced[tensor] = stash
             return
+        if self._placed is not None:
+            storage = StorageWeakRef(tensor.untyped_storage())
+            layout = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            self._placed[tensor.data_ptr()] = storage, tensor._version, layout, stash
         key, entries = id(tensor), self._entries
         entries[key] = weakref.ref(tensor, lambda _: entries.pop(key, None)), tensor._version, stash
 
@@ -397,3 +436,5 @@ class Lineage(Generic[Entry]):
         """Drop all that is known."""
         self._entries.clear()
         self._traced.clear()
+        if self._placed is not None:
+            self._placed.clear()

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import re
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from . import sharded
 from .intercept import Interception, Report, Site, active, saved_hooks
 from .ops import table
 from .policy import Policy
@@ -86,13 +88,13 @@ def wrap(
         raise ValueError("wrap takes inputs and autocast for a budget only; budget is None")
     resolved = Policy.of(policy)
     table.link()
-    names = dict(model.named_modules())
-    rules = resolved.rules(names)
+    modules = [(_plain_name(model, name), module) for name, module in model.named_modules()]
+    rules = resolved.rules([plain for plain, _ in modules])
     unwrap(model)
     installed = Installed(resolved)
-    for name, module in names.items():
+    for plain, module in modules:
         module.__class__ = _wrapped(type(module))  # type: ignore[arg-type]
-        module.__dict__[_ATTRIBUTE] = (installed, Site(name, rules[name], module))
+        module.__dict__[_ATTRIBUTE] = (installed, Site(plain, rules[plain], module))
     return model
 
 
@@ -123,6 +125,20 @@ def report_of(model: nn.Module) -> Report | None:
     return None if entry is None else entry[0].report
 
 
+# What torch.compile, checkpoint wrappers and FSDP1 put into a name.
+_INSERTED = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """A module's name in the model itself, so that patterns and reports do not depend on who wrapped
+    it before."""
+    name = _INSERTED.sub("", name).lstrip(".")
+    kinds = [c.__name__ for c in type(model).__mro__]
+    if {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"} & set(kinds):
+        name = name.removeprefix("module").lstrip(".")
+    return name
+
+
 @functools.cache
 def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module's class that enters the interception; one per class, however many
@@ -142,15 +158,18 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
                 return plain.forward(self, *args, **kwargs)
         outside, mode.site = mode.site, site
         scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
-        if hooks is not mode.hooks:
-            # A checkpoint began since. What is kept inside must not depend on what was kept
-            # outside.
-            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(), Lineage()
+        apart = hooks is not mode.hooks or (
+            not torch.compiler.is_compiling() and sharded.unit(type(self))
+        )
+        if apart:
+            # A checkpoint began since, or parameters inside are freed apart from those outside. What
+            # is kept inside must not depend on what was kept outside.
+            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(sharded.relays()), Lineage()
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
             mode.site = outside
-            if hooks is not scope[0]:
+            if apart:
                 mode.hooks, mode.lineage, mode.linears = scope
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:

@@ -257,6 +257,19 @@ def plans_table(results: Path, words: Sequence[str]) -> str:
 _PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
 
 
+def compatibility_table(results: Path, words: Sequence[str]) -> str:
+    """`compatibility SETUP`: the outcomes of tests/compose for one setup, a line per feature."""
+    setup = " ".join(words)
+    rows = records.read(results / "compatibility.jsonl")
+    own = [row for row in rows if row["setup"] == setup]
+    if not own:
+        choices = ", ".join(dict.fromkeys(row["setup"] for row in rows)) or "none yet"
+        raise ValueError(f"the table 'compatibility' has no setup {setup!r}; choose from {choices}")
+    lines = [[row["feature"], row["outcome"], row["note"], str(row["tests"])] for row in own]
+    versions = ", ".join(f"{name} {version}" for name, version in own[-1]["versions"].items())
+    return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -283,6 +296,7 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "families": families_table,
     "rounding": rounding_table,
     "plans": plans_table,
+    "compatibility": compatibility_table,
 }
 
 

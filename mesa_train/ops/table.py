@@ -35,7 +35,7 @@ Row = Callable[..., Any]
 _nn = torch._C._nn
 
 ROWS: dict[Any, Row] = {
-    F.linear: linear.linear,
+    _nn.linear: linear.linear,  # F.linear, unless somebody has replaced it
     torch.matmul: matmul.matmul,
     Tensor.matmul: matmul.matmul,
     Tensor.__matmul__: matmul.matmul,

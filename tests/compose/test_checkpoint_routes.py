@@ -100,6 +100,7 @@ def compared(model, inputs, preset):
 @PRESETS
 @KINDS
 @pytest.mark.parametrize("route", [*ROUTES, "sequential"])
+@pytest.mark.compatibility("Activation checkpointing", "torch, {route}, {kind}")
 def test_torch(route, reentrant, preset):
     plain, found = compared(built(route, reentrant), [batch()], preset)
     # The recipe of one more tensor may be kept beside what the checkpoint keeps: a norm's reciprocal
@@ -109,6 +110,7 @@ def test_torch(route, reentrant, preset):
 
 @PRESETS
 @KINDS
+@pytest.mark.compatibility("Activation checkpointing", "the recompute changes no state, {kind}")
 def test_the_recompute_changes_no_state(reentrant, preset):
     """Running averages move once per step, as without a checkpoint, and gradients follow them."""
     unchecked = mesa_train.wrap(Net(), POLICIES[preset])
@@ -139,6 +141,7 @@ class Encodes(TorchDispatchMode):
 
 @KINDS
 @pytest.mark.parametrize("preset", ["mesa8", "mesa8-recompute"])
+@pytest.mark.compatibility("Activation checkpointing", "nothing coded in the first pass, {kind}")
 def test_nothing_is_coded_in_the_first_pass(reentrant, preset):
     """And in the recompute what an unchecked forward codes."""
 
@@ -160,6 +163,7 @@ def test_nothing_is_coded_in_the_first_pass(reentrant, preset):
 
 
 @PRESETS
+@pytest.mark.compatibility("Activation checkpointing", "nested")
 def test_nested(preset):
     def inner(block, x):
         return checkpoint(block, x, use_reentrant=False)
@@ -171,6 +175,7 @@ def test_nested(preset):
 
 
 @PRESETS
+@pytest.mark.compatibility("Activation checkpointing", "retain_graph")
 def test_twice_through_one_graph(preset):
     model = mesa_train.wrap(Net(around=module_route(False)), POLICIES[preset])
     loss = model(batch()).square().mean()
@@ -181,6 +186,12 @@ def test_twice_through_one_graph(preset):
     assert torch.equal(gradients(model), once)
 
 
+@pytest.mark.compatibility(
+    "Activation checkpointing",
+    "selective contexts with running ranges",
+    refused=True,
+    note="PyTorch's error: the passes run different operations",
+)
 def test_selective_with_running_ranges_is_refused():
     """Their first step runs other operations than the second; PyTorch says so."""
     model = mesa_train.wrap(Net(around=selective_route(set())), POLICIES["paper"])
@@ -190,6 +201,11 @@ def test_selective_with_running_ranges_is_refused():
 
 
 @pytest.mark.parametrize("preset", [name for name in POLICIES if name != "paper"])
+@pytest.mark.compatibility(
+    "Activation checkpointing",
+    "selective contexts",
+    note="both passes code, since PyTorch counts operations",
+)
 def test_selective(preset):
     """Matmuls are kept by the checkpoint, the rest is recomputed."""
     seen = set()
@@ -200,6 +216,7 @@ def test_selective(preset):
 
 
 @PRESETS
+@pytest.mark.compatibility("Activation checkpointing", "timm set_grad_checkpointing")
 def test_timm(preset):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
@@ -210,6 +227,9 @@ def test_timm(preset):
 
 @PRESETS
 @KINDS
+@pytest.mark.compatibility(
+    "Activation checkpointing", "transformers gradient_checkpointing_enable, {kind}"
+)
 def test_transformers(reentrant, preset):
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -233,6 +253,7 @@ def test_transformers(reentrant, preset):
 
 @PRESETS
 @KINDS
+@pytest.mark.compatibility("Activation checkpointing", "apply_activation_checkpointing, {kind}")
 def test_fsdps_wrapper(reentrant, preset):
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
@@ -262,6 +283,9 @@ def test_fsdps_wrapper(reentrant, preset):
 
 @KINDS
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.compatibility(
+    "Activation checkpointing", "inputs as codes: Policy(checkpoint_inputs), {kind}"
+)
 def test_checkpoint_inputs_as_codes(reentrant, bits):
     """A policy's field codes what torch's own checkpoint keeps of a block: its input."""
     policy = mesa_train.Policy(min_bytes=0, checkpoint_inputs=bits)
@@ -279,6 +303,9 @@ def test_checkpoint_inputs_as_codes(reentrant, bits):
 
 @KINDS
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.compatibility(
+    "Activation checkpointing", "inputs as codes: mesa_train.checkpoint, {kind}"
+)
 def test_our_checkpoint(wrapped, reentrant):
     def around(block, x):
         return mesa_train.checkpoint(block, x, use_reentrant=reentrant)

@@ -1,0 +1,61 @@
+"""Accelerate: one call after `Accelerator(...)`, or one field of a recipe's YAML.
+
+    accelerator = mesa_train.integrations.accelerate.enable(Accelerator(), config["mesa_train"])
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+Without it, `accelerator.prepare(mesa_train.wrap(model))` and `mesa_train.wrap(accelerator.prepare(model))`
+do the same, under DDP, FSDP2 and DeepSpeed alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mesa_train.policy import Policy
+from mesa_train.wrap import wrap
+
+AnyAccelerator = TypeVar("AnyAccelerator")
+
+
+def enable(
+    accelerator: AnyAccelerator, policy: Policy | str | Mapping[str, Any] | bool | None = True
+) -> AnyAccelerator:
+    """Let every model that `accelerator.prepare` is given from now on be wrapped first. Returns the
+    accelerator; calling again replaces the policy.
+
+    policy: a `Policy`, a preset's name, or what a YAML file holds: True for the default, a mapping of
+        `Policy`'s fields (with `preset` to start from one), False or None to leave models alone.
+
+    Raises ValueError or TypeError for what is no policy, TypeError for what is no Accelerator.
+    """
+    if not callable(getattr(accelerator, "prepare", None)):
+        raise TypeError(f"enable takes an Accelerator, got {type(accelerator).__name__}")
+    chosen = _policy(policy)
+    vars(accelerator).pop("prepare", None)
+    if chosen is None:
+        return accelerator
+    prepare = accelerator.prepare  # type: ignore[attr-defined]
+
+    @functools.wraps(prepare)
+    def prepare_wrapped(*objects: Any, **kwargs: Any) -> Any:
+        for item in objects:
+            if isinstance(item, nn.Module):
+                wrap(item, chosen)
+        return prepare(*objects, **kwargs)
+
+    accelerator.prepare = prepare_wrapped  # type: ignore[attr-defined]
+    return accelerator
+
+
+def _policy(given: Policy | str | Mapping[str, Any] | bool | None) -> Policy | None:
+    if given is None or given is False:
+        return None
+    if given is True:
+        return Policy.of(None)
+    if isinstance(given, Mapping):
+        return Policy.from_fields(given)
+    return Policy.of(given)

@@ -1,0 +1,190 @@
+"""What a long run meets: exceptions in forward and backward, a kill at any step, a rank that dies."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from compose_models import POLICIES, Net, batch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from worker_tools import launch
+
+import mesa_train
+from mesa_train import stash
+
+PRESETS = pytest.mark.parametrize("preset", POLICIES)
+
+
+class Fails(torch.autograd.Function):
+    """Raises in its backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyError("backward")
+
+
+class Failing(nn.Module):
+    """A net that fails behind its first block: in the forward, in the backward, or not at all."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.net, self.fails = mesa_train.wrap(Net(drop=0.0), policy), None
+        self.net.blocks[1].register_forward_pre_hook(self.hook)
+
+    def hook(self, module, arguments):
+        if self.fails == "forward":
+            raise KeyError("forward")
+        return (Fails.apply(arguments[0]),) if self.fails == "backward" else arguments
+
+    def step(self, fails=None):
+        self.fails = fails
+        self.net(batch()).square().mean().backward()
+
+
+def live_bytes():
+    """Bytes of all tensors that Python knows, each storage once."""
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@PRESETS
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.compatibility("Failures", "an exception in the {where}")
+def test_an_exception_leaves_nothing_behind(where, preset):
+    model = Failing(POLICIES[preset])
+    model.step()  # gradients and running ranges exist from here on
+    before = live_bytes()
+    for _ in range(3):
+        with pytest.raises(KeyError, match=where):
+            model.step(where)
+        assert not _get_current_function_mode_stack()
+    model.step()  # the next backward clears what a broken one handed on
+    assert not stash.neighbours.values
+    assert not stash.neighbours.gradients
+    assert live_bytes() == before
+
+
+# A run that dies and goes on: every random stream, stochastic rounding, running ranges, a scaler and a
+# schedule. Stochastic rounding is a hash of the data, so there is nothing of it to save.
+LOOP = """
+import os, sys, random
+import torch
+from compose_models import Net, batch
+import mesa_train
+
+path, steps, preset, log = sys.argv[1], int(sys.argv[2]), sys.argv[3], open(sys.argv[4], "a")
+policies = {
+    "stochastic": mesa_train.Policy(bits=4, rounding="stochastic", min_bytes=0),
+    "recompute": mesa_train.Policy(min_bytes=0, recompute="linear"),
+}
+torch.manual_seed(7)
+model = mesa_train.wrap(Net(drop=0.2), policies[preset])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5)
+first = 0
+if os.path.exists(path):
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
+    first = saved["step"]
+for number in range(first, steps):
+    with torch.autocast("cpu", torch.float16):
+        loss = model(batch(seed=number) + 0.1 * torch.randn(4, 16, 12)).square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    schedule.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
+                "random": torch.get_rng_state(), "step": number + 1}, path + ".new")
+    os.replace(path + ".new", path)
+    print(number, float(loss).hex(), scaler.get_scale(), file=log, flush=True)
+"""
+
+
+def run_loop(folder, name, preset, steps, kill_after=None):
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
+    checkpoint, log = folder / f"{name}.pt", folder / f"{name}.log"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        LOOP,
+        str(checkpoint),
+        str(steps),
+        preset,
+        str(log),
+    ]
+    process = subprocess.Popen(command, env=environment)
+    if kill_after is not None:
+        deadline = time.monotonic() + 120
+        while not log.exists() or len(log.read_text().splitlines()) < kill_after:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    else:
+        assert process.wait(120) == 0
+    return dict(line.split(" ", 1) for line in log.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["stochastic", "recompute"])
+@pytest.mark.compatibility("Failures", "SIGKILL and resume")
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, preset):
+    steps = 25
+    expected = run_loop(tmp_path, "whole", preset, steps)
+    run_loop(tmp_path, "killed", preset, steps, kill_after=9)
+    found = run_loop(tmp_path, "killed", preset, steps)
+    assert len(expected) == steps
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.compatibility("Failures", "a dying rank and a restart")
+def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tmp_path):
+    launch("dying_worker.py", tmp_path, "die", expected=1, timeout=120)
+    results = launch("dying_worker.py", tmp_path, "go on", timeout=120)
+    for result in results:
+        assert "error" not in result["resumed"], result["resumed"]["error"]
+    values = results[0]["resumed"]
+    assert 0 < values["first"] < values["steps"]
+    assert values["weights"] == values["uninterrupted"]
+
+
+@pytest.mark.slow
+@pytest.mark.compatibility("Failures", "resident memory over many steps")
+def test_soaked_for_a_short_while(tmp_path):
+    """scripts/soak.py, whose long run is for releases: all presets, exceptions in between."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "scripts/soak.py"), "--steps", "200", "--limit", "8000"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bytes per step") == len(mesa_train.PRESETS)
