@@ -7,7 +7,9 @@ in float32 also under autocast, as the authors run theirs: offsets lose pixels i
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,7 @@ class DeformConv(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x = x.to(self.weight.dtype)
             tensors = (x, self.conv_offset(x), self.weight, self.bias)
@@ -64,3 +66,10 @@ class DeformableMerging(nn.Module):
         tokens = (height // 2) * (width // 2)
         convolution = 4 * self.dim * self.out_dim + self.out_dim
         return tokens * (4 * self.dim * offsets + offsets + convolution + self.out_dim)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off; nothing on devices that have none, such as meta."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

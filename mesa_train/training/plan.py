@@ -78,6 +78,22 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
     return built
 
 
+def check_model(config: Config, classes: int) -> None:
+    """ConfigError if the model is unknown or refuses the image size; no memory is taken."""
+    from torch._subclasses import FakeTensorMode
+
+    size = config.data.image_size
+    model = build_model(config, classes, "meta").eval()
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            logits = model(torch.empty(1, 3, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{config.model.name} refuses data.image_size={size}: {reason}") from None
+    if tuple(logits.shape) != (1, classes):
+        raise ConfigError(f"model.name: {config.model.name} is no classifier of images")
+
+
 def autocast_dtype(config: Config) -> torch.dtype | None:
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
 
