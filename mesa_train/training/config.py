@@ -29,7 +29,8 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class ModelConfig:
     """`weights` is a safetensors file, or the authors' .pth, to start from; a head of other classes
-    stays behind. `classes` must match the data if given."""
+    stays behind. `classes` must match the data if given. `early_stages_without_attention` is for
+    timm's Swin and PVT v2 models."""
 
     name: str = "litv2_s"
     classes: int | None = None
@@ -37,6 +38,7 @@ class ModelConfig:
     weights: str | None = None
     sync_batch_norm: bool = False
     grad_checkpointing: bool = False
+    early_stages_without_attention: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
 
     import timm
 
-    import mesa_train.models  # noqa: F401  registers them with timm
+    from mesa_train.models.early_attention import without_early_attention
 
     model, size = config.model, config.data.image_size
     if not timm.is_model(model.name):
@@ -70,6 +70,8 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
                 if "img_size" not in str(error):
                     raise
                 built = timm.create_model(model.name, **options)
+        if model.early_stages_without_attention:
+            without_early_attention(built, model.early_stages_without_attention)
         if model.grad_checkpointing:
             built.set_grad_checkpointing(True)
     except (AssertionError, RuntimeError, ValueError) as error:
