@@ -31,11 +31,12 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="safetensors, or the authors' .pth.")] = None,
     image: Annotated[Path | None, typer.Option(help="Default: images of the run's data.")] = None,
     images: Annotated[int, typer.Option(min=1, help="How many, without --image.")] = 4,
+    image_size: Annotated[int | None, typer.Option(min=29, help="Default: the run's own.")] = None,
     out: Annotated[Path, typer.Option()] = Path("runs/dtm.png"),
 ) -> None:
     """Draw the sampled points of the middle token of the last stage."""
     try:
-        settings, network = built(run, model, weights)
+        settings, network = built(run, model, weights, image_size)
         batch = load_images(settings, image, images)
     except ConfigError as error:
         raise SystemExit(f"plot_dtm: {error}") from None

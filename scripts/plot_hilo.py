@@ -28,11 +28,12 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="safetensors, or the authors' .pth.")] = None,
     image: Annotated[Path | None, typer.Option(help="Default: images of the run's data.")] = None,
     images: Annotated[int, typer.Option(min=1, help="How many, without --image.")] = 64,
+    image_size: Annotated[int | None, typer.Option(min=29, help="Default: the run's own.")] = None,
     out: Annotated[Path, typer.Option()] = Path("runs/hilo.png"),
 ) -> None:
     """Draw both branches of up to four blocks."""
     try:
-        settings, network = built(run, model, weights)
+        settings, network = built(run, model, weights, image_size)
         found = spectra(network, load_images(settings, image, images))
     except ConfigError as error:
         raise SystemExit(f"plot_hilo: {error}") from None

@@ -43,8 +43,13 @@ class DeformConv(nn.Module):
         with without_autocast(x.device.type):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x = x.to(self.weight.dtype)
-            tensors = (x, self.conv_offset(x), self.weight, self.bias)
-            out = deform_conv2d(*[t.to(wide) for t in tensors], stride=2)
+            offset = self.conv_offset(x).to(wide)
+            # Where an offset is NaN, torchvision's kernels read outside their memory: samples are
+            # not moved there, and every output is NaN through the bias, for a scaler to see.
+            broken = 0 * offset.detach().sum()
+            offset = offset.masked_fill(offset.isnan(), 0)
+            bias = self.bias.to(wide) + broken
+            out = deform_conv2d(x.to(wide), offset, self.weight.to(wide), bias, stride=2)
         return out.to(self.weight.dtype)
 
 

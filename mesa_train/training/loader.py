@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import Config
-from .plan import Plan
+from .plan import Plan, use_cpu
 from .sources import Samples, Sources, collate, train_order, val_order
 
 Batch = tuple[Tensor, Tensor, list[str]]
@@ -76,7 +76,7 @@ class Loader:
             dataset,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=data.pin_memory and self.config.train.device != "cpu",
+            pin_memory=data.pin_memory and not use_cpu(self.config),
             **options,
         )
 

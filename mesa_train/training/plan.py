@@ -47,6 +47,11 @@ def plan(config: Config, images: int, world: int) -> Plan:
     return Plan(world, accumulation, steps, steps * train.epochs)
 
 
+def use_cpu(config: Config) -> bool:
+    """Whether the run leaves GPUs alone, or finds none."""
+    return config.train.device == "cpu" or not torch.cuda.is_available()
+
+
 def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
     """The model, unwrapped. ConfigError for an unknown name or an image size it refuses."""
     import difflib
@@ -82,12 +87,10 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
 
 def check_model(config: Config, classes: int) -> None:
     """ConfigError if the model is unknown or refuses the image size; no memory is taken."""
-    from torch._subclasses import FakeTensorMode
-
     size = config.data.image_size
     model = build_model(config, classes, "meta").eval()
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad():
             logits = model(torch.empty(1, 3, size, size, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

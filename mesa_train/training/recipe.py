@@ -24,7 +24,7 @@ from .config import Config, ConfigError, changed, check_files, of_dict
 from .engine import EpochResult, StepEvent
 from .loader import Batch, Loader
 from .progress import Dashboard
-from .run import CHECKPOINTS, Run, Scores, StepResult, trackers, use_cpu
+from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -55,13 +55,10 @@ def prepare(config: Config) -> Run:
     from accelerate import PartialState
 
     check_files(config)
-    if config.model.classes is not None:
-        plan.check_model(config, config.model.classes)
-    state = PartialState(cpu=use_cpu(config))
+    plan.check_model(config, config.model.classes or 2)
+    state = PartialState(cpu=plan.use_cpu(config))
     with state.main_process_first():
         data = sources.load(config.data, config.model.classes)
-    if config.model.classes is None:
-        plan.check_model(config, data.classes)
     made = plan.plan(config, data.train.count, state.num_processes)
     torch.manual_seed(config.train.seed)
     model = plan.build_model(config, data.classes)
@@ -159,8 +156,6 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
                 row["ema_top1"] = (averaged := run.evaluate(averaged=True)).top1
             run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
             track(row, run.position.step)
-            run.position.loss, run.position.losses = 0.0, 0
-            run.save()
             if main:
                 named = {"name": config.train.policy, "seed": config.train.seed, "epoch": epoch}
                 line = {"kind": "epoch", "step": run.position.step, **named, **row}
@@ -173,6 +168,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
                         step_ms, run.lr,
                     )
                 )  # fmt: skip
+            # Last, so that a kill before it repeats the epoch's end, rows included.
+            run.position.loss, run.position.losses = 0.0, 0
+            run.save()
     if main:
         draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
     return scores

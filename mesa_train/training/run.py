@@ -26,7 +26,7 @@ from mesa_train.memory.methods import PLAIN
 from . import checkpoints, optimizers
 from .config import Config, ConfigError
 from .loader import Batch, Loader
-from .plan import Plan
+from .plan import Plan, use_cpu
 from .sources import IGNORED, keeping_random_state, seed_all
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,11 @@ class Run:
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
         self.shapes = checkpoints.shapes(model)
-        if config.model.sync_batch_norm and plan.world > 1:
+        if config.model.sync_batch_norm and use_cpu(config):
+            raise ConfigError(
+                "model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only"
+            )
+        if config.model.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.train.policy != PLAIN:
             mesa_train.wrap(model, config.train.policy)
@@ -311,24 +315,24 @@ def accelerator(config: Config, plan: Plan) -> Any:
     options: dict[str, Any] = {}
     if train.tracker != "none" and _installed(train.tracker):
         options = {"log_with": train.tracker}
-    made = Accelerator(
-        cpu=use_cpu(config),
-        mixed_precision=train.precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=plan.accumulation, sync_with_dataloader=False
-        ),
-        project_config=ProjectConfiguration(project_dir=train.out, logging_dir=train.out),
-        **options,
-    )
+    try:
+        made = Accelerator(
+            cpu=use_cpu(config),
+            mixed_precision=train.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=plan.accumulation, sync_with_dataloader=False
+            ),
+            project_config=ProjectConfiguration(project_dir=train.out, logging_dir=train.out),
+            **options,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.precision={train.precision}: {error}") from None
     deepspeed = getattr(made.state, "deepspeed_plugin", None)
     if deepspeed is not None:
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch
         deepspeed.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
+        deepspeed.deepspeed_config["gradient_clipping"] = config.optim.clip
     return made
-
-
-def use_cpu(config: Config) -> bool:
-    return config.train.device == "cpu" or not torch.cuda.is_available()
 
 
 @contextlib.contextmanager
@@ -341,14 +345,13 @@ def trackers(run: Run) -> Iterator[Callable[[dict[str, float], int], None]]:
             for section, fields in run.config.to_dict().items()
             for key, value in fields.items()
         }
-        run.accelerator.init_trackers("tracker", config=values)
+        run.accelerator.init_trackers("mesa_train", config=values)
     elif run.config.train.tracker != "none" and run.accelerator.is_main_process:
         _log.warning("%s is not installed: nothing is tracked", run.config.train.tracker)
     try:
         yield lambda row, step: run.accelerator.log(row, step=step) if started else None
     finally:
-        if started:
-            run.accelerator.end_training()
+        run.accelerator.end_training()
 
 
 def _mixup(config: Config, classes: int) -> Any:

@@ -106,8 +106,10 @@ def _datasets(config: DataConfig, wanted: int | None) -> Sources:
             raise ConfigError(f"data.{field}: {kind} has no column {key!r}; {', '.join(features)}")
     classes = getattr(features[config.label_key], "num_classes", None)
     if classes is None and config.streaming:
+        if wanted is None:
+            raise ConfigError("model.classes is missing: a stream cannot be searched for them")
         classes = wanted
-    if classes is None:
+    elif classes is None:
         classes = 1 + max(train[config.label_key])
 
     def records(split: Any, count: int) -> Records:

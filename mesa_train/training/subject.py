@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from . import recipe, sources
-from .config import Config, ConfigError, of_dict
+from .config import Config, ConfigError, changed, of_dict
 from .plan import build_model
 
 
-def built(run: Path | None, name: str, weights: Path | None) -> tuple[Config, Any]:
-    """(configuration, model) of a run or of a name with weights."""
+def built(
+    run: Path | None, name: str, weights: Path | None, image_size: int | None
+) -> tuple[Config, Any]:
+    """(configuration, model) of a run's best weights, or of a model by name."""
+    changes = [f"data.image_size={image_size}"] if image_size else []
     if run is not None:
-        settings = recipe.load_run(run)
+        settings = recipe.load_run(run, changes)
         weights = weights or run / "best.safetensors"
-        data = sources.load(settings.data, settings.model.classes)
-        classes = data.classes
+        classes = sources.load(settings.data, settings.model.classes).classes
     else:
-        settings, classes = of_dict({"model": {"name": name, "classes": 1000}}), 1000
+        classes = 1000
+        named = {"model": {"name": name, "classes": classes}, "data": {"crop": False}}
+        settings = of_dict(changed(named, changes))
     network = build_model(settings, classes).eval()
     if weights is not None:
         recipe.start_from(network, weights)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.training.config import Config, OptimConfig
 from mesa_train.training.optimizers import Schedule, build, groups, scaled, state_bytes
 
