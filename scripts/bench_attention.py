@@ -109,7 +109,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Measure every layer and record a row each."""
-    rows = [
+    rows: list[records.Row] = [
         {
             "layer": name,
             "side": side,

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -53,7 +54,7 @@ def rows(out):
 @pytest.mark.slow
 def test_two_processes_killed_and_continued(tmp_path):
     """SIGKILL in the middle of an epoch: the end is the same to the last bit."""
-    steps = ["train.epochs=3", "optim.warmup_epochs=0", "train.save_every=5"]
+    steps = ["train.epochs=2", "optim.warmup_epochs=0", "train.save_every=5"]
     whole = run("cpu_2_processes.yaml", tmp_path / "whole", *steps)
     assert whole.returncode == 0, whole.stderr
     assert "64 = 32 x 1 accumulated x 2 processes" in whole.stdout
@@ -64,17 +65,18 @@ def test_two_processes_killed_and_continued(tmp_path):
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     while not any(row["step"] >= 28 for row in rows(cut)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun starts its workers in sessions of their own.
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.send_signal(signal.SIGKILL)
     process.wait()
     reached = max(row["step"] for row in rows(cut))
-    assert reached < 66
+    assert reached < 44
 
     again = run("cpu_2_processes.yaml", cut, *steps, options=("--resume", "auto"))
     assert again.returncode == 0, again.stderr
