@@ -132,6 +132,28 @@ def test_every_configuration_is_valid_and_its_batches_divide(name):
         assert made.steps_per_epoch == 1251
 
 
+LAUNCH = {
+    "cpu": ("NO", 1), "cpu_2_processes": ("MULTI_GPU", 2), "gpu": ("NO", 1),
+    "ddp": ("MULTI_GPU", 4), "fsdp2": ("FSDP", 4), "zero1": ("DEEPSPEED", 4),
+    "zero2": ("DEEPSPEED", 4), "zero3": ("DEEPSPEED", 4), "zero3_offload": ("DEEPSPEED", 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCH)
+def test_launch_files_are_what_accelerate_expects(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / f"recipes/accelerate/{name}.yaml"))
+    assert (config.distributed_type.value, config.num_processes) == LAUNCH[name]
+    assert config.use_cpu == name.startswith("cpu")
+    # Precision is the recipe's to say.
+    assert config.mixed_precision == "no"
+
+
+def test_every_launch_file_is_known():
+    assert sorted(p.stem for p in (ROOT / "recipes/accelerate").glob("*.yaml")) == sorted(LAUNCH)
+
+
 BUDGETS = [name for name in CONFIGS if "gb" in name]
 
 
