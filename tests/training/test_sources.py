@@ -162,3 +162,23 @@ def test_a_test_image_is_resized_and_cropped_or_squashed():
     for crop in (True, False):
         _, test = sources.transforms(DataConfig(image_size=16, crop=crop), AUGMENT)
         assert test(image).shape == (3, 16, 16)
+
+
+# PyTorch's threads do not mind being forked here: workers decode images and compute nothing.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_the_number_of_workers_changes_nothing():
+    found = sources.load(DataConfig(source="digits"), None)
+    seen = []
+    for workers in (0, 2):
+        config = of_dict(
+            {
+                "data": {"source": "digits", "image_size": 16, "workers": workers},
+                "train": {"global_batch": 8, "micro_batch": 8, "device": "cpu"},
+            }
+        )
+        plan = Plan(world=1, accumulation=1, steps_per_epoch=179, steps=179)
+        transforms = sources.transforms(config.data, config.augment)
+        batches = Loader(config, found, plan, 0, transforms).training(1, 175)
+        seen.append([batch[0] for batch in batches])
+    assert len(seen[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
