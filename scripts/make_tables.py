@@ -1,4 +1,4 @@
-"""Puts measured rows into the tables of README.md and docs/*.md.
+"""Puts measured rows into the tables of README.md, docs and recipes.
 
 A table stands between two markers, and everything between them is written by this script:
 
@@ -38,7 +38,8 @@ def main(
 ) -> None:
     """Rewrite every marked table from docs/results/*.jsonl."""
     stale = []
-    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+    folders = [path for name in ("docs", "recipes") for path in sorted((root / name).rglob("*.md"))]
+    for path in [root / "README.md", *folders]:
         if not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
@@ -270,6 +271,75 @@ def compatibility_table(results: Path, words: Sequence[str]) -> str:
     return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
 
 
+def litv2_parity_table(results: Path, words: Sequence[str]) -> str:
+    """`litv2_parity`: last epochs of litv2_parity.py, a line per policy and number of processes."""
+    if words:
+        raise ValueError(f"the table 'litv2_parity' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "litv2_parity.jsonl")
+    if not rows:
+        return missing("scripts/litv2_parity.py")
+    last: dict[tuple[str, int, int], Row] = {}
+    for row in rows:
+        last[row["name"], row["settings"]["processes"], row["seed"]] = row
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for (name, processes, _), row in last.items():
+        groups.setdefault((name, processes), []).append(row)
+    lines = []
+    for (name, processes), own in groups.items():
+        accuracies = [100 * row["top1"] for row in own]
+        minutes = [row["minutes"] for row in own]
+        lines.append(
+            [
+                name,
+                str(processes),
+                format_bytes(own[0]["kept_bytes"]),
+                f"{statistics.fmean(accuracies):.2f} %",
+                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+                f"{min(minutes):.1f} to {max(minutes):.1f}"
+                if len(own) > 1
+                else f"{minutes[0]:.1f}",
+            ]
+        )
+    head = ["policy", "processes", "kept for the backward", "held-out top-1", "seeds", "minutes"]
+    return markdown(head, lines) + (
+        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
+        f"a micro-batch. Other work shared the machine, so minutes are upper bounds. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
+def attention_table(results: Path, words: Sequence[str]) -> str:
+    """`attention`: the newest run of bench_attention.py for every size of map."""
+    if words:
+        raise ValueError(f"the table 'attention' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "bench_attention.jsonl")
+    if not rows:
+        return missing("scripts/bench_attention.py")
+    newest = {(row["side"], row["device_type"], row["layer"]): row for row in rows}
+    lines = [
+        [
+            f"{row['layer']}, {row['side']}x{row['side']}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['macs'] / 1e9:.3f} G",
+            *[
+                f"{row[key] / row['batch']:.1f} ms"
+                for key in ("forward_ms", "train_ms", "mesa8_train_ms")
+            ],
+            format_bytes(row["kept_bytes"]),
+            format_bytes(row["mesa8_kept_bytes"]),
+        ]
+        for row in newest.values()
+    ]
+    head = ["layer, tokens", "parameters", "multiply-adds", "forward", "training", "with mesa8"]
+    head += ["keeps", "with mesa8"]
+    one = rows[-1]
+    return markdown(head, lines) + (
+        f"\nOne layer of {one['dim']} channels and {one['heads']} heads behind a layer norm, bf16 "
+        "autocast. Times per image, medians of rounds that take turns, after warm-up; bytes of "
+        f"{one['count_batch']} images. {origin(one)}\n"
+    )
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -297,6 +367,8 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "rounding": rounding_table,
     "plans": plans_table,
     "compatibility": compatibility_table,
+    "litv2_parity": litv2_parity_table,
+    "attention": attention_table,
 }
 
 

@@ -7,7 +7,9 @@ in float32 also under autocast, as the authors run theirs: offsets lose pixels i
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,16 @@ class DeformConv(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x = x.to(self.weight.dtype)
-            tensors = (x, self.conv_offset(x), self.weight, self.bias)
-            out = deform_conv2d(*[t.to(wide) for t in tensors], stride=2)
+            offset = self.conv_offset(x).to(wide)
+            # Where an offset is NaN, torchvision's kernels read outside their memory: samples are
+            # not moved there, and every output is NaN through the bias, for a scaler to see.
+            broken = 0 * offset.detach().sum()
+            offset = offset.masked_fill(offset.isnan(), 0)
+            bias = self.bias.to(wide) + broken
+            out = deform_conv2d(x.to(wide), offset, self.weight.to(wide), bias, stride=2)
         return out.to(self.weight.dtype)
 
 
@@ -64,3 +71,10 @@ class DeformableMerging(nn.Module):
         tokens = (height // 2) * (width // 2)
         convolution = 4 * self.dim * self.out_dim + self.out_dim
         return tokens * (4 * self.dim * offsets + offsets + convolution + self.out_dim)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off; nothing on devices that have none, such as meta."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

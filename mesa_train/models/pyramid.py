@@ -39,7 +39,8 @@ class PatchEmbed(nn.Module):
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom))
         x = self.proj(images).permute(0, 2, 3, 1)
-        if torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             # CUDA's autocast runs layer norm in float32, a CPU's does not: without this the
             # residual stream would be float32 on the one and bfloat16 on the other.
             x = x.float()

@@ -32,6 +32,12 @@ def partial(folder: Path, step: int) -> Path:
     return folder / f"{PARTIAL}step-{step:08d}"
 
 
+def clear(written: Path) -> None:
+    """Empty the place where a checkpoint is about to be written."""
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+
+
 def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
     """Completes a partial checkpoint, points `last` at it, and drops all but the newest `keep`."""
     folder = written.parent

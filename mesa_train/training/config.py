@@ -28,7 +28,9 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`weights` is a safetensors file to start from; `classes` must match the data if given."""
+    """`weights` is a safetensors file, or the authors' .pth, to start from; a head of other classes
+    stays behind. `classes` must match the data if given. `early_stages_without_attention` is for
+    timm's Swin and PVT v2 models."""
 
     name: str = "litv2_s"
     classes: int | None = None
@@ -36,6 +38,7 @@ class ModelConfig:
     weights: str | None = None
     sync_batch_norm: bool = False
     grad_checkpointing: bool = False
+    early_stages_without_attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class TrainConfig:
     """One run. The accumulation follows from global_batch, micro_batch and the processes.
 
     policy: "plain" or a mesa_train preset. save_every: optimizer steps between checkpoints, 0 for
-        once an epoch. ema: decay of the averaged weights, 0 for none.
+        once an epoch. ema: decay of the averaged weights, 0 for none. device: "auto" takes GPUs
+        where there are any, "cpu" leaves them alone. out: the run's own folder.
     """
 
     epochs: int = 300
@@ -120,6 +124,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     tracker: str = "tensorboard"
+    device: str = "auto"
     out: str = "runs/litv2"
 
 
@@ -149,6 +154,12 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections, got {type(values).__name__}")
+    return of_dict(changed(values, changes))
+
+
+def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Nested values after `section.key=value` changes. ConfigError for one that is not of that
+    form."""
     for change in changes:
         name, equals, text = change.partition("=")
         section, dot, key = name.partition(".")
@@ -162,7 +173,7 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
         if not isinstance(within, dict):
             raise ConfigError(f"{section} must be a section of keys, got {within!r}")
         within[key] = value
-    return of_dict(values)
+    return values
 
 
 def of_dict(values: Mapping[str, Any]) -> Config:
@@ -222,6 +233,7 @@ def _check(config: Config) -> None:
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("train.policy", train.policy, ("plain", *PRESETS))
     _one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
+    _one_of("train.device", train.device, ("auto", "cpu"))
     for name, value in (
         ("data.image_size", data.image_size),
         ("optim.lr", optim.lr),
@@ -249,14 +261,23 @@ def _check(config: Config) -> None:
         )
     if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
         raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+    if data.workers < 0:
+        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
     if data.source in ("imagefolder", *FILES) and not data.path:
         raise ConfigError(f"data.path is missing: {data.source} needs a folder")
-    if data.path and not Path(data.path).exists():
-        raise ConfigError(f"data.path: no such folder or file {data.path}")
     if data.streaming and not data.train_images:
         raise ConfigError("data.train_images is missing: streaming cannot count the images")
-    if config.model.weights and not Path(config.model.weights).is_file():
-        raise ConfigError(f"model.weights: no such file {config.model.weights}")
+
+
+def check_files(config: Config) -> None:
+    """ConfigError for a folder or file that is not there."""
+    data, weights = config.data, config.model.weights
+    if data.path and not Path(data.path).exists():
+        raise ConfigError(f"data.path: no such folder or file {data.path}")
+    if weights and not Path(weights).is_file():
+        raise ConfigError(f"model.weights: no such file {weights}")
+    if Path(config.train.out).is_file():
+        raise ConfigError(f"train.out: {config.train.out} is a file, not a folder")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

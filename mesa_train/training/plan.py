@@ -47,13 +47,18 @@ def plan(config: Config, images: int, world: int) -> Plan:
     return Plan(world, accumulation, steps, steps * train.epochs)
 
 
+def use_cpu(config: Config) -> bool:
+    """Whether the run leaves GPUs alone, or finds none."""
+    return config.train.device == "cpu" or not torch.cuda.is_available()
+
+
 def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
     """The model, unwrapped. ConfigError for an unknown name or an image size it refuses."""
     import difflib
 
     import timm
 
-    import mesa_train.models  # noqa: F401  registers them with timm
+    from mesa_train.models.early_attention import without_early_attention
 
     model, size = config.model, config.data.image_size
     if not timm.is_model(model.name):
@@ -70,12 +75,28 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
                 if "img_size" not in str(error):
                     raise
                 built = timm.create_model(model.name, **options)
+        if model.early_stages_without_attention:
+            without_early_attention(built, model.early_stages_without_attention)
         if model.grad_checkpointing:
             built.set_grad_checkpointing(True)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{model.name} refuses data.image_size={size}: {reason}") from None
     return built
+
+
+def check_model(config: Config, classes: int) -> None:
+    """ConfigError if the model is unknown or refuses the image size; no memory is taken."""
+    size = config.data.image_size
+    model = build_model(config, classes, "meta").eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.empty(1, 3, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{config.model.name} refuses data.image_size={size}: {reason}") from None
+    if tuple(logits.shape) != (1, classes):
+        raise ConfigError(f"model.name: {config.model.name} is no classifier of images")
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:

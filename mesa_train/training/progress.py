@@ -94,11 +94,12 @@ class Dashboard:
             self.live.update(self._view(), refresh=True)
             self.live.stop()
 
-    def on_step(self, event: StepEvent) -> None:
+    def on_step(self, event: StepEvent, steps: int = 1) -> None:
+        """Show a step, or the mean of the last `steps`."""
         line = self.lines[event.name]
         line.losses.append(event.loss)
         line.times_ms.append(event.time_ms)
-        self.progress.advance(self.task)
+        self.progress.advance(self.task, steps)
         now = self.progress.get_time()
         if self.console.is_terminal and now - self.refreshed > 0.25:
             self.live.update(self._view(), refresh=True)

@@ -7,6 +7,7 @@ its own, so that neither the number of workers nor a resume in the middle of an 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import random
@@ -33,10 +34,14 @@ class CorruptImage(RuntimeError):
 
 @dataclass(frozen=True)
 class Records:
-    """Encoded or decoded images by index: `read(i)` gives (bytes or image, label, path)."""
+    """Encoded or decoded images: `read(key)` gives (bytes or image, label, path).
 
-    read: Callable[[int], tuple[Any, int, str]]
+    A key is an index below `count`, or, where there is a `stream`, one of the rows it yields.
+    """
+
+    read: Callable[[Any], tuple[Any, int, str]]
     count: int
+    stream: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class Sources:
 
 def load(config: DataConfig, classes: int | None) -> Sources:
     """Open a data set. ConfigError if a split, a column or the class count does not fit."""
-    found = _builtin(config) if config.source in builtin.BUILTIN else _datasets(config)
+    if config.source in builtin.BUILTIN:
+        found = _builtin(config)
+    else:
+        found = _datasets(config, classes)
     if classes is not None and classes != found.classes:
         raise ConfigError(f"model.classes={classes} but {config.source} has {found.classes}")
     return found
@@ -70,7 +78,7 @@ def _builtin(config: DataConfig) -> Sources:
     )
 
 
-def _datasets(config: DataConfig) -> Sources:
+def _datasets(config: DataConfig, wanted: int | None) -> Sources:
     import datasets
 
     kind = config.source
@@ -80,31 +88,47 @@ def _datasets(config: DataConfig) -> Sources:
     elif kind in FILES:
         splits = (config.train_split, config.val_split)
         options = {"data_files": {s: f"{config.path}/{s}*.{kind}" for s in splits}}
+    elif config.path:
+        options = {"data_dir": config.path}
     try:
-        found = datasets.load_dataset(kind, **options)
-        train, val = found[config.train_split], found[config.val_split]
-    except KeyError as error:
-        raise ConfigError(f"{kind} has no split {error}; it has {', '.join(found)}") from None
-    except (OSError, ValueError) as error:
+        found = datasets.load_dataset(kind, streaming=config.streaming, **options)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"data.source={kind}: {' '.join(str(error).split())}") from None
-    for key in (config.image_key, config.label_key):
-        if key not in train.column_names:
-            raise ConfigError(f"{kind} has no column {key!r}; {', '.join(train.column_names)}")
-    label = train.features[config.label_key]
-    classes = getattr(label, "num_classes", None) or 1 + max(train[config.label_key])
+    for name, split in (("train", config.train_split), ("val", config.val_split)):
+        if split not in found:
+            raise ConfigError(
+                f"data.{name}_split: {kind} has no split {split!r}; it has {', '.join(found)}"
+            )
+    train, val = found[config.train_split], found[config.val_split]
+    features = train.features or {}
+    for field, key in (("image_key", config.image_key), ("label_key", config.label_key)):
+        if key not in features:
+            raise ConfigError(f"data.{field}: {kind} has no column {key!r}; {', '.join(features)}")
+    classes = getattr(features[config.label_key], "num_classes", None)
+    if classes is None and config.streaming:
+        if wanted is None:
+            raise ConfigError("model.classes is missing: a stream cannot be searched for them")
+        classes = wanted
+    elif classes is None:
+        classes = 1 + max(train[config.label_key])
 
-    def records(split: Any) -> Records:
+    def records(split: Any, count: int) -> Records:
         split = split.cast_column(config.image_key, datasets.Image(decode=False))
 
-        def read(index: int) -> tuple[Any, int, str]:
-            row = split[index]
+        def of_row(row: Any) -> tuple[Any, int, str]:
             image = row[config.image_key]
-            path = image["path"] or f"{config.source}[{index}]"
+            path = image["path"] or f"an image of {config.source}"
             return image["bytes"] or path, row[config.label_key], path
 
-        return Records(read, len(split))
+        def of_index(index: int) -> tuple[Any, int, str]:
+            encoded, label, path = of_row(split[index])
+            return encoded, label, path if encoded is path else f"{path} (image {index})"
 
-    return Sources(records(train), records(val), classes)
+        if config.streaming:
+            return Records(of_row, count, split)
+        return Records(of_index, len(split))
+
+    return Sources(records(train, config.train_images or 0), records(val, 0), classes)
 
 
 def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
@@ -153,22 +177,31 @@ class Samples(Dataset[tuple[Tensor, int, list[str]]]):
         skipped: list[str] = []
         for offset in range(self.records.count):
             position = (index + offset) % self.records.count
-            encoded, label, path = self.records.read(position)
-            try:
-                image = _decode(encoded)
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-                if self.on_corrupt == "raise":
-                    raise CorruptImage(
-                        f"{path} cannot be decoded ({error}); "
-                        "data.on_corrupt=skip trains without such images"
-                    ) from None
-                skipped.append(path)
-                if not self.replace:
-                    return empty, IGNORED, skipped
-                continue
-            seed_all(self.seed, epoch, position)
-            return self.transform(image), label, skipped
+            image, label, missing = self.of_record(epoch, position, position)
+            skipped += missing
+            if image is not None:
+                return image, label, skipped
+            if not self.replace:
+                return empty, IGNORED, skipped
         raise CorruptImage(f"none of {self.records.count} images can be decoded")
+
+    def of_record(
+        self, epoch: int, position: int, key: Any
+    ) -> tuple[Tensor | None, int, list[str]]:
+        """(image, label, no paths) of one record, or (None, IGNORED, its path) if it is corrupt."""
+        encoded, label, path = self.records.read(key)
+        try:
+            image = _decode(encoded)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            if self.on_corrupt == "raise":
+                raise CorruptImage(
+                    f"{path} cannot be decoded ({error}); "
+                    "data.on_corrupt=skip trains without such images"
+                ) from None
+            return None, IGNORED, [path]
+        with keeping_random_state():
+            seed_all(self.seed, epoch, position)
+            return self.transform(image), label, []
 
 
 def _decode(encoded: Any) -> Image.Image:
@@ -176,6 +209,18 @@ def _decode(encoded: Any) -> Image.Image:
         return Image.fromarray(encoded).convert("RGB")
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
         return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """What is drawn inside leaves python's, numpy's and torch's streams as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 def seed_all(*numbers: int) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -54,3 +55,16 @@ def test_the_offsets_learn():
 def test_flops_follow_the_formula():
     # M (4c 12 + 12) + M (4c 2c + 2c) + 2c M as the authors count, with M = 28 * 28.
     assert DeformableMerging(96, 192).flops(56, 56, offsets=12) == 784 * (4620 + 73920 + 192)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_do_not_crash_and_do_not_vanish(value):
+    layer = DeformConv(8, 16)
+    torch.nn.init.normal_(layer.conv_offset.weight)
+    image = torch.randn(2, 8, 8, 8)
+    image[1, 3, 5, 2] = value
+    out = layer(image.requires_grad_())
+    assert not out.isfinite().all()
+    out.nan_to_num().sum().backward()
+    layer.conv_offset.bias.data[2] = value
+    assert not layer(torch.randn(1, 8, 4, 4)).isfinite().all()

@@ -212,6 +212,11 @@ def test_a_checkpoint_serves_other_sizes():
     assert torch.equal(model.eval()(images), other.eval()(images))
 
 
+def test_it_runs_on_the_meta_device():
+    with torch.device("meta"):
+        assert create(num_classes=10)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_features_for_dense_tasks():
     dense = create(features_only=True)
     names = {key.partition(".")[0] for key in dense.state_dict()}

@@ -1,0 +1,48 @@
+"""Take attention out of the early stages of timm's models: LIT's first experiment (arXiv 2105.14217).
+
+At high resolution attention costs most and, the paper finds, hardly helps. For Swin and PVT v2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class MlpBlock(nn.Module):
+    """What is left of a block: x + drop_path2(mlp(norm2(x))), under the same names."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+
+    def forward(self, x: Tensor, *size: Any) -> Tensor:
+        # PVT v2 hands its MLPs the map's height and width.
+        return x + self.drop_path2(self.mlp(self.norm2(x), *size))
+
+
+def without_early_attention(model: Any, stages: int = 2) -> Any:
+    """Remove attention from the first `stages` of a timm Swin or PVT v2 model, in place.
+
+    What stays keeps its names and weights, so the original's checkpoint loads with strict=False.
+    Raises ValueError for another family or a number of stages that the model does not have.
+    """
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2
+    from timm.models.swin_transformer import SwinTransformer
+
+    if isinstance(model, SwinTransformer):
+        all_stages = model.layers
+    elif isinstance(model, PyramidVisionTransformerV2):
+        all_stages = model.stages
+    else:
+        raise ValueError(
+            f"early attention is removed from timm's Swin and PVT v2 models, got {type(model).__name__}"
+        )
+    if not 0 <= stages <= len(all_stages):
+        raise ValueError(f"stages={stages} must lie between 0 and {len(all_stages)}")
+    for stage in all_stages[:stages]:
+        for index, block in enumerate(stage.blocks):
+            if not isinstance(block, MlpBlock):
+                stage.blocks[index] = MlpBlock(block)
+    return model

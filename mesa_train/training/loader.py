@@ -1,0 +1,106 @@
+"""Batches of a data set for one rank: shuffled for training, from any step on, or in order.
+
+What a step sees depends on (seed, step) alone. Streams are shuffled through a buffer, dealt out to
+the ranks, and wound forward on a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from .config import Config
+from .plan import Plan, use_cpu
+from .sources import Samples, Sources, collate, train_order, val_order
+
+Batch = tuple[Tensor, Tensor, list[str]]
+_SHUFFLE_BUFFER = 10_000
+
+
+class Loader:
+    """Batches of `sources` on one rank; a batch is (images, labels, paths that were skipped)."""
+
+    def __init__(
+        self, config: Config, sources: Sources, plan: Plan, rank: int, transforms: tuple[Any, Any]
+    ) -> None:
+        self.config, self.sources, self.plan, self.rank = config, sources, plan, rank
+        data, train = config.data, config.train
+        common = (data.image_size, train.seed, data.on_corrupt)
+        self.train = Samples(sources.train, transforms[0], *common, replace=True)
+        self.val = Samples(sources.val, transforms[1], *common, replace=False)
+
+    def training(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Micro-batches of an epoch from its optimizer step `first` on."""
+        config, plan = self.config, self.plan
+        micro = config.train.micro_batch
+        if self.sources.train.stream is not None:
+            stream = Stream(
+                self.train, epoch, self.rank, plan.world, first * plan.accumulation * micro
+            )
+            count = (plan.steps_per_epoch - first) * plan.accumulation
+            batches = self._loader(stream, batch_size=micro, drop_last=True)
+            yield from (batch for _, batch in zip(range(count), batches, strict=False))
+            return
+        order = train_order(
+            self.sources.train.count,
+            seed=config.train.seed,
+            epoch=epoch,
+            first=first,
+            rank=self.rank,
+            world=plan.world,
+            micro=micro,
+            accum=plan.accumulation,
+        )
+        yield from self._loader(self.train, batch_sampler=list(order))
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's share of the validation images, padded with ignored ones."""
+        batch = self.config.train.micro_batch
+        if self.sources.val.stream is not None:
+            stream = Stream(self.val, 0, self.rank, self.plan.world, 0)
+            yield from self._loader(stream, batch_size=batch)
+            return
+        order = val_order(
+            self.sources.val.count, rank=self.rank, world=self.plan.world, batch=batch
+        )
+        yield from self._loader(self.val, batch_sampler=list(order))
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+        data = self.config.data
+        # A stream has one reader: several would have to agree on who reads what.
+        workers = min(data.workers, 1) if isinstance(dataset, IterableDataset) else data.workers
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=data.pin_memory and not use_cpu(self.config),
+            **options,
+        )
+
+
+class Stream(IterableDataset[tuple[Tensor, int, list[str]]]):
+    """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on."""
+
+    def __init__(self, samples: Samples, epoch: int, rank: int, world: int, first: int) -> None:
+        self.samples, self.epoch, self.rank, self.world = samples, epoch, rank, world
+        self.first = first
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        stream = self.samples.records.stream
+        assert stream is not None
+        if self.samples.replace:
+            seed = self.samples.seed * 1_000_003 + self.epoch
+            stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        skipped: list[str] = []
+        for position, row in enumerate(stream):
+            if position % self.world != self.rank or position < self.first * self.world:
+                continue
+            image, label, missing = self.samples.of_record(self.epoch, position, row)
+            skipped += missing
+            if image is None:
+                continue
+            yield image, label, skipped
+            skipped = []

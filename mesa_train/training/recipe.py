@@ -1,0 +1,281 @@
+"""A recipe from its configuration to its curves: everything is checked, then built, then trained.
+
+A run's folder holds `metrics.jsonl` (rows of kind "step" and "epoch"), `curves.png`, the trackers'
+files, `best.safetensors`, and `checkpoints/last`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mesa_train.memory.text import format_bytes
+
+from . import checkpoints, plan, plots, records, sources
+from .config import Config, ConfigError, changed, check_files, of_dict
+from .engine import EpochResult, StepEvent
+from .loader import Batch, Loader
+from .progress import Dashboard
+from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
+
+_log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+
+# What a recipe's script tells in one line; anything else is a fault of ours and shows its traceback.
+MISTAKES = (
+    ConfigError,
+    checkpoints.CheckpointError,
+    sources.CorruptImage,
+    FloatingPointError,
+    ImportError,
+)
+
+
+def dry_run(config: Config, world: int) -> str:
+    """What the run would be, as text. The data set is opened only to learn what is not given."""
+    classes, images = config.model.classes, config.data.train_images
+    if classes is None or images is None:
+        check_files(config)
+        found = sources.load(config.data, classes)
+        classes, images = found.classes, found.train.count
+    plan.check_model(config, classes)
+    return plan.report(config, classes, images, world)
+
+
+def prepare(config: Config) -> Run:
+    """A run that is ready to start. ConfigError for whatever does not fit together."""
+    from accelerate import PartialState
+
+    check_files(config)
+    plan.check_model(config, config.model.classes or 2)
+    state = PartialState(cpu=plan.use_cpu(config))
+    with state.main_process_first():
+        data = sources.load(config.data, config.model.classes)
+    made = plan.plan(config, data.train.count, state.num_processes)
+    torch.manual_seed(config.train.seed)
+    model = plan.build_model(config, data.classes)
+    if config.model.weights:
+        start_from(model, Path(config.model.weights))
+    transforms = sources.transforms(config.data, config.augment)
+    loader = Loader(config, data, made, state.process_index, transforms)
+    return Run(config, model, made, loader, data.classes)
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load weights to fine-tune: a head of other classes stays as it is, all else must fit."""
+    from safetensors.torch import load_file
+
+    from mesa_train.models.official import adapted, read_official
+
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else read_official(path)
+    except Exception as error:
+        raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
+    own = model.state_dict()
+    weights = adapted(found, model)
+    heads = [key for key in own if key.startswith("head.")]
+    if any(key in weights and weights[key].shape != own[key].shape for key in heads):
+        _log.warning("%s has a head of other classes; it starts anew", path)
+        weights |= {key: own[key] for key in heads}
+    checkpoints.check_keys(
+        path, {k: v.shape for k, v in weights.items()}, checkpoints.shapes(model)
+    )
+    model.load_state_dict(weights)
+
+
+def resume(run: Run, how: str) -> bool:
+    """Continue as `how` says: "auto" from the newest checkpoint that is whole, "" not at all, or a
+    checkpoint's path. True if the run goes on. ConfigError if a new run would overwrite another."""
+    folder = run.out / CHECKPOINTS
+    if how in ("", "auto"):
+        found = checkpoints.newest(folder)
+        if found is not None and not how:
+            raise ConfigError(
+                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
+                "another folder"
+            )
+        if found is None:
+            if run.accelerator.is_main_process:
+                (run.out / METRICS).unlink(missing_ok=True)
+            return False
+    else:
+        if not Path(how).is_dir():
+            raise ConfigError(f"--resume: no such checkpoint {how}")
+        found = Path(how), checkpoints.verify(Path(how))
+    run.resume(*found)
+    if run.accelerator.is_main_process:
+        _forget_after(run.out / METRICS, run.position.step)
+    return True
+
+
+def fit(run: Run, kept_bytes: int) -> Scores | None:
+    """Train to the end; returns the last epoch's scores, None if there was nothing left to do."""
+    config, made, main = run.config, run.plan, run.accelerator.is_main_process
+    metrics = run.out / METRICS
+    scores = None
+    with (
+        _view(run, kept_bytes) as view,
+        trackers(run) as track,
+    ):
+
+        def report(result: StepResult) -> None:
+            rate = 1e3 * config.train.global_batch / result.step_ms
+            row = {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "images_per_s": rate,
+            } | _peak(run)
+            track(row, result.step)
+            if main:
+                records.append(metrics, {"kind": "step", "step": result.step} | row)
+                event = StepEvent(config.train.policy, result.step, result.loss, result.step_ms)
+                view.on_step(event, result.steps)
+
+        while run.position.step < made.steps:
+            epoch, start = run.epoch + 1, time.perf_counter()
+            before = run.position.step
+            run.train_epoch(report)
+            step_ms = (time.perf_counter() - start) * 1e3 / (run.position.step - before)
+            scores = run.evaluate()
+            row = {
+                "train_loss": run.position.loss / run.position.losses,
+                "val_loss": scores.loss,
+                "top1": scores.top1,
+                "top5": scores.top5,
+            }
+            if run.ema is not None:
+                row["ema_top1"] = (averaged := run.evaluate(averaged=True)).top1
+            run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
+            track(row, run.position.step)
+            if main:
+                named = {"name": config.train.policy, "seed": config.train.seed, "epoch": epoch}
+                line = {"kind": "epoch", "step": run.position.step, **named, **row}
+                line |= {"step_ms": step_ms, "kept_bytes": kept_bytes}
+                line |= {"skipped": run.position.skipped} if run.position.skipped else {}
+                records.append(metrics, line)
+                view.on_epoch(
+                    EpochResult(
+                        config.train.policy, epoch, row["train_loss"], scores.loss, scores.top1,
+                        step_ms, run.lr,
+                    )
+                )  # fmt: skip
+            # Last, so that a kill before it repeats the epoch's end, rows included.
+            run.position.loss, run.position.losses = 0.0, 0
+            run.save()
+    if main:
+        draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
+    return scores
+
+
+def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]:
+    """Images per second and median step time on made-up images; nothing is saved."""
+    data, train = run.config.data, run.config.train
+    images = torch.randn(train.micro_batch, 3, data.image_size, data.image_size)
+    labels = torch.arange(train.micro_batch) % run.classes
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            yield images, labels, []
+
+    run.model.train()
+    times = []
+    for _ in range(warm_up + steps):
+        start = time.perf_counter()
+        loss, _ = run.step(batches())
+        loss.item()
+        times.append(1e3 * (time.perf_counter() - start))
+    step_ms = statistics.median(times[warm_up:])
+    rate = 1e3 * train.global_batch / step_ms
+    return {"images_per_s": rate, "step_ms": step_ms} | _peak(run)
+
+
+def draw(metrics: Path, picture: Path, title: str) -> None:
+    """Curves of a metrics file; said, not raised, where matplotlib is missing."""
+    rows = [row for row in records.read(metrics) if row["kind"] == "epoch"]
+    try:
+        figure, (loss, held_out, accuracy) = plots.figure(3, title)
+    except ImportError as error:
+        _log.warning("no curves: %s", error)
+        return
+    plots.curves(loss, rows, "train_loss", "training loss")
+    plots.curves(held_out, rows, "val_loss", "validation loss")
+    plots.curves(accuracy, rows, "top1", "top-1 (%)", scale=100)
+    plots.save(figure, picture)
+
+
+def describe(run: Run, kept_bytes: int) -> str:
+    """One line about a run that starts or goes on."""
+    train, made = run.config.train, run.plan
+    return (
+        f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
+        f"{train.precision}: batch {train.global_batch} = {train.micro_batch} x "
+        f"{made.accumulation} accumulated x {made.world} processes, steps {run.position.step} to "
+        f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
+    )
+
+
+class _Silent:
+    """Stands for the dashboard on all ranks but the first."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def on_step(self, event: StepEvent, steps: int = 1) -> None:
+        pass
+
+    def on_epoch(self, result: EpochResult) -> None:
+        pass
+
+
+def _view(run: Run, kept_bytes: int) -> Any:
+    if not run.accelerator.is_main_process:
+        return _Silent()
+    view = Dashboard(
+        describe(run, kept_bytes),
+        {run.config.train.policy: kept_bytes},
+        total_steps=run.plan.steps,
+        batch_size=run.config.train.global_batch,
+    )
+    view.progress.update(view.task, completed=run.position.step)
+    return view
+
+
+def _peak(run: Run) -> dict[str, float]:
+    """The most memory that was allocated on this rank's GPU, in bytes."""
+    if run.accelerator.device.type != "cuda":
+        return {}
+    return {"peak_bytes": float(torch.cuda.max_memory_allocated(run.accelerator.device))}
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop rows of steps that will be done again."""
+    rows = [row for row in records.read(metrics) if row["step"] <= step]
+    beside = metrics.with_suffix(".partial")
+    beside.unlink(missing_ok=True)
+    records.append(beside, *rows)
+    beside.replace(metrics)
+
+
+def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
+    """The configuration that a run's newest checkpoint was trained with, changed."""
+    found = checkpoints.newest(folder / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"{folder} holds no checkpoint")
+    return of_dict(changed(found[1]["config"], [f"train.out={folder}", *changes]))
+
+
+def told_once(error: Exception) -> str | int:
+    """What to leave a script with: the line from the first process, the status alone from others."""
+    return f"litv2: {error}" if int(os.environ.get("RANK", "0")) == 0 else 1

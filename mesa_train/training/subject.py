@@ -1,0 +1,49 @@
+"""A trained model and images to look at it with, for the scripts that draw pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import recipe, sources
+from .config import Config, ConfigError, changed, of_dict
+from .plan import build_model
+
+
+def built(
+    run: Path | None, name: str, weights: Path | None, image_size: int | None
+) -> tuple[Config, Any]:
+    """(configuration, model) of a run's best weights, or of a model by name."""
+    changes = [f"data.image_size={image_size}"] if image_size else []
+    if run is not None:
+        settings = recipe.load_run(run, changes)
+        weights = weights or run / "best.safetensors"
+        classes = sources.load(settings.data, settings.model.classes).classes
+    else:
+        classes = 1000
+        named = {"model": {"name": name, "classes": classes}, "data": {"crop": False}}
+        settings = of_dict(changed(named, changes))
+    network = build_model(settings, classes).eval()
+    if weights is not None:
+        recipe.start_from(network, weights)
+    return settings, network
+
+
+def load_images(settings: Config, image: Path | None, count: int) -> Tensor:
+    """Normalised images (N, 3, size, size)."""
+    _, transform = sources.transforms(settings.data, settings.augment)
+    if image is None:
+        data = sources.load(settings.data, settings.model.classes)
+        samples = sources.Samples(
+            data.val, transform, settings.data.image_size, 0, "raise", replace=False
+        )
+        return torch.stack([samples[0, 7 * index][0] for index in range(count)])
+    from PIL import Image
+
+    if not image.is_file():
+        raise ConfigError(f"--image: no such file {image}")
+    with Image.open(image) as opened:
+        return transform(opened.convert("RGB"))[None]

@@ -1,0 +1,52 @@
+"""Evaluate a run's best weights, a safetensors file, or the authors' checkpoint on a data set.
+
+python recipes/litv2/evaluate.py --run runs/litv2_quickstart
+python recipes/litv2/evaluate.py --config recipes/litv2/litv2_s_imagenet.yaml --weights litv2_s.pth
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.training import recipe
+from mesa_train.training.config import ConfigError, load, of_dict
+
+
+def main(
+    run: Annotated[Path | None, typer.Option(help="A run's folder.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file, without a run.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Default: the run's best.")] = None,
+    set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
+) -> None:
+    """Print top-1, top-5 and the loss as one line of JSON."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        if (run is None) == (config is None):
+            raise ConfigError("give --run or --config")
+        if run is not None:
+            settings = recipe.load_run(run, set)
+            weights = weights or run / "best.safetensors"
+        else:
+            assert config is not None
+            settings = load(config, set)
+        if weights is None:
+            raise ConfigError("give --weights: a configuration names none to evaluate")
+        model = dataclasses.replace(settings.model, weights=str(weights))
+        settings = of_dict(dataclasses.replace(settings, model=model).to_dict())
+        prepared = recipe.prepare(settings)
+        scores = dataclasses.asdict(prepared.evaluate())
+        prepared.accelerator.print(json.dumps({"weights": str(weights), **scores}))
+    except recipe.MISTAKES as error:
+        raise SystemExit(recipe.told_once(error)) from None
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

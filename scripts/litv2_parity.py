@@ -1,0 +1,72 @@
+"""Does LITv2 train as well under mesa_train? The quickstart recipe, several seeds, plain and coded.
+
+Every run is the recipe itself under `accelerate launch`. A row per epoch, with the run's minutes,
+goes to docs/results/litv2_parity.jsonl; a seed and policy that the file has already is not repeated.
+
+    python scripts/litv2_parity.py
+    python scripts/litv2_parity.py --processes 2 --seeds 0
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.training import records
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs/results/litv2_parity.jsonl"
+LAUNCH = {1: "cpu.yaml", 2: "cpu_2_processes.yaml"}
+
+
+def main(
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = "plain,mesa8",
+    seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
+    processes: Annotated[int, typer.Option(min=1, max=2)] = 1,
+    set: Annotated[list[str], typer.Option(help="section.key=value for the recipe.")] = [],  # noqa: B006
+    work: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/litv2_parity"),
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Train every policy with every seed through the recipe."""
+    settings = {"processes": processes, "changes": sorted(set)}
+    done = {(r["name"], r["seed"]) for r in records.read(out) if r["settings"] == settings}
+    for seed in seeds.split(","):
+        for policy in policies.split(","):
+            if (policy, int(seed)) in done:
+                continue
+            folder = work / f"{policy}-{seed}-{processes}"
+            start = time.perf_counter()
+            launch(folder, processes, [f"train.policy={policy}", f"train.seed={seed}", *set])
+            minutes = (time.perf_counter() - start) / 60
+            rows = [r for r in records.read(folder / "metrics.jsonl") if r["kind"] == "epoch"]
+            about = {"settings": settings, "minutes": minutes, **records.provenance()}
+            records.append(out, *[{**row, **about} for row in rows])
+            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {minutes:.1f} min", flush=True)
+
+
+def launch(folder: Path, processes: int, changes: list[str]) -> None:
+    """One run of the recipe. Raises CalledProcessError if it fails."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(ROOT / "recipes/accelerate" / LAUNCH[processes]),
+        "--main_process_port", "0",
+        str(ROOT / "recipes/litv2/train.py"),
+        "--config", str(ROOT / "recipes/litv2/quickstart.yaml"), "--resume", "auto",
+    ]  # fmt: skip
+    for change in (f"train.out={folder}", *changes):
+        command += ["--set", change]
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    subprocess.run(command, check=True, env=environment)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

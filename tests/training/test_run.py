@@ -1,0 +1,192 @@
+"""A run in this process: it continues exactly, accumulates exactly, keeps its best, says what is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from mesa_train.training import checkpoints, recipe
+from mesa_train.training.config import ConfigError, of_dict
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def configured(out, **sections):
+    values = {
+        "model": {"name": "litv2_tiny", "drop_path": 0.2},
+        "data": {"source": "digits", "image_size": 32, "workers": 0, "pin_memory": False},
+        "augment": {"rand_augment": "", "color_jitter": 0, "hflip": 0, "scale": [0.8, 1]},
+        "optim": {"lr": 1e-3, "lr_batch": 0, "warmup_epochs": 0},
+        "train": {
+            "epochs": 1, "global_batch": 128, "micro_batch": 64, "log_every": 1, "device": "cpu",
+            "tracker": "none", "out": str(out), "precision": "no",
+        },
+    }  # fmt: skip
+    for name, changes in sections.items():
+        values[name] = values[name] | changes
+    return of_dict(values)
+
+
+def rows(out, kind):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues_exactly(tmp_path):
+    """Mixup, drop path, accumulation, batch norm, averaged weights: all of it."""
+    changes = {"train": {"save_every": 4, "ema": 0.9, "precision": "bf16"}}
+    whole = recipe.prepare(configured(tmp_path / "whole", **changes))
+    recipe.resume(whole, "")
+    recipe.fit(whole, 0)
+
+    torch.manual_seed(123)
+    cut = recipe.prepare(configured(tmp_path / "cut", **changes))
+    recipe.resume(cut, "")
+
+    def stop(result):
+        if result.step == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        cut.train_epoch(stop)
+    torch.manual_seed(321)
+    again = recipe.prepare(configured(tmp_path / "cut", **changes))
+    assert recipe.resume(again, "auto")
+    assert again.position.step == 4
+    recipe.fit(again, 0)
+
+    for name, value in whole.bare.state_dict().items():
+        assert torch.equal(value, again.bare.state_dict()[name]), name
+    for name, value in whole.ema.module.state_dict().items():
+        assert torch.equal(value, again.ema.module.state_dict()[name]), name
+    keys = ("train_loss", "val_loss", "top1", "top5", "ema_top1")
+    ends = [rows(tmp_path / name, "epoch")[-1] for name in ("whole", "cut")]
+    assert [ends[0][k] for k in keys] == [ends[1][k] for k in keys]
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    changes = {
+        "model": {"name": "test_vit", "drop_path": 0.0},
+        "augment": {"mixup": 0, "cutmix": 0},
+    }
+    found = []
+    for micro in (128, 32):
+        train = {"train": {"micro_batch": micro, "policy": "plain"}}
+        run = recipe.prepare(configured(tmp_path, **changes, **train))
+        loss, norm = run.step(run.loader.training(0, 0))
+        found.append((loss.item(), norm.item()))
+    # The same images in other groups: sums in another order.
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_what_a_run_leaves(tmp_path):
+    run = recipe.prepare(configured(tmp_path, train={"epochs": 2, "keep": 1}))
+    recipe.resume(run, "")
+    scores = recipe.fit(run, 1000)
+    epochs = rows(tmp_path, "epoch")
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert [row["step"] for row in rows(tmp_path, "step")] == list(range(1, 23))
+    assert epochs[-1]["top1"] == scores.top1
+    assert scores.images == 360
+    assert 0 < scores.top1 <= scores.top5 <= 1
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last", "step-00000022"]
+    assert (tmp_path / "checkpoints/last/model.safetensors").is_file()
+    best = max(row["top1"] for row in epochs)
+    assert run.position.best == best
+
+    # The best weights, read back, score what they scored.
+    weights = {"model": {"weights": str(tmp_path / "best.safetensors")}}
+    again = recipe.prepare(configured(tmp_path / "other", **weights))
+    assert again.evaluate().top1 == best
+    assert recipe.load_run(tmp_path, ["train.seed=5"]).train.seed == 5
+
+
+def test_a_folder_is_not_overwritten_nor_continued_as_something_else(tmp_path):
+    run = recipe.prepare(configured(tmp_path))
+    run.save()
+    with pytest.raises(ConfigError, match="holds a run already: --resume auto continues it"):
+        recipe.resume(run, "")
+    other = recipe.prepare(configured(tmp_path, train={"seed": 1}))
+    with pytest.raises(ConfigError, match=r"train\.seed=1, but .* was trained with 0"):
+        recipe.resume(other, "auto")
+    other = recipe.prepare(configured(tmp_path, model={"name": "test_vit"}))
+    with pytest.raises(checkpoints.CheckpointError, match="is of another model"):
+        recipe.resume(other, "auto")
+    with pytest.raises(ConfigError, match="no such checkpoint nowhere"):
+        recipe.resume(other, "nowhere")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
+    run = recipe.prepare(configured(tmp_path, optim={"lr": 1e9}))
+    with torch.no_grad():
+        next(run.bare.parameters()).fill_(torch.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan after step 1; a lower optim\.lr"
+    ):
+        run.train_epoch(lambda result: None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name": "litv2_tyni"}}, r"no model 'litv2_tyni'; litv2_tiny"),
+        ({"data": {"image_size": 28}}, r"litv2_tiny refuses data\.image_size=28: .*too small"),
+        ({"model": {"classes": 7}}, r"model\.classes=7 but digits has 10"),
+        (
+            {"train": {"global_batch": 96}},
+            r"global_batch=96 is no multiple of train\.micro_batch=64",
+        ),
+        ({"train": {"global_batch": 6400}}, r"global_batch=6400 exceeds the 1437 images"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_built(tmp_path, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe.prepare(configured(tmp_path, **sections))
+
+
+def test_finetuning_leaves_a_head_of_other_classes_behind(tmp_path, caplog):
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("litv2_tiny", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        run = recipe.prepare(configured(tmp_path, model={"weights": str(tmp_path / name)}))
+        assert "head of other classes" in caplog.text
+        key = "layers.2.blocks.1.mlp.fc1.weight"
+        assert torch.equal(run.bare.state_dict()[key], model.state_dict()[key])
+        assert run.bare.head.weight.shape == (10, 256)
+    model = timm.create_model("litv2_tiny", alpha=1.0)
+    save_file(model.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(checkpoints.CheckpointError, match=r"missing: .*h_qkv"):
+        recipe.prepare(configured(tmp_path, model={"weights": str(tmp_path / "other.safetensors")}))
+
+
+def test_throughput_saves_nothing(tmp_path):
+    run = recipe.prepare(configured(tmp_path / "run", data={"image_size": 29}))
+    found = recipe.throughput(run, warm_up=1, steps=3)
+    assert found["images_per_s"] == pytest.approx(128e3 / found["step_ms"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run(tmp_path):
+    text = recipe.dry_run(configured(tmp_path / "run"), 1)
+    assert "batch 128 = 64 x 2 accumulated x 1 processes" in text
+    assert "group offsets      3 tensors" in text
+    assert "predicted memory" in text
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,184 @@
+"""Images by index and as a stream: orders, corrupt files, formats."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mesa_train.training import sources
+from mesa_train.training.config import AugmentConfig, ConfigError, DataConfig, of_dict
+from mesa_train.training.loader import Loader
+from mesa_train.training.plan import Plan
+
+AUGMENT = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1")
+
+
+def picture(value):
+    return Image.fromarray(np.full((20, 24, 3), value, np.uint8))
+
+
+def encoded(value):
+    buffer = io.BytesIO()
+    picture(value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; the last training image of the first is no image."""
+    for split, count in (("train", 6), ("validation", 4)):
+        for label in ("cat", "dog"):
+            place = tmp_path / "images" / split / label
+            place.mkdir(parents=True)
+            for index in range(count):
+                picture(10 * index).save(place / f"{index}.png")
+    (tmp_path / "images/train/cat/5.png").write_bytes(b"not an image")
+    return tmp_path / "images"
+
+
+def parquet(path, split, count):
+    import datasets
+
+    rows = {
+        "image": [{"bytes": encoded(i), "path": None} for i in range(count)],
+        "label": [i % 3 for i in range(count)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}-0.parquet")
+
+
+def samples(records, on_corrupt="raise", replace=True, seed=0):
+    train, _ = sources.transforms(DataConfig(image_size=16), AUGMENT)
+    return sources.Samples(records, train, 16, seed, on_corrupt, replace)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_cut_the_same_permutation(world):
+    cut = {"count": 103, "seed": 3, "epoch": 2, "first": 0, "micro": 4 // world, "accum": 2}
+    per_rank = [list(sources.train_order(**cut, rank=r, world=world)) for r in range(world)]
+    steps = [
+        sorted(
+            pair for batches in per_rank for batch in batches[2 * s : 2 * s + 2] for pair in batch
+        )
+        for s in range(len(per_rank[0]) // 2)
+    ]
+    alone = list(sources.train_order(**{**cut, "micro": 4}, rank=0, world=1))
+    expected = [sorted(alone[2 * s] + alone[2 * s + 1]) for s in range(len(alone) // 2)]
+    assert steps == expected
+    assert len(steps) == 103 // 8
+    indices = [i for step in steps for _, i in step]
+    assert len(set(indices)) == len(indices)
+
+
+def test_an_order_continues_in_the_middle():
+    cut = {"count": 50, "seed": 1, "epoch": 0, "rank": 1, "world": 2, "micro": 3, "accum": 2}
+    assert (
+        list(sources.train_order(**cut, first=2)) == list(sources.train_order(**cut, first=0))[4:]
+    )
+
+
+def test_validation_sees_every_image_once():
+    parts = [list(sources.val_order(10, rank=r, world=2, batch=3)) for r in range(2)]
+    assert len(parts[0]) == len(parts[1])
+    seen = [i for part in parts for batch in part for _, i in batch if i >= 0]
+    assert sorted(seen) == list(range(10))
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    records = sources.load(DataConfig(source="digits"), None).train
+    data = samples(records)
+    stream = torch.get_rng_state()
+    first = data[0, 5][0]
+    assert torch.equal(torch.get_rng_state(), stream)
+    torch.manual_seed(99)
+    assert torch.equal(data[0, 5][0], first)
+    assert not torch.equal(data[1, 5][0], first)
+    assert not torch.equal(samples(records, seed=1)[0, 5][0], first)
+
+
+def test_folders_of_images_and_corrupt_ones(folder):
+    found = sources.load(DataConfig(source="imagefolder", path=str(folder)), 2)
+    assert (found.classes, found.train.count, found.val.count) == (2, 12, 8)
+    with pytest.raises(sources.CorruptImage, match=r"cat/5\.png.*data\.on_corrupt=skip"):
+        samples(found.train)[0, 5]
+    image, label, skipped = samples(found.train, "skip")[0, 5]
+    assert image.shape == (3, 16, 16)
+    assert label == 1
+    assert [s.endswith("cat/5.png") for s in skipped] == [True]
+    image, label, skipped = samples(found.train, "skip", replace=False)[0, 5]
+    assert (label, len(skipped)) == (sources.IGNORED, 1)
+
+
+# `datasets` waits for five seconds at the end of a stream's shuffle buffer.
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_parquet_files_whole_and_streamed(tmp_path, streaming):
+    for split, count in (("train", 40), ("validation", 7)):
+        parquet(tmp_path, split, count)
+    values = {
+        "data": {
+            "source": "parquet", "path": str(tmp_path), "streaming": streaming,
+            "train_images": 40, "image_size": 16, "workers": 0, "pin_memory": False,
+        },
+        "augment": {"mixup": 0, "cutmix": 0},
+        "train": {"global_batch": 8, "micro_batch": 2, "device": "cpu"},
+    }  # fmt: skip
+    config = of_dict(values)
+    found = sources.load(config.data, 3)
+    assert (found.classes, found.train.count) == (3, 40)
+    plan = Plan(world=2, accumulation=2, steps_per_epoch=5, steps=5)
+    transforms = sources.transforms(config.data, config.augment)
+    ranks = [Loader(config, found, plan, rank, transforms) for rank in range(2)]
+    batches = [list(rank.training(0, 0)) for rank in ranks]
+    labels = [[batch[1].tolist() for batch in own] for own in batches]
+    assert [len(own) for own in labels] == [10, 10]
+    together = sorted(value for rank in labels for batch in rank for value in batch)
+    assert together == sorted(i % 3 for i in range(40))
+    # From step 3 on the rest of the same epoch, image for image.
+    whole = [batch[0] for batch in batches[1]]
+    rest = [batch[0] for batch in ranks[1].training(0, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[6:], strict=True))
+    seen = [v for rank in ranks for b in rank.validation() for v in b[1].tolist() if v >= 0]
+    assert sorted(seen) == sorted(i % 3 for i in range(7))
+
+
+@pytest.mark.parametrize(
+    ("change", "classes", "message"),
+    [
+        ({}, 5, "model.classes=5 but imagefolder has 2"),
+        ({"val_split": "test"}, None, r"data\.val_split: imagefolder has no split 'test'; it has"),
+        ({"image_key": "img"}, None, r"data\.image_key: imagefolder has no column 'img'; image"),
+        ({"label_key": "y"}, None, r"data\.label_key: imagefolder has no column 'y'"),
+    ],
+)
+def test_what_does_not_fit_is_named(folder, change, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        sources.load(DataConfig(source="imagefolder", path=str(folder), **change), classes)
+
+
+def test_a_test_image_is_resized_and_cropped_or_squashed():
+    image = picture(200)
+    for crop in (True, False):
+        _, test = sources.transforms(DataConfig(image_size=16, crop=crop), AUGMENT)
+        assert test(image).shape == (3, 16, 16)
+
+
+# PyTorch's threads do not mind being forked here: workers decode images and compute nothing.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_the_number_of_workers_changes_nothing():
+    found = sources.load(DataConfig(source="digits"), None)
+    seen = []
+    for workers in (0, 2):
+        config = of_dict(
+            {
+                "data": {"source": "digits", "image_size": 16, "workers": workers},
+                "train": {"global_batch": 8, "micro_batch": 8, "device": "cpu"},
+            }
+        )
+        plan = Plan(world=1, accumulation=1, steps_per_epoch=179, steps=179)
+        transforms = sources.transforms(config.data, config.augment)
+        batches = Loader(config, found, plan, 0, transforms).training(1, 175)
+        seen.append([batch[0] for batch in batches])
+    assert len(seen[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
