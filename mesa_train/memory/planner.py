@@ -155,7 +155,7 @@ class Planner:
                 f"{type(model).__name__} stores no tensor of {self.base.min_bytes} bytes or more "
                 "with this batch, so there is nothing to choose"
             )
-        self.universe = [(key, matrix) for key, _, matrix in stored.stored]
+        self.universe = [(key, matrix) for key, _, matrix in stored.stored if matrix is not None]
         self.first = first
         tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
         trained = [p for p in model.parameters() if p.requires_grad]
