@@ -158,9 +158,8 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
                 return plain.forward(self, *args, **kwargs)
         outside, mode.site = mode.site, site
         scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
-        kind: type[nn.Module] = type(self)
         apart = hooks is not mode.hooks or (
-            not torch.compiler.is_compiling() and sharded.unit(kind)
+            not torch.compiler.is_compiling() and sharded.unit(type(self))  # type: ignore[arg-type]
         )
         if apart:
             # A checkpoint began since, or parameters inside are freed apart from those outside. What
