@@ -211,7 +211,8 @@ class Planner:
         )
 
     def frontier(self, points: int = 8) -> list[Plan]:
-        """Plans for budgets spread between the smallest peak within reach and plain's."""
+        """Plans for budgets spread between the smallest peak within reach and plain's, the smallest
+        peak first; one that is beaten both in its peak and in what it costs is left out."""
         smallest = self._smallest()
         low, high = smallest.prediction.peak_bytes, self.plain.peak_bytes
         plans = [smallest]
@@ -220,7 +221,11 @@ class Planner:
             found = self._fitted(size - self.standing, (None, None))
             if found is not None:
                 plans.append(found)
-        return [*plans, self._as_plain()]
+        best: list[Plan] = []
+        for found in sorted([*plans, self._as_plain()], key=lambda p: p.prediction.peak_bytes):
+            if not best or _cost(found) < _cost(best[-1]):
+                best.append(found)
+        return best
 
     def _smallest(self) -> Plan:
         """The plan with the smallest peak, whatever it costs."""
@@ -422,3 +427,9 @@ class Planner:
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
             raise ValueError(f"budget is bytes or text such as '8GiB', got {budget!r}")
         return size
+
+
+def _cost(found: Plan) -> float:
+    """Time and gradient error in one number, as multiples of the plain step."""
+    said = found.prediction
+    return (said.time_ratio or 0.0) + PRICE * said.gradient_error**2
