@@ -9,8 +9,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mesa_train
+from mesa_train.intercept import innermost
 from mesa_train.memory.compare import Runs
 from mesa_train.memory.costs import Costs
 from mesa_train.memory.footprint import footprint
@@ -146,6 +148,32 @@ def test_where_nothing_helps():
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64))
     found = mesa_train.plan(model, torch.randn(512, 64))
     assert found.prediction.peak_bytes <= found.plain.peak_bytes
+
+
+class Large(nn.Module):
+    """Runs out of memory wherever tensors are kept as they are."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(3)]
+        self.inner = nn.Sequential(*[layer for block in blocks for layer in block])
+
+    def forward(self, x):
+        mode = innermost()
+        coded = mode is not None and mode.owner.policy.bits < 32 and not mode.owner.policy.overrides
+        if not coded and not isinstance(x, FakeTensor):
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return self.inner(x)
+
+
+def test_where_plain_does_not_fit():
+    planner = Planner(Large(), torch.randn(2048, 64))
+    assert planner.sensitivity.passes == 0
+    found = planner.plan(max_error=0.1)
+    assert found.prediction.time_ratio is None
+    assert found.prediction.peak_bytes < found.plain.peak_bytes
+    with pytest.raises(ValueError, match="needs a model on a real device"):
+        planner.plan(max_time=1.1)
 
 
 def test_nothing_to_choose():
