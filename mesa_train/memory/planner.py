@@ -55,9 +55,9 @@ class Prediction:
     """What a step with a plan's policy takes.
 
     kept_bytes: for the backward, each storage once. peak_bytes: allocated at once in a step, with
-    weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch. step_s: forward and backward, None for
-    a model without data; time_ratio: by plain's. gradient_error: relative L2 distance from the
-    float32 gradient.
+    weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch. step_s:
+    forward and backward, None for a model without data or where plain does not fit; time_ratio: by
+    plain's. gradient_error: relative L2 distance from the float32 gradient.
     """
 
     kept_bytes: int

@@ -66,10 +66,9 @@ class TestPlans:
         kept = footprint(vit, images, policy=found.policy, autocast=BF16, loss=planner.loss)
         assert said.kept_bytes == kept.saved_bytes
         runs = Runs(vit, images, BF16, planner.loss)
-        # Scratch of kernels, which fakes do not show, is 2 % of a step here.
-        assert planner.standing + runs.peak(found.policy) == pytest.approx(
-            said.peak_bytes, rel=0.05
-        )
+        # Kernels' scratch is measured at one policy; at another the peak may lie elsewhere.
+        stand = planner.standing - planner.scratch
+        assert stand + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
         error = relative_error(runs.gradients(found.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
         assert said.gradient_error / 2 < error < said.gradient_error * 2
