@@ -25,7 +25,8 @@ from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.load import load
 from mesa_train.memory.methods import PLAIN
-from mesa_train.memory.planner import Plan, Planner
+from mesa_train.memory.planner import Planner
+from mesa_train.memory.plans import Plan
 from mesa_train.memory.text import format_bytes
 from mesa_train.training import records
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mesa_train.memory.compare import Runs
-from mesa_train.memory.costs import Costs
+from mesa_train.memory.costs import Costs, seconds_of
 from mesa_train.memory.footprint import device_of, footprint
 from mesa_train.memory.gradients import default_loss
 from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.plans import PRICE, OverBudget, Plan, Prediction
 from mesa_train.memory.sensitivity import Sensitivity, calibrate, parameter_names, typical
 from mesa_train.memory.sites import KEEP, Key, Watch, as_policy, sites_of, weights_of
 from mesa_train.memory.solver import COST, PEAK, Problem, Solution, score, solve
@@ -36,60 +37,7 @@ from mesa_train.policy import PRESETS, Policy
 
 logger = logging.getLogger(__name__)
 
-# What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
-# of 5 % is worth 10 % of the step.
-PRICE = 0.10 / 0.05**2
 _ROUNDS = 4
-
-
-class OverBudget(ValueError):
-    """No policy fits the budget. `smallest` is the plan with the smallest peak."""
-
-    def __init__(self, message: str, smallest: Plan) -> None:
-        super().__init__(message)
-        self.smallest = smallest
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What a step with a plan's policy takes.
-
-    kept_bytes: for the backward, each storage once. peak_bytes: allocated at once in a step, with
-    weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch. step_s:
-    forward and backward, None for a model without data or where plain does not fit; time_ratio: by
-    plain's. gradient_error: relative L2 distance from the float32 gradient.
-    """
-
-    kept_bytes: int
-    peak_bytes: int
-    step_s: float | None
-    time_ratio: float | None
-    gradient_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """policy: for `wrap`. choices: by site, bits or "keep" or "rebuild". gap: how far the choice may
-    be from the best one, relative to its cost. plain: what the step takes without a policy."""
-
-    policy: Policy
-    prediction: Prediction
-    choices: dict[Key, int | str]
-    gap: float
-    plain: Prediction
-
-    def summary(self) -> list[tuple[str, str, int]]:
-        """(operator.operand, choice, how many sites), in the order of the model."""
-        counts: dict[tuple[str, str], int] = {}
-        for (_, operator, operand), choice in self.choices.items():
-            said = f"{choice} bits" if isinstance(choice, int) else choice
-            key = (f"{operator}.{operand}", said)
-            counts[key] = counts.get(key, 0) + 1
-        return [(*key, count) for key, count in counts.items()]
 
 
 def plan(
@@ -170,9 +118,12 @@ class Planner:
         }
         self.standing = optimizer_bytes + sum(t.nbytes for t in own.values())
         tell("times", 1, 4)
-        self.costs = Costs(self.device, autocast or torch.float32)
-        self.seconds, self.matmul_s = self._seconds()
+        costs = Costs(self.device, autocast or torch.float32)
+        self.seconds, self.matmul_s = seconds_of(costs, self.sites, weights_of(model))
         self.plain_s, self.anchor_s = self._anchor()
+        # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
+        eight = sum(self.seconds[s.key, 8] for s in self.sites)
+        self.step_s = self.plain_s or 5 * sum(self.matmul_s.values()) or 10 * eight
         self.scratch = self._scratch()
         self.standing += self.scratch
         tell("gradients", 2, 4)
@@ -229,7 +180,7 @@ class Planner:
                 plans.append(found)
         best: list[Plan] = []
         for found in sorted([*plans, self._as_plain()], key=lambda p: p.prediction.peak_bytes):
-            if not best or _cost(found) < _cost(best[-1]):
+            if not best or found.cost < best[-1].cost:
                 best.append(found)
         return best
 
@@ -256,7 +207,7 @@ class Planner:
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
                 objective=COST if room is not None else PEAK,
-                price=PRICE * (self.plain_s or 1.0),
+                price=PRICE * self.step_s,
             )
             if found is None:
                 break
@@ -286,7 +237,7 @@ class Planner:
     ) -> bool:
         if room is None:
             return played.peak_bytes < best[1].peak_bytes
-        price = PRICE * (self.plain_s or 1.0)
+        price = PRICE * self.step_s
         cost, other = (s.seconds + price * s.variance for s in (found, best[0]))
         return cost < other
 
@@ -370,25 +321,6 @@ class Planner:
         )
         return watch, played
 
-    def _seconds(self) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
-        seconds: dict[tuple[Key, int | str], float] = {}
-        products: dict[str, float] = {}
-        weights = weights_of(self.model)
-        for site in self.sites:
-            for choice in site.choices():
-                seconds[site.key, choice] = 0.0
-                if isinstance(choice, int):
-                    seconds[site.key, choice] = sum(
-                        self.costs.code(rows, cols, choice) for rows, cols in site.matrices
-                    )
-            if site.product:
-                outs, ins = weights[site.product]
-                # Of q, k and v each is a part of the product: it has as many rows as all of them.
-                parts = [s.elements for s in self.sites if s.product == site.product]
-                rows = max(1, max(sum(parts), outs) // outs)
-                products[site.product] = self.costs.matmul(rows, ins, outs)
-        return seconds, products
-
     def _anchor(self) -> tuple[float | None, float | None]:
         """Seconds of plain's step and of the base policy's; None without data."""
         if not self.real:
@@ -453,9 +385,3 @@ class Planner:
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
             raise ValueError(f"budget is bytes or text such as '8GiB', got {budget!r}")
         return size
-
-
-def _cost(found: Plan) -> float:
-    """Time and gradient error in one number, as multiples of the plain step."""
-    said = found.prediction
-    return (said.time_ratio or 0.0) + PRICE * said.gradient_error**2
