@@ -14,8 +14,8 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,18 @@ def plan(
     ).plan(budget, max_time=max_time, max_error=max_error)
 
 
+class _Played(NamedTuple):
+    """Choices, their timeline, and the sites of the stashes in the order that they were made."""
+
+    solution: Solution
+    timeline: Timeline
+    order: list[Key]
+
+
+# Most seconds of the choices, and most variance.
+_Bounds = tuple[float | None, float | None]
+
+
 class Planner:
     """What is known of one model and batch; `plan` may be asked several times."""
 
@@ -128,6 +140,7 @@ class Planner:
         self.standing += self.scratch
         tell("gradients", 2, 4)
         self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
+        self._least: list[_Played | None] = []
         tell("choosing", 3, 4)
         self.plain = self._prediction_of_plain()
 
@@ -186,23 +199,25 @@ class Planner:
 
     def _smallest(self) -> Plan:
         """The plan with the smallest peak, whatever it costs."""
-        found = self._fitted(None, (None, None))
+        least = self._least_peak()
+        found = None if least is None else self._plan(least)
         return found if found is not None and self._below_plain(found) else self._as_plain()
 
     def _below_plain(self, found: Plan) -> bool:
         return found.prediction.peak_bytes < self.plain.peak_bytes
 
-    def _fitted(self, room: int | None, bounds: tuple[float | None, float | None]) -> Plan | None:
+    def _fitted(self, room: int | None, bounds: _Bounds) -> Plan | None:
+        found = self._search(room, bounds)
+        return None if found is None else self._plan(found)
+
+    def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
         """Solve, play the answer through the timeline, correct the program by it, and again."""
-        best: tuple[Solution, Timeline] | None = None
-        played = self.first
-        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        watch_order = [key for key, _ in self.universe]
-        limit = room
-        for _ in range(6):
-            problem = self._problem(played, base, watch_order)
+        best: _Played | None = None
+        now: _Played | None = None
+        limit, restarted = room, False
+        for _ in range(8):
             found = solve(
-                problem,
+                self._problem(now),
                 budget=limit,
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
@@ -210,42 +225,47 @@ class Planner:
                 price=PRICE * self.step_s,
             )
             if found is None:
-                break
-            policy = as_policy(self.base, self.sites, found.choices)
-            watch, played = self._play(policy)
+                # Near other choices, with another working set, there may be room yet.
+                least = None if room is None or restarted else self._least_peak()
+                if least is None or room is None or least.timeline.peak_bytes > room:
+                    break
+                now, limit, restarted = least, room, True
+                if least.solution.within(*bounds):
+                    best = least if best is None else best
+                continue
+            watch, played = self._play(as_policy(self.base, self.sites, found.choices))
+            before = now.solution.choices if now is not None else None
+            now = _Played(found, played, [key for key, *_ in watch.stored])
             fits = room is None or played.peak_bytes <= room
-            known = best is not None and found.choices == best[0].choices
-            if fits and (best is None or self._better(found, played, best, room)):
-                best = found, played
+            known = best is not None and found.choices == best.solution.choices
+            if fits and (best is None or self._better(now, best, room)):
+                best = now
             if known or (fits and math.isclose(found.peak_bytes, played.peak_bytes, rel_tol=5e-3)):
                 break
-            if not fits and found.choices == base:
+            if not fits and found.choices == before:
                 # The program sees the same peak and calls it smaller: a rounding of its own.
                 assert limit is not None
                 limit -= max(played.peak_bytes - limit, 2**16)
-            base, watch_order = found.choices, [key for key, *_ in watch.stored]
-        if best is None:
-            return None
-        return self._plan(*best)
+        return best
 
-    def _better(
-        self,
-        found: Solution,
-        played: Timeline,
-        best: tuple[Solution, Timeline],
-        room: int | None,
-    ) -> bool:
+    def _least_peak(self) -> _Played | None:
+        """What has the smallest peak, searched for once."""
+        if not self._least:
+            self._least.append(self._search(None, (None, None)))
+        return self._least[0]
+
+    def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
         if room is None:
-            return played.peak_bytes < best[1].peak_bytes
-        price = PRICE * self.step_s
-        cost, other = (s.seconds + price * s.variance for s in (found, best[0]))
-        return cost < other
+            return found.timeline.peak_bytes < best.timeline.peak_bytes
+        return found.solution.cost(PRICE * self.step_s) < best.solution.cost(PRICE * self.step_s)
 
-    def _problem(
-        self, played: Timeline, base: dict[Key, int | str], order: Sequence[Key]
-    ) -> Problem:
-        """The program near a policy whose timeline is known: what is live beside the stashes is
-        taken to be the same."""
+    def _problem(self, near: _Played | None) -> Problem:
+        """The program near choices whose timeline is known (None: 8 bits for all): what is live
+        beside the stashes is taken to be the same."""
+        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
+        played, order = self.first, [key for key, _ in self.universe]
+        if near is not None:
+            base, played, order = near.solution.choices, near.timeline, near.order
         sites = {site.key: site for site in self.sites}
         shares = [(key, rows * cols / sites[key].elements) for key, (rows, cols) in self.universe]
         # Where each stash of that policy stands among all that there could be.
@@ -270,16 +290,17 @@ class Planner:
             self.sites, self.seconds, s.variance, self.matmul_s, s.coupled, moments, shares
         )
 
-    def _plan(self, found: Solution, played: Timeline) -> Plan:
+    def _plan(self, answer: _Played) -> Plan:
+        found = answer.solution
         policy = as_policy(self.base, self.sites, found.choices)
         kept = self._kept(policy)
         eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+        problem = self._problem(None)
         extra = found.seconds - score(problem, eight).seconds
         step = None if self.anchor_s is None else self.anchor_s + extra
         error = math.sqrt(self.sensitivity.floor + found.variance)
         ratio = None if step is None or self.plain_s is None else step / self.plain_s
-        peak = self.standing + played.peak_bytes
+        peak = self.standing + answer.timeline.peak_bytes
         prediction = Prediction(kept, peak, step, ratio, error)
         return Plan(policy, prediction, found.choices, found.gap, self.plain)
 
@@ -359,9 +380,7 @@ class Planner:
             logger.info("no room to measure gradient errors: those of a typical ViT are taken")
             return typical(self.sites)
 
-    def _bounds(
-        self, max_time: float | None, max_error: float | None
-    ) -> tuple[float | None, float | None]:
+    def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
         """(most seconds of the choices, most variance)."""
         if max_time is not None and max_time < 1:
             raise ValueError(f"max_time is a multiple of plain's time, at least 1, got {max_time}")
@@ -374,7 +393,7 @@ class Planner:
                     "max_time needs a model on a real device that plain fits, to be timed"
                 )
             eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-            problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+            problem = self._problem(None)
             own = score(problem, eight).seconds
             seconds = max(0.0, own + max_time * self.plain_s - self.anchor_s)
         return seconds, None if max_error is None else max_error**2
