@@ -162,23 +162,10 @@ class Planner:
         if room is None:
             return self._as_plain()
         smallest = self._smallest()
-        peak = smallest.prediction.peak_bytes
-        asked = " and ".join(
-            said
-            for said in (
-                budget is not None and f"a budget of {format_bytes(self._bytes(budget))}",
-                max_time is not None and f"{max_time:.2f} times plain's time",
-                max_error is not None and f"a gradient error of {max_error:.1%}",
-            )
-            if said
-        )
-        how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
-        raise OverBudget(
-            f"no policy fits {asked}; the smallest peak within reach is {format_bytes(peak)} "
-            f"({format_bytes(self.standing)} of it there all the time: weights, inputs, optimizer "
-            f"states, scratch), with {how}",
-            smallest,
-        )
+        asked = [f"a budget of {format_bytes(self._bytes(budget))}" if budget is not None else ""]
+        asked += [f"{max_time:.2f} times plain's time" if max_time is not None else ""]
+        asked += [f"a gradient error of {max_error:.1%}" if max_error is not None else ""]
+        raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.standing)
 
     def frontier(self, points: int = 8) -> list[Plan]:
         """Plans for budgets spread between the smallest peak within reach and plain's, the smallest

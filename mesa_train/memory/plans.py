@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from mesa_train.memory.sites import Key
+from mesa_train.memory.text import format_bytes
 from mesa_train.policy import Policy
 
 # What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
@@ -19,6 +20,18 @@ class OverBudget(ValueError):
     def __init__(self, message: str, smallest: Plan) -> None:
         super().__init__(message)
         self.smallest = smallest
+
+    @classmethod
+    def of(cls, asked: str, smallest: Plan, standing: int) -> OverBudget:
+        """The error for what was `asked`; `standing` bytes are there whatever is chosen."""
+        peak = format_bytes(smallest.prediction.peak_bytes)
+        how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
+        return cls(
+            f"no policy fits {asked}; the smallest peak within reach is {peak} "
+            f"({format_bytes(standing)} of it there all the time: weights, inputs, optimizer "
+            f"states, scratch), with {how}",
+            smallest,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
