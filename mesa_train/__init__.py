@@ -15,7 +15,8 @@ from .wrap import unwrap, wrap
 if TYPE_CHECKING:
     from .memory.coverage import Coverage, coverage
     from .memory.footprint import Footprint, footprint
-    from .memory.planner import Plan, plan
+    from .memory.planner import plan
+    from .memory.plans import OverBudget, Plan
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "PRESETS",
     "Coverage",
     "Footprint",
+    "OverBudget",
     "Plan",
     "Policy",
     "checkpoint",
@@ -40,7 +42,8 @@ _LATER = {
     "coverage": "coverage",
     "Footprint": "footprint",
     "footprint": "footprint",
-    "Plan": "planner",
+    "OverBudget": "plans",
+    "Plan": "plans",
     "plan": "planner",
 }
 

@@ -25,7 +25,8 @@ from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.load import load
 from mesa_train.memory.methods import PLAIN
-from mesa_train.memory.planner import Plan, Planner
+from mesa_train.memory.planner import Planner
+from mesa_train.memory.plans import Plan
 from mesa_train.memory.text import format_bytes
 from mesa_train.training import records
 
@@ -89,7 +90,7 @@ def measured(
     kept = footprint(
         planner.model, planner.inputs, policy=policy, autocast=BF16, loss=planner.loss
     ).saved_bytes
-    peak = planner.standing + runs.peak(policy)
+    peak = planner.standing - planner.scratch + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)
     plain, own = runs.times([PLAIN, policy], rounds)
     ratios = [a / b for a, b in zip(own, plain, strict=True)]
@@ -104,6 +105,7 @@ def measured(
         },
         "plain_peak_bytes": found.plain.peak_bytes,
         "standing_bytes": planner.standing,
+        "scratch_bytes": planner.scratch,
         "gap": found.gap,
         "passes": planner.sensitivity.passes,
         "choices": [list(line) for line in found.summary()],

@@ -47,6 +47,7 @@ def estimate(
     """Weights, gradients, states, activations a GPU for ZeRO, FSDP2, offload, LoRA: what fits."""
     with one_line_errors():
         from mesa_train.memory import terminal
+        from mesa_train.memory.checkpointing import find_blocks
         from mesa_train.memory.estimate import POLICIES, best, estimates
         from mesa_train.memory.launch import accelerate_config, command
         from mesa_train.memory.methods import check_method
@@ -70,8 +71,11 @@ def estimate(
                 )
             )
         chosen = best(found)
+        with quiet():
+            blocks = sorted({type(b).__name__ for b in find_blocks(make().model).values()})
+        configuration = "" if chosen is None else accelerate_config(chosen, cluster, blocks)
         if chosen is not None and out is not None:
-            out.write_text(accelerate_config(chosen, cluster))
+            out.write_text(configuration)
         if as_json:
             show_json(
                 {
@@ -97,5 +101,5 @@ def estimate(
             return
         path = str(out) if out is not None else "accelerate.yaml"
         show(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:")
-        typer.echo(accelerate_config(chosen, cluster), nl=False)
-        typer.echo(command(chosen, model, path))
+        typer.echo(configuration, nl=False)
+        typer.echo(command(chosen, model, path, gpus))

@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.memory.sites import GROUP
+from mesa_train.memory.sites import GROUP, Key, Site
 from mesa_train.training.records import provenance
 
 # Bytes per second of memory and operations per second of matmuls of an A100, where nothing can be
@@ -113,3 +113,27 @@ class Costs:
             partial.replace(self.path)
         except OSError:
             return  # A home that cannot be written to costs time, no more.
+
+
+def seconds_of(
+    costs: Costs, sites: Sequence[Site], weights: Mapping[str, tuple[int, int]]
+) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
+    """(seconds by site and choice, seconds of repeating each product).
+
+    weights: (out, in) of the Linears by name.
+    """
+    seconds: dict[tuple[Key, int | str], float] = {}
+    products: dict[str, float] = {}
+    for site in sites:
+        for choice in site.choices():
+            seconds[site.key, choice] = 0.0
+            if isinstance(choice, int):
+                seconds[site.key, choice] = sum(
+                    costs.code(rows, cols, choice) for rows, cols in site.matrices
+                )
+        if site.product and site.product not in products:
+            outs, ins = weights[site.product]
+            # Of q, k and v each is a part of the product: it has as many rows as all of them.
+            parts = [s.elements for s in sites if s.product == site.product]
+            products[site.product] = costs.matmul(max(1, sum(parts) // outs), ins, outs)
+    return seconds, products

@@ -11,7 +11,7 @@ from mesa_train.training.plots import figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mesa_train.memory.planner import Plan
+    from mesa_train.memory.plans import Plan
 
 
 def draw(plans: Sequence[Plan], rivals: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mesa_train.memory.estimate import Estimate
 from mesa_train.memory.sharding import Cluster
 
+# Trains any model of timm's, whatever its name says.
+_RECIPE = "recipes/litv2"
 
-def accelerate_config(found: Estimate, cluster: Cluster) -> str:
-    """The YAML file for `accelerate launch --config_file`."""
+
+def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
+    """The YAML file for `accelerate launch --config_file`.
+
+    blocks: class names of the modules that FSDP shards one by one; none: by size.
+    """
     import yaml
 
     config: dict[str, Any] = {
@@ -19,7 +26,7 @@ def accelerate_config(found: Estimate, cluster: Cluster) -> str:
         "num_machines": cluster.nodes,
         "machine_rank": 0,
         "num_processes": cluster.gpus,
-        "main_training_function": "main",
+        "use_cpu": False,
     }
     if found.strategy.startswith("zero"):
         config["distributed_type"] = "DEEPSPEED"
@@ -37,12 +44,16 @@ def accelerate_config(found: Estimate, cluster: Cluster) -> str:
         config["distributed_type"] = "FSDP"
         config["fsdp_config"] = {
             "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if blocks else "SIZE_BASED_WRAP",
             "fsdp_reshard_after_forward": True,
             "fsdp_offload_params": found.offload == "cpu",
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
             "fsdp_activation_checkpointing": found.policy == "checkpoint",
         }
+        if blocks:
+            config["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = ",".join(blocks)
+        else:
+            config["fsdp_config"]["fsdp_min_num_params"] = 1_000_000
         if cluster.tensor_parallel > 1:
             config["parallelism_config"] = {
                 "parallelism_config_tp_size": cluster.tensor_parallel,
@@ -51,12 +62,24 @@ def accelerate_config(found: Estimate, cluster: Cluster) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def command(found: Estimate, model: str, path: str) -> str:
-    """The command that trains with it."""
-    policy = "plain" if found.policy == "checkpoint" else found.policy
-    more = " model.grad_checkpointing=true" if found.policy == "checkpoint" else ""
-    return (
-        f"accelerate launch --config_file {path} train.py model.name={model} "
-        f"train.micro_batch={found.batch} train.policy={policy} "
-        f"optim.name={found.optimizer}{more}"
-    )
+def command(found: Estimate, model: str, path: str, gpus: int) -> str:
+    """The command that trains with it: the recipe for a model of timm's, else a script to be named.
+
+    path: of accelerate's configuration.
+    """
+    start = f"accelerate launch --config_file {path}"
+    scheme, colon, rest = model.partition(":")
+    if colon and scheme != "timm":
+        return f"{start} YOUR_TRAINING_SCRIPT.py"
+    checkpointed = found.policy == "checkpoint"
+    settings = {
+        "model.name": rest if colon else model,
+        "train.micro_batch": found.batch,
+        "train.global_batch": found.batch * gpus,
+        "train.policy": "plain" if checkpointed else found.policy,
+        "optim.name": found.optimizer,
+    }
+    if checkpointed:
+        settings["model.grad_checkpointing"] = "true"
+    changes = " ".join(f"--set {key}={value}" for key, value in settings.items())
+    return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {changes}"

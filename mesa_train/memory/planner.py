@@ -11,20 +11,22 @@ of a model of it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mesa_train.memory.compare import Runs
-from mesa_train.memory.costs import Costs
+from mesa_train.memory.costs import Costs, seconds_of
 from mesa_train.memory.footprint import device_of, footprint
 from mesa_train.memory.gradients import default_loss
 from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.plans import PRICE, OverBudget, Plan, Prediction
 from mesa_train.memory.sensitivity import Sensitivity, calibrate, parameter_names, typical
 from mesa_train.memory.sites import KEEP, Key, Watch, as_policy, sites_of, weights_of
 from mesa_train.memory.solver import COST, PEAK, Problem, Solution, score, solve
@@ -33,60 +35,9 @@ from mesa_train.memory.text import format_bytes, parse_bytes
 from mesa_train.memory.timeline import Timeline, timeline
 from mesa_train.policy import PRESETS, Policy
 
-# What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
-# of 5 % is worth 10 % of the step.
-PRICE = 0.10 / 0.05**2
+logger = logging.getLogger(__name__)
+
 _ROUNDS = 4
-
-
-class OverBudget(ValueError):
-    """No policy fits the budget. `smallest` is the plan with the smallest peak."""
-
-    def __init__(self, message: str, smallest: Plan) -> None:
-        super().__init__(message)
-        self.smallest = smallest
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What a step with a plan's policy takes.
-
-    kept_bytes: for the backward, each storage once. peak_bytes: allocated at once in a step, with
-    weights, buffers, inputs, gradients and optimizer states. step_s: forward and backward, None for
-    a model without data; time_ratio: by plain's. gradient_error: relative L2 distance from the
-    float32 gradient.
-    """
-
-    kept_bytes: int
-    peak_bytes: int
-    step_s: float | None
-    time_ratio: float | None
-    gradient_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """policy: for `wrap`. choices: by site, bits or "keep" or "rebuild". gap: how far the choice may
-    be from the best one, relative to its cost. plain: what the step takes without a policy."""
-
-    policy: Policy
-    prediction: Prediction
-    choices: dict[Key, int | str]
-    gap: float
-    plain: Prediction
-
-    def summary(self) -> list[tuple[str, str, int]]:
-        """(operator.operand, choice, how many sites), in the order of the model."""
-        counts: dict[tuple[str, str], int] = {}
-        for (_, operator, operand), choice in self.choices.items():
-            said = f"{choice} bits" if isinstance(choice, int) else choice
-            key = (f"{operator}.{operand}", said)
-            counts[key] = counts.get(key, 0) + 1
-        return [(*key, count) for key, count in counts.items()]
 
 
 def plan(
@@ -123,6 +74,18 @@ def plan(
         optimizer_bytes=optimizer_bytes,
         progress=progress,
     ).plan(budget, max_time=max_time, max_error=max_error)
+
+
+class _Played(NamedTuple):
+    """Choices, their timeline, and the sites of the stashes in the order that they were made."""
+
+    solution: Solution
+    timeline: Timeline
+    order: list[Key]
+
+
+# Most seconds of the choices, and most variance.
+_Bounds = tuple[float | None, float | None]
 
 
 class Planner:
@@ -167,11 +130,17 @@ class Planner:
         }
         self.standing = optimizer_bytes + sum(t.nbytes for t in own.values())
         tell("times", 1, 4)
-        self.costs = Costs(self.device, autocast or torch.float32)
-        self.seconds, self.matmul_s = self._seconds()
+        costs = Costs(self.device, autocast or torch.float32)
+        self.seconds, self.matmul_s = seconds_of(costs, self.sites, weights_of(model))
         self.plain_s, self.anchor_s = self._anchor()
+        # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
+        eight = sum(self.seconds[s.key, 8] for s in self.sites)
+        self.step_s = self.plain_s or 5 * sum(self.matmul_s.values()) or 10 * eight
+        self.scratch = self._scratch()
+        self.standing += self.scratch
         tell("gradients", 2, 4)
         self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
+        self._least: list[_Played | None] = []
         tell("choosing", 3, 4)
         self.plain = self._prediction_of_plain()
 
@@ -193,25 +162,14 @@ class Planner:
         if room is None:
             return self._as_plain()
         smallest = self._smallest()
-        peak = smallest.prediction.peak_bytes
-        asked = " and ".join(
-            said
-            for said in (
-                budget is not None and f"a budget of {format_bytes(self._bytes(budget))}",
-                max_time is not None and f"{max_time:.2f} times plain's time",
-                max_error is not None and f"a gradient error of {max_error:.1%}",
-            )
-            if said
-        )
-        how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
-        raise OverBudget(
-            f"no policy fits {asked}; the smallest peak within reach is {format_bytes(peak)} "
-            f"({format_bytes(self.standing)} of it weights, inputs and optimizer states), with {how}",
-            smallest,
-        )
+        asked = [f"a budget of {format_bytes(self._bytes(budget))}" if budget is not None else ""]
+        asked += [f"{max_time:.2f} times plain's time" if max_time is not None else ""]
+        asked += [f"a gradient error of {max_error:.1%}" if max_error is not None else ""]
+        raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.standing)
 
     def frontier(self, points: int = 8) -> list[Plan]:
-        """Plans for budgets spread between the smallest peak within reach and plain's."""
+        """Plans for budgets spread between the smallest peak within reach and plain's, the smallest
+        peak first; one that is beaten both in its peak and in what it costs is left out."""
         smallest = self._smallest()
         low, high = smallest.prediction.peak_bytes, self.plain.peak_bytes
         plans = [smallest]
@@ -220,70 +178,81 @@ class Planner:
             found = self._fitted(size - self.standing, (None, None))
             if found is not None:
                 plans.append(found)
-        return [*plans, self._as_plain()]
+        best: list[Plan] = []
+        for found in sorted([*plans, self._as_plain()], key=lambda p: p.prediction.peak_bytes):
+            if not best or found.cost < best[-1].cost:
+                best.append(found)
+        return best
 
     def _smallest(self) -> Plan:
         """The plan with the smallest peak, whatever it costs."""
-        found = self._fitted(None, (None, None))
+        least = self._least_peak()
+        found = None if least is None else self._plan(least)
         return found if found is not None and self._below_plain(found) else self._as_plain()
 
     def _below_plain(self, found: Plan) -> bool:
         return found.prediction.peak_bytes < self.plain.peak_bytes
 
-    def _fitted(self, room: int | None, bounds: tuple[float | None, float | None]) -> Plan | None:
+    def _fitted(self, room: int | None, bounds: _Bounds) -> Plan | None:
+        found = self._search(room, bounds)
+        return None if found is None else self._plan(found)
+
+    def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
         """Solve, play the answer through the timeline, correct the program by it, and again."""
-        best: tuple[Solution, Timeline] | None = None
-        played = self.first
-        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        watch_order = [key for key, _ in self.universe]
-        limit = room
-        for _ in range(6):
-            problem = self._problem(played, base, watch_order)
+        best: _Played | None = None
+        now: _Played | None = None
+        limit, restarted = room, False
+        for _ in range(8):
             found = solve(
-                problem,
+                self._problem(now),
                 budget=limit,
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
                 objective=COST if room is not None else PEAK,
-                price=PRICE * (self.plain_s or 1.0),
+                price=PRICE * self.step_s,
             )
             if found is None:
-                break
-            policy = as_policy(self.base, self.sites, found.choices)
-            watch, played = self._play(policy)
+                # Near other choices, with another working set, there may be room yet.
+                least = None if room is None or restarted else self._least_peak()
+                if least is None or room is None or least.timeline.peak_bytes > room:
+                    break
+                now, limit, restarted = least, room, True
+                if least.solution.within(*bounds):
+                    best = least if best is None else best
+                continue
+            watch, played = self._play(as_policy(self.base, self.sites, found.choices))
+            before = now.solution.choices if now is not None else None
+            now = _Played(found, played, [key for key, *_ in watch.stored])
             fits = room is None or played.peak_bytes <= room
-            known = best is not None and found.choices == best[0].choices
-            if fits and (best is None or self._better(found, played, best, room)):
-                best = found, played
+            known = best is not None and found.choices == best.solution.choices
+            if fits and (best is None or self._better(now, best, room)):
+                best = now
             if known or (fits and math.isclose(found.peak_bytes, played.peak_bytes, rel_tol=5e-3)):
                 break
-            if not fits and found.choices == base:
+            if not fits and found.choices == before:
                 # The program sees the same peak and calls it smaller: a rounding of its own.
                 assert limit is not None
                 limit -= max(played.peak_bytes - limit, 2**16)
-            base, watch_order = found.choices, [key for key, *_ in watch.stored]
-        if best is None:
-            return None
-        return self._plan(*best)
+        return best
 
-    def _better(
-        self,
-        found: Solution,
-        played: Timeline,
-        best: tuple[Solution, Timeline],
-        room: int | None,
-    ) -> bool:
+    def _least_peak(self) -> _Played | None:
+        """What has the smallest peak, searched for once."""
+        if not self._least:
+            self._least.append(self._search(None, (None, None)))
+        return self._least[0]
+
+    def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
         if room is None:
-            return played.peak_bytes < best[1].peak_bytes
-        price = PRICE * (self.plain_s or 1.0)
-        cost, other = (s.seconds + price * s.variance for s in (found, best[0]))
-        return cost < other
+            return found.timeline.peak_bytes < best.timeline.peak_bytes
+        return found.solution.cost(PRICE * self.step_s) < best.solution.cost(PRICE * self.step_s)
 
-    def _problem(
-        self, played: Timeline, base: dict[Key, int | str], order: Sequence[Key]
-    ) -> Problem:
-        """The program near a policy whose timeline is known: what is live beside the stashes is
-        taken to be the same."""
+    def _problem(self, near: _Played | None) -> Problem:
+        """The program near choices whose timeline is known (None: 8 bits for all): what is live
+        beside the stashes is taken to be the same."""
+        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
+        played, order = self.first, [key for key, _ in self.universe]
+        if near is not None:
+            base, played, order = near.solution.choices, near.timeline, near.order
         sites = {site.key: site for site in self.sites}
         shares = [(key, rows * cols / sites[key].elements) for key, (rows, cols) in self.universe]
         # Where each stash of that policy stands among all that there could be.
@@ -308,16 +277,17 @@ class Planner:
             self.sites, self.seconds, s.variance, self.matmul_s, s.coupled, moments, shares
         )
 
-    def _plan(self, found: Solution, played: Timeline) -> Plan:
+    def _plan(self, answer: _Played) -> Plan:
+        found = answer.solution
         policy = as_policy(self.base, self.sites, found.choices)
         kept = self._kept(policy)
         eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+        problem = self._problem(None)
         extra = found.seconds - score(problem, eight).seconds
         step = None if self.anchor_s is None else self.anchor_s + extra
         error = math.sqrt(self.sensitivity.floor + found.variance)
         ratio = None if step is None or self.plain_s is None else step / self.plain_s
-        peak = self.standing + played.peak_bytes
+        peak = self.standing + answer.timeline.peak_bytes
         prediction = Prediction(kept, peak, step, ratio, error)
         return Plan(policy, prediction, found.choices, found.gap, self.plain)
 
@@ -359,34 +329,27 @@ class Planner:
         )
         return watch, played
 
-    def _seconds(self) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
-        seconds: dict[tuple[Key, int | str], float] = {}
-        products: dict[str, float] = {}
-        weights = weights_of(self.model)
-        for site in self.sites:
-            for choice in site.choices():
-                seconds[site.key, choice] = 0.0
-                if isinstance(choice, int):
-                    seconds[site.key, choice] = sum(
-                        self.costs.code(rows, cols, choice) for rows, cols in site.matrices
-                    )
-            if site.product:
-                outs, ins = weights[site.product]
-                # Of q, k and v each is a part of the product: it has as many rows as all of them.
-                parts = [s.elements for s in self.sites if s.product == site.product]
-                rows = max(1, max(sum(parts), outs) // outs)
-                products[site.product] = self.costs.matmul(rows, ins, outs)
-        return seconds, products
-
     def _anchor(self) -> tuple[float | None, float | None]:
         """Seconds of plain's step and of the base policy's; None without data."""
         if not self.real:
             return None, None
         runs = Runs(self.model, self.inputs, self.autocast, self.loss)
-        plain, own = runs.times([PLAIN, self.base], _ROUNDS)
+        try:
+            plain, own = runs.times([PLAIN, self.base], _ROUNDS)
+        except torch.OutOfMemoryError:
+            logger.info("plain does not fit this device: plans go without times")
+            return None, None
         ratios = [a / b for a, b in zip(own, plain, strict=True)]
         step = statistics.median(plain)
         return step, step * statistics.median(ratios)
+
+    def _scratch(self) -> int:
+        """Bytes that kernels allocate inside themselves, which tensors without data do not show: the
+        real peak of the base policy beyond the counted one."""
+        if not self.real:
+            return 0
+        real = Runs(self.model, self.inputs, self.autocast, self.loss).peak(self.base)
+        return max(0, real - self.first.peak_bytes)
 
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
         if not self.real:
@@ -396,11 +359,15 @@ class Planner:
         def gradients(policy: Policy | str | None) -> list[Tensor | None]:
             return runs.reference() if policy is None else runs.gradients(policy)
 
-        return calibrate(self.sites, self.base, gradients, parameter_names(self.model), progress)
+        names = parameter_names(self.model)
+        try:
+            return calibrate(self.sites, self.base, gradients, names, progress)
+        except torch.OutOfMemoryError:
+            # The passes keep nearly everything: where that does not fit, theory has to do.
+            logger.info("no room to measure gradient errors: those of a typical ViT are taken")
+            return typical(self.sites)
 
-    def _bounds(
-        self, max_time: float | None, max_error: float | None
-    ) -> tuple[float | None, float | None]:
+    def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
         """(most seconds of the choices, most variance)."""
         if max_time is not None and max_time < 1:
             raise ValueError(f"max_time is a multiple of plain's time, at least 1, got {max_time}")
@@ -409,9 +376,11 @@ class Planner:
         seconds = None
         if max_time is not None:
             if self.plain_s is None or self.anchor_s is None:
-                raise ValueError("max_time needs a model on a real device, to be timed")
+                raise ValueError(
+                    "max_time needs a model on a real device that plain fits, to be timed"
+                )
             eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-            problem = self._problem(self.first, eight, [key for key, _ in self.universe])
+            problem = self._problem(None)
             own = score(problem, eight).seconds
             seconds = max(0.0, own + max_time * self.plain_s - self.anchor_s)
         return seconds, None if max_error is None else max_error**2

@@ -57,6 +57,16 @@ class Solution:
     variance: float
     gap: float
 
+    def cost(self, price: float) -> float:
+        """Seconds, and variance at `price` seconds a unit."""
+        return self.seconds + price * self.variance
+
+    def within(self, max_seconds: float | None, max_variance: float | None) -> bool:
+        """Whether it stays within the bounds, of which None is none."""
+        return (max_seconds is None or self.seconds <= max_seconds) and (
+            max_variance is None or self.variance <= max_variance
+        )
+
 
 def solve(
     problem: Problem,

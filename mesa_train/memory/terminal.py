@@ -21,7 +21,7 @@ from mesa_train.memory.tree import Node, forward_order, grow
 
 if TYPE_CHECKING:
     from mesa_train.memory.estimate import Estimate
-    from mesa_train.memory.planner import Plan
+    from mesa_train.memory.plans import Plan
 
 # Cells and the style of the whole line.
 _Line = tuple[Sequence[str | Text], str]

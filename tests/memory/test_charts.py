@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from mesa_train.memory.charts import as_svg, family, pareto, save_png, tradeoff, where
 from mesa_train.memory.frontier import draw
-from mesa_train.memory.planner import Plan, Prediction
+from mesa_train.memory.plans import Plan, Prediction
 from mesa_train.policy import Policy
 
 

@@ -1,5 +1,8 @@
 """What fits: activations on a line through two batch sizes, setups from simple to slow."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -9,8 +12,10 @@ from mesa_train.memory.launch import accelerate_config, command
 from mesa_train.memory.load import load
 from mesa_train.memory.sharding import Cluster
 from mesa_train.memory.timeline import timeline
+from mesa_train.training import config
 
 GIB = 2**30
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def make(batch=4):
@@ -70,17 +75,33 @@ def test_unknown_optimizer():
     [(("ddp", "none"), 1), (("zero2", "cpu"), 1), (("zero3", "nvme"), 1), (("fsdp2", "none"), 2)],
 )
 def test_accelerate_takes_the_configuration(setup, tensor_parallel, tmp_path):
-    config = pytest.importorskip("accelerate.commands.config.config_args")
+    arguments = pytest.importorskip("accelerate.commands.config.config_args")
     cluster = Cluster(8, 80 * GIB, 512 * GIB, tensor_parallel=tensor_parallel)
     (found,) = estimates(make, cluster, batch=4, policies=["mesa8"], setups=[setup])
     path = tmp_path / "accelerate.yaml"
-    path.write_text(accelerate_config(found, cluster))
-    read = config.ClusterConfig.from_yaml_file(path)
+    path.write_text(accelerate_config(found, cluster, ["Block"]))
+    read = arguments.ClusterConfig.from_yaml_file(path)
     assert read.num_processes == 8
     fields = yaml.safe_load(path.read_text())
+    if setup[0] == "fsdp2":
+        assert fields["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] == "Block"
     if setup[0].startswith("zero"):
         assert fields["deepspeed_config"]["zero_stage"] == int(setup[0][-1])
         assert fields["deepspeed_config"]["offload_optimizer_device"] == setup[1]
-    line = command(found, "vit_tiny_patch16_224", str(path))
-    assert "train.policy=mesa8" in line
-    assert "train.micro_batch=4" in line
+
+
+@pytest.mark.parametrize("policy", ["mesa8", "plain", "checkpoint"])
+def test_the_recipe_takes_the_command(policy):
+    (found,) = estimates(
+        make, Cluster(8, GIB, 64 * GIB), batch=4, policies=[policy], setups=[("zero2", "none")]
+    )
+    words = command(found, "vit_tiny_patch16_224", "accelerate.yaml", 8).split()
+    assert words[:4] == ["accelerate", "launch", "--config_file", "accelerate.yaml"]
+    assert (REPOSITORY / words[4]).exists()
+    changes = [change for flag, change in itertools.pairwise(words) if flag == "--set"]
+    settings = config.load(REPOSITORY / words[words.index("--config") + 1], changes)
+    assert settings.model.name == "vit_tiny_patch16_224"
+    assert (settings.train.micro_batch, settings.train.global_batch) == (4, 32)
+    assert settings.train.policy == ("mesa8" if policy == "mesa8" else "plain")
+    assert settings.model.grad_checkpointing == (policy == "checkpoint")
+    assert "litv2" not in command(found, "hf:vit", "accelerate.yaml", 8)

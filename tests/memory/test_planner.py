@@ -9,13 +9,16 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mesa_train
+from mesa_train.intercept import innermost
 from mesa_train.memory.compare import Runs
 from mesa_train.memory.costs import Costs
 from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import relative_error
-from mesa_train.memory.planner import OverBudget, Planner
+from mesa_train.memory.planner import Planner
+from mesa_train.memory.plans import OverBudget
 from mesa_train.memory.sites import KEEP, REBUILD, Site, as_policy
 from mesa_train.memory.solver import PEAK, Problem, score, solve
 from mesa_train.policy import Policy
@@ -64,10 +67,9 @@ class TestPlans:
         kept = footprint(vit, images, policy=found.policy, autocast=BF16, loss=planner.loss)
         assert said.kept_bytes == kept.saved_bytes
         runs = Runs(vit, images, BF16, planner.loss)
-        # Scratch of kernels, which fakes do not show, is 2 % of a step here.
-        assert planner.standing + runs.peak(found.policy) == pytest.approx(
-            said.peak_bytes, rel=0.05
-        )
+        # Kernels' scratch is measured at one policy; at another the peak may lie elsewhere.
+        stand = planner.standing - planner.scratch
+        assert stand + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
         error = relative_error(runs.gradients(found.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
         assert said.gradient_error / 2 < error < said.gradient_error * 2
@@ -81,9 +83,10 @@ class TestPlans:
     def test_smaller_budgets_cost_more(self, planner):
         plans = planner.frontier(points=4)
         peaks = [p.prediction.peak_bytes for p in plans]
-        errors = [p.prediction.gradient_error for p in plans]
+        costs = [p.cost for p in plans]
+        assert len(plans) >= 3
         assert peaks == sorted(peaks)
-        assert errors == sorted(errors, reverse=True)
+        assert costs == sorted(costs, reverse=True)
 
     def test_impossible(self, planner):
         with pytest.raises(OverBudget, match=r"smallest peak within reach is .* MiB") as raised:
@@ -145,6 +148,32 @@ def test_where_nothing_helps():
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64))
     found = mesa_train.plan(model, torch.randn(512, 64))
     assert found.prediction.peak_bytes <= found.plain.peak_bytes
+
+
+class Large(nn.Module):
+    """Runs out of memory wherever tensors are kept as they are."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(3)]
+        self.inner = nn.Sequential(*[layer for block in blocks for layer in block])
+
+    def forward(self, x):
+        mode = innermost()
+        coded = mode is not None and mode.owner.policy.bits < 32 and not mode.owner.policy.overrides
+        if not coded and not isinstance(x, FakeTensor):
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return self.inner(x)
+
+
+def test_where_plain_does_not_fit():
+    planner = Planner(Large(), torch.randn(2048, 64))
+    assert planner.sensitivity.passes == 0
+    found = planner.plan(max_error=0.1)
+    assert found.prediction.time_ratio is None
+    assert found.prediction.peak_bytes < found.plain.peak_bytes
+    with pytest.raises(ValueError, match="needs a model on a real device"):
+        planner.plan(max_time=1.1)
 
 
 def test_nothing_to_choose():
@@ -277,7 +306,7 @@ def test_two_inputs_by_name():
         def forward(self, left, right):
             return self.out(self.act(self.left(left) + self.right(right)))
 
-    inputs = {"left": torch.randn(600, 32), "right": torch.randn(600, 16)}
+    inputs = {"left": torch.randn(8000, 32), "right": torch.randn(8000, 16)}
     model = Twins()
     smallest = mesa_train.plan(model, inputs)
     assert smallest.prediction.kept_bytes < smallest.plain.kept_bytes
