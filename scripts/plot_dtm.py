@@ -1,7 +1,7 @@
 """Where deformable token merging samples: LIT's figure, for one token of the last stage.
 
 A token of the last stage is a merge of 2x2 points in stage 3, each of these of 2x2 in stage 2, and
-so on: 4, 16 and 64 points. Grey marks the regular grid, colour where the offsets move it.
+so on: 4, 16 and 64 points. Grey squares mark the regular grid, coloured dots where the offsets move it.
 
     python scripts/plot_dtm.py --model litv2_s --weights litv2_s.pth --image photo.jpg
     python scripts/plot_dtm.py --run runs/litv2_quickstart
@@ -22,6 +22,7 @@ from mesa_train.training.config import ConfigError
 from mesa_train.training.subject import built, load_images
 
 COLOURS = ("#0072B2", "#009E73", "#D55E00")
+LEVELS = ("4 points of stage 3", "16 of stage 2", "64 of stage 1")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,11 +46,13 @@ def main(
         pixels = shown * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
         axis.axis("off")
-        for level, colour in enumerate(COLOURS[: len(points)]):
-            size = 70 / 3**level
+        for level, (colour, label) in enumerate(zip(COLOURS, LEVELS, strict=True)):
+            size = 90 / 3**level
             (gy, gx), (y, x) = grid[level].T.tolist(), points[level].T.tolist()
             axis.scatter(gx, gy, s=size, c="#999999", marker="s", linewidths=0)
-            axis.scatter(x, y, s=size, c=colour, linewidths=0)
+            axis.scatter(x, y, s=size, c=colour, linewidths=0, label=label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     plots.save(figure, out)
     print(f"picture {out}")
 

@@ -29,13 +29,15 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class ModelConfig:
     """`weights` is a safetensors file, or the authors' .pth, to start from; a head of other classes
-    stays behind. `classes` must match the data if given. `early_stages_without_attention` is for
+    stays behind. `allow_config` lets a .pth carry its trainer's configuration, which is dropped.
+    `classes` must match the data if given. `early_stages_without_attention` is for
     timm's Swin and PVT v2 models."""
 
     name: str = "litv2_s"
     classes: int | None = None
     drop_path: float = 0.2
     weights: str | None = None
+    allow_config: bool = False
     sync_batch_norm: bool = False
     grad_checkpointing: bool = False
     early_stages_without_attention: int = 0

@@ -63,20 +63,23 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.train.seed)
     model = plan.build_model(config, data.classes)
     if config.model.weights:
-        start_from(model, Path(config.model.weights))
+        start_from(model, Path(config.model.weights), config.model.allow_config)
     transforms = sources.transforms(config.data, config.augment)
     loader = Loader(config, data, made, state.process_index, transforms)
     return Run(config, model, made, loader, data.classes)
 
 
-def start_from(model: nn.Module, path: Path) -> None:
+def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None:
     """Load weights to fine-tune: a head of other classes stays as it is, all else must fit."""
     from safetensors.torch import load_file
 
     from mesa_train.models.official import adapted, read_official
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else read_official(path)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = read_official(path, allow_config=allow_config)
     except Exception as error:
         raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
     own = model.state_dict()

@@ -222,8 +222,11 @@ class Run:
                     "keep it or choose another train.out"
                 )
         self.accelerator.load_state(str(checkpoint))
-        if self.ema is not None and (checkpoint / "ema.safetensors").is_file():
-            checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
+        if self.ema is not None:
+            if (checkpoint / "ema.safetensors").is_file():
+                checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
+            else:
+                self.ema.set(self.bare)
         self.position = Position(**state["position"])
 
     def save_best(self, scores: Scores, averaged: bool) -> bool:
