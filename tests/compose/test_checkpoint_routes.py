@@ -162,6 +162,15 @@ def test_nothing_is_coded_in_the_first_pass(reentrant, preset):
     assert recompute.calls == unchecked.calls
 
 
+@KINDS
+def test_fused_forwards(reentrant):
+    """Their first pass is PyTorch's own, which makes no codes; both passes save tensors of one kind."""
+    policy = mesa_train.Policy(min_bytes=0, forward="fused")
+    plain = step(Net(), batch())
+    found = step(mesa_train.wrap(Net(around=module_route(reentrant)), policy), batch())
+    assert distance(found[2], plain[2]) <= BOUND["mesa8"]
+
+
 @PRESETS
 @pytest.mark.compatibility("Activation checkpointing", "nested")
 def test_nested(preset):
