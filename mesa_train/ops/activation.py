@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
+from mesa_train.neighbours import neighbours
 from mesa_train.stash import (
     CHEAP,
     Geometry,
@@ -25,7 +26,6 @@ from mesa_train.stash import (
     Saved,
     Spec,
     Stash,
-    neighbours,
     save,
     whole,
 )

@@ -7,8 +7,8 @@ from torch import nn
 
 from mesa_train import compress, wrap
 from mesa_train.codecs.affine import Affine
+from mesa_train.neighbours import neighbours
 from mesa_train.policy import Policy
-from mesa_train.stash import neighbours
 
 EIGHT = Policy(min_bytes=0)
 

@@ -1,0 +1,87 @@
+"""What one operator's backward hands to the next within one run of the autograd engine."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Uses:
+    """Counts the operators that will rebuild one stash."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Neighbours(threading.local):
+    """What one operator's backward made that the next one needs: a matmul rebuilt for both, or the
+    activation's gradient that the Linear behind it had almost computed.
+
+    Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and
+    what is left goes with the engine's final callback, so nothing outlives the backward.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
+        self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
+        self.run = -1
+
+    def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
+        assert uses is not None
+        found = self.values.pop((uses, dtype), None)
+        if found is None:
+            return None
+        value, left = found
+        if left > 1:
+            self.values[uses, dtype] = value, left - 1
+        return value
+
+    def offer(self, uses: Uses | None, dtype: torch.dtype, value: Tensor) -> None:
+        assert uses is not None
+        self._enter()
+        self.values[uses, dtype] = value, uses.count - 1
+
+    def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
+        """The gradient at a coded tensor that was handed over for this very `grad`."""
+        found = self.gradients.pop(_address(codes), None)
+        if found is None:
+            return None
+        _, expected, version, value = found
+        # What hooks or another user of the activation made of it is another tensor or version.
+        same = (
+            _address(expected) == _address(grad)
+            and expected._version == version == grad._version
+            and (expected.shape, expected.stride()) == (grad.shape, grad.stride())
+            and expected.dtype is grad.dtype
+        )
+        return value if same else None
+
+    def offer_gradient(self, codes: Tensor, grad: Tensor, value: Tensor) -> None:
+        """Hand `value` to the operator that gets `grad` and kept `codes`; both are held, so their
+        addresses stay theirs."""
+        self._enter()
+        self.gradients[_address(codes)] = codes, grad, grad._version, value
+
+    def _enter(self) -> None:
+        # A run that ended in an error has not called its callback.
+        run = torch._C._current_graph_task_id()
+        if run != self.run:
+            self._clear()
+            self.run = run
+            torch.autograd.Variable._execution_engine.queue_callback(self._clear)
+
+    def _clear(self) -> None:
+        self.values.clear()
+        self.gradients.clear()
+
+
+neighbours = Neighbours()
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory begins; fakes, which have none, are told apart too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
