@@ -47,11 +47,14 @@ def compare(
         bool,
         typer.Option("--quick", "--fake", help="Bytes alone, on tensors without data, in seconds."),
     ] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of every method.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of every method.")] = 4,
     memory: Annotated[
         str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 300.0,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 120.0,
+    total: Annotated[
+        float, typer.Option(min=1, help="Most seconds for all; what is left then is not begun.")
+    ] = 340.0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for rows.jsonl, charts and report.html.")
     ] = None,
@@ -107,6 +110,7 @@ def compare(
                     rounds=rounds,
                     memory_bytes=memory_bytes,
                     limit_s=limit,
+                    total_s=total,
                 )
                 rows = list(measure(request, names, progress))
         if out is not None:

@@ -28,13 +28,14 @@ DEFAULT = (
     CHECKPOINT,
     f"mesa8+{CHECKPOINT}",
     SAVE_ON_CPU,
-    COMPILE,
-    "compile-budget-0.5",
-    "compile-budget-0.2",
-    "compile-fp8",
-    "compile:mesa8",
     f"{PLAIN}+{ADAMW8BIT}",
     f"mesa8+{ADAMW8BIT}",
+    # Compiling takes longest: what a limit of time cuts off should be the last of these.
+    COMPILE,
+    "compile-budget-0.5",
+    "compile-fp8",
+    "compile:mesa8",
+    "compile-budget-0.2",
 )
 
 _REDRAWS = (

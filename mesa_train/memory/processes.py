@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import signal
@@ -33,7 +34,8 @@ class Request:
 
     model, batch_size, image_size, device: as for `load`. dtype: autocast's, "bfloat16", "float16"
     or None. rounds: timed steps of every method, 0 for no times. memory_bytes: what the largest
-    batch has to fit, or None. limit_s: most seconds for one method. threads: None for torch's own.
+    batch has to fit, or None. limit_s: most seconds for one method, total_s: for all of them.
+    threads: None for torch's own.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Request:
     rounds: int = 5
     memory_bytes: int | None = None
     limit_s: float = 300.0
+    total_s: float = math.inf
     threads: int | None = None
 
 
@@ -65,8 +68,13 @@ def measure(
     tell = progress or (lambda *_: None)
     with tempfile.TemporaryDirectory(prefix="mesa_train_") as folder, _Server() as server:
         reference = Path(folder) / "reference.pt"
+        end = clock.monotonic() + request.total_s
         for number, method in enumerate(methods):
             tell(method, number, len(methods))
+            left = end - clock.monotonic()
+            if left <= 0:
+                yield {"method": method, "note": f"not begun: {request.total_s:.0f} s were over"}
+                continue
             result = Path(folder) / f"{number}.json"
             job = {
                 **dataclasses.asdict(request),
@@ -76,7 +84,7 @@ def measure(
                 "result": str(result),
                 "packages": _packages(request.model),
             }
-            reason = server.run(job, request.limit_s)
+            reason = server.run(job, min(request.limit_s, left))
             row = json.loads(result.read_text()) if result.exists() else {"method": method}
             if reason is not None:
                 row["note"] = reason

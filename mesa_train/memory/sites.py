@@ -81,7 +81,7 @@ class Watch(Report):
     def __init__(self, holding: bool = False) -> None:
         super().__init__()
         self.holding = holding
-        self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
+        self.stored: list[tuple[Key, int, tuple[int, int]]] = []
         self.rebuilt: dict[Key, Stash] = {}
         self.leaves: dict[int, tuple[Stash, Key]] = {}
         # By the id of a weight, which is held: the name of its module.
@@ -129,7 +129,6 @@ def sites_of(stored: Watch, rebuilding: Watch, whole: Watch) -> list[Site]:
     sites: dict[Key, Site] = {}
     for order, (key, _, matrix) in enumerate(stored.stored):
         site = sites.setdefault(key, Site(key, order))
-        assert matrix is not None
         site.matrices.append(matrix)
     for key, size, _ in whole.stored:
         if key in sites:

@@ -8,11 +8,14 @@ method breaks (an out-of-memory kill, a compiler's patches, allocator state) end
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import gc
 import importlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time as clock
@@ -37,6 +40,9 @@ from mesa_train.memory.tree import forward_order
 from mesa_train.memory.variants import Variant
 
 Row = dict[str, Any]
+
+# From linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 class Bench:
@@ -271,8 +277,16 @@ def _line(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else "no message"
 
 
+def _end_with_parent() -> None:
+    """On Linux: be killed when the parent process ends, however it ends. Elsewhere a job that is
+    left alone runs to its end."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def serve() -> None:
     """Fork a child for every job line on stdin; print its process id, then its exit status."""
+    _end_with_parent()
     jobs = sys.stdin
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     # Whatever libraries print goes to stderr.
@@ -284,6 +298,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
+            _end_with_parent()
             run(job)
             os._exit(0)
         answers.write(f"{child}\n")

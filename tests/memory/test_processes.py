@@ -1,5 +1,7 @@
 """A process a method: what one breaks is its row's reason, and the next one does not notice."""
 
+import dataclasses
+
 import pytest
 
 from mesa_train.memory.contenders import DEFAULT, Contender
@@ -55,6 +57,10 @@ def test_failures_are_rows(tmp_path, monkeypatch):
     assert "no row of equal blocks" in blocks["note"]
     assert last["kept_bytes"] == plain["kept_bytes"]
     assert [done for _, done, _ in seen] == list(range(7))
+    short = dataclasses.replace(request, total_s=4)
+    first, second, third = measure(short, ["mesa4", "plain", "mesa8"])
+    assert first["note"] == "stopped after 4 s"
+    assert second["note"] == third["note"] == "not begun: 4 s were over"
 
 
 @pytest.mark.slow
