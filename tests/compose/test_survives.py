@@ -179,7 +179,7 @@ def test_soaked_for_a_short_while(tmp_path):
     """scripts/soak.py, whose long run is for releases: all presets, exceptions in between."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, str(root / "scripts/soak.py"), "--steps", "200", "--limit", "8000"],
+        [sys.executable, str(root / "scripts/soak.py"), "--steps", "120", "--limit", "20000"],
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
