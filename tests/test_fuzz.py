@@ -161,8 +161,8 @@ OTHERS = {
     "gate": lambda x: x * x.sigmoid(),
     "chain": lambda x: F.gelu(F.layer_norm(x, x.shape[-1:])).transpose(0, -1) * 2,
     "matmul": lambda x: x @ x.mT if x.dim() > 1 else x * x,
-    "attention": lambda x: F.scaled_dot_product_attention(x, x, x) if x.dim() > 2 else x.exp(),
-    "exp": torch.exp,
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x) if x.dim() > 2 else x.sin(),
+    "exp": lambda x: (x * 0.05).exp(),
     "dropout": lambda x: F.dropout(x, 0.5),
 }
 

@@ -116,6 +116,7 @@ def test_model_ema_of_timm_and_torch():
 @pytest.mark.compatibility(
     "torch.func", "functional_call, vmap, grad", note="passes through without compression"
 )
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's, without us too
 def test_torch_func_passes_through():
     from torch.func import functional_call, grad, vmap
 
@@ -325,7 +326,8 @@ def test_lightning(tmp_path):
 
     def run(policy):
         task = Task(policy)
-        loader = [(images(4, seed), torch.arange(4)) for seed in range(4)]
+        pairs = [(images(4, seed), torch.arange(4)) for seed in range(4)]
+        loader = torch.utils.data.DataLoader(pairs, batch_size=None)
         trainer = lightning.Trainer(
             max_epochs=1,
             accelerator="cpu",
