@@ -635,3 +635,24 @@ def test_an_inner_context_decides_alone() -> None:
         with context:
             assert node() == "LinearBackward"
         assert node() == "LinearBackward"
+
+
+@pytest.mark.parametrize("around", ["torch.compile", "DataParallel", "checkpoint wrapper"])
+def test_patterns_name_modules_of_the_model_itself(around):
+    """Whoever wrapped it before: patterns and reports use the names without the wrappers'."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = net()
+    if around == "checkpoint wrapper":
+        model[0] = checkpoint_wrapper(model[0])
+    wrapper = {"torch.compile": torch.compile, "DataParallel": nn.DataParallel}
+    outer = wrapper.get(around, lambda m: m)(model)
+    policy = Policy(min_bytes=0, overrides={"0.mlp.0": {"enabled": False}})
+    mesa_train.wrap(outer, policy)
+    gradients(model, batch())
+    names = {name for name, *_ in report_of(outer).rows}
+    assert {"0.norm", "1.mlp.0"} <= names
+    assert not any("module" in name or "_" in name for name in names)
+    assert "0.mlp.0" not in names  # switched off
+    with pytest.raises(ValueError, match="matches no module"):
+        mesa_train.wrap(outer, Policy(overrides={"module.0": {"bits": 4}}))
