@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import tempfile
+from datetime import timedelta
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
@@ -88,7 +89,7 @@ def training(kind, how, preset):
     expected, weights = alone()
     state = accelerator.get_state_dict(model)
     away = 0.0
-    state = {n: getattr(v, "full_tensor", lambda v=v: v)() for n, v in state.items()}
+    state = {n: getattr(v, "full_tensor", lambda v=v: v)() for n, v in (state or {}).items()}
     if accelerator.is_main_process:
         away = moved(state, weights)
     held = [away]
@@ -151,5 +152,5 @@ def checks():
 
 
 if __name__ == "__main__":
-    PartialState(cpu=True, backend="gloo")
+    PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
     run(checks(), sys.argv[1])
