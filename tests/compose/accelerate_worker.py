@@ -39,6 +39,7 @@ def accelerator_for(kind, accumulation=1):
     elif kind == "fsdp2":
         # Accelerate takes FSDP for a thing of accelerators alone.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
