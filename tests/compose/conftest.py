@@ -69,6 +69,9 @@ def _worded(parameters):
         worded["kind"] = "reentrant" if worded["reentrant"] else "non-reentrant"
     if "after" in worded:
         worded["where"] = "after" if worded["after"] else "before"
+    if "how" in worded:
+        words = {"before": "before prepare", "after": "after prepare", "enable": "by enable()"}
+        worded["how"] = words[worded["how"]]
     if "compiled" in worded:
         worded["extent"] = worded["compiled"].__name__
     return worded

@@ -161,7 +161,7 @@ def test_zero3s_linear_is_seen_inside_an_interception_alone(by_deepspeed):
 @pytest.mark.parametrize("how", ["before", "after", "enable"])
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("preset", ["lossless", "mesa8"])
-@pytest.mark.compatibility("Accelerate", "{kind}, wrapped by {how}")
+@pytest.mark.compatibility("Accelerate", "{kind}, wrapped {how}")
 def test_accelerate(by_accelerate, kind, how, preset):
     plain = found(by_accelerate, f"{kind}/None/before")
     same_training(plain, kind, None)
@@ -173,7 +173,7 @@ def test_accelerate(by_accelerate, kind, how, preset):
 
 @pytest.mark.parametrize("how", ["before", "after", "enable"])
 @pytest.mark.parametrize("kind", ["ddp", "zero2"])
-@pytest.mark.compatibility("Gradient accumulation", "Accelerate {kind}, wrapped by {how}")
+@pytest.mark.compatibility("Gradient accumulation", "Accelerate {kind}, wrapped {how}")
 def test_accelerates_accumulate(by_accelerate, kind, how):
     values = found(by_accelerate, f"{kind} accumulate/mesa8/{how}")
     assert values["moved"]
