@@ -293,15 +293,15 @@ def litv2_parity_table(results: Path, words: Sequence[str]) -> str:
                 format_bytes(own[0]["kept_bytes"]),
                 f"{statistics.fmean(accuracies):.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-                f"{min(row['minutes'] for row in own):.1f}",
+                f"{min(row['minutes'] for row in own if row['minutes']):.1f}",
             ]
         )
     head = ["policy", "processes", "kept for the backward", "held-out top-1", "seeds"]
     head += ["minutes, at best"]
     return markdown(head, lines) + (
         f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
-        "a micro-batch. Other work shared the machine and paused runs, hence the least of the "
-        "minutes. "
+        "a micro-batch. Other work shared the machine and paused some runs, hence the least of "
+        "the minutes. "
         f"{origin(rows[-1])}\n"
     )
 
