@@ -75,8 +75,9 @@ def compare(
             Contender.of(name)
         memory_bytes = None if memory is None else parse_bytes(memory)
         where = device_name(device, quick)
-        # Also where every method runs elsewhere: what is wrong with the model shows here, at once.
-        loaded, where = loading(model, batch_size, image_size, device, fake=quick)
+        # Also where every method runs elsewhere: what is wrong with the model shows here, at once. On
+        # the CPU, so that nothing of this process lies on the GPU that is measured.
+        loaded, _ = loading(model, batch_size, image_size, "cpu", fake=quick)
         setting = setting_of(loaded, dtype, where, quick)
         title = title_of(loaded, dtype, where)
         if not quick:

@@ -4,12 +4,13 @@ import itertools
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
 from mesa_train.memory.estimate import activations_of, best, estimates
 from mesa_train.memory.launch import accelerate_config, command
-from mesa_train.memory.load import load
+from mesa_train.memory.load import Loaded
 from mesa_train.memory.sharding import Cluster
 from mesa_train.memory.timeline import timeline
 from mesa_train.training import config
@@ -19,7 +20,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def make(batch=4):
-    return load("vit_tiny_patch16_224", batch_size=batch, image_size=64, device="meta")
+    """A ViT of two blocks: 1.3 million parameters."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+        images = torch.empty(batch, 3, 64, 64)
+    return Loaded("vit", model.train(), images)
 
 
 def test_activations_lie_on_their_line():
@@ -41,14 +46,14 @@ def test_policies_and_lora_take_less():
 
 
 def test_the_simplest_that_fits():
-    # 5.7 million parameters: 16 bytes each and a gradient bucket are 114 MB on one GPU.
+    # 16 bytes a parameter and a gradient bucket are 25 MB on one GPU.
     def ask(memory, **more):
         cluster = Cluster(8, memory, 64 * GIB)
         return list(
             estimates(make, cluster, batch=4, policies=["plain", "mesa8"], reserve=0, **more)
         )
 
-    roomy, narrow, none = ask(GIB), ask(60 << 20), ask(1 << 20)
+    roomy, narrow, none = ask(GIB), ask(14 << 20), ask(1 << 20)
     assert (best(roomy).strategy, best(roomy).policy) == ("ddp", "plain")
     assert best(narrow).strategy.startswith(("zero", "fsdp"))
     assert best(none) is None

@@ -301,10 +301,11 @@ def test_two_inputs_by_name():
         def __init__(self):
             super().__init__()
             self.left, self.right = nn.Linear(32, 128), nn.Linear(16, 128)
-            self.act, self.out = nn.GELU(), nn.Linear(128, 4)
+            layers = [layer for _ in range(5) for layer in (nn.GELU(), nn.Linear(128, 128))]
+            self.deep, self.out = nn.Sequential(*layers), nn.Linear(128, 4)
 
         def forward(self, left, right):
-            return self.out(self.act(self.left(left) + self.right(right)))
+            return self.out(self.deep(self.left(left) + self.right(right)))
 
     inputs = {"left": torch.randn(8000, 32), "right": torch.randn(8000, 16)}
     model = Twins()
