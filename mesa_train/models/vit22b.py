@@ -69,25 +69,31 @@ class GroupedInput(nn.Module):
     A shard of whole heads may stand in for either. Input (..., dim); returns q, k, v
     (..., heads, head_dim) and m (..., heads, share), views of one product.
     mesh: the tensor-parallel ranks that share the heads, or None.
+    adapted: computes the product in the weight's place, from y and the bias, or None.
     """
 
     mesh: DeviceMesh | None = None
 
     def __init__(self, dim: int, num_heads: int, hidden: int, **made: Any) -> None:
         super().__init__()
+        self.adapted: nn.Module | None = None
         self.head_dim, self.share = dim // num_heads, hidden // num_heads
         self.weight = nn.Parameter(torch.empty(3 * dim + hidden, dim, **made))
         self.mlp_bias = nn.Parameter(torch.empty(hidden, **made))
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:
-        weight, mlp_bias = local(self.weight), local(self.mlp_bias)
+        mlp_bias = local(self.mlp_bias)
         if self.mesh is not None and y.requires_grad:
             # Each rank knows the gradient through its own heads. A hook, not a function of y: y
             # stays the norm's output, whose stash the matmul shares.
             y.register_hook(partial(summed, mesh=self.mesh))
         # q, k and v have no bias: zeros, which cost one row of the output.
         bias = F.pad(mlp_bias.view(-1, self.share), (3 * self.head_dim, 0)).flatten()
-        parts = F.linear(y, weight, bias).unflatten(-1, (-1, 3 * self.head_dim + self.share))
+        if self.adapted is None:
+            product = F.linear(y, local(self.weight), bias)
+        else:
+            product = self.adapted(y, bias)
+        parts = product.unflatten(-1, (-1, 3 * self.head_dim + self.share))
         return parts.split([self.head_dim] * 3 + [self.share], dim=-1)
 
 
@@ -96,18 +102,21 @@ class GroupedOutput(nn.Module):
 
     weight: (dim, heads * (head_dim + share)), columns grouped per head; bias: (dim,).
     Input: attention's output (..., heads, head_dim) and the activated hidden (..., heads, share).
-    mesh: the tensor-parallel ranks that share the heads, or None.
+    mesh, adapted: as for `GroupedInput`.
     """
 
     mesh: DeviceMesh | None = None
 
     def __init__(self, dim: int, hidden: int, **made: Any) -> None:
         super().__init__()
+        self.adapted: nn.Module | None = None
         self.weight = nn.Parameter(torch.empty(dim, dim + hidden, **made))
         self.bias = nn.Parameter(torch.empty(dim, **made))
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         joined = torch.cat([attended, hidden], -1).flatten(-2)
+        if self.adapted is not None:
+            return self.adapted(joined, self.bias)
         if self.mesh is None:
             return F.linear(joined, self.weight, self.bias)
         return _Sum.apply(F.linear(joined, local(self.weight)), self.mesh) + self.bias

@@ -8,8 +8,11 @@ ever holds more than a block; `load_export` reads from such files only what a ra
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
+from mesa_train.models.vit22b import resampled
+
+from .checkpoints import CheckpointError as CheckpointError
+
 STATE, INDEX = "state.json", "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file or the parameters."""
 
 
 def save(
@@ -41,7 +44,8 @@ def save(
         partial.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
-    save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    with _alone():
+        save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
     if _rank() == 0:
         (partial / STATE).write_text(json.dumps(dict(state)))
         shutil.rmtree(final, ignore_errors=True)
@@ -70,7 +74,8 @@ def load(
     wanted: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         wanted["optimizer"] = moments
-    load_shards(wanted, checkpoint_id=checkpoint)
+    with _alone():
+        load_shards(wanted, checkpoint_id=checkpoint)
     set_state_dict(
         model, optimizers, model_state_dict=weights, optim_state_dict=wanted.get("optimizer", {})
     )
@@ -135,34 +140,57 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
     return folder
 
 
-def load_export(source: Path, model: nn.Module) -> None:
+def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
     """Read safetensors (a file, or a folder with an index) into a model: for each parameter only
-    this rank's rows and columns, straight from disk.
+    this rank's rows and columns, straight from disk. A position embedding of another square grid is
+    resampled.
 
+    fresh_head: leave the model's classifier as it is, and the file's unread.
     Raises CheckpointError, before anything is read, if names or shapes differ.
     """
-    files = _files(source)
     from safetensors import SafetensorError, safe_open
 
+    files = files_of(source)
     opened = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values()) if files else [source]):
         try:
             opened[file] = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
         for name in opened[file].keys():  # noqa: SIM118  not a mapping
-            shapes[name], files[name] = tuple(opened[file].get_slice(name).get_shape()), file
-    compare(source, shapes, model)
+            found[name], files[name] = tuple(opened[file].get_slice(name).get_shape()), file
+    own = dict(model.state_dict(keep_vars=True))
+    wanted = {n: tuple(getattr(v, "ds_shape", v.shape)) for n, v in own.items()}
+    if fresh_head:
+        found = {n: s for n, s in found.items() if not n.startswith("head.")}
+        found |= {n: s for n, s in wanted.items() if n.startswith("head.")}
+    grid = _resampled(found, wanted)
+    compare(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, model)
     with torch.no_grad():
-        for name, parameter in model.state_dict(keep_vars=True).items():
+        for name, parameter in own.items():
+            if fresh_head and name.startswith("head."):
+                continue
             part = opened[files[name]].get_slice(name)
+            if grid and name == "pos_embed":
+                part = resampled(part[:], *grid)
             if hasattr(parameter, "ds_id"):
                 _into_partitioned(parameter, part)
             elif isinstance(parameter, DTensor):
                 parameter.to_local().copy_(part[_slices(parameter)])
             else:
                 parameter.copy_(part[:])
+
+
+def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
+    """(old grid, new grid) if the position embeddings differ in nothing else, or None."""
+    old, new = found.get("pos_embed"), wanted.get("pos_embed")
+    if old is None or new is None or old == new or old[2] != new[2]:
+        return None
+    sides = [math.isqrt(shape[1]) for shape in (old, new)]
+    if any(side**2 != shape[1] for side, shape in zip(sides, (old, new), strict=True)):
+        return None
+    return tuple((side, side) for side in sides)
 
 
 def _into_partitioned(parameter: Any, part: Any) -> None:
@@ -182,7 +210,7 @@ def _slices(parameter: DTensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
-def _files(source: Path) -> dict[str, Path]:
+def files_of(source: Path) -> dict[str, Path]:
     """The file of each parameter, empty for a single file."""
     if source.is_file():
         return {}
@@ -210,6 +238,14 @@ def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _unit(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """PyTorch warns of a single process, which is what is meant where there is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _rank() -> int:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,21 @@ import yaml
 
 from mesa_train.policy import PRESETS
 
+from .config import ConfigError as ConfigError
+from .config import _read as of_values
+
 BACKENDS = ("auto", "single", "fsdp2", "zero3")
 PRECISIONS = ("no", "bf16", "pure_bf16")
-CHECKPOINTING = ("none", "block")
+CHECKPOINTING = ("none", "block", "coded")
 OPTIMIZERS = ("adamw", "adamw8bit")
-
-
-class ConfigError(ValueError):
-    """A mistake in a recipe's configuration, told in one line."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of mesa_train.models.vit22b. weights: safetensors file or folder to start from."""
+    """A model of mesa_train.models.vit22b.
+
+    weights: safetensors file or folder to start from. fresh_head: but for the classifier.
+    """
 
     name: str = "vit_22b_tiny"
     image_size: int = 224
@@ -38,6 +39,7 @@ class ModelConfig:
     drop_path: float = 0.0
     head_bias: float = -10.0
     weights: str | None = None
+    fresh_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TrainConfig:
     precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
         weights (and loses small updates: see recipes/vit22b/README.md).
     policy: "plain" or a preset of mesa_train.
+    checkpointing: "block" keeps each block's input, "coded" its 8-bit codes; both run it again in
+        the backward, where one block's stashes are kept at a time.
     """
 
     backend: str = "auto"
@@ -113,48 +117,9 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
         if not isinstance(within, dict):
             raise ConfigError(f"{section} must be a section of keys, got {within!r}")
         within[key] = yaml.safe_load(text)
-    config: Config = _read(Config, values, "")
+    config: Config = of_values(Config, values, "")
     _check(config)
     return config
-
-
-def _read(schema: Any, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold keys, got {values!r}")
-    hints = typing.get_type_hints(schema)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=3)
-            rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {prefix}{key}; {rest}")
-    return schema(
-        **{
-            key: _read(hints[key], value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(hints[key])
-            else _typed(hints[key], value, prefix + key)
-            for key, value in values.items()
-        }
-    )
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    """`value` as `kind`; YAML reads 5e-4 as text, so numbers in text are taken."""
-    options = typing.get_args(kind)
-    if value is None and type(None) in options:
-        return None
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(options):
-            return tuple(_typed(k, v, name) for k, v in zip(options, value, strict=True))
-        raise ConfigError(f"{name} must be a list of {len(options)} numbers, got {value!r}")
-    kind = options[0] if options else kind
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
 
 
 def _check(config: Config) -> None:
@@ -175,6 +140,8 @@ def _check(config: Config) -> None:
             near = difflib.get_close_matches(value, list(choices), n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+    if train.checkpointing == "coded" and train.policy == "plain":
+        raise ConfigError("train.checkpointing=coded needs a train.policy other than plain")
     patch = SIZES[model.name][0]
     if model.image_size <= 0 or model.image_size % patch:
         raise ConfigError(

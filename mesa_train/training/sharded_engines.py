@@ -7,6 +7,7 @@ reads offloading from the launcher's configuration.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +94,7 @@ def build(config: Config, classes: int, channels: int, device: str) -> Any:
             drop_path_rate=model.drop_path,
             dtype=dtype,
         )
-    built.set_grad_checkpointing(config.train.checkpointing == "block")
+    built.set_grad_checkpointing(config.train.checkpointing != "none")
     return built.train()
 
 
@@ -146,8 +147,8 @@ class Direct:
             vit22b_init.initialise(model, train.seed, config.model.head_bias)
         self.accumulate = accumulation(train, self.data_ranks)
         if config.model.weights:
-            checkpoints.load_export(Path(config.model.weights), model)
-        self.model: Any = install(model, train.policy)
+            load_weights(config, model)
+        self.model: Any = install(model, train.policy, train.checkpointing)
         self.optimizer = optimizer_of(config, self.model)
         self.pending = 0
 
@@ -231,8 +232,8 @@ class Zero3:
         set_z3_leaf_modules(model, [ParallelBlock, type(model.attn_pool)])
         initialise(model, train.seed, config.model.head_bias)
         if config.model.weights:
-            checkpoints.load_export(Path(config.model.weights), model)
-        plain = install(model, train.policy)
+            load_weights(config, model)
+        plain = install(model, train.policy, train.checkpointing)
         self.engine, self.optimizer = self.accelerator.prepare(plain, optimizer_of(config, plain))
         self.model: Any = plain
 
@@ -268,7 +269,13 @@ class Zero3:
             dist.destroy_process_group()
 
 
-def install(model: Any, policy: str) -> Any:
+def load_weights(config: Config, model: Any) -> None:
+    """The weights that a configuration starts from."""
+    assert config.model.weights
+    checkpoints.load_export(Path(config.model.weights), model, config.model.fresh_head)
+
+
+def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
     """mesa_train on the model, unless the policy is "plain". ConfigError if F.linear is not
     torch's own: DeepSpeed's replacement hides every Linear from us."""
     if policy == "plain":
@@ -278,7 +285,10 @@ def install(model: Any, policy: str) -> Any:
             "DeepSpeed has replaced torch.nn.functional.linear; set "
             "zero_optimization.memory_efficient_linear to false in its configuration"
         )
-    return mesa_train.wrap(model, PRESETS[policy])
+    chosen = PRESETS[policy]
+    if checkpointing == "coded":
+        chosen = dataclasses.replace(chosen, checkpoint_inputs=8)
+    return mesa_train.wrap(model, chosen)
 
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:

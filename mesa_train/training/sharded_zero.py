@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .sharded_checkpoint import STATE, CheckpointError, barrier
+from .checkpoints import CheckpointError
+from .sharded_checkpoint import STATE, barrier
 
 _TAG, _UNIVERSAL = "zero", "universal"
 

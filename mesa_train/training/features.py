@@ -1,0 +1,186 @@
+"""Frozen features: extracted once, cached on disk by `datasets`, judged by a linear probe and by
+nearest neighbours.
+
+ViT-22B's probe is SGD with momentum for 10 epochs at 224 px over features of a frozen model, with a
+mild crop and a flip as the only augmentation (arXiv 2302.05442). An epoch through 22 billion
+parameters costs far more than the probe, so a few augmented views of every image are cached, and
+each epoch draws one of them. The features are what the classifier reads: attention pooling's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def extract(
+    model: Any, batches: Batches, device: str | torch.device, autocast: torch.dtype | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features (B, D) float32, labels (B,)) of batches of images and labels, on the CPU."""
+    training = model.training
+    model.eval()
+    kind = torch.device(device).type
+    try:
+        for images, labels in batches:
+            with torch.autocast(kind, autocast, enabled=autocast is not None):
+                tokens = model.forward_features(images.to(device))
+                found = model.forward_head(tokens, pre_logits=True)
+            yield found.float().cpu(), labels.cpu()
+    finally:
+        model.train(training)
+
+
+def cached(
+    folder: Path, key: str, make: Callable[[], Batches], half: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) float32 and labels (N,) named `key`, from `folder` or made and written there.
+
+    half: store 2 bytes a number (float16). ValueError if a feature does not fit into it.
+    """
+    from datasets import Dataset, Features, List, Value, load_from_disk
+
+    path = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not path.is_dir():
+        kind = "float16" if half else "float32"
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for values, labels in make():
+                stored = values.half() if half else values
+                if not stored.isfinite().all():
+                    raise ValueError(
+                        "a feature is not finite in float16; store float32 (half=False)"
+                        if values.isfinite().all()
+                        else "a feature is not finite: these weights cannot be probed"
+                    )
+                for value, label in zip(stored.numpy(), labels.tolist(), strict=True):
+                    yield {"feature": value, "label": label}
+
+        building, beside = folder / f".{path.name}.rows", folder / f".{path.name}.partial"
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            made = Dataset.from_generator(
+                rows,
+                features=Features({"feature": List(Value(kind)), "label": Value("int64")}),
+                cache_dir=str(building),
+                keep_in_memory=False,
+            )
+        except Exception as error:
+            # `datasets` wraps what a generator raises.
+            if isinstance(error.__cause__, ValueError):
+                raise ValueError(str(error.__cause__)) from None
+            raise
+        made.save_to_disk(str(beside))
+        beside.rename(path)
+        shutil.rmtree(building, ignore_errors=True)
+    found = load_from_disk(str(path)).with_format("numpy")
+    features = torch.from_numpy(found[:]["feature"]).float()
+    return features, torch.from_numpy(found[:]["label"])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trained linear classifier: weight (classes, D), bias (classes,), and how it was found."""
+
+    weight: Tensor
+    bias: Tensor
+    lr: float
+    accuracy: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+
+def linear_probe(
+    views: Sequence[tuple[Tensor, Tensor]],
+    held_out: tuple[Tensor, Tensor],
+    *,
+    rates: Sequence[float] = (0.03, 0.1, 0.3, 1.0),
+    epochs: int = 10,
+    momentum: float = 0.9,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Probe:
+    """SGD with momentum and a cosine schedule on frozen features; `rates` are swept.
+
+    views: (features, labels) of the same images, one entry an augmented view. The rate is chosen on
+    a tenth of the training images, the accuracy is the held-out images'. ValueError if views differ.
+    """
+    labels = views[0][1]
+    if any(len(x) != len(labels) or not torch.equal(y, labels) for x, y in views):
+        raise ValueError("all views must hold the same images in the same order")
+    classes = int(torch.cat([labels, held_out[1]]).max()) + 1
+    stream = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=stream)
+    chosen, kept = order[: len(order) // 10], order[len(order) // 10 :]
+    best: tuple[float, float] = (-1.0, rates[0])
+    if len(rates) > 1:
+        for lr in rates:
+            w, b = _fit(views, kept, classes, lr, epochs, momentum, batch_size, seed)
+            best = max(best, (_accuracy(views[0][0][chosen], labels[chosen], w, b), lr))
+    w, b = _fit(views, order, classes, best[1], epochs, momentum, batch_size, seed)
+    return Probe(w, b, best[1], _accuracy(*held_out, w, b))
+
+
+def nearest_neighbours(
+    train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], k: int = 20, heat: float = 0.07
+) -> float:
+    """Accuracy of the vote of the k most similar training features (cosine), weighted by
+    exp(similarity / heat). ValueError if there are fewer than k."""
+    if not 1 <= k <= len(train[0]):
+        raise ValueError(f"k={k} must lie between 1 and the {len(train[0])} training features")
+    known = F.normalize(train[0], dim=-1)
+    classes, right = int(train[1].max()) + 1, 0
+    for features, labels in zip(held_out[0].split(1024), held_out[1].split(1024), strict=True):
+        similarity, index = (F.normalize(features, dim=-1) @ known.T).topk(k)
+        votes = torch.zeros(len(features), classes)
+        votes.scatter_add_(1, train[1][index], (similarity / heat).exp())
+        right += int((votes.argmax(-1) == labels).sum())
+    return right / len(held_out[1])
+
+
+def _fit(
+    views: Sequence[tuple[Tensor, Tensor]],
+    images: Tensor,
+    classes: int,
+    lr: float,
+    epochs: int,
+    momentum: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    # Features of a large model differ in scale; the probe sees them standardised, and the result is
+    # folded back into a weight and bias for the features themselves.
+    everything = views[0][0][images]
+    mean, deviation = everything.mean(0), everything.std(0).clamp_min(1e-6)
+    weight = torch.zeros(classes, len(mean), requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=momentum)
+    steps = epochs * -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    stream = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        features, labels = views[epoch % len(views)]
+        for batch in images[torch.randperm(len(images), generator=stream)].split(batch_size):
+            x = (features[batch] - mean) / deviation
+            loss = F.cross_entropy(F.linear(x, weight, bias), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    w = weight.detach() / deviation
+    return w, bias.detach() - w @ mean
+
+
+def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> float:
+    return (F.linear(features, weight, bias).argmax(-1) == labels).float().mean().item()

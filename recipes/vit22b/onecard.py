@@ -1,0 +1,169 @@
+"""A model of 22 billion parameters on one card, from random weights or your own.
+
+    python recipes/vit22b/onecard.py nf4 --model vit_22b      # 24 GB: 4-bit weights, LoRA
+    python recipes/vit22b/onecard.py lion --model vit_22b     # 80 GB: every parameter, 8-bit moment
+    python recipes/vit22b/onecard.py factored --model vit_22b # 80 GB: every parameter, Adafactor
+
+Says first what memory it expects, part by part, and refuses if the card has less; then trains a few
+steps on real images in the model's resolution and says what it took.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+
+import mesa_train.models  # noqa: F401  registers them with timm
+from mesa_train.memory.text import format_bytes
+from mesa_train.models.vit22b import SIZES, sigmoid_loss
+from mesa_train.models.vit22b_init import initialise
+from mesa_train.training import data, estimates, nf4_lora, sharded_loop
+from mesa_train.training.in_backward import METHODS, InBackward
+from mesa_train.training.schedule_rsqrt import groups
+from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
+from mesa_train.training.sharded_config import CHECKPOINTING, ConfigError
+from mesa_train.training.sharded_engines import check_precision, install
+
+SCHEMES = {"nf4": "nf4", "lion": "lion8", "factored": "factored"}
+
+
+def main(
+    method: Annotated[str, typer.Argument(help="nf4, lion or factored.")],
+    model: Annotated[
+        str, typer.Option(help="A model of mesa_train.models.vit22b.")
+    ] = "vit_22b_tiny",
+    weights: Annotated[Path | None, typer.Option(help="Safetensors file or folder.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    policy: Annotated[str, typer.Option(help="plain, or a preset of mesa_train.")] = "mesa8",
+    checkpointing: Annotated[str, typer.Option(help="none, block or coded.")] = "coded",
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    peak_tflops: Annotated[float, typer.Option(help="Of the card; 0 leaves mfu out.")] = 0.0,
+    out: Annotated[Path, typer.Option(help="Results.")] = Path("runs/vit22b/onecard"),
+) -> None:
+    """Train a few steps."""
+    try:
+        row = run(
+            method, model, weights, image_size, batch_size, steps, lr, policy, checkpointing, rank
+        )
+    except (ConfigError, CheckpointError, ValueError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if peak_tflops:
+        flops = row["images_per_s"] * sharded_loop.model_flops(model, image_size)
+        row["mfu"] = flops / (peak_tflops * 1e12)
+    sharded_loop.append_to(out / "results.jsonl")(row)
+    print(json.dumps(row, indent=1))
+
+
+def run(
+    method: str,
+    name: str,
+    weights: Path | None,
+    size: int,
+    batch: int,
+    steps: int,
+    lr: float,
+    policy: str,
+    checkpointing: str,
+    rank: int,
+) -> dict[str, Any]:
+    """The steps of one method; a row of what was predicted and measured."""
+    if method not in SCHEMES:
+        raise ValueError(f"method must be one of {', '.join(SCHEMES)}, got {method!r}")
+    if checkpointing not in CHECKPOINTING or (checkpointing == "coded" and policy == "plain"):
+        raise ValueError(
+            f"checkpointing must be one of {', '.join(CHECKPOINTING)} (coded needs a policy), "
+            f"got {checkpointing!r} with {policy!r}"
+        )
+    if name not in SIZES:
+        raise ValueError(f"model must be one of {', '.join(SIZES)}, got {name!r}")
+    check_precision("pure_bf16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    predicted = predict(method, name, size, batch, policy, checkpointing)
+    print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        if sum(predicted.values()) > free:
+            raise ValueError(
+                f"{format_bytes(sum(predicted.values()))} are expected, the card has "
+                f"{format_bytes(free)} free; take fewer images than {batch}, or nf4"
+            )
+    images = data.load("mnist5k")
+    with torch.device("meta"):
+        net: Any = timm.create_model(
+            name, img_size=size, in_chans=1, num_classes=10, dtype=torch.bfloat16
+        )
+    if method == "nf4":
+        read = nf4_lora.reader(weights) if weights else nf4_lora.random_weights(0, device)
+        nf4_lora.quantised(net, read, device, rank=rank)
+    else:
+        net.to_empty(device=device)
+        if weights:
+            load_export(weights, net)
+        else:
+            initialise(net, 0, head_bias=-3.0)
+    net.train().set_grad_checkpointing(checkpointing != "none")
+    install(net, policy, checkpointing)
+    parameters = groups(net)
+    stepper = InBackward(parameters, lr, method) if method in METHODS else None
+    optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)
+    losses, seconds = [], []
+    batches = data.train_batches(images, batch, seed=0, epoch=0)
+    for _, (pixels, labels) in zip(range(steps), batches, strict=False):
+        start = time.perf_counter()
+        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+        pixels, labels = pixels.to(device, torch.bfloat16), labels.to(device)
+        if stepper:
+            stepper.begin()
+        with torch.autocast(device, torch.bfloat16, enabled=method == "nf4"):
+            loss = sigmoid_loss(net(pixels), labels)
+        loss.backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {
+        "method": method,
+        "model": name,
+        "image_size": size,
+        "batch_size": batch,
+        "policy": policy,
+        "checkpointing": checkpointing,
+        "losses": losses,
+        "images_per_s": batch / sorted(seconds)[len(seconds) // 2],
+        "predicted_bytes": predicted,
+        "peak_bytes": peak,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def predict(
+    method: str, name: str, size: int, batch: int, policy: str, checkpointing: str
+) -> dict[str, int]:
+    """Bytes on the card by part."""
+    sizes = estimates.Sizes(name, size)
+    kept = {"none": policy, "block": "checkpoint", "coded": estimates.CODED}[checkpointing]
+    found = estimates.estimate(sizes, estimates.SCHEMES[SCHEMES[method]], 1, kept, batch)
+    # `coded` counts one block's stashes as well.
+    live = batch * sizes.kept(policy) // sizes.depth if checkpointing == "block" else 0
+    return {
+        "states": found.states,
+        "working": found.working,
+        "activations": found.activations + live,
+    }
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

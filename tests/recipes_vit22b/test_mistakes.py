@@ -1,0 +1,155 @@
+"""What is wrong is said in a line, before memory is spent."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from mesa_train.models import vit22b, vit22b_parallel
+from mesa_train.training import sharded_config, sharded_engines
+from mesa_train.training.checkpoints import CheckpointError
+from mesa_train.training.config import ConfigError
+from mesa_train.training.sharded_checkpoint import export, load_export
+from mesa_train.training.sharded_config import accumulation, load
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes/vit22b"
+TINY = RECIPE / "tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "model.name=vit_22",
+            r"model\.name must be one of .*got 'vit_22' \(did you mean vit_22b\?",
+        ),
+        ("model.image_size=60", "multiple of the patch, 14; got 60"),
+        ("model.nme=x", r"unknown key model\.nme; did you mean name\?"),
+        ("train.policy=mesa9", r"train\.policy must be one of .*mesa8"),
+        ("train.precision=fp16", r"train\.precision must be one of no, bf16, pure_bf16"),
+        ("train.tensor_parallel=3", r"train\.tensor_parallel=3 must divide the 4 heads"),
+        ("train.steps=3", r"optim\.warmup=2 and optim\.cooldown=2 exceed train\.steps=3"),
+        ("optim.lr=fast", r"optim\.lr must be float, got 'fast'"),
+        ("train.global_batch=0", r"train\.global_batch must be positive"),
+        ("steps", r"--set takes section\.key=value"),
+    ],
+)
+def test_configuration(change, said):
+    with pytest.raises(ConfigError, match=said):
+        load(TINY, [change])
+
+
+def test_coded_inputs_need_a_policy():
+    with pytest.raises(ConfigError, match=r"needs a train\.policy other than plain"):
+        load(TINY, ["train.checkpointing=coded", "train.policy=plain"])
+
+
+def test_the_recipes_files_are_valid():
+    for file in sorted(RECIPE.glob("*.yaml")):
+        load(file)
+
+
+def engine(monkeypatch, *changes, world=1, **environment):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    return sharded_engines.engine_of(load(TINY, changes), 10, 1)
+
+
+def test_launches_that_do_not_fit(monkeypatch):
+    with pytest.raises(ConfigError, match=r"zero3 needs a DeepSpeed launch: accelerate launch"):
+        engine(monkeypatch, "train.backend=zero3")
+    with pytest.raises(ConfigError, match=r"backend=single, but 2 processes were started"):
+        engine(monkeypatch, "train.backend=single", world=2)
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2 needs the backend fsdp2"):
+        engine(monkeypatch, "train.tensor_parallel=2")
+    with pytest.raises(
+        ConfigError, match=r"no multiple of train\.micro_batch=16 on 3 data-parallel"
+    ):
+        accumulation(load(TINY).train, 3)
+    with pytest.raises(ValueError, match=r"tensor_parallel=4 must divide the 2 processes"):
+        vit22b_parallel.mesh_of("cpu", 2, 4)
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel=5 must divide the 48 heads: one of 1, 2,"
+    ):
+        vit22b_parallel.check_heads(48, 5)
+
+
+def test_a_card_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    with pytest.raises(ConfigError, match=r"precision=bf16: an old card has no bfloat16"):
+        sharded_engines.check_precision("bf16")
+    sharded_engines.check_precision("no")
+
+
+def zero(**changes):
+    settings = json.loads((RECIPE / "accelerate/zero3.json").read_text())
+    settings["zero_optimization"].update(changes)
+    return settings
+
+
+def test_deepspeed_configurations(tmp_path, monkeypatch):
+    check = sharded_engines.check_deepspeed
+    check(zero(), "mesa8", 6144, 10)
+    with pytest.raises(ConfigError, match="stage must be 3, got 2"):
+        check(zero(stage=2), "plain", 64, 10)
+    with pytest.raises(ConfigError, match=r"persistence_threshold=0 must be at least the width 64"):
+        check(zero(stage3_param_persistence_threshold=0), "mesa8", 64, 10)
+    check(zero(stage3_param_persistence_threshold=0), "plain", 64, 10)
+    missing = {"device": "nvme", "nvme_path": str(tmp_path / "none")}
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.nvme_path: no such folder"):
+        check(zero(offload_optimizer=missing), "plain", 64, 10)
+    there = {"device": "nvme", "nvme_path": str(tmp_path)}
+    check(zero(offload_optimizer=there), "plain", 64, 10)
+    with pytest.raises(ConfigError, match=r"has .* GiB free, \d+\.\d are needed"):
+        check(zero(offload_param=there), "plain", 64, 10**15)
+
+
+def test_a_replaced_linear_is_noticed(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: None)
+    with pytest.raises(ConfigError, match="memory_efficient_linear to false"):
+        sharded_engines.install(torch.nn.Linear(2, 2), "mesa8")
+
+
+def test_bitsandbytes_and_shards():
+    class Shard(torch.nn.Parameter):
+        placements = ()
+
+    model = torch.nn.Linear(2, 2)
+    model.weight = Shard(torch.zeros(2, 2))
+    config = sharded_config.load(TINY, ["optim.name=adamw8bit"])
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ConfigError, match="cannot step the shards of FSDP2"):
+        sharded_engines.optimizer_of(config, model)
+
+
+def test_weights_for_another_resolution_and_other_classes(tmp_path):
+    def model(**options):
+        return timm.create_model("vit_22b_tiny", num_classes=10, img_size=56, **options)
+
+    source = model()
+    export(tmp_path, source)
+    target = model().requires_grad_(False)
+    load_export(tmp_path, target)
+    assert all(
+        torch.equal(a, b) for a, b in zip(target.parameters(), source.parameters(), strict=True)
+    )
+    larger = timm.create_model("vit_22b_tiny", num_classes=3, img_size=84)
+    with pytest.raises(CheckpointError, match=r"of another shape: head\.weight \(10, 64\) instead"):
+        load_export(tmp_path, larger)
+    load_export(tmp_path, larger, fresh_head=True)
+    expected = vit22b.resampled(source.pos_embed, (4, 4), (6, 6))
+    assert torch.equal(larger.pos_embed, expected)
+    assert torch.equal(larger.blocks[2].out_proj.weight, source.blocks[2].out_proj.weight)
+    assert torch.equal(larger.head.bias, torch.full((3,), -10.0))
+    without = timm.create_model("vit_22b_tiny", num_classes=0, img_size=56)
+    load_export(tmp_path, without, fresh_head=True)
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.3\."):
+        load_export(tmp_path, model(depth=4))
+    (tmp_path / "model-00002-of-00004.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="is missing or no safetensors file"):
+        load_export(tmp_path, target)

@@ -1,0 +1,223 @@
+"""Training on two CPU processes over gloo, launched as the README says: losses are those of one process, and any
+number of ranks resumes any checkpoint."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mesa_train.training import sharded_config, sharded_loop
+from mesa_train.training.checkpoints import CheckpointError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = REPOSITORY / "recipes/vit22b"
+TINY = RECIPE / "tiny.yaml"
+pytestmark = pytest.mark.slow
+
+# Sums in another order, over 6 steps of AdamW in float32; and 8-bit gradients, 0.7 % off per operand.
+EXACT, CODED = 2e-5, 2e-3
+
+
+def launch(*arguments, cwd=REPOSITORY):
+    """Run a command in the repository and return it; fails the test if it did not end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [str(a).replace("PORT", str(port)) for a in arguments]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def accelerate(config, *arguments, processes=2):
+    return launch(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "PORT"),
+        *("--config_file", f"recipes/vit22b/accelerate/{config}.yaml"),
+        *("--num_processes", processes, "recipes/vit22b/train.py", TINY),
+        *arguments,
+    )
+
+
+def settings(out, **changes):
+    given = [f"train.out={out}", *[f"train.{k}={v}" for k, v in changes.items()]]
+    return [part for change in given for part in ("--set", change)]
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+def in_process(out, **changes):
+    config = sharded_config.load(TINY, settings(out, **changes)[1::2])
+    rows = []
+    engine = sharded_loop.train(config, rows.append)
+    return [row["loss"] for row in rows], [row["norm"] for row in rows], engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("vit22b")
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """Losses of one process without mesa_train; its checkpoints are in FOLDER/single."""
+    found, norms, _ = in_process(folder / "single", policy="plain", save_every=3)
+    assert len(found) == 6
+    (folder / "norms.json").write_text(json.dumps(norms))
+    assert found[-1] < found[0] - 0.05  # it learns, so that equal losses mean something
+    return found
+
+
+@pytest.fixture(scope="module")
+def worker(folder, single):
+    launch(
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_port", "PORT", REPOSITORY / "tests/recipes_vit22b/worker.py", TINY, folder),
+    )
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        ("fsdp2", EXACT),
+        ("fsdp2 lossless", EXACT),
+        ("fsdp2 mesa8-recompute", CODED),
+        ("fsdp2 coded inputs", CODED),
+        ("fsdp2 offloaded", EXACT),
+        ("fsdp2 bf16", 2e-2),  # bfloat16's own error
+        ("tp", EXACT),
+        ("tp lossless", EXACT),
+        ("tp mesa8", CODED),
+    ],
+)
+def test_two_processes_train_as_one(worker, single, folder, case, tolerance):
+    found = worker[case]
+    assert found["world"] == 2
+    assert found["global"] == [448, 64]
+    assert found["local"] == [224, 64]
+    assert ("StridedShard" in found["placements"]) == case.startswith("tp")
+    assert found["losses"] == pytest.approx(single, abs=tolerance)
+    # A gradient that were not summed over the ranks would show here first.
+    norms = json.loads((folder / "norms.json").read_text())
+    assert found["norms"] == pytest.approx(norms, rel=5 * tolerance)
+
+
+def test_checkpoints_reshard(worker, single, folder):
+    for case in ("fsdp2 resumes one process", "tp resumes fsdp2"):
+        assert worker[case]["losses"] == pytest.approx(single[3:], abs=EXACT), case
+    for source in ("fsdp2", "tp"):
+        checkpoint = folder / source / "step-00000003"
+        found, _, _ = in_process(folder / f"one of {source}", policy="plain", resume=checkpoint)
+        assert found == pytest.approx(single[3:], abs=EXACT), source
+
+
+def test_consolidated_weights_come_back(worker, folder, single):
+    changes = {"policy": "plain", "steps": 5}
+    config = sharded_config.load(
+        TINY,
+        [*settings(folder / "weighted", **changes)[1::2], f"model.weights={folder / 'weights'}"],
+    )
+    rows = []
+    engine = sharded_loop.train(config, rows.append)
+    _, _, resumed = in_process(folder / "last", policy="plain", resume=folder / "tp/step-00000006")
+    start = {n: v.clone() for n, v in resumed.model.state_dict().items()}
+    assert len(list((folder / "weights").glob("*.safetensors"))) == 3 + 1
+    # The first step has no learning rate: its loss is that of the weights that were read.
+    assert rows[0]["loss"] < single[-1] + 0.01
+    from safetensors.torch import load_file
+
+    read = {}
+    for file in (folder / "weights").glob("*.safetensors"):
+        read |= load_file(file)
+    assert read.keys() == start.keys()
+    assert all(torch.equal(read[n], v) for n, v in start.items())
+    assert engine.rank == 0
+
+
+def test_fsdp2_as_the_readme_says(folder, single):
+    out = folder / "fsdp2 launched"
+    accelerate("fsdp2", *settings(out, policy="mesa8", tensor_parallel=2))
+    assert losses(out) == pytest.approx(single, abs=CODED)
+    assert (out / "weights/model.safetensors.index.json").is_file()
+
+
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def zero3(folder):
+    accelerate("zero3", *settings(folder / "zero3", policy="plain", save_every=3), "--no-weights")
+    return folder / "zero3"
+
+
+def branch(zero, name):
+    """A folder that holds nothing but the checkpoint in the middle."""
+    out = zero.with_name(f"{zero.name} {name}")
+    shutil.copytree(zero / "step-00000003", out / "step-00000003")
+    return out
+
+
+@deepspeed
+def test_zero3_trains_as_one_process_and_shards(zero3, single):
+    assert losses(zero3) == pytest.approx(single, abs=EXACT)
+    files = list((zero3 / "step-00000003/zero").glob("*zero_pp_rank_*optim_states.pt"))
+    assert len(files) == 2
+    # Each holds half of the moments: nothing was left whole but what is small.
+    sizes = [f.stat().st_size for f in files]
+    assert max(sizes) < 0.75 * sum(sizes)
+
+
+@deepspeed
+@pytest.mark.parametrize(("processes", "policy"), [(2, "lossless"), (1, "mesa8-recompute")])
+def test_zero3_resumes(zero3, single, processes, policy):
+    out = branch(zero3, f"on {processes}")
+    changes = settings(out, policy=policy, resume="last")
+    accelerate("zero3", *changes, "--no-weights", processes=processes)
+    tolerance = EXACT if policy == "lossless" else CODED
+    assert losses(out) == pytest.approx(single[3:], abs=tolerance)
+
+
+@deepspeed
+def test_zero3_offloaded_with_mesa_train_and_resumed_alone(folder, single):
+    out = folder / "offloaded"
+    accelerate("zero3_offload", *settings(out, policy="mesa8-recompute", save_every=3))
+    assert losses(out) == pytest.approx(single, abs=CODED)
+    rest = branch(out, "alone")
+    changes = settings(rest, policy="plain", resume="last")
+    accelerate("zero3_offload", *changes, "--no-weights", processes=1)
+    assert losses(rest) == pytest.approx(single[3:], abs=CODED)
+
+
+def test_a_checkpoint_of_another_model_is_refused(single, folder):
+    checkpoint = folder / "single/step-00000003"
+    config = [f"train.out={folder / 'x'}", f"train.resume={checkpoint}", "model.qk_norm=none"]
+    with pytest.raises(CheckpointError, match=r"unexpected: blocks\.0\.q_norm\.weight"):
+        sharded_loop.train(sharded_config.load(TINY, config), [].append)
+    config[-1] = "model.image_size=84"
+    with pytest.raises(
+        CheckpointError, match=r"of another shape: pos_embed \(1, 16, 64\) instead of"
+    ):
+        sharded_loop.train(sharded_config.load(TINY, config), [].append)
+    config[1] = f"train.resume={folder / 'nowhere'}"
+    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
+        sharded_loop.train(sharded_config.load(TINY, config), [].append)
