@@ -7,23 +7,17 @@ model is loaded. The defaults are LITv2's official ImageNet recipe for S.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .schema import ConfigError as ConfigError
+from .schema import of_values, one_of, positive, read_yaml
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
 PRECISIONS = ("no", "bf16", "fp16")
 FILES = ("parquet", "arrow")
-
-
-class ConfigError(ValueError):
-    """A mistake in a recipe's configuration, told in one line."""
 
 
 @dataclass(frozen=True)
@@ -147,95 +141,27 @@ class Config:
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {path}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections, got {type(values).__name__}")
-    return of_dict(changed(values, changes))
-
-
-def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Nested values after `section.key=value` changes. ConfigError for one that is not of that
-    form."""
-    for change in changes:
-        name, equals, text = change.partition("=")
-        section, dot, key = name.partition(".")
-        if not (equals and dot):
-            raise ConfigError(f"--set takes section.key=value, got {change!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {name}: {text!r} is not a YAML value") from None
-        within = values.setdefault(section, {})
-        if not isinstance(within, dict):
-            raise ConfigError(f"{section} must be a section of keys, got {within!r}")
-        within[key] = value
-    return values
+    return of_dict(read_yaml(path, changes))
 
 
 def of_dict(values: Mapping[str, Any]) -> Config:
     """A checked Config of nested plain values. Raises ConfigError."""
-    config: Config = _read(Config, values, "")
+    config: Config = of_values(Config, values)
     _check(config)
     return config
-
-
-def _read(schema: Any, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {values!r}")
-    hints = typing.get_type_hints(schema)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=3)
-            rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {prefix}{key}; {rest}")
-    return schema(
-        **{
-            key: _read(hints[key], value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(hints[key])
-            else _typed(hints[key], value, prefix + key)
-            for key, value in values.items()
-        }
-    )
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    """`value` as `kind`; YAML reads 5e-4 as text, so numbers in text are taken."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        if isinstance(value, list | tuple) and len(value) == len(parts):
-            return tuple(_typed(p, v, name) for p, v in zip(parts, value, strict=True))
-        raise ConfigError(f"{name} must be a list of {len(parts)} numbers, got {value!r}")
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
 
 
 def _check(config: Config) -> None:
     from mesa_train.policy import PRESETS
 
     data, optim, train, augment = config.data, config.optim, config.train, config.augment
-    _one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
-    _one_of("optim.name", optim.name, OPTIMIZERS)
-    _one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
-    _one_of("train.precision", train.precision, PRECISIONS)
-    _one_of("train.policy", train.policy, ("plain", *PRESETS))
-    _one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
-    _one_of("train.device", train.device, ("auto", "cpu"))
+    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
+    one_of("optim.name", optim.name, OPTIMIZERS)
+    one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
+    one_of("train.precision", train.precision, PRECISIONS)
+    one_of("train.policy", train.policy, ("plain", *PRESETS))
+    one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
+    one_of("train.device", train.device, ("auto", "cpu"))
     for name, value in (
         ("data.image_size", data.image_size),
         ("optim.lr", optim.lr),
@@ -246,8 +172,7 @@ def _check(config: Config) -> None:
         ("train.log_every", train.log_every),
         ("train.keep", train.keep),
     ):
-        if value <= 0:
-            raise ConfigError(f"{name} must be positive, got {value}")
+        positive(name, value)
     for name, share in (
         ("augment.label_smoothing", augment.label_smoothing),
         ("augment.erase", augment.erase),
@@ -280,10 +205,3 @@ def check_files(config: Config) -> None:
         raise ConfigError(f"model.weights: no such file {weights}")
     if Path(config.train.out).is_file():
         raise ConfigError(f"train.out: {config.train.out} is a file, not a folder")
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -20,11 +20,12 @@ from torch import nn
 from mesa_train.memory.text import format_bytes
 
 from . import checkpoints, plan, plots, records, sources
-from .config import Config, ConfigError, changed, check_files, of_dict
+from .config import Config, ConfigError, check_files, of_dict
 from .engine import EpochResult, StepEvent
 from .loader import Batch, Loader
 from .progress import Dashboard
 from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
+from .schema import changed
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"

@@ -6,18 +6,15 @@ before any model is built.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mesa_train.policy import PRESETS
 
-from .config import ConfigError as ConfigError
-from .config import _read as of_values
+from .schema import ConfigError as ConfigError
+from .schema import of_values, one_of, positive, read_yaml
 
 BACKENDS = ("auto", "single", "fsdp2", "zero3")
 PRECISIONS = ("no", "bf16", "pure_bf16")
@@ -104,20 +101,7 @@ class Config:
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {path}")
-    values = yaml.safe_load(path.read_text()) or {}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        section, dot, key = name.partition(".")
-        if not (equals and dot):
-            raise ConfigError(f"--set takes section.key=value, got {change!r}")
-        within = values.setdefault(section, {})
-        if not isinstance(within, dict):
-            raise ConfigError(f"{section} must be a section of keys, got {within!r}")
-        within[key] = yaml.safe_load(text)
-    config: Config = of_values(Config, values, "")
+    config: Config = of_values(Config, read_yaml(path, changes))
     _check(config)
     return config
 
@@ -136,10 +120,7 @@ def _check(config: Config) -> None:
         ("train.checkpointing", train.checkpointing, CHECKPOINTING),
         ("train.policy", train.policy, ("plain", *PRESETS)),
     ):
-        if value not in choices:
-            near = difflib.get_close_matches(value, list(choices), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+        one_of(name, value, choices)
     if train.checkpointing == "coded" and train.policy == "plain":
         raise ConfigError("train.checkpointing=coded needs a train.policy other than plain")
     patch = SIZES[model.name][0]
@@ -155,8 +136,7 @@ def _check(config: Config) -> None:
         ("train.steps", train.steps),
         ("train.tensor_parallel", train.tensor_parallel),
     ):
-        if number <= 0:
-            raise ConfigError(f"{name} must be positive, got {number}")
+        positive(name, number)
     if optim.warmup + optim.cooldown > train.steps:
         raise ConfigError(
             f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import recipe, sources
-from .config import Config, ConfigError, changed, of_dict
+from .config import Config, ConfigError, of_dict
 from .plan import build_model
+from .schema import changed
 
 
 def built(
