@@ -33,16 +33,16 @@ _LEAST_SHARE = 0.0005
 # key, heading, and the least width of a terminal that has room for it.
 _COLUMNS = (
     ("kept_bytes", "kept for\nbackward", 0),
-    ("kept_ratio", "less than\nplain", 140),
+    ("kept_ratio", "less than\nplain", 180),
     ("peak_bytes", "peak of\nstep", 0),
-    ("resident_bytes", "resident\nset", 140),
+    ("resident_bytes", "resident\nset", 180),
     ("gradient_error", "gradient\nerror", 0),
-    ("gradient_cosine", "cosine", 140),
+    ("gradient_cosine", "cosine", 180),
     ("step_ms", "step\nms", 0),
     ("images_per_s", "images\nper s", 100),
-    ("weight_bytes", "weights", 140),
-    ("gradient_bytes", "gradients", 140),
-    ("optimizer_bytes", "optimizer", 140),
+    ("weight_bytes", "weights", 180),
+    ("gradient_bytes", "gradients", 180),
+    ("optimizer_bytes", "optimizer", 180),
     ("largest_batch", "largest\nbatch", 0),
 )
 
@@ -60,7 +60,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     lines: list[_Line] = []
     for row in rows:
         cells = [cell(key, row) for key, _ in columns]
-        if width < 140:
+        if width < 180:
             cells = [text.partition(" (")[0] for text in cells]
         style = "bold" if sizes and row.get("kept_bytes") == min(sizes) else ""
         lines.append(([row["method"], *[text or "-" for text in cells]], style))
