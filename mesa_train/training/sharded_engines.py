@@ -126,7 +126,8 @@ class Direct:
         if sharded:
             if kind == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group(_COMMUNICATION[kind])
+            if not dist.is_initialized():
+                dist.init_process_group(_COMMUNICATION[kind])
             mesh = vit22b_parallel.mesh_of(kind, dist.get_world_size(), train.tensor_parallel)
             accumulation(train, mesh["dp"].size())
             vit22b_parallel.sharded(

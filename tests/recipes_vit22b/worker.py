@@ -50,7 +50,8 @@ def main(file, folder):
         }
         if name == "tp":
             export(folder / "weights", engine.model)
-        engine.close()
+        dist.barrier()
+    engine.close()
     if int(os.environ["RANK"]) == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
