@@ -338,6 +338,40 @@ def attention_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
+def vit22b_table(results: Path, words: Sequence[str]) -> str:
+    """`vit22b kept`, `vit22b fits` or `vit22b one_card`: the newest row of recipes/vit22b/estimate.py."""
+    rows = records.read(results / "vit22b_estimates.jsonl")
+    if not rows:
+        return missing("recipes/vit22b/estimate.py")
+    row = rows[-1]
+    if words == ["kept"]:
+        head = ["policy", "kept for one image"]
+        lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
+    elif words == ["one_card"]:
+        head = ["8 images, coded inputs", "states", "working memory", "kept for the backward"]
+        keys = ("states_bytes", "working_bytes", "kept_bytes")
+        lines = [
+            [e["scheme"], *[format_bytes(e[k]) for k in keys]] for e in row["one_card"].values()
+        ]
+    elif words == ["fits"]:
+        policies = list(row["fits"][0]["images"])
+        head = ["machine", "scheme", "states / card", "on the host", *policies]
+        lines = [
+            [
+                f"{fit['machine']} GB",
+                fit["scheme"],
+                format_bytes(fit["states_bytes"]),
+                format_bytes(fit["host_bytes"]) if fit["host_bytes"] else "",
+                *[str(fit["images"].get(policy, "")) for policy in policies],
+            ]
+            for fit in row["fits"]
+        ]
+    else:
+        raise ValueError(f"the table 'vit22b' is kept, fits or one_card, got {' '.join(words)!r}")
+    about = f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
+    return markdown(head, lines) + f"\n{about} {origin(row)}\n"
+
+
 def origin(row: Row) -> str:
     """Where a row was measured, in one sentence."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
@@ -361,6 +395,7 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "step": step_table,
     "parity": parity_table,
     "ops": ops_table,
+    "vit22b": vit22b_table,
     "families": families_table,
     "rounding": rounding_table,
     "plans": plans_table,

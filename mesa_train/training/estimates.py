@@ -156,24 +156,20 @@ def estimate(sizes: Sizes, scheme: Scheme, cards: int, policy: str, images: int)
     return Estimate(states, working, activations, int(sizes.parameters * scheme.host))
 
 
-def table(
+def fits(
     sizes: Sizes, policies: tuple[str, ...] = (PLAIN, "mesa8", "mesa8-recompute", CODED)
-) -> str:
-    """A Markdown table: for every machine and scheme, states a card and images at a time."""
-    head = ["machine", "scheme", "states / card", "host", *[f"{p}: images" for p in policies]]
-    lines = [" | ".join(head), " | ".join(["---"] * 2 + ["---:"] * (len(head) - 2))]
+) -> list[dict[str, Any]]:
+    """For every machine and scheme whose states fit: bytes of states a card and on the host, and for
+    each policy the images that a card can take at once."""
+    found: list[dict[str, Any]] = []
     for machine, (cards, capacity) in MACHINES.items():
         for key, scheme in SCHEMES.items():
-            if not scheme.sharded and cards > 1:
-                continue
             first = estimate(sizes, scheme, cards, policies[0], 0)
-            fits = first.total <= capacity * GIB - RESERVE
-            batches = [
-                str(sizes.largest_batch(scheme, machine, p)) if fits else "-" for p in policies
-            ]
-            if key == "probe" and fits:
-                batches = [batches[0]] * len(policies)
-            host = f"{first.host / GIB:.0f} GiB" if first.host else ""
-            row = [f"{machine} GB", scheme.name, f"{first.states / GIB:.1f} GiB", host, *batches]
-            lines.append(" | ".join(row))
-    return "\n".join(f"| {line} |" for line in lines)
+            if (not scheme.sharded and cards > 1) or first.total > capacity * GIB - RESERVE:
+                continue
+            # Features alone keep nothing, whatever the policy.
+            counted = policies[:1] if key == "probe" else policies
+            images = {p: sizes.largest_batch(scheme, machine, p) for p in counted}
+            states = {"states_bytes": first.states, "host_bytes": first.host}
+            found.append({"machine": machine, "scheme": scheme.name, **states, "images": images})
+    return found

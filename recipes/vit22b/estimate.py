@@ -5,26 +5,69 @@ python recipes/vit22b/estimate.py vit_22b
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from mesa_train.memory.text import format_bytes
+from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.policy import PRESETS
-from mesa_train.training.estimates import Sizes, table
+from mesa_train.training import records
+from mesa_train.training.estimates import SCHEMES, Sizes, estimate, fits
+
+ONE_CARD = ("nf4", "lion8", "factored")
 
 
 def main(
     name: Annotated[str, typer.Argument(help="A model of mesa_train.models.vit22b.")] = "vit_22b",
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
+    out: Annotated[Path | None, typer.Option(help="JSON lines to append a row to.")] = None,
 ) -> None:
-    """Print kept bytes of an image for every preset, and a table of machines and schemes."""
+    """Print kept bytes of an image for every preset, and what fits on five machines."""
     sizes = Sizes(name, image_size)
-    print(f"{name} at {image_size} px: {sizes.parameters:,} parameters\n")
-    print("| policy | kept for one image |\n| --- | ---: |")
-    for policy in ("plain", "checkpoint", *PRESETS, "coded"):
-        print(f"| {policy} | {format_bytes(sizes.kept(policy))} |")
-    print("\n" + table(sizes))
+    kept = {p: sizes.kept(p) for p in ("plain", "checkpoint", *PRESETS, "coded")}
+    found = fits(sizes)
+    cards = {key: estimate(sizes, SCHEMES[key], 1, "coded", 8) for key in ONE_CARD}
+    console = Console()
+
+    def show(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    show(f"{name} at {image_size} px: {sizes.parameters:,} parameters\n")
+    lines = [[policy, format_bytes(size)] for policy, size in kept.items()]
+    show(format_table(["policy", "kept for one image"], lines))
+    policies = list(found[0]["images"]) if found else []
+    lines = [
+        [
+            f"{row['machine']} GB",
+            row["scheme"],
+            format_bytes(row["states_bytes"]),
+            format_bytes(row["host_bytes"]) if row["host_bytes"] else "",
+            *[str(row["images"].get(policy, "")) for policy in policies],
+        ]
+        for row in found
+    ]
+    head = ["machine", "scheme", "states / card", "host", *[f"{p}: images" for p in policies]]
+    show("\n" + format_table(head, lines))
+    if out is not None:
+        row = {
+            "model": name,
+            "image_size": image_size,
+            "parameters": sizes.parameters,
+            "kept_bytes": kept,
+            "fits": found,
+            "one_card": {
+                key: {
+                    "scheme": SCHEMES[key].name,
+                    "states_bytes": e.states,
+                    "working_bytes": e.working,
+                    "kept_bytes": e.activations,
+                }
+                for key, e in cards.items()
+            },
+        }
+        records.append(out, {**row, **records.provenance("cpu")})
 
 
 if __name__ == "__main__":

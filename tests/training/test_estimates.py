@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesa_train.training.estimates import CODED, GIB, MACHINES, SCHEMES, Sizes, estimate, table
+from mesa_train.training.estimates import CODED, GIB, MACHINES, SCHEMES, Sizes, estimate, fits
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +44,14 @@ def test_what_fits(sizes):
     assert images("1x80", "bf16+adam8", "mesa8") == 0
     assert images("8x24", "fsdp2", "mesa8") == 0
     assert images("8x80", "fsdp2", "mesa8") > 3 * images("8x80", "fsdp2", "plain") > 30
-    for machine in MACHINES:
-        assert f"| {machine} GB |" in table(sizes, ("mesa8",))
+    found = fits(sizes, ("mesa8",))
+    assert {row["machine"] for row in found} == set(MACHINES)
+    assert all(
+        row["images"]["mesa8"] == images(row["machine"], key, "mesa8")
+        for row in found
+        for key in SCHEMES
+        if SCHEMES[key].name == row["scheme"]
+    )
     with pytest.raises(ValueError, match="policy must be one of plain, checkpoint, coded"):
         estimate(sizes, SCHEMES["nf4"], 1, "mesa7", 1)
 
