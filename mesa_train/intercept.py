@@ -51,7 +51,8 @@ class Interception(TorchFunctionMode):
             table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
-        self.lineage: Lineage[Stash] = Lineage(relays())
+        self.relays = not torch.compiler.is_compiling() and relays(site.module)
+        self.lineage: Lineage[Stash] = Lineage(self.relays)
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()

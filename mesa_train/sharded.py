@@ -85,9 +85,12 @@ def _gathered(parameter: Any) -> Tensor:
     return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def relays() -> bool:
-    """Whether DeepSpeed may be passing tensors on between modules: only if it is loaded."""
-    return "deepspeed.runtime.zero.parameter_offload" in sys.modules
+def relays(module: nn.Module | None) -> bool:
+    """Whether ZeRO-3 passes tensors on between the modules of `module`: it has marked their
+    parameters then."""
+    if module is None or "deepspeed.runtime.zero.parameter_offload" not in sys.modules:
+        return False
+    return any([hasattr(p, "ds_status") for p in module.parameters()])
 
 
 def relayed(tensor: Tensor) -> bool:

@@ -164,7 +164,7 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         if apart:
             # A checkpoint began since, or parameters inside are freed apart from those outside. What
             # is kept inside must not depend on what was kept outside.
-            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(sharded.relays()), Lineage()
+            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(mode.relays), Lineage()
         try:
             return plain.forward(self, *args, **kwargs)
         finally:

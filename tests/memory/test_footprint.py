@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import types
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mesa_train
+from mesa_train import Policy
 from mesa_train.memory.footprint import footprint
 
 BF16 = torch.bfloat16
@@ -389,3 +392,14 @@ def test_table_and_json(vit):
 
 def test_exported():
     assert mesa_train.footprint is footprint
+
+
+def test_deepspeed_only_loaded_changes_nothing(monkeypatch):
+    name = "deepspeed.runtime.zero.parameter_offload"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    inputs = torch.randn(8, 32, 64)
+    counted = [footprint(model, inputs, policy=Policy(min_bytes=0), fake=True)]
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    counted.append(footprint(model, inputs, policy=Policy(min_bytes=0), fake=True))
+    assert counted[0].saved_bytes == counted[1].saved_bytes
