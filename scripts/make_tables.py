@@ -113,6 +113,37 @@ def step_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
+def steps_table(results: Path, words: Sequence[str]) -> str:
+    """`steps DEVICE`: the newest run of bench_step.py on every model, "less memory, step" a method."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'steps' takes a kind of device, got {len(words)} words")
+    rows = [r for r in records.read(results / "bench_step.jsonl") if r["device_type"] == words[0]]
+    if not rows:
+        return missing("scripts/bench_step.py")
+    newest: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        last = newest.setdefault(row["model"], {})
+        if last and next(iter(last.values()))["date"] != row["date"]:
+            last.clear()
+        last[row["method"]] = row
+    methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
+    lines = []
+    for model, found in newest.items():
+        plain = found["plain"]
+        size = plain["shapes"][0][-1]
+        cells = [
+            f"{found[m]['kept_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
+            for m in methods
+        ]
+        about = f"{plain['batch_size']} x {size} px"
+        lines.append([model, about, format_bytes(plain["kept_bytes"]), *cells])
+    head = ["model", "batch", "plain keeps", *methods]
+    return markdown(head, lines) + (
+        "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
+        f"medians of rounds that take turns); bf16 autocast. {origin(rows[-1])}\n"
+    )
+
+
 def ops_table(results: Path, words: Sequence[str]) -> str:
     """`ops cpu` or `ops cuda`: the newest run of bench_ops.py on a kind of device, 8 and 4 bits."""
     if len(words) != 1:
@@ -394,6 +425,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "step": step_table,
     "parity": parity_table,
+    "steps": steps_table,
     "ops": ops_table,
     "vit22b": vit22b_table,
     "families": families_table,

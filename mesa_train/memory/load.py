@@ -1,6 +1,6 @@
 """From a MODEL string to a model with inputs that fit it: what the command line measures.
 
-    vit_small_patch16_224             timm, random weights
+    vit_small_patch16_224             timm, random weights; litv2_s, vit_22b_tiny and kin too
     hf:vit                            transformers: a model type or class with its default config, a
                                       folder or config.json, or a name on the hub; random weights
                                       where there is only a config
@@ -87,6 +87,9 @@ def load(
 
 def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     timm = _package("timm", "mesa_train[timm]")
+    # Our own models are timm's too, once they are imported.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("mesa_train.models")
     if not timm.is_model(name):
         raise ValueError(_unknown("timm model", name, timm.list_models()))
     model = _built(

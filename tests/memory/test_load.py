@@ -141,3 +141,9 @@ def test_missing_package(monkeypatch):
 def test_out_of_range(wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         load("vit_tiny_patch16_224", **wrong)
+
+
+def test_our_own_models_have_timm_names():
+    loaded = load("litv2_tiny", batch_size=2, device="meta")
+    assert type(loaded.model).__name__ == "LITv2"
+    assert loaded.inputs.shape == (2, 3, 32, 32)
