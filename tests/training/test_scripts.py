@@ -106,7 +106,8 @@ def make_tables():
 STEP_ROW = {
     "model": "a_vit", "method": "plain", "batch_size": 2, "dtype": "bf16", "rounds": 3,
     "kept_bytes": 2**20, "kept_ratio": 1.0, "gradient_error": 0.0123, "step_ms": 41.6,
-    "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0], "device": "a CPU",
+    "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0], "peak_bytes": 2**21,
+    "largest_batch": 9, "device": "a CPU",
     "device_type": "cpu", "threads": 2, "versions": {"torch": "2.15.0"}, "commit": "abc",
     "date": "2030-01-02T03:04:05+00:00",
 }  # fmt: skip
@@ -127,7 +128,7 @@ def test_tables_are_made_of_the_newest_rows_and_checked(tmp_path, make_tables):
     text = readme.read_text()
     assert text.startswith("before\n<!-- table:step a_vit -->\n| method |")
     assert text.endswith("<!-- /table -->\nafter\n")
-    assert "| plain | 1.0 MiB | 1.00x | 1.23% | 42 ms | 1.00 (1.00 to 1.00) |" in text
+    assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 1.23% | 42 ms | 1.00 (1.00 to 1.00) | 9 |" in text
     assert "| checkpoint | has no blocks |" in text
     assert "99 ms" not in text
     assert "a CPU, 2 threads, PyTorch 2.15.0, commit abc, 2030-01-02." in text
