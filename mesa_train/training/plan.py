@@ -100,6 +100,7 @@ def check_model(config: Config, classes: int) -> None:
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
+    """The dtype that a configuration's precision computes in; None for float32 throughout."""
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
 
 
