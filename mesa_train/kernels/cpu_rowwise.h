@@ -5,40 +5,51 @@
 
 namespace mesa {
 
-// One row through buffers of whole vectors: y * (grad - sum(grad * y)).
+// Visits [0, n) in vectors like `for_vectors`, for sums: the last one, which overlaps its neighbour
+// where n is no multiple of LANES, has `fresh` 0 for what came before, else 1. n >= LANES.
+template <typename Visit>
+inline void for_fresh_vectors(int64_t n, const Visit& visit) {
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) visit(i, all(1.0f));
+  if (whole == n) return;
+  Floats fresh;
+  for (int k = 0; k < LANES; ++k) fresh[k] = k < LANES - (n - whole) ? 0.0f : 1.0f;
+  visit(n - LANES, fresh);
+}
+
+// A row at a time: y * (grad - sum(grad * y)). Rows shorter than a vector are continued with their
+// last gradient and zeros in y.
 template <typename T>
 void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_t end,
                   const Output& dx) {
   const Layout& layout = coded.layout;
-  const int64_t cols = layout.cols, padded = ceil_div(cols, LANES) * LANES;
-  const auto room = buffer<uint8_t>(padded + LANES);
-  const auto y = buffer<float>(padded);
-  std::fill_n(y.get(), padded, 0.0f);
+  const int64_t cols = layout.cols, width = std::max<int64_t>(cols, LANES);
+  const auto room = buffer<uint8_t>(width + LANES);
+  const auto y = buffer<float>(width + LANES);
+  Padded<typename T::Raw> read, written;
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* const q = coded.q(row, 0, cols, room.get());
     const Grid* const grids = coded.grids(row, 0);
     for (int64_t g = 0; g < layout.groups; ++g) {
+      const int64_t first = g * layout.size, n = std::min(layout.size, cols - first);
       const float scale = grids[g].scale(), zero = grids[g].zero();
-      const int64_t last = std::min((g + 1) * layout.size, cols);
-      for (int64_t i = g * layout.size; i < last; ++i) {
-        y[i] = static_cast<float>(q[i]) * scale + zero;
-      }
+      // What a short group writes too far is the next one's.
+      for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
+        store(y.get() + first + i, floats(load<Bytes>(q + first + i)) * scale + zero);
+      });
     }
-    const typename T::Raw* const grad = grads.row<T>(row);
-    typename T::Raw* const to = dx.row<T>(row);
-    Padded<typename T::Raw> read, written;
+    if (cols < LANES) std::fill(y.get() + cols, y.get() + LANES, 0.0f);
+    const typename T::Raw* const grad = read.read(grads.row<T>(row), cols);
+    typename T::Raw* const to = written.write(dx.row<T>(row), cols);
     Floats sums{};
-    for (int64_t i = 0; i < cols; i += LANES) {
-      // What continues a short last vector meets zeros in y; a NaN there would be the row's own.
-      const Floats g = T::load(read.read(grad + i, cols - i));
-      sums = fused(g, load<Floats>(y.get() + i), sums);
-    }
+    for_fresh_vectors(width, [&](int64_t i, Floats fresh) {
+      sums = fused(T::load(grad + i) * fresh, load<Floats>(y.get() + i), sums);
+    });
     const Floats along = all(sum(sums));
-    for (int64_t i = 0; i < cols; i += LANES) {
-      const Floats g = T::load(read.read(grad + i, cols - i));
-      T::store(written.write(to + i, cols - i), load<Floats>(y.get() + i) * (g - along));
-      written.finish(to + i, cols - i);
-    }
+    for_vectors(width, [&](int64_t i) {
+      T::store(to + i, load<Floats>(y.get() + i) * (T::load(grad + i) - along));
+    });
+    written.finish(dx.row<T>(row), cols);
   }
 }
 

@@ -146,9 +146,12 @@ def _input(saved: Saved, dx: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
     dx = dweight = dbias = None
+    # Flat at once: a product of a permuted gradient would go by batches, with a copy of the weight
+    # for each.
     flat = grad.reshape(-1, grad.shape[-1])
     if needs[0]:
-        dx = grad @ saved.get(1, grad.dtype)
+        weight = saved.get(1, grad.dtype)
+        dx = (flat @ weight).view(*grad.shape[:-1], weight.shape[1])
     if needs[1]:
         x = _input(saved, dx, grad.dtype)
         dweight = flat.t() @ x.reshape(-1, x.shape[-1])

@@ -30,16 +30,20 @@ class MatMul(Operator):
     ) -> tuple[Any, ...]:
         left_shape, right_shape = static
         dleft = dright = None
+        if len(right_shape) == 2:
+            # One product over all leading dims: the batched ones would copy the right operand for
+            # each sample, and build a gradient of it for each and sum them.
+            flat = grad.reshape(-1, grad.shape[-1])
+            if needs[0]:
+                dleft = (flat @ saved.get(1, grad.dtype).mT).view(left_shape)
+            if needs[1]:
+                left = saved.get(0, grad.dtype)
+                dright = left.reshape(-1, left.shape[-1]).t() @ flat
+            return dleft, dright
         if needs[0]:
             dleft = sum_to(grad @ saved.get(1, grad.dtype).mT, left_shape)
         if needs[1]:
-            left = saved.get(0, grad.dtype)
-            if len(right_shape) == 2:
-                # One product over all leading dims: the batched one would build a gradient per
-                # sample and sum it.
-                dright = left.reshape(-1, left.shape[-1]).t() @ grad.reshape(-1, grad.shape[-1])
-            else:
-                dright = sum_to(left.mT @ grad, right_shape)
+            dright = sum_to(saved.get(0, grad.dtype).mT @ grad, right_shape)
         return dleft, dright
 
 
