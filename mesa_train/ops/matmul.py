@@ -138,9 +138,17 @@ def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> A
 
 def _operands(mode: Interception, left: Tensor, right: Tensor) -> tuple[Stash | None, Stash | None]:
     return (
-        mode.keep(left, "matmul", "left") if right.requires_grad else None,
-        mode.keep(right, "matmul", "right") if left.requires_grad else None,
+        mode.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
+        mode.keep(right, "matmul", "right", _within(right)) if left.requires_grad else None,
     )
+
+
+def _within(operand: Tensor) -> tuple[int, ...]:
+    """Dims that a group may span: that of the features, be the operand transposed or not, and where
+    they lie beside those in memory the heads of the same token, as in fused attention."""
+    if operand.dim() < 4:
+        return (-1,)
+    return (-3, -2 if operand.stride(-2) == 1 and operand.stride(-1) != 1 else -1)
 
 
 def _subscripts(equation: str, left: Tensor, right: Tensor) -> tuple[str, str, str] | None:
