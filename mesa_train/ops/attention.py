@@ -19,7 +19,7 @@ from torch import Tensor
 from mesa_train.stash import Saved, whole
 
 from . import attention_cuda
-from .attention_cuda import WITHIN, additive, aligned, recorded
+from .attention_cuda import WITHIN, Call, additive, aligned, recorded
 from .base import Operator, derivative, sum_to
 from .views import view
 
@@ -146,43 +146,27 @@ def attention(
             q, k, v = [_cast(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
                 mask = _cast(mask, dtype).requires_grad_(mask.requires_grad)
-    keywords = {
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
         choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
-    stashes = [
+    first, second, third = [
         mode.keep(t, "attention", o, WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))
     ]
-    arguments = (
-        mode,
-        stashes,
-        (q, k, v, mask),
-        (query, key, value, attn_mask),
-        dropout_p,
-        is_causal,
-        scale,
-    )
+    stashes, cast = (first, second, third), (q, k, v, mask)
+    inputs = (query, key, value, attn_mask)
+    call = Call(mode, stashes, cast, inputs, dropout_p, is_causal, scale)
     if choice == _FLASH and device == "cpu" and dropout_p == 0:
-        return _flash_cpu(*arguments)
+        return _flash_cpu(call)
     if choice == _FLASH and device == "cuda" and q.shape[-1] % 8 == 0:
-        return attention_cuda.flash(*arguments)
+        return attention_cuda.flash(call)
     if choice == _EFFICIENT and device == "cuda" and (mask is None or aligned(mask)):
-        return attention_cuda.efficient(*arguments)
+        return attention_cuda.efficient(call)
     if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
-        return attention_cuda.cudnn(*arguments)
+        return attention_cuda.cudnn(call)
     rebuild = mode.site.rules["attention", "q"].rebuild_linear
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
-        return _unfused(
-            mode, stashes, (q, k, v, mask), (query, key, value, attn_mask), is_causal, scale
-        )
-    return _recomputed(
-        mode, func, stashes, (q, k, v, mask), (query, key, value, attn_mask), keywords
-    )
+        return _unfused(call)
+    return _recomputed(func, call, enable_gqa)
 
 
 def _backend(
@@ -210,33 +194,26 @@ def _backend(
     return _MATH
 
 
-def _flash_cpu(
-    mode: Interception,
-    stashes: Any,
-    cast: Any,
-    inputs: Any,
-    dropout_p: float,
-    causal: bool,
-    scale: float | None,
-) -> Any:
-    q, k, v, mask = cast
+def _flash_cpu(call: Call) -> Any:
+    mode, (q, k, v, mask) = call.mode, call.cast
     mask = additive(mask, q.dtype)
     result, logsumexp = mode.exactly(
         _aten._scaled_dot_product_flash_attention_for_cpu,
-        q,
-        k,
-        v,
-        0.0,
-        causal,
+        *(q, k, v, 0.0, call.causal),
         attn_mask=mask,
-        scale=scale,
+        scale=call.scale,
     )
-    if _short(q, k, mask, causal):
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return Short.apply(result, stashes, factor, *inputs[:3])
+    if _short(q, k, mask, call.causal):
+        return Short.apply(result, call.stashes, _factor(call), *call.inputs[:3])
     out = mode.keep(result, "attention", "out", WITHIN)
-    kept = (*stashes, out, whole(logsumexp), None if mask is None else whole(mask))
-    return recorded(mode, FlashCPU, result, out, kept, (causal, scale), inputs[:3])
+    kept = (*call.stashes, out, whole(logsumexp), None if mask is None else whole(mask))
+    static = (call.causal, call.scale)
+    return recorded(mode, FlashCPU, result, out, kept, static, call.inputs[:3])
+
+
+def _factor(call: Call) -> float:
+    """What the scores are multiplied with."""
+    return call.cast[0].shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
 def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -249,31 +226,36 @@ def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     )
 
 
-def _unfused(
-    mode: Interception, stashes: Any, cast: Any, inputs: Any, causal: bool, scale: float | None
-) -> Any:
-    q, k, v, mask = cast
+def _unfused(call: Call) -> Any:
+    mode, (q, k, v, mask) = call.mode, call.cast
     mask = additive(mask, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         result, weights = mode.exactly(
-            _aten._scaled_dot_product_attention_math, q, k, v, mask, 0.0, causal, scale=scale
+            _aten._scaled_dot_product_attention_math,
+            *(q, k, v, mask, 0.0, call.causal),
+            scale=call.scale,
         )
-    kept = (*stashes, mode.keep(weights, "softmax", "output"))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    kept = (*call.stashes, mode.keep(weights, "softmax", "output"))
     trained = mask if mask is not None and mask.is_floating_point() else None
-    static = (q.dtype, factor, None if trained is None else tuple(trained.shape))
-    return Unfused.apply(result, kept, static, *inputs[:3], None if trained is None else inputs[3])
+    static = (q.dtype, _factor(call), None if trained is None else tuple(trained.shape))
+    return Unfused.apply(
+        result, kept, static, *call.inputs[:3], None if trained is None else call.inputs[3]
+    )
 
 
-def _recomputed(
-    mode: Interception, func: Any, /, stashes: Any, cast: Any, inputs: Any, keywords: Any
-) -> Any:
-    q, k, v, mask = cast
-    state = _generator(q.device).get_state() if keywords["dropout_p"] > 0 else None
-    result = mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
-    kept = (*stashes, None if mask is None else whole(mask))
-    trained = inputs[3] if mask is not None and mask.is_floating_point() else None
-    return Recomputed.apply(result, kept, (q.dtype, keywords, state), *inputs[:3], trained)
+def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
+    q, k, v, mask = call.cast
+    keywords = {
+        "dropout_p": call.dropout_p,
+        "is_causal": call.causal,
+        "scale": call.scale,
+        "enable_gqa": enable_gqa,
+    }
+    state = _generator(q.device).get_state() if call.dropout_p > 0 else None
+    result = call.mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
+    kept = (*call.stashes, None if mask is None else whole(mask))
+    trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
+    return Recomputed.apply(result, kept, (q.dtype, keywords, state), *call.inputs[:3], trained)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

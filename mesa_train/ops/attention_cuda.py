@@ -6,12 +6,12 @@ exact logsumexp, and calls its own backward on the decoded tensors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, whole
+from mesa_train.stash import Saved, Stash, whole
 
 from .base import Operator, derivative
 
@@ -22,6 +22,19 @@ _aten = torch.ops.aten
 
 # Heads and features of one token may share a group of codes; tokens may not.
 WITHIN = (1, 3)
+
+
+class Call(NamedTuple):
+    """One call of attention. `stashes` are those of q, k, v; `cast` q, k, v and the mask as autocast
+    casts them, `inputs` the same as they were given."""
+
+    mode: Interception
+    stashes: tuple[Stash, Stash, Stash]
+    cast: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    dropout_p: float
+    causal: bool
+    scale: float | None
 
 
 class FlashCUDA(Operator):
@@ -110,95 +123,50 @@ class CuDNN(Operator):
         )
 
 
-def flash(
-    mode: Interception,
-    stashes: Any,
-    cast: Any,
-    inputs: Any,
-    dropout_p: float,
-    causal: bool,
-    scale: float | None,
-) -> Any:
+def flash(call: Call) -> Any:
     """Record flash attention: no mask."""
+    mode, q, k, v = call.mode, *call.cast[:3]
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
-        _aten._scaled_dot_product_flash_attention, *cast[:3], dropout_p, causal, False, scale=scale
+        _aten._scaled_dot_product_flash_attention,
+        *(q, k, v, call.dropout_p, call.causal, False),
+        scale=call.scale,
     )
     out = mode.keep(result, "attention", "out", WITHIN)
-    kept = (*stashes, out, whole(logsumexp), whole(seed), whole(offset))
-    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
-    return recorded(mode, FlashCUDA, result, out, kept, static, inputs[:3])
+    kept = (*call.stashes, out, whole(logsumexp), whole(seed), whole(offset))
+    static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
+    return recorded(mode, FlashCUDA, result, out, kept, static, call.inputs[:3])
 
 
-def efficient(
-    mode: Interception,
-    stashes: Any,
-    cast: Any,
-    inputs: Any,
-    dropout_p: float,
-    causal: bool,
-    scale: float | None,
-) -> Any:
+def efficient(call: Call) -> Any:
     """Record memory-efficient attention: any mask."""
-    q, k, v, mask = cast
+    mode, (q, k, v, mask) = call.mode, call.cast
     mask = additive(mask, q.dtype)
     bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     result, logsumexp, seed, offset = mode.exactly(
         _aten._scaled_dot_product_efficient_attention,
-        q,
-        k,
-        v,
-        bias,
-        True,
-        dropout_p,
-        causal,
-        scale=scale,
+        *(q, k, v, bias, True, call.dropout_p, call.causal),
+        scale=call.scale,
     )
     out = mode.keep(result, "attention", "out", WITHIN)
-    kept = (
-        *stashes,
-        out,
-        whole(logsumexp),
-        whole(seed),
-        whole(offset),
-        None if bias is None else whole(bias),
-    )
-    return recorded(mode, Efficient, result, out, kept, (dropout_p, causal, scale), inputs)
+    statistics = (whole(logsumexp), whole(seed), whole(offset))
+    kept = (*call.stashes, out, *statistics, None if bias is None else whole(bias))
+    static = (call.dropout_p, call.causal, call.scale)
+    return recorded(mode, Efficient, result, out, kept, static, call.inputs)
 
 
-def cudnn(
-    mode: Interception,
-    stashes: Any,
-    cast: Any,
-    inputs: Any,
-    dropout_p: float,
-    causal: bool,
-    scale: float | None,
-) -> Any:
+def cudnn(call: Call) -> Any:
     """Record cuDNN's attention: no mask or an additive one."""
-    q, k, v, mask = cast
+    mode, (q, k, v, mask) = call.mode, call.cast
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
         _aten._scaled_dot_product_cudnn_attention,
-        q,
-        k,
-        v,
-        mask,
-        True,
-        dropout_p,
-        causal,
-        False,
-        scale=scale,
+        *(q, k, v, mask, True, call.dropout_p, call.causal, False),
+        scale=call.scale,
     )
     out = mode.keep(result, "attention", "out", WITHIN)
-    kept = (
-        *stashes,
-        out,
-        whole(logsumexp),
-        whole(seed),
-        whole(offset),
-        None if mask is None else whole(mask),
-    )
-    static = (cum_q, cum_k, max_q, max_k, dropout_p, causal, scale)
-    return recorded(mode, CuDNN, result, out, kept, static, inputs[:3])
+    statistics = (whole(logsumexp), whole(seed), whole(offset))
+    kept = (*call.stashes, out, *statistics, None if mask is None else whole(mask))
+    static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
+    return recorded(mode, CuDNN, result, out, kept, static, call.inputs[:3])
 
 
 def recorded(
