@@ -100,6 +100,11 @@ class Spec:
         )
         self.partitioned = partitioned
 
+    def __del__(self) -> None:
+        # An operator may go without its backward: a Linear whose product a layer scale took over.
+        if self.uses is not None:
+            self.uses.count -= 1
+
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
     """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
@@ -125,10 +130,10 @@ def strip(
             slots[id(tensor)] = len(tensors)
             tensors.append(tensor)
         own.append(slots[id(tensor)])
-    if stash.uses is not None:
-        stash.uses.count += 1
     away = partitioned(stash.tensors)
     spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses, away)
+    if stash.uses is not None:
+        stash.uses.count += 1
     specs[id(stash)] = spec
     return spec
 

@@ -527,6 +527,18 @@ def test_repeated_matmuls_are_shared_in_one_backward_and_then_gone():
     assert not counted.values
 
 
+def test_a_repeated_matmul_goes_with_its_last_user_where_a_layer_scale_replaced_one():
+    mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, COLS), nn.GELU(), nn.Linear(COLS, COLS))
+    scale = nn.Parameter(torch.ones(COLS))
+    left = []
+    x = activation(ROWS, COLS)
+    x.register_hook(lambda _: left.append(len(stash.neighbours.values)))
+    with compress(Policy(min_bytes=0, recompute="linear")):
+        output = mlp(x) * scale
+    output.sum().backward()
+    assert left == [0]
+
+
 def test_a_failed_backward_leaves_no_rebuilt_matmul_for_good():
     mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, COLS), nn.GELU(), nn.Linear(COLS, COLS))
 
