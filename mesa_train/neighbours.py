@@ -9,12 +9,26 @@ from torch import Tensor
 
 
 class Uses:
-    """Counts the operators that will rebuild one stash."""
+    """Counts the operators that may rebuild one stash: those that keep it and still live."""
 
     __slots__ = ("count",)
 
     def __init__(self) -> None:
         self.count = 0
+
+
+class User:
+    """One of them. It may go without its backward, like a Linear whose product a layer scale took
+    over."""
+
+    __slots__ = ("uses",)
+
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+        uses.count += 1
+
+    def __del__(self) -> None:
+        self.uses.count -= 1
 
 
 class Neighbours(threading.local):
@@ -30,8 +44,7 @@ class Neighbours(threading.local):
         self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
         self.run = -1
 
-    def take(self, uses: Uses | None, dtype: torch.dtype) -> Tensor | None:
-        assert uses is not None
+    def take(self, uses: Uses, dtype: torch.dtype) -> Tensor | None:
         found = self.values.pop((uses, dtype), None)
         if found is None:
             return None
@@ -40,8 +53,7 @@ class Neighbours(threading.local):
             self.values[uses, dtype] = value, left - 1
         return value
 
-    def offer(self, uses: Uses | None, dtype: torch.dtype, value: Tensor) -> None:
-        assert uses is not None
+    def offer(self, uses: Uses, dtype: torch.dtype, value: Tensor) -> None:
         self._enter()
         self.values[uses, dtype] = value, uses.count - 1
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .neighbours import Uses, neighbours
+from .neighbours import User, Uses, neighbours
 from .sharded import partitioned, present, relayed
 
 Entry = TypeVar("Entry")
@@ -80,7 +80,7 @@ class Spec:
     """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
     parameters among them (None elsewhere), which may be away when they are read."""
 
-    __slots__ = ("dtype", "partitioned", "recipe", "slots", "sources", "uses")
+    __slots__ = ("dtype", "partitioned", "recipe", "slots", "sources", "user")
 
     def __init__(
         self,
@@ -88,22 +88,11 @@ class Spec:
         slots: tuple[int, ...],
         sources: tuple[Spec, ...],
         dtype: torch.dtype,
-        uses: Uses | None,
+        user: User | None,
         partitioned: tuple[Any, ...] = (),
     ) -> None:
-        self.recipe, self.slots, self.sources, self.dtype, self.uses = (
-            recipe,
-            slots,
-            sources,
-            dtype,
-            uses,
-        )
-        self.partitioned = partitioned
-
-    def __del__(self) -> None:
-        # An operator may go without its backward: a Linear whose product a layer scale took over.
-        if self.uses is not None:
-            self.uses.count -= 1
+        self.recipe, self.slots, self.sources, self.dtype = recipe, slots, sources, dtype
+        self.user, self.partitioned = user, partitioned
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
@@ -130,10 +119,10 @@ def strip(
             slots[id(tensor)] = len(tensors)
             tensors.append(tensor)
         own.append(slots[id(tensor)])
+    uses = None if torch.compiler.is_compiling() else stash.uses
+    user = None if uses is None else User(uses)
     away = partitioned(stash.tensors)
-    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses, away)
-    if stash.uses is not None:
-        stash.uses.count += 1
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away)
     specs[id(stash)] = spec
     return spec
 
@@ -171,14 +160,12 @@ class Saved:
         key = (id(spec), dtype)
         value = self._memo.get(key)
         if value is None:
-            shared = (
-                spec.uses is not None and spec.uses.count > 1 and not torch.compiler.is_compiling()
-            )
-            value = neighbours.take(spec.uses, dtype) if shared else None
+            uses = spec.user.uses if spec.user is not None and spec.user.uses.count > 1 else None
+            value = None if uses is None else neighbours.take(uses, dtype)
             if value is None:
                 value = spec.recipe.load(self, spec, dtype)
-                if shared:
-                    neighbours.offer(spec.uses, dtype, value)
+                if uses is not None:
+                    neighbours.offer(uses, dtype, value)
             self._memo[key] = value
         return value
 

@@ -104,25 +104,44 @@ def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     )
 
 
+def kept(function, *inputs):
+    """Bytes that one call keeps, other than parameters."""
+    storages = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    function(*inputs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    return sum(s.nbytes() for s in storages.values())
+
+
 def test_a_compiled_model_keeps_codes(model):
-    def kept():
-        storages = {}
-
-        def pack(tensor):
-            if not isinstance(tensor, nn.Parameter):
-                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        compiled(images())
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            compiled(images())
-        return sum(s.nbytes() for s in storages.values())
-
-    plain = kept()
+    plain = kept(torch.compile(model, backend="aot_eager", fullgraph=True), images())
     torch._dynamo.reset()
     mesa_train.wrap(model, EIGHT)
-    assert kept() < plain / 2
+    assert kept(torch.compile(model, backend="aot_eager", fullgraph=True), images()) < plain / 2
+
+
+class ScaledMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+        self.scale = nn.Parameter(torch.full((48,), 0.1))
+
+    def forward(self, x):
+        return x + self.mlp(x) * self.scale
+
+
+def test_a_compiled_layer_scale_keeps_no_copy_of_the_weight_either():
+    model = mesa_train.wrap(nn.Sequential(ScaledMLP(), ScaledMLP()), EIGHT)
+    x = torch.randn(4, 50, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = kept(model, x)
+        assert kept(torch.compile(model, backend="aot_eager", fullgraph=True), x) <= eager
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ class ScaledLinear(Operator):
         dx = dweight = dbias = dscale = None
         scaled, narrow, total = _scaled_rows(rows, scale, dtype)
         if needs[0]:
-            dx = (scaled @ weight.to(dtype)).view(*grad.shape[:-1], weight.shape[1])
+            dx = (scaled @ _cast(weight, scaled)).view(*grad.shape[:-1], weight.shape[1])
         if needs[1] or needs[3]:
             x = _input(saved, dx, dtype)
             unscaled = (narrow.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -121,6 +121,14 @@ def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tenso
     kernels.load()
     scaled, narrow, total = torch.ops.mesa_train.scale_backward.default(rows, scale, dtype)
     return scaled, narrow, total.to(rows.dtype)
+
+
+def _cast(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight in the dtype of what is computed from the gradient; compiled, not before that (see
+    `stash.Whole`)."""
+    if torch.compiler.is_compiling() and weight.dtype is not like.dtype:
+        return torch.ops.mesa_train.cast_like(weight, like)
+    return weight.to(like.dtype)
 
 
 def _version(tensor: Tensor) -> int:
