@@ -1,7 +1,9 @@
 """Does LITv2 train as well under mesa_train? The quickstart recipe, several seeds, plain and coded.
 
-Every run is the recipe itself under `accelerate launch`. A row per epoch, with the run's minutes,
-goes to docs/results/litv2_parity.jsonl; a seed and policy that the file has already is not repeated.
+Every run is the recipe itself under `accelerate launch`. A row per epoch goes to
+docs/results/litv2_parity.jsonl; a seed and policy that the file has already is not repeated. The
+row's `minutes` are the launch's on the clock, `processor_minutes` what all its processes computed,
+which other work on the machine hardly changes; both are null for a run that was cut and continued.
 
     python scripts/litv2_parity.py
     python scripts/litv2_parity.py --processes 2 --seeds 0
@@ -10,6 +12,7 @@ goes to docs/results/litv2_parity.jsonl; a seed and policy that the file has alr
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -41,17 +44,18 @@ def main(
             if (policy, int(seed)) in done:
                 continue
             folder = work / f"{policy}-{seed}-{processes}"
-            start = time.perf_counter()
-            launch(folder, processes, [f"train.policy={policy}", f"train.seed={seed}", *set])
-            minutes = (time.perf_counter() - start) / 60
+            about: records.Row = {"settings": settings, **records.provenance()}
+            about |= launch(
+                folder, processes, [f"train.policy={policy}", f"train.seed={seed}", *set]
+            )
             rows = [r for r in records.read(folder / "metrics.jsonl") if r["kind"] == "epoch"]
-            about = {"settings": settings, "minutes": minutes, **records.provenance()}
             records.append(out, *[{**row, **about} for row in rows])
-            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {minutes:.1f} min", flush=True)
+            spent = f"{about['minutes']:.1f} min" if about["minutes"] else "a run that was cut"
+            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {spent}", flush=True)
 
 
-def launch(folder: Path, processes: int, changes: list[str]) -> None:
-    """One run of the recipe. Raises CalledProcessError if it fails."""
+def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float | None]:
+    """One run of the recipe: what it took. Raises CalledProcessError if it fails."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "recipes/accelerate" / LAUNCH[processes]),
@@ -63,7 +67,20 @@ def launch(folder: Path, processes: int, changes: list[str]) -> None:
         command += ["--set", change]
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    fresh = not (folder / "checkpoints").exists()
+    start, computed = time.perf_counter(), _processor_seconds()
     subprocess.run(command, check=True, env=environment)
+    spent = {
+        "minutes": (time.perf_counter() - start) / 60,
+        "processor_minutes": (_processor_seconds() - computed) / 60,
+    }
+    return {key: value if fresh else None for key, value in spent.items()}
+
+
+def _processor_seconds() -> float:
+    """What the processes that this one has started and seen end have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
