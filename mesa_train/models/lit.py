@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
+from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from .classifier import check_stages, default_cfg
 from .lit_ti import LITTi, resize_positions
-from .pyramid import Block, Mlp, Pyramid, PyramidFeatures, default_cfg
+from .pyramid import Block, Mlp, Pyramid, create
 
 _BIAS, _INDEX = "relative_position_bias_table", "relative_position_index"
 
@@ -67,47 +68,26 @@ class RelativeAttention(nn.Module):
 
 
 class LIT(Pyramid):
-    """Image classifier for images of `img_size`; `attends` says which stages have attention."""
+    """Image classifier for images of `img_size`; `attends` says which stages have attention.
+
+    `options` are those of Pyramid.
+    """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        width: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         attends: Sequence[bool] = (False, False, True, True),
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        if not len(depths) == len(num_heads) == len(attends):
-            raise ValueError(
-                "LIT: depths, num_heads and attends must be of one length, got "
-                f"{len(depths)}, {len(num_heads)} and {len(attends)}"
-            )
-        height, columns = (-(-side // 4) for side in to_2tuple(img_size))
+        check_stages("LIT", depths=depths, num_heads=num_heads, attends=attends)
 
-        def make_block(stage: int, drop_path: float) -> nn.Module:
-            dim, attn = width * 2**stage, None
-            if attends[stage]:
-                resolution = (height // 2**stage, columns // 2**stage)
-                attn = RelativeAttention(dim, num_heads[stage], resolution)
+        def make_block(stage: int, dim: int, grid: tuple[int, int], drop_path: float) -> nn.Module:
+            attn = RelativeAttention(dim, num_heads[stage], grid) if attends[stage] else None
             return Block(dim, attn, Mlp(dim, mlp_ratio, depthwise=False), drop_path)
 
-        super().__init__(
-            make_block,
-            width=width,
-            depths=depths,
-            img_size=img_size,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            drop_rate=drop_rate,
-            global_pool=global_pool,
-        )
+        super().__init__(make_block, depths=depths, **options)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(_BIAS)}
@@ -147,18 +127,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> Any:
-    return build_model_with_cfg(
-        LIT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=resize_biases,
-        feature_cfg={
-            "out_indices": (0, 1, 2, 3),
-            "feature_cls": PyramidFeatures,
-            "output_fmt": "NCHW",
-        },
-        **options,
-    )
+    return create(LIT, variant, pretrained, pretrained_filter_fn=resize_biases, **options)
 
 
 @register_model

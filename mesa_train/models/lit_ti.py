@@ -6,25 +6,25 @@ read out, layer norms with eps 1e-6. Names are those of the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .classifier import Classifier, check_image_size, drop_path_rates, init_linear
 from .deformable_merging import DeformableMerging
-from .pyramid import Block, Mlp, PatchEmbed, check_image_size, drop_path_rates, init_linear
+from .pyramid import Block, Mlp, PatchEmbed
 
 _STAGES = (1, 2, 3, 4)
 
 
-class LITTi(nn.Module):
+class LITTi(Classifier):
     """Image classifier for images of `img_size`; a timm model."""
+
+    pools = ("token", "avg", "")
 
     def __init__(
         self,
@@ -42,12 +42,7 @@ class LITTi(nn.Module):
         super().__init__()
         self.img_size = to_2tuple(img_size)
         check_image_size("LITTi", *self.img_size)
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.num_classes, self.drop_rate, self.global_pool = (
-            num_classes,
-            drop_rate,
-            _pool(global_pool),
-        )
+        self.num_features = widths[-1]
         self.depth, self.grad_checkpointing = len(_STAGES), False
         height, width = (-(-side // 4) for side in self.img_size)
         self.grids = [(height // 2**i, width // 2**i) for i in range(len(_STAGES))]
@@ -74,11 +69,11 @@ class LITTi(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=eps)
         self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1]))
         trunc_normal_(self.cls_token, std=0.02)
-        self.head = self._classifier()
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"block{i + 1}"}
             for i, dim in enumerate(widths)
         ]
+        self.set_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -88,67 +83,25 @@ class LITTi(nn.Module):
             x = self._stage(stage, x)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
-            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """timm's interface: each stage's map (without the class token) and the final tokens."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"LITTi: output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(self.depth, indices)
-        found = []
-        for index, stage in enumerate(_STAGES[: self.depth]):
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """Maps (B, H, W, C); of stage 4 tokens, the class token first."""
+        x: Tensor = images
+        for stage in _STAGES[: self.depth]:
             x = self._stage(stage, x)
-            if index in take:
-                own = self.norm(x) if norm and stage == 4 else x
-                own = own[:, 1:].unflatten(1, self.grids[3]) if stage == 4 else own
-                found.append(own.permute(0, 3, 1, 2).contiguous())
-            if stop_early and index == last:
-                break
-        return found if intermediates_only else (self.norm(x), found)
+            yield x
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """timm's interface: drop what features of `indices` do not need."""
-        take, last = feature_take_indices(self.depth, indices)
-        for stage in _STAGES[last + 1 :]:
+    def pooled(self, x: Tensor) -> Tensor:
+        return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """Without the class token."""
+        return x if x.dim() == 4 else x[:, 1:].unflatten(1, self.grids[3])
+
+    def drop_stages(self, kept: int) -> None:
+        for stage in _STAGES[kept:]:
             for name in ("patch_embed", "block", "pos_embed"):
                 delattr(self, f"{name}{stage}")
-        self.depth = last + 1
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`, or none for 0; global_pool "token", "avg" or ""."""
-        if global_pool is not None:
-            self.global_pool = _pool(global_pool)
-        self.num_classes = num_classes
-        self.head = self._classifier().to(self.cls_token.device, self.cls_token.dtype)
-        init_linear(self.head)
+        self.depth = kept
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -179,9 +132,6 @@ class LITTi(nn.Module):
                 x = block(x)
         return x.unflatten(1, self.grids[2]) if stage == 3 else x
 
-    def _classifier(self) -> nn.Module:
-        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-
 
 def resize_positions(weights: Mapping[str, Tensor], model: LITTi) -> dict[str, Tensor]:
     """A LIT-Ti checkpoint's weights for the size of `model`: positions are interpolated."""
@@ -192,9 +142,3 @@ def resize_positions(weights: Mapping[str, Tensor], model: LITTi) -> dict[str, T
             prefix = int(stage == 4)
             resized[key] = resample_abs_pos_embed(resized[key], grid, num_prefix_tokens=prefix)
     return resized
-
-
-def _pool(name: str) -> str:
-    if name not in ("token", "avg", ""):
-        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {name!r}")
-    return name

@@ -19,57 +19,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from .classifier import check_stages, default_cfg
 from .hilo import HiLo
-from .pyramid import Block, Mlp, Pyramid, PyramidFeatures, default_cfg
+from .pyramid import Block, Mlp, Pyramid, create
 
 
 class LITv2(Pyramid):
-    """Image classifier.
+    """Image classifier; `options` are those of Pyramid.
 
-    width: channels of the first stage. depths, num_heads: per stage. windows: per stage, 0 for no
-    attention, 1 for plain attention, else HiLo's window; alpha: HiLo's share of Lo-Fi heads.
+    num_heads: per stage. windows: per stage, 0 for no attention, 1 for plain attention, else HiLo's
+    window. alpha: HiLo's share of Lo-Fi heads.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        width: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         windows: Sequence[int] = (0, 0, 2, 1),
         alpha: float = 0.9,
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        if not len(depths) == len(num_heads) == len(windows):
-            raise ValueError(
-                "LITv2: depths, num_heads and windows must be of one length, got "
-                f"{len(depths)}, {len(num_heads)} and {len(windows)}"
-            )
+        check_stages("LITv2", depths=depths, num_heads=num_heads, windows=windows)
 
-        def make_block(stage: int, drop_path: float) -> nn.Module:
-            dim, window = width * 2**stage, windows[stage]
+        def make_block(stage: int, dim: int, _: object, drop_path: float) -> nn.Module:
+            window = windows[stage]
             attn = HiLo(dim, num_heads[stage], window, alpha, qkv_bias=True) if window else None
             return Block(dim, attn, Mlp(dim, mlp_ratio, depthwise=True), drop_path)
 
-        super().__init__(
-            make_block,
-            width=width,
-            depths=depths,
-            img_size=img_size,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            drop_rate=drop_rate,
-            global_pool=global_pool,
-        )
+        super().__init__(make_block, depths=depths, **options)
 
 
 default_cfgs = generate_default_cfgs(
@@ -83,20 +64,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **options: Any) -> Any:
-    return build_model_with_cfg(
-        LITv2,
-        variant,
-        pretrained,
-        feature_cfg={
-            "out_indices": (0, 1, 2, 3),
-            "feature_cls": PyramidFeatures,
-            "output_fmt": "NCHW",
-        },
-        **options,
-    )
-
-
 @register_model
 def litv2_tiny(pretrained: bool = False, **options: Any) -> LITv2:
     """1.2 million parameters; stages of 4x4 tokens and fewer attend with all heads at 32 pixels."""
@@ -107,31 +74,31 @@ def litv2_tiny(pretrained: bool = False, **options: Any) -> LITv2:
         "num_heads": (1, 2, 4, 8),
         "alpha": 0.5,
     }
-    return _create("litv2_tiny", pretrained, **small | options)
+    return create(LITv2, "litv2_tiny", pretrained, **small | options)
 
 
 @register_model
 def litv2_s(pretrained: bool = False, **options: Any) -> LITv2:
     """LITv2-S; its authors train it with drop_path_rate=0.2."""
-    return _create("litv2_s", pretrained, **options)
+    return create(LITv2, "litv2_s", pretrained, **options)
 
 
 @register_model
 def litv2_m(pretrained: bool = False, **options: Any) -> LITv2:
     """LITv2-M; its authors train it with drop_path_rate=0.3."""
-    return _create("litv2_m", pretrained, **{"depths": (2, 2, 18, 2)} | options)
+    return create(LITv2, "litv2_m", pretrained, **{"depths": (2, 2, 18, 2)} | options)
 
 
 @register_model
 def litv2_b(pretrained: bool = False, **options: Any) -> LITv2:
     """LITv2-B; its authors train it with drop_path_rate=0.5."""
-    return _create("litv2_b", pretrained, **_B | options)
+    return create(LITv2, "litv2_b", pretrained, **_B | options)
 
 
 @register_model
 def litv2_b_384(pretrained: bool = False, **options: Any) -> LITv2:
     """LITv2-B for images of 384 pixels: the same parameters."""
-    return _create("litv2_b_384", pretrained, **_B | {"img_size": 384} | options)
+    return create(LITv2, "litv2_b_384", pretrained, **_B | {"img_size": 384} | options)
 
 
 _B = {"width": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}

@@ -6,24 +6,29 @@ Maps are (B, H, W, C) throughout. A `Pyramid` is a timm model: `forward_features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, to_2tuple, trunc_normal_
-from timm.models._features import FeatureInfo, feature_take_indices
+from timm.layers import DropPath, to_2tuple
+from timm.models import build_model_with_cfg
+from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .classifier import (
+    Classifier,
+    check_image_size,
+    drop_path_rates,
+    in_format,
+    init_linear,
+    map_format,
+)
 from .deformable_merging import DeformableMerging
 
-# (stage from 0, drop path rate) to a block of (B, H, W, C).
-MakeBlock = Callable[[int, float], nn.Module]
-
-# The smallest side whose map, 8 tokens at stride 4, survives three halvings.
-LEAST_IMAGE_SIZE = 29
+# (stage from 0, width, map of an image of `img_size`, drop path rate) to a block of (B, H, W, C).
+MakeBlock = Callable[[int, int, tuple[int, int], float], nn.Module]
 
 
 class PatchEmbed(nn.Module):
@@ -141,11 +146,12 @@ class Stage(nn.Module):
         return x
 
 
-class Pyramid(nn.Module):
+class Pyramid(Classifier):
     """Image classifier of `len(depths)` stages whose widths double.
 
-    img_size: the size it is first meant for, an int or (height, width); only `flops` and subclasses
-        that say so depend on it. drop_path_rate: of the last block; it rises linearly from 0.
+    make_block: makes the blocks. img_size: the size it is first meant for, an int or (height,
+        width); only `flops` and subclasses that say so depend on it. width: channels of the first
+        stage. depths: blocks per stage. drop_path_rate: of the last block; it rises linearly from 0.
     """
 
     output_fmt = "NHWC"
@@ -154,41 +160,41 @@ class Pyramid(nn.Module):
         self,
         make_block: MakeBlock,
         *,
-        width: int,
-        depths: Sequence[int],
-        img_size: int | tuple[int, int],
-        num_classes: int,
-        in_chans: int,
-        drop_path_rate: float,
-        drop_rate: float,
-        global_pool: str,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        width: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.img_size = to_2tuple(img_size)
         check_image_size(type(self).__name__, *self.img_size)
         self.widths = [width * 2**stage for stage in range(len(depths))]
-        self.num_features = self.head_hidden_size = self.widths[-1]
-        self.num_classes, self.global_pool, self.drop_rate = (
-            num_classes,
-            _pool(global_pool),
-            drop_rate,
-        )
+        self.num_features = self.widths[-1]
         self.patch_embed = PatchEmbed(in_chans, width)
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        height, columns = (-(-side // 4) for side in self.img_size)
         last = len(depths) - 1
         stages = []
         for stage, depth in enumerate(depths):
-            dim = self.widths[stage]
-            blocks = [make_block(stage, next(rates)) for _ in range(depth)]
+            dim, grid = self.widths[stage], (height // 2**stage, columns // 2**stage)
+            blocks = [make_block(stage, dim, grid, next(rates)) for _ in range(depth)]
             stages.append(Stage(blocks, DeformableMerging(dim, 2 * dim) if stage < last else None))
         self.layers: Any = nn.ModuleList(stages)
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
-        self.head = self._classifier()
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"layers.{stage}"}
             for stage, dim in enumerate(self.widths)
         ]
+        self.set_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return len(self.layers)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The last stage's normalised map (B, H / 32, W / 32, num_features)."""
@@ -198,70 +204,17 @@ class Pyramid(nn.Module):
             x = stage(x)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
-            x = x.mean((1, 2))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """Each stage's map, before it is merged."""
+        check_image_size(type(self).__name__, *images.shape[2:])
+        return unmerged(self.patch_embed, self.layers, images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """timm's interface: each stage's map before it is merged, and the final features."""
-        output_fmt = _format(output_fmt)
-        check_image_size(type(self).__name__, *x.shape[2:])
-        take, last = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
-        found = []
-        for index, stage in enumerate(self.layers):
-            x = stage.run_blocks(x)
-            if index in take:
-                own = self.norm(x) if norm and index == len(self.layers) - 1 else x
-                found.append(_in_format(own, output_fmt))
-            if stop_early and index == last:
-                break
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return found if intermediates_only else (self.norm(x), found)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """timm's interface: drop what features of `indices` do not need."""
-        take, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
+    def drop_stages(self, kept: int) -> None:
+        self.layers = self.layers[:kept]
         self.layers[-1].downsample = None
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`, or none for 0; global_pool "avg" or ""."""
-        if global_pool is not None:
-            self.global_pool = _pool(global_pool)
-        self.num_classes = num_classes
-        reference = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else None
-        self.head = self._classifier()
-        init_linear(self.head)
-        if reference is not None:
-            self.head.to(reference.device, reference.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.layers:
@@ -297,9 +250,6 @@ class Pyramid(nn.Module):
         normed = height * width if corrected else first // 2 ** len(self.layers)
         return total + self.num_features * (normed + self.num_classes)
 
-    def _classifier(self) -> nn.Module:
-        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-
 
 class PyramidFeatures(nn.Module):
     """A Pyramid's backbone for dense tasks, as timm's `features_only=True` builds it.
@@ -316,7 +266,7 @@ class PyramidFeatures(nn.Module):
         output_fmt: str = "NCHW",
     ) -> None:
         super().__init__()
-        self.output_fmt = _format(output_fmt)
+        self.output_fmt = map_format(output_fmt)
         out_indices = model.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.feature_info = FeatureInfo(model.feature_info, out_indices)
         self.out_indices = out_indices
@@ -327,14 +277,10 @@ class PyramidFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         check_image_size(type(self).__name__, *images.shape[2:])
-        x = self.patch_embed(images)
         found = []
-        for index, stage in enumerate(self.layers):
-            x = stage.run_blocks(x)
+        for index, x in enumerate(unmerged(self.patch_embed, self.layers, images)):
             if index in self.out_indices:
-                found.append(_in_format(self.get_submodule(f"norm{index}")(x), self.output_fmt))
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+                found.append(in_format(self.get_submodule(f"norm{index}")(x), self.output_fmt))
         return found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -342,59 +288,21 @@ class PyramidFeatures(nn.Module):
             stage.grad_checkpointing = enable
 
 
-def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of a model: how its images are made."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **changes,
+def unmerged(patch_embed: nn.Module, stages: Any, images: Tensor) -> Iterator[Tensor]:
+    """Each stage's map (B, H, W, C) in turn, before it is merged for the next."""
+    x = patch_embed(images)
+    for stage in stages:
+        x = stage.run_blocks(x)
+        yield x
+        if stage.downsample is not None:
+            x = stage.downsample(x)
+
+
+def create(cls: type[Pyramid], variant: str, pretrained: bool, **options: Any) -> Any:
+    """A model as timm makes it; `features_only=True` gives a `PyramidFeatures`."""
+    features = {
+        "out_indices": (0, 1, 2, 3),
+        "feature_cls": PyramidFeatures,
+        "output_fmt": "NCHW",
     }
-
-
-def drop_path_rates(last: float, depth: int) -> list[float]:
-    """One rate a block, from 0 to `last`. ValueError unless 0 <= last < 1."""
-    if not 0 <= last < 1:
-        raise ValueError(f"drop_path_rate={last} must lie in [0, 1)")
-    return [last * block / max(depth - 1, 1) for block in range(depth)]
-
-
-def check_image_size(name: str, height: int, width: int) -> None:
-    """ValueError for images that leave no token in the last stage."""
-    if min(height, width) < LEAST_IMAGE_SIZE:
-        raise ValueError(
-            f"{name}: images of {height}x{width} are too small, at least "
-            f"{LEAST_IMAGE_SIZE}x{LEAST_IMAGE_SIZE} are needed"
-        )
-
-
-def _pool(name: str) -> str:
-    if name not in ("avg", ""):
-        raise ValueError(f"global_pool must be 'avg' or '', got {name!r}")
-    return name
-
-
-def _format(name: Any) -> str:
-    name = getattr(name, "value", name)  # timm has an enumeration of them
-    if name not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {name!r}")
-    return name
-
-
-def _in_format(x: Tensor, output_fmt: str) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
-
-
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights, biases of zero: the start of every Linear."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **options)

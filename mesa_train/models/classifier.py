@@ -1,0 +1,189 @@
+"""What timm asks of an image classifier, written once for the models here.
+
+A subclass makes its parts, gives `stages`, `pooled` and `forward_features`, and has the rest:
+`forward_head`, `forward_intermediates`, `get_classifier`, `reset_classifier` behave as timm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+# The smallest side whose map, 8 tokens at stride 4, survives three halvings.
+LEAST_IMAGE_SIZE = 29
+
+
+class Classifier(nn.Module):
+    """Images (B, C, H, W) to logits (B, num_classes), or to features without classes.
+
+    `pools` are the choices of `global_pool`; `depth` is the number of stages that are left.
+    """
+
+    pools: tuple[str, ...] = ("avg", "")
+    num_features: int
+    norm: nn.Module
+    head: nn.Module
+    depth: int
+
+    def set_head(self, num_classes: int, global_pool: str, drop_rate: float = 0.0) -> None:
+        """Adds the head, last of a subclass's modules; its weights are still to be drawn."""
+        self.head_hidden_size, self.drop_rate = self.num_features, drop_rate
+        self.num_classes, self.global_pool = num_classes, self._pool(global_pool)
+        self.head = self._classifier()
+
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """Each stage's own output in turn; a stage is computed when it is asked for."""
+        raise NotImplementedError
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Features to (B, num_features), as `global_pool` says."""
+        raise NotImplementedError
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """A stage's output as a map (B, H, W, C)."""
+        return x
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool:
+            x = self.pooled(x)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's interface: each stage's map before it is merged, and the final features."""
+        output_fmt = map_format(output_fmt)
+        count = self.depth
+        take, last = feature_take_indices(count, indices)
+        found = []
+        for index, x in enumerate(self.stages(x)):  # noqa: B020
+            if index in take:
+                own = self.norm(x) if norm and index == count - 1 else x
+                found.append(in_format(self.as_map(own), output_fmt))
+            if stop_early and index == last:
+                break
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """timm's interface: drop what features of `indices` do not need."""
+        take, last = feature_take_indices(self.depth, indices)
+        self.drop_stages(last + 1)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def drop_stages(self, kept: int) -> None:
+        """Only the first `kept` stages stay."""
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of `num_classes`, or none for 0; `global_pool` is one of `pools`."""
+        if global_pool is not None:
+            self.global_pool = self._pool(global_pool)
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        self.head = self._classifier().to(like.device, like.dtype)
+        init_linear(self.head)
+
+    def _classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
+    def _pool(self, name: str) -> str:
+        if name not in self.pools:
+            choices = ", ".join(map(repr, self.pools[:-1])) + f" or {self.pools[-1]!r}"
+            raise ValueError(f"global_pool must be {choices}, got {name!r}")
+        return name
+
+
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of a model: how its images are made."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **changes,
+    }
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """One rate a block, from 0 to `last`. ValueError unless 0 <= last < 1."""
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path_rate={last} must lie in [0, 1)")
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
+def check_image_size(name: str, height: int, width: int) -> None:
+    """ValueError for images that leave no token in the last stage."""
+    if min(height, width) < LEAST_IMAGE_SIZE:
+        raise ValueError(
+            f"{name}: images of {height}x{width} are too small, at least "
+            f"{LEAST_IMAGE_SIZE}x{LEAST_IMAGE_SIZE} are needed"
+        )
+
+
+def check_stages(name: str, **lists: Any) -> None:
+    """ValueError unless what is given per stage is given for equally many."""
+    lengths = [len(values) for values in lists.values()]
+    if len(set(lengths)) > 1:
+        *most, last = lists
+        raise ValueError(
+            f"{name}: {', '.join(most)} and {last} must be of one length, got "
+            f"{', '.join(map(str, lengths[:-1]))} and {lengths[-1]}"
+        )
+
+
+def map_format(name: Any) -> str:
+    """timm's name of a layout, "NCHW" or "NHWC". ValueError for another."""
+    name = getattr(name, "value", name)  # timm has an enumeration of them
+    if name not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {name!r}")
+    return name
+
+
+def in_format(x: Tensor, output_fmt: str) -> Tensor:
+    """A map (B, H, W, C) in that layout."""
+    return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights, biases of zero: the start of every Linear."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
