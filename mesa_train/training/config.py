@@ -7,6 +7,8 @@ model is loaded. The defaults are LITv2's official ImageNet recipe for S.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +44,8 @@ class DataConfig:
     """Where images come from and how they are cut.
 
     source: mnist5k or digits (they ship with packages), imagefolder, parquet, arrow, or the name of
-        a data set on a hub. path: its folder or file. streaming needs train_images.
+        a data set on a hub. path: the folder of train/CLASS/*.jpg for imagefolder, of train*.parquet
+        or train/*.parquet for files, and so on for val_split. streaming needs train_images.
     crop: False resizes the test image to the square, as at 384 px; True takes the centre crop.
     on_corrupt: "raise" stops at an image that cannot be decoded, "skip" takes the next one.
     """
@@ -102,7 +105,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The accumulation follows from global_batch, micro_batch and the processes.
+    """One run. micro_batch is the most images a process takes at once; with the processes it says
+    how many are accumulated to global_batch.
 
     policy: "plain" or a mesa_train preset. save_every: optimizer steps between checkpoints, 0 for
         once an epoch. ema: decay of the averaged weights, 0 for none. device: "auto" takes GPUs
@@ -181,6 +185,7 @@ def _check(config: Config) -> None:
     ):
         if not 0 <= share < 1:
             raise ConfigError(f"{name} must lie in [0, 1), got {share}")
+    _check_ranges(config)
     if optim.warmup_epochs >= train.epochs:
         raise ConfigError(
             f"optim.warmup_epochs={optim.warmup_epochs:g} must be fewer than "
@@ -188,12 +193,42 @@ def _check(config: Config) -> None:
         )
     if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
         raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
-    if data.workers < 0:
-        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
     if data.source in ("imagefolder", *FILES) and not data.path:
         raise ConfigError(f"data.path is missing: {data.source} needs a folder")
     if data.streaming and not data.train_images:
         raise ConfigError("data.train_images is missing: streaming cannot count the images")
+
+
+def _check_ranges(config: Config) -> None:
+    """ConfigError for a negative number where there is none, or a pair of no range."""
+    augment, optim, train = config.augment, config.optim, config.train
+    for name, value in (
+        ("augment.color_jitter", augment.color_jitter),
+        ("augment.mixup", augment.mixup),
+        ("augment.cutmix", augment.cutmix),
+        ("optim.warmup_lr", optim.warmup_lr),
+        ("optim.min_lr", optim.min_lr),
+        ("optim.lr_batch", optim.lr_batch),
+        ("optim.eps", optim.eps),
+        ("optim.weight_decay", optim.weight_decay),
+        ("optim.warmup_epochs", optim.warmup_epochs),
+        ("optim.offset_scale", optim.offset_scale),
+        ("train.seed", train.seed),
+        ("train.save_every", train.save_every),
+        ("data.workers", config.data.workers),
+    ):
+        if not value >= 0:
+            raise ConfigError(f"{name} must not be negative, got {value}")
+    for name, (low, high), most in (
+        ("augment.scale", augment.scale, 1.0),
+        ("augment.ratio", augment.ratio, math.inf),
+    ):
+        if not 0 < low <= high <= most:
+            raise ConfigError(f"{name} must be a range within 0 and {most}, got [{low}, {high}]")
+    if not 0 <= augment.hflip <= 1:
+        raise ConfigError(f"augment.hflip must lie in [0, 1], got {augment.hflip}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas must lie in [0, 1), got {list(optim.betas)}")
 
 
 def check_files(config: Config) -> None:
@@ -203,5 +238,9 @@ def check_files(config: Config) -> None:
         raise ConfigError(f"data.path: no such folder or file {data.path}")
     if weights and not Path(weights).is_file():
         raise ConfigError(f"model.weights: no such file {weights}")
-    if Path(config.train.out).is_file():
-        raise ConfigError(f"train.out: {config.train.out} is a file, not a folder")
+    out = Path(config.train.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"train.out: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"train.out: {there} may not be written to")

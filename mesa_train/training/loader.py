@@ -6,6 +6,7 @@ the ranks, and wound forward on a resume.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .config import Config
 from .plan import Plan, use_cpu
-from .sources import Samples, Sources, collate, train_order, val_order
+from .sources import CorruptImage, Samples, Sources, collate, train_order, val_order
 
 Batch = tuple[Tensor, Tensor, list[str]]
 _SHUFFLE_BUFFER = 10_000
@@ -41,7 +42,7 @@ class Loader:
                 self.train, epoch, self.rank, plan.world, first * plan.accumulation * micro
             )
             count = (plan.steps_per_epoch - first) * plan.accumulation
-            batches = self._loader(stream, batch_size=micro, drop_last=True)
+            batches = self._loader(stream, batch_size=micro)
             yield from (batch for _, batch in zip(range(count), batches, strict=False))
             return
         order = train_order(
@@ -82,25 +83,46 @@ class Loader:
 
 
 class Stream(IterableDataset[tuple[Tensor, int, list[str]]]):
-    """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on."""
+    """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on.
+
+    In training an image that cannot be decoded gives way to the next that can, and a stream that
+    ends before the epoch does starts again, in another order: every place of the epoch is filled.
+    """
 
     def __init__(self, samples: Samples, epoch: int, rank: int, world: int, first: int) -> None:
         self.samples, self.epoch, self.rank, self.world = samples, epoch, rank, world
         self.first = first
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        places, owed, skipped = itertools.count(), list[int](), list[str]()
+        for turn in itertools.count():
+            rows = own = decoded = 0
+            for row in self._rows(turn):
+                position, rows = next(places), rows + 1
+                if position % self.world != self.rank or position < self.first * self.world:
+                    continue
+                own += 1
+                image, label, missing = self.samples.of_record(self.epoch, position, row)
+                skipped += missing
+                if image is None:
+                    owed.append(position)
+                    continue
+                decoded += 1
+                for place in owed if self.samples.replace else ():
+                    stand_in, _, _ = self.samples.of_record(self.epoch, place, row)
+                    assert stand_in is not None
+                    yield stand_in, label, []
+                yield image, label, skipped
+                owed, skipped = [], []
+            if not self.samples.replace:
+                return
+            if not rows or own > decoded == 0:
+                raise CorruptImage(f"none of {own} images of the stream can be decoded")
+
+    def _rows(self, turn: int) -> Any:
         stream = self.samples.records.stream
         assert stream is not None
-        if self.samples.replace:
-            seed = self.samples.seed * 1_000_003 + self.epoch
-            stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        skipped: list[str] = []
-        for position, row in enumerate(stream):
-            if position % self.world != self.rank or position < self.first * self.world:
-                continue
-            image, label, missing = self.samples.of_record(self.epoch, position, row)
-            skipped += missing
-            if image is None:
-                continue
-            yield image, label, skipped
-            skipped = []
+        if not self.samples.replace:
+            return stream
+        seed = self.samples.seed * 1_000_003 + self.epoch + 7_919 * turn
+        return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)

@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,17 +80,12 @@ def _builtin(config: DataConfig) -> Sources:
 
 
 def _datasets(config: DataConfig, wanted: int | None) -> Sources:
+    kind = config.source
+    options: dict[str, Any] = {"data_dir": config.path} if config.path else {}
+    if kind in FILES:
+        options = {"data_files": _files(config)}
     import datasets
 
-    kind = config.source
-    options: dict[str, Any] = {}
-    if kind == "imagefolder":
-        options = {"data_dir": config.path}
-    elif kind in FILES:
-        splits = (config.train_split, config.val_split)
-        options = {"data_files": {s: f"{config.path}/{s}*.{kind}" for s in splits}}
-    elif config.path:
-        options = {"data_dir": config.path}
     try:
         found = datasets.load_dataset(kind, streaming=config.streaming, **options)
     except (OSError, ValueError, RuntimeError) as error:
@@ -131,23 +127,48 @@ def _datasets(config: DataConfig, wanted: int | None) -> Sources:
     return Sources(records(train, config.train_images or 0), records(val, 0), classes)
 
 
+def _files(config: DataConfig) -> dict[str, list[str]]:
+    """Each split's files: SPLIT*.KIND in the folder, or all of a folder SPLIT as `datasets` saves."""
+    folder, found = Path(config.path or "."), {}
+    for name, split in (("train", config.train_split), ("val", config.val_split)):
+        files = [
+            *folder.glob(f"{split}*.{config.source}"),
+            *folder.glob(f"{split}/*.{config.source}"),
+        ]
+        if not files:
+            raise ConfigError(
+                f"data.{name}_split: {folder} has neither {split}*.{config.source} nor "
+                f"{split}/*.{config.source}"
+            )
+        found[split] = sorted(map(str, files))
+    return found
+
+
 def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
-    """timm's transforms for training and for testing (resize to 256/224 of the size, then crop)."""
+    """timm's transforms for training and for testing (resize to 256/224 of the size, then crop).
+
+    ConfigError for a `rand_augment` that timm does not read.
+    """
     from timm.data import create_transform
 
     common = {"input_size": (3, config.image_size, config.image_size), "interpolation": "bicubic"}
-    train = create_transform(
-        **common,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.rand_augment or None,
-        re_prob=augment.erase,
-        re_mode="pixel",
-        re_count=1,
-    )
+    try:
+        train = create_transform(
+            **common,
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.rand_augment or None,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            re_count=1,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"augment.rand_augment={augment.rand_augment!r} is no policy of timm's: {error}"
+        ) from None
     test = create_transform(
         **common,
         crop_pct=224 / 256 if config.crop else 1.0,

@@ -36,6 +36,13 @@ def test_defaults_are_the_official_recipe():
         ("data.source=imagefolder", r"data\.path is missing: imagefolder needs a folder"),
         ("data.streaming=true", r"data\.train_images is missing"),
         ("data.workers=-1", r"data\.workers must not be negative"),
+        ("optim.weight_decay=-0.1", r"optim\.weight_decay must not be negative, got -0\.1"),
+        ("optim.min_lr=.nan", r"optim\.min_lr must not be negative, got nan"),
+        ("augment.mixup=-1", r"augment\.mixup must not be negative"),
+        ("augment.scale=[1, 0.5]", r"augment\.scale must be a range within 0 and 1\.0, got"),
+        ("augment.ratio=[0, 2]", r"augment\.ratio must be a range"),
+        ("augment.hflip=1.1", r"augment\.hflip must lie in \[0, 1\]"),
+        ("optim.betas=[0.9, 1]", r"optim\.betas must lie in \[0, 1\), got \[0\.9, 1\.0\]"),
         ("train", r"--set takes section\.key=value, got 'train'"),
         ("train=3", r"--set takes section\.key=value"),
         ("train.epochs=[", r"'\[' is not a YAML value"),
@@ -82,3 +89,10 @@ def test_missing_files(section, key, message):
         check_files(of_dict({section: {key: "nowhere/at/all"}}))
     with pytest.raises(ConfigError, match=r"no configuration file nowhere\.yaml"):
         load("nowhere.yaml")
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"train\.out: .*/file is a file, not a folder"):
+        check_files(of_dict({"train": {"out": str(tmp_path / "file/run")}}))
+    check_files(of_dict({"train": {"out": str(tmp_path / "new/run")}}))

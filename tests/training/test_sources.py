@@ -1,6 +1,7 @@
 """Images by index and as a stream: orders, corrupt files, formats."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from mesa_train.training import sources
 from mesa_train.training.config import AugmentConfig, ConfigError, DataConfig, of_dict
-from mesa_train.training.loader import Loader
+from mesa_train.training.loader import Loader, Stream
 from mesa_train.training.plan import Plan
 
 AUGMENT = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1")
@@ -38,7 +39,8 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def parquet(path, split, count):
+def save(kind, path, split, count):
+    """Parquet files as a hub holds them, Arrow files as `save_to_disk` writes them."""
     import datasets
 
     rows = {
@@ -46,7 +48,11 @@ def parquet(path, split, count):
         "label": [i % 3 for i in range(count)],
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}-0.parquet")
+    data = datasets.Dataset.from_dict(rows, features=features)
+    if kind == "parquet":
+        data.to_parquet(path / f"{split}-0.parquet")
+    else:
+        data.save_to_disk(path / split)
 
 
 def samples(records, on_corrupt="raise", replace=True, seed=0):
@@ -113,12 +119,13 @@ def test_folders_of_images_and_corrupt_ones(folder):
 
 # `datasets` waits for five seconds at the end of a stream's shuffle buffer.
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_parquet_files_whole_and_streamed(tmp_path, streaming):
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_files_whole_and_streamed(tmp_path, kind, streaming):
     for split, count in (("train", 40), ("validation", 7)):
-        parquet(tmp_path, split, count)
+        save(kind, tmp_path, split, count)
     values = {
         "data": {
-            "source": "parquet", "path": str(tmp_path), "streaming": streaming,
+            "source": kind, "path": str(tmp_path), "streaming": streaming,
             "train_images": 40, "image_size": 16, "workers": 0, "pin_memory": False,
         },
         "augment": {"mixup": 0, "cutmix": 0},
@@ -143,6 +150,37 @@ def test_parquet_files_whole_and_streamed(tmp_path, streaming):
     assert sorted(seen) == sorted(i % 3 for i in range(7))
 
 
+@pytest.mark.slow
+def test_a_folder_of_images_streamed(folder):
+    config = of_dict(
+        {
+            "model": {"classes": 2},
+            "data": {
+                "source": "imagefolder", "path": str(folder), "streaming": True, "workers": 0,
+                "train_images": 12, "image_size": 16, "on_corrupt": "skip", "pin_memory": False,
+            },
+            "augment": {"mixup": 0, "cutmix": 0},
+            "train": {"global_batch": 4, "micro_batch": 4, "device": "cpu"},
+        }
+    )  # fmt: skip
+    found = sources.load(config.data, 2)
+    transforms = sources.transforms(config.data, config.augment)
+    loader = Loader(config, found, Plan(1, 1, 3, 3), 0, transforms)
+    batches = list(loader.training(0, 0))
+    # Eleven of the twelve can be decoded; another image stands in for the broken one.
+    assert [len(labels) for _, labels, _ in batches] == [4, 4, 4]
+    assert [p.endswith("cat/5.png") for _, _, skipped in batches for p in skipped] == [True]
+    # Whatever was skipped before, the rest of an epoch is the same after a restart.
+    for first in (1, 2):
+        again = list(loader.training(0, first))
+        assert len(again) == 3 - first
+        for ours, whole in zip(again, batches[first:], strict=True):
+            assert torch.equal(ours[0], whole[0])
+            assert torch.equal(ours[1], whole[1])
+    labels = [label for _, own, _ in loader.validation() for label in own.tolist()]
+    assert sorted(labels) == [0] * 4 + [1] * 4
+
+
 @pytest.mark.parametrize(
     ("change", "classes", "message"),
     [
@@ -150,11 +188,49 @@ def test_parquet_files_whole_and_streamed(tmp_path, streaming):
         ({"val_split": "test"}, None, r"data\.val_split: imagefolder has no split 'test'; it has"),
         ({"image_key": "img"}, None, r"data\.image_key: imagefolder has no column 'img'; image"),
         ({"label_key": "y"}, None, r"data\.label_key: imagefolder has no column 'y'"),
+        ({"source": "arrow"}, None, r"data\.train_split: .* neither train\*\.arrow nor train/\*"),
     ],
 )
 def test_what_does_not_fit_is_named(folder, change, classes, message):
     with pytest.raises(ConfigError, match=message):
-        sources.load(DataConfig(source="imagefolder", path=str(folder), **change), classes)
+        sources.load(DataConfig(**{"source": "imagefolder", "path": str(folder)} | change), classes)
+
+
+class Rows(list):
+    """Stands for a streamed data set of `datasets`, whose end costs five seconds each."""
+
+    def shuffle(self, seed, buffer_size):
+        order = np.random.RandomState(seed).permutation(len(self))
+        return [self[i] for i in order]
+
+
+def stream(rows, on_corrupt="skip", replace=True, **place):
+    records = sources.Records(lambda row: (*row, f"image {row[1]}"), len(rows), Rows(rows))
+    place = {"epoch": 0, "rank": 0, "world": 1, "first": 0} | place
+    return Stream(samples(records, on_corrupt, replace), **place)
+
+
+def test_a_stream_fills_its_epoch_whatever_is_broken_and_however_short_it_is():
+    rows = [(b"none" if i % 3 == 0 else encoded(i), i) for i in range(10)]
+    take = lambda n, **place: list(itertools.islice(stream(rows, **place), n))  # noqa: E731
+    whole = take(35)
+    assert {label for _, label, _ in whole} == {1, 2, 4, 5, 7, 8}
+    assert len({path for _, _, paths in whole for path in paths}) == 4
+    for first in (1, 9, 10, 11, 23):
+        for ours, expected in zip(take(35 - first, first=first), whole[first:], strict=True):
+            assert ours[1] == expected[1]
+            assert torch.equal(ours[0], expected[0])
+    # Two ranks share the places of every turn between them.
+    ranks = [take(15, rank=rank, world=2) for rank in range(2)]
+    assert all(len(own) == 15 for own in ranks)
+    assert [label for _, label, _ in stream(rows, replace=False)] == [1, 2, 4, 5, 7, 8]
+
+
+def test_a_stream_of_nothing_that_can_be_decoded():
+    with pytest.raises(sources.CorruptImage, match="none of 3 images of the stream"):
+        next(iter(stream([(b"none", i) for i in range(3)])))
+    with pytest.raises(sources.CorruptImage, match=r"image 1 cannot be decoded"):
+        next(iter(stream([(b"none", 1)], on_corrupt="raise")))
 
 
 def test_a_test_image_is_resized_and_cropped_or_squashed():
