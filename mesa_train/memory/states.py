@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # bitsandbytes keeps tensors below this many elements in 32 bits, and a float32 range for every
 # block of this many elements of the others.
-_LEAST_8BIT, _BLOCK = 4096, 256
+LEAST_8BIT, _BLOCK = 4096, 256
 # The step count of torch's AdamW, a float32 scalar a parameter.
 _STEP = 4
 
@@ -17,6 +17,6 @@ def adamw_bytes(elements: int, itemsize: int, eight_bit: bool = False) -> int:
     """
     if not eight_bit:
         return 2 * elements * itemsize + _STEP
-    if elements < _LEAST_8BIT:
+    if elements < LEAST_8BIT:
         return 8 * elements
     return 2 * (elements + 4 * -(-elements // _BLOCK))

@@ -6,10 +6,14 @@ at a hundredth of the rate (their biases are one-dimensional and keep the full r
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from mesa_train.memory.states import LEAST_8BIT, adamw_bytes
 
 from .config import ConfigError, OptimConfig
 
@@ -44,33 +48,55 @@ def groups(model: nn.Module, config: OptimConfig, global_batch: int) -> Groups:
     return [{**g, "params": own} for g, own in zip(found, members, strict=True) if own]
 
 
+def check(name: str, device_type: str) -> None:
+    """ConfigError, before anything is built, if the optimizer cannot run there."""
+    if name == "adamw":
+        return
+    _bitsandbytes(name)
+    if device_type == "cpu":
+        probe = nn.Parameter(torch.zeros(LEAST_8BIT))
+        probe.grad = torch.ones_like(probe)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                build(OptimConfig(name=name), [{"params": [probe], "lr": 1.0}]).step()
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"optim.name={name}: this bitsandbytes cannot step on a CPU ({reason}); a newer "
+                "one may, adamw can"
+            ) from None
+
+
 def build(config: OptimConfig, parameter_groups: Groups) -> torch.optim.Optimizer:
     """The optimizer by name; ConfigError without bitsandbytes where it is needed."""
     common = {"lr": parameter_groups[0]["lr"], "betas": config.betas}
     if config.name == "adamw":
         return torch.optim.AdamW(parameter_groups, eps=config.eps, **common)
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise ConfigError(
-            f"optim.name={config.name} needs: pip install 'mesa_train[bitsandbytes]'"
-        ) from None
+    bnb = _bitsandbytes(config.name).optim
     if config.name == "lion8bit":
-        return bnb.optim.Lion8bit(parameter_groups, **common)
-    kind = bnb.optim.AdamW8bit if config.name == "adamw8bit" else bnb.optim.PagedAdamW8bit
+        return bnb.Lion8bit(parameter_groups, **common)
+    kind = bnb.AdamW8bit if config.name == "adamw8bit" else bnb.PagedAdamW8bit
     return kind(parameter_groups, eps=config.eps, **common)
 
 
-def state_bytes(name: str, parameters: int) -> int:
-    """Bytes of optimizer state on the device: two moments, or one for Lion; a byte each in 8 bits.
-
-    Every 256 values share a float32 scale in 8 bits; paged states are counted, as they may be
-    resident. Tensors under 4,096 elements, kept in float32, are not told apart.
-    """
+def state_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of optimizer state on the device; paged states are counted, as they may be resident."""
     if name == "adamw":
-        return 8 * parameters
-    moments = 1 if name == "lion8bit" else 2
-    return moments * (parameters + 4 * -(-parameters // 256))
+        return sum(adamw_bytes(p.numel(), p.element_size()) for p in parameters)
+    two = sum(adamw_bytes(p.numel(), p.element_size(), eight_bit=True) for p in parameters)
+    # Lion has one moment where Adam has two.
+    return two // 2 if name == "lion8bit" else two
+
+
+def _bitsandbytes(name: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError(
+            f"optim.name={name} needs: pip install 'mesa_train[bitsandbytes]'"
+        ) from None
+    return bitsandbytes
 
 
 class Schedule:

@@ -32,14 +32,30 @@ class Plan:
     steps: int
 
 
-def plan(config: Config, images: int, world: int) -> Plan:
-    """ConfigError if the batch does not divide or the images do not fill one."""
-    train = config.train
-    if train.global_batch % (train.micro_batch * world):
+def shared(config: Config, world: int) -> Config:
+    """The configuration for `world` processes: a micro-batch is no more than one's part of the batch.
+
+    ConfigError, with one that would fit, if micro-batches do not make up that part.
+    """
+    train, even = config.train, config.augment.mixup + config.augment.cutmix > 0
+    part, rest = divmod(train.global_batch, world)
+    if rest:
         raise ConfigError(
-            f"train.global_batch={train.global_batch} is no multiple of "
-            f"train.micro_batch={train.micro_batch} on {world} processes"
+            f"train.global_batch={train.global_batch} cannot be shared by {world} processes"
         )
+    micro = min(train.micro_batch, part)
+    fit = [m for m in range(1, micro + 1) if part % m == 0 and not (even and m % 2)]
+    if micro not in fit:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={micro} "
+            f"on {_processes(world)}" + (f"; {fit[-1]} would fit" if fit else " (even, for mixup)")
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, micro_batch=micro))
+
+
+def plan(config: Config, images: int, world: int) -> Plan:
+    """ConfigError if the images do not fill a batch; `config` is one that `shared` returned."""
+    train = config.train
     steps = images // train.global_batch
     if not steps:
         raise ConfigError(f"train.global_batch={train.global_batch} exceeds the {images} images")
@@ -50,6 +66,16 @@ def plan(config: Config, images: int, world: int) -> Plan:
 def use_cpu(config: Config) -> bool:
     """Whether the run leaves GPUs alone, or finds none."""
     return config.train.device == "cpu" or not torch.cuda.is_available()
+
+
+def check_machine(config: Config) -> None:
+    """ConfigError for what this machine or its packages cannot do."""
+    on_cpu = use_cpu(config)
+    if on_cpu and config.train.precision == "fp16":
+        raise ConfigError("train.precision=fp16 needs a GPU; bf16 and no work on a CPU as well")
+    if on_cpu and config.model.sync_batch_norm:
+        raise ConfigError("model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only")
+    optimizers.check(config.optim.name, "cpu" if on_cpu else "cuda")
 
 
 def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
@@ -120,25 +146,37 @@ def memory(config: Config, classes: int) -> dict[str, int]:
         autocast=autocast_dtype(config),
         loss=loss,
     )
-    parameters = sum(p.numel() for p in model.parameters())
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,
         "gradients": kept.parameter_bytes,
-        "optimizer": optimizers.state_bytes(config.optim.name, parameters),
+        "optimizer": optimizers.state_bytes(config.optim.name, model.parameters()),
         "activations": kept.saved_bytes,
         "images": images.numel() * 4,
     }
 
 
+def batches(config: Config, made: Plan) -> str:
+    """How a global batch is made up, in words."""
+    train = config.train
+    return (
+        f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
+        f"{_processes(made.world)}"
+    )
+
+
+def _processes(world: int) -> str:
+    return "1 process" if world == 1 else f"{world} processes"
+
+
 def report(config: Config, classes: int, images: int, world: int) -> str:
     """The dry run's text."""
+    config = shared(config, world)
     made = plan(config, images, world)
     model = build_model(config, classes, "meta")
     train = config.train
     lines = [
         f"{config.model.name} at {config.data.image_size} px, {images} images, {classes} classes",
-        f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
-        f"{world} processes",
+        batches(config, made),
         f"{made.steps} steps = {train.epochs} epochs of {made.steps_per_epoch}",
         f"policy {train.policy}, precision {train.precision}, optimizer {config.optim.name}",
     ]

@@ -56,8 +56,11 @@ def prepare(config: Config) -> Run:
     from accelerate import PartialState
 
     check_files(config)
+    plan.check_machine(config)
+    transforms = sources.transforms(config.data, config.augment)
     plan.check_model(config, config.model.classes or 2)
     state = PartialState(cpu=plan.use_cpu(config))
+    config = plan.shared(config, state.num_processes)
     with state.main_process_first():
         data = sources.load(config.data, config.model.classes)
     made = plan.plan(config, data.train.count, state.num_processes)
@@ -65,7 +68,6 @@ def prepare(config: Config) -> Run:
     model = plan.build_model(config, data.classes)
     if config.model.weights:
         start_from(model, Path(config.model.weights), config.model.allow_config)
-    transforms = sources.transforms(config.data, config.augment)
     loader = Loader(config, data, made, state.process_index, transforms)
     return Run(config, model, made, loader, data.classes)
 
@@ -95,29 +97,36 @@ def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None
     model.load_state_dict(weights)
 
 
-def resume(run: Run, how: str) -> bool:
-    """Continue as `how` says: "auto" from the newest checkpoint that is whole, "" not at all, or a
-    checkpoint's path. True if the run goes on. ConfigError if a new run would overwrite another."""
-    folder = run.out / CHECKPOINTS
-    if how in ("", "auto"):
-        found = checkpoints.newest(folder)
-        if found is not None and not how:
-            raise ConfigError(
-                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
-                "another folder"
-            )
-        if found is None:
-            if run.accelerator.is_main_process:
-                (run.out / METRICS).unlink(missing_ok=True)
-            return False
-    else:
+def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its state, None for a new run.
+
+    how: "auto" for the newest that is whole, "" for none, or a checkpoint's path. ConfigError if
+    there is no such checkpoint or a new run would overwrite another.
+    """
+    if how not in ("", "auto"):
         if not Path(how).is_dir():
             raise ConfigError(f"--resume: no such checkpoint {how}")
-        found = Path(how), checkpoints.verify(Path(how))
-    run.resume(*found)
+        return Path(how), checkpoints.verify(Path(how))
+    found = checkpoints.newest(Path(config.train.out) / CHECKPOINTS)
+    if found is not None and not how:
+        raise ConfigError(
+            f"train.out={config.train.out} holds a run already: --resume auto continues it, or "
+            "choose another folder"
+        )
+    return found
+
+
+def resume(run: Run, how: str) -> bool:
+    """Continue as `how` says (see `beginning`). True if the run goes on, False if it starts."""
+    found, metrics = beginning(run.config, how), run.out / METRICS
+    if found is not None:
+        run.resume(*found)
     if run.accelerator.is_main_process:
-        _forget_after(run.out / METRICS, run.position.step)
-    return True
+        if found is None:
+            metrics.unlink(missing_ok=True)
+        else:
+            _forget_after(metrics, run.position.step)
+    return found is not None
 
 
 def fit(run: Run, kept_bytes: int) -> Scores | None:
@@ -221,8 +230,7 @@ def describe(run: Run, kept_bytes: int) -> str:
     train, made = run.config.train, run.plan
     return (
         f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
-        f"{train.precision}: batch {train.global_batch} = {train.micro_batch} x "
-        f"{made.accumulation} accumulated x {made.world} processes, steps {run.position.step} to "
+        f"{train.precision}: {plan.batches(run.config, made)}, steps {run.position.step} to "
         f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
     )
 

@@ -77,10 +77,6 @@ class Run:
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
         self.shapes = checkpoints.shapes(model)
-        if config.model.sync_batch_norm and use_cpu(config):
-            raise ConfigError(
-                "model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only"
-            )
         if config.model.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.train.policy != PLAIN:

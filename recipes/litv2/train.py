@@ -33,8 +33,10 @@ def main(
         if dry_run:
             print(recipe.dry_run(settings, processes))
             return
+        if not throughput:
+            recipe.beginning(settings, resume)
         run = recipe.prepare(settings)
-        kept = plan.memory(settings, run.classes)["activations"]
+        kept = plan.memory(run.config, run.classes)["activations"]
         if throughput:
             for name, value in recipe.throughput(run).items():
                 run.accelerator.print(f"{name:<14} {value:,.1f}")

@@ -1,11 +1,12 @@
 """A run in this process: it continues exactly, accumulates exactly, keeps its best, says what is wrong."""
 
 import json
+import sys
 
 import pytest
 import torch
 
-from mesa_train.training import checkpoints, recipe
+from mesa_train.training import checkpoints, plan, recipe
 from mesa_train.training.config import ConfigError, of_dict
 
 
@@ -91,6 +92,52 @@ def test_accumulation_is_a_larger_batch(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit", "lion8bit"])
+# bitsandbytes says so: there is no paging between a CPU's memory and itself.
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_eight_bit_optimizers_train_and_continue_exactly(tmp_path, name):
+    pytest.importorskip("bitsandbytes")
+    changes = {"optim": {"name": name}, "train": {"policy": "mesa8"}}
+    run = recipe.prepare(configured(tmp_path, **changes))
+    before = [p.detach().clone() for p in run.bare.parameters()]
+    batches = run.loader.training(0, 0)
+    run.step(batches)
+    moved = [not torch.equal(p, q) for p, q in zip(run.bare.parameters(), before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    states = [run.optimizer.state[p] for p in run.bare.parameters()]
+    kept = sum(
+        v.nbytes
+        for state in states
+        for k, v in state.items()
+        if torch.is_tensor(v) and "qmap" not in k
+    )
+    assert plan.memory(run.config, 10)["optimizer"] == kept
+    checkpoint = run.save()
+    loss, norm = run.step(batches)
+
+    again = recipe.prepare(configured(tmp_path, **changes))
+    recipe.resume(again, str(checkpoint))
+    ours, our_norm = again.step(again.loader.training(0, 1))
+    assert torch.equal(ours, loss)
+    assert torch.equal(our_norm, norm)
+    for ours, expected in zip(again.bare.parameters(), run.bare.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_bitsandbytes_that_cannot_is_told_before_anything_is_built(tmp_path, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def step(self, closure=None):
+        raise NotImplementedError("no kernel for cpu")
+
+    monkeypatch.setattr(bnb.optim.Lion8bit, "step", step)
+    with pytest.raises(ConfigError, match=r"optim\.name=lion8bit: this bitsandbytes cannot step"):
+        recipe.prepare(configured(tmp_path, optim={"name": "lion8bit"}))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mesa_train\[bitsandbytes\]'"):
+        recipe.prepare(configured(tmp_path, optim={"name": "adamw8bit"}))
+
+
 def test_what_a_run_leaves(tmp_path):
     run = recipe.prepare(configured(tmp_path, train={"epochs": 2, "keep": 1}))
     recipe.resume(run, "")
@@ -148,12 +195,24 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
         ({"model": {"classes": 7}}, r"model\.classes=7 but digits has 10"),
         (
             {"train": {"global_batch": 96}},
-            r"global_batch=96 is no multiple of train\.micro_batch=64",
+            r"global_batch=96 is no multiple of train\.micro_batch=64 on 1 process; 48 would fit",
+        ),
+        (
+            {"train": {"global_batch": 65}, "augment": {"mixup": 0.5}},
+            r"global_batch=65 is no multiple of train\.micro_batch=64 on 1 process \(even",
+        ),
+        ({"train": {"precision": "fp16"}}, r"train\.precision=fp16 needs a GPU"),
+        ({"model": {"sync_batch_norm": True}}, r"model\.sync_batch_norm: .* on GPUs only"),
+        (
+            {"augment": {"rand_augment": "rnad-m9"}},
+            r"rand_augment='rnad-m9' is no policy of timm's",
         ),
         ({"train": {"global_batch": 6400}}, r"global_batch=6400 exceeds the 1437 images"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_built(tmp_path, sections, message):
+def test_mistakes_are_found_before_anything_is_built(tmp_path, sections, message, monkeypatch):
+    # All that is ever built before is on the meta device.
+    monkeypatch.setattr(recipe, "Run", None)
     with pytest.raises(ConfigError, match=message):
         recipe.prepare(configured(tmp_path, **sections))
 
@@ -186,7 +245,11 @@ def test_throughput_saves_nothing(tmp_path):
 
 def test_the_dry_run(tmp_path):
     text = recipe.dry_run(configured(tmp_path / "run"), 1)
-    assert "batch 128 = 64 x 2 accumulated x 1 processes" in text
+    assert "batch 128 = 64 x 2 accumulated x 1 process\n" in text
+    # Of four processes, each takes its 32 images at once.
+    assert "batch 128 = 32 x 1 accumulated x 4 processes" in recipe.dry_run(
+        configured(tmp_path / "run"), 4
+    )
     assert "group offsets      3 tensors" in text
     assert "predicted memory" in text
     assert not (tmp_path / "run").exists()
