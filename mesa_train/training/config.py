@@ -109,8 +109,9 @@ class TrainConfig:
     how many are accumulated to global_batch.
 
     policy: "plain" or a mesa_train preset. save_every: optimizer steps between checkpoints, 0 for
-        once an epoch. ema: decay of the averaged weights, 0 for none. device: "auto" takes GPUs
-        where there are any, "cpu" leaves them alone. out: the run's own folder.
+        once an epoch. ema: decay of the averaged weights, reached gradually, 0 for none; `best` is
+        then of these. device: "auto" takes GPUs where there are any, "cpu" leaves them alone. out:
+        the run's own folder.
     """
 
     epochs: int = 300

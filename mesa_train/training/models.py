@@ -19,7 +19,7 @@ from .data import ImageSet
 SMALL_VIT = "small_vit"
 _WIDTH, _DEPTH, _HEADS = 128, 6, 4
 
-# What other models are given, if not told otherwise: the least that patches of 16 make sense for.
+# The most that other models are given, if not told otherwise: patches of 16 make no sense of less.
 DEFAULT_IMAGE_SIZE = 64
 
 
@@ -28,16 +28,19 @@ def build(
 ) -> tuple[nn.Module, ImageSet]:
     """A classifier of `data` named "small_vit" or as in timm, and the images resized to suit it.
 
-    `image_size` in pixels defaults to the data's own for the small ViT and to 64 for timm models.
+    `image_size` in pixels defaults to the data's own for the small ViT, and for timm models to 64 or
+    what they are meant for, if that is less.
     Raises ValueError for an unknown name or a size that the model refuses.
     """
     import timm
 
-    size = image_size or (data.image_size if name == SMALL_VIT else DEFAULT_IMAGE_SIZE)
+    import mesa_train.models as registered  # noqa: F401  timm knows them from here on
+
     if name != SMALL_VIT and not timm.is_model(name):
         near = difflib.get_close_matches(name, [SMALL_VIT, *timm.list_models()], n=4)
         hint = f"; close names: {', '.join(near)}" if near else ""
         raise ValueError(f"no model {name!r}{hint}")
+    size = image_size or _default_size(name, data)
     classifier = {"in_chans": data.channels, "num_classes": data.num_classes}
     torch.manual_seed(seed)
     try:
@@ -54,6 +57,15 @@ def build(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} refuses images of {size}x{size}: {reason}") from error
     return model, resized
+
+
+def _default_size(name: str, data: ImageSet) -> int:
+    if name == SMALL_VIT:
+        return data.image_size
+    from timm.models import get_pretrained_cfg
+
+    meant_for = get_pretrained_cfg(name)
+    return min(meant_for.input_size[-1], DEFAULT_IMAGE_SIZE) if meant_for else DEFAULT_IMAGE_SIZE
 
 
 class ConvStem(nn.Module):

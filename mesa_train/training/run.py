@@ -156,7 +156,7 @@ class Run:
         assert total is not None
         position.step += 1
         if self.ema is not None:
-            self.ema.update(self.bare)
+            self.ema.update(self.bare, step=position.step)
         return total / self.plan.accumulation, norm
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -265,7 +265,8 @@ class Run:
 
         if not isinstance(self.model, (type(self.bare), nn.parallel.DistributedDataParallel)):
             raise ConfigError("train.ema needs the whole model on every device, not FSDP or ZeRO")
-        return ModelEmaV3(self.bare, decay=self.config.train.ema)
+        # Without a warm-up the average of a short run would hardly leave its start.
+        return ModelEmaV3(self.bare, decay=self.config.train.ema, use_warmup=True)
 
 
 class _Window:

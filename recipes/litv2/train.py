@@ -45,7 +45,8 @@ def main(
             run.accelerator.print(f"continues after step {run.position.step}")
         run.accelerator.print(recipe.describe(run, kept))
         recipe.fit(run, kept)
-        run.accelerator.print(f"best top-1 {run.position.best:.2%}; all of it in {run.out}")
+        whose = " of the averaged weights" if run.ema is not None else ""
+        run.accelerator.print(f"best top-1 {run.position.best:.2%}{whose}; all of it in {run.out}")
     except recipe.MISTAKES as error:
         raise SystemExit(recipe.told_once(error)) from None
 

@@ -5,6 +5,7 @@ between forward and backward: PyTorch's tensors, or their codes.
 
     python recipes/quickstart/train.py
     python recipes/quickstart/train.py --policy mesa4-recompute --epochs 12
+    python recipes/quickstart/train.py --model litv2_tiny --lr 2e-3
     python recipes/quickstart/train.py --model deit3_small_patch16_224 --image-size 64
 """
 
@@ -29,10 +30,13 @@ from mesa_train.training.progress import Dashboard
 
 def main(
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(mesa_train.PRESETS)}.")] = "mesa8",
-    model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
+    model: Annotated[
+        str, typer.Option(help="small_vit, or a model that timm knows.")
+    ] = models.SMALL_VIT,
     data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; default: 28 for small_vit, 64 for timm.")
+        int | None,
+        typer.Option(min=1, help="Pixels; default: 28 for small_vit, at most 64 for timm."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,

@@ -21,7 +21,7 @@ RECIPE = ROOT / "recipes/litv2"
 CONFIGS = sorted(path.name for path in RECIPE.glob("*.yaml"))
 SMALL = [
     "data.source=digits", "data.image_size=32", "train.tracker=none", "train.log_every=1",
-    "train.device=cpu", "train.micro_batch=32", "augment.mixup=0.8",
+    "train.device=cpu", "augment.mixup=0.8",
 ]  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_two_processes_killed_and_continued(tmp_path):
     steps = ["train.epochs=2", "optim.warmup_epochs=0", "train.save_every=5"]
     whole = run("cpu_2_processes.yaml", tmp_path / "whole", *steps)
     assert whole.returncode == 0, whole.stderr
+    # The file's micro-batch of 64 is more than a process's part.
     assert "64 = 32 x 1 accumulated x 2 processes" in whole.stdout
 
     cut = tmp_path / "cut"

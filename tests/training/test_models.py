@@ -29,6 +29,7 @@ def test_one_seed_is_one_model(digits):
         (models.SMALL_VIT, 27, 27),
         ("test_vit", None, models.DEFAULT_IMAGE_SIZE),
         ("test_resnet", 32, 32),
+        ("litv2_tiny", None, 32),
     ],
 )
 def test_images_are_resized_to_suit_the_model(digits, name, image_size, expected):

@@ -162,6 +162,32 @@ def test_what_a_run_leaves(tmp_path):
     assert recipe.load_run(tmp_path, ["train.seed=5"]).train.seed == 5
 
 
+def test_averaged_weights_follow_a_short_run(tmp_path):
+    """With a decay for long runs from the first step on, they would stay at the start."""
+    run = recipe.prepare(configured(tmp_path, train={"ema": 0.9998}))
+    flat = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])  # noqa: E731
+    start, batches = flat(run.bare), run.loader.training(0, 0)
+    run.step(batches)
+    assert torch.equal(flat(run.ema.module), flat(run.bare))
+    for _ in range(4):
+        run.step(batches)
+    behind = (flat(run.bare) - flat(run.ema.module)).norm()
+    assert 0 < behind < 0.6 * (flat(run.bare) - start).norm()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "there"))
+    (tmp_path / "there").mkdir()
+    run = recipe.prepare(configured(tmp_path / "run", train={"tracker": "wandb"}))
+    recipe.fit(run, 0)
+    found = list((tmp_path / "there/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(found) == 1
+    assert found[0].stat().st_size > 1000
+
+
 def test_a_folder_is_not_overwritten_nor_continued_as_something_else(tmp_path):
     run = recipe.prepare(configured(tmp_path))
     run.save()
