@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from one_step import Step
 
 import mesa_train
 import mesa_train.models
@@ -154,17 +155,7 @@ def test_kept_bytes_of_litv2_s():
 @pytest.mark.parametrize("policy", mesa_train.PRESETS)
 def test_it_trains_under_every_preset(policy):
     model = create(num_classes=10, img_size=40).train()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    images, labels = torch.randn(6, 3, 40, 36), torch.arange(6)
-
-    def step():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-        model.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
+    step = Step(model, torch.randn(6, 3, 40, 36), torch.arange(6))
     loss, expected = step()
     mesa_train.wrap(model, policy)
     ours, found = step()
