@@ -68,15 +68,17 @@ def test_one_card_methods_run_and_say_what_they_expect(tmp_path, method):
     done = run("onecard.py", method, "--image-size", 56, "--batch-size", 16, "--out", tmp_path,
                "--lr", 1e-3, "--steps", 8)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("expected: states ")
+    assert done.stdout.startswith("expected: weights ")
     row = json.loads((tmp_path / "results.jsonl").read_text())
     assert row["losses"][-1] < row["losses"][0]
-    assert set(row["predicted_bytes"]) == {"states", "working", "activations"}
+    assert set(row["predicted_bytes"]) == {
+        "weights", "gradients", "optimizer", "gathered", "activations",
+    }  # fmt: skip
 
 
 def test_one_card_refuses_mistakes():
     for arguments, said in (
-        (["adam"], "method must be one of nf4, lion, factored"),
+        (["adam"], "method must be one of nf4, factored, lion"),
         (["lion", "--model", "vit_b"], "model must be one of vit_22b_tiny"),
         (["lion", "--policy", "plain"], "coded needs a policy"),
         (["nf4", "--weights", "nowhere"], "neither a safetensors file nor a folder"),
