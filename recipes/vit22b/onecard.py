@@ -32,10 +32,9 @@ from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
 from mesa_train.training.sharded_config import CHECKPOINTING, ConfigError
 from mesa_train.training.sharded_engines import check_precision, install
+from mesa_train.training.sharded_plan import method_of
 
 METHODS = ("nf4", *IN_BACKWARD)
-# What checkpointing is called among the estimates' methods.
-KINDS = {"block": "checkpoint", "coded": "coded"}
 
 
 def main(
@@ -58,8 +57,7 @@ def main(
     try:
         check(method, model, policy, checkpointing)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        kept = policy if checkpointing == "none" else f"{policy}+{KINDS[checkpointing]}"
-        kept = "checkpoint" if kept.startswith("plain+") else kept
+        kept = method_of(policy, checkpointing)
         found = estimates.one_card(model, method, image_size, batch_size, kept, rank)
         predicted = estimates.components(found)
         print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
