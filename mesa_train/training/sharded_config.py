@@ -36,6 +36,7 @@ class ModelConfig:
     classes: int | None = None
     qk_norm: str = "rms"
     gelu: str = "tanh"
+    pool_bias: bool = True
     drop_path: float = 0.0
     head_bias: float = -10.0
     weights: str | None = None

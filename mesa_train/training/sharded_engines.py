@@ -97,6 +97,7 @@ def build(config: Config, classes: int, device: str) -> Any:
             num_classes=classes,
             qk_norm=model.qk_norm,
             gelu=model.gelu,
+            pool_bias=model.pool_bias,
             drop_path_rate=model.drop_path,
             dtype=dtype,
         )
