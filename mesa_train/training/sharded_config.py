@@ -98,7 +98,6 @@ class TrainConfig:
     resume: str | None = None
     watch_every: int = 0
     peak_tflops: float = 0.0
-    device: str = "auto"
     out: str = "runs/vit22b"
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from . import sources
+from .config import Config as LoaderConfig
 from .config import DataConfig
+from .config import TrainConfig as LoaderTrain
 from .loader import Loader
 from .plan import Plan
 from .sharded_config import Config, ConfigError, accumulation
@@ -59,11 +61,17 @@ def batches(
     train = config.train
     per_epoch = found.train.count // train.global_batch
     plan = Plan(ranks, accumulation(train, ranks), per_epoch, train.steps)
-    loader = Loader(config, found, plan, rank, transforms(config.data, config.augment))  # type: ignore[arg-type]
+    asked = LoaderConfig(
+        data=config.data,
+        train=LoaderTrain(
+            seed=train.seed, micro_batch=train.micro_batch, global_batch=train.global_batch
+        ),
+    )
+    images = Loader(asked, found, plan, rank, transforms(config.data, config.augment))
     step = first
     while step < train.steps:
         epoch, start = divmod(step, per_epoch)
-        micro = loader.training(epoch, start)
+        micro = images.training(epoch, start)
         for _ in range(start, min(per_epoch, train.steps - epoch * per_epoch)):
             yield [next(micro)[:2] for _ in range(plan.accumulation)]
             step += 1

@@ -220,7 +220,7 @@ class Zero3:
             target = settings.get("zero_optimization", {}).get(key) or {}
             if train.nvme_path and target.get("device") == "nvme":
                 target["nvme_path"] = train.nvme_path
-        check_deepspeed(settings, count)
+        check_deepspeed(settings, count, config.optim.name)
         self.config, self.device = config, self.accelerator.device
         self.rank = self.data_rank = self.accelerator.process_index
         self.data_ranks = world
@@ -323,13 +323,19 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
-def check_deepspeed(settings: dict[str, Any], parameters: int) -> None:
+def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = "adamw") -> None:
     """ConfigError for what would go wrong silently, or after much memory was spent."""
     import shutil
 
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise ConfigError(f"zero_optimization.stage must be 3, got {zero.get('stage')!r}")
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if optimizer == "adamw8bit" and device != "none":
+        raise ConfigError(
+            f"optim.name=adamw8bit steps on the card, but zero_optimization.offload_optimizer.device "
+            f"is {device}; take optim.name=adamw"
+        )
     # float32 weight and two moments beside the optimizer, a bfloat16 weight beside the model.
     for key, bytes_each in (("offload_param", 2), ("offload_optimizer", 12)):
         target = zero.get(key) or {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import timm
 import torch
 
 from mesa_train.models import vit22b, vit22b_parallel
-from mesa_train.training import sharded_engines
+from mesa_train.training import sharded_engines, sharded_zero
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config import ConfigError
 from mesa_train.training.sharded_checkpoint import export, load_export
@@ -123,6 +124,21 @@ def test_deepspeed_configurations(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "is_compatible", lambda self, verbose: True)
     with pytest.raises(ConfigError, match=r"has .* GiB free, \d+\.\d are needed"):
         check(zero(offload_param=there), 10**15)
+
+
+def test_8_bit_moments_and_zero3(tmp_path):
+    """They stay on the card, and with as many ranks as wrote them."""
+    away = zero(offload_optimizer={"device": "cpu"})
+    with pytest.raises(ConfigError, match=r"adamw8bit steps on the card, but .*device is cpu"):
+        sharded_engines.check_deepspeed(away, 10, "adamw8bit")
+    model = torch.nn.Linear(2, 3, bias=False)
+    model.weight.ds_shape = model.weight.shape
+    config = load(TINY, ["optim.name=adamw8bit"])
+    run = types.SimpleNamespace(model=model, config=config, data_ranks=1)
+    state = {"step": 3, "ranks": 2, "shapes": {"weight": [3, 2]}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"8-bit moments of 2 ranks, .* this is 1"):
+        sharded_zero.load(tmp_path, run)
 
 
 def test_weights_for_another_resolution_and_other_classes(tmp_path):
