@@ -383,8 +383,8 @@ def vit22b_table(results: Path, words: Sequence[str]) -> str:
         head = ["policy", "kept for one image"]
         lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
     elif words == ["one_card"]:
-        head = ["8 images, coded inputs", "states", "working memory", "kept for the backward"]
-        keys = ("states_bytes", "working_bytes", "kept_bytes")
+        keys = ("weights", "gradients", "optimizer", "activations")
+        head = ["8 images, coded inputs", *keys]
         lines = [
             [e["scheme"], *[format_bytes(e[k]) for k in keys]] for e in row["one_card"].values()
         ]

@@ -32,7 +32,13 @@ def estimate(
     policies: Annotated[
         str | None, typer.Option(help="Comma-separated presets, checkpoint, plain; default: all.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw, adamw8bit; factored or lion step in the backward, on one GPU."),
+    ] = "adamw",
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights in bfloat16, without float32 copies.")
+    ] = False,
     lora: Annotated[
         int, typer.Option(min=0, help="Rank of LoRA on a model frozen in NF4; 0: train all.")
     ] = 0,
@@ -46,7 +52,6 @@ def estimate(
 ) -> None:
     """Weights, gradients, states, activations a GPU for ZeRO, FSDP2, offload, LoRA: what fits."""
     with one_line_errors():
-        from mesa_train.memory import terminal
         from mesa_train.memory.checkpointing import find_blocks
         from mesa_train.memory.estimate import POLICIES, best, estimates
         from mesa_train.memory.launch import accelerate_config, command
@@ -65,41 +70,43 @@ def estimate(
             return loading(model, batch_size, image_size, "cpu", fake=True)[0]
 
         with quiet():
-            found = list(
-                estimates(
-                    make, cluster, batch=batch_size, policies=names, optimizer=optimizer, lora=lora
-                )
-            )
-        chosen = best(found)
-        with quiet():
+            rows = estimates(
+                make, cluster, batch=batch_size, policies=names, optimizer=optimizer, lora=lora, half=half
+            )  # fmt: skip
+            found = list(rows)
             blocks = sorted({type(b).__name__ for b in find_blocks(make().model).values()})
+        chosen = best(found)
         configuration = "" if chosen is None else accelerate_config(chosen, cluster, blocks)
         if chosen is not None and out is not None:
             out.write_text(configuration)
         if as_json:
-            show_json(
-                {
-                    "model": model,
-                    "gpus": gpus,
-                    "rows": [e.to_dict() for e in found],
-                    "chosen": None if chosen is None else chosen.to_dict(),
-                }
-            )
+            answer = None if chosen is None else chosen.to_dict()
+            every_row = [e.to_dict() for e in found]
+            show_json({"model": model, "gpus": gpus, "rows": every_row, "chosen": answer})
             return
         title = f"{model}  {gpus} GPUs of {gpu_memory}  {batch_size} images a GPU"
-        shown = [e for e in found if e.fits or every]
-        show(title, terminal.estimates(shown) if shown else None)
+        _show(title, [e for e in found if e.fits or every])
         if chosen is None:
-            most = max(found, key=lambda e: e.largest_batch)
-            if most.largest_batch:
-                show(
-                    f"{batch_size} images a GPU do not fit; {most.strategy} with {most.policy} "
-                    f"takes {most.largest_batch}"
-                )
-            else:
-                show("not even one image a GPU fits; more or larger GPUs are needed")
+            show(_instead(found, batch_size))
             return
         path = str(out) if out is not None else "accelerate.yaml"
         show(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:")
         typer.echo(configuration, nl=False)
         typer.echo(command(chosen, model, path, gpus))
+
+
+def _show(title: str, rows: list[Any]) -> None:
+    from mesa_train.memory import terminal
+
+    show(title, terminal.estimates(rows) if rows else None)
+
+
+def _instead(found: list[Any], batch_size: int) -> str:
+    """What would fit where the batch does not."""
+    most = max(found, key=lambda e: e.largest_batch, default=None)
+    if most is None or not most.largest_batch:
+        return "not even one image a GPU fits; more or larger GPUs are needed"
+    return (
+        f"{batch_size} images a GPU do not fit; {most.strategy} with {most.policy} takes "
+        f"{most.largest_batch}"
+    )

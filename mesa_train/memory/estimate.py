@@ -1,12 +1,13 @@
-"""Estimate: what sharded training of a model takes on every GPU, and what fits.
+"""Estimate: what training of a model takes on every GPU, sharded or on one card, and what fits.
 
 Activations and the working set of the backward come from the model's own forward and backward on
-tensors without data, at two batch sizes; model states from `sharding.py`. Nothing is trained, and no
-GPU is needed.
+tensors without data, at three batch sizes; model states from `sharding.py`. Nothing is trained, and
+no GPU is needed. `mesa-train estimate` and the recipes' predictions are both made here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,15 +21,17 @@ from mesa_train.memory.gradients import default_loss
 from mesa_train.memory.inputs import resized
 from mesa_train.memory.load import Loaded
 from mesa_train.memory.lora import with_lora
+from mesa_train.memory.on_gpu import gpu_norms
 from mesa_train.memory.sharding import Cluster, Parameters, States, states
-from mesa_train.memory.states import adamw_bytes
+from mesa_train.memory.states import IN_BACKWARD, OPTIMIZERS, adamw_bytes, in_backward_bytes
 from mesa_train.memory.timeline import timeline
 from mesa_train.policy import Policy
 
 # CUDA's context, NCCL's buffers and what the caching allocator cannot use.
 RESERVE = 2 << 30
-OPTIMIZERS = ("adamw", "adamw8bit")
-POLICIES = ("plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint")
+POLICIES = (
+    "plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint", "mesa8+coded",
+)  # fmt: skip
 # From the simplest to run to the slowest.
 SETUPS = (
     ("ddp", "none"),
@@ -38,6 +41,7 @@ SETUPS = (
     ("zero3", "none"),
     ("zero2", "cpu"),
     ("fsdp2", "cpu"),
+    ("zero3", "optimizer"),
     ("zero3", "cpu"),
     ("zero3", "nvme"),
 )
@@ -46,25 +50,66 @@ _ON_TOKENS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm", "c
 
 
 @dataclasses.dataclass(frozen=True)
-class Activations:
-    """Bytes of a step beside the model states, by batch size: `fixed + per_image * batch`, of which
-    `kept` are stashes and the rest is the working set; `split` is the share that tensor parallelism
-    spreads."""
+class Setup:
+    """A way to train. strategy, offload: of `sharding.states`. optimizer: of `OPTIMIZERS`; those that
+    step in the backward belong to the strategy of that name. lora: rank of LoRA on a model frozen in
+    NF4, 0 for training all of it. half: weights in bfloat16 without float32 copies.
 
-    fixed: int
-    per_image: int
+    Raises ValueError for an optimizer that is unknown or does not fit the strategy.
+    """
+
+    strategy: str = "ddp"
+    offload: str = "none"
+    optimizer: str = "adamw"
+    lora: int = 0
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            choices = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer must be one of {choices}, got {self.optimizer!r}")
+        if (self.optimizer in IN_BACKWARD) != (self.strategy == "in_backward"):
+            raise ValueError(
+                f"{', '.join(IN_BACKWARD)} step in the backward and no others do, got "
+                f"optimizer={self.optimizer!r} with strategy={self.strategy!r}"
+            )
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 weights are on the GPU whole, so that autocast keeps copies of them."""
+        return self.strategy == "ddp" and not self.half and not self.lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes of a step beside the model states. points: (batch, bytes) at rising batch sizes; between
+    them and beyond, on a line (from nothing, if there is one point). kept_per_image: what waits for
+    the backward. split: the share that tensor parallelism spreads."""
+
+    points: tuple[tuple[int, int], ...]
     kept_per_image: int
     split: float
 
     def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
         """Bytes for a batch on one GPU."""
-        whole = self.fixed + self.per_image * batch
-        return int(whole * (1 - self.split + self.split / tensor_parallel))
+        (low, base), (high, top) = self._segment(lambda point: point[0] >= batch)
+        whole = base + (top - base) * (batch - low) / (high - low)
+        return int(whole * self._factor(tensor_parallel)) if batch else 0
 
     def largest(self, room: int, tensor_parallel: int = 1) -> int:
         """The largest batch that fits `room` bytes; 0 if none does."""
-        factor = 1 - self.split + self.split / tensor_parallel
-        return max(0, int((room / factor - self.fixed) // max(1, self.per_image)))
+        room = int(room / self._factor(tensor_parallel))
+        (low, base), (high, top) = self._segment(lambda point: point[1] > room)
+        return max(0, int(low + (room - base) * (high - low) / max(1, top - base)))
+
+    def _factor(self, tensor_parallel: int) -> float:
+        return 1 - self.split + self.split / tensor_parallel
+
+    def _segment(self, beyond: Callable[[tuple[int, int]], bool]) -> Sequence[tuple[int, int]]:
+        """The two points whose line holds up to the first that is `beyond`."""
+        points = self.points if len(self.points) > 1 else ((0, 0), *self.points)
+        end = next((i for i, point in enumerate(points) if beyond(point)), len(points) - 1)
+        return points[max(0, end - 1) :][:2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +121,7 @@ class Estimate:
     policy: str
     optimizer: str
     lora: int
+    half: bool
     states: States
     activations: int
     batch: int
@@ -89,6 +135,71 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
+class Estimator:
+    """Estimates of one model; what they share is counted once.
+
+    make: loads the model, with inputs of `batch` images, on the meta device, anew with every call.
+    sizes: batches to count at; more of them make `largest_batch` better.
+    """
+
+    def __init__(
+        self, make: Callable[[], Loaded], batch: int, sizes: Sequence[int] | None = None
+    ) -> None:
+        self.make, self.batch = make, batch
+        self.sizes = sorted({1, batch, 2 * batch} if sizes is None else set(sizes))
+        self._parameters: dict[Any, Parameters] = {}
+        self._activations: dict[Any, Activations] = {}
+
+    def parameters(self, setup: Setup) -> Parameters:
+        """Counts of the model's parameters as `setup` trains them."""
+        key = (setup.optimizer, setup.lora, setup.half)
+        if key not in self._parameters:
+            self._parameters[key] = parameters_of(
+                self.make().model, setup.optimizer, setup.lora, setup.half
+            )
+        return self._parameters[key]
+
+    def activations(self, setup: Setup, policy: str | Policy) -> Activations:
+        """What a step takes beside the model states. Raises NoBlocks where `policy` wants some."""
+        frozen = setup.strategy == "frozen"
+        key = ("" if frozen else policy, setup.autocast, setup.lora, frozen)
+        if key not in self._activations:
+            loaded = self.make()
+            if frozen:
+                self._activations[key] = _forward_alone(loaded, self.batch, self.sizes)
+            else:
+                self._activations[key] = activations_of(
+                    loaded, self.batch, policy, setup.autocast, setup.lora, self.sizes
+                )
+        return self._activations[key]
+
+    def estimate(
+        self,
+        setup: Setup,
+        policy: str | Policy,
+        cluster: Cluster,
+        reserve: int = RESERVE,
+    ) -> Estimate:
+        """One way to train on `cluster`, of whose GPUs `reserve` bytes are not to be had."""
+        held = states(setup.strategy, setup.offload, self.parameters(setup), cluster)
+        found = self.activations(setup, policy)
+        split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
+        taken = found.bytes(self.batch, split)
+        whole = held.gpu + taken + reserve
+        reason = ""
+        if held.cpu > cluster.cpu_memory:
+            reason = "main memory"
+        elif whole > cluster.gpu_memory:
+            reason = "GPU memory"
+        room = cluster.gpu_memory - reserve - held.gpu
+        largest = 0 if reason == "main memory" else found.largest(room, split)
+        name = policy if isinstance(policy, str) else "policy"
+        return Estimate(
+            setup.strategy, setup.offload, name, setup.optimizer, setup.lora, setup.half, held,
+            taken, self.batch, largest, whole, not reason, reason,
+        )  # fmt: skip
+
+
 def estimates(
     make: Callable[[], Loaded],
     cluster: Cluster,
@@ -97,104 +208,106 @@ def estimates(
     policies: Sequence[str | Policy] = POLICIES,
     optimizer: str = "adamw",
     lora: int = 0,
+    half: bool = False,
     setups: Sequence[tuple[str, str]] = SETUPS,
     reserve: int = RESERVE,
 ) -> Iterator[Estimate]:
     """Every setup with every policy, the simplest setup first.
 
-    make: loads the model, with inputs of `batch` images, on the meta device. batch: images a GPU
-    that are asked for. optimizer: of `OPTIMIZERS`. lora: rank of LoRA on a model frozen in NF4, 0
-    for training all of it. reserve: bytes of a GPU that are not to be had.
+    make, batch: as for `Estimator`. setups: strategies and offloads; of no matter for an optimizer
+    that steps in the backward. The rest as for `Setup`.
 
     Raises ValueError for an unknown optimizer, and what loading and counting raise.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    own = parameters_of(make().model, optimizer, lora)
-    known: dict[tuple[str, bool], Activations | str] = {}
+    if optimizer in IN_BACKWARD:
+        setups = [("in_backward", "none")]
+    estimator = Estimator(make, batch)
     for strategy, offload in setups:
-        held = states(strategy, offload, own, cluster)
+        setup = Setup(strategy, offload, optimizer, lora, half)
         for policy in policies:
-            name = policy if isinstance(policy, str) else "policy"
-            # Autocast keeps copies of float32 weights; sharded weights are 16-bit already.
-            key = (name, strategy == "ddp")
-            if key not in known:
-                try:
-                    known[key] = activations_of(make(), batch, policy, key[1], lora)
-                except NoBlocks as error:
-                    known[key] = str(error)
-            found = known[key]
-            if isinstance(found, str):
-                continue
-            tensor_parallel = cluster.tensor_parallel if strategy == "fsdp2" else 1
-            taken = found.bytes(batch, tensor_parallel)
-            room = cluster.gpu_memory - reserve - held.gpu
-            whole = held.gpu + taken + reserve
-            reason = ""
-            if held.cpu > cluster.cpu_memory:
-                reason = "main memory"
-            elif whole > cluster.gpu_memory:
-                reason = "GPU memory"
-            largest = 0 if held.cpu > cluster.cpu_memory else found.largest(room, tensor_parallel)
-            yield Estimate(
-                strategy, offload, name, optimizer, lora, held, taken, batch, largest, whole,
-                not reason, reason,
-            )  # fmt: skip
+            with contextlib.suppress(NoBlocks):
+                yield estimator.estimate(setup, policy, cluster, reserve)
 
 
-def parameters_of(model: nn.Module, optimizer: str = "adamw", lora: int = 0) -> Parameters:
+def parameters_of(
+    model: nn.Module, optimizer: str = "adamw", lora: int = 0, half: bool = False
+) -> Parameters:
     """Counts of a model's parameters; `lora` changes the model as `with_lora` does."""
     frozen_bytes = with_lora(model, lora) if lora else None
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}.values()
     if frozen_bytes is None:
-        frozen_bytes = 2 * sum(p.numel() for p in frozen.values())
-    eight = optimizer == "adamw8bit"
-    moments = sum(
-        adamw_bytes(p.numel(), 4, True) if eight else 8 * p.numel() for p in trained.values()
-    )
+        frozen_bytes = 2 * sum(p.numel() for p in frozen)
+    if optimizer in IN_BACKWARD:
+        moments = sum(in_backward_bytes(p.shape, optimizer) for p in trained)
+    elif optimizer == "adamw8bit":
+        moments = sum(adamw_bytes(p.numel(), 4, True) for p in trained)
+    else:
+        # torch keeps moments in the weights' own precision.
+        moments = (4 if half else 8) * sum(p.numel() for p in trained)
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = list(find_blocks(model).values()) or [model]
     return Parameters(
-        trained=sum(p.numel() for p in trained.values()),
-        frozen=sum(p.numel() for p in frozen.values()),
+        trained=sum(p.numel() for p in trained),
+        frozen=sum(p.numel() for p in frozen),
         largest=largest,
         block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         frozen_bytes=frozen_bytes,
         moments_bytes=moments,
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
+        tensor=max((p.numel() for p in trained), default=0),
+        half=half,
     )
 
 
 def activations_of(
-    loaded: Loaded, batch: int, policy: str | Policy, autocast: bool, lora: int = 0
+    loaded: Loaded,
+    batch: int,
+    policy: str | Policy,
+    autocast: bool,
+    lora: int = 0,
+    sizes: Sequence[int] = (),
 ) -> Activations:
-    """What a step takes beside weights, gradients and optimizer states, from two batch sizes."""
-    model, inputs = loaded.model, loaded.inputs
+    """What a step takes beside weights, gradients and optimizer states, at `sizes` images (one,
+    `batch` and twice as many). The gradients of the module whose turn it is are in it."""
+    model = loaded.model
     if lora:
         with_lora(model, lora)
     dtype = torch.bfloat16 if autocast else None
     if not autocast:
         model = model.to(torch.bfloat16)
-    sizes = []
-    for size in (batch, 2 * batch):
-        images = resized(inputs, batch, size, data=False)
-        if images is None:
-            raise ValueError("an input has no batch dimension, so no other batch can be computed")
-        if not autocast:
-            images = _narrow(images)
-        step = timeline(model, images, policy=policy, autocast=dtype)
-        sizes.append(step.working_bytes)
-        if size == batch:
-            found = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
+    points = {}
+    with gpu_norms():
+        for size in sizes or sorted({1, batch, 2 * batch}):
+            images = _images(loaded, batch, size, not autocast)
+            points[size] = timeline(model, images, policy=policy, autocast=dtype).working_bytes
+        images = _images(loaded, batch, batch, not autocast)
+        found = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
     on_tokens = sum(size for name, size in found.by_operator.items() if name in _ON_TOKENS)
-    per_image = max(1, (sizes[1] - sizes[0]) // batch)
     return Activations(
-        fixed=max(0, sizes[0] - per_image * batch),
-        per_image=per_image,
+        points=tuple(points.items()),
         kept_per_image=found.saved_bytes // batch,
         split=1 - on_tokens / max(1, found.saved_bytes),
     )
+
+
+def _forward_alone(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Activations:
+    """What a forward in bfloat16 takes that no backward follows."""
+    model = loaded.model.eval().to(torch.bfloat16)
+    points = []
+    with gpu_norms():
+        for size in sizes:
+            step = timeline(model, _images(loaded, batch, size, True), backward=False)
+            points.append((size, step.peak_bytes))
+    return Activations(tuple(points), 0, 1.0)
+
+
+def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
+    """The inputs of another batch size, without data."""
+    images = resized(loaded.inputs, own, size, data=False)
+    if images is None:
+        raise ValueError("an input has no batch dimension, so no other batch can be computed")
+    return _narrow(images) if narrow else images
 
 
 def best(found: Sequence[Estimate]) -> Estimate | None:

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesa_train.memory.estimate import Estimate
+from mesa_train.memory.methods import CHECKPOINT
 from mesa_train.memory.sharding import Cluster
 
 # Trains any model of timm's, whatever its name says.
 _RECIPE = "recipes/litv2"
+# Trains ViT-22B and its siblings, sharded with tensor parallelism, or on one card.
+_VIT22B = "recipes/vit22b"
+_OFFLOAD = {"optimizer": "cpu"}
 
 
 def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
@@ -21,21 +25,25 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
 
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO" if cluster.gpus == 1 and found.strategy == "ddp" else "MULTI_GPU",
+        "distributed_type": "MULTI_GPU",
         "mixed_precision": "bf16",
         "num_machines": cluster.nodes,
         "machine_rank": 0,
         "num_processes": cluster.gpus,
         "use_cpu": False,
     }
+    if cluster.gpus == 1 and found.strategy in ("ddp", "in_backward"):
+        config["distributed_type"] = "NO"
     if found.strategy.startswith("zero"):
         config["distributed_type"] = "DEEPSPEED"
         stage = int(found.strategy[-1])
         deepspeed: dict[str, Any] = {
             "zero_stage": stage,
             "gradient_accumulation_steps": 1,
-            "offload_optimizer_device": found.offload,
-            "offload_param_device": found.offload if stage == 3 else "none",
+            "offload_optimizer_device": _OFFLOAD.get(found.offload, found.offload),
+            "offload_param_device": (
+                found.offload if stage == 3 and found.offload != "optimizer" else "none"
+            ),
         }
         if stage == 3:
             deepspeed |= {"zero3_init_flag": True, "zero3_save_16bit_model": True}
@@ -71,15 +79,49 @@ def command(found: Estimate, model: str, path: str, gpus: int) -> str:
     scheme, colon, rest = model.partition(":")
     if colon and scheme != "timm":
         return f"{start} YOUR_TRAINING_SCRIPT.py"
-    checkpointed = found.policy == "checkpoint"
+    name = rest if colon else model
+    if name.startswith("vit_22b"):
+        return _vit22b(found, name, start, gpus)
+    if found.strategy == "in_backward" or found.lora:
+        return f"{start} YOUR_TRAINING_SCRIPT.py"
+    preset, checkpointed = _parts(found.policy)
     settings = {
-        "model.name": rest if colon else model,
+        "model.name": name,
         "train.micro_batch": found.batch,
         "train.global_batch": found.batch * gpus,
-        "train.policy": "plain" if checkpointed else found.policy,
+        "train.policy": preset,
         "optim.name": found.optimizer,
     }
     if checkpointed:
         settings["model.grad_checkpointing"] = "true"
-    changes = " ".join(f"--set {key}={value}" for key, value in settings.items())
-    return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {changes}"
+    return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {_set(settings)}"
+
+
+def _vit22b(found: Estimate, model: str, start: str, gpus: int) -> str:
+    """The command of the ViT-22B recipes."""
+    preset, checkpointed = _parts(found.policy)
+    kind = "coded" if found.policy.endswith("+coded") else "block" if checkpointed else "none"
+    if found.strategy == "in_backward" or found.lora:
+        method = "nf4" if found.lora else found.optimizer
+        options = f"--model {model} --batch-size {found.batch} --policy {preset}"
+        return f"python {_VIT22B}/onecard.py {method} {options} --checkpointing {kind}"
+    settings = {
+        "model.name": model,
+        "train.micro_batch": found.batch,
+        "train.global_batch": found.batch * gpus,
+        "train.policy": preset,
+        "train.checkpointing": kind,
+        "train.precision": "pure_bf16" if found.half else "bf16",
+        "optim.name": found.optimizer,
+    }
+    return f"{start} {_VIT22B}/train.py {_VIT22B}/large.yaml {_set(settings)}"
+
+
+def _parts(policy: str) -> tuple[str, bool]:
+    """(the preset or "plain", whether blocks are checkpointed)."""
+    preset, plus, _ = policy.partition("+")
+    return ("plain", True) if preset == CHECKPOINT else (preset, bool(plus))
+
+
+def _set(settings: dict[str, Any]) -> str:
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())

@@ -6,6 +6,8 @@ For the meta device: the shapes and what is kept for the backward are those of Q
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,23 +17,52 @@ from torch import Tensor, nn
 _BLOCK, _BLOCKS = 64, 256
 
 
+class Lora(nn.Module):
+    """y = W x + bias + B A x with W (out, in) frozen in 4 bits."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.weight = weight
+        rows, columns = weight.shape
+        self.lora_a = nn.Parameter(torch.empty(rank, columns, device=weight.device))
+        self.lora_b = nn.Parameter(torch.empty(rows, rank, device=weight.device))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = _Frozen.apply(x, self.weight)
+        y = y if bias is None else y + bias
+        return y + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
 class LoraLinear(nn.Module):
-    """y = W x + b + B A x with W and b frozen."""
+    """A Linear with its weight and bias frozen."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        device = linear.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
+        self.product, self.bias = Lora(linear.weight, rank), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return self.product(x, self.bias)
+
+
+class _Frozen(torch.autograd.Function):
+    """The product with a weight that is decoded in the forward and again in the backward; no policy
+    repeats it, and its input is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, torch.empty_like(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ torch.empty_like(weight), None
 
 
 def with_lora(model: nn.Module, rank: int) -> int:
-    """Freeze `model` in place, give every Linear but the last a LoRA of `rank`; the last, the head,
-    is trained whole. Returns the bytes of the frozen parameters, Linears' weights as NF4.
+    """Freeze `model` in place, give every Linear but the last a LoRA of `rank`, and every module with
+    an attribute `adapted` (ViT-22B's fused projections); the last Linear, the head, is trained whole.
+    Returns the bytes of the frozen parameters, matrices with a LoRA as NF4.
 
     ValueError for a rank below 1 or a model with fewer than two Linears.
     """
@@ -46,6 +77,11 @@ def with_lora(model: nn.Module, rank: int) -> int:
     for parameter in head.parameters():
         parameter.requires_grad_(True)
     coded = 0
+    for module in [m for m in model.modules() if hasattr(m, "adapted")]:
+        weight: Any = module.weight
+        coded += nf4_bytes(weight.numel()) - 2 * weight.numel()
+        del module.weight
+        module.adapted = Lora(weight, rank)
     for name in linears[:-1]:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

@@ -1,12 +1,14 @@
 """Methods: the ways to train a model that are measured against each other, put on and taken off.
 
-A method is "plain", "checkpoint", a preset's name, a preset's name with "+checkpoint", or a Policy.
+A method is "plain", "checkpoint", a preset's name, a preset's name with "+checkpoint" or "+coded", or
+a Policy.
 Whatever mesa_train had installed on the model before is back afterwards, with its report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 from collections.abc import Iterator
 
@@ -21,17 +23,20 @@ CHECKPOINT = "checkpoint"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
 # A preset whose blocks are checkpointed as well.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
+# And whose blocks' inputs are 8-bit codes.
+CODED = {f"{preset}+coded": preset for preset in PRESETS if preset != "paper"}
 
 
 def check_method(method: str, more: tuple[str, ...] = ()) -> None:
     """ValueError with the choices and the closest name if `method` is none, nor one of `more`."""
-    choices = (PLAIN, CHECKPOINT, *PRESETS, *BOTH, *more)
+    choices = (PLAIN, CHECKPOINT, *PRESETS, *BOTH, *CODED, *more)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        short = [c for c in choices if c not in BOTH]
+        short = [c for c in choices if c not in BOTH and c not in CODED]
         raise ValueError(
-            f"unknown method {method!r}; choose from {', '.join(short)}, PRESET+{CHECKPOINT}{hint}"
+            f"unknown method {method!r}; choose from {', '.join(short)}, PRESET+{CHECKPOINT}, "
+            f"PRESET+coded{hint}"
         )
 
 
@@ -53,7 +58,7 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
             yield
             return
         unwrap(model)
-        policy, blocks = _parts(method)
+        policy, blocks = parts(method)
         if policy is not None:
             wrap(model, policy)
         with checkpointed(model) if blocks else contextlib.nullcontext():
@@ -68,10 +73,12 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
             report.rows.update(reported)
 
 
-def _parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
-    """(the policy or None, whether blocks are checkpointed)."""
+def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
+    """(the policy, its name, or None; whether blocks are checkpointed)."""
     if method in (PLAIN, CHECKPOINT):
         return None, method == CHECKPOINT
     if isinstance(method, str) and method in BOTH:
         return BOTH[method], True
+    if isinstance(method, str) and method in CODED:
+        return dataclasses.replace(PRESETS[CODED[method]], checkpoint_inputs=8), True
     return method, False

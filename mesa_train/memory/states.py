@@ -1,7 +1,20 @@
-"""Bytes of an optimizer's states, by arithmetic: AdamW's two moments, whole or in 8 bits."""
+"""Bytes of an optimizer's states, by arithmetic: AdamW's two moments, whole or in 8 bits, and the
+single moments of optimizers that step inside the backward (`mesa_train.training.in_backward`)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from mesa_train.codecs.affine import Affine
+
+# Adafactor's row and column means, or Lion's moment in 8-bit codes.
+IN_BACKWARD = ("factored", "lion")
+OPTIMIZERS = ("adamw", "adamw8bit", *IN_BACKWARD)
+# Elements of a matrix that an optimizer in the backward updates at a time.
+UPDATE = 1 << 24
+# Elements in a group of Lion's codes.
+LION_GROUP = 128
 # bitsandbytes keeps tensors below this many elements in 32 bits, and a float32 range for every
 # block of this many elements of the others.
 LEAST_8BIT, _BLOCK = 4096, 256
@@ -20,3 +33,12 @@ def adamw_bytes(elements: int, itemsize: int, eight_bit: bool = False) -> int:
     if elements < LEAST_8BIT:
         return 8 * elements
     return 2 * (elements + 4 * -(-elements // _BLOCK))
+
+
+def in_backward_bytes(shape: Sequence[int], optimizer: str) -> int:
+    """Bytes of the states of one parameter of `shape` that is stepped in the backward."""
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = math.prod(shape) // max(rows, 1)
+    if optimizer == "factored":
+        return 4 * (rows + columns if len(shape) > 1 else columns)
+    return Affine(8, LION_GROUP).bytes(rows, columns)

@@ -83,10 +83,12 @@ def timeline(
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     watch: Watch | None = None,
+    backward: bool = True,
 ) -> Timeline:
     """The timeline of a step of `model(inputs)` with `policy`; the model stays as it was.
 
     watch: takes the place of the report of the wrapped model, and counts the stashes.
+    backward: False runs the forward alone, without a graph.
 
     The fakes stand for CPU tensors: the autograd engine would want a real GPU for those of one.
     Arguments and errors as for `footprint`.
@@ -105,13 +107,15 @@ def timeline(
             enter, leave = _marks(live, name)
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.set_grad_enabled(backward))
         with live:
             with autocasting(torch.device("cpu"), autocast):
-                value = (loss or default_loss)(model(*args, **kwargs))
-            live.mark(BACKWARD, "", live.stored())
-            # Not value.backward(): the fakes' function mode would be off inside.
-            torch.autograd.backward(value)
+                value = model(*args, **kwargs)
+                value = (loss or default_loss)(value) if backward else value
+            if backward:
+                live.mark(BACKWARD, "", live.stored())
+                # Not value.backward(): the fakes' function mode would be off inside.
+                torch.autograd.backward(value)
         del value
         live.close()
         gradients = {

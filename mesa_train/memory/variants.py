@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.memory.checkpointing import checkpointed
-from mesa_train.memory.methods import BOTH, CHECKPOINT, PLAIN, check_method
+from mesa_train.memory.methods import BOTH, CHECKPOINT, CODED, PLAIN, check_method, parts
 from mesa_train.policy import PRESETS, Policy
 from mesa_train.wrap import unwrap, wrap
 
@@ -47,7 +47,7 @@ _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
     **{f"{COMPILE}:{preset}": (1.0, {}) for preset in PRESETS if preset != "paper"},
 }
 
-CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, *PRESETS, *BOTH, *_COMPILED)
+CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, *PRESETS, *BOTH, *CODED, *_COMPILED)
 
 
 def check_variant(method: str) -> None:
@@ -70,12 +70,11 @@ class Variant:
         self.method = method
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.module = unwrap(copy.deepcopy(model, shared))
-        policy = method
-        if isinstance(method, str):
-            policy = BOTH.get(method, method.removeprefix(f"{COMPILE}:"))
+        named = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
+        policy, blocks = parts(named)
         if isinstance(policy, Policy) or policy in PRESETS:
             wrap(self.module, policy)
-        if method == CHECKPOINT or method in BOTH:
+        if blocks:
             # Held and never left: the copy is checkpointed for good.
             self._checkpointed = checkpointed(self.module)
             self._checkpointed.__enter__()

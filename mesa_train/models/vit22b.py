@@ -24,9 +24,10 @@ and the deviations: 2D + 8D/128 + 4 + 8H bytes (13,060: 3.2 MiB), and 14D a bloc
 Kernels that need the logsumexp add 4H bytes (flash on a GPU; on a CPU none up to 512 tokens in half
 precision). PyTorch keeps 17D elements of two bytes (51 MiB), and 21D with a separate bias.
 
-Sources disagree on two points, which are switches: queries and keys are normalised without
+Sources disagree on three points, which are switches: queries and keys are normalised without
 centring, as the paper says (`qk_norm="rms"`), or with, as Flax does (`"layer"`); GELU is the tanh
-form, Flax's default, or exact.
+form, Flax's default, or exact; the pooling head's queries, keys and values have biases, as in
+big_vision, or none (`pool_bias=False`).
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ class ViT22B(VisionTransformer):
     `img_size`, is resampled to theirs. Returns logits (B, num_classes), meant for
     `F.binary_cross_entropy_with_logits` (see `sigmoid_loss`).
 
-    qk_norm: "rms", "layer" or "none". gelu: "tanh" or "none" (exact). On the meta device nothing is
+    qk_norm: "rms", "layer" or "none". gelu: "tanh" or "none" (exact). pool_bias: whether queries, keys
+    and values of the pooling head have biases. On the meta device nothing is
     initialised; see `vit22b_init.initialise`.
     """
 
@@ -186,6 +188,7 @@ class ViT22B(VisionTransformer):
         drop_path_rate: float = 0.0,
         qk_norm: str = "rms",
         gelu: str = "tanh",
+        pool_bias: bool = True,
         **made: Any,
     ) -> None:
         def block(**given: Any) -> ParallelBlock:
@@ -212,6 +215,9 @@ class ViT22B(VisionTransformer):
             **made,
         )
 
+        if not pool_bias:
+            for projection in (self.attn_pool.q, self.attn_pool.kv):
+                projection.register_parameter("bias", None)
         # The one pooled token is taken in `pool`: FSDP wants no views out of its units.
         self.attn_pool.pool = "none"
 

@@ -9,7 +9,7 @@ As soon as a parameter's gradient is complete, the parameter is stepped and the 
     lion       Lion (arXiv 2302.06675): one moment, kept as 8-bit codes of mesa_train's codec,
                1.03 bytes an element, rounded stochastically so that small changes add up.
 
-Arithmetic is in float32, a few rows at a time (`CHUNK` elements); bfloat16 weights are written with
+Arithmetic is in float32, a few rows at a time (`UPDATE` elements); bfloat16 weights are written with
 stochastic rounding. So a model needs 2 bytes a weight for itself, and 0.00 or 1.03 for the state.
 Gradients cannot be accumulated over several backwards, nor clipped by their global norm.
 """
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.codecs.affine import Affine
+from mesa_train.memory.states import IN_BACKWARD, LION_GROUP, UPDATE
 
 from .stochastic_rounding import write_rounded
 
-CHUNK = 1 << 24
-METHODS = ("factored", "lion")
+METHODS = IN_BACKWARD
 # Keeps a row of zeros from a division by zero.
 _TINY = 1e-30
 
@@ -155,7 +155,7 @@ class InBackward:
     def _lion(
         self, state: dict[str, Any], weight: Tensor, grad: Tensor, decay: float, stream: Any
     ) -> None:
-        codec = Affine(8, 128, stochastic=True, seed=self.seed + self.steps)
+        codec = Affine(8, LION_GROUP, stochastic=True, seed=self.seed + self.steps)
         kept = state.setdefault("moment", {})
         for number, (_, g, w) in enumerate(_chunks(weight, grad)):
             rows = g if g.dim() > 1 else g[None]
@@ -167,22 +167,9 @@ class InBackward:
             write_rounded(w, w.float() * (1 - self.lr * decay) - change * self.lr, stream)
 
 
-def state_bytes(parameters: Iterable[nn.Parameter], method: str) -> int:
-    """Bytes that a method keeps for these parameters (of any device, meta too)."""
-    size = 0
-    for parameter in parameters:
-        rows = parameter.shape[0] if parameter.dim() > 1 else 1
-        columns = parameter.numel() // max(rows, 1)
-        if method == "factored":
-            size += 4 * (rows + columns if parameter.dim() > 1 else columns)
-        else:
-            size += Affine(8, 128).bytes(rows, columns)
-    return size
-
-
 def _chunks(weight: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]]:
     """(rows, gradient in float32, weight) a few rows at a time; a vector whole."""
-    rows = max(1, CHUNK // weight[0].numel()) if weight.dim() > 1 else len(weight)
+    rows = max(1, UPDATE // weight[0].numel()) if weight.dim() > 1 else len(weight)
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
         yield part, grad[part].float(), weight[part]

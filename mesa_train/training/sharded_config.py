@@ -13,6 +13,7 @@ from typing import Any
 
 from mesa_train.policy import PRESETS
 
+from .config import FILES, DataConfig
 from .schema import ConfigError as ConfigError
 from .schema import of_values, one_of, positive, read_yaml
 
@@ -26,13 +27,16 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 class ModelConfig:
     """A model of mesa_train.models.vit22b.
 
-    weights: safetensors file or folder to start from. fresh_head: but for the classifier.
+    classes: must match the data if given; a stream needs it. weights: safetensors file or folder to
+    start from. fresh_head: but for the classifier.
     """
 
     name: str = "vit_22b_tiny"
     image_size: int = 224
+    classes: int | None = None
     qk_norm: str = "rms"
     gelu: str = "tanh"
+    pool_bias: bool = True
     drop_path: float = 0.0
     head_bias: float = -10.0
     weights: str | None = None
@@ -56,12 +60,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class CropConfig:
+    """The paper's augmentation: random crops of a share and a ratio, and mirror images."""
+
+    scale: tuple[float, float] = (0.05, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. global_batch / (micro_batch * data-parallel ranks) micro-batches are accumulated.
 
     backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
     precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
         weights (and loses small updates: see recipes/vit22b/README.md).
+    offload: keep FSDP2's shards in main memory. nvme_path: folder that takes the place of the one in
+        DeepSpeed's configuration, where that offloads to NVMe.
     policy: "plain" or a preset of mesa_train.
     checkpointing: "block" keeps each block's input, "coded" its 8-bit codes; both run it again in
         the backward, where one block's stashes are kept at a time.
@@ -71,10 +86,10 @@ class TrainConfig:
     tensor_parallel: int = 1
     reshard: bool = True
     offload: bool = False
+    nvme_path: str | None = None
     precision: str = "bf16"
     policy: str = "mesa8"
     checkpointing: str = "none"
-    data: str = "mnist5k"
     global_batch: int = 64
     micro_batch: int = 64
     steps: int = 100
@@ -91,6 +106,8 @@ class Config:
     """A recipe: one section for each concern."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: CropConfig = field(default_factory=CropConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -101,8 +118,14 @@ class Config:
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
-    config: Config = of_values(Config, read_yaml(path, changes))
+    values = read_yaml(path, changes)
+    config: Config = of_values(Config, values)
+    if "image_size" in (values.get("data") or {}):
+        raise ConfigError("data.image_size is model.image_size in these recipes; set that")
+    data = dataclasses.replace(config.data, image_size=config.model.image_size)
+    config = dataclasses.replace(config, data=data)
     _check(config)
+    _check_data(config)
     return config
 
 
@@ -148,6 +171,24 @@ def _check(config: Config) -> None:
             f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
             f"{model.name}"
         )
+
+
+def _check_data(config: Config) -> None:
+    """ConfigError for a source or a crop that cannot be."""
+    data, crop = config.data, config.augment
+    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
+    if data.source in ("imagefolder", *FILES) and not data.path:
+        raise ConfigError(f"data.path is missing: {data.source} needs a folder")
+    if data.path and not Path(data.path).exists():
+        raise ConfigError(f"data.path: no such folder or file {data.path}")
+    if data.streaming and not data.train_images:
+        raise ConfigError("data.train_images is missing: streaming cannot count the images")
+    if data.workers < 0:
+        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
+    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+        raise ConfigError(f"augment.scale must be a range within 0 and 1, got {list(crop.scale)}")
+    if not 0 <= crop.hflip <= 1:
+        raise ConfigError(f"augment.hflip must lie in [0, 1], got {crop.hflip}")
 
 
 def accumulation(train: TrainConfig, ranks: int) -> int:

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mesa_train
 from mesa_train.policy import PRESETS
 
 from . import sharded_checkpoint as checkpoints
+from .local_shards import LocalShards
 from .schedule_rsqrt import groups
 from .sharded_config import Config, ConfigError, accumulation
 
@@ -50,9 +50,19 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def engine_of(config: Config, classes: int, channels: int) -> Engine:
+def engine_of(config: Config, classes: int) -> Engine:
     """The engine that configuration and launcher ask for. ConfigError where they disagree."""
-    backend, world = config.train.backend, int(os.environ.get("WORLD_SIZE", "1"))
+    backend = backend_of(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_precision(config.train.precision)
+    if backend == "zero3":
+        return Zero3(config, classes)
+    return Direct(config, classes, sharded=backend == "fsdp2")
+
+
+def backend_of(config: Config, world: int) -> str:
+    """ "single", "fsdp2" or "zero3", for a launch of `world` processes. ConfigError where configuration
+    and launcher disagree."""
+    backend = config.train.backend
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if backend == "auto":
         backend = "zero3" if deepspeed else "fsdp2" if world > 1 else "single"
@@ -68,13 +78,10 @@ def engine_of(config: Config, classes: int, channels: int) -> Engine:
             f"train.tensor_parallel={config.train.tensor_parallel} needs the backend fsdp2 and as "
             f"many processes; this is {backend} with {world}"
         )
-    check_precision(config.train.precision)
-    if backend == "zero3":
-        return Zero3(config, classes, channels)
-    return Direct(config, classes, channels, sharded=backend == "fsdp2")
+    return backend
 
 
-def build(config: Config, classes: int, channels: int, device: str) -> Any:
+def build(config: Config, classes: int, device: str) -> Any:
     """The model on `device`; on "meta" nothing is initialised."""
     import timm
 
@@ -88,9 +95,9 @@ def build(config: Config, classes: int, channels: int, device: str) -> Any:
             model.name,
             img_size=model.image_size,
             num_classes=classes,
-            in_chans=channels,
             qk_norm=model.qk_norm,
             gelu=model.gelu,
+            pool_bias=model.pool_bias,
             drop_path_rate=model.drop_path,
             dtype=dtype,
         )
@@ -110,7 +117,7 @@ def check_precision(precision: str) -> None:
 class Direct:
     """One process, or FSDP2 (times tensor parallelism) over all of them."""
 
-    def __init__(self, config: Config, classes: int, channels: int, sharded: bool) -> None:
+    def __init__(self, config: Config, classes: int, sharded: bool) -> None:
         from mesa_train.models import vit22b_init, vit22b_parallel
 
         train = config.train
@@ -122,7 +129,7 @@ class Direct:
         # FSDP gathers shards in bfloat16 itself; a whole model computes so under autocast.
         half = train.precision == "bf16"
         self.autocast = half and not sharded
-        model = build(config, classes, channels, "meta")
+        model = build(config, classes, "meta")
         if sharded:
             if kind == "cuda":
                 torch.cuda.set_device(self.device)
@@ -188,13 +195,13 @@ class Direct:
 class Zero3:
     """DeepSpeed's ZeRO-3 through Accelerate, offloading as the launcher's configuration says."""
 
-    def __init__(self, config: Config, classes: int, channels: int) -> None:
+    def __init__(self, config: Config, classes: int) -> None:
         import deepspeed
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
         from deepspeed.utils import set_z3_leaf_modules
 
-        from mesa_train.models.vit22b import SIZES, ParallelBlock
+        from mesa_train.models.vit22b import ParallelBlock
         from mesa_train.models.vit22b_init import initialise
 
         train = config.train
@@ -208,8 +215,12 @@ class Zero3:
                 "training would not be synchronised"
             )
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        count = sum(p.numel() for p in build(config, classes, channels, "meta").parameters())
-        check_deepspeed(settings, train.policy, SIZES[config.model.name][1], count)
+        count = sum(p.numel() for p in build(config, classes, "meta").parameters())
+        for key in ("offload_param", "offload_optimizer"):
+            target = settings.get("zero_optimization", {}).get(key) or {}
+            if train.nvme_path and target.get("device") == "nvme":
+                target["nvme_path"] = train.nvme_path
+        check_deepspeed(settings, count, config.optim.name)
         self.config, self.device = config, self.accelerator.device
         self.rank = self.data_rank = self.accelerator.process_index
         self.data_ranks = world
@@ -218,8 +229,9 @@ class Zero3:
         settings["gradient_accumulation_steps"] = self.accumulate
         settings["train_batch_size"] = train.global_batch
         settings["gradient_clipping"] = config.optim.clip
+        # Its own mode, not torch_autocast: that keeps float32 weights beside the model.
         if train.precision == "bf16":
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            settings["bf16"] = {"enabled": True}
         elif train.precision == "pure_bf16":
             settings["bf16"] = {
                 "enabled": True,
@@ -228,7 +240,7 @@ class Zero3:
             }
         # Every module's parameters leave this process as soon as the module is built.
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = build(config, classes, channels, str(self.device))
+            model = build(config, classes, str(self.device))
         # A stash is rebuilt from weights of its whole block: they have to be there together.
         set_z3_leaf_modules(model, [ParallelBlock, type(model.attn_pool)])
         initialise(model, train.seed, config.model.head_bias)
@@ -239,7 +251,7 @@ class Zero3:
         self.model: Any = plain
 
     def forward(self, images: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if self.config.train.precision == "pure_bf16" else images.dtype
+        dtype = images.dtype if self.config.train.precision == "no" else torch.bfloat16
         return self.engine(images.to(dtype))
 
     def backward(self, loss: Tensor) -> None:
@@ -277,15 +289,9 @@ def load_weights(config: Config, model: Any) -> None:
 
 
 def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
-    """mesa_train on the model, unless the policy is "plain". ConfigError if F.linear is not
-    torch's own: DeepSpeed's replacement hides every Linear from us."""
+    """mesa_train on the model, unless the policy is "plain"."""
     if policy == "plain":
         return model
-    if F.linear is not torch._C._nn.linear:
-        raise ConfigError(
-            "DeepSpeed has replaced torch.nn.functional.linear; set "
-            "zero_optimization.memory_efficient_linear to false in its configuration"
-        )
     chosen = PRESETS[policy]
     if checkpointing == "coded":
         chosen = dataclasses.replace(chosen, checkpoint_inputs=8)
@@ -304,36 +310,46 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         raise ConfigError(
             f"optim.name={optim.name} needs: pip install 'mesa_train[bitsandbytes]'"
         ) from None
-    if any(hasattr(p, "placements") for p in model.parameters()):
-        raise ConfigError(
-            f"optim.name={optim.name}: bitsandbytes cannot step the shards of FSDP2; "
-            "use zero3, or a single process"
-        )
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=optim.lr, betas=optim.betas)
+
+    def make(given: list[dict[str, Any]]) -> Any:
+        return bitsandbytes.optim.AdamW8bit(given, lr=optim.lr, betas=optim.betas)
+
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return LocalShards(parameters, make)
+    made = make(parameters)
+    # ZeRO-3 steps what it has flattened, in which norms and biases are large enough for 8 bits.
+    small = [g["name"] for g in parameters].index("no_decay")
+    made.mng.index2config[small, 0] = {"optim_bits": 32}
+    return made
 
 
-def check_deepspeed(settings: dict[str, Any], policy: str, width: int, parameters: int) -> None:
+def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = "adamw") -> None:
     """ConfigError for what would go wrong silently, or after much memory was spent."""
     import shutil
 
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise ConfigError(f"zero_optimization.stage must be 3, got {zero.get('stage')!r}")
-    # Gains of norms are read outside their block's turn when an output is rebuilt.
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    if policy != "plain" and isinstance(threshold, int) and threshold < width:
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if optimizer == "adamw8bit" and device != "none":
         raise ConfigError(
-            f"zero_optimization.stage3_param_persistence_threshold={threshold} must be at least the "
-            f"width {width}: mesa_train reads the norms' gains outside their turn"
+            f"optim.name=adamw8bit steps on the card, but zero_optimization.offload_optimizer.device "
+            f"is {device}; take optim.name=adamw"
         )
     # float32 weight and two moments beside the optimizer, a bfloat16 weight beside the model.
     for key, bytes_each in (("offload_param", 2), ("offload_optimizer", 12)):
         target = zero.get(key) or {}
         if target.get("device") != "nvme":
             continue
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
         folder = Path(str(target.get("nvme_path")))
         if not folder.is_dir():
-            raise ConfigError(f"zero_optimization.{key}.nvme_path: no such folder {folder}")
+            raise ConfigError(
+                f"zero_optimization.{key}.nvme_path: no such folder {folder}; set train.nvme_path"
+            )
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError("offloading to NVMe needs libaio: apt-get install libaio-dev")
         if not os.access(folder, os.W_OK):
             raise ConfigError(f"zero_optimization.{key}.nvme_path: {folder} cannot be written to")
         need, free = parameters * bytes_each, shutil.disk_usage(folder).free

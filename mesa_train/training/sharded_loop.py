@@ -1,24 +1,23 @@
 """The loop of the ViT-22B recipes: the same batches, schedule, log and checkpoints on any engine.
 
-A global batch depends on (seed, epoch) alone, and each data-parallel rank takes its own slice of
-it, so losses are those of a single process whatever the number of ranks.
+A global batch depends on (seed, step) alone, and each data-parallel rank takes its own part of it
+(`sharded_data.py`), so losses are those of a single process whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mesa_train.models.vit22b import SIZES, sigmoid_loss
 
-from . import data as images_of
+from . import sharded_data
 from .schedule_rsqrt import ReciprocalSqrt
 from .sharded_checkpoint import newest
 from .sharded_config import Config, ConfigError
@@ -28,34 +27,12 @@ from .stability import AttentionWatch, Guard
 Report = Callable[[dict[str, Any]], None]
 
 
-def load_data(config: Config) -> images_of.ImageSet:
-    """The built-in image set in the model's resolution. ConfigError names the choices."""
-    if config.train.data not in images_of.BUILTIN:
-        raise ConfigError(
-            f"train.data must be one of {', '.join(images_of.BUILTIN)}, got {config.train.data!r}"
-        )
-    found = images_of.load(config.train.data)
-    size = config.model.image_size
-    return images_of.ImageSet(
-        found.name,
-        found.train.resized(size),
-        found.held_out.resized(size),
-        found.num_classes,
-        found.mean,
-        found.std,
-    )
-
-
 def train(config: Config, report: Report) -> Engine:
     """Train as configured. `report` is called on rank 0 with one row a step: step, loss, lr, norm,
     images_per_s, and where a GPU is, peak_bytes and mfu. Returns the engine, still open."""
-    data = load_data(config)
-    if config.train.global_batch > len(data.train):
-        raise ConfigError(
-            f"train.global_batch={config.train.global_batch} exceeds the {len(data.train)} images"
-        )
     schedule = _schedule(config)
-    engine = engine_of(config, data.num_classes, data.channels)
+    data = sharded_data.load(config)
+    engine = engine_of(config, data.classes)
     out, first = Path(config.train.out), 0
     if config.train.resume:
         checkpoint = newest(out) if config.train.resume == "last" else Path(config.train.resume)
@@ -64,15 +41,16 @@ def train(config: Config, report: Report) -> Engine:
         first = int(engine.load(checkpoint)["step"])
     watch = AttentionWatch(engine.model, every=config.train.watch_every)
     guard = Guard(engine.model)
-    for step, (images, labels) in enumerate(_batches(config, data, engine, first), first):
-        start = time.perf_counter()
+    ranks = (engine.data_rank, engine.data_ranks)
+    start = time.perf_counter()
+    for step, batches in enumerate(sharded_data.batches(config, data, *ranks, first), first):
         loss = torch.zeros((), device=engine.device)
         with watch.step(step), guard.step(step):
-            for part, target in zip(images, labels, strict=True):
+            for part, target in batches:
                 part, target = part.to(engine.device), target.to(engine.device)
                 value = sigmoid_loss(engine.forward(part), target, config.optim.z_loss)
                 engine.backward(value)
-                loss += value.detach() / len(images)
+                loss += value.detach() / len(batches)
         norm = engine.step(schedule(step))
         if engine.data_ranks > 1:
             dist.all_reduce(loss)
@@ -86,6 +64,7 @@ def train(config: Config, report: Report) -> Engine:
         every = config.train.save_every
         if (every and (step + 1) % every == 0) or (every and step + 1 == config.train.steps):
             engine.save(out, {"step": step + 1, "config": config.to_dict()})
+        start = time.perf_counter()
     return engine
 
 
@@ -113,25 +92,6 @@ def _schedule(config: Config) -> ReciprocalSqrt:
     return ReciprocalSqrt(
         optim.lr, optim.warmup, optim.cooldown, config.train.steps, optim.timescale
     )
-
-
-def _batches(
-    config: Config, data: images_of.ImageSet, engine: Engine, first: int
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """This rank's micro-batches of each step, from step `first` on."""
-    train = config.train
-    share = train.global_batch // engine.data_ranks
-    start = engine.data_rank * share
-    step, epoch = 0, 0
-    while step < train.steps:
-        for images, labels in images_of.train_batches(
-            data, train.global_batch, seed=train.seed, epoch=epoch
-        ):
-            if first <= step < train.steps:
-                own, targets = images[start : start + share], labels[start : start + share]
-                yield own.split(train.micro_batch), targets.split(train.micro_batch)
-            step += 1
-        epoch += 1
 
 
 def _speed(config: Config, seconds: float) -> dict[str, float]:

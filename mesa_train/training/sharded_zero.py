@@ -56,7 +56,13 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint} is of another model: {len(other)} parameters differ; {example}"
         )
-    universal = state.pop("ranks") != run.data_ranks
+    ranks = state.pop("ranks")
+    universal = ranks != run.data_ranks
+    if universal and run.config.optim.name == "adamw8bit":
+        raise CheckpointError(
+            f"{checkpoint} holds 8-bit moments of {ranks} ranks, which as many can read; this is "
+            f"{run.data_ranks}"
+        )
     tag = _TAG
     if universal:
         tag = _UNIVERSAL

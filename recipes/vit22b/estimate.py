@@ -12,11 +12,10 @@ import typer
 from rich.console import Console
 
 from mesa_train.memory.text import format_bytes, format_table
-from mesa_train.policy import PRESETS
-from mesa_train.training import records
-from mesa_train.training.estimates import SCHEMES, Sizes, estimate, fits
+from mesa_train.training import estimates, records
+from mesa_train.training.estimates import CODED, SCHEMES
 
-ONE_CARD = ("nf4", "lion8", "factored")
+ONE_CARD = ("nf4", "lion", "factored")
 
 
 def main(
@@ -25,16 +24,23 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON lines to append a row to.")] = None,
 ) -> None:
     """Print kept bytes of an image for every preset, and what fits on five machines."""
-    sizes = Sizes(name, image_size)
-    kept = {p: sizes.kept(p) for p in ("plain", "checkpoint", *PRESETS, "coded")}
-    found = fits(sizes)
-    cards = {key: estimate(sizes, SCHEMES[key], 1, "coded", 8) for key in ONE_CARD}
+    try:
+        counted = estimates.estimator(name, image_size)
+        parameters = counted.parameters(SCHEMES["fsdp2"][1]).total
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    kept = estimates.kept_by_method(name, image_size)
+    found = estimates.fits(counted)
+    cards = {
+        key: estimates.components(estimates.one_card(name, key, image_size, 8, CODED))
+        for key in ONE_CARD
+    }
     console = Console()
 
     def show(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    show(f"{name} at {image_size} px: {sizes.parameters:,} parameters\n")
+    show(f"{name} at {image_size} px: {parameters:,} parameters\n")
     lines = [[policy, format_bytes(size)] for policy, size in kept.items()]
     show(format_table(["policy", "kept for one image"], lines))
     policies = list(found[0]["images"]) if found else []
@@ -54,18 +60,10 @@ def main(
         row = {
             "model": name,
             "image_size": image_size,
-            "parameters": sizes.parameters,
+            "parameters": parameters,
             "kept_bytes": kept,
             "fits": found,
-            "one_card": {
-                key: {
-                    "scheme": SCHEMES[key].name,
-                    "states_bytes": e.states,
-                    "working_bytes": e.working,
-                    "kept_bytes": e.activations,
-                }
-                for key, e in cards.items()
-            },
+            "one_card": {key: {"scheme": SCHEMES[key][0], **parts} for key, parts in cards.items()},
         }
         records.append(out, {**row, **records.provenance("cpu")})
 

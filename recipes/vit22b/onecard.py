@@ -23,14 +23,18 @@ import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.memory.text import format_bytes
 from mesa_train.models.vit22b import SIZES, sigmoid_loss
 from mesa_train.models.vit22b_init import initialise
+from mesa_train.policy import PRESETS
 from mesa_train.training import data, estimates, nf4_lora, sharded_loop
-from mesa_train.training.in_backward import METHODS, InBackward
+from mesa_train.training.in_backward import METHODS as IN_BACKWARD
+from mesa_train.training.in_backward import InBackward
 from mesa_train.training.schedule_rsqrt import groups
+from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
 from mesa_train.training.sharded_config import CHECKPOINTING, ConfigError
 from mesa_train.training.sharded_engines import check_precision, install
+from mesa_train.training.sharded_plan import method_of
 
-SCHEMES = {"nf4": "nf4", "lion": "lion8", "factored": "factored"}
+METHODS = ("nf4", *IN_BACKWARD)
 
 
 def main(
@@ -51,72 +55,89 @@ def main(
 ) -> None:
     """Train a few steps."""
     try:
-        row = run(
-            method, model, weights, image_size, batch_size, steps, lr, policy, checkpointing, rank
-        )
+        check(method, model, policy, checkpointing)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        kept = method_of(policy, checkpointing)
+        found = estimates.one_card(model, method, image_size, batch_size, kept, rank)
+        predicted = estimates.components(found)
+        print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
+        check_room(sum(predicted.values()), batch_size, device)
+        net = build(method, model, image_size, weights, device, rank)
+        net.train().set_grad_checkpointing(checkpointing != "none")
+        install(net, policy, checkpointing)
+        losses, seconds = run(net, method, image_size, batch_size, steps, lr, device)
     except (ConfigError, CheckpointError, ValueError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
+    rate = batch_size / sorted(seconds)[len(seconds) // 2]
+    row: dict[str, Any] = {
+        "method": method,
+        "model": model,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "policy": policy,
+        "checkpointing": checkpointing,
+        "losses": losses,
+        "images_per_s": rate,
+        "predicted_bytes": predicted,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
     if peak_tflops:
-        flops = row["images_per_s"] * sharded_loop.model_flops(model, image_size)
+        flops = rate * sharded_loop.model_flops(model, image_size)
         row["mfu"] = flops / (peak_tflops * 1e12)
     sharded_loop.append_to(out / "results.jsonl")(row)
     print(json.dumps(row, indent=1))
 
 
-def run(
-    method: str,
-    name: str,
-    weights: Path | None,
-    size: int,
-    batch: int,
-    steps: int,
-    lr: float,
-    policy: str,
-    checkpointing: str,
-    rank: int,
-) -> dict[str, Any]:
-    """The steps of one method; a row of what was predicted and measured."""
-    if method not in SCHEMES:
-        raise ValueError(f"method must be one of {', '.join(SCHEMES)}, got {method!r}")
-    if checkpointing not in CHECKPOINTING or (checkpointing == "coded" and policy == "plain"):
-        raise ValueError(
-            f"checkpointing must be one of {', '.join(CHECKPOINTING)} (coded needs a policy), "
-            f"got {checkpointing!r} with {policy!r}"
-        )
-    if name not in SIZES:
-        raise ValueError(f"model must be one of {', '.join(SIZES)}, got {name!r}")
+def check(method: str, model: str, policy: str, checkpointing: str) -> None:
+    """ValueError or ConfigError for what cannot be run, before memory is spent."""
+    one_of("method", method, METHODS)
+    one_of("model", model, SIZES)
+    one_of("policy", policy, ("plain", *PRESETS))
+    one_of("checkpointing", checkpointing, CHECKPOINTING)
+    if checkpointing == "coded" and policy == "plain":
+        raise ValueError("checkpointing=coded needs a policy other than plain")
     check_precision("pure_bf16")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    predicted = predict(method, name, size, batch, policy, checkpointing)
-    print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        if sum(predicted.values()) > free:
-            raise ValueError(
-                f"{format_bytes(sum(predicted.values()))} are expected, the card has "
-                f"{format_bytes(free)} free; take fewer images than {batch}, or nf4"
-            )
-    images = data.load("mnist5k")
+
+
+def check_room(expected: int, batch: int, device: str) -> None:
+    """ValueError if the card has less than what is expected."""
+    if device != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if expected > free:
+        raise ValueError(
+            f"{format_bytes(expected)} are expected, the card has {format_bytes(free)} free; take "
+            f"fewer images than {batch}, or nf4"
+        )
+
+
+def build(method: str, name: str, size: int, weights: Path | None, device: str, rank: int) -> Any:
+    """The model on the device, in 4 bits or bfloat16, from weights or random."""
     with torch.device("meta"):
         net: Any = timm.create_model(
             name, img_size=size, in_chans=1, num_classes=10, dtype=torch.bfloat16
         )
     if method == "nf4":
         read = nf4_lora.reader(weights) if weights else nf4_lora.random_weights(0, device)
-        nf4_lora.quantised(net, read, device, rank=rank)
+        return nf4_lora.quantised(net, read, device, rank=rank)
+    net.to_empty(device=device)
+    if weights:
+        load_export(weights, net)
     else:
-        net.to_empty(device=device)
-        if weights:
-            load_export(weights, net)
-        else:
-            initialise(net, 0, head_bias=-3.0)
-    net.train().set_grad_checkpointing(checkpointing != "none")
-    install(net, policy, checkpointing)
+        initialise(net, 0, head_bias=-3.0)
+    return net
+
+
+def run(
+    net: Any, method: str, size: int, batch: int, steps: int, lr: float, device: str
+) -> tuple[list[float], list[float]]:
+    """Losses and seconds of the steps, on real images."""
     parameters = groups(net)
-    stepper = InBackward(parameters, lr, method) if method in METHODS else None
+    stepper = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
     optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)
     losses, seconds = [], []
-    batches = data.train_batches(images, batch, seed=0, epoch=0)
+    batches = data.train_batches(data.load("mnist5k"), batch, seed=0, epoch=0)
     for _, (pixels, labels) in zip(range(steps), batches, strict=False):
         start = time.perf_counter()
         pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
@@ -131,36 +152,7 @@ def run(
             optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {
-        "method": method,
-        "model": name,
-        "image_size": size,
-        "batch_size": batch,
-        "policy": policy,
-        "checkpointing": checkpointing,
-        "losses": losses,
-        "images_per_s": batch / sorted(seconds)[len(seconds) // 2],
-        "predicted_bytes": predicted,
-        "peak_bytes": peak,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
-
-
-def predict(
-    method: str, name: str, size: int, batch: int, policy: str, checkpointing: str
-) -> dict[str, int]:
-    """Bytes on the card by part."""
-    sizes = estimates.Sizes(name, size)
-    kept = {"none": policy, "block": "checkpoint", "coded": estimates.CODED}[checkpointing]
-    found = estimates.estimate(sizes, estimates.SCHEMES[SCHEMES[method]], 1, kept, batch)
-    # `coded` counts one block's stashes as well.
-    live = batch * sizes.kept(policy) // sizes.depth if checkpointing == "block" else 0
-    return {
-        "states": found.states,
-        "working": found.working,
-        "activations": found.activations + live,
-    }
+    return losses, seconds
 
 
 if __name__ == "__main__":

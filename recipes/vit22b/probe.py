@@ -18,13 +18,20 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from timm.data import create_transform
+from PIL import Image
 from torch import Tensor
 
 import mesa_train.models  # noqa: F401  registers them with timm
+from mesa_train.memory.text import format_bytes
+from mesa_train.models.vit22b import SIZES
 from mesa_train.models.vit22b_init import initialise
-from mesa_train.training import data, features, robustness
+from mesa_train.training import data, estimates, features, robustness
+from mesa_train.training.config import DataConfig
+from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
+from mesa_train.training.sharded_config import CropConfig
+from mesa_train.training.sharded_data import transforms
+from mesa_train.training.sources import keeping_random_state, seed_all
 
 
 def main(
@@ -35,8 +42,13 @@ def main(
     train: Annotated[str, typer.Option(help="Folder, or digits or mnist5k.")] = "digits",
     held_out: Annotated[Path | None, typer.Option(help="Folder, for a folder.")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 56,
-    views: Annotated[int, typer.Option(help="Augmented views of each training image.")] = 2,
-    flip: Annotated[float, typer.Option(help="Share of views that are mirrored.")] = 0.0,
+    views: Annotated[
+        int, typer.Option(min=1, help="Views of each training image; the first is not augmented.")
+    ] = 2,
+    flip: Annotated[
+        float | None,
+        typer.Option(help="Share of views that are mirrored; default: 0.5, 0 for digits."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     set_folder: Annotated[Path | None, typer.Option(help="An out-of-distribution set.")] = None,
     mapping: Annotated[Path | None, typer.Option(help="Training label: the set's label.")] = None,
@@ -47,8 +59,13 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         sets = Images(train, held_out, image_size, flip)
-        net = build(model, weights, image_size, sets.channels, device)
-        identity = f"{model} {weights} {image_size} {train}"
+        net = build(model, weights, image_size, device)
+        predicted = estimates.one_card(model, "probe", image_size, batch_size, "plain")
+        parts = estimates.components(predicted)
+        print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in parts.items() if v))
+        # Weights that were written anew are others.
+        stamp = max((f.stat().st_mtime_ns for f in files_in(weights)), default=0)
+        identity = f"{model} {weights} {stamp} {image_size} {train}"
 
         def found(split: str, view: int) -> tuple[Tensor, Tensor]:
             def make() -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,7 +74,7 @@ def main(
             return features.cached(out / "features", f"{identity} {split} {view} {flip}", make)
 
         known = [found("train", view) for view in range(views)]
-        test = found("held_out", -1)
+        test = found("held_out", 0)
         probe = features.linear_probe(known, test)
         row: dict[str, Any] = {
             "model": model,
@@ -70,11 +87,11 @@ def main(
             ).calibration_error,
         }
         if set_folder is not None:
-            theirs = Images(str(set_folder), set_folder, image_size, 0.0, set_crop)
+            theirs = Images(str(set_folder), set_folder, image_size, None, set_crop)
             table = None
             if mapping is not None:
                 table = robustness.LabelMap.read(mapping, sets.labels, theirs.labels)
-            batches = theirs.batches("held_out", -1, batch_size)
+            batches = theirs.batches("held_out", 0, batch_size)
             values, labels = map(
                 torch.cat, zip(*features.extract(net, batches, device), strict=True)
             )
@@ -87,10 +104,20 @@ def main(
     print(json.dumps(row, indent=1))
 
 
-def build(name: str, weights: Path | None, size: int, channels: int, device: str) -> Any:
-    """The frozen model, from weights or drawn from seed 0."""
+def files_in(weights: Path | None) -> list[Path]:
+    """The files that hold the weights."""
+    if weights is None:
+        return []
+    return list(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+
+
+def build(name: str, weights: Path | None, size: int, device: str) -> Any:
+    """The frozen model, from weights or drawn from seed 0. ValueError for another name or size."""
+    one_of("--model", name, SIZES)
+    if size % SIZES[name][0]:
+        raise ValueError(f"--image-size must be a multiple of {SIZES[name][0]}, got {size}")
     with torch.device("meta"):
-        net: Any = timm.create_model(name, img_size=size, in_chans=channels, num_classes=0)
+        net: Any = timm.create_model(name, img_size=size, num_classes=0)
     net.to_empty(device=device)
     if weights is None:
         initialise(net, 0)
@@ -103,52 +130,67 @@ class Images:
     """Training and held-out images of a built-in set or of folders, as batches."""
 
     def __init__(
-        self, train: str, held_out: Path | None, size: int, flip: float, crop: float = 0.875
+        self, train: str, held_out: Path | None, size: int, flip: float | None, crop: float = 0.875
     ) -> None:
-        self.size, self.builtin = size, train in data.BUILTIN
-        if self.builtin:
+        builtin = train in data.BUILTIN
+        if builtin:
             found = data.load(train)
-            self.splits: dict[str, Any] = {"train": found.train, "held_out": found.held_out}
+            self.splits: dict[str, Any] = {
+                key: [(Image.fromarray(x.squeeze().numpy()), int(y)) for x, y in pairs(split)]
+                for key, split in (("train", found.train), ("held_out", found.held_out))
+            }
             self.labels = [str(i) for i in range(found.num_classes)]
-            self.channels, self.normalise = found.channels, found.normalise
-            return
-        if held_out is None or not held_out.is_dir() or not Path(train).is_dir():
-            raise ValueError(f"--train {train} and --held-out {held_out} must be folders")
-        from datasets import load_dataset
-
-        self.splits = {
-            key: load_dataset("imagefolder", data_dir=str(folder), split="train")
-            for key, folder in (("train", train), ("held_out", held_out))
-        }
-        self.labels, self.channels = self.splits["train"].features["label"].names, 3
-        shape = (3, size, size)
-        norm = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        self.augment = create_transform(shape, is_training=True, scale=(0.7, 1.0), hflip=flip,
-                                        auto_augment=None, color_jitter=None, **norm)  # fmt: skip
-        self.test = create_transform(shape, crop_pct=crop, **norm)
+        else:
+            if held_out is None or not held_out.is_dir() or not Path(train).is_dir():
+                raise ValueError(
+                    f"--train must be a folder with a --held-out folder beside it, or one of "
+                    f"{', '.join(data.BUILTIN)}; got {train} and {held_out}"
+                )
+            self.splits = {
+                key: load_folder(folder)
+                for key, folder in (("train", Path(train)), ("held_out", held_out))
+            }
+            self.labels = self.splits["train"].features["label"].names
+        # Digits are not themselves in a mirror.
+        share = flip if flip is not None else 0.0 if builtin else 0.5
+        # The built-in digits fill their frame: nothing is cut from the ones to test with.
+        self.augment, self.test = transforms(
+            DataConfig(image_size=size),
+            CropConfig(scale=(0.7, 1.0), hflip=share),
+            1.0 if builtin else crop,
+        )
 
     def batches(self, split: str, view: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels in order; view -1 is not augmented, others by their own streams."""
+        """Images and labels in order; view 0 is as for testing, others are augmented, each by a
+        stream of its own."""
         found = self.splits[split]
-        if self.builtin:
-            shift = data.light_augmentation()
-            resized = found.resized(self.size)
-            for images, labels in zip(
-                resized.images.split(batch), resized.labels.split(batch), strict=True
-            ):
-                pixels = images.float() / 255
-                if view >= 0:
-                    with torch.random.fork_rng(devices=[]):
-                        torch.manual_seed(view)
-                        pixels = torch.stack([shift(image) for image in pixels])
-                yield self.normalise(pixels), labels
-            return
-        transform = self.test if view < 0 else self.augment
+        transform = self.augment if view else self.test
         for start in range(0, len(found), batch):
-            rows = found[start : start + batch]
-            torch.manual_seed(view + 1 + start)
-            pixels = torch.stack([transform(image.convert("RGB")) for image in rows["image"]])
-            yield pixels, torch.tensor(rows["label"])
+            rows = [row_of(found[i]) for i in range(start, min(start + batch, len(found)))]
+            with keeping_random_state():
+                seed_all(view, start)
+                pixels = torch.stack([transform(image.convert("RGB")) for image, _ in rows])
+            yield pixels, torch.tensor([label for _, label in rows])
+
+
+def pairs(split: data.Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of a built-in split."""
+    return zip(split.images, split.labels, strict=True)
+
+
+def load_folder(folder: Path) -> Any:
+    """One folder a class, by `datasets`. ValueError if there are no images."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset("imagefolder", data_dir=str(folder), split="train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
+
+
+def row_of(row: Any) -> tuple[Any, int]:
+    """(image, label) of a built-in set's or of `datasets`' row."""
+    return (row["image"], row["label"]) if isinstance(row, dict) else row
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mesa_train.training import sharded_config, sharded_loop
+from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
 from mesa_train.training.sharded_checkpoint import CheckpointError, export
 from mesa_train.training.stability import DivergenceError
 
@@ -25,10 +25,22 @@ def main(
     config: Annotated[Path, typer.Argument(help="A YAML file of this folder.")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
     weights: Annotated[bool, typer.Option(help="Write consolidated weights at the end.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would do and need; start nothing.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that a dry run counts for.")
+    ] = None,
 ) -> None:
     """Train as CONFIG says."""
     try:
         settings = sharded_config.load(config, changes or [])
+        if dry_run:
+            world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+            classes = settings.model.classes or sources.load(settings.data, None).classes
+            if os.environ.get("RANK", "0") == "0":
+                print(sharded_plan.report(settings, world, classes))
+            leave(0)
         out = Path(settings.train.out)
         write = sharded_loop.append_to(out / "metrics.jsonl")
 

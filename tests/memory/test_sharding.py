@@ -45,16 +45,16 @@ class TestAsDeepSpeed:
         stage = pytest.importorskip("deepspeed.runtime.zero.stage3")
         own = made(vit)
         cluster = Cluster(per_node * nodes, 80 * GIB, 512 * GIB, nodes)
-        for offload in (False, True):
+        for offload in ("none", "optimizer", "cpu"):
             cpu, gpu, largest = stage.estimate_zero3_model_states_mem_needs(
                 own.total,
                 own.largest,
                 per_node,
                 nodes,
-                cpu_offload=offload,
-                cpu_offload_params=offload,
+                cpu_offload=offload != "none",
+                cpu_offload_params=offload == "cpu",
             )
-            found = states("zero3", "cpu" if offload else "none", own, cluster)
+            found = states("zero3", offload, own, cluster)
             assert found.gathered == largest
             assert found.gpu - own.buffers_bytes == pytest.approx(gpu, abs=4)
             assert found.cpu == cpu
@@ -110,12 +110,38 @@ class TestStates:
             share = 1 if strategy == "ddp" else ranks
             assert whole.gpu - small.gpu == pytest.approx(6000 / share, abs=3)
 
+    def test_weights_in_half_precision_alone(self):
+        """Weights, gradients, moments: 2 + 2 bytes and what the optimizer has, spread as before."""
+        half = dataclasses.replace(self.own, half=True, moments_bytes=2000)
+        for strategy, ranks, expected in (
+            ("ddp", 1, (2000, 2000, 2000)),
+            ("zero1", 4, (2000, 2000, 500)),
+            ("zero2", 4, (2000, 500, 500)),
+            ("zero3", 4, (500, 500, 500)),
+            ("fsdp2", 4, (500, 500, 500)),
+        ):
+            found = states(strategy, "none", half, Cluster(ranks, GIB, GIB))
+            assert (found.weights, found.gradients, found.optimizer) == expected, strategy
+        assert states("zero3", "cpu", half, Cluster(1, GIB, GIB)).cpu == 6000 * 1.5
+
+    def test_one_card(self):
+        own = dataclasses.replace(self.own, moments_bytes=1030, tensor=60)
+        one = Cluster(1, GIB, GIB)
+        stepped = states("in_backward", "none", own, one)
+        assert (stepped.weights, stepped.optimizer) == (2000, 1030)
+        assert stepped.gradients == 20 * 60  # float32 rows of the largest parameter's update
+        assert states("frozen", "none", own, one).gpu == 2000
+        with pytest.raises(ValueError, match="one GPU's, got gpus=2"):
+            states("in_backward", "none", own, Cluster(2, GIB, GIB))
+
     @pytest.mark.parametrize(
         ("strategy", "offload", "message"),
         [
             ("zero4", "none", "strategy must be one of"),
             ("zero3", "disk", "offload must be one of"),
             ("zero2", "nvme", "only zero3 offloads to NVMe"),
+            ("fsdp2", "optimizer", "only zero3 offloads the optimizer without"),
+            ("in_backward", "cpu", "nothing to offload"),
             ("ddp", "cpu", "nothing to offload"),
         ],
     )

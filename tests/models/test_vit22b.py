@@ -77,6 +77,14 @@ def test_switches_and_their_mistakes():
         on_meta("vit_22b_tiny", gelu="exact")
     with pytest.raises(ValueError, match="num_heads=5 must divide the width 64"):
         on_meta("vit_22b_tiny", num_heads=5)
+    whole, bare = (
+        {n: p.numel() for n, p in on_meta("vit_22b", pool_bias=b).named_parameters()}
+        for b in (True, False)
+    )
+    assert whole.keys() - bare.keys() == {"attn_pool.q.bias", "attn_pool.kv.bias"}
+    assert sum(whole.values()) - sum(bare.values()) == 3 * 6144
+    images = torch.randn(2, 3, 56, 56)
+    assert tiny(pool_bias=False)(images).shape == (2, 10)
     names = {n for n, _ in on_meta("vit_22b_tiny", qk_norm="none").blocks[0].named_parameters()}
     assert not any("q_norm" in n for n in names)
     assert "q_norm.bias" not in dict(on_meta("vit_22b_tiny", qk_norm="layer").named_parameters())

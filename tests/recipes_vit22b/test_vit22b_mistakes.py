@@ -1,6 +1,8 @@
 """What is wrong is said in a line, before memory is spent."""
 
 import json
+import os
+import types
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import timm
 import torch
 
 from mesa_train.models import vit22b, vit22b_parallel
-from mesa_train.training import sharded_config, sharded_engines
+from mesa_train.training import sharded_engines, sharded_zero
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config import ConfigError
 from mesa_train.training.sharded_checkpoint import export, load_export
@@ -34,6 +36,14 @@ TINY = RECIPE / "tiny.yaml"
         ("optim.lr=fast", r"optim\.lr must be float, got 'fast'"),
         ("train.global_batch=0", r"train\.global_batch must be positive"),
         ("steps", r"--set takes section\.key=value"),
+        ("data.source=imagefolder", r"data\.path is missing: imagefolder needs a folder"),
+        ("data.path=/nowhere", r"data\.path: no such folder or file /nowhere"),
+        ("data.image_size=99", r"data\.image_size is model\.image_size"),
+        (
+            "augment.scale=[0, 1]",
+            r"augment\.scale must be a range within 0 and 1, got \[0\.0, 1\.0\]",
+        ),
+        ("augment.hflip=2", r"augment\.hflip must lie in \[0, 1\], got 2"),
     ],
 )
 def test_configuration(change, said):
@@ -55,7 +65,7 @@ def engine(monkeypatch, *changes, world=1, **environment):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    return sharded_engines.engine_of(load(TINY, changes), 10, 1)
+    return sharded_engines.engine_of(load(TINY, changes), 10)
 
 
 def test_launches_that_do_not_fit(monkeypatch):
@@ -94,37 +104,41 @@ def zero(**changes):
 
 def test_deepspeed_configurations(tmp_path, monkeypatch):
     check = sharded_engines.check_deepspeed
-    check(zero(), "mesa8", 6144, 10)
+    check(zero(), 10)
     with pytest.raises(ConfigError, match="stage must be 3, got 2"):
-        check(zero(stage=2), "plain", 64, 10)
-    with pytest.raises(ConfigError, match=r"persistence_threshold=0 must be at least the width 64"):
-        check(zero(stage3_param_persistence_threshold=0), "mesa8", 64, 10)
-    check(zero(stage3_param_persistence_threshold=0), "plain", 64, 10)
+        check(zero(stage=2), 10)
     missing = {"device": "nvme", "nvme_path": str(tmp_path / "none")}
     with pytest.raises(ConfigError, match=r"offload_optimizer\.nvme_path: no such folder"):
-        check(zero(offload_optimizer=missing), "plain", 64, 10)
+        check(zero(offload_optimizer=missing), 10)
     there = {"device": "nvme", "nvme_path": str(tmp_path)}
-    check(zero(offload_optimizer=there), "plain", 64, 10)
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(ConfigError, match="needs libaio: apt-get install libaio-dev"):
+        check(zero(offload_optimizer=there), 10)
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose: True)
+    check(zero(offload_optimizer=there), 10)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        check(zero(offload_optimizer=there), 10)
+    monkeypatch.undo()
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose: True)
     with pytest.raises(ConfigError, match=r"has .* GiB free, \d+\.\d are needed"):
-        check(zero(offload_param=there), "plain", 64, 10**15)
+        check(zero(offload_param=there), 10**15)
 
 
-def test_a_replaced_linear_is_noticed(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: None)
-    with pytest.raises(ConfigError, match="memory_efficient_linear to false"):
-        sharded_engines.install(torch.nn.Linear(2, 2), "mesa8")
-
-
-def test_bitsandbytes_and_shards():
-    class Shard(torch.nn.Parameter):
-        placements = ()
-
-    model = torch.nn.Linear(2, 2)
-    model.weight = Shard(torch.zeros(2, 2))
-    config = sharded_config.load(TINY, ["optim.name=adamw8bit"])
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(ConfigError, match="cannot step the shards of FSDP2"):
-        sharded_engines.optimizer_of(config, model)
+def test_8_bit_moments_and_zero3(tmp_path):
+    """They stay on the card, and with as many ranks as wrote them."""
+    away = zero(offload_optimizer={"device": "cpu"})
+    with pytest.raises(ConfigError, match=r"adamw8bit steps on the card, but .*device is cpu"):
+        sharded_engines.check_deepspeed(away, 10, "adamw8bit")
+    model = torch.nn.Linear(2, 3, bias=False)
+    model.weight.ds_shape = model.weight.shape
+    config = load(TINY, ["optim.name=adamw8bit"])
+    run = types.SimpleNamespace(model=model, config=config, data_ranks=1)
+    state = {"step": 3, "ranks": 2, "shapes": {"weight": [3, 2]}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"8-bit moments of 2 ranks, .* this is 1"):
+        sharded_zero.load(tmp_path, run)
 
 
 def test_weights_for_another_resolution_and_other_classes(tmp_path):

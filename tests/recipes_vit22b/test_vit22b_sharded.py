@@ -85,13 +85,56 @@ def single(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def worker(folder, single):
+def work(folder, processes):
     launch(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes),
         *("--master_port", "PORT", REPOSITORY / "tests/recipes_vit22b/worker.py", TINY, folder),
     )
+
+
+@pytest.fixture(scope="module")
+def worker(folder, single):
+    work(folder, 2)
     return json.loads((folder / "found.json").read_text())
+
+
+def test_four_processes_in_a_2x2_mesh(worker, single, folder):
+    """Tensor parallelism times FSDP2; its checkpoint in one process, one of two ranks in it."""
+    work(folder, 4)
+    found = json.loads((folder / "found4.json").read_text())
+    for case, tolerance in (("2x2", EXACT), ("2x2 mesa8", CODED)):
+        assert found[case]["local"] == [112, 64]
+        assert found[case]["losses"] == pytest.approx(single, abs=tolerance)
+        norms = json.loads((folder / "norms.json").read_text())
+        assert found[case]["norms"] == pytest.approx(norms, rel=5 * tolerance)
+    assert found["2x2 resumes tp"]["losses"] == pytest.approx(single[3:], abs=EXACT)
+    checkpoint = folder / "2x2/step-00000003"
+    alone, _, _ = in_process(folder / "one of four", policy="plain", resume=checkpoint)
+    assert alone == pytest.approx(single[3:], abs=EXACT)
+
+
+def test_8_bit_moments_on_shards(worker, folder):
+    """As one process has them; a checkpoint of two ranks in two and in one."""
+    pytest.importorskip("bitsandbytes")
+    changes = ["optim.name=adamw8bit", "train.policy=mesa8"]
+    config = sharded_config.load(TINY, [*settings(folder / "adam8")[1::2], *changes])
+    rows = []
+    sharded_loop.train(config, rows.append)
+    alone = [row["loss"] for row in rows]
+    # Shards of other sizes have other blocks of 256 codes, or float32 moments below 4,096 elements.
+    assert worker["fsdp2 adamw8bit"]["losses"] == pytest.approx(alone, abs=CODED)
+    expected = worker["fsdp2 adamw8bit"]["losses"][3:]
+    # Moments are coded once more on the way: 0.4 % of a block's largest, in three steps.
+    assert worker["fsdp2 adamw8bit resumes"]["losses"] == pytest.approx(expected, abs=1e-4)
+    checkpoint = folder / "fsdp2 adamw8bit/step-00000003"
+    config = sharded_config.load(
+        TINY, [*settings(folder / "adam8 on one", resume=checkpoint)[1::2], *changes]
+    )
+    rows = []
+    engine = sharded_loop.train(config, rows.append)
+    assert [row["loss"] for row in rows] == pytest.approx(expected, abs=CODED)
+    codes = [s["state1"].dtype for s in engine.optimizer.inner.state.values()]
+    assert torch.uint8 in codes
 
 
 @pytest.mark.parametrize(
@@ -121,7 +164,9 @@ def test_two_processes_train_as_one(worker, single, folder, case, tolerance):
 
 
 def test_checkpoints_reshard(worker, single, folder):
-    for case in ("fsdp2 resumes one process", "tp resumes fsdp2"):
+    resumed = [case for case in worker if " resumes " in case]
+    assert len(resumed) == 6
+    for case in resumed:
         assert worker[case]["losses"] == pytest.approx(single[3:], abs=EXACT), case
     for source in ("fsdp2", "tp"):
         checkpoint = folder / source / "step-00000003"
@@ -198,14 +243,84 @@ def test_zero3_resumes(zero3, single, processes, policy):
 
 
 @deepspeed
+def test_one_process_saves_and_two_resume(folder, single):
+    """ZeRO-3 on one process, with the optimizer of DeepSpeed's own in bfloat16 arithmetic."""
+    out = folder / "alone"
+    accelerate("zero3", *settings(out, policy="plain", save_every=3), "--no-weights", processes=1)
+    assert losses(out) == pytest.approx(single, abs=EXACT)
+    rest = branch(out, "on two")
+    accelerate("zero3", *settings(rest, policy="plain", resume="last"), "--no-weights")
+    assert losses(rest) == pytest.approx(single[3:], abs=EXACT)
+
+
+@deepspeed
+def test_zero3_in_bfloat16_with_8_bit_moments(folder, single):
+    pytest.importorskip("bitsandbytes")
+    out = folder / "zero3 bf16"
+    given = settings(out, policy="mesa8", precision="bf16", save_every=3)
+    eight = ["--set", "optim.name=adamw8bit", "--no-weights"]
+    accelerate("zero3", *given, *eight)
+    # bfloat16's own error.
+    assert losses(out) == pytest.approx(single, abs=2e-2)
+    rest = branch(out, "resumed")
+    given = settings(rest, policy="mesa8", precision="bf16", resume="last")
+    accelerate("zero3", *given, *eight)
+    assert losses(rest) == pytest.approx(losses(out)[3:], abs=1e-5)
+
+
+@deepspeed
 def test_zero3_offloaded_with_mesa_train_and_resumed_alone(folder, single):
     out = folder / "offloaded"
     accelerate("zero3_offload", *settings(out, policy="mesa8-recompute", save_every=3))
     assert losses(out) == pytest.approx(single, abs=CODED)
+    again = branch(out, "on two")
+    changes = settings(again, policy="mesa8-recompute", resume="last")
+    accelerate("zero3_offload", *changes, "--no-weights")
+    assert losses(again) == pytest.approx(losses(out)[3:], abs=EXACT)
     rest = branch(out, "alone")
     changes = settings(rest, policy="plain", resume="last")
     accelerate("zero3_offload", *changes, "--no-weights", processes=1)
     assert losses(rest) == pytest.approx(single[3:], abs=CODED)
+
+
+@deepspeed
+def test_zero3_on_nvme(folder):
+    """Weights and moments are files while they are not needed; nothing below 1 MiB is swapped, hence
+    the larger model. The first run compiles DeepSpeed's asynchronous I/O: minutes."""
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("libaio is not installed (apt-get install libaio-dev)")
+    disk, out = folder / "disk", folder / "nvme"
+    disk.mkdir()
+    config = json.loads((RECIPE / "accelerate/zero3_nvme.json").read_text())
+    # The recipe's buffers are for 22B: 1.2 GB each.
+    config["zero_optimization"]["offload_param"]["buffer_size"] = 2_000_000
+    (folder / "nvme.json").write_text(json.dumps(config))
+    yaml = (RECIPE / "accelerate/zero3_nvme.yaml").read_text()
+    named = yaml.replace("recipes/vit22b/accelerate/zero3_nvme.json", str(folder / "nvme.json"))
+    (folder / "nvme.yaml").write_text(named)
+    changes = [
+        *("model.name=vit_22b_small", "model.image_size=28", "optim.warmup=0", "optim.cooldown=0"),
+        *("train.global_batch=8", "train.micro_batch=4", "train.steps=2"),
+    ]
+    given = [
+        *settings(out, policy="mesa8", nvme_path=disk),
+        *[part for change in changes for part in ("--set", change)],
+    ]
+    launch(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "PORT"),
+        *("--config_file", folder / "nvme.yaml", "recipes/vit22b/train.py", TINY, *given),
+        "--no-weights",
+    )
+    files = [f for f in disk.rglob("*.swp") if f.stat().st_size >= 2**20]
+    assert {"optimizer", "params"} <= {p for f in files for p in KINDS if p in str(f.parent)}
+    plain = [f"train.out={folder / 'nvme alone'}", "train.policy=plain", *changes]
+    rows = []
+    sharded_loop.train(sharded_config.load(TINY, plain), rows.append)
+    assert losses(out) == pytest.approx([row["loss"] for row in rows], rel=1e-3)
+
+
+KINDS = ("optimizer", "params")
 
 
 def test_a_checkpoint_of_another_model_is_refused(single, folder):

@@ -1,7 +1,7 @@
 """Run by two processes: the recipe's loop in many configurations, one after another in one launch.
 
 Arguments: configuration file, folder. Reads FOLDER/single (a checkpoint of one process), writes
-FOLDER/found.json: losses by case, and what rank 0 saw of its shards.
+FOLDER/found.json (found4.json on four): losses by case, and what rank 0 saw of its shards.
 """
 
 import json
@@ -25,17 +25,45 @@ CASES = {
     "tp": {"policy": "plain", "tensor_parallel": 2, "micro_batch": 32, "save_every": 3},
     "tp lossless": {"policy": "lossless", "tensor_parallel": 2},
     "tp mesa8": {"policy": "mesa8", "tensor_parallel": 2},
+    "fsdp2 adamw8bit": {"policy": "mesa8", "optimizer": "adamw8bit", "save_every": 3},
+    "fsdp2 adamw8bit resumes": {
+        "policy": "mesa8",
+        "optimizer": "adamw8bit",
+        "resume": "fsdp2 adamw8bit/step-00000003",
+    },
+    "fsdp2 resumes fsdp2": {"policy": "plain", "resume": "fsdp2/step-00000003"},
+    "fsdp2 resumes tp": {"policy": "plain", "resume": "tp/step-00000003"},
+    "tp resumes tp": {"policy": "plain", "tensor_parallel": 2, "resume": "tp/step-00000003"},
+    "tp resumes one process": {
+        "policy": "plain",
+        "tensor_parallel": 2,
+        "resume": "single/step-00000003",
+    },
     "fsdp2 resumes one process": {"policy": "plain", "resume": "single/step-00000003"},
     "tp resumes fsdp2": {"policy": "plain", "tensor_parallel": 2, "resume": "fsdp2/step-00000003"},
+}
+
+# On four processes: two that share the heads, two of each.
+FOUR = {
+    "2x2": {"policy": "plain", "tensor_parallel": 2, "micro_batch": 8, "save_every": 3},
+    "2x2 mesa8": {"policy": "mesa8", "tensor_parallel": 2, "micro_batch": 16},
+    "2x2 resumes tp": {
+        "policy": "plain",
+        "tensor_parallel": 2,
+        "micro_batch": 8,
+        "resume": "tp/step-00000003",
+    },
 }
 
 
 def main(file, folder):
     found = {}
-    for name, changes in CASES.items():
+    four = int(os.environ["WORLD_SIZE"]) == 4
+    for name, changes in (FOUR if four else CASES).items():
         given = [f"train.out={folder / name}"]
         for key, value in changes.items():
-            given.append(f"train.{key}={folder / value if key == 'resume' else value}")
+            section = "optim.name" if key == "optimizer" else f"train.{key}"
+            given.append(f"{section}={folder / value if key == 'resume' else value}")
         config = sharded_config.load(file, given)
         rows = []
         engine = sharded_loop.train(config, rows.append)
@@ -53,7 +81,8 @@ def main(file, folder):
         dist.barrier()
     engine.close()
     if int(os.environ["RANK"]) == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        name = "found4.json" if four else "found.json"
+        (folder / name).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

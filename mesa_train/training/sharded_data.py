@@ -1,0 +1,77 @@
+"""Images for the ViT-22B recipes: the sources that all recipes share (folders, parquet, a hub's name,
+what ships with packages), cropped as the paper crops, pixels from -1 to 1.
+
+A global batch depends on (seed, step) alone; each data-parallel rank takes its own part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from . import sources
+from .config import Config as LoaderConfig
+from .config import DataConfig
+from .config import TrainConfig as LoaderTrain
+from .loader import Loader
+from .plan import Plan
+from .sharded_config import Config, ConfigError, accumulation
+
+_PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def transforms(data: DataConfig, augment: Any, crop: float = 0.875) -> tuple[Any, Any]:
+    """(for training, for testing) of PIL images.
+
+    augment: has `scale` and `ratio` of random crops and the share `hflip` of mirrored images. crop:
+    the central share of a test image.
+    """
+    from timm.data import create_transform
+
+    shape = (3, data.image_size, data.image_size)
+    train = create_transform(
+        shape,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        auto_augment=None,
+        color_jitter=None,
+        **_PIXELS,
+    )
+    return train, create_transform(shape, crop_pct=crop, interpolation="bicubic", **_PIXELS)
+
+
+def load(config: Config) -> sources.Sources:
+    """Open the data. ConfigError if it is not there, or too small for a batch."""
+    found = sources.load(config.data, config.model.classes)
+    if found.train.count < config.train.global_batch:
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch} exceeds the {found.train.count} images"
+        )
+    return found
+
+
+def batches(
+    config: Config, found: sources.Sources, rank: int, ranks: int, first: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """This rank's micro-batches (images, labels) of each step, from step `first` on."""
+    train = config.train
+    per_epoch = found.train.count // train.global_batch
+    plan = Plan(ranks, accumulation(train, ranks), per_epoch, train.steps)
+    asked = LoaderConfig(
+        data=config.data,
+        train=LoaderTrain(
+            seed=train.seed, micro_batch=train.micro_batch, global_batch=train.global_batch
+        ),
+    )
+    images = Loader(asked, found, plan, rank, transforms(config.data, config.augment))
+    step = first
+    while step < train.steps:
+        epoch, start = divmod(step, per_epoch)
+        micro = images.training(epoch, start)
+        for _ in range(start, min(per_epoch, train.steps - epoch * per_epoch)):
+            yield [next(micro)[:2] for _ in range(plan.accumulation)]
+            step += 1
