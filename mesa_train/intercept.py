@@ -10,6 +10,7 @@ recorded operator.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
 from .codecs.affine import Affine
-from .codecs.placeholder import Placeholder, bits, discards
+from .codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
 from .codecs.running import Running
 from .ops import table
 from .ops.checkpoint_inputs import InputHooks
@@ -181,7 +182,7 @@ class Interception(TorchFunctionMode):
         rule = self.site.rules[operator, operand]
         if not rule.fused or not isinstance(rule.codec, Affine) or dtype is torch.float64:
             return None
-        if discards(self.hooks):
+        if discards(self.hooks) or selective():
             return None
         return None if tensor is not None and why_whole(tensor, rule) else rule.codec
 
@@ -189,11 +190,16 @@ class Interception(TorchFunctionMode):
         """The codec for an operand's next use here."""
         rule = self.site.rules[operator, operand]
         codec = rule.codec or Running.at(self, operator, operand, rule.group_size)
-        return Placeholder(codec) if discards(self.hooks) else codec
+        if discards(self.hooks):
+            return Placeholder(codec)
+        return Unseen(codec) if selective() else codec
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
         """One bit per element of a mask, coded by `encode`."""
-        return bits(mask) if discards(self.hooks) else encode(mask)
+        if discards(self.hooks):
+            return bits(mask)
+        with unseen() if selective() else contextlib.nullcontext():
+            return encode(mask)
 
     def leaf(
         self,
@@ -207,6 +213,7 @@ class Interception(TorchFunctionMode):
         """A leaf of codes that exist already, reported."""
         if isinstance(codec, Placeholder):
             return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
+        codec = codec.codec if isinstance(codec, Unseen) else codec
         stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])

@@ -85,6 +85,14 @@ def _gathered(parameter: Any) -> Tensor:
     return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
 
+def local(parameter: Any) -> Tensor:
+    """What this process holds of a parameter at any time: its own shard, where it is sharded."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is not None and shard.status.name == "AVAILABLE":
+        return shard.data
+    return getattr(parameter, "_local_tensor", parameter)
+
+
 def relays(module: nn.Module | None) -> bool:
     """Whether ZeRO-3 passes tensors on between the modules of `module`: it has marked their
     parameters then."""

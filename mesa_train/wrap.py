@@ -22,6 +22,7 @@ from .intercept import Interception, Report, Site, active, saved_hooks
 from .ops import table
 from .policy import Policy
 from .stash import Lineage
+from .steps import Steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,19 +37,16 @@ class Installed:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.report = Report()
-        self.step, self._version = 0, -1
+        self.steps = Steps()
         changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
         self._running = "running" in changes
 
     def forward_begins(self, model: nn.Module) -> None:
-        """A new forward of the whole model: clear the report, and count the step if the weights
-        have moved."""
+        """A new forward of the whole model: clear the report, and see whether the weights have
+        moved."""
         self.report.rows.clear()
-        if not self._running:
-            return
-        version = sum([p._version for p in model.parameters() if p.requires_grad])
-        if version != self._version:
-            self.step, self._version = self.step + 1, version
+        if self._running:
+            self.steps.look(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report": Report()}
@@ -154,7 +152,7 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         if mode is None:
             if site.name == "" and not torch.compiler.is_compiling():
                 installed.forward_begins(self)
-            with Interception(site, installed, installed.report, installed.step):
+            with Interception(site, installed, installed.report, installed.steps.count):
                 return plain.forward(self, *args, **kwargs)
         outside, mode.site = mode.site, site
         scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()

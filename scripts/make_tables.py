@@ -301,6 +301,33 @@ def compatibility_table(results: Path, words: Sequence[str]) -> str:
     return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
 
 
+def soak_table(results: Path, words: Sequence[str]) -> str:
+    """`soak`: the newest row of soak.py for every policy."""
+    if words:
+        raise ValueError(f"the table 'soak' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "soak.jsonl")
+    if not rows:
+        return missing("scripts/soak.py")
+    newest = {row["policy"]: row for row in rows}
+    lines = [
+        [
+            policy,
+            f"{row['steps']:,}",
+            str(row["failed"]),
+            f"{row['slope_bytes_per_step']:+.1f} bytes",
+            format_bytes(row["resident_bytes"]),
+            str(row["left"]),
+        ]
+        for policy, row in newest.items()
+    ]
+    head = ["policy", "steps", "of them failed", "growth per step", "resident at the end"]
+    return markdown([*head, "stashes left behind"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}; growth: slope of resident memory "
+        "over the second half of the steps; one process, policies in this order. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
 def litv2_parity_table(results: Path, words: Sequence[str]) -> str:
     """`litv2_parity`: last epochs of litv2_parity.py, a line per policy and number of processes."""
     if words:
@@ -436,6 +463,7 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "rounding": rounding_table,
     "plans": plans_table,
     "compatibility": compatibility_table,
+    "soak": soak_table,
     "litv2_parity": litv2_parity_table,
     "attention": attention_table,
 }

@@ -1,26 +1,38 @@
-"""Trains a small model for thousands of steps with every preset in turn and watches resident memory.
+"""Trains a small model for thousands of steps with every preset, and with fused forwards, and watches what
+stays: resident memory, and the tensors that were kept for the backward.
 
-Every tenth step raises in the forward or in the backward, as a training run's bad batch would. Prints
-one line per preset with the slope of resident memory over the second half of its steps; fails if a slope
-exceeds `--limit` bytes per step. A leak of one stash a step would be 8 KiB or more; what an allocator
-does is noise of tens of bytes per step over 2,000 steps.
+Two steps of ten raise, one in the forward and one in the backward, as a training run's bad batch would.
+Appends a row per policy to docs/results/soak.jsonl, with the slope of resident memory over the second half
+of its steps, and prints it; fails if a slope exceeds `--limit` bytes per step, or if anything that was kept
+outlives its step. A leak of one stash a step would be 8 KiB or more; what an allocator does is noise of
+tens of bytes per step over 2,000 steps.
 
-    python scripts/soak.py                    2,000 steps with each preset
-    python scripts/soak.py --steps 200        a short look
+    python scripts/soak.py                         2,000 steps of each policy
+    python scripts/soak.py --steps 300 --out ''    a short look
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import mesa_train
+from mesa_train.training import records
 
 PAGE = 4096
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results/soak.jsonl"
+POLICIES = {
+    **mesa_train.PRESETS,
+    "mesa8, fused forward": dataclasses.replace(mesa_train.PRESETS["mesa8"], forward="fused"),
+}
 
 
 class _Fails(torch.autograd.Function):
@@ -35,47 +47,96 @@ class _Fails(torch.autograd.Function):
         raise ArithmeticError("backward")
 
 
+class Kept:
+    """Context manager: notes what is saved for the backward inside. `left()` is how many of those
+    storages still live, Parameters apart."""
+
+    def __init__(self) -> None:
+        self.storages: list[StorageWeakRef] = []
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            self.storages.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    def left(self) -> int:
+        return len([s for s in self.storages if not s.expired()])
+
+
 def main(
-    steps: Annotated[int, typer.Option(min=40, help="Steps with each preset.")] = 2000,
-    limit: Annotated[float, typer.Option(help="Most bytes per step a preset may grow by.")] = 500.0,
+    steps: Annotated[int, typer.Option(min=300, help="Steps with each policy.")] = 2000,
+    limit: Annotated[float, typer.Option(help="Most bytes per step a policy may grow by.")] = 500.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    out: Annotated[str, typer.Option(help="File for the rows; '' for none.")] = str(RESULTS),
 ) -> None:
-    """Resident memory over many steps of every preset."""
+    """Resident memory over many steps of every policy."""
     torch.manual_seed(0)
     grown = []
-    for name in mesa_train.PRESETS:
-        slope = soak(name, steps, batch_size)
+    for name, policy in POLICIES.items():
+        found = soak(policy, steps, batch_size)
         print(
-            f"{name:18} {steps} steps   {slope:+10.1f} bytes per step   now {resident() / 2**20:.1f} MiB"
+            f"{name:22} {steps} steps   {found['slope_bytes_per_step']:+10.1f} bytes per step   "
+            f"now {found['resident_bytes'] / 2**20:.1f} MiB   left behind {found['left']}",
+            flush=True,
         )
-        if slope > limit:
+        if out:
+            size = {"model": "a ViT of two blocks, width 64", "batch_size": batch_size}
+            row = {"policy": name, "steps": steps, **size, **found, **records.provenance()}
+            records.append(Path(out), row)
+        if found["slope_bytes_per_step"] > limit or found["left"]:
             grown.append(name)
     if grown:
         raise SystemExit(f"soak: memory grows with {', '.join(grown)}")
 
 
-def soak(preset: str, steps: int, batch_size: int) -> float:
-    """Bytes per step that resident memory grows by, over the second half of the steps."""
-    policy = mesa_train.Policy.preset(preset)
+def soak(policy: mesa_train.Policy, steps: int, batch_size: int) -> records.Row:
+    """The slope of resident memory over the second half of the steps, the memory at the end, how many
+    steps failed, and how many storages outlived their step."""
     model = mesa_train.wrap(_small_vit(), policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    shape = (batch_size, 3, 32, 32)
     seen: list[tuple[int, int]] = []
+    failed = left = 0
+    before = Kept()
     for step in range(steps):
-        images = torch.randn(shape)
-        try:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = _run(model, images, step)
-            loss.backward()
-        except ArithmeticError:
-            optimizer.zero_grad()
-            continue
-        optimizer.step()
-        optimizer.zero_grad()
-        if step >= steps // 2 and step % 10 == 5:
+        kept = Kept()
+        failed += not _step(model, optimizer, torch.randn(batch_size, 3, 32, 32), step, kept)
+        if step % 50 in (14, 15, 18):
+            # What a failed backward handed on goes with the next one that works.
             gc.collect()
+            left += kept.left() + before.left()
+        if step % 50 == 15 and step >= steps // 2:
             seen.append((step, resident()))
-    return slope_of(seen)
+        before = kept
+    return {
+        "slope_bytes_per_step": round(slope_of(seen), 1),
+        "resident_bytes": resident(),
+        "failed": failed,
+        "left": left,
+    }
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, step: int, kept: Kept
+) -> bool:
+    """One step of training; whether it came to its end."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16), kept:
+            loss = _run(model, images, step)
+        loss.backward()
+        optimizer.step()
+    except ArithmeticError:
+        return False
+    finally:
+        optimizer.zero_grad()
+    return True
 
 
 def _small_vit() -> nn.Module:

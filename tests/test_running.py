@@ -191,10 +191,10 @@ def test_deepcopy_is_independent(model):
 def test_a_later_forward_does_not_corrupt_an_earlier_one(model):
     other = copy.deepcopy(model)
     expected = torch.autograd.grad(other(batch()).square().mean(), list(other.parameters()))
-    first = model(batch()).square().mean()
-    # The forward of another step, on weights whose version moves and whose values stay, and worse.
     unused = nn.Parameter(torch.zeros(1))
     model.register_parameter("unused", unused)
+    first = model(batch()).square().mean()
+    # The forward of another step, which leaves the weights that the first one needs, and worse.
     with torch.no_grad():
         unused.add_(1)
     before = ranges(model)

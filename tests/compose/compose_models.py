@@ -71,12 +71,12 @@ def batch(rows=4, tokens=16, inputs=12, seed=1):
 
 
 def kept_bytes(function):
-    """Bytes that reach the saved-tensor hooks around a call, each storage once, parameters apart;
-    and what the call returned."""
+    """Bytes that reach the saved-tensor hooks around a call, each storage once, parameters and their
+    views apart; and what the call returned."""
     storages = {}
 
     def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 

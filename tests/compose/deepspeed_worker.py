@@ -14,7 +14,19 @@ import torch
 import torch.distributed as dist
 from compose_models import Net, batch, distance
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from worker_tools import alone, criterion, frozen, moved, run, setups, share, start, train, wrapped
+from worker_tools import (
+    alone,
+    criterion,
+    frozen,
+    moved,
+    run,
+    setups,
+    share,
+    start,
+    steps_seen,
+    train,
+    wrapped,
+)
 
 import mesa_train
 
@@ -111,6 +123,7 @@ def zero(preset, after, *, prepare=identity, reference=identity, init=False, **s
         "kept": kept,
         "moved": moved(state(engine), weights),
         "sharded": sharded,
+        "steps": steps_seen(engine if after else engine.module),
     }
     engine.destroy()
     return found

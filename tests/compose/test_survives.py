@@ -1,6 +1,7 @@
 """What a long run meets: exceptions in forward and backward, a kill at any step, a rank that dies."""
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -179,7 +180,10 @@ def test_soaked_for_a_short_while(tmp_path):
     """scripts/soak.py, whose long run is for releases: all presets, exceptions in between."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, str(root / "scripts/soak.py"), "--steps", "120", "--limit", "20000"],
+        [
+            *(sys.executable, str(root / "scripts/soak.py"), "--steps", "300", "--limit", "20000"),
+            *("--out", str(tmp_path / "rows.jsonl")),
+        ],
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
@@ -187,4 +191,6 @@ def test_soaked_for_a_short_while(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("bytes per step") == len(mesa_train.PRESETS)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["policy"] for row in rows] == [*mesa_train.PRESETS, "mesa8, fused forward"]
+    assert all(row["failed"] == 60 and row["left"] == 0 for row in rows)

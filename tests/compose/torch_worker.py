@@ -25,6 +25,7 @@ from worker_tools import (
     setups,
     share,
     start,
+    steps_seen,
     train,
     unused,
     wrapped,
@@ -71,7 +72,13 @@ def finish(model, parallel, state, cast, reference):
 
     losses, kept = train(parallel, lambda loss: loss.backward(), advance, cast=cast)
     expected, weights = reference
-    return {"losses": losses, "alone": expected, "kept": kept, "moved": moved(state(), weights)}
+    return {
+        "losses": losses,
+        "alone": expected,
+        "kept": kept,
+        "moved": moved(state(), weights),
+        "steps": steps_seen(parallel) or steps_seen(model),
+    }
 
 
 # --- DDP ---
@@ -192,6 +199,22 @@ def fsdp_no_sync(preset, after):
     return {"distance": distance(gradients[1], gradients[0])}
 
 
+def fsdp_steps(preset, after):
+    """The steps counted while parameters stay whole between micro-batches, and are shards between steps."""
+    model = wrapped(shard(Net(drop=0.0)), preset)
+    optimizer, seen = sgd(model), []
+    for number in range(6):
+        last = number % 2 == 1
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+        criterion(model(share(batch(seed=number)))).backward()
+        seen.append(steps_seen(model))
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"steps": seen}
+
+
 VARIANTS = {
     "ddp": ddp,
     "ddp bf16": functools.partial(ddp, cast=bf16),
@@ -218,6 +241,7 @@ def checks():
         for preset, after in setups(variant):
             name = f"{variant}/{preset}/{'after' if after else 'before'}"
             found[name] = functools.partial(function, preset, after)
+    found["fsdp steps/paper/after"] = functools.partial(fsdp_steps, "paper", True)
     for after in (False, True):
         where = "after" if after else "before"
         for preset in ("lossless", "mesa8"):

@@ -153,4 +153,12 @@ def setups(variant):
     rest."""
     few = [(None, False), ("lossless", True), ("mesa8", False), ("mesa8-recompute", True)]
     more = [("lossless", False), ("mesa8", True), ("mesa8-recompute", False), ("paper", True)]
+    if variant == "zero2":
+        return [*few, ("paper", True)]
     return few + more if variant in ("ddp", "fsdp", "zero3") else few
+
+
+def steps_seen(model):
+    """How many optimisation steps a wrapped model has counted; None for a plain one."""
+    entry = model.__dict__.get("_mesa_train")
+    return None if entry is None else entry[0].steps.count
