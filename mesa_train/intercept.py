@@ -33,11 +33,13 @@ from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a call comes from: the module's qualified name and its rules."""
+    """Where a call comes from: the module's qualified name, its rules, and whether its forward is
+    checkpointed."""
 
     name: str
     rules: Rules
     module: nn.Module | None = None
+    checkpointed: bool = False
 
 
 class Interception(TorchFunctionMode):
@@ -73,7 +75,7 @@ class Interception(TorchFunctionMode):
         self.outer.append((other, other.site if other is not None else None))
         if other is not None:
             other.site = _NOTHING
-        if len(self.outer) == 1 and self.site.rules.operators["checkpoint"] and _hookable():
+        if len(self.outer) == 1 and self.site.rules.operators["checkpoint"] and hookable():
             self.inputs = InputHooks(self)
             self.inputs.__enter__()
             self.hooks = saved_hooks()
@@ -281,7 +283,7 @@ def saved_hooks() -> Any:
     return None if top is None else top[0]
 
 
-def _hookable() -> bool:
+def hookable() -> bool:
     """Whether saved-tensor hooks can be entered: not while compiling, nor inside torch.func."""
     return (
         not torch.compiler.is_compiling()

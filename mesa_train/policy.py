@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")
 FORWARDS = ("exact", "fused")
-CHECKPOINT_INPUTS = (None, 8, 4, 2)
+CHECKPOINT_INPUTS = (None, 8, 4, 2, 32)
 
 # Every operator with the operands it may keep. "attention.q" in an override names one operand,
 # "attention" all.
@@ -77,9 +77,12 @@ class Policy:
     forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
         lets norms, activations and softmax run in kernels that make the codes in the same pass,
         equal to PyTorch's to rounding. For GPUs: on a CPU those kernels are slower.
+    checkpoint: names of modules, with `*` for any part, whose forward keeps its inputs alone and
+        runs again in the backward; inside another one that is checkpointed, nothing more happens.
     checkpoint_inputs: None leaves alone what activation checkpointing itself keeps, the inputs of
-        its regions; 8, 4 or 2 keeps codes of those that need a gradient. Says nothing about how the
-        regions' insides are kept between recompute and backward.
+        its regions (this policy's and anybody's); 8, 4 or 2 keeps codes of those that need a
+        gradient, 32 the tensors themselves. Says nothing about how the regions' insides are kept
+        between recompute and backward.
     overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a
         module name with `*` for any part of it (it covers the submodules too), an operator
         ("softmax"), an operand ("attention.q"), or both joined by a colon ("blocks.*.mlp:linear").
@@ -95,6 +98,7 @@ class Policy:
     enabled: bool = True
     ranges: str = "exact"
     forward: str = "exact"
+    checkpoint: Sequence[str] = ()
     checkpoint_inputs: int | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -105,6 +109,14 @@ class Policy:
         _choice("ranges", self.ranges, RANGES)
         _choice("forward", self.forward, FORWARDS)
         _choice("checkpoint_inputs", self.checkpoint_inputs, CHECKPOINT_INPUTS)
+        if isinstance(self.checkpoint, str) or not all(
+            isinstance(pattern, str) for pattern in self.checkpoint
+        ):
+            raise TypeError(
+                "Policy.checkpoint must list names of modules such as 'blocks.*', got "
+                f"{self.checkpoint!r}"
+            )
+        object.__setattr__(self, "checkpoint", tuple(self.checkpoint))
         _integer("group_size", self.group_size, 8)
         _integer("min_bytes", self.min_bytes, 0)
         if not isinstance(self.enabled, bool):
@@ -214,9 +226,23 @@ class Policy:
             resolved[name] = shared[hits]
         return resolved
 
+    def checkpointed(self, modules: Iterable[str]) -> set[str]:
+        """Which modules are checkpointed: those that `checkpoint` names, the outermost ones.
+        ValueError if a pattern matches none."""
+        names = list(modules)
+        hit: set[str] = set()
+        for pattern in self.checkpoint:
+            found = _named(pattern, names)
+            if not found:
+                near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
+                hint = f"; close names: {', '.join(near)}" if near else ""
+                raise ValueError(f"Policy.checkpoint: {pattern!r} matches no module{hint}")
+            hit |= found
+        return {n for n in hit if not any(_inside(n, o) for o in hit if o != n)}
+
 
 _OVERRIDABLE = tuple(
-    f.name for f in dataclasses.fields(Policy) if f.name not in ("overrides", "checkpoint_inputs")
+    f.name for f in dataclasses.fields(Policy) if f.name not in ("overrides", "checkpoint")
 )
 
 
@@ -310,14 +336,24 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
         )
     if not modules:
         return None, operator, operand or None
-    expression = re.compile(fnmatch.translate(modules))
-    hit = {n for n in names if expression.match(n)}
+    hit = _named(modules, names)
     if not hit:
         near = difflib.get_close_matches(modules, [*names, *OPERATORS], n=4, cutoff=0.4)
         shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(OPERATORS)}"
         raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
-    covered = {n for n in names if n in hit or "" in hit or any(n.startswith(h + ".") for h in hit)}
+    covered = {n for n in names if any(_inside(n, h) for h in hit)}
     return covered, operator or None, operand or None
+
+
+def _named(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names that a pattern with `*` matches whole."""
+    expression = re.compile(fnmatch.translate(pattern))
+    return {n for n in names if expression.match(n)}
+
+
+def _inside(name: str, outer: str) -> bool:
+    """Whether a module is another one or a part of it; "" is the model."""
+    return not outer or name == outer or name.startswith(outer + ".")
 
 
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:

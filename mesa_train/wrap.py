@@ -12,14 +12,17 @@ from __future__ import annotations
 import copyreg
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from . import sharded
-from .intercept import Interception, Report, Site, active, saved_hooks
+from .intercept import Interception, Report, Site, active, hookable, saved_hooks
 from .ops import table
+from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy
 from .stash import Lineage
 from .steps import Steps
@@ -87,12 +90,16 @@ def wrap(
     resolved = Policy.of(policy)
     table.link()
     modules = [(_plain_name(model, name), module) for name, module in model.named_modules()]
-    rules = resolved.rules([plain for plain, _ in modules])
+    names = [plain for plain, _ in modules]
+    rules, checkpointed = resolved.rules(names), resolved.checkpointed(names)
     unwrap(model)
     installed = Installed(resolved)
     for plain, module in modules:
         module.__class__ = _wrapped(type(module))  # type: ignore[arg-type]
-        module.__dict__[_ATTRIBUTE] = (installed, Site(plain, rules[plain], module))
+        module.__dict__[_ATTRIBUTE] = (
+            installed,
+            Site(plain, rules[plain], module, plain in checkpointed),
+        )
     return model
 
 
@@ -147,7 +154,12 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
         entry = self.__dict__.get(_ATTRIBUTE)
         if entry is None or not torch.is_grad_enabled():
             return plain.forward(self, *args, **kwargs)
-        installed, site = entry
+        if entry[1].checkpointed:
+            return _checkpointed(functools.partial(intercepted, self), entry, args, kwargs)
+        return intercepted(self, *args, **kwargs)
+
+    def intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        installed, site = self.__dict__[_ATTRIBUTE]
         mode = active(installed)
         if mode is None:
             if site.name == "" and not torch.compiler.is_compiling():
@@ -180,6 +192,30 @@ def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
     members["__module__"], members["__qualname__"] = plain.__module__, plain.__qualname__
     members["__doc__"] = plain.__doc__
     return type(plain.__name__, (plain,), members)
+
+
+def _checkpointed(
+    forward: Callable[..., Any], entry: tuple[Installed, Site], args: Any, kwargs: Any
+) -> Any:
+    """A module's forward that keeps its inputs alone, and runs again in the backward."""
+    installed, site = entry
+    mode = active(installed)
+    run = functools.partial(
+        torch.utils.checkpoint.checkpoint, forward, *args, use_reentrant=False, **kwargs
+    )
+    if mode is None:
+        # The model itself, or a module called by itself.
+        with Interception(site, installed, installed.report, installed.step):
+            return run()
+    outside, mode.site = mode.site, site
+    try:
+        # Inside the hooks of a checkpoint of the user's own, this one's inputs are not kept at all.
+        if mode.inputs is None and site.rules.operators["checkpoint"] and hookable():
+            with InputHooks(mode):
+                return run()
+        return run()
+    finally:
+        mode.site = outside
 
 
 def _new(plain: type[nn.Module], *args: Any) -> nn.Module:

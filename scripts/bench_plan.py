@@ -90,7 +90,7 @@ def measured(
     kept = footprint(
         planner.model, planner.inputs, policy=policy, autocast=BF16, loss=planner.loss
     ).saved_bytes
-    peak = planner.standing - planner.scratch + runs.peak(policy)
+    peak = planner.standing + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)
     plain, own = runs.times([PLAIN, policy], rounds)
     ratios = [a / b for a, b in zip(own, plain, strict=True)]
@@ -105,7 +105,6 @@ def measured(
         },
         "plain_peak_bytes": found.plain.peak_bytes,
         "standing_bytes": planner.standing,
-        "scratch_bytes": planner.scratch,
         "gap": found.gap,
         "passes": planner.sensitivity.passes,
         "choices": [list(line) for line in found.summary()],

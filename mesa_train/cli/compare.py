@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mesa_train.cli.common import (
-    BatchSize,
-    Device,
-    DType,
-    ImageSize,
-    Json,
-    Model,
-    Precision,
-    autocast_of,
-    command_line,
-    console_width,
-    device_name,
-    loading,
-    one_line_errors,
-    progress_bar,
-    quiet,
-    setting_of,
-    show,
-    show_json,
-    title_of,
-)
+from mesa_train.cli import common
+
+if TYPE_CHECKING:
+    import torch
 
 
 def compare(
-    model: Model,
-    batch_size: BatchSize = 8,
-    image_size: ImageSize = None,
-    dtype: Precision = DType.bf16,
+    model: common.Model,
+    batch_size: common.BatchSize = 8,
+    image_size: common.ImageSize = None,
+    dtype: common.Precision = common.DType.bf16,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -51,57 +34,39 @@ def compare(
     memory: Annotated[
         str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 120.0,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 180.0,
     total: Annotated[
         float, typer.Option(min=1, help="Most seconds for all; what is left then is not begun.")
     ] = 340.0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for rows.jsonl, charts and report.html.")
     ] = None,
-    device: Device = None,
-    as_json: Json = False,
+    device: common.Device = None,
+    as_json: common.Json = False,
 ) -> None:
     """Methods side by side: bytes kept, peak, gradient error, step time, largest batch."""
-    with one_line_errors():
-        from mesa_train.memory.contenders import DEFAULT, Contender
+    with common.one_line_errors():
         from mesa_train.memory.text import parse_bytes
 
-        names = list(DEFAULT)
-        if methods is not None:
-            names = [name.strip() for name in methods.split(",") if name.strip()]
-        elif quick:
-            names = [name for name in names if Contender.of(name).countable]
-        for name in names:
-            Contender.of(name)
+        names = _methods(methods, quick)
         memory_bytes = None if memory is None else parse_bytes(memory)
-        where = device_name(device, quick)
+        where = common.device_name(device, quick)
         # Also where every method runs elsewhere: what is wrong with the model shows here, at once. On
         # the CPU, so that nothing of this process lies on the GPU that is measured.
-        loaded, _ = loading(model, batch_size, image_size, "cpu", fake=quick)
-        setting = setting_of(loaded, dtype, where, quick)
-        title = title_of(loaded, dtype, where)
+        loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=quick)
+        setting = common.setting_of(loaded, dtype, where, quick)
+        title = common.title_of(loaded, dtype, where)
         if not quick:
             del loaded
-        with progress_bar() as progress:
+        asked = common.autocast_of(dtype)
+        with common.progress_bar() as progress:
             if quick:
-                from mesa_train.memory.quick import count
-
-                def make() -> Any:
-                    return loading(model, batch_size, image_size, device, fake=True)[0]
-
-                with quiet():
-                    rows = count(
-                        make,
-                        names,
-                        batch_size=batch_size,
-                        dtype=autocast_of(dtype),
-                        memory_bytes=memory_bytes,
-                        progress=progress,
-                    )
+                rows = _counted(
+                    model, image_size, device, names, batch_size, asked, memory_bytes, progress
+                )
             else:
                 from mesa_train.memory.processes import Request, measure
 
-                asked = autocast_of(dtype)
                 request = Request(
                     model,
                     batch_size=batch_size,
@@ -117,13 +82,57 @@ def compare(
         if out is not None:
             _write(out, rows, setting, where)
         if as_json:
-            show_json({**setting, "rows": rows})
+            common.show_json({**setting, "rows": rows})
             return
         from mesa_train.memory import terminal
 
-        show(title, terminal.comparison(rows, console_width()), *terminal.notes_of(rows))
+        common.show(
+            title, terminal.comparison(rows, common.console_width()), *terminal.notes_of(rows)
+        )
         if out is not None:
-            show(f"rows.jsonl, charts and report.html are in {out}")
+            common.show(f"rows.jsonl, charts and report.html are in {out}")
+
+
+def _methods(asked: str | None, quick: bool) -> list[str]:
+    """The methods of a comma-separated list, or all that can be measured; ValueError for a name
+    that is none."""
+    from mesa_train.memory.contenders import DEFAULT, Contender
+
+    names = list(DEFAULT)
+    if asked is not None:
+        names = [name.strip() for name in asked.split(",") if name.strip()]
+    elif quick:
+        names = [name for name in names if Contender.of(name).countable]
+    for name in names:
+        Contender.of(name)
+    return names
+
+
+def _counted(
+    model: str,
+    image_size: int | None,
+    device: str | None,
+    names: Sequence[str],
+    batch_size: int,
+    autocast: torch.dtype | None,
+    memory_bytes: int | None,
+    progress: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    """Rows of bytes alone."""
+    from mesa_train.memory.quick import count
+
+    def make() -> Any:
+        return common.loading(model, batch_size, image_size, device, fake=True)[0]
+
+    with common.quiet():
+        return count(
+            make,
+            names,
+            batch_size=batch_size,
+            dtype=autocast,
+            memory_bytes=memory_bytes,
+            progress=progress,
+        )
 
 
 def _write(
@@ -138,7 +147,7 @@ def _write(
     told = {
         **setting,
         "shapes": setting["inputs"],
-        "command": command_line(),
+        "command": common.command_line(),
         "device_name": source["device"],
         **{key: source[key] for key in ("threads", "versions", "commit", "date")},
     }

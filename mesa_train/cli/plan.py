@@ -7,28 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mesa_train.cli.common import (
-    BatchSize,
-    Device,
-    DType,
-    Fake,
-    ImageSize,
-    Json,
-    Model,
-    Precision,
-    autocast_of,
-    loading,
-    one_line_errors,
-    progress_bar,
-    setting_of,
-    show,
-    show_json,
-    title_of,
-)
+from mesa_train.cli import common
 
 
 def plan(
-    model: Model,
+    model: common.Model,
     budget: Annotated[
         str | None,
         typer.Option(help="Most memory of a training step, such as 8GiB; default: least possible."),
@@ -46,22 +29,22 @@ def plan(
         Path | None, typer.Option(help="rows.jsonl of a comparison, to draw beside the frontier.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the policy to this YAML file.")] = None,
-    batch_size: BatchSize = 8,
-    image_size: ImageSize = None,
-    dtype: Precision = DType.bf16,
-    device: Device = None,
-    fake: Fake = False,
-    as_json: Json = False,
+    batch_size: common.BatchSize = 8,
+    image_size: common.ImageSize = None,
+    dtype: common.Precision = common.DType.bf16,
+    device: common.Device = None,
+    fake: common.Fake = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Choose for every stash: keep, 8, 4 or 2 bits, or rebuild; print the policy as YAML."""
-    with one_line_errors():
+    """Choose for every stash: keep, 8, 4 or 2 bits, or rebuild; for every block: or checkpoint it."""
+    with common.one_line_errors():
         from mesa_train.memory import terminal
         from mesa_train.memory.planner import Planner
 
-        loaded, where = loading(model, batch_size, image_size, device, fake)
-        with progress_bar() as progress:
+        loaded, where = common.loading(model, batch_size, image_size, device, fake)
+        with common.progress_bar() as progress:
             planner = Planner(
-                loaded.model, loaded.inputs, autocast=autocast_of(dtype), progress=progress
+                loaded.model, loaded.inputs, autocast=common.autocast_of(dtype), progress=progress
             )
             found = planner.plan(budget, max_time=max_time, max_error=max_error)
             plans = planner.frontier() if frontier is not None else []
@@ -73,11 +56,11 @@ def plan(
             from mesa_train.training import records
 
             points = records.read(rivals) if rivals is not None else []
-            save_png(draw(plans, points, title_of(loaded, dtype, where)), frontier)
+            save_png(draw(plans, points, common.title_of(loaded, dtype, where)), frontier)
         if as_json:
-            show_json(
+            common.show_json(
                 {
-                    **setting_of(loaded, dtype, where, fake),
+                    **common.setting_of(loaded, dtype, where, fake),
                     "budget": budget,
                     "policy": found.policy.to_yaml(),
                     "prediction": found.prediction.to_dict(),
@@ -87,12 +70,12 @@ def plan(
                 }
             )
             return
-        show(
-            title_of(loaded, dtype, where),
+        common.show(
+            common.title_of(loaded, dtype, where),
             terminal.prediction(found),
             terminal.choices(found),
         )
         if out is None:
             typer.echo(found.policy.to_yaml(), nl=False)
         else:
-            show(f"the policy is in {out}")
+            common.show(f"the policy is in {out}")

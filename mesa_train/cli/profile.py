@@ -6,31 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mesa_train.cli.common import (
-    BatchSize,
-    Device,
-    DType,
-    Fake,
-    ImageSize,
-    Json,
-    Model,
-    Precision,
-    autocast_of,
-    loading,
-    one_line_errors,
-    progress_bar,
-    setting_of,
-    show,
-    show_json,
-    title_of,
-)
+from mesa_train.cli import common
 
 if TYPE_CHECKING:
     from mesa_train.policy import Policy
 
 
 def profile(
-    model: Model,
+    model: common.Model,
     policy: Annotated[
         str, typer.Option(help="A preset, checkpoint, or a policy's YAML file.")
     ] = "mesa8",
@@ -40,45 +23,45 @@ def profile(
     depth: Annotated[
         int | None, typer.Option(min=0, help="Levels of the module tree to show; default: all.")
     ] = None,
-    batch_size: BatchSize = 8,
-    image_size: ImageSize = None,
-    dtype: Precision = DType.bf16,
-    device: Device = None,
-    fake: Fake = False,
-    as_json: Json = False,
+    batch_size: common.BatchSize = 8,
+    image_size: common.ImageSize = None,
+    dtype: common.Precision = common.DType.bf16,
+    device: common.Device = None,
+    fake: common.Fake = False,
+    as_json: common.Json = False,
 ) -> None:
     """Where the bytes are, by operator and by module: plain against a policy, or two policies."""
-    with one_line_errors():
+    with common.one_line_errors():
         from mesa_train.memory.footprint import footprint
 
         names = ("plain", policy) if diff is None else (policy, diff)
         methods = [_method(name) for name in names]
-        loaded, where = loading(model, batch_size, image_size, device, fake)
+        loaded, where = common.loading(model, batch_size, image_size, device, fake)
         found = []
-        with progress_bar() as progress:
+        with common.progress_bar() as progress:
             for step, (name, method) in enumerate(zip(names, methods, strict=True)):
                 progress(name, step, 2)
                 counted = footprint(
                     loaded.model,
                     loaded.inputs,
                     policy=method,
-                    autocast=autocast_of(dtype),
+                    autocast=common.autocast_of(dtype),
                     device=where if fake else None,
                     fake=fake,
                 )
                 found.append(counted)
         one, other = found
         if as_json:
-            setting = setting_of(loaded, dtype, where, fake)
+            setting = common.setting_of(loaded, dtype, where, fake)
             keys = ("plain", "with_policy") if diff is None else ("with_policy", "with_diff")
             both = dict(zip(keys, (one.to_dict(), other.to_dict()), strict=True))
-            show_json({**setting, "policy": policy, "diff": diff, **both})
+            common.show_json({**setting, "policy": policy, "diff": diff, **both})
             return
         from mesa_train.memory import terminal
 
         labels = (_label(names[0]), _label(names[1]))
-        show(
-            title_of(loaded, dtype, where),
+        common.show(
+            common.title_of(loaded, dtype, where),
             terminal.by_operator(one, other, labels),
             "Modules with their submodules:",
             terminal.by_module(one, other, labels, depth),
@@ -86,8 +69,8 @@ def profile(
         for label, counted in zip(labels, found, strict=True):
             table = terminal.stored(counted)
             if table is not None:
-                show(f"What {label} stores, how and why:", table)
-        show(*one.notes)
+                common.show(f"What {label} stores, how and why:", table)
+        common.show(*one.notes)
 
 
 def _method(name: str) -> Policy | str:

@@ -26,7 +26,9 @@ from mesa_train.memory.gradients import default_loss as default_loss
 from mesa_train.memory.gradients import relative_error as relative_error
 from mesa_train.memory.methods import METHODS, PLAIN, applied, check_method
 from mesa_train.memory.peak import peak_of
+from mesa_train.memory.scratch import Scratch, scratch_of
 from mesa_train.memory.standins import standing_in
+from mesa_train.memory.timeline import Timeline
 from mesa_train.policy import Policy
 
 
@@ -157,6 +159,12 @@ class Runs:
         self.gradients(method)  # What is allocated once and stays is not the step's.
         with applied(self.model, method), standing_in(self.model):
             return peak_of(self._step, self.device).allocated_bytes
+
+    def scratch(self, method: Policy | str, counted: Timeline) -> Scratch:
+        """What a step allocates beyond what was counted, moment by moment."""
+        self.gradients(method)
+        with applied(self.model, method), standing_in(self.model):
+            return scratch_of(self.model, self._step, self.device, counted)
 
     def times(
         self,

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.memory.sites import GROUP, Key, Site
+from mesa_train.memory.blocks import GROUP
+from mesa_train.memory.sites import Key, Site
 from mesa_train.training.records import provenance
 
 # Bytes per second of memory and operations per second of matmuls of an A100, where nothing can be
@@ -64,6 +65,12 @@ class Costs:
         few = min(rows, _ROWS)
         key = f"matmul {few}x{inner}x{cols}"
         return self._cached(key, lambda: self._matmul(few, inner, cols)) * (rows / few)
+
+    def flops(self, count: int, matmul: tuple[int, int, int]) -> float:
+        """Seconds of so many floating-point operations, at the pace of a (rows, inner, cols)
+        product."""
+        rows, inner, cols = matmul
+        return count * self.matmul(rows, inner, cols) / (2 * rows * inner * cols)
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
         codec = Affine(bits, GROUP[bits], stochastic=bits < 8)

@@ -1,8 +1,8 @@
 """Plan: a policy for a memory budget, chosen stash by stash, with what it will cost.
 
-What could be done with every stash (`sites.py`), what that costs in time (`costs.py`) and in
-gradient error (`sensitivity.py`), and how many bytes are live at every moment of the step
-(`timeline.py`) make an integer program (`solver.py`). Its answer is played through the timeline
+What could be done with every stash and block (`sites.py`, `blocks.py`), what that costs in time
+(`pace.py`) and in gradient error (`sensitivity.py`), and how many bytes are live at every moment of
+the step (`plays.py`) make an integer program (`solver.py`). Its answer is played through the timeline
 again, which shows the working set of the backward under those very choices; the program is corrected
 by it and solved again until both agree. So the predicted bytes are those of the policy itself, not
 of a model of it.
@@ -10,10 +10,8 @@ of a model of it.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,23 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mesa_train.memory.blocks import BLOCK, MODES, PYTORCH, Block, Way
 from mesa_train.memory.compare import Runs
-from mesa_train.memory.costs import Costs, seconds_of
-from mesa_train.memory.footprint import device_of, footprint
+from mesa_train.memory.footprint import device_of
 from mesa_train.memory.gradients import default_loss
 from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.pace import CHECKPOINT, CHECKPOINT_CODES, pace_of
 from mesa_train.memory.plans import PRICE, OverBudget, Plan, Prediction
+from mesa_train.memory.plays import Choices, Play
+from mesa_train.memory.prospect import Prospect
 from mesa_train.memory.sensitivity import Sensitivity, calibrate, parameter_names, typical
-from mesa_train.memory.sites import KEEP, Key, Watch, as_policy, sites_of, weights_of
-from mesa_train.memory.solver import COST, PEAK, Problem, Solution, score, solve
+from mesa_train.memory.sites import KEEP, Key
+from mesa_train.memory.solver import COST, PEAK, Moment, Problem, Solution, solve
 from mesa_train.memory.states import adamw_bytes
 from mesa_train.memory.text import format_bytes, parse_bytes
-from mesa_train.memory.timeline import Timeline, timeline
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.memory.timeline import timeline
+from mesa_train.policy import Policy
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS = 4
+# A peak this much above the smallest is as good, relatively.
+_ABOUT = 2e-3
 
 
 def plan(
@@ -77,11 +79,14 @@ def plan(
 
 
 class _Played(NamedTuple):
-    """Choices, their timeline, and the sites of the stashes in the order that they were made."""
+    """A solution with the step that it makes."""
 
     solution: Solution
-    timeline: Timeline
-    order: list[Key]
+    play: Play
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.play.timeline.peak_bytes
 
 
 # Most seconds of the choices, and most variance.
@@ -107,39 +112,17 @@ class Planner:
         self.real = self.device.type != "meta"
         tell = progress or (lambda *_: None)
         tell("stashes", 0, 4)
-        self.base = PRESETS["mesa8"]
-        stored, first = self._play(self.base)
-        linear = dataclasses.replace(self.base, recompute="linear")
-        rebuilding, _ = self._play(linear, Watch(holding=True))
-        whole, _ = self._play(dataclasses.replace(self.base, bits=32))
-        self.sites = sites_of(stored, rebuilding, whole)
-        if not self.sites:
-            raise ValueError(
-                f"{type(model).__name__} stores no tensor of {self.base.min_bytes} bytes or more "
-                "with this batch, so there is nothing to choose"
-            )
-        self.universe = [(key, matrix) for key, _, matrix in stored.stored if matrix is not None]
-        self.first = first
-        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if optimizer_bytes is None:
-            optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
-        own = {
-            t.data_ptr() if self.real else id(t): t
-            for t in (*model.parameters(), *model.buffers(), *tensors)
-        }
-        self.standing = optimizer_bytes + sum(t.nbytes for t in own.values())
+        self.prospect = Prospect(model, inputs, autocast, self.loss)
+        self.plays, self.sites = self.prospect.plays, self.prospect.sites
+        self.standing = self._standing(optimizer_bytes)
         tell("times", 1, 4)
-        costs = Costs(self.device, autocast or torch.float32)
-        self.seconds, self.matmul_s = seconds_of(costs, self.sites, weights_of(model))
-        self.plain_s, self.anchor_s = self._anchor()
-        # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
-        eight = sum(self.seconds[s.key, 8] for s in self.sites)
-        self.step_s = self.plain_s or 5 * sum(self.matmul_s.values()) or 10 * eight
-        self.scratch = self._scratch()
-        self.standing += self.scratch
+        self.plain_s, self.pace = pace_of(self.prospect, self.device)
         tell("gradients", 2, 4)
         self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
+        self.blocks = self._blocks()
+        # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
+        eight = sum(self.pace.sites[s.key, 8] for s in self.sites)
+        self.step_s = self.plain_s or 5 * sum(self.pace.matmuls.values()) or 10 * eight
         self._least: list[_Played | None] = []
         tell("choosing", 3, 4)
         self.plain = self._prediction_of_plain()
@@ -195,7 +178,15 @@ class Planner:
 
     def _fitted(self, room: int | None, bounds: _Bounds) -> Plan | None:
         found = self._search(room, bounds)
+        if found is not None and room is None:
+            found = self._cheapest(found, bounds)
         return None if found is None else self._plan(found)
+
+    def _cheapest(self, least: _Played, bounds: _Bounds) -> _Played:
+        """Of the choices with about the smallest peak, those that cost least: many have it, where the
+        gradients weigh more than what is kept."""
+        found = self._search(int(least.peak_bytes * (1 + _ABOUT)), bounds)
+        return least if found is None else found
 
     def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
         """Solve, play the answer through the timeline, correct the program by it, and again."""
@@ -214,80 +205,69 @@ class Planner:
             if found is None:
                 # Near other choices, with another working set, there may be room yet.
                 least = None if room is None or restarted else self._least_peak()
-                if least is None or room is None or least.timeline.peak_bytes > room:
+                if least is None or room is None or least.peak_bytes > room:
                     break
                 now, limit, restarted = least, room, True
                 if least.solution.within(*bounds):
                     best = least if best is None else best
                 continue
-            watch, played = self._play(as_policy(self.base, self.sites, found.choices))
             before = now.solution.choices if now is not None else None
-            now = _Played(found, played, [key for key, *_ in watch.stored])
-            fits = room is None or played.peak_bytes <= room
+            now = _Played(
+                found, self.plays.play(self.prospect.policy(found.choices), found.choices)
+            )
+            fits = room is None or now.peak_bytes <= room
             known = best is not None and found.choices == best.solution.choices
             if fits and (best is None or self._better(now, best, room)):
                 best = now
-            if known or (fits and math.isclose(found.peak_bytes, played.peak_bytes, rel_tol=5e-3)):
+            if known or (fits and math.isclose(found.peak_bytes, now.peak_bytes, rel_tol=5e-3)):
                 break
             if not fits and found.choices == before:
                 # The program sees the same peak and calls it smaller: a rounding of its own.
                 assert limit is not None
-                limit -= max(played.peak_bytes - limit, 2**16)
+                limit -= max(now.peak_bytes - limit, 2**16)
         return best
 
     def _least_peak(self) -> _Played | None:
         """What has the smallest peak, searched for once."""
         if not self._least:
             self._least.append(self._search(None, (None, None)))
+            if self._least[0] is not None:
+                self._least[0] = self._cheapest(self._least[0], (None, None))
         return self._least[0]
 
     def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
         if room is None:
-            return found.timeline.peak_bytes < best.timeline.peak_bytes
+            return found.peak_bytes < best.peak_bytes
         return found.solution.cost(PRICE * self.step_s) < best.solution.cost(PRICE * self.step_s)
 
     def _problem(self, near: _Played | None) -> Problem:
         """The program near choices whose timeline is known (None: 8 bits for all): what is live
-        beside the stashes is taken to be the same."""
-        base: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        played, order = self.first, [key for key, _ in self.universe]
+        beside the stashes is taken to be the same; in other modes of a block as where all blocks
+        are in that mode."""
+        rows = dict(self.prospect.rows)
         if near is not None:
-            base, played, order = near.solution.choices, near.timeline, near.order
-        sites = {site.key: site for site in self.sites}
-        shares = [(key, rows * cols / sites[key].elements) for key, (rows, cols) in self.universe]
-        # Where each stash of that policy stands among all that there could be.
-        places: list[int] = []
-        start = 0
-        for key in order:
-            while start < len(shares) and shares[start][0] != key:
-                start += 1
-            places.append(start)
-            start += 1
-        own = [0.0]
-        for key, share in shares:
-            own.append(own[-1] + share * sites[key].bytes(base[key]))
-        moments = []
-        for moment in played.moments:
-            count = places[moment.stored] if moment.stored < len(places) else len(shares)
-            moments.append(
-                (moment.peak_bytes - own[min(count, len(shares))], min(count, len(shares)))
-            )
-        s = self.sensitivity
+            rows |= self.plays.rows(near.play, self.prospect.order)
+        moments = [Moment(*row, *part) for part, own in rows.items() for row in own]
+        s, p = self.sensitivity, self.pace
         return Problem(
-            self.sites, self.seconds, s.variance, self.matmul_s, s.coupled, moments, shares
+            self.sites,
+            p.sites,
+            s.variance,
+            p.matmuls,
+            s.coupled,
+            moments,
+            self.prospect.order.entries,
+            self.blocks,
         )
 
     def _plan(self, answer: _Played) -> Plan:
         found = answer.solution
-        policy = as_policy(self.base, self.sites, found.choices)
-        kept = self._kept(policy)
-        eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-        problem = self._problem(None)
-        extra = found.seconds - score(problem, eight).seconds
-        step = None if self.anchor_s is None else self.anchor_s + extra
-        error = math.sqrt(self.sensitivity.floor + found.variance)
+        policy = self.prospect.policy(found.choices)
+        kept = self.prospect.footprint(policy).saved_bytes
+        step = None if self.plain_s is None else self.plain_s + found.seconds
         ratio = None if step is None or self.plain_s is None else step / self.plain_s
-        peak = self.standing + answer.timeline.peak_bytes
+        error = math.sqrt(self.sensitivity.floor + found.variance)
+        peak = self.standing + answer.peak_bytes
         prediction = Prediction(kept, peak, step, ratio, error)
         return Plan(policy, prediction, found.choices, found.gap, self.plain)
 
@@ -296,76 +276,74 @@ class Planner:
         return Plan(Policy(enabled=False), self.plain, choices, 0.0, self.plain)
 
     def _prediction_of_plain(self) -> Prediction:
-        peak = (
-            self.standing
-            + timeline(
-                self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
-            ).peak_bytes
+        counted = timeline(
+            self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
         )
+        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.plays.blocks}
+        peak = self.standing + self.plays.whole(counted, plain).peak_bytes
         error = math.sqrt(self.sensitivity.floor)
         ratio = None if self.plain_s is None else 1.0
-        return Prediction(self._kept(PLAIN), peak, self.plain_s, ratio, error)
-
-    def _kept(self, policy: Policy | str) -> int:
-        return footprint(
-            self.model,
-            self.inputs,
-            policy=policy,
-            autocast=self.autocast,
-            fake=True,
-            device="cpu",
-            loss=self.loss,
-        ).saved_bytes
-
-    def _play(self, policy: Policy, watch: Watch | None = None) -> tuple[Watch, Timeline]:
-        watch = watch or Watch()
-        played = timeline(
-            self.model,
-            self.inputs,
-            policy=policy,
-            autocast=self.autocast,
-            loss=self.loss,
-            watch=watch,
+        return Prediction(
+            self.prospect.footprint(PLAIN).saved_bytes, peak, self.plain_s, ratio, error
         )
-        return watch, played
 
-    def _anchor(self) -> tuple[float | None, float | None]:
-        """Seconds of plain's step and of the base policy's; None without data."""
-        if not self.real:
-            return None, None
-        runs = Runs(self.model, self.inputs, self.autocast, self.loss)
-        try:
-            plain, own = runs.times([PLAIN, self.base], _ROUNDS)
-        except torch.OutOfMemoryError:
-            logger.info("plain does not fit this device: plans go without times")
-            return None, None
-        ratios = [a / b for a, b in zip(own, plain, strict=True)]
-        step = statistics.median(plain)
-        return step, step * statistics.median(ratios)
-
-    def _scratch(self) -> int:
-        """Bytes that kernels allocate inside themselves, which tensors without data do not show: the
-        real peak of the base policy beyond the counted one."""
-        if not self.real:
-            return 0
-        real = Runs(self.model, self.inputs, self.autocast, self.loss).peak(self.base)
-        return max(0, real - self.first.peak_bytes)
+    def _standing(self, optimizer_bytes: int | None) -> int:
+        """Bytes that are there all the time: parameters, buffers, inputs, optimizer states."""
+        tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if optimizer_bytes is None:
+            optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
+        own = {
+            t.data_ptr() if self.real else id(t): t
+            for t in (*self.model.parameters(), *self.model.buffers(), *tensors)
+        }
+        return optimizer_bytes + sum(t.nbytes for t in own.values())
 
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
+        every = [*self.sites, *self.prospect.block_inputs.values()]
         if not self.real:
-            return typical(self.sites)
+            return typical(every)
         runs = Runs(self.model, self.inputs, self.autocast, self.loss)
 
         def gradients(policy: Policy | str | None) -> list[Tensor | None]:
             return runs.reference() if policy is None else runs.gradients(policy)
 
-        names = parameter_names(self.model)
+        checkpointing = {
+            mode.bits: self.prospect.policy(self.prospect.all(KEEP, name))
+            for name, mode in MODES.items()
+            if mode.checkpointed and not mode.codes and self.prospect.block_inputs
+        }
         try:
-            return calibrate(self.sites, self.base, gradients, names, progress)
+            return calibrate(
+                self.sites,
+                self.prospect.base,
+                gradients,
+                parameter_names(self.model),
+                progress,
+                list(self.prospect.block_inputs.values()),
+                checkpointing,
+            )
         except torch.OutOfMemoryError:
             # The passes keep nearly everything: where that does not fit, theory has to do.
             logger.info("no room to measure gradient errors: those of a typical ViT are taken")
-            return typical(self.sites)
+            return typical(every)
+
+    def _blocks(self) -> list[Block]:
+        """What every block takes in its modes."""
+        found = []
+        for name in self.plays.blocks:
+            inside = sum(self.sensitivity.variance[s.key, 8] for s in self.sites if s.block == name)
+            ways = {}
+            for label, mode in MODES.items():
+                kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
+                seconds = self.pace.blocks[name, kind] if mode.checkpointed else 0.0
+                variance = inside if mode.codes else 0.0
+                site = self.prospect.block_inputs.get(name)
+                if site is not None and mode.bits is not None:
+                    variance += self.sensitivity.variance[site.key, mode.bits]
+                ways[label] = Way(self.prospect.order.kept[name, label], seconds, variance)
+            found.append(Block(name, ways))
+        return found
 
     def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
         """(most seconds of the choices, most variance)."""
@@ -375,14 +353,11 @@ class Planner:
             raise ValueError(f"max_error must be above 0, got {max_error}")
         seconds = None
         if max_time is not None:
-            if self.plain_s is None or self.anchor_s is None:
+            if self.plain_s is None:
                 raise ValueError(
                     "max_time needs a model on a real device that plain fits, to be timed"
                 )
-            eight: dict[Key, int | str] = {s.key: 8 for s in self.sites}
-            problem = self._problem(None)
-            own = score(problem, eight).seconds
-            seconds = max(0.0, own + max_time * self.plain_s - self.anchor_s)
+            seconds = (max_time - 1) * self.plain_s
         return seconds, None if max_error is None else max_error**2
 
     @staticmethod

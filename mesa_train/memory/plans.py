@@ -77,6 +77,6 @@ class Plan:
         counts: dict[tuple[str, str], int] = {}
         for (_, operator, operand), choice in self.choices.items():
             said = f"{choice} bits" if isinstance(choice, int) else choice
-            key = (f"{operator}.{operand}", said)
+            key = (f"{operator}.{operand}".rstrip("."), said)
             counts[key] = counts.get(key, 0) + 1
         return [(*key, count) for key, count in counts.items()]

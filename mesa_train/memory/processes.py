@@ -3,6 +3,9 @@
 A method that runs out of memory, crashes or takes too long becomes a row with its reason, and the
 next one starts clean. One server process imports PyTorch once and forks a child a method (see
 `worker.py`).
+
+Compiling takes most of the time of a method that compiles, and one core. So on a CPU two such methods
+compile side by side and count their bytes; each waits until both have, and is then timed alone.
 """
 
 from __future__ import annotations
@@ -66,30 +69,87 @@ def measure(
     for method in methods:
         Contender.of(method)
     tell = progress or (lambda *_: None)
-    with tempfile.TemporaryDirectory(prefix="mesa_train_") as folder, _Server() as server:
-        reference = Path(folder) / "reference.pt"
-        end = clock.monotonic() + request.total_s
-        for number, method in enumerate(methods):
-            tell(method, number, len(methods))
-            left = end - clock.monotonic()
-            if left <= 0:
-                yield {"method": method, "note": f"not begun: {request.total_s:.0f} s were over"}
-                continue
-            result = Path(folder) / f"{number}.json"
-            job = {
-                **dataclasses.asdict(request),
-                "method": method,
-                "reference": str(reference),
-                "writes_reference": not reference.exists(),
-                "result": str(result),
-                "packages": _packages(request.model),
-            }
-            reason = server.run(job, min(request.limit_s, left))
-            row = json.loads(result.read_text()) if result.exists() else {"method": method}
-            if reason is not None:
-                row["note"] = reason
-            yield row
+    with (
+        tempfile.TemporaryDirectory(prefix="mesa_train_") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        bench = _Bench(request, Path(folder), [stack.enter_context(_Server()) for _ in range(2)])
+        done = 0
+        while done < len(methods):
+            group = bench.together(methods[done:])
+            tell(", ".join(group), done, len(methods))
+            yield from bench.rows(group, done)
+            done += len(group)
         tell("done", len(methods), len(methods))
+
+
+class _Bench:
+    """The rows of one comparison."""
+
+    def __init__(self, request: Request, folder: Path, servers: Sequence[_Server]) -> None:
+        self.request, self.folder, self.servers = request, folder, servers
+        self.reference = folder / "reference.pt"
+        self.end = clock.monotonic() + request.total_s
+
+    def together(self, methods: Sequence[str]) -> list[str]:
+        """The first of these methods, and the next where both compile on a CPU of several cores."""
+        first, following = methods[0], methods[1:2]
+        pair = [first, *following]
+        apart = (
+            self.request.device != "cpu"
+            or (os.cpu_count() or 1) < 2
+            or not self.reference.exists()
+            or not all(Contender.of(method).compiled for method in pair)
+        )
+        return [first] if apart else pair
+
+    def rows(self, methods: Sequence[str], number: int) -> list[Row]:
+        """The rows of one method, or of several that are made ready side by side; `number` is that of
+        the first."""
+        left = self.end - clock.monotonic()
+        if left <= 0:
+            over = f"not begun: {self.request.total_s:.0f} s were over"
+            return [{"method": method, "note": over} for method in methods]
+        jobs = [self._job(method, number + i, len(methods) > 1) for i, method in enumerate(methods)]
+        reasons: list[str | None] = [None] * len(jobs)
+
+        def run(index: int) -> None:
+            limit = min(self.request.limit_s, left)
+            reasons[index] = self.servers[index].run(jobs[index], limit)
+
+        if len(jobs) == 1:
+            run(0)
+        else:
+            threads = [
+                threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread, job in zip(threads, jobs, strict=True):
+                while thread.is_alive() and not Path(job["ready"]).exists():
+                    clock.sleep(0.05)
+            for thread, job in zip(threads, jobs, strict=True):
+                Path(job["go"]).touch()
+                thread.join()
+        return [self._row(job, reason) for job, reason in zip(jobs, reasons, strict=True)]
+
+    def _job(self, method: str, number: int, waits: bool) -> Row:
+        gates = {gate: str(self.folder / f"{number}.{gate}") for gate in ("ready", "go") if waits}
+        return {
+            **dataclasses.asdict(self.request),
+            "method": method,
+            "reference": str(self.reference),
+            "writes_reference": not self.reference.exists(),
+            "result": str(self.folder / f"{number}.json"),
+            "packages": _packages(self.request.model),
+            **gates,
+        }
+
+    @staticmethod
+    def _row(job: Row, reason: str | None) -> Row:
+        result = Path(job["result"])
+        row = json.loads(result.read_text()) if result.exists() else {"method": job["method"]}
+        return row if reason is None else {**row, "note": reason}
 
 
 def _packages(model: str) -> list[str]:

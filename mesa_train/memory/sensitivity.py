@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ _TYPICAL = {
     ("attention", "v"): 1e-3,
     ("attention", "out"): 3e-4,
     ("activation", "input"): 1e-4,
+    ("checkpoint", "input"): 1e-2,
 }
 _OTHERWISE = 1e-3
 
@@ -39,9 +40,9 @@ _OTHERWISE = 1e-3
 class Sensitivity:
     """Squares of relative errors of the gradient.
 
-    variance: that each site adds, by choice. coupled: that a source's choice adds if a product is
-    rebuilt from it. floor: of keeping everything, against float32. passes: forwards with backwards
-    that were run.
+    variance: that each site adds, by choice; also the inputs of checkpointed blocks, as sites.
+    coupled: that a source's choice adds if a product is rebuilt from it. floor: of keeping
+    everything, against float32. passes: forwards with backwards that were run.
     """
 
     variance: dict[tuple[Key, int | str], float]
@@ -56,9 +57,15 @@ def calibrate(
     gradients: Callable[[Policy | str | None], list[Tensor | None]],
     names: Sequence[str],
     progress: Callable[[str], None] = lambda _: None,
+    inputs: Sequence[Site] = (),
+    checkpointing: Mapping[int | None, Policy] | None = None,
 ) -> Sensitivity:
     """Measure with `gradients`, which runs one pass with a policy ("plain" without, None in
-    float32) and returns the gradient of the parameters called `names`."""
+    float32) and returns the gradient of the parameters called `names`.
+
+    inputs: what blocks keep when they are checkpointed. checkpointing: policies that checkpoint all
+    of them, by the bits of these inputs, None first.
+    """
     everything: dict[Key, int | str] = {s.key: KEEP for s in sites}
     progress("float32")
     exact = gradients(None)
@@ -104,6 +111,15 @@ def calibrate(
                 variance[site.key, 8] = variance[site.key, 4] * _EIGHT
                 if (site.key, 4) in coupled:
                     coupled[site.key, 8] = coupled[site.key, 4] * _EIGHT
+    for bits, policy in (checkpointing or {}).items():
+        progress(f"checkpoints' inputs at {bits or 'all'} bits")
+        coded = gradients(policy)
+        passes += 1
+        if bits is None:
+            reference = coded
+            continue
+        shares = _shares(inputs, names, coded, reference)
+        variance |= {(key, bits): value for key, value in shares.items()}
     return Sensitivity(variance, coupled, floor, passes)
 
 

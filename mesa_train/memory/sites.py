@@ -8,7 +8,7 @@ it. What there is to choose from is read off three forwards on tensors without d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.intercept import Report
+from mesa_train.memory.blocks import BLOCK, GROUP, block_of, with_blocks
 from mesa_train.ops.linear import Product
 from mesa_train.policy import OPERATORS, Policy
 from mesa_train.stash import Leaf, Stash
@@ -24,9 +25,6 @@ Key = tuple[str, str, str]
 
 # The choices for a site: bits, then what is no number of bits.
 KEEP, REBUILD = "keep", "rebuild"
-# bits: elements of a group of codes. Fewer bits get smaller groups: the error grows with a group's
-# range, and the scales of a group of 32 cost a bit an element.
-GROUP = {8: 128, 4: 64, 2: 32}
 
 
 @dataclasses.dataclass
@@ -35,7 +33,7 @@ class Site:
 
     matrices: the (rows, cols) of every tensor stored for it. kept_bytes: as whole tensors.
     product: name of the Linear whose repetition rebuilds it, or None. source: for that Linear, the
-    site that its input is rebuilt from.
+    site that its input is rebuilt from. block: that it stands in, or None.
     """
 
     key: Key
@@ -44,6 +42,7 @@ class Site:
     kept_bytes: int = 0
     product: str | None = None
     source: Key | None = None
+    block: str | None = None
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -72,16 +71,21 @@ class Site:
 
 
 class Watch(Report):
-    """A report that also lists the stored stashes in the order of the forward.
+    """A report that also lists the stored stashes in the order of the forward, and where each of the
+    `blocks` begins and ends among them.
 
     holding: keeps the stashes themselves, to look into what is rebuilt from what; they are not freed
     in the backward then, so such a timeline's peak is none.
     """
 
-    def __init__(self, holding: bool = False) -> None:
+    def __init__(self, holding: bool = False, blocks: Iterable[str] = ()) -> None:
         super().__init__()
-        self.holding = holding
-        self.stored: list[tuple[Key, int, tuple[int, int]]] = []
+        self.holding, self.blocks = holding, frozenset(blocks)
+        # Set when the backward begins: what a checkpoint makes again is not there before.
+        self.closed = False
+        self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
+        # What checkpointed blocks keep of their inputs.
+        self.inputs: dict[str, Site] = {}
         self.rebuilt: dict[Key, Stash] = {}
         self.leaves: dict[int, tuple[Stash, Key]] = {}
         # By the id of a weight, which is held: the name of its module.
@@ -97,6 +101,16 @@ class Watch(Report):
         if entry is not None:
             entry[0].report = self
 
+    def begins(self, module: str) -> None:
+        """A module's forward begins."""
+        if module in self.blocks:
+            self.stored.append(((module, BLOCK, "begin"), 0, None))
+
+    def ends(self, module: str) -> None:
+        """A module's forward ends."""
+        if module in self.blocks:
+            self.stored.append(((module, BLOCK, "end"), 0, None))
+
     def add(
         self,
         module: str,
@@ -108,6 +122,8 @@ class Watch(Report):
     ) -> None:
         """As `Report.add`; called once an operand and call."""
         super().add(module, operator, operand, how, size)
+        if self.closed:
+            return
         key = (module, operator, operand)
         if operand == "saved" or operator not in OPERATORS:
             key = (module, "fallback", "saved")
@@ -119,17 +135,25 @@ class Watch(Report):
             cols = stash.recipe.geometry.cols
             codes = stash.tensors[0]
             rows = codes.shape[0] if codes.dim() == 2 else codes.numel() // max(cols, 1)
+            if operator == "checkpoint":
+                site = self.inputs.setdefault(module, Site(key, 0, block=module))
+                site.matrices.append((rows, cols))
+                site.kept_bytes += rows * cols * stash.dtype.itemsize
+                return
             self.stored.append((key, size, (rows, cols)))
             if self.holding:
                 self.leaves[id(stash)] = (stash, key)
 
 
-def sites_of(stored: Watch, rebuilding: Watch, whole: Watch) -> list[Site]:
+def sites_of(
+    stored: Watch, rebuilding: Watch, whole: Watch, blocks: Sequence[str] = ()
+) -> list[Site]:
     """The sites of a model, from reports of 8 bits, of `recompute="linear"` and of 32 bits."""
     sites: dict[Key, Site] = {}
     for order, (key, _, matrix) in enumerate(stored.stored):
-        site = sites.setdefault(key, Site(key, order))
-        site.matrices.append(matrix)
+        if matrix is not None:
+            site = sites.setdefault(key, Site(key, order, block=block_of(key[0], blocks)))
+            site.matrices.append(matrix)
     for key, size, _ in whole.stored:
         if key in sites:
             sites[key].kept_bytes += size
@@ -176,9 +200,17 @@ def weights_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def as_policy(base: Policy, sites: list[Site], choices: dict[Key, int | str]) -> Policy:
-    """The policy that does with every site what `choices` says: one override an operand with the
-    commonest choice, and one for each site that differs."""
+def as_policy(
+    base: Policy,
+    sites: Sequence[Site],
+    choices: Mapping[Key, int | str],
+    rows: Mapping[str, int] | None = None,
+) -> Policy:
+    """The policy that does with every site and block what `choices` says: one override an operand
+    with the commonest choice, one for each site that differs, then those of the blocks (see
+    `with_blocks`). Sites without a choice are left to their block's."""
+    modes = {key[0]: str(choice) for key, choice in choices.items() if key[1] == BLOCK}
+    sites = [site for site in sites if site.key in choices]
     sources = {s.source for s in sites if choices[s.key] == REBUILD}
     wanted = {s.key: _changes(choices[s.key], s.key in sources) for s in sites}
     overrides: dict[str, dict[str, Any]] = {}
@@ -196,7 +228,8 @@ def as_policy(base: Policy, sites: list[Site], choices: dict[Key, int | str]) ->
         covered = any(not o or module.startswith(o + ".") for o in outer)
         if (wanted[site.key] != common[site.kind] or covered) and module:
             overrides[f"{module}:{operator}.{operand}"] = wanted[site.key]
-    return dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
+    own_policy = dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
+    return with_blocks(own_policy, modes, rows or {}) if modes else own_policy
 
 
 def _changes(choice: int | str, feeds_matmul: bool) -> dict[str, Any]:

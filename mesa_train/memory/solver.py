@@ -1,8 +1,9 @@
 """The choice for every site at once: an integer program, solved by HiGHS to a proven gap.
 
 Minimise time + price * error variance (or the peak, or time alone) such that at every moment of the
-step the live bytes fit, the added time and the added variance stay within their bounds, and a site
-is rebuilt only where the matmul that makes it is repeated. ImportError, naming the extra, without
+step the live bytes fit, the added time and the added variance stay within their bounds, a site is
+rebuilt only where the matmul that makes it is repeated, and the stashes of a block are chosen only
+where the block is neither checkpointed nor left to PyTorch. ImportError, naming the extra, without
 scipy.
 """
 
@@ -15,15 +16,27 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from mesa_train.memory.blocks import BLOCK, STASHES, Block
 from mesa_train.memory.sites import REBUILD, Key, Site
 
 # Objectives.
 COST, PEAK = "cost", "peak"
 # Bytes of a unit of memory in the program, so that its rows are of one magnitude.
 _UNIT = 2.0**20
-# A column: a site's choice, a product that is repeated, both together, or the peak.
+# A column: a site's or block's choice, a product that is repeated, both together, or the peak.
 _Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
+
+
+class Moment(NamedTuple):
+    """Bytes live beyond those of the first `stored` stashes, where `block` is in `mode` (None:
+    whatever is chosen)."""
+
+    fixed: float
+    stored: int
+    block: str | None = None
+    mode: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +45,9 @@ class Problem:
 
     seconds, variance: by site and choice; the variance is of the gradient, relative to its square.
     matmul_s: seconds of repeating a product. coupled: variance that a choice of a source adds if
-    something is rebuilt from it. moments: (bytes live beyond the sites' own, how many stored
-    stashes stand) at the moments that matter. order: the sites of those stashes, each with its
-    share of the site's bytes.
+    something is rebuilt from it. moments: when how much is live. order: the sites of the stashes
+    that the forward stores, each with its share of the site's bytes; (block, BLOCK, "begin") stands
+    where a block begins.
     """
 
     sites: Sequence[Site]
@@ -42,14 +55,21 @@ class Problem:
     variance: Mapping[tuple[Key, int | str], float]
     matmul_s: Mapping[str, float]
     coupled: Mapping[tuple[Key, int | str], float]
-    moments: Sequence[tuple[float, int]]
+    moments: Sequence[Moment]
     order: Sequence[tuple[Key, float]]
+    blocks: Sequence[Block] = ()
+
+    def choices(self) -> dict[Key, list[int | str]]:
+        """What there is to choose from for every site and block."""
+        found = {s.key: s.choices() for s in self.sites}
+        return found | {b.key: [STASHES, *b.ways] for b in self.blocks}
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """choices: by site. peak_bytes: of the moments as given. seconds, variance: of the choices.
-    gap: how far from the optimum it may be, relative to it."""
+    """choices: by site and block; none for the sites of a block that are not chosen one by one.
+    peak_bytes: of the moments as given. seconds, variance: of the choices. gap: how far from the
+    optimum it may be, relative to it."""
 
     choices: dict[Key, int | str]
     peak_bytes: float
@@ -119,9 +139,13 @@ def solve(
         )
     if found.x is None:
         return None
-    chosen: dict[Key, int | str] = {}
+    chosen = {
+        key: max(choices, key=lambda c: found.x[columns[key, c]])
+        for key, choices in problem.choices().items()
+    }
     for site in problem.sites:
-        chosen[site.key] = max(site.choices(), key=lambda c: found.x[columns[site.key, c]])
+        if site.block is not None and chosen.get((site.block, BLOCK, ""), STASHES) != STASHES:
+            del chosen[site.key]
     return score(problem, chosen, float(found.mip_gap or 0.0))
 
 
@@ -151,11 +175,20 @@ class _Program:
         products = list(dict.fromkeys(s.product for s in problem.sites if s.product))
         coupled = {k: v for k, v in problem.coupled.items() if v > 0}
         links = _links(problem, coupled)
-        names: list[_Name] = [(s.key, c) for s in problem.sites for c in s.choices()]
+        names: list[_Name] = [(k, c) for k, choices in problem.choices().items() for c in choices]
         names += [*products, *links, PEAK]
         self.columns = {name: index for index, name in enumerate(names)}
+        blocks = {block.name: block.key for block in problem.blocks}
+        for key, choices in problem.choices().items():
+            if key[1] == BLOCK:
+                self.add({(key, c): 1.0 for c in choices}, 1, 1)
         for site in problem.sites:
-            self.add({(site.key, c): 1.0 for c in site.choices()}, 1, 1)
+            one: dict[_Name, float] = {(site.key, c): 1.0 for c in site.choices()}
+            if site.block in blocks:
+                # Chosen where its block's stashes are, and only there.
+                self.add({**one, (blocks[site.block], STASHES): -1.0}, 0, 0)
+            else:
+                self.add(one, 1, 1)
             if site.product:
                 self.add({(site.key, REBUILD): 1.0, site.product: -1.0}, -math.inf, 0)
         for link in links:
@@ -167,10 +200,14 @@ class _Program:
             self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
         self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
         self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
-        for name in self.columns:
-            if isinstance(name, tuple) and len(name) == 2:
-                self.seconds[name] = problem.seconds[name]
-                self.variance[name] = problem.variance[name]
+        for site in problem.sites:
+            for choice in site.choices():
+                self.seconds[site.key, choice] = problem.seconds[site.key, choice]
+                self.variance[site.key, choice] = problem.variance[site.key, choice]
+        for block in problem.blocks:
+            for mode, way in block.ways.items():
+                self.seconds[block.key, mode] = way.seconds
+                self.variance[block.key, mode] = way.variance
 
     def add(self, row: Mapping[_Name, float], least: float, most: float) -> None:
         """A row: the sum of its columns times these factors is within the bounds."""
@@ -192,12 +229,19 @@ class _Program:
 
 def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:
     """What a set of choices costs in a problem."""
-    repeated = {s.product for s in problem.sites if s.product and choices[s.key] == REBUILD}
-    seconds = sum(problem.seconds[k, c] for k, c in choices.items())
+    own = [site for site in problem.sites if site.key in choices]
+    repeated = {s.product for s in own if s.product and choices[s.key] == REBUILD}
+    seconds = sum(problem.seconds[s.key, choices[s.key]] for s in own)
     seconds += sum(problem.matmul_s[p] for p in repeated if p)
-    variance = sum(problem.variance[k, c] for k, c in choices.items())
-    feeding = {s.source for s in problem.sites if s.source and choices[s.key] == REBUILD}
-    variance += sum(problem.coupled.get((k, choices[k]), 0.0) for k in feeding if k)
+    variance = sum(problem.variance[s.key, choices[s.key]] for s in own)
+    feeding = {s.source for s in own if s.source and choices[s.key] == REBUILD}
+    variance += sum(
+        problem.coupled.get((k, choices[k]), 0.0) for k in feeding if k is not None and k in choices
+    )
+    for block in problem.blocks:
+        way = block.ways.get(str(choices.get(block.key, STASHES)))
+        if way is not None:
+            seconds, variance = seconds + way.seconds, variance + way.variance
     names = dict.fromkeys(choices.items(), 1.0)
     peak = max(
         fixed + sum(size for name, size in row.items() if name in names)
@@ -220,19 +264,31 @@ def _links(
 
 
 def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], float]]]:
-    """(fixed bytes, bytes by site and choice) of the moments, the highest for each set of stashes
-    that stand."""
-    highest: dict[int, float] = {}
-    for fixed, stored in problem.moments:
-        highest[stored] = max(fixed, highest.get(stored, -math.inf))
+    """(fixed bytes, bytes by site or block and choice) of the moments, the highest for each set of
+    stashes that stand."""
+    highest: dict[tuple[int, str | None, str | None], float] = {}
+    for fixed, *where in problem.moments:
+        key = (where[0], where[1], where[2])
+        highest[key] = max(fixed, highest.get(key, -math.inf))
     sites = {site.key: site for site in problem.sites}
+    blocks = {block.name: block for block in problem.blocks}
     found = []
-    for stored, fixed in sorted(highest.items()):
+    for (stored, name, mode), fixed in highest.items():
         row: dict[tuple[Key, int | str], float] = {}
         for key, share in problem.order[:stored]:
+            if key[1] == BLOCK:
+                if key[2] == "begin" and key[0] in blocks:
+                    block = blocks[key[0]]
+                    row |= {(block.key, m): float(w.kept_bytes) for m, w in block.ways.items()}
+                continue
             for choice in sites[key].choices():
                 size = share * sites[key].bytes(choice)
                 if size:
                     row[key, choice] = row.get((key, choice), 0.0) + size
+        if name in blocks and mode is not None:
+            # Counts in that mode alone.
+            own = (blocks[name].key, mode)
+            row[own] = row.get(own, 0.0) + fixed
+            fixed = 0.0
         found.append((fixed, row))
     return found

@@ -27,14 +27,13 @@ from mesa_train.kernels.short_attention import scratch_bytes
 from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.footprint import arguments, autocasting, tensors_in
 from mesa_train.memory.gradients import default_loss
+from mesa_train.memory.marks import BACKWARD, FORWARD, marking
 from mesa_train.memory.methods import applied
 from mesa_train.memory.standins import standing_in
 from mesa_train.policy import Policy
 
 if TYPE_CHECKING:
     from mesa_train.memory.sites import Watch
-
-FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +102,14 @@ def timeline(
             watch.installed(model)
         known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
         live = _Live(known, watch, list(model.parameters()))
-        for name, module in model.named_modules():
-            enter, leave = _marks(live, name)
-            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(marking(model, live))
         stack.enter_context(torch.set_grad_enabled(backward))
         with live:
             with autocasting(torch.device("cpu"), autocast):
                 value = model(*args, **kwargs)
                 value = (loss or default_loss)(value) if backward else value
             if backward:
-                live.mark(BACKWARD, "", live.stored())
+                live.arrive("", live.stored())
                 # Not value.backward(): the fakes' function mode would be off inside.
                 torch.autograd.backward(value)
         del value
@@ -137,6 +133,7 @@ class _Live(TorchDispatchMode):
         self.bytes = self.highest = 0
         self.moments: list[Moment] = []
         self._now = (FORWARD, "", 0)
+        self._backward = False
         self._watch = watch
         # Held, so that no address is used twice.
         self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
@@ -152,22 +149,38 @@ class _Live(TorchDispatchMode):
         return output
 
     def stored(self) -> int:
-        """How many stashes the forward has made so far."""
-        return 0 if self._watch is None else len(self._watch.stored)
+        """How many stashes stand: those made so far in the forward, fewer and fewer in the
+        backward."""
+        if self._backward or self._watch is None:
+            return self._now[2]
+        return len(self._watch.stored)
 
-    def mark(self, phase: str, module: str, stored: int) -> None:
-        """A new moment begins."""
+    def enter(self, module: str) -> None:
+        if self._watch is not None and not self._backward:
+            self._watch.begins(module)
+        self._mark(FORWARD, module, self.stored())
+
+    def leave(self, module: str) -> int:
+        if self._watch is not None and not self._backward:
+            self._watch.ends(module)
+        return self.stored()
+
+    def arrive(self, module: str, left: int) -> None:
+        self._mark(BACKWARD, module, left)
+        self._backward = True
+        if self._watch is not None:
+            self._watch.closed = True
+
+    def _mark(self, phase: str, module: str, stored: int) -> None:
         self.close()
         self._now = phase, module, stored
 
     def close(self) -> None:
         """The moment that is on ends. In a forward moment stashes come while it lasts."""
-        phase, module, stored = self._now
-        if phase == FORWARD:
-            stored = self.stored()
-        self.moments.append(Moment(phase, module, self.highest, stored, self._gradients))
+        phase, module, _ = self._now
+        self.moments.append(Moment(phase, module, self.highest, self.stored(), self._gradients))
         self.highest = self.bytes
-        if phase == BACKWARD:
+        if self._backward:
             there = [p.grad for p in self._parameters if p.grad is not None]
             self._gradients = sum(g.nbytes for g in there)
 
@@ -184,20 +197,3 @@ class _Live(TorchDispatchMode):
     def _gone(self, address: int, size: int, _: Any) -> None:
         del self._alive[address]
         self.bytes -= size
-
-
-def _marks(live: _Live, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that mark a module's forward, and its backward where its output's gradient arrives."""
-
-    def enter(*_: Any) -> None:
-        live.mark(FORWARD, name, live.stored())
-
-    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        # On the node: a hook on the tensor would keep operators from being recorded together.
-        stored = live.stored()
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: live.mark(BACKWARD, name, stored))
-                return
-
-    return enter, leave

@@ -49,7 +49,8 @@ class Bench:
     """One contender on one model and one batch.
 
     job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
-    memory_bytes (or None), and the path of the reference, which the first job writes.
+    memory_bytes (or None), and the path of the reference, which the first job writes; perhaps the
+    paths "ready" and "go" (see `wait`).
     """
 
     def __init__(self, job: Row) -> None:
@@ -105,6 +106,7 @@ class Bench:
         if peak.resident_bytes is not None and self.before is not None:
             row["resident_bytes"] = peak.resident_bytes - self.before
         report(row)
+        self.wait()
         row |= self.times()
         report(row)
         if self.job["memory_bytes"] is not None:
@@ -167,11 +169,18 @@ class Bench:
         gc.collect()
         return peak_of(self.step, self.device)
 
+    def wait(self) -> None:
+        """Where other jobs are made ready at the same time: until this one may be timed."""
+        if "go" in self.job:
+            Path(self.job["ready"]).touch()
+            while not Path(self.job["go"]).exists():
+                clock.sleep(0.02)
+
     def times(self) -> Row:
-        """Whole steps: median, quartiles, images per second."""
+        """Whole steps after those that the other columns took: median, quartiles, images per
+        second."""
         if not self.job["rounds"]:
             return {}
-        self.step()
         taken = []
         for _ in range(self.job["rounds"]):
             self._synchronize()

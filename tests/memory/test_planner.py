@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import mesa_train
 from mesa_train.intercept import innermost
+from mesa_train.memory.blocks import BLOCK, STASHES, Block, Way
 from mesa_train.memory.compare import Runs
 from mesa_train.memory.costs import Costs
 from mesa_train.memory.footprint import footprint
@@ -20,7 +21,7 @@ from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.planner import Planner
 from mesa_train.memory.plans import OverBudget
 from mesa_train.memory.sites import KEEP, REBUILD, Site, as_policy
-from mesa_train.memory.solver import PEAK, Problem, score, solve
+from mesa_train.memory.solver import PEAK, Moment, Problem, score, solve
 from mesa_train.policy import Policy
 from mesa_train.wrap import policy_of
 
@@ -67,9 +68,10 @@ class TestPlans:
         kept = footprint(vit, images, policy=found.policy, autocast=BF16, loss=planner.loss)
         assert said.kept_bytes == kept.saved_bytes
         runs = Runs(vit, images, BF16, planner.loss)
-        # Kernels' scratch is measured at one policy; at another the peak may lie elsewhere.
-        stand = planner.standing - planner.scratch
-        assert stand + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
+        # Kernels' scratch is measured at two policies; at others it may differ.
+        assert planner.standing + runs.peak(found.policy) == pytest.approx(
+            said.peak_bytes, rel=0.05
+        )
         error = relative_error(runs.gradients(found.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
         assert said.gradient_error / 2 < error < said.gradient_error * 2
@@ -84,7 +86,7 @@ class TestPlans:
         plans = planner.frontier(points=4)
         peaks = [p.prediction.peak_bytes for p in plans]
         costs = [p.cost for p in plans]
-        assert len(plans) >= 3
+        assert len(plans) >= 2
         assert peaks == sorted(peaks)
         assert costs == sorted(costs, reverse=True)
 
@@ -214,6 +216,7 @@ def problem(moments=((1e6, 6), (2e6, 3))):
     }
     coupled = {(s.key, c): 5 * variance[s.key, c] for s in sites[::3] for c in (8, 4, 2)}
     order = [(s.key, 1.0) for s in sites]
+    moments = [Moment(*moment) for moment in moments]
     return Problem(sites, seconds, variance, {"0.qkv": 2.5, "1.qkv": 9.0}, coupled, moments, order)
 
 
@@ -233,6 +236,41 @@ def test_solver_against_all_there_is(budget):
         return
     assert found.peak_bytes <= budget * (1 + 1e-6)
     assert found.seconds + price * found.variance == pytest.approx(best, rel=2e-3)
+
+
+def test_solver_with_blocks_against_all_there_is():
+    """The stashes of a block are chosen one by one, or all at once with it."""
+    asked = problem()
+    ways = {"PyTorch": Way(2_000_000, 0.0, 0.0), "checkpoint": Way(300_000, 6.0, 1e-4)}
+    blocks = [Block(name, ways) for name in ("0", "1")]
+    sites = [dataclasses.replace(site, block=site.key[0]) for site in asked.sites]
+    order = []
+    for name in ("0", "1"):
+        order += [((name, BLOCK, "begin"), 0.0), *[e for e in asked.order if e[0][0] == name]]
+    # A checkpointed block works in more memory when its turn comes, one left to PyTorch in less.
+    moments = [Moment(1e5, 8)]
+    for start, name in ((0, "0"), (4, "1")):
+        moments.append(Moment(2e5, start + 4, name, STASHES))
+        moments.append(Moment(1.5e6, start, name, "checkpoint"))
+        moments.append(Moment(2.1e6, start, name, "PyTorch"))
+    asked = dataclasses.replace(asked, sites=sites, order=order, moments=moments, blocks=blocks)
+    for budget, price in ((1.2e6, 0.0), (1.8e6, 2000.0), (2.5e6, 2000.0), (4e6, 0.0)):
+        best = None
+        for modes in itertools.product([STASHES, *ways], repeat=2):
+            taken = dict(zip([block.key for block in blocks], modes, strict=True))
+            own = [s for s in sites if taken[s.block, BLOCK, ""] == STASHES]
+            for picked in itertools.product(*[s.choices() for s in own]):
+                choices = dict(zip([s.key for s in own], picked, strict=True)) | taken
+                found = score(asked, choices)
+                cost = found.seconds + price * found.variance
+                if found.peak_bytes <= budget and (best is None or cost < best):
+                    best = cost
+        found = solve(asked, budget=budget, price=price)
+        if best is None:
+            assert found is None
+            continue
+        assert found.peak_bytes <= budget * (1 + 1e-6)
+        assert found.seconds + price * found.variance == pytest.approx(best, rel=2e-3, abs=1e-6)
 
 
 def test_solver_finds_the_smallest_peak():

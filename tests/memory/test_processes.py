@@ -81,6 +81,36 @@ def test_weights_and_batch_are_the_same_for_all(tmp_path, monkeypatch):
     assert [row.get("gradient_error") for row in rows] == [0, 0]
 
 
+@pytest.mark.slow
+def test_what_compiles_is_made_ready_side_by_side(tmp_path, monkeypatch):
+    """Two methods at once, each timed alone: the module notes when its steps begin."""
+    source = (
+        "import os, time\nimport torch\nfrom torch import nn\n"
+        "class Noted(nn.Sequential):\n"
+        "    def __call__(self, x):\n"
+        "        with open('steps', 'a') as file:\n"
+        "            file.write(f'{os.getpid()}\\n')\n"
+        "        return super().__call__(x)\n"
+        "def build():\n"
+        "    return Noted(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)), torch.rand(16, 32)\n"
+    )
+    (tmp_path / "noted.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    request = Request("python:noted.build", batch_size=16, dtype=None, rounds=6)
+    seen = []
+    methods = ["plain", "compile", "compile-budget-0.5", "mesa8"]
+    rows = list(measure(request, methods, lambda *step: seen.append(step)))
+    assert [row["method"] for row in rows] == methods
+    assert [row.get("note") for row in rows] == [None] * 4
+    assert all(len(row["times_ms"]) == 6 for row in rows)
+    assert [what for what, *_ in seen] == ["plain", "compile, compile-budget-0.5", "mesa8", "done"]
+    steps = (tmp_path / "steps").read_text().split()
+    pair = list(dict.fromkeys(steps))[1:3]
+    own = [step for step in steps if step in pair]
+    # Six timed steps of the one, then six of the other.
+    assert own[-12:] == [pair[0]] * 6 + [pair[1]] * 6 or own[-12:] == [pair[1]] * 6 + [pair[0]] * 6
+
+
 def test_a_model_that_cannot_be_loaded():
     request = Request("python:no.such", rounds=0)
     (row,) = measure(request, ["plain"])
