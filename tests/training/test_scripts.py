@@ -95,7 +95,8 @@ def test_benchmark_writes_complete_rows(tmp_path):
 
 
 @pytest.fixture
-def make_tables():
+def make_tables(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
     path = REPOSITORY / "scripts/make_tables.py"
     spec = importlib.util.spec_from_file_location("make_tables", path)
     module = importlib.util.module_from_spec(spec)

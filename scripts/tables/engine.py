@@ -1,0 +1,269 @@
+"""Tables about the library: steps, operators, parity, families of models, rounding, plans,
+compatibility, soak."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from mesa_train.memory.text import format_bytes
+from mesa_train.training import records
+from mesa_train.training.records import Row
+from tables.text import markdown, missing, origin
+
+
+def step_table(results: Path, words: Sequence[str]) -> str:
+    """`step MODEL`: the newest run of bench_step.py on a model."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'step' takes one model, got {len(words)} words")
+    (model,) = words
+    rows = [row for row in records.read(results / "bench_step.jsonl") if row["model"] == model]
+    if not rows:
+        return missing("scripts/bench_step.py")
+    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+    head = [
+        *("method", "kept for the backward", "less", "peak of the step", "gradient error"),
+        *("step", "step vs. plain", "largest batch in 24 GiB"),
+    ]
+    lines = []
+    for row in newest:
+        if "note" in row:
+            lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
+            continue
+        low, high = row["step_ratio_quartiles"]
+        lines.append(
+            [
+                row["method"],
+                format_bytes(row["kept_bytes"]),
+                f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
+                f"{row['gradient_error']:.2%}",
+                f"{row['step_ms']:.0f} ms",
+                f"{row['step_ratio']:.2f} ({low:.2f} to {high:.2f})",
+                str(row.get("largest_batch", "")),
+            ]
+        )
+    any_row = newest[0]
+    return markdown(head, lines) + (
+        f"\n{model}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
+        "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
+        "AdamW's states; largest batch: what is kept and those; step: forward, backward "
+        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets. "
+        f"{origin(any_row)}\n"
+    )
+
+
+def steps_table(results: Path, words: Sequence[str]) -> str:
+    """`steps DEVICE`: the newest run of bench_step.py on every model, "less memory, step" a method."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'steps' takes a kind of device, got {len(words)} words")
+    rows = [r for r in records.read(results / "bench_step.jsonl") if r["device_type"] == words[0]]
+    if not rows:
+        return missing("scripts/bench_step.py")
+    newest: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        last = newest.setdefault(row["model"], {})
+        if last and next(iter(last.values()))["date"] != row["date"]:
+            last.clear()
+        last[row["method"]] = row
+    methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
+    lines = []
+    for model, found in newest.items():
+        plain = found["plain"]
+        size = plain["shapes"][0][-1]
+        cells = [
+            f"{found[m]['kept_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
+            for m in methods
+        ]
+        about = f"{plain['batch_size']} x {size} px"
+        lines.append([model, about, format_bytes(plain["kept_bytes"]), *cells])
+    head = ["model", "batch", "plain keeps", *methods]
+    return markdown(head, lines) + (
+        "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
+        f"medians of rounds that take turns); bf16 autocast. {origin(rows[-1])}\n"
+    )
+
+
+def ops_table(results: Path, words: Sequence[str]) -> str:
+    """`ops cpu` or `ops cuda`: the newest run of bench_ops.py on a kind of device, 8 and 4 bits."""
+    if len(words) != 1:
+        raise ValueError(f"the table 'ops' takes a kind of device, got {len(words)} words")
+    rows = [r for r in records.read(results / "ops.jsonl") if r["device_type"] == words[0]]
+    if not rows:
+        return missing("scripts/bench_ops.py")
+    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+    head = ["operator", "on", "time", "a copy takes", "share"]
+    lines = [
+        [
+            row["operator"],
+            row["variant"],
+            f"{row['time_us'] / 1e3:.2f} ms",
+            f"{row['copy_us'] / 1e3:.2f} ms",
+            f"{row['share']:.0%}",
+        ]
+        for row in newest
+        if "2 bits" not in row["variant"]
+    ]
+    return markdown(head, lines) + (
+        "\nAgainst a copy that reads and writes as many bytes, in turns, caches flushed before "
+        f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
+    )
+
+
+def parity_table(results: Path, words: Sequence[str]) -> str:
+    """`parity`: final accuracies of train_parity.py, newest settings."""
+    if words:
+        raise ValueError(f"the table 'parity' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "train_parity.jsonl")
+    if not rows:
+        return missing("scripts/train_parity.py")
+    settings = rows[-1]["settings"]
+    final = records.in_order(
+        row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
+    )
+    head = ["policy", "kept for the backward", "final training loss", "held-out accuracy", "seeds"]
+    lines = []
+    for (name,), own in records.group_by(final, "name").items():
+        own.sort(key=lambda row: row["seed"])
+        accuracies = [100 * row["val_accuracy"] for row in own]
+        spread = statistics.stdev(accuracies) if len(own) > 1 else 0.0
+        lines.append(
+            [
+                name,
+                format_bytes(own[0]["kept_bytes"]),
+                f"{statistics.fmean(row['train_loss'] for row in own):.4f}",
+                f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
+                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+            ]
+        )
+    return markdown(head, lines) + (
+        f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
+        f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{settings['autocast']} autocast; mean and standard deviation over seeds. "
+        f"{origin(final[-1])}\n"
+    )
+
+
+def families_table(results: Path, words: Sequence[str]) -> str:
+    """`families`: the newest rows of bench_families.py, a line per model."""
+    if words:
+        raise ValueError(f"the table 'families' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "families.jsonl")
+    if not rows:
+        return missing("scripts/bench_families.py")
+    newest = {(row["model"], row["method"]): row for row in rows}
+    methods = list(dict.fromkeys(method for _, method in newest))
+    presets = [method for method in methods if method != "plain"]
+    head = ["model", "plain keeps", *[f"{p} keeps" for p in presets]]
+    head += ["plain's gradient error", *[f"{p}'s" for p in presets]]
+    lines = []
+    for model in dict.fromkeys(model for model, _ in newest):
+        own = {m: newest[model, m] for m in methods if (model, m) in newest}
+        kept = [
+            f"{format_bytes(row['saved_bytes'])}"
+            + (f" ({row['saved_ratio']:.2f}x less)" if method != "plain" else "")
+            for method, row in own.items()
+        ]
+        lines.append([model, *kept, *[f"{row['gradient_error']:.2%}" for row in own.values()]])
+    return markdown(head, lines) + (
+        f"\nBatch {rows[-1]['batch_size']}, {rows[-1]['dtype']}, random weights; gradient error: "
+        "relative L2 distance from the plain float32 gradient over all parameters. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
+def rounding_table(results: Path, words: Sequence[str]) -> str:
+    """`rounding`: the newest run of bench_rounding.py."""
+    if words:
+        raise ValueError(f"the table 'rounding' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "rounding.jsonl")
+    if not rows:
+        return missing("scripts/bench_rounding.py")
+    lines = []
+    for row in [row for row in rows if row["date"] == rows[-1]["date"]]:
+        changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
+        kept = format_bytes(row["kept_bytes"])
+        lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
+    return markdown(["preset", "changed", "kept for the backward", "gradient error"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
+        "initialisation; relative L2 distance from the plain float32 gradient over all "
+        f"parameters. {origin(rows[-1])}\n"
+    )
+
+
+def plans_table(results: Path, words: Sequence[str]) -> str:
+    """`plans`: the newest rows of bench_plan.py, predictions with measurements in brackets."""
+    if words:
+        raise ValueError(f"the table 'plans' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "plans.jsonl")
+    if not rows:
+        return missing("scripts/bench_plan.py")
+    newest = {(row["model"], row["share"]): row for row in rows}
+    head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
+    lines, off = [], {"kept_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
+    for (model, share), row in sorted(newest.items()):
+        said, seen = row["predicted"], row["measured"]
+        off = {k: max(v, abs(said[k] / seen[k] - 1)) for k, v in off.items()}
+        kept, peak = (
+            f"{format_bytes(said[k])} ({format_bytes(seen[k])})"
+            for k in ("kept_bytes", "peak_bytes")
+        )
+        lines.append(
+            [
+                model if share == min(s for m, s in newest if m == model) else "",
+                "least possible" if share == 0 else format_bytes(row["budget"]),
+                kept,
+                peak,
+                f"{said['time_ratio']:.2f} ({seen['time_ratio']:.2f})",
+                f"{said['gradient_error']:.2%} ({seen['gradient_error']:.2%})",
+            ]
+        )
+    worst = ", ".join(f"{name} {off[key]:.1%}" for key, name in _PREDICTED.items())
+    return markdown(head, lines) + (
+        "\nPredicted, and measured in brackets; bf16 autocast, random weights; the peak is that of "
+        "a whole training step with weights and AdamW's states. Furthest off: "
+        f"{worst}. {origin(rows[-1])}\n"
+    )
+
+
+_PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
+
+
+def compatibility_table(results: Path, words: Sequence[str]) -> str:
+    """`compatibility SETUP`: the outcomes of tests/compose for one setup, a line per feature."""
+    setup = " ".join(words)
+    rows = records.read(results / "compatibility.jsonl")
+    own = [row for row in rows if row["setup"] == setup]
+    if not own:
+        return "No rows yet: the command above makes them.\n"
+    lines = [[row["feature"], row["outcome"], row["note"], str(row["tests"])] for row in own]
+    versions = ", ".join(f"{name} {version}" for name, version in own[-1]["versions"].items())
+    return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
+
+
+def soak_table(results: Path, words: Sequence[str]) -> str:
+    """`soak`: the newest row of soak.py for every policy."""
+    if words:
+        raise ValueError(f"the table 'soak' takes no words, got {' '.join(words)}")
+    rows = records.read(results / "soak.jsonl")
+    if not rows:
+        return missing("scripts/soak.py")
+    newest = {row["policy"]: row for row in rows}
+    lines = [
+        [
+            policy,
+            f"{row['steps']:,}",
+            str(row["failed"]),
+            f"{row['slope_bytes_per_step']:+.1f} bytes",
+            format_bytes(row["resident_bytes"]),
+            str(row["left"]),
+        ]
+        for policy, row in newest.items()
+    ]
+    head = ["policy", "steps", "of them failed", "growth per step", "resident at the end"]
+    return markdown([*head, "stashes left behind"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}; growth: slope of resident memory "
+        "over the second half of the steps; one process, policies in this order. "
+        f"{origin(rows[-1])}\n"
+    )
