@@ -205,7 +205,10 @@ def _checkpointed(
     )
     if mode is None:
         # The model itself, or a module called by itself.
-        with Interception(site, installed, installed.report, installed.step):
+        if site.name == "" and not torch.compiler.is_compiling():
+            assert site.module is not None
+            installed.forward_begins(site.module)
+        with Interception(site, installed, installed.report, installed.steps.count):
             return run()
     outside, mode.site = mode.site, site
     try:
