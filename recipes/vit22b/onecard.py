@@ -66,7 +66,7 @@ def main(
         net.train().set_grad_checkpointing(checkpointing != "none")
         install(net, policy, checkpointing)
         losses, seconds = run(net, method, image_size, batch_size, steps, lr, device)
-    except (ConfigError, CheckpointError, ValueError, ImportError) as error:
+    except (ConfigError, CheckpointError, ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     rate = batch_size / sorted(seconds)[len(seconds) // 2]
     row: dict[str, Any] = {

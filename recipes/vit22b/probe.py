@@ -97,7 +97,7 @@ def main(
             )
             score = robustness.evaluate(probe.logits(values), labels, table)
             row[set_folder.name] = vars(score)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(row, indent=1))

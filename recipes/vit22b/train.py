@@ -52,7 +52,13 @@ def main(
         if weights:
             export(out / "weights", engine.model)
         engine.close()
-    except (sharded_config.ConfigError, CheckpointError, DivergenceError, ValueError) as error:
+    except (
+        sharded_config.ConfigError,
+        CheckpointError,
+        DivergenceError,
+        ValueError,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
         leave(2)
