@@ -85,6 +85,8 @@ struct Matrix {
   const typename T::Raw* row(int64_t row) const {
     return reinterpret_cast<const typename T::Raw*>(data_ + row * stride_);
   }
+  // Whether there is something else between rows.
+  bool scattered() const { return stride_ != cols * static_cast<int64_t>(tensor.element_size()); }
 
  private:
   const char* data_;

@@ -243,8 +243,12 @@ struct Float16 {
 // Hardware sees a long run coming, but not the next of many short rows, nor enough of it while it waits
 // for arithmetic. Any address will do, beyond an end too.
 inline void prefetch(const void* from) { __builtin_prefetch(from); }
-inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
+// To the second-level cache: it waits for more lines at once than the first, by whose limit short rows
+// far apart take a third longer.
+inline void prefetch_far(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+  }
 }
 // Elements ahead of a loop, whatever their size.
 constexpr int64_t AHEAD = 1024;
@@ -257,26 +261,28 @@ inline void for_vectors(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
 }
 
-// Room for a group that is shorter than a vector.
-template <typename Raw>
+// Room for a group that is shorter than a vector, or than N.
+template <typename Raw, int64_t N = LANES>
 struct Padded {
-  Raw data[LANES];
+  Raw data[N];
 
-  // `from`, or its n elements here, continued with the last, where they are less than a vector.
+  // `from`, or its n elements here, continued with the last, where they are less than N.
   const Raw* read(const Raw* from, int64_t n) {
-    if (n >= LANES) return from;
+    if (n >= N) return from;
     fill(from, n);
     return data;
   }
-  // Where a vector can be written for n elements of `to`; `finish` copies them there.
-  Raw* write(Raw* to, int64_t n) { return n >= LANES ? to : data; }
-  void finish(Raw* to, int64_t n) const {
-    if (n < LANES) std::memcpy(to, data, n * sizeof(Raw));
+  // Where N can be written for n elements of `to`; `finish` copies them there.
+  Raw* write(Raw* to, int64_t n) { return n >= N ? to : data; }
+  void finish(Raw* to, int64_t n) const { finish(to, n, n * sizeof(Raw)); }
+  void finish(Raw* to, int64_t n, int64_t bytes) const {
+    if (n < N) std::memcpy(to, data, bytes);
   }
 
  private:
   [[gnu::noinline]] void fill(const Raw* from, int64_t n) {
-    for (int64_t i = 0; i < LANES; ++i) data[i] = from[std::min(i, n - 1)];
+    std::copy_n(from, n, data);
+    std::fill_n(data + n, N - n, from[n - 1]);
   }
 };
 
