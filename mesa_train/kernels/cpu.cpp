@@ -38,11 +38,11 @@ Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, in
   const Coded coded(codes, scales, bits, codes.size(0), cols);
   const Vector weights("weight", weight, cols), biases("bias", bias, cols);
   const int64_t rows = codes.size(0);
-  const auto times = [&](Floats x, int64_t col) { return x * load<Floats>(weights.data + col); };
-  const auto plus = [&](Floats x, int64_t col) { return x + load<Floats>(biases.data + col); };
+  const auto times = [w = weights.data](Floats x, int64_t col) { return x * load<Floats>(w + col); };
+  const auto plus = [b = biases.data](Floats x, int64_t col) { return x + load<Floats>(b + col); };
   if (weights.data && biases.data) {
     return decode(coded, rows, dtype,
-                  [&](Floats x, int64_t col) { return plus(times(x, col), col); });
+                  [=](Floats x, int64_t col) { return plus(times(x, col), col); });
   }
   if (weights.data) return decode(coded, rows, dtype, times);
   if (biases.data) return decode(coded, rows, dtype, plus);

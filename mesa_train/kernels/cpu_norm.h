@@ -110,14 +110,14 @@ void norm_block(const Matrix& grads, const Coded& coded, const NormShape& shape,
                 int64_t begin, int64_t end, const Output& dx, float* dweight, float* dbias) {
   const Layout& layout = coded.layout;
   const bool whole = layout.size % LANES == 0 && layout.cols % LANES == 0;
-  const auto room = buffer<uint8_t>(TOGETHER * (shape.padded + LANES));
+  const auto room = buffer<uint8_t>(TOGETHER * (shape.padded + 3));
   const auto wide = buffer<float>(whole ? 0 : 3 * shape.padded);
   NormRow<T, U, uint8_t> rows[TOGETHER];
   for (int64_t row = begin; row < end; row += TOGETHER) {
     const int count = static_cast<int>(std::min<int64_t>(TOGETHER, end - row));
     for (int r = 0; r < count; ++r) {
       const uint8_t* const q =
-          coded.q(row + r, 0, layout.cols, room.get() + r * (shape.padded + LANES));
+          coded.q(row + r, 0, layout.cols, room.get() + r * (shape.padded + 3));
       rows[r] = {q, grads.row<T>(row + r), dx.row<U>(row + r), coded.grids(row + r, 0),
                  rstd[row + r]};
     }

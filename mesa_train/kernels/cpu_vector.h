@@ -188,6 +188,7 @@ struct Float32 {
   using Raw = float;
   static Floats load(const Raw* from) { return mesa::load<Floats>(from); }
   static void store(Raw* to, Floats x) { mesa::store(to, x); }
+  static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
 };
 
 struct BFloat16 {
@@ -199,12 +200,28 @@ struct BFloat16 {
   // denormals and keeps a NaN's digits, so it is for vectors without either.
   static void store(Raw* to, Floats x) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
-    constexpr int quiet = 0x01, denormal = 0x20, signalling = 0x80;
-    if (_mm512_fpclass_ps_mask(x, quiet | denormal | signalling) == 0) [[likely]] {
+    if (_mm512_fpclass_ps_mask(x, SPECIAL) == 0) [[likely]] {
       const __m256bh narrow = _mm512_cvtneps_pbh(x);
       return std::memcpy(to, &narrow, sizeof narrow), void();
     }
 #endif
+    store_any(to, x);
+  }
+  // Two vectors: one test and one store.
+  static void store(Raw* to, Floats low, Floats high) {
+#if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    if ((_mm512_fpclass_ps_mask(low, SPECIAL) | _mm512_fpclass_ps_mask(high, SPECIAL)) == 0)
+        [[likely]] {
+      const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
+      return std::memcpy(to, &narrow, sizeof narrow), void();
+    }
+#endif
+    store_any(to, low), store_any(to + LANES, high);
+  }
+
+ private:
+  static constexpr int SPECIAL = 0x01 | 0x20 | 0x80;  // quiet NaN, denormal, signalling NaN
+  static void store_any(Raw* to, Floats x) {
     const Words bits = as_words(x);
     const Words even = bits + 0x7FFF + ((bits >> 16) & 1);
     const Words kept = (x == x) ? even : all(0x7FC00000u);
@@ -236,6 +253,7 @@ struct Float16 {
     for (int k = 0; k < LANES; ++k) to[k] = c10::Half(x[k]).x;
 #endif
   }
+  static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
 };
 
 // --- loops ---
@@ -259,6 +277,13 @@ constexpr int64_t AHEAD = 1024;
 template <typename Visit>
 inline void for_vectors(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
+}
+
+// The same for two vectors at i and i + LANES, n >= PAIR.
+constexpr int64_t PAIR = 2 * LANES;
+template <typename Visit>
+inline void for_pairs(int64_t n, const Visit& visit) {
+  for (int64_t i = 0; i < n; i += PAIR) visit(std::min(i, n - PAIR));
 }
 
 // Room for a group that is shorter than a vector, or than N.
