@@ -109,10 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   const Coded coded(codes, scales, bits, rows, cols);
   const Vector rstds("rstd", rstd, rows), weights("weight", weight, cols);
   const std::vector<float> ones(weights.data ? 0 : padded, 1.0f);
-  const Layout& layout = coded.layout;
-  const int64_t ahead = std::max<int64_t>(TOGETHER, layout.rows_ahead(2)) * cols;
-  const NormShape shape{cols,  padded,   layout.groups, layout.size,
-                        ahead, centered, weights.data ? weights.data : ones.data()};
+  const NormShape shape{cols,     padded, coded.layout.groups, coded.layout.size,
+                        centered, weights.data ? weights.data : ones.data()};
   // Another dtype than grad's is rare: float32 on the way to it is exact.
   const bool same = dtype == grads.type;
   const Output dx(rows, cols, dtype, same ? dtype : ScalarType::Float);

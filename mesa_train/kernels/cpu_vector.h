@@ -196,7 +196,7 @@ struct BFloat16 {
   static Floats load(const Raw* from) {
     return as_floats(widen(mesa::load<Shorts>(from)) << 16);
   }
-  // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction flushes
+  // To nearest, half to even; every NaN is 0x7FC0. The processor's instruction flushes
   // denormals and keeps a NaN's digits, so it is for vectors without either.
   static void store(Raw* to, Floats x) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
