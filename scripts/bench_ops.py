@@ -6,6 +6,12 @@ operator allocates its output, as it does in training. Caches are flushed before
 the copy's time by the operator's, the median over rounds of the ratio within one round, so 1 means
 that the arithmetic is free.
 
+Two things make the copy comparable. After the flush, on the CPU, either is called once on a few rows
+of other tensors: a step calls each operator dozens of times, and without that 40 to 60 us of every
+call went to fetching dispatcher and code from memory, where the copy's took 14. And where an input's
+rows do not follow each other in memory, the copy reads rows that lie as they do: on one core that
+alone takes 1.8 times as long as reading as many bytes in one piece.
+
     python scripts/bench_ops.py                   shapes of vit_small at batch 16 on the CPU
     python scripts/bench_ops.py --device cuda     shapes of vit_base at batch 128
     python scripts/bench_ops.py --operators affine_encode,norm_backward --bits 4
@@ -55,6 +61,10 @@ class Case(NamedTuple):
     reads: tuple[Tensor, ...]
 
 
+# Rows of the call before a measured one.
+FEW = 16
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     operators: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
@@ -85,10 +95,14 @@ def main(
     }
     timer = on_gpu if device == "cuda" else on_cpu
     rows = []
-    for case in cases(torch.device(device), [int(b) for b in bits.split(",")]):
+    widths = [int(b) for b in bits.split(",")]
+    few = cases(torch.device(device), widths, FEW)
+    for case, small in zip(
+        cases(torch.device(device), widths, SHAPES[device][0]), few, strict=True
+    ):
         if case.operator in wanted:
             body = {"backend": backend(case.operator, device)}
-            rows.append({**measure(case, rounds, timer), **body, **common})
+            rows.append({**measure(case, small, rounds, timer), **body, **common})
             records.append(out, rows[-1])
     console = Console()
     console.print(as_text(rows), highlight=False, soft_wrap=True)
@@ -111,10 +125,10 @@ def backend(operator: str, device: str) -> str:
     return "reference" if triton_load._obstacle(current) else "triton"
 
 
-def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
+def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
     """All calls, on the shapes of a ViT in bfloat16 autocast."""
     ops = torch.ops.mesa_train
-    tokens, width, hidden = SHAPES[device.type]
+    _, width, hidden = SHAPES[device.type]
     torch.manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -206,19 +220,20 @@ def cases(device: torch.device, bits: list[int]) -> Iterator[Case]:
     )
 
 
+# A call that is measured, and one on a few rows that goes before it.
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
 # (operator, copy, rounds): microseconds of each in every round, and of a launch on a GPU.
-Timer = Callable[[Callable[[], Any], Callable[[], Any], int], tuple[list[float], list[float], Any]]
+Timer = Callable[[Calls, Calls, int], tuple[list[float], list[float], Any]]
 
 
-def on_cpu(
-    call: Callable[[], Any], copy: Callable[[], Any], rounds: int
-) -> tuple[list[float], list[float], None]:
+def on_cpu(operator: Calls, copy: Calls, rounds: int) -> tuple[list[float], list[float], None]:
     """Wall-clock times of the two in turns."""
     flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):  # the first one warms up
-        for own, run in zip(times, (call, copy), strict=True):
+        for own, (run, on_a_few) in zip(times, (operator, copy), strict=True):
             flush.add_(1)
+            on_a_few()
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
@@ -227,10 +242,9 @@ def on_cpu(
     return *times, None
 
 
-def on_gpu(
-    call: Callable[[], Any], copy: Callable[[], Any], rounds: int
-) -> tuple[list[float], list[float], float]:
+def on_gpu(operator: Calls, copying: Calls, rounds: int) -> tuple[list[float], list[float], float]:
     """Times between events in turns, and the host's time per launch."""
+    call, copy = operator[0], copying[0]
     flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
     call(), copy()
     marks = []
@@ -254,14 +268,26 @@ def on_gpu(
     return times[::2], times[1::2], statistics.median(launches)
 
 
-def measure(case: Case, rounds: int, timer: Timer) -> records.Row:
-    """The row of one call."""
+def copying(case: Case, moved: int) -> Callable[[], Any]:
+    """A copy of moved / 2 bytes, from rows that lie as those of the operator's input do."""
+    x = case.reads[0]
+    if x.is_contiguous():
+        source = torch.ones(moved // 2, dtype=torch.uint8, device=x.device)
+    else:
+        rows = moved // 2 // (x.shape[1] * x.element_size())
+        storage = torch.ones(rows, x.stride(0), dtype=x.dtype, device=x.device)
+        source = storage[:, : x.shape[1]]
+    target = torch.zeros(source.shape, dtype=source.dtype, device=x.device)
+    return partial(target.copy_, source)
+
+
+def measure(case: Case, small: Case, rounds: int, timer: Timer) -> records.Row:
+    """The row of one call; `small` is the same on a few rows."""
     result = case.call()
     writes = result if isinstance(result, tuple) else (result,)
     moved = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])
-    source = torch.ones(moved // 2, dtype=torch.uint8, device=case.reads[0].device)
-    target = torch.zeros_like(source)
-    times, copies, host = timer(case.call, partial(target.copy_, source), rounds)
+    copies_of = copying(case, moved), copying(small, moved * FEW // len(case.reads[0]))
+    times, copies, host = timer((case.call, small.call), copies_of, rounds)
     shares = [theirs / mine for mine, theirs in zip(times, copies, strict=True)]
     low, _, high = statistics.quantiles(shares, n=4) if rounds > 1 else shares * 3
     row = {

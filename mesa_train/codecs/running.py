@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mesa_train.kernels.reference import uniform
+from mesa_train.kernels.reference import draws
 
 from .affine import group_shape
 
@@ -130,4 +130,5 @@ def _noise(x: Tensor, groups: int, size: int) -> Tensor:
     rows, cols = x.shape
     first, last = [x[:, c].contiguous().view(torch.int32).long() & 0xFFFF for c in (0, -1)]
     low, high = [bits[:, None].expand(rows, groups) for bits in (first, last)]
-    return uniform(low, high, size, 0).reshape(rows, groups * size)[:, :cols]
+    noise = draws(low, high, size, 0).float() * 2.0**-16
+    return noise.reshape(rows, groups * size)[:, :cols]

@@ -38,11 +38,11 @@ Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, in
   const Coded coded(codes, scales, bits, codes.size(0), cols);
   const Vector weights("weight", weight, cols), biases("bias", bias, cols);
   const int64_t rows = codes.size(0);
-  const auto times = [&](Floats x, int64_t col) { return x * load<Floats>(weights.data + col); };
-  const auto plus = [&](Floats x, int64_t col) { return x + load<Floats>(biases.data + col); };
+  const auto times = [w = weights.data](Floats x, int64_t col) { return x * load<Floats>(w + col); };
+  const auto plus = [b = biases.data](Floats x, int64_t col) { return x + load<Floats>(b + col); };
   if (weights.data && biases.data) {
     return decode(coded, rows, dtype,
-                  [&](Floats x, int64_t col) { return plus(times(x, col), col); });
+                  [=](Floats x, int64_t col) { return plus(times(x, col), col); });
   }
   if (weights.data) return decode(coded, rows, dtype, times);
   if (biases.data) return decode(coded, rows, dtype, plus);
@@ -109,10 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   const Coded coded(codes, scales, bits, rows, cols);
   const Vector rstds("rstd", rstd, rows), weights("weight", weight, cols);
   const std::vector<float> ones(weights.data ? 0 : padded, 1.0f);
-  const Layout& layout = coded.layout;
-  const int64_t ahead = std::max<int64_t>(TOGETHER, layout.rows_ahead(2)) * cols;
-  const NormShape shape{cols,  padded,   layout.groups, layout.size,
-                        ahead, centered, weights.data ? weights.data : ones.data()};
+  const NormShape shape{cols,     padded, coded.layout.groups, coded.layout.size,
+                        centered, weights.data ? weights.data : ones.data()};
   // Another dtype than grad's is rare: float32 on the way to it is exact.
   const bool same = dtype == grads.type;
   const Output dx(rows, cols, dtype, same ? dtype : ScalarType::Float);

@@ -8,6 +8,7 @@ the last to finish replaces an equal file.
 Environment:
     MESA_TRAIN_CACHE          the cache directory; ~/.cache/mesa_train if unset
     MESA_TRAIN_CPU_KERNELS=0  use the plain-torch reference
+    MESA_TRAIN_CXXFLAGS       more flags for the compiler, such as -march=x86-64-v3
     CXX                       the compiler; g++, c++ or clang++, the first found, if unset
 """
 
@@ -77,6 +78,11 @@ def _compiler() -> list[str]:
     raise _BuildError("no C++ compiler found (looked for g++, c++ and clang++)")
 
 
+def _flags() -> list[str]:
+    """The compiler's flags; of contradictory ones it takes the last."""
+    return [*_FLAGS, *shlex.split(os.environ.get("MESA_TRAIN_CXXFLAGS", ""))]
+
+
 def _processor() -> str:
     """What -march=native depends on: a cache may be shared by unlike machines."""
     try:
@@ -90,7 +96,7 @@ def _processor() -> str:
 def _library() -> Path:
     """The path of the compiled library."""
     compiler = _compiler()
-    parts = [*compiler, *_FLAGS, torch.__version__, _processor()]
+    parts = [*compiler, *_flags(), torch.__version__, _processor()]
     parts += [source.read_text() for source in _SOURCES]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = _cache() / f"cpu_{key}.so"
@@ -121,7 +127,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     root = Path(torch.__file__).parent
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so.tmp")
     os.close(handle)
-    command = [*compiler, *_FLAGS, str(_SOURCES[0]), "-o", name]
+    command = [*compiler, *_flags(), str(_SOURCES[0]), "-o", name]
     command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     command += [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     try:

@@ -1,36 +1,18 @@
-// Values to codes: packing bits, the ends of a group, its grid, and the rounding to it.
+// Values to codes: the ends of a group, its grid, and the rounding to it.
 // `reference.py` is the specification; built without FMA contraction, these agree with it code for
 // code.
 #pragma once
 
 #include <limits>
+#include <vector>
 
-#include "cpu_vector.h"
+#include "cpu_blocks.h"
 
 namespace mesa {
 
-// --- codes to bytes and back: low bits first, so a byte is neighbours shifted together ---
+// --- bytes to codes ---
 
-// Codes of n elements, one a byte, to ceil(n * bits / 8) bytes. Reads up to 3 codes past n.
-inline void pack(const uint8_t* __restrict q, uint8_t* __restrict bytes, int64_t n, int bits) {
-  if (bits == 8) {
-    std::memcpy(bytes, q, n);
-  } else if (bits == 4) {
-    for (int64_t i = 0; i < (n + 1) / 2; ++i) {
-      uint16_t w;
-      std::memcpy(&w, q + 2 * i, 2);
-      bytes[i] = static_cast<uint8_t>(w | w >> 4);
-    }
-  } else {
-    for (int64_t i = 0; i < (n + 3) / 4; ++i) {
-      uint32_t w;
-      std::memcpy(&w, q + 4 * i, 4);
-      bytes[i] = static_cast<uint8_t>(w | w >> 6 | w >> 12 | w >> 18);
-    }
-  }
-}
-
-// The inverse for bits below 8. Writes up to 3 codes past n.
+// `pack` undone, for bits below 8. Writes up to 3 codes past n.
 inline void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64_t n, int bits) {
   if (bits == 4) {
     for (int64_t i = 0; i < (n + 1) / 2; ++i) {
@@ -60,6 +42,10 @@ struct Plain {
   using Dtype = T;
   const typename T::Raw* x;
   Floats at(int64_t i) const { return T::load(x + i); }
+  template <typename F>
+  Halves mapped(int64_t i, const F& f) const {
+    return mesa::mapped<T>(x + i, f);
+  }
   Plain on(const typename T::Raw* other) const { return {other}; }
 };
 
@@ -70,6 +56,10 @@ struct Normalized {
   const typename T::Raw* x;
   float mean, rstd;
   Floats at(int64_t i) const { return (T::load(x + i) - mean) * rstd; }
+  template <typename F>
+  Halves mapped(int64_t i, const F& f) const {
+    return mesa::mapped<T>(x + i, [&](Floats v) { return f((v - mean) * rstd); });
+  }
   Normalized on(const typename T::Raw* other) const { return {other, mean, rstd}; }
 };
 
@@ -82,60 +72,51 @@ inline I ordered(I bits) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-
 struct Ends {
   int32_t low, high;
 };
 
-inline Ends ends_of(Ints low, Ints high) {
-#if defined(MESA_AVX512)
-  return {_mm512_reduce_min_epi32((__m512i)low), _mm512_reduce_max_epi32((__m512i)high)};
-#else
-  Ends ends{low[0], high[0]};
-  for (int k = 1; k < LANES; ++k) {
-    ends.low = std::min<int32_t>(ends.low, low[k]);
-    ends.high = std::max<int32_t>(ends.high, high[k]);
+// Without that order for each element: the largest as unsigned integers is the lowest number where
+// there is a negative one, and the largest as signed integers the highest where there is another. Of
+// n elements in steps of a vector of unsigned integers, `bits_at(i)`: the high bits of their floats.
+template <typename Signed, typename BitsAt>
+inline Ends find_ends(int64_t n, const BitsAt& bits_at) {
+  using Bits = decltype(bits_at(0));
+  constexpr int64_t step = sizeof(Bits) / sizeof(Bits{}[0]);
+  constexpr int width = 8 * sizeof(Bits{}[0]);
+  constexpr uint32_t ones = ~0u >> (32 - width), sign = 1u << (width - 1);
+  const Bits flip = sign - Bits{};
+  Signed as_signed = std::bit_cast<Signed>(bits_at(0));
+  Bits as_unsigned = bits_at(0);
+  for (int64_t i = step; i < n; i += step) {
+    const Bits bits = bits_at(std::min(i, n - step));
+    const Signed key = std::bit_cast<Signed>(bits);
+    as_signed = as_signed > key ? as_signed : key;
+    as_unsigned = as_unsigned > bits ? as_unsigned : bits;
   }
-  return ends;
-#endif
+  uint32_t high = largest(std::bit_cast<Bits>(as_signed) ^ flip) ^ sign;
+  uint32_t low = largest(as_unsigned);
+  if (high >= sign || low < sign) [[unlikely]] {
+    Bits inverted{};
+    for (int64_t i = 0; i < n; i += step) {
+      const Bits bits = ~bits_at(std::min(i, n - step));
+      inverted = inverted > bits ? inverted : bits;
+    }
+    (high >= sign ? high : low) = ~largest(inverted) & ones;
+  }
+  return {ordered(static_cast<int32_t>(low << (32 - width))),
+          ordered(static_cast<int32_t>(high << (32 - width)))};
 }
 
 template <typename Source>
 inline Ends find_ends(const Source& x, int64_t n) {
-  Ints low = std::numeric_limits<int32_t>::max() - Ints{};
-  Ints high = std::numeric_limits<int32_t>::min() - Ints{};
-  for_vectors(n, [&](int64_t i) {
-    const Ints key = ordered(std::bit_cast<Ints>(x.at(i)));
-    low = smaller(low, key);
-    high = larger(high, key);
-  });
-  return ends_of(low, high);
+  return find_ends<Ints>(n, [&](int64_t i) { return as_words(x.at(i)); });
 }
 
-// Of bfloat16 as it is, twice as many at once: as integers of its own 16 bits.
+// Of bfloat16 as it is, twice as many at once.
 inline Ends find_ends(const Plain<BFloat16>& x, int64_t n) {
-  using Keys = int16_t __attribute__((vector_size(4 * LANES)));
-  if (n < 2 * LANES) return find_ends<Plain<BFloat16>>(x, n);
-  Keys low = std::numeric_limits<int16_t>::max() - Keys{};
-  Keys high = std::numeric_limits<int16_t>::min() - Keys{};
-  const auto visit = [&](int64_t i) {
-    const Keys bits = load<Keys>(x.x + i), key = bits ^ ((bits >> 15) & 0x7FFF);
-    low = key < low ? key : low;
-    high = key > high ? key : high;
-  };
-  int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) visit(i);
-  if (i < n) visit(n - 2 * LANES);
-  // Odd and even elements as 32 bits, then the low half of a float that has 16 bits: ordered, the
-  // ones of a negative number.
-  const Ints lows = std::bit_cast<Ints>(low), highs = std::bit_cast<Ints>(high);
-  Ends ends = ends_of(smaller(lows >> 16, lows << 16 >> 16), larger(highs >> 16, highs << 16 >> 16));
-  for (int32_t* const key : {&ends.low, &ends.high}) {
-    *key = static_cast<int32_t>(static_cast<uint32_t>(*key) << 16 | (*key < 0 ? 0xFFFFu : 0u));
-  }
-  return ends;
+  using SignedHalves = int16_t __attribute__((vector_size(4 * LANES)));
+  return find_ends<SignedHalves>(n, [&](int64_t i) { return load<Halves>(x.x + i); });
 }
 
 // --- the grids of the groups that are coded together ---
@@ -145,6 +126,8 @@ struct Grids {
   Ends ends[ROOM] = {};
   float zero[ROOM], inverse[ROOM];  // 0 and 0 for a group with NaN or infinity: its codes are 0
   uint32_t stored[ROOM];            // scale in the low, zero in the high half, as bfloat16
+  // A code, with 16 bits for it and its fraction, may overflow on the way: numbers of 1e38 or 1e-30.
+  uint32_t extreme[ROOM];
 
   // All of them whether they are needed or not: a loop of a fixed length is a few vectors.
   void compute(int bits) {
@@ -164,7 +147,8 @@ struct Grids {
       const float range = most - bottom;
       uint32_t up = as_bits((range < largest ? range : largest) / levels);
       up = (up + 0xFFFF) & 0xFFFF0000u;
-      up -= std::fabs(levels * as_float(up) + bottom) <= largest ? 0u : 0x10000u;
+      const uint32_t cut = std::fabs(levels * as_float(up) + bottom) <= largest ? 0u : 0x10000u;
+      up -= cut;
       up = as_float(up) < std::numeric_limits<float>::min() ? 0u : up;
 
       // Masks, because the vectoriser gives up on a float that is stored conditionally.
@@ -173,15 +157,30 @@ struct Grids {
       zero[g] = as_float(down & finite);
       inverse[g] = as_float(as_bits(1.0f / as_float(up)) & positive);
       stored[g] = ((up >> 16 | down) & finite) | (0x7FC07FC0u & ~finite);
+      const uint32_t unlike = cut | (range <= largest ? 0u : 1u) | (as_float(up) < 0x1p-100f ? 1u : 0u);
+      extreme[g] = unlike & positive;
     }
   }
 };
 
-// --- values to codes, one a byte ---
+// --- values to codes: of n >= BLOCK elements, each in `width` bits: `bits`, or a byte ---
+
+struct Width {
+  int bits, width;
+};
+
+template <typename Source>
+inline void quantize_nearest(const Source& x, uint8_t* to, int64_t n, float zero, float inverse,
+                             Width size) {
+  const auto code = [=](Floats v) { return rounded((v - zero) * inverse); };
+  for_blocks(n, [&](int64_t i) {
+    const Halves low = x.mapped(i, code), high = x.mapped(i + 2 * LANES, code);
+    pack(narrowed(low, high), to + i * size.width / 8, size.width);
+  });
+}
 
 // lowbias32, https://nullprogram.com/blog/2018/07/31/
-template <typename W>
-inline W mix(W x) {
+inline uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= x >> 15;
@@ -189,38 +188,53 @@ inline W mix(W x) {
   return x ^ x >> 16;
 }
 
-inline Floats clamp(Floats v, float levels) {  // NaN becomes 0.
-  return smaller(larger(v, Floats{}), all(levels));
-}
+// For each element of a group 16 bits that are the group's own: those of the element mixed, times one
+// half of the group's key, plus the other.
+struct Draws {
+  const uint16_t* elements;
+  uint16_t factor, offset;
 
+  static std::vector<uint16_t> mixed(int64_t n) {
+    std::vector<uint16_t> values(std::max(n, BLOCK));
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<uint16_t>(mix(static_cast<uint32_t>(i)) >> 16);
+    }
+    return values;
+  }
+  Halves at(int64_t i) const { return load<Halves>(elements + i) * factor + offset; }
+  uint16_t one(int64_t i) const { return static_cast<uint16_t>(elements[i] * factor + offset); }
+};
+
+// Codes with their fractions in 16 bits, then as many drawn bits added: all that in half the width of
+// a float.
 template <typename Source>
-inline void quantize_nearest(const Source& x, uint8_t* q, int64_t n, float zero, float inverse,
-                             int bits) {
-  const float levels = static_cast<float>((1 << bits) - 1);
-  for_vectors(n, [&](int64_t i) {
-    const Floats v = clamp((x.at(i) - zero) * inverse, levels);
-    // 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
-    store(q + i, to_bytes(as_words(v + 12582912.0f)));
+inline void quantize_stochastic(const Source& x, uint8_t* to, int64_t n, float zero, float inverse,
+                                Width size, const Draws& draws) {
+  const int point = 16 - size.bits;
+  const float step = inverse * static_cast<float>(1 << point);
+  const auto code = [=](Floats v) { return rounded((v - zero) * step); };
+  // No code is above the highest, and what is drawn is less than 1: 16 bits hold the sum.
+  const auto half = [&](int64_t i) {
+    return (x.mapped(i, code) + (draws.at(i) >> size.bits)) >> point;
+  };
+  for_blocks(n, [&](int64_t i) {
+    pack(narrowed(half(i), half(i + 2 * LANES)), to + i * size.width / 8, size.width);
   });
 }
 
-// `column` is that of the group's first element, `key` its hash.
+// The same for extreme groups; without draws to nearest. A code a byte.
 template <typename Source>
-inline void quantize_stochastic(const Source& x, uint8_t* q, int64_t n, float zero, float inverse,
-                                int bits, uint32_t key, uint32_t column) {
-  const float levels = static_cast<float>((1 << bits) - 1);
-  constexpr uint32_t golden = 0x9E3779B9u;
-  Words spread;  // (column + i) * golden, carried along
-  for (int k = 0; k < LANES; ++k) spread[k] = (column + k) * golden;
-  int64_t at = 0;
+[[gnu::noinline]] void quantize_extreme(const Source& x, uint8_t* q, int64_t n, float zero,
+                                        float inverse, int bits, const Draws* draws) {
+  const int point = draws ? 16 - bits : 0;
+  const float top = static_cast<float>((1 << (draws ? 16 : bits)) - 1);
   for_vectors(n, [&](int64_t i) {
-    if (i != at) spread += static_cast<uint32_t>(i - at) * golden;
-    const Floats h = floats(std::bit_cast<Ints>(mix(spread ^ key) >> 8));
-    // The product is exact, so the sum is rounded once however it is computed.
-    const Floats v = clamp(fused(h, all(0x1p-24f), (x.at(i) - zero) * inverse), levels);
-    store(q + i, to_bytes(std::bit_cast<Words>(__builtin_convertvector(v, Ints))));
-    spread += static_cast<uint32_t>(LANES) * golden;
-    at = i + LANES;
+    const Floats v = (x.at(i) - zero) * inverse * static_cast<float>(1 << point);
+    const Ints codes = rounded(smaller(larger(v, Floats{}), all(top)));  // NaN becomes 0.
+    for (int k = 0; k < LANES; ++k) {
+      const int drawn = draws ? draws->one(i + k) >> bits : 0;
+      q[i + k] = static_cast<uint8_t>(std::min(codes[k] + drawn, 65535) >> point);
+    }
   });
 }
 

@@ -10,13 +10,14 @@
 
 namespace mesa {
 
-// finish(values, col) changes the values of LANES columns before they are stored.
+// finish(values, col) changes the values of LANES columns before they are stored. It is copied, so that
+// a store cannot be to what it reads.
 template <typename Finish>
-Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& finish) {
+Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, Finish finish) {
   const Layout& layout = coded.layout;
   const Output out(rows, layout.cols, dtype, written_as(dtype));
   with_dtype(dtype, [&]<typename T>(T) {
-    parallel_stretches(rows, layout, [&](const auto& for_each) {
+    parallel_stretches(rows, layout, [&, finish](const auto& for_each) {
       const auto room = buffer<uint8_t>(coded.room());
       for_each([&](const Stretch& s) {
         for (int64_t row = s.row; row < s.row + s.rows; ++row) {
@@ -26,12 +27,17 @@ Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, const Finish& 
             const int64_t begin = g * layout.size, n = std::min(layout.size, s.n - begin);
             const float scale = grids[g].scale(), zero = grids[g].zero();
             auto* const to = out.row<T>(row) + s.col + begin;
-            Padded<typename T::Raw> padded;
+            Padded<uint8_t, PAIR> read;
+            Padded<typename T::Raw, PAIR> padded;
+            const uint8_t* const codes = read.read(q + begin, n);
             auto* const values = padded.write(to, n);
-            for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
-              prefetch(q + begin + i + AHEAD);
-              const Floats value = floats(load<Bytes>(q + begin + i)) * scale + zero;
-              T::store(values + i, finish(value, s.col + begin + i));
+            const auto at = [&](int64_t i) {
+              const Floats value = floats(load<Bytes>(codes + i)) * scale + zero;
+              return finish(value, s.col + begin + i);
+            };
+            for_pairs(std::max(n, PAIR), [&](int64_t i) {
+              prefetch(codes + i + AHEAD);
+              T::store(values + i, at(i), at(i + LANES));
             });
             padded.finish(to, n);
           }
@@ -84,8 +90,9 @@ void activate(const Piece& p) {
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t begin = g * p.size, n = std::min(p.size, p.n - begin);
     activated.enter(p.grids[g]);
-    const uint8_t* const q = p.q + begin;
-    Padded<Raw> padded, dx_padded, y_padded;
+    Padded<uint8_t, PAIR> codes;
+    const uint8_t* const q = codes.read(p.q + begin, n);
+    Padded<Raw, PAIR> padded, dx_padded, y_padded;
     const Raw* grad = nullptr;
     Raw *dx = nullptr, *y = nullptr;
     if constexpr (BACKWARD) {
@@ -93,14 +100,15 @@ void activate(const Piece& p) {
       dx = dx_padded.write(static_cast<Raw*>(p.dx) + begin, n);
     }
     if constexpr (VALUE) y = y_padded.write(static_cast<Raw*>(p.y) + begin, n);
-    for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
-      const Bytes codes = load<Bytes>(q + i);
+    for_pairs(std::max(n, PAIR), [&](int64_t i) {
+      const Bytes low = load<Bytes>(q + i), high = load<Bytes>(q + i + LANES);
       prefetch(q + i + AHEAD);
       if constexpr (BACKWARD) {
         prefetch(grad + i + AHEAD);
-        T::store(dx + i, T::load(grad + i) * activated.slope(codes));
+        T::store(dx + i, T::load(grad + i) * activated.slope(low),
+                 T::load(grad + i + LANES) * activated.slope(high));
       }
-      if constexpr (VALUE) T::store(y + i, activated.value(codes));
+      if constexpr (VALUE) T::store(y + i, activated.value(low), activated.value(high));
     });
     if constexpr (BACKWARD) dx_padded.finish(static_cast<Raw*>(p.dx) + begin, n);
     if constexpr (VALUE) y_padded.finish(static_cast<Raw*>(p.y) + begin, n);

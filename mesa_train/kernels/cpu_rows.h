@@ -85,6 +85,8 @@ struct Matrix {
   const typename T::Raw* row(int64_t row) const {
     return reinterpret_cast<const typename T::Raw*>(data_ + row * stride_);
   }
+  // Whether there is something else between rows.
+  bool scattered() const { return stride_ != cols * static_cast<int64_t>(tensor.element_size()); }
 
  private:
   const char* data_;
@@ -119,7 +121,7 @@ inline ScalarType written_as(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Float : dtype;
 }
 
-// A small vector (a weight, a bias, a row statistic) in float32, zeros for a vector's width behind it;
+// A small vector (a weight, a bias, a row statistic) in float32, zeros for two vectors' width behind it;
 // `data` is null when it is absent.
 struct Vector {
   std::vector<float> values;
@@ -133,7 +135,7 @@ struct Vector {
     check_floating(name, t->scalar_type());
     const bool ready = t->scalar_type() == ScalarType::Float && t->is_contiguous();
     const Tensor source = ready ? *t : cast(*t, ScalarType::Float);
-    values.resize(length + LANES);
+    values.resize(length + PAIR);
     std::memcpy(values.data(), source.const_data_ptr(), length * sizeof(float));
     data = values.data();
   }
@@ -219,18 +221,13 @@ struct Coded {
   }
 
   // Elements of room that `q` needs.
-  int64_t room() const { return layout.stretch + LANES; }
+  int64_t room() const { return layout.stretch + 3; }
 
-  // The codes of n elements of a row, one a byte, and at least a vector's width that can be read from
-  // the first element of each group: `room`, where they are not there already.
+  // The codes of n elements of a row, one a byte: in `room`, where they are not there already.
   const uint8_t* q(int64_t row, int64_t col, int64_t n, uint8_t* room) const {
     const uint8_t* const from = bytes_ + row * layout.bytes + col * layout.bits / 8;
-    if (layout.bits == 8 && layout.size >= LANES) return from;
-    if (layout.bits == 8) {
-      std::memcpy(room, from, n);
-    } else {
-      unpack(from, room, n, layout.bits);
-    }
+    if (layout.bits == 8) return from;
+    unpack(from, room, n, layout.bits);
     return room;
   }
   const Grid* grids(int64_t row, int64_t group) const {

@@ -33,9 +33,11 @@ void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t first = g * layout.size, n = std::min(layout.size, cols - first);
       const float scale = grids[g].scale(), zero = grids[g].zero();
+      Padded<uint8_t> padded;
+      const uint8_t* const codes = padded.read(q + first, n);
       // What a short group writes too far is the next one's.
       for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
-        store(y.get() + first + i, floats(load<Bytes>(q + first + i)) * scale + zero);
+        store(y.get() + first + i, floats(load<Bytes>(codes + i)) * scale + zero);
       });
     }
     if (cols < LANES) std::fill(y.get() + cols, y.get() + LANES, 0.0f);

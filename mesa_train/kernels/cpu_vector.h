@@ -188,6 +188,7 @@ struct Float32 {
   using Raw = float;
   static Floats load(const Raw* from) { return mesa::load<Floats>(from); }
   static void store(Raw* to, Floats x) { mesa::store(to, x); }
+  static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
 };
 
 struct BFloat16 {
@@ -195,16 +196,32 @@ struct BFloat16 {
   static Floats load(const Raw* from) {
     return as_floats(widen(mesa::load<Shorts>(from)) << 16);
   }
-  // To nearest, half to even; every NaN is PyTorch's own. The processor's instruction flushes
+  // To nearest, half to even; every NaN is 0x7FC0. The processor's instruction flushes
   // denormals and keeps a NaN's digits, so it is for vectors without either.
   static void store(Raw* to, Floats x) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
-    constexpr int quiet = 0x01, denormal = 0x20, signalling = 0x80;
-    if (_mm512_fpclass_ps_mask(x, quiet | denormal | signalling) == 0) [[likely]] {
+    if (_mm512_fpclass_ps_mask(x, SPECIAL) == 0) [[likely]] {
       const __m256bh narrow = _mm512_cvtneps_pbh(x);
       return std::memcpy(to, &narrow, sizeof narrow), void();
     }
 #endif
+    store_any(to, x);
+  }
+  // Two vectors: one test and one store.
+  static void store(Raw* to, Floats low, Floats high) {
+#if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    if ((_mm512_fpclass_ps_mask(low, SPECIAL) | _mm512_fpclass_ps_mask(high, SPECIAL)) == 0)
+        [[likely]] {
+      const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
+      return std::memcpy(to, &narrow, sizeof narrow), void();
+    }
+#endif
+    store_any(to, low), store_any(to + LANES, high);
+  }
+
+ private:
+  static constexpr int SPECIAL = 0x01 | 0x20 | 0x80;  // quiet NaN, denormal, signalling NaN
+  static void store_any(Raw* to, Floats x) {
     const Words bits = as_words(x);
     const Words even = bits + 0x7FFF + ((bits >> 16) & 1);
     const Words kept = (x == x) ? even : all(0x7FC00000u);
@@ -236,6 +253,7 @@ struct Float16 {
     for (int k = 0; k < LANES; ++k) to[k] = c10::Half(x[k]).x;
 #endif
   }
+  static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
 };
 
 // --- loops ---
@@ -243,8 +261,12 @@ struct Float16 {
 // Hardware sees a long run coming, but not the next of many short rows, nor enough of it while it waits
 // for arithmetic. Any address will do, beyond an end too.
 inline void prefetch(const void* from) { __builtin_prefetch(from); }
-inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
+// To the second-level cache: it waits for more lines at once than the first, by whose limit short rows
+// far apart take a third longer.
+inline void prefetch_far(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+  }
 }
 // Elements ahead of a loop, whatever their size.
 constexpr int64_t AHEAD = 1024;
@@ -257,26 +279,35 @@ inline void for_vectors(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
 }
 
-// Room for a group that is shorter than a vector.
-template <typename Raw>
-struct Padded {
-  Raw data[LANES];
+// The same for two vectors at i and i + LANES, n >= PAIR.
+constexpr int64_t PAIR = 2 * LANES;
+template <typename Visit>
+inline void for_pairs(int64_t n, const Visit& visit) {
+  for (int64_t i = 0; i < n; i += PAIR) visit(std::min(i, n - PAIR));
+}
 
-  // `from`, or its n elements here, continued with the last, where they are less than a vector.
+// Room for a group that is shorter than a vector, or than N.
+template <typename Raw, int64_t N = LANES>
+struct Padded {
+  Raw data[N];
+
+  // `from`, or its n elements here, continued with the last, where they are less than N.
   const Raw* read(const Raw* from, int64_t n) {
-    if (n >= LANES) return from;
+    if (n >= N) return from;
     fill(from, n);
     return data;
   }
-  // Where a vector can be written for n elements of `to`; `finish` copies them there.
-  Raw* write(Raw* to, int64_t n) { return n >= LANES ? to : data; }
-  void finish(Raw* to, int64_t n) const {
-    if (n < LANES) std::memcpy(to, data, n * sizeof(Raw));
+  // Where N can be written for n elements of `to`; `finish` copies them there.
+  Raw* write(Raw* to, int64_t n) { return n >= N ? to : data; }
+  void finish(Raw* to, int64_t n) const { finish(to, n, n * sizeof(Raw)); }
+  void finish(Raw* to, int64_t n, int64_t bytes) const {
+    if (n < N) std::memcpy(to, data, bytes);
   }
 
  private:
   [[gnu::noinline]] void fill(const Raw* from, int64_t n) {
-    for (int64_t i = 0; i < LANES; ++i) data[i] = from[std::min(i, n - 1)];
+    std::copy_n(from, n, data);
+    std::fill_n(data + n, N - n, from[n - 1]);
   }
 };
 

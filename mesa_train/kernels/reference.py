@@ -8,7 +8,7 @@ The code of one group, all in float32 (a float64 input is cast first):
 
     zero  = min rounded down to bfloat16                      (-0.0 is stored as 0.0)
     scale = (max - zero) / (2**bits - 1) rounded up to bfloat16
-    q     = rint(v), or floor(v + u) when stochastic, with v = (x - zero) * (1 / scale)
+    q     = rint(v), or floor(v' + u) when stochastic, with v = (x - zero) * (1 / scale)
     value = q * scale + zero                                  (two roundings, never an FMA)
 
 so the grid covers [min, max]; |value - x| is at most scale / 2, or scale when stochastic.
@@ -21,8 +21,10 @@ The corners:
   float32 is cut to its largest value; where the top of the grid would overflow, scale is one
   bfloat16 step smaller. What lies beyond such a grid saturates.
 
-Stochastic rounding draws u from a hash of the group's grid, its index, the seed and the column: a
-recompute draws the same numbers, no generator is touched and there is nothing to save.
+Stochastic rounding rounds v to v' with 16 - bits binary places, and draws u with as many from a hash
+of the group's grid, its index, the seed and the element's place in the group: a recompute draws the
+same numbers, no generator is touched and there is nothing to save. All of it fits 16 bits, of which a
+processor handles twice as many at once as of floats.
 """
 
 from collections.abc import Callable
@@ -101,15 +103,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def uniform(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
-    """u in [0, 1), float32 (rows, groups, size), from the grid's bits (int64 (rows, groups))."""
+def draws(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
+    """16 drawn bits for each element, int64 (rows, groups, size), from the grid's bits (int64 (rows,
+    groups)): a hash of the element's place in its group, times one half of a hash of the group, plus
+    the other half. Elements of a group are pairwise uncorrelated, groups independent."""
     rows, groups = scale_bits.shape
     device = scale_bits.device
     index = torch.arange(rows * groups, device=device).view(rows, groups) & _UINT32
-    key = _mix((scale_bits | (zero_bits << 16)) ^ _mix(index ^ (seed & _UINT32)))
-    column = torch.arange(groups * size, device=device).view(groups, size)
-    spread = (column * (0x9E3779B9 - 2**32)) & _UINT32
-    return (_mix(key.unsqueeze(-1) ^ spread) >> 8).to(torch.float32) * 2.0**-24
+    key = _mix((scale_bits | (zero_bits << 16)) ^ _mix(index ^ (seed & _UINT32))).unsqueeze(-1)
+    element = _mix(torch.arange(size, device=device)) >> 16
+    return (element * (key & 0xFFFF | 1) + (key >> 16)) & 0xFFFF
 
 
 # --- operators ---
@@ -133,11 +136,13 @@ def affine_encode(
     bits16 = (torch.stack((scale, zero), -1).view(torch.int32) >> 16).to(torch.int64) & 0xFFFF
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     v = (grouped - zero.unsqueeze(-1)) * inverse.unsqueeze(-1)
+    v = torch.where(finite.unsqueeze(-1), v, 0.0)
     if stochastic:
-        q = (v + uniform(bits16[..., 0], bits16[..., 1], size, seed)).floor()
+        fixed = (v * 2 ** (16 - bits)).round().clamp(0, 0xFFFF).to(torch.int64)
+        drawn = draws(bits16[..., 0], bits16[..., 1], size, seed) >> bits
+        q = (fixed + drawn).clamp(max=0xFFFF) >> (16 - bits)
     else:
-        q = v.round()
-    q = torch.where(finite.unsqueeze(-1), q, 0.0).clamp(0, 2**bits - 1)
+        q = v.round().clamp(0, 2**bits - 1)
     codes = _pack(q.view(rows, groups * size)[:, :cols], bits)
     bits16 = torch.where(finite.unsqueeze(-1), bits16, _BFLOAT16_NAN)
     return codes, bits16.to(torch.int16).view(torch.bfloat16)

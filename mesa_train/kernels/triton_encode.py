@@ -75,6 +75,7 @@ def encode_tile(
     zero = tl.zeros((U, W), tl.float32)
     inverse = tl.zeros((U, W), tl.float32)
     keys = tl.zeros((U, W), tl.uint32)
+    element = tl.zeros((U, W), tl.int32) + i
     pairs = scales.to(tl.pointer_type(tl.int32), bitcast=True)
     first = place * P
     index = row.to(tl.int64) * groups + first
@@ -92,20 +93,20 @@ def encode_tile(
             which = (index + p).to(tl.uint32) ^ seed.to(tl.uint32)
             key = mix(stored.to(tl.uint32, bitcast=True) ^ mix(which))
             keys = tl.where(inside, key[:, None], keys)
+            element = tl.where(inside, i - p * size, element)
 
     v = (value - zero) * inverse
+    TOP: tl.constexpr = 65535 if STOCHASTIC else LEVELS
     if STOCHASTIC:
-        column = ((first * size)[:, None] + i).to(tl.uint32)
-        u = (mix(keys ^ (column * 0x9E3779B9)) >> 8).to(tl.float32) * 5.9604644775390625e-08
-        v = v + u
+        v = v * 2.0 ** (16 - BITS)
     # A NaN becomes 0.
     v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.NONE)
-    v = tl.minimum(v, LEVELS * 1.0, propagate_nan=tl.PropagateNan.NONE)
+    v = tl.minimum(v, TOP * 1.0, propagate_nan=tl.PropagateNan.NONE)
+    # 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
+    q = (v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF
     if STOCHASTIC:
-        q = v.to(tl.int32)
-    else:
-        # 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
-        q = (v + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
+        drawn = (mix(element.to(tl.uint32)) >> 16) * (keys & 0xFFFF | 1) + (keys >> 16)
+        q = tl.minimum(q + ((drawn & 0xFFFF) >> BITS).to(tl.int32), 65535) >> (16 - BITS)
 
     if BITS != 8:
         parts = tl.reshape(tl.where(mask, q, 0), (U, W // PER, PER))

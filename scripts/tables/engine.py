@@ -106,7 +106,8 @@ def ops_table(results: Path, words: Sequence[str]) -> str:
         if "2 bits" not in row["variant"]
     ]
     return markdown(head, lines) + (
-        "\nAgainst a copy that reads and writes as many bytes, in turns, caches flushed before "
+        "\nAgainst a copy that reads and writes as many bytes, from rows that lie as the input's do; in "
+        "turns, caches flushed and code warm before "
         f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
     )
 

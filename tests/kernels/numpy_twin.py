@@ -73,8 +73,9 @@ def encode(x: np.ndarray, bits: int, group_size: int, stochastic: bool, seed: in
                 for i, value in enumerate(group):
                     v = (value - zero) * inverse
                     if stochastic:
-                        u = mix(key ^ ((g * size + i) * 0x9E3779B9 % 2**32)) >> 8
-                        v = np.floor(v + F(u) * F(2.0**-24))
+                        v = min(max(np.rint(v * F(2 ** (16 - bits))), 0), 65535)
+                        drawn = (mix(i) // 2**16 * (key % 2**16 | 1) + key // 2**16) % 2**16
+                        v = min(int(v) + drawn // 2**bits, 65535) // 2 ** (16 - bits)
                     else:
                         v = np.rint(v)
                     q[r, g * size + i] = int(min(max(v, 0), 2**bits - 1))

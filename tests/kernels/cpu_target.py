@@ -1,0 +1,77 @@
+"""Compares the C++ kernels, compiled as the environment says, with the reference: codes and decoded
+values bit for bit, the rest within rounding. Run by test_cpu_targets.py in a process of its own."""
+
+import conftest
+import torch
+
+from mesa_train import kernels
+from mesa_train.kernels import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (rows, cols, group_size): groups below, at and above a block of every width, bytes that groups share.
+SHAPES = ((12, 5, 4), (12, 33, 7), (14, 130, 64), (12, 257, 100), (11, 384, 128))
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def codes(ops):
+    for dtype in DTYPES:
+        for rows, cols, size in SHAPES:
+            x = conftest.special(rows, 2 * cols, dtype)
+            for view in (x[:, :cols].contiguous(), x[:, cols:], x[:, ::2]):
+                for bits in (8, 4, 2):
+                    for stochastic in (False, True):
+                        args = (view, bits, size, stochastic, 7)
+                        coded = reference.affine_encode(*args)
+                        for a, e in zip(ops.affine_encode.default(*args), coded, strict=True):
+                            same(a, e)
+                    affine = torch.randn(cols), torch.randn(cols)
+                    args = (*coded, bits, cols, dtype, *affine)
+                    same(ops.affine_decode.default(*args), reference.affine_decode(*args))
+
+
+def gradients(ops):
+    for dtype in DTYPES:
+        # A rounding to dtype, and float32 sums of a few hundred products in another order.
+        eps = torch.finfo(dtype).eps
+        close = {"rtol": max(eps, 2e-6), "atol": 2e-5 + eps}
+        for rows, cols, size in SHAPES:
+            for bits in (8, 4):
+                coded = reference.affine_encode(torch.randn(rows, cols), bits, size, False, 0)
+                grad = torch.randn(rows, cols).to(dtype)
+                args = (grad, *coded, torch.rand(rows), torch.randn(cols), bits, True, dtype)
+                for a, e in zip(
+                    ops.norm_backward.default(*args), reference.norm_backward(*args), strict=True
+                ):
+                    torch.testing.assert_close(a, e, **close)
+                args = (grad, *coded, bits, "gelu")
+                for a, e in zip(
+                    ops.activation_pair.default(*args),
+                    reference.activation_pair(*args),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(a, e, **close)
+                args = (grad, *coded, bits)
+                torch.testing.assert_close(
+                    ops.softmax_backward.default(*args), reference.softmax_backward(*args), **close
+                )
+                bits_of = ops.bitmask_positive.default(grad)
+                same(bits_of, reference.bitmask_positive(grad))
+                same(
+                    ops.bitmask_apply.default(grad, bits_of, 2.0),
+                    reference.bitmask_apply(grad, bits_of, 2.0),
+                )
+
+
+def main() -> None:
+    kernels.load()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode", "CPU")
+    torch.manual_seed(0)
+    codes(torch.ops.mesa_train)
+    gradients(torch.ops.mesa_train)
+
+
+if __name__ == "__main__":
+    main()
