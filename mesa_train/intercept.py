@@ -297,11 +297,11 @@ _NOTHING = Site("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms, which differentiate by other means than the autograd
-    graph."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
+    """Inside torch.func's transforms or forward-mode differentiation, which have other means than the
+    autograd graph."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

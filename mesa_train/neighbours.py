@@ -59,6 +59,8 @@ class Neighbours(threading.local):
 
     def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
         """The gradient at a coded tensor that was handed over for this very `grad`."""
+        if not torch._C._has_storage(grad):
+            return None
         found = self.gradients.pop(_address(codes), None)
         if found is None:
             return None
@@ -74,7 +76,9 @@ class Neighbours(threading.local):
 
     def offer_gradient(self, codes: Tensor, grad: Tensor, value: Tensor) -> None:
         """Hand `value` to the operator that gets `grad` and kept `codes`; both are held, so their
-        addresses stay theirs."""
+        addresses stay theirs. Not under vmap (`is_grads_batched`), whose tensors have no address."""
+        if not torch._C._has_storage(grad):
+            return
         self._enter()
         self.gradients[_address(codes)] = codes, grad, grad._version, value
 

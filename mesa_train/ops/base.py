@@ -58,8 +58,10 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
                 f"codes, which have none. Leave it to PyTorch with overrides={{{operator!r}: "
                 "{'enabled': False}}, or unwrap the model."
             )
-            # Through the leaves as well, or a search for one of them would pass the error by.
+            # Through the leaves and the incoming gradient as well, or a search for one of them would pass
+            # the error by: `torch.autograd.functional.jvp` differentiates by the latter.
             tracked = [r.detach().requires_grad_() for r in results if r is not None] + _leaves(ctx)
+            tracked += [grad] if grad.requires_grad else []
             blocked = iter(
                 _as_tuple(torch._C._functions.DelayedError(message, len(tracked))(*tracked))
             )
