@@ -2,8 +2,8 @@
 
 With a quantiser of 2^b - 1 steps the error's variance adds up over tensors, Var = sum of
 c_l / (2^b - 1)^2 (ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357). So c_l is not asked for tensor
-by tensor: one pass codes all sites of a kind (an operand of an operator) at 4 bits, and one at 2
-bits, everything else kept; the kind's variance is shared out over its sites by where the gradient
+by tensor: one pass codes all sites of a kind (an operand of an operator) in the blocks at 4 bits, and one
+at 2 bits, everything else kept; the kind's variance is shared out over its sites by where the gradient
 was off. 8 bits follow from 4 by the formula. For a ViT that makes about fifteen passes.
 """
 
@@ -34,6 +34,8 @@ _TYPICAL = {
     ("checkpoint", "input"): 1e-2,
 }
 _OTHERWISE = 1e-3
+# Sites outside of blocks that get passes of their own.
+_FEW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +80,8 @@ def calibrate(
     }
     coupled: dict[tuple[Key, int | str], float] = {}
     sources = {s.source for s in sites if s.source is not None}
-    kinds = dict.fromkeys(s.kind for s in sites)
-    for kind in kinds:
-        own = [s for s in sites if s.kind == kind]
+    for own in _groups(sites):
+        kind = own[0].kind if len(own) > 1 else (*filter(None, own[0].key),)
         low: list[int] = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
         for bits in low:
             progress(f"{'.'.join(kind)} at {bits} bits")
@@ -145,6 +146,18 @@ def typical(sites: Sequence[Site]) -> Sensitivity:
                 more = variance.get((site.key, 4), 0.0) * factor
                 coupled[site.source, bits] = coupled.get((site.source, bits), 0.0) + more
     return Sensitivity(variance, coupled, 0.0, 0)
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites that one pass codes together: those of a kind that stand in blocks. One outside, such
+    as the norm before the classifier, enters the gradient in its own way: it is alone, unless there
+    are many."""
+    inside = [s for s in sites if s.block is not None]
+    outside = [s for s in sites if s.block is None]
+    alone = [[s] for s in outside] if inside and len(outside) <= _FEW else []
+    rest = inside if alone else list(sites)
+    kinds = dict.fromkeys(s.kind for s in rest)
+    return [*([s for s in rest if s.kind == kind] for kind in kinds), *alone]
 
 
 def _shares(

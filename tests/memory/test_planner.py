@@ -77,6 +77,18 @@ class TestPlans:
         assert said.gradient_error / 2 < error < said.gradient_error * 2
         assert said.time_ratio > 0
 
+    def test_what_stands_outside_of_blocks_is_measured_alone(self, planner, vit, images):
+        """The last norm feeds the classifier, so the weights around it do not show its error."""
+        prospect = planner.prospect
+        key = ("norm", "layer_norm", "normalized")
+        assert key in {site.key for site in planner.sites if site.block is None}
+        runs = Runs(vit, images, BF16, planner.loss)
+        kept = prospect.all(KEEP)
+        reference = runs.gradients(prospect.policy(kept))
+        coded = runs.gradients(prospect.policy({**kept, key: 4}))
+        measured = relative_error(coded, reference) ** 2
+        assert planner.sensitivity.variance[key, 4] == pytest.approx(measured, rel=1e-3)
+
     def test_room_for_everything_is_plain(self, planner):
         found = planner.plan("100GiB")
         assert not found.policy.enabled
