@@ -267,8 +267,8 @@ def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], 
     """(fixed bytes, bytes by site or block and choice) of the moments, the highest for each set of
     stashes that stand."""
     highest: dict[tuple[int, str | None, str | None], float] = {}
-    for fixed, *where in problem.moments:
-        key = (where[0], where[1], where[2])
+    for fixed, stored, name, mode in problem.moments:
+        key = (stored, name, mode)
         highest[key] = max(fixed, highest.get(key, -math.inf))
     sites = {site.key: site for site in problem.sites}
     blocks = {block.name: block for block in problem.blocks}
