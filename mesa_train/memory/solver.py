@@ -268,8 +268,8 @@ def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], 
     stashes that stand."""
     highest: dict[tuple[int, str | None, str | None], float] = {}
     for fixed, stored, name, mode in problem.moments:
-        key = (stored, name, mode)
-        highest[key] = max(fixed, highest.get(key, -math.inf))
+        when = (stored, name, mode)
+        highest[when] = max(fixed, highest.get(when, -math.inf))
     sites = {site.key: site for site in problem.sites}
     blocks = {block.name: block for block in problem.blocks}
     found = []
