@@ -82,7 +82,8 @@ class _CudaMarks(_Marks):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.found, self.before = device, [], 0
+        self.device, self.before = device, 0
+        self.found: list[tuple[tuple[str, str], int]] = []
 
     def mark(self, phase: str, module: str) -> None:
         self._close()

@@ -112,15 +112,15 @@ def calibrate(
                 variance[site.key, 8] = variance[site.key, 4] * _EIGHT
                 if (site.key, 4) in coupled:
                     coupled[site.key, 8] = coupled[site.key, 4] * _EIGHT
-    for bits, policy in (checkpointing or {}).items():
-        progress(f"checkpoints' inputs at {bits or 'all'} bits")
+    for input_bits, policy in (checkpointing or {}).items():
+        progress(f"checkpoints' inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)
         passes += 1
-        if bits is None:
+        if input_bits is None:
             reference = coded
             continue
         shares = _shares(inputs, names, coded, reference)
-        variance |= {(key, bits): value for key, value in shares.items()}
+        variance |= {(key, input_bits): value for key, value in shares.items()}
     return Sensitivity(variance, coupled, floor, passes)
 
 
