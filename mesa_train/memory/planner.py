@@ -225,6 +225,11 @@ class Planner:
                 # The program sees the same peak and calls it smaller: a rounding of its own.
                 assert limit is not None
                 limit -= max(now.peak_bytes - limit, 2**16)
+        if best is None and room is not None:
+            # Near none of these choices the program and the step agreed: there is still the least.
+            least = self._least_peak()
+            if least is not None and least.peak_bytes <= room and least.solution.within(*bounds):
+                best = least
         return best
 
     def _least_peak(self) -> _Played | None:

@@ -267,9 +267,9 @@ def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], 
     """(fixed bytes, bytes by site or block and choice) of the moments, the highest for each set of
     stashes that stand."""
     highest: dict[tuple[int, str | None, str | None], float] = {}
-    for fixed, stored, name, mode in problem.moments:
-        when = (stored, name, mode)
-        highest[when] = max(fixed, highest.get(when, -math.inf))
+    for moment in problem.moments:
+        where = (moment.stored, moment.block, moment.mode)
+        highest[where] = max(moment.fixed, highest.get(where, -math.inf))
     sites = {site.key: site for site in problem.sites}
     blocks = {block.name: block for block in problem.blocks}
     found = []
