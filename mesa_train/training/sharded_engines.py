@@ -215,11 +215,14 @@ class Zero3:
                 "training would not be synchronised"
             )
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        count = sum(p.numel() for p in build(config, classes, "meta").parameters())
+        sketch = build(config, classes, "meta")
+        count = sum(p.numel() for p in sketch.parameters())
+        whole = (ParallelBlock, type(sketch.attn_pool))
         for key in ("offload_param", "offload_optimizer"):
             target = settings.get("zero_optimization", {}).get(key) or {}
             if train.nvme_path and target.get("device") == "nvme":
                 target["nvme_path"] = train.nvme_path
+        size_buffers(settings, sketch, whole, world)
         check_deepspeed(settings, count, config.optim.name)
         self.config, self.device = config, self.accelerator.device
         self.rank = self.data_rank = self.accelerator.process_index
@@ -242,7 +245,7 @@ class Zero3:
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = build(config, classes, str(self.device))
         # A stash is rebuilt from weights of its whole block: they have to be there together.
-        set_z3_leaf_modules(model, [ParallelBlock, type(model.attn_pool)])
+        set_z3_leaf_modules(model, list(whole))
         initialise(model, train.seed, config.model.head_bias)
         if config.model.weights:
             load_weights(config, model)
@@ -321,6 +324,24 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     small = [g["name"] for g in parameters].index("no_decay")
     made.mng.index2config[small, 0] = {"optim_bits": 32}
     return made
+
+
+def size_buffers(
+    settings: dict[str, Any], model: nn.Module, whole: tuple[type, ...], ranks: int
+) -> None:
+    """Buffers between disk and memory for weights on NVMe, where DeepSpeed's configuration leaves them
+    open: one holds the largest parameter's share, and there are enough for two modules that are
+    gathered as a `whole`, one at work and one on its way, beside all that is in none."""
+    target = settings.get("zero_optimization", {}).get("offload_param") or {}
+    if target.get("device") != "nvme":
+        return
+    gathered = [list(m.parameters()) for m in model.modules() if isinstance(m, whole)]
+    inside = {id(p) for parameters in gathered for p in parameters}
+    outside = sum(id(p) not in inside for p in model.parameters())
+    largest = max(p.numel() for p in model.parameters())
+    # The share is rounded up to what a disk reads at once.
+    target.setdefault("buffer_size", -(-largest // ranks) + 2**20)
+    target.setdefault("buffer_count", 2 * max(map(len, gathered)) + outside)
 
 
 def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = "adamw") -> None:

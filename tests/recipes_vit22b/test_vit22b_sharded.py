@@ -292,13 +292,6 @@ def test_zero3_on_nvme(folder):
         pytest.skip("libaio is not installed (apt-get install libaio-dev)")
     disk, out = folder / "disk", folder / "nvme"
     disk.mkdir()
-    config = json.loads((RECIPE / "accelerate/zero3_nvme.json").read_text())
-    # The recipe's buffers are for 22B: 1.2 GB each.
-    config["zero_optimization"]["offload_param"]["buffer_size"] = 2_000_000
-    (folder / "nvme.json").write_text(json.dumps(config))
-    yaml = (RECIPE / "accelerate/zero3_nvme.yaml").read_text()
-    named = yaml.replace("recipes/vit22b/accelerate/zero3_nvme.json", str(folder / "nvme.json"))
-    (folder / "nvme.yaml").write_text(named)
     changes = [
         *("model.name=vit_22b_small", "model.image_size=28", "optim.warmup=0", "optim.cooldown=0"),
         *("train.global_batch=8", "train.micro_batch=4", "train.steps=2"),
@@ -307,11 +300,7 @@ def test_zero3_on_nvme(folder):
         *settings(out, policy="mesa8", nvme_path=disk),
         *[part for change in changes for part in ("--set", change)],
     ]
-    launch(
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "PORT"),
-        *("--config_file", folder / "nvme.yaml", "recipes/vit22b/train.py", TINY, *given),
-        "--no-weights",
-    )
+    accelerate("zero3_nvme", *given, "--no-weights")
     files = [f for f in disk.rglob("*.swp") if f.stat().st_size >= 2**20]
     assert {"optimizer", "params"} <= {p for f in files for p in KINDS if p in str(f.parent)}
     plain = [f"train.out={folder / 'nvme alone'}", "train.policy=plain", *changes]
