@@ -140,34 +140,7 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
     mean, rstd = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
     weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
     for b in bits:
-        for stochastic in (False, True):
-            how = f"{b} bits, {'stochastic' if stochastic else 'nearest'}"
-            code = b, GROUP_SIZE, stochastic, 0
-            for name, part in (("hidden", x), ("q in packed qkv", q)):
-                yield Case(
-                    "affine_encode",
-                    f"{name}, {how}",
-                    partial(ops.affine_encode.default, part, *code),
-                    (part,),
-                )
-            yield Case(
-                "normalized_encode",
-                f"float32, {how}",
-                partial(ops.normalized_encode.default, stream, mean, rstd, *code),
-                (stream, mean, rstd),
-            )
-            yield Case(
-                "norm_encode",
-                f"layer norm, {how}",
-                partial(ops.norm_encode.default, stream, weight, bias, 1e-6, True, x.dtype, *code),
-                (stream,),
-            )
-            yield Case(
-                "activation_encode",
-                f"gelu, {how}",
-                partial(ops.activation_encode.default, x, "gelu", *code),
-                (x,),
-            )
+        yield from encode_cases(b, x, q, stream, (mean, rstd), (weight, bias))
         coded = ops.affine_encode.default(x, b, GROUP_SIZE, False, 0)
         x_hat = ops.affine_encode.default(stream, b, GROUP_SIZE, False, 0)
         yield Case(
@@ -208,6 +181,53 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
             partial(ops.activation_pair.default, grad, *coded, b, "gelu"),
             (grad, *coded),
         )
+    yield from mask_cases(x, grad)
+
+
+def encode_cases(
+    b: int,
+    x: Tensor,
+    q: Tensor,
+    stream: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor],
+) -> Iterator[Case]:
+    """The calls that make codes of `b` bits."""
+    ops = torch.ops.mesa_train
+    (mean, rstd), (weight, bias) = statistics, parameters
+    for stochastic in (False, True):
+        how = f"{b} bits, {'stochastic' if stochastic else 'nearest'}"
+        code = b, GROUP_SIZE, stochastic, 0
+        for name, part in (("hidden", x), ("q in packed qkv", q)):
+            yield Case(
+                "affine_encode",
+                f"{name}, {how}",
+                partial(ops.affine_encode.default, part, *code),
+                (part,),
+            )
+        yield Case(
+            "normalized_encode",
+            f"float32, {how}",
+            partial(ops.normalized_encode.default, stream, mean, rstd, *code),
+            (stream, mean, rstd),
+        )
+        yield Case(
+            "norm_encode",
+            f"layer norm, {how}",
+            partial(ops.norm_encode.default, stream, weight, bias, 1e-6, True, x.dtype, *code),
+            (stream,),
+        )
+        yield Case(
+            "activation_encode",
+            f"gelu, {how}",
+            partial(ops.activation_encode.default, x, "gelu", *code),
+            (x,),
+        )
+
+
+def mask_cases(x: Tensor, grad: Tensor) -> Iterator[Case]:
+    """The calls on one bit an element."""
+    ops = torch.ops.mesa_train
     mask = x > 0
     packed = ops.bitmask_encode.default(mask)
     yield Case("bitmask_encode", "bool", partial(ops.bitmask_encode.default, mask), (mask,))
