@@ -8,19 +8,18 @@ A table stands between two markers, and everything between them is written by th
     python scripts/make_tables.py            rewrites the files
     python scripts/make_tables.py --check    fails if a file is not what the rows say
 
-A new kind of table is a function in scripts/tables from rows and the marker's words to Markdown, and
-a line in TABLES.
+The first word names a decorated function in scripts/tables, the others the value of its column.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from tables import engine, recipes
+from tables.text import Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARKED = re.compile(
@@ -62,26 +61,18 @@ def renew(text: str, results: Path) -> str:
         name, *words = found["words"].split()
         if name not in TABLES:
             raise ValueError(f"no table {name!r}; choose from {', '.join(TABLES)}")
-        return found["open"] + TABLES[name](results, words) + found["close"]
+        return found["open"] + TABLES[name].markdown(results, words) + found["close"]
 
     if text.count("<!-- table:") != len(MARKED.findall(text)):
         raise ValueError("a table marker is not closed by <!-- /table -->")
     return MARKED.sub(table, text)
 
 
-TABLES: dict[str, Callable[[Path, Sequence[str]], str]] = {
-    "step": engine.step_table,
-    "parity": engine.parity_table,
-    "steps": engine.steps_table,
-    "ops": engine.ops_table,
-    "vit22b": recipes.vit22b_table,
-    "families": engine.families_table,
-    "rounding": engine.rounding_table,
-    "plans": engine.plans_table,
-    "compatibility": engine.compatibility_table,
-    "soak": engine.soak_table,
-    "litv2_parity": recipes.litv2_parity_table,
-    "attention": recipes.attention_table,
+TABLES: dict[str, Table] = {
+    name: table
+    for module in (engine, recipes)
+    for name, table in vars(module).items()
+    if isinstance(table, Table)
 }
 
 

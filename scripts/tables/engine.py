@@ -5,23 +5,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from mesa_train.memory.text import format_bytes
 from mesa_train.training import records
 from mesa_train.training.records import Row
-from tables.text import markdown, missing, origin
+from tables.text import markdown, newest_run, origin, table
 
 
-def step_table(results: Path, words: Sequence[str]) -> str:
-    """`step MODEL`: the newest run of bench_step.py on a model."""
-    if len(words) != 1:
-        raise ValueError(f"the table 'step' takes one model, got {len(words)} words")
-    (model,) = words
-    rows = [row for row in records.read(results / "bench_step.jsonl") if row["model"] == model]
-    if not rows:
-        return missing("scripts/bench_step.py")
-    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+@table("bench_step.jsonl", "python scripts/bench_step.py", by="model")
+def step(rows: Sequence[Row]) -> str:
+    """The newest run on a model, a line per method."""
+    newest = newest_run(rows)
     head = [
         *("method", "kept for the backward", "less", "peak of the step", "gradient error"),
         *("step", "step vs. plain", "largest batch in 24 GiB"),
@@ -46,7 +40,7 @@ def step_table(results: Path, words: Sequence[str]) -> str:
         )
     any_row = newest[0]
     return markdown(head, lines) + (
-        f"\n{model}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
+        f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
         "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
         "AdamW's states; largest batch: what is kept and those; step: forward, backward "
         f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets. "
@@ -54,13 +48,9 @@ def step_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def steps_table(results: Path, words: Sequence[str]) -> str:
-    """`steps DEVICE`: the newest run of bench_step.py on every model, "less memory, step" a method."""
-    if len(words) != 1:
-        raise ValueError(f"the table 'steps' takes a kind of device, got {len(words)} words")
-    rows = [r for r in records.read(results / "bench_step.jsonl") if r["device_type"] == words[0]]
-    if not rows:
-        return missing("scripts/bench_step.py")
+@table("bench_step.jsonl", "python scripts/bench_step.py", by="device_type")
+def steps(rows: Sequence[Row]) -> str:
+    """The newest run on every model on a kind of device, "less memory, step" a method."""
     newest: dict[str, dict[str, Row]] = {}
     for row in rows:
         last = newest.setdefault(row["model"], {})
@@ -85,14 +75,10 @@ def steps_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def ops_table(results: Path, words: Sequence[str]) -> str:
-    """`ops cpu` or `ops cuda`: the newest run of bench_ops.py on a kind of device, 8 and 4 bits."""
-    if len(words) != 1:
-        raise ValueError(f"the table 'ops' takes a kind of device, got {len(words)} words")
-    rows = [r for r in records.read(results / "ops.jsonl") if r["device_type"] == words[0]]
-    if not rows:
-        return missing("scripts/bench_ops.py")
-    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+@table("ops.jsonl", "python scripts/bench_ops.py", by="device_type")
+def ops(rows: Sequence[Row]) -> str:
+    """The newest run on a kind of device, 8 and 4 bits."""
+    newest = newest_run(rows)
     head = ["operator", "on", "time", "a copy takes", "share"]
     lines = [
         [
@@ -112,13 +98,9 @@ def ops_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def parity_table(results: Path, words: Sequence[str]) -> str:
-    """`parity`: final accuracies of train_parity.py, newest settings."""
-    if words:
-        raise ValueError(f"the table 'parity' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "train_parity.jsonl")
-    if not rows:
-        return missing("scripts/train_parity.py")
+@table("train_parity.jsonl", "python scripts/train_parity.py")
+def parity(rows: Sequence[Row]) -> str:
+    """Final accuracies of the newest settings."""
     settings = rows[-1]["settings"]
     final = records.in_order(
         row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
@@ -146,13 +128,9 @@ def parity_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def families_table(results: Path, words: Sequence[str]) -> str:
-    """`families`: the newest rows of bench_families.py, a line per model."""
-    if words:
-        raise ValueError(f"the table 'families' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "families.jsonl")
-    if not rows:
-        return missing("scripts/bench_families.py")
+@table("families.jsonl", "python scripts/bench_families.py")
+def families(rows: Sequence[Row]) -> str:
+    """The newest rows, a line per model."""
     newest = {(row["model"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(method for _, method in newest))
     presets = [method for method in methods if method != "plain"]
@@ -174,15 +152,11 @@ def families_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def rounding_table(results: Path, words: Sequence[str]) -> str:
-    """`rounding`: the newest run of bench_rounding.py."""
-    if words:
-        raise ValueError(f"the table 'rounding' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "rounding.jsonl")
-    if not rows:
-        return missing("scripts/bench_rounding.py")
+@table("rounding.jsonl", "python scripts/bench_rounding.py")
+def rounding(rows: Sequence[Row]) -> str:
+    """The newest run."""
     lines = []
-    for row in [row for row in rows if row["date"] == rows[-1]["date"]]:
+    for row in newest_run(rows):
         changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
         kept = format_bytes(row["kept_bytes"])
         lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
@@ -193,13 +167,9 @@ def rounding_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def plans_table(results: Path, words: Sequence[str]) -> str:
-    """`plans`: the newest rows of bench_plan.py, predictions with measurements in brackets."""
-    if words:
-        raise ValueError(f"the table 'plans' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "plans.jsonl")
-    if not rows:
-        return missing("scripts/bench_plan.py")
+@table("plans.jsonl", "python scripts/bench_plan.py")
+def plans(rows: Sequence[Row]) -> str:
+    """The newest rows: predictions, with measurements in brackets."""
     newest = {(row["model"], row["share"]): row for row in rows}
     head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
     lines, off = [], {"kept_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
@@ -231,25 +201,21 @@ def plans_table(results: Path, words: Sequence[str]) -> str:
 _PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
 
 
-def compatibility_table(results: Path, words: Sequence[str]) -> str:
-    """`compatibility SETUP`: the outcomes of tests/compose for one setup, a line per feature."""
-    setup = " ".join(words)
-    rows = records.read(results / "compatibility.jsonl")
-    own = [row for row in rows if row["setup"] == setup]
-    if not own:
-        return "No rows yet: the command above makes them.\n"
-    lines = [[row["feature"], row["outcome"], row["note"], str(row["tests"])] for row in own]
-    versions = ", ".join(f"{name} {version}" for name, version in own[-1]["versions"].items())
+@table(
+    "compatibility.jsonl",
+    "MESA_TRAIN_COMPATIBILITY=docs/results/compatibility.jsonl pytest tests/compose",
+    by="setup",
+)
+def compatibility(rows: Sequence[Row]) -> str:
+    """The outcomes of tests/compose for one setup, a line per feature."""
+    lines = [[row["feature"], row["outcome"], row["note"], str(row["tests"])] for row in rows]
+    versions = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items())
     return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
 
 
-def soak_table(results: Path, words: Sequence[str]) -> str:
-    """`soak`: the newest row of soak.py for every policy."""
-    if words:
-        raise ValueError(f"the table 'soak' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "soak.jsonl")
-    if not rows:
-        return missing("scripts/soak.py")
+@table("soak.jsonl", "python scripts/soak.py")
+def soak(rows: Sequence[Row]) -> str:
+    """The newest row of every policy."""
     newest = {row["policy"]: row for row in rows}
     lines = [
         [

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from mesa_train.memory.text import format_bytes
-from mesa_train.training import records
 from mesa_train.training.records import Row
-from tables.text import markdown, missing, origin
+from tables.text import Table, markdown, origin, table
 
 
-def litv2_parity_table(results: Path, words: Sequence[str]) -> str:
-    """`litv2_parity`: last epochs of litv2_parity.py, a line per policy and number of processes."""
-    if words:
-        raise ValueError(f"the table 'litv2_parity' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "litv2_parity.jsonl")
-    if not rows:
-        return missing("scripts/litv2_parity.py")
+@table("litv2_parity.jsonl", "python scripts/litv2_parity.py")
+def litv2_parity(rows: Sequence[Row]) -> str:
+    """Last epochs, a line per policy and number of processes."""
     last: dict[tuple[str, int, int], Row] = {}
     for row in rows:
         last[row["name"], row["settings"]["processes"], row["seed"]] = row
@@ -52,13 +47,9 @@ def litv2_parity_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def attention_table(results: Path, words: Sequence[str]) -> str:
-    """`attention`: the newest run of bench_attention.py for every size of map."""
-    if words:
-        raise ValueError(f"the table 'attention' takes no words, got {' '.join(words)}")
-    rows = records.read(results / "bench_attention.jsonl")
-    if not rows:
-        return missing("scripts/bench_attention.py")
+@table("bench_attention.jsonl", "python scripts/bench_attention.py")
+def attention(rows: Sequence[Row]) -> str:
+    """The newest run for every size of map."""
     newest = {(row["side"], row["device_type"], row["layer"]): row for row in rows}
     lines = [
         [
@@ -84,35 +75,47 @@ def attention_table(results: Path, words: Sequence[str]) -> str:
     )
 
 
-def vit22b_table(results: Path, words: Sequence[str]) -> str:
-    """`vit22b kept`, `vit22b fits` or `vit22b one_card`: the newest row of recipes/vit22b/estimate.py."""
-    rows = records.read(results / "vit22b_estimates.jsonl")
-    if not rows:
-        return missing("recipes/vit22b/estimate.py")
-    row = rows[-1]
-    if words == ["kept"]:
-        head = ["policy", "kept for one image"]
-        lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
-    elif words == ["one_card"]:
-        keys = ("weights", "gradients", "optimizer", "activations")
-        head = ["8 images, coded inputs", *keys]
-        lines = [
-            [e["scheme"], *[format_bytes(e[k]) for k in keys]] for e in row["one_card"].values()
+def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Table:
+    """A table of the newest row of ViT-22B's estimates, from its head and lines."""
+
+    @functools.wraps(render)
+    def whole(rows: Sequence[Row]) -> str:
+        row = rows[-1]
+        about = (
+            f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
+        )
+        return markdown(*render(row)) + f"\n{about} {origin(row)}\n"
+
+    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", None)
+
+
+@_estimates
+def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
+    """What is kept for one image under every policy."""
+    lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
+    return ["policy", "kept for one image"], lines
+
+
+@_estimates
+def vit22b_one_card(row: Row) -> tuple[list[str], list[list[str]]]:
+    """The parts of a step on one card."""
+    keys = ("weights", "gradients", "optimizer", "activations")
+    lines = [[e["scheme"], *[format_bytes(e[k]) for k in keys]] for e in row["one_card"].values()]
+    return ["8 images, coded inputs", *keys], lines
+
+
+@_estimates
+def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
+    """Images that fit on every machine under every policy."""
+    policies = list(row["fits"][0]["images"])
+    lines = [
+        [
+            f"{fit['machine']} GB",
+            fit["scheme"],
+            format_bytes(fit["states_bytes"]),
+            format_bytes(fit["host_bytes"]) if fit["host_bytes"] else "",
+            *[str(fit["images"].get(policy, "")) for policy in policies],
         ]
-    elif words == ["fits"]:
-        policies = list(row["fits"][0]["images"])
-        head = ["machine", "scheme", "states / card", "on the host", *policies]
-        lines = [
-            [
-                f"{fit['machine']} GB",
-                fit["scheme"],
-                format_bytes(fit["states_bytes"]),
-                format_bytes(fit["host_bytes"]) if fit["host_bytes"] else "",
-                *[str(fit["images"].get(policy, "")) for policy in policies],
-            ]
-            for fit in row["fits"]
-        ]
-    else:
-        raise ValueError(f"the table 'vit22b' is kept, fits or one_card, got {' '.join(words)!r}")
-    about = f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
-    return markdown(head, lines) + f"\n{about} {origin(row)}\n"
+        for fit in row["fits"]
+    ]
+    return ["machine", "scheme", "states / card", "on the host", *policies], lines

@@ -140,7 +140,8 @@ def test_tables_are_made_of_the_newest_rows_and_checked(tmp_path, make_tables):
     ("body", "said"),
     [
         ("<!-- table:stp x -->\n<!-- /table -->", "no table 'stp'"),
-        ("<!-- table:step -->\n<!-- /table -->", "takes one model"),
+        ("<!-- table:step -->\n<!-- /table -->", "takes a model, got none"),
+        ("<!-- table:vit22b_kept x -->\n<!-- /table -->", "'vit22b_kept' takes no words, got x"),
         ("<!-- table:step x -->\n", "not closed"),
     ],
 )
