@@ -160,7 +160,7 @@ def _check(config: Config) -> None:
     from mesa_train.policy import PRESETS
 
     data, optim, train, augment = config.data, config.optim, config.train, config.augment
-    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
+    check_data(data)
     one_of("optim.name", optim.name, OPTIMIZERS)
     one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
     one_of("train.precision", train.precision, PRECISIONS)
@@ -194,10 +194,23 @@ def _check(config: Config) -> None:
         )
     if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
         raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+
+
+def check_data(data: DataConfig) -> None:
+    """ConfigError for a source that lacks what it needs."""
+    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
     if data.source in ("imagefolder", *FILES) and not data.path:
         raise ConfigError(f"data.path is missing: {data.source} needs a folder")
     if data.streaming and not data.train_images:
         raise ConfigError("data.train_images is missing: streaming cannot count the images")
+    if data.workers < 0:
+        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
+
+
+def check_path(data: DataConfig) -> None:
+    """ConfigError for a folder or file that is not there."""
+    if data.path and not Path(data.path).exists():
+        raise ConfigError(f"data.path: no such folder or file {data.path}")
 
 
 def _check_ranges(config: Config) -> None:
@@ -216,7 +229,6 @@ def _check_ranges(config: Config) -> None:
         ("optim.offset_scale", optim.offset_scale),
         ("train.seed", train.seed),
         ("train.save_every", train.save_every),
-        ("data.workers", config.data.workers),
     ):
         if not value >= 0:
             raise ConfigError(f"{name} must not be negative, got {value}")
@@ -234,9 +246,8 @@ def _check_ranges(config: Config) -> None:
 
 def check_files(config: Config) -> None:
     """ConfigError for a folder or file that is not there."""
-    data, weights = config.data, config.model.weights
-    if data.path and not Path(data.path).exists():
-        raise ConfigError(f"data.path: no such folder or file {data.path}")
+    weights = config.model.weights
+    check_path(config.data)
     if weights and not Path(weights).is_file():
         raise ConfigError(f"model.weights: no such file {weights}")
     out = Path(config.train.out).absolute()

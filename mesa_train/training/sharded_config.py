@@ -13,7 +13,7 @@ from typing import Any
 
 from mesa_train.policy import PRESETS
 
-from .config import FILES, DataConfig
+from .config import DataConfig, check_data, check_path
 from .schema import ConfigError as ConfigError
 from .schema import of_values, one_of, positive, read_yaml
 
@@ -125,7 +125,9 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     data = dataclasses.replace(config.data, image_size=config.model.image_size)
     config = dataclasses.replace(config, data=data)
     _check(config)
-    _check_data(config)
+    check_data(data)
+    check_path(data)
+    _check_crop(config.augment)
     return config
 
 
@@ -173,18 +175,8 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
-    """ConfigError for a source or a crop that cannot be."""
-    data, crop = config.data, config.augment
-    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
-    if data.source in ("imagefolder", *FILES) and not data.path:
-        raise ConfigError(f"data.path is missing: {data.source} needs a folder")
-    if data.path and not Path(data.path).exists():
-        raise ConfigError(f"data.path: no such folder or file {data.path}")
-    if data.streaming and not data.train_images:
-        raise ConfigError("data.train_images is missing: streaming cannot count the images")
-    if data.workers < 0:
-        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
+def _check_crop(crop: CropConfig) -> None:
+    """ConfigError for a crop that cannot be."""
     if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
         raise ConfigError(f"augment.scale must be a range within 0 and 1, got {list(crop.scale)}")
     if not 0 <= crop.hflip <= 1:
