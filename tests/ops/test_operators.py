@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from operator_cases import (
-    CASES,
+from operator_case import (
     EIGHT,
     EVERY,
     FOUR,
@@ -16,6 +15,7 @@ from operator_cases import (
     run,
     tensors,
 )
+from operator_cases import CASES
 
 from mesa_train import Policy
 
