@@ -230,25 +230,40 @@ def test_odd_shapes_and_dtypes_do_as_pytorch_does(case):
     compare(*SHAPES[case])
 
 
-def test_arguments_by_every_name():
-    x, w = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
-    with compress(EIGHT):
-        torch.matmul(input=x, other=w)
-        torch.softmax(input=x, dim=-1)
-        torch.mul(input=x, other=x)
-        torch.relu(input=x)
-        F.gelu(input=x)
-        F.pad(input=x, pad=(1, 1), mode="constant", value=1.0)
-        F.pad(x, (1, 1), mode="reflect")
-        torch.flatten(input=x, start_dim=1)
-        torch.transpose(input=x, dim0=0, dim1=1)
-        torch.split(tensor=x, split_size_or_sections=2, dim=-1)
-        torch.dropout(input=x, p=0.5, train=True)
-        torch.addmm(input=torch.zeros(5), mat1=x[0], mat2=w)
-        torch.bmm(input=x, mat2=x.mT)
-        F.layer_norm(input=x, normalized_shape=[4])
-        F.scaled_dot_product_attention(query=x, key=x, value=x)
-        F.dropout(input=x, p=0.1, training=True, inplace=False)
+BY_NAME = {
+    "matmul": lambda x, w: torch.matmul(input=x, other=w),
+    "softmax": lambda x, w: torch.softmax(input=x, dim=-1),
+    "mul": lambda x, w: torch.mul(input=x, other=x),
+    "relu": lambda x, w: torch.relu(input=x),
+    "gelu": lambda x, w: F.gelu(input=x),
+    "pad": lambda x, w: F.pad(input=x, pad=(1, 1), mode="constant", value=1.0),
+    "pad reflect": lambda x, w: F.pad(x, (1, 1), mode="reflect"),
+    "flatten": lambda x, w: torch.flatten(input=x, start_dim=1),
+    "transpose": lambda x, w: torch.transpose(input=x, dim0=0, dim1=1),
+    "split": lambda x, w: torch.split(tensor=x, split_size_or_sections=2, dim=-1)[1],
+    "addmm": lambda x, w: torch.addmm(input=x.new_zeros(5), mat1=x[0], mat2=w),
+    "bmm": lambda x, w: torch.bmm(input=x, mat2=x.mT),
+    "layer_norm": lambda x, w: F.layer_norm(input=x, normalized_shape=[4]),
+    "attention": lambda x, w: F.scaled_dot_product_attention(query=x, key=x, value=x),
+    "dropout": lambda x, w: F.dropout(input=x, p=0.1, training=True, inplace=False),
+    "torch.dropout": lambda x, w: torch.dropout(input=x, p=0.5, train=True),
+}
+
+
+@pytest.mark.parametrize("function", BY_NAME.values(), ids=BY_NAME)
+def test_arguments_by_every_name(function):
+    x, w = double(2, 3, 4), double(4, 5)
+
+    def seeded(x, w):
+        torch.manual_seed(0)
+        return function(x, w)
+
+    compare(seeded, x, w)
+
+
+def test_a_model_without_modules():
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(mesa_train.wrap(nn.Sequential())(x), x)
 
 
 def test_out_arguments():

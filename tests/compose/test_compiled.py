@@ -91,7 +91,7 @@ def expected():
     return train(model, model)
 
 
-def close(found, expected, preset):
+def assert_close(found, expected, preset):
     assert found[0] == pytest.approx(expected[0], rel=0.01 if preset != "lossless" else 1e-4)
     assert distance(found[1], expected[1]) <= max(BOUND[preset], 1e-5)
 
@@ -104,7 +104,7 @@ EXTENT = pytest.mark.parametrize("compiled", [whole, regional], ids=["whole", "r
 @pytest.mark.compatibility("torch.compile", "alone, {extent}")
 def test_alone(expected, compiled, preset):
     model = mesa_train.wrap(net(), POLICIES[preset])
-    close(train(compiled(model), model), expected, preset)
+    assert_close(train(compiled(model), model), expected, preset)
 
 
 @EXTENT
@@ -125,7 +125,7 @@ def test_keeps_codes(compiled):
 @pytest.mark.compatibility("torch.compile", "activation checkpointing, {extent}")
 def test_checkpointed(expected, compiled, preset):
     model = mesa_train.wrap(net(around_blocks(False)), POLICIES[preset])
-    close(train(compiled(model), model), expected, preset)
+    assert_close(train(compiled(model), model), expected, preset)
 
 
 @EXTENT
@@ -149,7 +149,7 @@ def test_wrapped_after(expected, compiled):
     forward = compiled(model)
     forward(batch())
     mesa_train.wrap(forward if compiled is whole else model, POLICIES["mesa8"])
-    close(train(forward, model), expected, "mesa8")
+    assert_close(train(forward, model), expected, "mesa8")
 
 
 @pytest.mark.parametrize("preset", ["mesa8"])
@@ -161,7 +161,7 @@ def test_ddp(group, expected, compiled, preset):
         forward = whole(DistributedDataParallel(model))
     else:
         forward = DistributedDataParallel(regional(model))
-    close(train(forward, model), expected, preset)
+    assert_close(train(forward, model), expected, preset)
 
 
 @pytest.mark.parametrize("preset", ["mesa8", "mesa8-recompute"])
@@ -172,7 +172,7 @@ def test_fsdp_regional(group, expected, preset):
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    close(train(model, model), expected, preset)
+    assert_close(train(model, model), expected, preset)
 
 
 @functools.cache

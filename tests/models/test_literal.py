@@ -12,7 +12,7 @@ from mesa_train.models.hilo import HiLo
 HEADS = {"litv2_s": (3, 6, 12, 24), "litv2_m": (3, 6, 12, 24), "litv2_b": (4, 8, 16, 32)}
 
 
-def alike(found, expected, what=""):
+def assert_alike(found, expected, what=""):
     # Both in float64, so only the order of sums differs; a wrong eps makes 1e-6.
     torch.testing.assert_close(
         found, expected, atol=1e-9, rtol=1e-9, msg=lambda text: f"{what}: {text}"
@@ -30,7 +30,7 @@ def test_the_evaluation_itself_is_the_authors():
         expected = torch.from_numpy(arrays["logits_f64"])
     weights = create("litv2_s").state_dict()
     images = golden.images(2, 3, 224, 224)[:1]
-    alike(literal.litv2(weights, images, heads=HEADS["litv2_s"]), expected[:1])
+    assert_alike(literal.litv2(weights, images, heads=HEADS["litv2_s"]), expected[:1])
 
 
 @pytest.mark.slow
@@ -43,7 +43,9 @@ def test_every_variant(name):
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     assert missing == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     assert unexpected == [f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")]
-    alike(model(images.double()), literal.litv2(model.state_dict(), images, heads=HEADS[name]))
+    assert_alike(
+        model(images.double()), literal.litv2(model.state_dict(), images, heads=HEADS[name])
+    )
     expected = literal.litv2(dense.state_dict(), images, heads=HEADS[name], dense=True)
     width = model.widths[0]
     assert [tuple(m.shape[1:]) for m in expected] == [
@@ -53,7 +55,7 @@ def test_every_variant(name):
         (8 * width, 3, 2),
     ]
     for stage, (own, map_) in enumerate(zip(expected, dense(images.double()), strict=True)):
-        alike(map_, own, f"stage {stage}")
+        assert_alike(map_, own, f"stage {stage}")
 
 
 def test_a_backbone_has_the_authors_keys_in_their_order():
@@ -76,7 +78,7 @@ def test_any_size_window_and_alpha(size, windows, alpha):
     expected = literal.litv2(
         model.state_dict(), images, heads=(1, 2, 4, 8), windows=windows, alpha=alpha
     )
-    alike(model(images.double()), expected)
+    assert_alike(model(images.double()), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -91,13 +93,13 @@ def test_hilo_and_its_gradients(height, width, window, alpha, bias):
     out = layer(inputs[0].view(2, height, width, 48)).flatten(1, 2)
     copies = {k: v.detach().clone().requires_grad_() for k, v in layer.state_dict().items()}
     expected = literal.hilo(inputs[1], copies, "", height, width, 6, window, alpha)
-    alike(out, expected)
+    assert_alike(out, expected)
     weights = golden.images(*out.shape, seed=1).double()
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    alike(inputs[0].grad, inputs[1].grad, "input")
+    assert_alike(inputs[0].grad, inputs[1].grad, "input")
     for key, parameter in layer.named_parameters():
-        alike(parameter.grad, copies[key].grad, key)
+        assert_alike(parameter.grad, copies[key].grad, key)
 
 
 def test_an_independent_rate_for_both_branches_of_a_block():

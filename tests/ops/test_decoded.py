@@ -39,7 +39,7 @@ def gradients(function, inputs, grad, bits=None):
     return torch.autograd.grad(output, inputs, grad)
 
 
-def close(found, expected):
+def assert_close(found, expected):
     # float32 rounding: the same sums in another order.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -50,8 +50,8 @@ def test_linear(bits):
     dx, dw = gradients(F.linear, (x, w), grad, bits)
     at = coded(x, bits, bits < 8).requires_grad_()
     expected_dx, expected_dw = gradients(F.linear, (at, w), grad)
-    close(dx, expected_dx)
-    close(dw, expected_dw)
+    assert_close(dx, expected_dx)
+    assert_close(dw, expected_dw)
     assert not torch.allclose(dw, gradients(F.linear, (x, w), grad)[1], rtol=1e-5, atol=1e-5)
 
 
@@ -61,8 +61,8 @@ def test_matmul(bits):
     da, db = gradients(torch.matmul, (a, b), grad, bits)
     at = [coded(t, bits, bits < 8).requires_grad_() for t in (a, b)]
     expected_da, expected_db = gradients(torch.matmul, at, grad)
-    close(da, expected_da)
-    close(db, expected_db)
+    assert_close(da, expected_da)
+    assert_close(db, expected_db)
 
 
 def test_softmax(bits):
@@ -70,7 +70,7 @@ def test_softmax(bits):
     grad = torch.randn(SHAPE)
     (dx,) = gradients(lambda x: x.softmax(-1), (x,), grad, bits)
     y = coded(x.softmax(-1), bits, bits < 8)
-    close(dx, torch.ops.aten._softmax_backward_data(grad, y, -1, torch.float32))
+    assert_close(dx, torch.ops.aten._softmax_backward_data(grad, y, -1, torch.float32))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "hardswish", "mish"])
@@ -79,7 +79,7 @@ def test_activation(bits, name):
     x = activation(*SHAPE)
     grad = torch.randn(SHAPE)
     (dx,) = gradients(function, (x,), grad, bits)
-    close(dx, gradients(function, (coded(x, bits, False).requires_grad_(),), grad)[0])
+    assert_close(dx, gradients(function, (coded(x, bits, False).requires_grad_(),), grad)[0])
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
@@ -89,7 +89,7 @@ def test_activation_from_its_output(bits, name):
     grad = torch.randn(SHAPE)
     (dx,) = gradients(function, (x,), grad, bits)
     y = coded(function(x), bits, False)
-    close(dx, getattr(torch.ops.aten, f"{name}_backward")(grad, y))
+    assert_close(dx, getattr(torch.ops.aten, f"{name}_backward")(grad, y))
 
 
 def test_layer_norm(bits):
@@ -145,7 +145,7 @@ def test_conv(bits):
     found = gradients(F.conv2d, (x, w), grad, bits)
     at = coded(x.flatten(2), bits, bits < 8).view_as(x).requires_grad_()
     for f, e in zip(found, gradients(F.conv2d, (at, w), grad), strict=True):
-        close(f, e)
+        assert_close(f, e)
 
 
 def test_attention_uses_the_exact_logsumexp_and_decoded_operands(bits):
@@ -158,7 +158,7 @@ def test_attention_uses_the_exact_logsumexp_and_decoded_operands(bits):
         grad, *at, logsumexp.detach(), 0.0, False
     )
     for f, e in zip(found, expected, strict=True):
-        close(f, e)
+        assert_close(f, e)
 
 
 def test_dropout_replays_the_mask_it_drew(bits):
@@ -171,8 +171,8 @@ def test_dropout_replays_the_mask_it_drew(bits):
     expected_dx, expected_dw = gradients(
         lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (at, w), grad
     )
-    close(dx, expected_dx)
-    close(dw, expected_dw)
+    assert_close(dx, expected_dx)
+    assert_close(dw, expected_dw)
 
 
 def test_stochastic_rounding_is_unbiased():
