@@ -182,9 +182,19 @@ class Interception(TorchFunctionMode):
         output, which works in float32; None where PyTorch's own function is called. `tensor` is
         what would be coded, if it has to be worth it."""
         rule = self.site.rules[operator, operand]
-        if not rule.fused or not isinstance(rule.codec, Affine) or dtype is torch.float64:
+        if not rule.fused or dtype is torch.float64:
             return None
-        if discards(self.hooks) or selective():
+        return self._affine(rule, tensor)
+
+    def new_codes(self, tensor: Tensor, operator: str, operand: str) -> Affine | None:
+        """The codec with which `keep` would make affine codes of `tensor`; None where it would keep
+        another thing, or nothing new."""
+        if self.known(tensor, operator, operand) is not None:
+            return None
+        return self._affine(self.site.rules[operator, operand], tensor)
+
+    def _affine(self, rule: Rule, tensor: Tensor | None) -> Affine | None:
+        if not isinstance(rule.codec, Affine) or discards(self.hooks) or selective():
             return None
         return None if tensor is not None and why_whole(tensor, rule) else rule.codec
 

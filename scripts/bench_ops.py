@@ -45,7 +45,8 @@ from mesa_train.training import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GROUP_SIZE = 128
-OPERATORS = tuple(triton_load.OPERATORS)
+# The one that codes several operands in a pass is the CPU's.
+OPERATORS = (*triton_load.OPERATORS, "affine_encode_parts")
 # tokens, width and hidden width of the model whose shapes are measured.
 SHAPES = {"cpu": (16 * 197, 384, 1536), "cuda": (128 * 197, 768, 3072)}
 # More than the last-level cache of a GPU, or of the cores a process has.
@@ -109,9 +110,9 @@ def main(
     console.print(f"rows in {os.path.relpath(out)}", highlight=False, soft_wrap=True)
 
 
-def offered(device: str) -> list[str]:
-    """The operators that are used on a kind of device: forwards that make codes are for GPUs."""
-    return [n for n, m in triton_load.OPERATORS.items() if device != "cpu" or "forward" not in m]
+def offered(device: str) -> tuple[str, ...]:
+    """The operators that are used on a kind of device."""
+    return OPERATORS if device == "cpu" else tuple(triton_load.OPERATORS)
 
 
 def backend(operator: str, device: str) -> str:
@@ -135,12 +136,12 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
         return torch.randn(*shape, device=device).to(dtype)
 
     x, grad = normal(tokens, hidden), normal(tokens, hidden)
-    q = normal(tokens, 3 * width)[:, :width]
+    qkv = normal(tokens, 3 * width)
     stream, upstream = normal(tokens, width, dtype=torch.float32), normal(tokens, width)
     mean, rstd = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
     weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
     for b in bits:
-        yield from encode_cases(b, x, q, stream, (mean, rstd), (weight, bias))
+        yield from encode_cases(b, x, qkv, stream, (mean, rstd), (weight, bias))
         coded = ops.affine_encode.default(x, b, GROUP_SIZE, False, 0)
         x_hat = ops.affine_encode.default(stream, b, GROUP_SIZE, False, 0)
         yield Case(
@@ -181,13 +182,39 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
             partial(ops.activation_pair.default, grad, *coded, b, "gelu"),
             (grad, *coded),
         )
+        yield from softmax_cases(b, normal(tokens * (width // 64), 197))
+    yield Case(
+        "scale_backward",
+        "layer scale",
+        partial(ops.scale_backward.default, stream, weight, x.dtype),
+        (stream,),
+    )
     yield from mask_cases(x, grad)
+
+
+def softmax_cases(b: int, scores: Tensor) -> Iterator[Case]:
+    """The calls on attention's weights, in `b` bits."""
+    ops = torch.ops.mesa_train
+    code = b, GROUP_SIZE, False, 0
+    coded = ops.affine_encode.default(scores.softmax(1), *code)
+    yield Case(
+        "softmax_encode",
+        f"attention's weights, {b} bits",
+        partial(ops.softmax_encode.default, scores, scores.dtype, *code),
+        (scores,),
+    )
+    yield Case(
+        "softmax_backward",
+        f"attention's weights, {b} bits",
+        partial(ops.softmax_backward.default, scores, *coded, b),
+        (scores, *coded),
+    )
 
 
 def encode_cases(
     b: int,
     x: Tensor,
-    q: Tensor,
+    qkv: Tensor,
     stream: Tensor,
     statistics: tuple[Tensor, Tensor],
     parameters: tuple[Tensor, Tensor],
@@ -198,13 +225,19 @@ def encode_cases(
     for stochastic in (False, True):
         how = f"{b} bits, {'stochastic' if stochastic else 'nearest'}"
         code = b, GROUP_SIZE, stochastic, 0
-        for name, part in (("hidden", x), ("q in packed qkv", q)):
+        for name, part in (("hidden", x), ("v in packed qkv", qkv[:, -len(weight) :])):
             yield Case(
                 "affine_encode",
                 f"{name}, {how}",
                 partial(ops.affine_encode.default, part, *code),
                 (part,),
             )
+        yield Case(
+            "affine_encode_parts",
+            f"q, k and v in packed qkv, {how}",
+            partial(ops.affine_encode_parts.default, qkv, 3, *code),
+            (qkv,),
+        )
         yield Case(
             "normalized_encode",
             f"float32, {how}",
@@ -214,7 +247,7 @@ def encode_cases(
         yield Case(
             "norm_encode",
             f"layer norm, {how}",
-            partial(ops.norm_encode.default, stream, weight, bias, 1e-6, True, x.dtype, *code),
+            partial(ops.norm_encode.default, stream, weight, bias, 1e-6, True, stream.dtype, *code),
             (stream,),
         )
         yield Case(
@@ -304,7 +337,7 @@ def copying(case: Case, moved: int) -> Callable[[], Any]:
 def measure(case: Case, small: Case, rounds: int, timer: Timer) -> records.Row:
     """The row of one call; `small` is the same on a few rows."""
     result = case.call()
-    writes = result if isinstance(result, tuple) else (result,)
+    writes = (result,) if isinstance(result, Tensor) else result
     moved = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])
     copies_of = copying(case, moved), copying(small, moved * FEW // len(case.reads[0]))
     times, copies, host = timer((case.call, small.call), copies_of, rounds)

@@ -58,6 +58,12 @@ class Affine:
         kernels.load()
         return _ops.affine_encode.default(x, *self._code())
 
+    def encode_parts(self, x: Tensor, parts: int) -> list[Codes]:
+        """`encode` of each of the `parts` equal shares of the columns of (rows, cols), in one pass."""
+        kernels.load()
+        tensors = _ops.affine_encode_parts.default(x, parts, *self._code())
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Codes:
         """Codes of (x - mean) * rstd, with mean and rstd (rows,); mean None does not centre."""
         kernels.load()

@@ -7,6 +7,7 @@
 #include "cpu_bitmask.h"
 #include "cpu_decode.h"
 #include "cpu_encode.h"
+#include "cpu_forward.h"
 #include "cpu_norm.h"
 #include "cpu_rowwise.h"
 
@@ -15,9 +16,21 @@ namespace {
 
 std::tuple<Tensor, Tensor> affine_encode(const Tensor& x, int64_t bits, int64_t group_size,
                                          bool stochastic, int64_t seed) {
+  const Codes out = encode_plain(Matrix("x", x), {bits, group_size, stochastic, seed});
+  return {out.parts[0].codes, out.parts[0].scales};
+}
+
+std::vector<Tensor> affine_encode_parts(const Tensor& x, int64_t parts, int64_t bits,
+                                        int64_t group_size, bool stochastic, int64_t seed) {
   const Matrix matrix("x", x);
-  return encode(matrix, bits, group_size, {stochastic, static_cast<uint32_t>(seed)},
-                [&]<typename T>(T, int64_t row) { return Plain<T>{matrix.row<T>(row)}; });
+  STD_TORCH_CHECK(parts >= 1 && matrix.cols % parts == 0, "parts must divide the columns of x, got ",
+                  parts, " and ", matrix.cols, " columns");
+  std::vector<Tensor> tensors;
+  const Codes out = encode_plain(matrix, {bits, group_size, stochastic, seed}, parts);
+  for (const Codes::Part& part : out.parts) {
+    tensors.push_back(part.codes), tensors.push_back(part.scales);
+  }
+  return tensors;
 }
 
 std::tuple<Tensor, Tensor> normalized_encode(const Tensor& x, const std::optional<Tensor>& mean,
@@ -25,11 +38,70 @@ std::tuple<Tensor, Tensor> normalized_encode(const Tensor& x, const std::optiona
                                              bool stochastic, int64_t seed) {
   const Matrix matrix("x", x);
   const Vector means("mean", mean, matrix.rows), rstds("rstd", rstd, matrix.rows);
-  return encode(matrix, bits, group_size, {stochastic, static_cast<uint32_t>(seed)},
-                [&]<typename T>(T, int64_t row) {
-                  return Normalized<T>{matrix.row<T>(row), means.data ? means.data[row] : 0.0f,
-                                       rstds.data[row]};
-                });
+  const Codes out = encode_normalized(matrix, means.data, rstds.data,
+                                      {bits, group_size, stochastic, seed});
+  return {out.parts[0].codes, out.parts[0].scales};
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_encode(const Tensor& x, const std::string& kind,
+                                                     int64_t bits, int64_t group_size,
+                                                     bool stochastic, int64_t seed) {
+  const Activation& act = find_activation(kind);
+  const Matrix matrix("x", x);
+  const Output y(matrix.rows, matrix.cols, x.scalar_type(), matrix.type);
+  ActivateValues values = nullptr;
+  with_dtype(matrix.type, [&]<typename T>(T t) { values = act.of(t).values; });
+  const Codes out = encode_plain(matrix, {bits, group_size, stochastic, seed}, 1, [&] {
+    return std::make_unique<ActivationForward>(matrix, y, values);
+  });
+  return {y.result(), out.parts[0].codes, out.parts[0].scales};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_encode(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    double eps, bool centered, ScalarType dtype, int64_t bits, int64_t group_size, bool stochastic,
+    int64_t seed) {
+  const Matrix matrix("x", x);
+  const int64_t rows = matrix.rows, cols = matrix.cols;
+  const Vector weights("weight", weight, cols), biases("bias", bias, cols);
+  const std::vector<float> ones(weights.data ? 0 : cols + PAIR, 1.0f);
+  const std::vector<float> zeros(biases.data ? 0 : cols + PAIR);
+  const Output y(rows, cols, dtype, written_as(dtype));
+  const Tensor rstd = empty({rows}, ScalarType::Float);
+  std::vector<float> means(centered ? rows : 0);
+  NormForward::Task task{matrix,
+                         y,
+                         centered ? means.data() : nullptr,
+                         static_cast<float*>(rstd.mutable_data_ptr()),
+                         weights.data ? weights.data : ones.data(),
+                         biases.data ? biases.data : zeros.data(),
+                         static_cast<float>(eps),
+                         nullptr,
+                         nullptr};
+  with_dtype(matrix.type, [&]<typename T>(T) {
+    task.statistics = norm_statistics<T>;
+    with_dtype(written_as(dtype), [&]<typename U>(U) { task.values = norm_values<T, U>; });
+  });
+  const Codes out = encode_normalized(matrix, task.mean, task.rstd,
+                                      {bits, group_size, stochastic, seed},
+                                      [&] { return std::make_unique<NormForward>(task); });
+  return {y.result(), rstd, out.parts[0].codes, out.parts[0].scales};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_encode(const Tensor& x, ScalarType dtype, int64_t bits,
+                                                  int64_t group_size, bool stochastic,
+                                                  int64_t seed) {
+  const Matrix matrix("x", x);
+  const Output y(matrix.rows, matrix.cols, dtype, written_as(dtype));
+  const Matrix weights("y", y.tensor);
+  Besides besides;
+  with_dtype(matrix.type, [&]<typename T>(T) {
+    with_dtype(weights.type, [&]<typename U>(U) {
+      besides = [&] { return std::make_unique<SoftmaxForward<T, U>>(matrix, y); };
+    });
+  });
+  const Codes out = encode_plain(weights, {bits, group_size, stochastic, seed}, 1, besides);
+  return {y.result(), out.parts[0].codes, out.parts[0].scales};
 }
 
 Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
@@ -180,9 +252,8 @@ Tensor bitmask_encode(const Tensor& mask) {
                   torch::headeronly::toString(mask.scalar_type()));
   const Tensor source = torch::stable::contiguous(mask);
   const uint8_t* const from = static_cast<const uint8_t*>(source.const_data_ptr());
-  return encode_flags(source.numel(), [&](int64_t begin, uint8_t* flags, int64_t n) {
-    std::memcpy(flags, from + begin, n);
-  });
+  return encode_flags(source.numel(),
+                      [&](int64_t begin, int64_t, uint8_t*) { return from + begin; });
 }
 
 Tensor bitmask_positive(const Tensor& x) {
@@ -191,15 +262,17 @@ Tensor bitmask_positive(const Tensor& x) {
   const void* const data = source.const_data_ptr();
   if (x.scalar_type() == ScalarType::Double) {  // A float32 would lose the smallest numbers above 0.
     const double* const from = static_cast<const double*>(data);
-    return encode_flags(source.numel(), [&](int64_t begin, uint8_t* flags, int64_t n) {
+    return encode_flags(source.numel(), [&](int64_t begin, int64_t n, uint8_t* flags) {
       for (int64_t i = 0; i < n; ++i) flags[i] = from[begin + i] > 0;
+      return flags;
     });
   }
   std::optional<Tensor> bits;
   with_dtype(x.scalar_type(), [&]<typename T>(T) {
     const auto* const from = static_cast<const typename T::Raw*>(data);
-    bits = encode_flags(source.numel(), [&](int64_t begin, uint8_t* flags, int64_t n) {
+    bits = encode_flags(source.numel(), [&](int64_t begin, int64_t n, uint8_t* flags) {
       positive<T>(from + begin, flags, n);
+      return flags;
     });
   });
   return *bits;
@@ -240,8 +313,12 @@ Tensor bitmask_apply(const Tensor& grad, const Tensor& bits, double scale) {
 
 STABLE_TORCH_LIBRARY_IMPL(mesa_train, CPU, m) {
   m.impl("affine_encode", TORCH_BOX(&affine_encode));
+  m.impl("affine_encode_parts", TORCH_BOX(&affine_encode_parts));
   m.impl("affine_decode", TORCH_BOX(&affine_decode));
   m.impl("normalized_encode", TORCH_BOX(&normalized_encode));
+  m.impl("norm_encode", TORCH_BOX(&norm_encode));
+  m.impl("activation_encode", TORCH_BOX(&activation_encode));
+  m.impl("softmax_encode", TORCH_BOX(&softmax_encode));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("activation_decode", TORCH_BOX(&activation_decode));
   m.impl("activation_backward", TORCH_BOX(&activation_backward));

@@ -5,13 +5,27 @@
 
 namespace mesa {
 
-// n flags (0 or 1, one a byte) to ceil(n / 8) bytes. Reads up to 7 flags past n.
+// n flags (0 or 1, one a byte) to ceil(n / 8) bytes.
 inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict bytes, int64_t n) {
-  for (int64_t i = 0; i < (n + 7) / 8; ++i) {
-    uint64_t w;
-    std::memcpy(&w, flags + 8 * i, 8);
+  int64_t i = 0;
+#if defined(MESA_AVX512)
+  for (; i + 64 <= n; i += 64) {
+    const __m512i x = _mm512_loadu_si512(flags + i);
+    prefetch(flags + i + AHEAD);
+    store(bytes + i / 8, _cvtmask64_u64(_mm512_test_epi8_mask(x, x)));
+  }
+#elif defined(__AVX2__)
+  for (; i + 32 <= n; i += 32) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(flags + i));
+    prefetch(flags + i + AHEAD);
+    store(bytes + i / 8, _mm256_movemask_epi8(_mm256_slli_epi16(x, 7)));
+  }
+#endif
+  for (; i < n; i += 8) {
+    uint64_t w = 0;
+    std::memcpy(&w, flags + i, std::min<int64_t>(8, n - i));
     // Flag k stands at bit 8k; of the product's terms only its own, 2**(56 - 7k), lifts it to 56 + k.
-    bytes[i] = static_cast<uint8_t>((w * 0x0102040810204080u) >> 56);
+    bytes[i / 8] = static_cast<uint8_t>((w * 0x0102040810204080u) >> 56);
   }
 }
 
@@ -73,16 +87,14 @@ void parallel_pieces(int64_t numel, const Run& run) {
                               });
 }
 
-// flag(begin, flags, n) writes 0 or 1 for each of n elements.
-template <typename Flag>
-Tensor encode_flags(int64_t numel, const Flag& flag) {
+// flags(begin, n, room) are 0 or 1 for each of n elements: in `room`, if they are not somewhere already.
+template <typename Flags>
+Tensor encode_flags(int64_t numel, const Flags& flags) {
   Tensor bits = empty({ceil_div(numel, 8)}, ScalarType::Byte);
   uint8_t* const bytes = static_cast<uint8_t*>(bits.mutable_data_ptr());
   parallel_pieces(numel, [&](int64_t begin, int64_t n) {
-    uint8_t flags[STRETCH + 8];
-    flag(begin, flags, n);
-    std::memset(flags + n, 0, 8);
-    pack_flags(flags, bytes + begin / 8, n);
+    uint8_t room[STRETCH];
+    pack_flags(flags(begin, n, room), bytes + begin / 8, n);
   });
   return bits;
 }

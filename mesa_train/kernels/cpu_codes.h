@@ -65,22 +65,17 @@ struct Normalized {
 
 // --- the ends of a group ---
 
-// Bits of a float in an order where integers compare like the numbers: -0.0 is below 0.0, and NaN and
-// infinity are at the ends, where one test a group finds them. Its own inverse.
-template <typename I>
-inline I ordered(I bits) {
-  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
-}
-
+// Bits of floats: of the lowest and the highest, or of a NaN or an infinity where there is one.
 struct Ends {
-  int32_t low, high;
+  uint32_t low, high;
 };
 
-// Without that order for each element: the largest as unsigned integers is the lowest number where
+// Integers compare like numbers but for the order of negative ones, and NaN and infinity are at the
+// ends, where one test a group finds them: the largest as unsigned integers is the lowest number where
 // there is a negative one, and the largest as signed integers the highest where there is another. Of
 // n elements in steps of a vector of unsigned integers, `bits_at(i)`: the high bits of their floats.
 template <typename Signed, typename BitsAt>
-inline Ends find_ends(int64_t n, const BitsAt& bits_at) {
+inline Ends scan_ends(int64_t n, const BitsAt& bits_at) {
   using Bits = decltype(bits_at(0));
   constexpr int64_t step = sizeof(Bits) / sizeof(Bits{}[0]);
   constexpr int width = 8 * sizeof(Bits{}[0]);
@@ -88,12 +83,14 @@ inline Ends find_ends(int64_t n, const BitsAt& bits_at) {
   const Bits flip = sign - Bits{};
   Signed as_signed = std::bit_cast<Signed>(bits_at(0));
   Bits as_unsigned = bits_at(0);
-  for (int64_t i = step; i < n; i += step) {
-    const Bits bits = bits_at(std::min(i, n - step));
+  const auto visit = [&](Bits bits) {
     const Signed key = std::bit_cast<Signed>(bits);
     as_signed = as_signed > key ? as_signed : key;
     as_unsigned = as_unsigned > bits ? as_unsigned : bits;
-  }
+  };
+  int64_t next = step;
+  for (; next + step <= n; next += step) visit(bits_at(next));
+  if (next < n) visit(bits_at(n - step));
   uint32_t high = largest(std::bit_cast<Bits>(as_signed) ^ flip) ^ sign;
   uint32_t low = largest(as_unsigned);
   if (high >= sign || low < sign) [[unlikely]] {
@@ -104,19 +101,27 @@ inline Ends find_ends(int64_t n, const BitsAt& bits_at) {
     }
     (high >= sign ? high : low) = ~largest(inverted) & ones;
   }
-  return {ordered(static_cast<int32_t>(low << (32 - width))),
-          ordered(static_cast<int32_t>(high << (32 - width)))};
+  return {low << (32 - width), high << (32 - width)};
 }
 
 template <typename Source>
 inline Ends find_ends(const Source& x, int64_t n) {
-  return find_ends<Ints>(n, [&](int64_t i) { return as_words(x.at(i)); });
+  return scan_ends<Ints>(n, [&](int64_t i) { return as_words(x.at(i)); });
 }
 
 // Of bfloat16 as it is, twice as many at once.
 inline Ends find_ends(const Plain<BFloat16>& x, int64_t n) {
   using SignedHalves = int16_t __attribute__((vector_size(4 * LANES)));
-  return find_ends<SignedHalves>(n, [&](int64_t i) { return load<Halves>(x.x + i); });
+  return scan_ends<SignedHalves>(n, [&](int64_t i) { return load<Halves>(x.x + i); });
+}
+
+// To subtract and to multiply keep an order, rounded or not: the ends are those of what is normalised.
+template <typename T>
+inline Ends find_ends(const Normalized<T>& x, int64_t n) {
+  const Ends raw = find_ends(Plain<T>{x.x}, n);
+  const uint32_t low = as_bits((as_float(raw.low) - x.mean) * x.rstd);
+  const uint32_t high = as_bits((as_float(raw.high) - x.mean) * x.rstd);
+  return x.rstd < 0 ? Ends{high, low} : Ends{low, high};
 }
 
 // --- the grids of the groups that are coded together ---
@@ -134,12 +139,11 @@ struct Grids {
     constexpr float largest = std::numeric_limits<float>::max();
     const float levels = static_cast<float>((1 << bits) - 1);
     for (int64_t g = 0; g < ROOM; ++g) {
-      const int32_t low = ends[g].low, high = ends[g].high;
-      const uint32_t least = static_cast<uint32_t>(ordered(low));
-      const float most = as_float(static_cast<uint32_t>(ordered(high)));
+      const uint32_t low = ends[g].low, high = ends[g].high;
+      const float most = as_float(high);
 
-      uint32_t down = least & 0xFFFF0000u;
-      down += low < 0 && down != least ? 0x10000u : 0u;
+      uint32_t down = low & 0xFFFF0000u;
+      down += low >> 31 && down != low ? 0x10000u : 0u;
       down = down == 0x80000000u ? 0u : down;
       down = down == 0xFF800000u ? 0xFF7F0000u : down;
       const float bottom = as_float(down);
@@ -152,7 +156,7 @@ struct Grids {
       up = as_float(up) < std::numeric_limits<float>::min() ? 0u : up;
 
       // Masks, because the vectoriser gives up on a float that is stored conditionally.
-      const uint32_t finite = low > ~0x7F800000 && high < 0x7F800000 ? ~0u : 0u;
+      const uint32_t finite = ~low & 0x7F800000u && ~high & 0x7F800000u ? ~0u : 0u;
       const uint32_t positive = up ? finite : 0u;
       zero[g] = as_float(down & finite);
       inverse[g] = as_float(as_bits(1.0f / as_float(up)) & positive);

@@ -117,10 +117,22 @@ void activate(const Piece& p) {
 
 using Activate = void (*)(const Piece&);
 
-// Of one dtype: at 8 bits, and at fewer.
+// The activation of n values that were never codes: a forward, whose error is nobody's rounding.
+template <typename T, typename Kind>
+void activate_values(const void* from, void* to, int64_t n) {
+  using Raw = typename T::Raw;
+  const typename Evaluator<Kind, Float32>::Type kind;
+  map_all<T, T>(static_cast<const Raw*>(from), static_cast<Raw*>(to), n,
+                [&](Floats x, int64_t) { return kind.template value<Float32>(x); });
+}
+
+using ActivateValues = void (*)(const void*, void*, int64_t);
+
+// Of one dtype: from codes at 8 bits, and at fewer; from values.
 template <typename T>
 struct Passes {
   Activate value[2], backward[2], pair[2];
+  ActivateValues values;
 };
 
 template <typename Kind, typename T>
@@ -129,7 +141,8 @@ constexpr Passes<T> passes() {
   using Short = Tabled<Kind, T>;
   return {{activate<T, Long, false, true>, activate<T, Short, false, true>},
           {activate<T, Long, true, false>, activate<T, Short, true, false>},
-          {activate<T, Long, true, true>, activate<T, Short, true, true>}};
+          {activate<T, Long, true, true>, activate<T, Short, true, true>},
+          activate_values<T, Kind>};
 }
 
 struct Activation {

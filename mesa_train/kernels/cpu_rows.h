@@ -79,18 +79,20 @@ struct Matrix {
       tensor = torch::stable::contiguous(t);
     }
     data_ = static_cast<const char*>(tensor.const_data_ptr());
-    stride_ = tensor.stride(0) * tensor.element_size();
+    width_ = tensor.element_size();
+    stride_ = tensor.stride(0) * width_;
   }
   template <typename T>
   const typename T::Raw* row(int64_t row) const {
     return reinterpret_cast<const typename T::Raw*>(data_ + row * stride_);
   }
+  const void* at(int64_t row, int64_t col) const { return data_ + row * stride_ + col * width_; }
   // Whether there is something else between rows.
-  bool scattered() const { return stride_ != cols * static_cast<int64_t>(tensor.element_size()); }
+  bool scattered() const { return stride_ != cols * width_; }
 
  private:
   const char* data_;
-  int64_t stride_;
+  int64_t width_, stride_;  // bytes
 };
 
 // A fresh (rows, cols) tensor, written row by row as `type`: float32 on the way to another dtype.
@@ -101,12 +103,14 @@ struct Output {
       : tensor(empty({rows, cols}, type)), dtype_(dtype) {
     check_floating("dtype", dtype);
     data_ = static_cast<char*>(tensor.mutable_data_ptr());
-    stride_ = cols * tensor.element_size();
+    width_ = tensor.element_size();
+    stride_ = cols * width_;
   }
   template <typename T>
   typename T::Raw* row(int64_t row) const {
     return reinterpret_cast<typename T::Raw*>(data_ + row * stride_);
   }
+  void* at(int64_t row, int64_t col) const { return data_ + row * stride_ + col * width_; }
   Tensor result() const {
     return tensor.scalar_type() == dtype_ ? tensor : cast(tensor, dtype_);
   }
@@ -114,7 +118,7 @@ struct Output {
  private:
   ScalarType dtype_;
   char* data_;
-  int64_t stride_;
+  int64_t width_, stride_;  // bytes
 };
 
 inline ScalarType written_as(ScalarType dtype) {
@@ -176,15 +180,17 @@ struct Stretch {
 };
 
 // body(for_each) runs once a thread, so that it can own its buffers; for_each visits its stretches.
+// whole: a thread gets whole rows.
 template <typename Body>
-void parallel_stretches(int64_t rows, const Layout& layout, const Body& body) {
+void parallel_stretches(int64_t rows, const Layout& layout, bool whole, const Body& body) {
   if (rows == 0 || layout.cols == 0) return;
-  const int64_t length = std::min(layout.stretch, layout.cols) * layout.together;
+  const int64_t unit = whole ? layout.stretches : 1;
+  const int64_t length = whole ? layout.cols : std::min(layout.stretch, layout.cols);
   torch::stable::parallel_for(
-      0, ceil_div(rows, layout.together) * layout.stretches, std::max<int64_t>(1, GRAIN / length),
-      [&](int64_t begin, int64_t end) {
+      0, ceil_div(rows, layout.together) * layout.stretches / unit,
+      std::max<int64_t>(1, GRAIN / (length * layout.together)), [&](int64_t begin, int64_t end) {
         body([&](const auto& visit) {
-          for (int64_t i = begin; i < end; ++i) {
+          for (int64_t i = begin * unit; i < end * unit; ++i) {
             const int64_t row = i / layout.stretches * layout.together;
             const int64_t group = i % layout.stretches * layout.stretch_groups;
             const int64_t col = group * layout.size;
@@ -194,6 +200,11 @@ void parallel_stretches(int64_t rows, const Layout& layout, const Body& body) {
           }
         });
       });
+}
+
+template <typename Body>
+void parallel_stretches(int64_t rows, const Layout& layout, const Body& body) {
+  parallel_stretches(rows, layout, false, body);
 }
 
 // Codes and scales of (rows, cols), checked.

@@ -311,4 +311,17 @@ struct Padded {
   }
 };
 
+// n elements of `from`, mapped by f(value, i) to `to`.
+template <typename T, typename U, typename F>
+inline void map_all(const typename T::Raw* from, typename U::Raw* to, int64_t n, const F& f) {
+  Padded<typename T::Raw, PAIR> read;
+  Padded<typename U::Raw, PAIR> written;
+  const auto* const x = read.read(from, n);
+  auto* const y = written.write(to, n);
+  for_pairs(std::max(n, PAIR), [&](int64_t i) {
+    U::store(y + i, f(T::load(x + i), i), f(T::load(x + i + LANES), i + LANES));
+  });
+  written.finish(to, n);
+}
+
 }  // namespace mesa

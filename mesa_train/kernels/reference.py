@@ -148,6 +148,18 @@ def affine_encode(
     return codes, bits16.to(torch.int16).view(torch.bfloat16)
 
 
+def affine_encode_parts(
+    x: Tensor, parts: int, bits: int, group_size: int, stochastic: bool, seed: int
+) -> list[Tensor]:
+    """Codes and scales, in turns, of each of `parts` equal shares of the columns of (rows, cols)."""
+    cols = x.shape[1] // parts
+    coded = [
+        affine_encode(x[:, k * cols : (k + 1) * cols], bits, group_size, stochastic, seed)
+        for k in range(parts)
+    ]
+    return [tensor for pair in coded for tensor in pair]
+
+
 def _decode(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tensor:
     """Values (rows, cols) in float32."""
     size = _group_size(cols, scales.shape[1])

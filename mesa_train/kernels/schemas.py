@@ -113,6 +113,18 @@ def _affine_encode(
     return _encoded(x, bits, group_size)
 
 
+def _affine_encode_parts(
+    x: Tensor, parts: int, bits: int, group_size: int, stochastic: bool, seed: int
+) -> list[Tensor]:
+    _check_encode(x, bits, group_size)
+    torch._check(
+        parts >= 1 and x.shape[1] % parts == 0,
+        lambda: f"parts must divide the columns of x, got {parts} and {x.shape[1]} columns",
+    )
+    share = x.new_empty((x.shape[0], x.shape[1] // parts))
+    return [t for _ in range(parts) for t in _encoded(share, bits, group_size)]
+
+
 def _affine_decode(
     codes: Tensor,
     scales: Tensor,
@@ -247,6 +259,12 @@ _define(
     " -> (Tensor codes, Tensor scales)",
     _affine_encode,
     reference.affine_encode,
+)
+_define(
+    "affine_encode_parts(Tensor x, int parts, int bits, int group_size, bool stochastic, int seed)"
+    " -> Tensor[]",
+    _affine_encode_parts,
+    reference.affine_encode_parts,
 )
 _define(
     "affine_decode(Tensor codes, Tensor scales, int bits, int cols, ScalarType dtype,"

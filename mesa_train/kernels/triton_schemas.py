@@ -1,5 +1,5 @@
-"""Forwards that make their codes on the way, for GPUs: one pass over the data of a norm, an activation
-or a softmax where the plain order makes two.
+"""Forwards that make their codes on the way: one pass over the data of a norm, an activation or a
+softmax where the plain order makes two. In Triton for GPUs, in C++ for the CPU.
 
 Unlike every other operator these compute a forward, so their output is close to PyTorch's own and not
 bit for bit equal to it. Nothing uses them unless it asks for that.

@@ -21,6 +21,7 @@ from mesa_train.stash import Saved, whole
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
 from .base import Operator, derivative, sum_to
+from .packed import keep_each
 from .views import view
 
 if TYPE_CHECKING:
@@ -149,9 +150,7 @@ def attention(
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
         choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
-    first, second, third = [
-        mode.keep(t, "attention", o, WITHIN) for t, o in ((query, "q"), (key, "k"), (value, "v"))
-    ]
+    first, second, third = keep_each(mode, (query, key, value), "attention", "qkv", WITHIN)
     stashes, cast = (first, second, third), (q, k, v, mask)
     inputs = (query, key, value, attn_mask)
     call = Call(mode, stashes, cast, inputs, dropout_p, is_causal, scale)

@@ -14,6 +14,7 @@ from mesa_train.kernels import reference
 
 OPERATORS = (
     "affine_encode",
+    "affine_encode_parts",
     "affine_decode",
     "normalized_encode",
     "norm_backward",

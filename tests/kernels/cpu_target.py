@@ -5,7 +5,7 @@ import conftest
 import torch
 
 from mesa_train import kernels
-from mesa_train.kernels import reference
+from mesa_train.kernels import reference, triton_schemas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, cols, group_size): groups below, at and above a block of every width, bytes that groups share.
@@ -65,12 +65,39 @@ def gradients(ops):
                 )
 
 
+def forwards(ops):
+    for dtype in DTYPES:
+        eps = torch.finfo(dtype).eps
+        close = {"rtol": max(eps, 2e-6), "atol": 2e-5 + eps}
+        for rows, cols, size in SHAPES:
+            x = torch.randn(rows, 2 * cols).to(dtype)[:, cols:]
+            y, *coded = ops.activation_encode.default(x, "gelu", 4, size, True, 7)
+            expected = triton_schemas.activation_encode(x, "gelu", 4, size, True, 7)
+            torch.testing.assert_close(y, expected[0], **close)
+            for a, e in zip(coded, expected[1:], strict=True):
+                same(a, e)
+            args = (x, torch.randn(cols), None, 1e-6, True, dtype, 8, size, False, 7)
+            actual, expected = ops.norm_encode.default(*args), triton_schemas.norm_encode(*args)
+            for a, e in zip(actual[:2], expected[:2], strict=True):
+                torch.testing.assert_close(a, e, **close)
+            values = [
+                reference.affine_decode(*out[2:], 8, cols, dtype) for out in (actual, expected)
+            ]
+            # A step of 1/255 of a range below 8, for values that fell on its other side.
+            torch.testing.assert_close(*values, rtol=0, atol=8 / 255 + eps)
+            y, *coded = ops.softmax_encode.default(x, dtype, 8, size, False, 7)
+            torch.testing.assert_close(y, x.float().softmax(1).to(dtype), **close)
+            for a, e in zip(coded, reference.affine_encode(y, 8, size, False, 7), strict=True):
+                same(a, e)
+
+
 def main() -> None:
     kernels.load()
     assert torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode", "CPU")
     torch.manual_seed(0)
     codes(torch.ops.mesa_train)
     gradients(torch.ops.mesa_train)
+    forwards(torch.ops.mesa_train)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,31 @@ def test_native_equals_reference(native, dtype, rows, cols, group_size):
                     assert_same(a, e)
 
 
+@stochastic_param
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_have_the_codes_that_each_has_alone(native, dtype, stochastic):
+    # Groups that divide a part and not; several rows a stretch, and several stretches a row.
+    for rows, cols, group_size in (
+        (12, 33, 7),
+        (37, 384, 128),
+        (5, 4100, 64),
+        (0, 8, 4),
+        (3, 0, 4),
+    ):
+        for parts in (1, 2, 3):
+            wide = conftest.special(rows, 3 * cols, dtype)
+            x = wide[:, (3 - parts) * cols :]
+            for bits in BITS:
+                code = bits, group_size, stochastic, 12345
+                actual = native.affine_encode_parts(x, parts, *code)
+                expected = reference.affine_encode_parts(x, parts, *code)
+                alone = [native.affine_encode(p, *code) for p in x.tensor_split(parts, 1)]
+                assert len(actual) == 2 * parts
+                for a, e, own in zip(actual, expected, sum(alone, ()), strict=True):
+                    assert_same(a, e)
+                    assert_same(a, own)
+
+
 @bits_param
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_decodes_like_reference(native, bits, dtype):
@@ -124,6 +149,19 @@ def test_normalized_encode(ops, stochastic, dtype, centered):
     expected = reference.affine_encode(normalized, 8, 64, stochastic, 3)
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_normalized_encode_in_the_corners(native, dtype):
+    # Means and deviations that no norm has: the ends of a group are still those of its values.
+    for rstd in (1.0, -2.0, 0.0, -0.0, 1e30, 1e-40, float("inf"), float("nan")):
+        x = conftest.special(40, 130, dtype)
+        mean = torch.where(torch.arange(40) % 3 == 0, x[:, 5].float(), 0.25)
+        args = (x, mean, torch.full((40,), rstd), 8, 64, False, 3)
+        for a, e in zip(
+            native.normalized_encode(*args), reference.normalized_encode(*args), strict=True
+        ):
+            assert_same(a, e)
 
 
 def test_same_codes_for_any_number_of_threads(native, threads):

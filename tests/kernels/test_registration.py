@@ -19,6 +19,10 @@ def samples():
     bits = reference.bitmask_positive(x)
     return {
         "affine_encode": [(x, 4, 64, True, 1), (x.bfloat16().t(), 8, 3, False, 0)],
+        "affine_encode_parts": [
+            (x[:, :126], 3, 4, 16, True, 1),
+            (x.bfloat16(), 2, 8, 64, False, 0),
+        ],
         "affine_decode": [(*coded, 4, 130, torch.half), (*coded, 4, 130, torch.float, weight)],
         "normalized_encode": [
             (x, vector, vector, 2, 64, False, 0),
@@ -53,7 +57,7 @@ def test_meta_tensors_have_the_same_shapes(name):
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
     def layout(out):
-        out = out if isinstance(out, tuple) else (out,)
+        out = (out,) if isinstance(out, torch.Tensor) else out
         return [(t.shape, t.stride(), t.dtype) for t in out]
 
     for args in samples()[name]:
@@ -103,6 +107,8 @@ REFUSED = [
     ("affine_encode", (X.int(), 8, 64, False, 0), "x must be a floating-point tensor"),
     ("affine_encode", (X, 3, 64, False, 0), r"bits must be one of \(8, 4, 2\), got 3"),
     ("affine_encode", (X, 8, 0, False, 0), "group_size must be at least 1, got 0"),
+    ("affine_encode_parts", (X, 3, 8, 64, False, 0), "parts must divide the columns of x, got 3"),
+    ("affine_encode_parts", (X, 0, 8, 64, False, 0), "parts must divide the columns of x, got 0"),
     ("normalized_encode", (X, None, X[0], 8, 64, False, 0), "rstd must have 4 elements, got 64"),
     ("normalized_encode", (X, X, X[:, 0], 8, 64, False, 0), "mean must be 1-D"),
     ("affine_decode", (*CODED, 8, 65, torch.float), "codes must have 65 bytes a row"),

@@ -1,5 +1,7 @@
 """Forwards that make their codes on the way: close to PyTorch's own, codes of what they computed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,14 @@ SHAPES = ((1, 1, 1), (9, 1, 64), (12, 33, 7), (5, 197, 128), (9, 384, 128), (7, 
 OPERATORS = ("norm_encode", "activation_encode", "softmax_encode")
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def forward(request):
     if request.param == "reference":
         return triton_schemas
-    request.getfixturevalue("triton")
-    return triton_interpreter.forwards()
+    request.getfixturevalue(request.param)
+    if request.param == "triton":
+        return triton_interpreter.forwards()
+    return SimpleNamespace(**{n: getattr(torch.ops.mesa_train, n).default for n in OPERATORS})
 
 
 def same_codes(codes, expected, bits):
