@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_encode(
   const Matrix matrix("x", x);
   const int64_t rows = matrix.rows, cols = matrix.cols;
   const Vector weights("weight", weight, cols), biases("bias", bias, cols);
-  const std::vector<float> ones(weights.data ? 0 : cols + PAIR, 1.0f);
-  const std::vector<float> zeros(biases.data ? 0 : cols + PAIR);
+  const FloatVector ones(weights.data ? 0 : cols + PAIR, 1.0f);
+  const FloatVector zeros(biases.data ? 0 : cols + PAIR);
   const Output y(rows, cols, dtype, written_as(dtype));
   const Tensor rstd = empty({rows}, ScalarType::Float);
   std::vector<float> means(centered ? rows : 0);
@@ -180,14 +180,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   const int64_t rows = grads.rows, cols = grads.cols, padded = ceil_div(cols, LANES) * LANES;
   const Coded coded(codes, scales, bits, rows, cols);
   const Vector rstds("rstd", rstd, rows), weights("weight", weight, cols);
-  const std::vector<float> ones(weights.data ? 0 : padded, 1.0f);
+  const FloatVector ones(weights.data ? 0 : padded, 1.0f);
   const NormShape shape{cols,     padded, coded.layout.groups, coded.layout.size,
                         centered, weights.data ? weights.data : ones.data()};
   // Another dtype than grad's is rare: float32 on the way to it is exact.
   const bool same = dtype == grads.type;
   const Output dx(rows, cols, dtype, same ? dtype : ScalarType::Float);
   const int64_t block = std::max<int64_t>(16, ceil_div(rows, 64)), blocks = ceil_div(rows, block);
-  std::vector<float> partial(blocks * 2 * padded);
+  FloatVector partial(blocks * 2 * padded);
 
   if (rows > 0 && cols > 0) {
     with_dtype(grads.type, [&]<typename T>(T) {
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward(const Tensor& grad, const Tens
   const Vector factors("scale", scale, cols);
   const Output scaled(rows, cols, dtype, written_as(dtype)), cast(rows, cols, dtype, written_as(dtype));
   const int64_t block = std::max<int64_t>(16, ceil_div(rows, 64)), blocks = ceil_div(rows, block);
-  std::vector<float> partial(blocks * padded);
+  FloatVector partial(blocks * padded);
   if (rows > 0 && cols > 0) {
     with_dtype(grads.type, [&]<typename T>(T) {
       with_dtype(written_as(dtype), [&]<typename U>(U) {

@@ -30,14 +30,18 @@ struct NormShape {
 
 template <typename T, typename U, typename Q>
 void norm_row(const NormShape& shape, const NormRow<T, U, Q>& row, float* dweight, float* dbias) {
+  // Copies, which no store can change.
   const float* const weight = shape.weight;
+  const Q* const q = row.q;
+  const auto* const upstream = row.grad;
+  auto* const dx = row.dx;
   Floats sum_d{}, sum_dx{};
   for (int64_t g = 0; g < shape.groups; ++g) {
     const int64_t begin = g * shape.size, end = std::min(begin + shape.size, shape.padded);
     const Floats scale = all(row.grids[g].scale()), zero = all(row.grids[g].zero());
     for (int64_t i = begin; i < end; i += LANES) {
-      const Floats x = fused(widened(row.q + i), scale, zero);
-      const Floats grad = T::load(row.grad + i), d = grad * load<Floats>(weight + i);
+      const Floats x = fused(widened(q + i), scale, zero);
+      const Floats grad = T::load(upstream + i), d = grad * load<Floats>(weight + i);
       store(dweight + i, fused(grad, x, load<Floats>(dweight + i)));
       store(dbias + i, grad + load<Floats>(dbias + i));
       sum_d += d;
@@ -52,13 +56,13 @@ void norm_row(const NormShape& shape, const NormRow<T, U, Q>& row, float* dweigh
     const int64_t begin = g * shape.size, end = std::min(begin + shape.size, shape.padded);
     const Floats a = all(-row.rstd * mean_dx * row.grids[g].scale());
     const Floats b = all(-row.rstd * (mean_d + mean_dx * row.grids[g].zero()));
-    const auto at = [&](int64_t i) {
-      const Floats d = T::load(row.grad + i) * load<Floats>(weight + i);
-      return fused(widened(row.q + i), a, fused(d, rstd, b));
+    const auto at = [=](int64_t i) {
+      const Floats d = T::load(upstream + i) * load<Floats>(weight + i);
+      return fused(widened(q + i), a, fused(d, rstd, b));
     };
     int64_t i = begin;
-    for (; i + PAIR <= end; i += PAIR) U::store(row.dx + i, at(i), at(i + LANES));
-    if (i < end) U::store(row.dx + i, at(i));
+    for (; i + PAIR <= end; i += PAIR) U::store(dx + i, at(i), at(i + LANES));
+    if (i < end) U::store(dx + i, at(i));
   }
 }
 

@@ -8,6 +8,7 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <memory>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -30,6 +31,20 @@ constexpr int64_t GRAIN = 32768;
 constexpr int64_t BYTES_AHEAD = 12 * 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// On whole cache lines: a vector across two takes twice as long to load or store.
+template <typename T>
+struct OnLines {
+  using value_type = T;
+  static constexpr std::align_val_t LINE{64};
+  OnLines() = default;
+  template <typename U>
+  OnLines(const OnLines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  bool operator==(const OnLines&) const = default;
+};
+using FloatVector = std::vector<float, OnLines<float>>;
 
 // --- tensors ---
 
@@ -128,7 +143,7 @@ inline ScalarType written_as(ScalarType dtype) {
 // A small vector (a weight, a bias, a row statistic) in float32, zeros for two vectors' width behind it;
 // `data` is null when it is absent.
 struct Vector {
-  std::vector<float> values;
+  FloatVector values;
   const float* data = nullptr;
 
   Vector(const char* name, const std::optional<Tensor>& t, int64_t length) {

@@ -79,7 +79,7 @@ void scale_rows(const Matrix& grads, const float* scale, int64_t begin, int64_t 
 }
 
 // Adds the partial sums of blocks of rows in order: the same bits for any number of threads.
-inline Tensor added(const std::vector<float>& partial, int64_t blocks, int64_t stride, int64_t first,
+inline Tensor added(const FloatVector& partial, int64_t blocks, int64_t stride, int64_t first,
                     int64_t cols) {
   Tensor total = empty({cols}, ScalarType::Float);
   float* const sums = static_cast<float*>(total.mutable_data_ptr());

@@ -210,8 +210,8 @@ struct BFloat16 {
   // Two vectors: one test and one store.
   static void store(Raw* to, Floats low, Floats high) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
-    if ((_mm512_fpclass_ps_mask(low, SPECIAL) | _mm512_fpclass_ps_mask(high, SPECIAL)) == 0)
-        [[likely]] {
+    if (_kortestz_mask16_u8(_mm512_fpclass_ps_mask(low, SPECIAL),
+                            _mm512_fpclass_ps_mask(high, SPECIAL))) [[likely]] {
       const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
       return std::memcpy(to, &narrow, sizeof narrow), void();
     }
