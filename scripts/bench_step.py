@@ -29,12 +29,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from mesa_train import Policy, footprint
+from mesa_train.memory import approx_bp
 from mesa_train.memory.checkpointing import NoBlocks
 from mesa_train.memory.compare import default_loss, relative_error
 from mesa_train.memory.contenders import optimizer_bytes
 from mesa_train.memory.footprint import tensors_in
 from mesa_train.memory.load import Loaded, load
-from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.methods import APPROX_BP, PLAIN
 from mesa_train.memory.peak import peak_of
 from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.memory.variants import CHOICES, COMPILE, SAVE_ON_CPU, Variant, check_variant
@@ -43,11 +44,13 @@ from mesa_train.training import records
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = "vit_small_patch16_224,deit3_small_patch16_224"
 METHODS = (
-    "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,"
+    "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,approx-bp,"
     "compile,compile-budget-0.5,compile-fp8,compile:mesa8"
 )
 # Policies that are no preset, under names of their own.
 POLICIES = {"mesa8-fused": Policy(forward="fused")}
+# What a reader has to know of a row's time.
+REMARKS = {APPROX_BP: approx_bp.REMARK}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
 BUDGET_BYTES = 24 << 30
@@ -139,6 +142,8 @@ def measure(
             rows[method] = {"method": method, "note": f"{type(reason).__name__}: {lines[0]}"}
             continue
         rows[method] = {"method": method, "kept_bytes": kept, "gradient_error": error}
+        if method in REMARKS:
+            rows[method]["remark"] = REMARKS[method]
     usable = [method for method, row in rows.items() if "note" not in row]
     times_ms: dict[str, list[float]] = {method: [] for method in usable}
     for number in range(rounds + 1):  # the first one warms up

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from mesa_train.memory.methods import CHECKPOINT, PLAIN
+from mesa_train.memory import approx_bp
+from mesa_train.memory.methods import APPROX_BP, CHECKPOINT, PLAIN
 from mesa_train.memory.variants import COMPILE, SAVE_ON_CPU, check_variant
 from mesa_train.policy import PRESETS, Policy
 
@@ -28,6 +29,7 @@ DEFAULT = (
     CHECKPOINT,
     f"mesa8+{CHECKPOINT}",
     SAVE_ON_CPU,
+    APPROX_BP,
     f"{PLAIN}+{ADAMW8BIT}",
     f"mesa8+{ADAMW8BIT}",
     # Compiling takes longest: what a limit of time cuts off should be the last of these.
@@ -47,6 +49,7 @@ _CAVEATS = {
     PURE_BF16: "bfloat16 weights, gradients and optimizer states: small updates are rounded away",
     CHECKPOINT: "exact; runs every block's forward twice",
     SAVE_ON_CPU: "exact; what is kept lies in main memory",
+    APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
     "paper": "running ranges: the first steps' ranges are those of the data seen so far",
     "lossless": "exact; the engine without codes, for comparison",
     COMPILE: "exact; the default partitioner recomputes nothing that matters here",

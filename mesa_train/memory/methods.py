@@ -1,7 +1,7 @@
 """Methods: the ways to train a model that are measured against each other, put on and taken off.
 
-A method is "plain", "checkpoint", a preset's name, a preset's name with "+checkpoint" or "+coded", or
-a Policy.
+A method is "plain", "checkpoint", "approx-bp", a preset's name, a preset's name with "+checkpoint" or
+"+coded", or a Policy.
 Whatever mesa_train had installed on the model before is back afterwards, with its report.
 """
 
@@ -14,12 +14,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from mesa_train.memory.approx_bp import ApproxBP
 from mesa_train.memory.checkpointing import checkpointed
 from mesa_train.policy import PRESETS, Policy
 from mesa_train.wrap import report_of, unwrap, wrap
 
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
+APPROX_BP = "approx-bp"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
 # A preset whose blocks are checkpointed as well.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
@@ -29,7 +31,7 @@ CODED = {f"{preset}+coded": preset for preset in PRESETS if preset != "paper"}
 
 def check_method(method: str, more: tuple[str, ...] = ()) -> None:
     """ValueError with the choices and the closest name if `method` is none, nor one of `more`."""
-    choices = (PLAIN, CHECKPOINT, *PRESETS, *BOTH, *CODED, *more)
+    choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *more)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -61,7 +63,8 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
         policy, blocks = parts(method)
         if policy is not None:
             wrap(model, policy)
-        with checkpointed(model) if blocks else contextlib.nullcontext():
+        approximate = ApproxBP() if method == APPROX_BP else contextlib.nullcontext()
+        with checkpointed(model) if blocks else approximate:
             yield
     finally:
         for module, own, attributes in before:
@@ -75,7 +78,7 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
 
 def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
     """(the policy, its name, or None; whether blocks are checkpointed)."""
-    if method in (PLAIN, CHECKPOINT):
+    if method in (PLAIN, CHECKPOINT, APPROX_BP):
         return None, method == CHECKPOINT
     if isinstance(method, str) and method in BOTH:
         return BOTH[method], True

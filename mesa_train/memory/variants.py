@@ -17,8 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mesa_train.memory.approx_bp import ApproxBP
 from mesa_train.memory.checkpointing import checkpointed
-from mesa_train.memory.methods import BOTH, CHECKPOINT, CODED, PLAIN, check_method, parts
+from mesa_train.memory.methods import (
+    APPROX_BP,
+    BOTH,
+    CHECKPOINT,
+    CODED,
+    PLAIN,
+    check_method,
+    parts,
+)
 from mesa_train.policy import PRESETS, Policy
 from mesa_train.wrap import unwrap, wrap
 
@@ -47,7 +56,7 @@ _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
     **{f"{COMPILE}:{preset}": (1.0, {}) for preset in PRESETS if preset != "paper"},
 }
 
-CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, *PRESETS, *BOTH, *CODED, *_COMPILED)
+CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, APPROX_BP, *PRESETS, *BOTH, *CODED, *_COMPILED)
 
 
 def check_variant(method: str) -> None:
@@ -88,6 +97,8 @@ class Variant:
             if self.method == SAVE_ON_CPU:
                 on_gpu = next(self.module.parameters()).is_cuda
                 stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=on_gpu))
+            if self.method == APPROX_BP:
+                stack.enter_context(ApproxBP())
             yield self.module
 
     def kept_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:

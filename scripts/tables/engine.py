@@ -39,12 +39,13 @@ def step(rows: Sequence[Row]) -> str:
             ]
         )
     any_row = newest[0]
+    remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
     return markdown(head, lines) + (
         f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
         "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
         "AdamW's states; largest batch: what is kept and those; step: forward, backward "
-        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets. "
-        f"{origin(any_row)}\n"
+        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets."
+        f"{remarks} {origin(any_row)}\n"
     )
 
 

@@ -1,0 +1,67 @@
+"""Approx-BP, a rival to measure against: GELU and SiLU that keep two bits an element.
+
+Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
+Backpropagation" (ICML 2024, arXiv 2406.16282). The forward is PyTorch's; the backward takes a
+function of four steps for the derivative, so two bits say which step an input is on. Thresholds and
+steps are those of the authors' code (github.com/yyyyychen/LowMemoryBP, lomem/csrc/activation_cuda.cu).
+
+The paper's other half is left out: norms that share their output with the Linear behind them have
+their weight and bias merged into it, so other parameters are trained and there is no gradient to
+compare. What is kept and the gradient's error are the method's own; its time is that of torch
+operators and this library's bit masks, not of the authors' CUDA kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mesa_train.codecs import bitmask
+
+REMARK = "timed with torch operators, not with its authors' CUDA kernels"
+
+# Three thresholds, and what the derivative rises by at each.
+_GELU = (
+    (-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
+    (-0.04922261145617846, 1.0979632065417297, -0.048740595085551286),
+)
+_SILU = (
+    (-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
+    (-0.04060357190528599, 1.080925428529668, -0.040321856624382146),
+)
+_STEPS: dict[Any, tuple[tuple[float, ...], tuple[float, ...]]] = {F.gelu: _GELU, F.silu: _SILU}
+
+
+class ApproxBP(TorchFunctionMode):
+    """Context manager: gelu (the exact one) and silu inside keep two bits an element."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _STEPS or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        default = len(args) == 1 and all(v in ("none", False) for v in kwargs.values())
+        if not default or not args[0].requires_grad:
+            return func(*args, **kwargs)
+        return _Stepped.apply(args[0], func)
+
+
+class _Stepped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, func: Any) -> Tensor:
+        (low, middle, high), ctx.rises = _STEPS[func]
+        upper, inner = x > middle, (x > low) & (x <= high)
+        ctx.save_for_backward(bitmask.encode(upper), bitmask.encode(inner))
+        return func(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        upper, inner = (bitmask.decode(bits, tuple(grad.shape)) for bits in ctx.saved_tensors)
+        first, second, third = ctx.rises
+        beyond = torch.where(upper, first + second + third, 0.0)
+        slope = torch.where(inner, torch.where(upper, first + second, first), beyond)
+        return grad * slope.to(grad.dtype), None
