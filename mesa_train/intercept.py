@@ -96,6 +96,8 @@ class Interception(TorchFunctionMode):
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
         row = table.ROWS.get(func)
+        if row is None and not torch.compiler.is_compiling():
+            row = table.EAGER.get(func)
         if row is not None:
             result = row(self, func, *args, **kwargs)
             if result is not NotImplemented:

@@ -46,6 +46,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .vit22b_init import initialise
+from .vit22b_tokens import cut, gathered, joined, scattered
 
 QK_NORMS = ("rms", "layer", "none")
 GELUS = ("tanh", "none")
@@ -69,11 +70,13 @@ class GroupedInput(nn.Module):
     weight: (heads * (3 head_dim + share), dim), grouped per head; mlp_bias: (heads * share,).
     A shard of whole heads may stand in for either. Input (..., dim); returns q, k, v
     (..., heads, head_dim) and m (..., heads, share), views of one product.
-    mesh: the tensor-parallel ranks that share the heads, or None.
+    mesh: the tensor-parallel ranks that share the heads, or None. sequence: whether y is cut over
+    them along the tokens (`vit22b_tokens`).
     adapted: computes the product in the weight's place, from y and the bias, or None.
     """
 
     mesh: DeviceMesh | None = None
+    sequence = False
 
     def __init__(self, dim: int, num_heads: int, hidden: int, **made: Any) -> None:
         super().__init__()
@@ -84,17 +87,22 @@ class GroupedInput(nn.Module):
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:
         mlp_bias = local(self.mlp_bias)
-        if self.mesh is not None and y.requires_grad:
+        if self.mesh is not None and self.sequence:
+            y = gathered(y, self.mesh)
+        elif self.mesh is not None and y.requires_grad:
             # Each rank knows the gradient through its own heads. A hook, not a function of y: y
             # stays the norm's output, whose stash the matmul shares.
             y.register_hook(partial(summed, mesh=self.mesh))
         # q, k and v have no bias: zeros, which cost one row of the output.
         bias = F.pad(mlp_bias.view(-1, self.share), (3 * self.head_dim, 0)).flatten()
-        if self.adapted is None:
-            product = F.linear(y, local(self.weight), bias)
-        else:
+        if self.adapted is not None:
             product = self.adapted(y, bias)
-        parts = product.unflatten(-1, (-1, 3 * self.head_dim + self.share))
+        elif self.sequence and torch.compiler.is_compiling():
+            # The compiler joins a gather to a product without a bias, and this sum to what reads it.
+            product = F.linear(y, local(self.weight)) + bias
+        else:
+            product = F.linear(y, local(self.weight), bias)
+        parts = product.view(*product.shape[:-1], -1, 3 * self.head_dim + self.share)
         return parts.split([self.head_dim] * 3 + [self.share], dim=-1)
 
 
@@ -103,10 +111,11 @@ class GroupedOutput(nn.Module):
 
     weight: (dim, heads * (head_dim + share)), columns grouped per head; bias: (dim,).
     Input: attention's output (..., heads, head_dim) and the activated hidden (..., heads, share).
-    mesh, adapted: as for `GroupedInput`.
+    mesh, sequence, adapted: as for `GroupedInput`.
     """
 
     mesh: DeviceMesh | None = None
+    sequence = False
 
     def __init__(self, dim: int, hidden: int, **made: Any) -> None:
         super().__init__()
@@ -115,12 +124,14 @@ class GroupedOutput(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim, **made))
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        joined = torch.cat([attended, hidden], -1).flatten(-2)
+        both = torch.cat([attended, hidden], -1).flatten(-2)
         if self.adapted is not None:
-            return self.adapted(joined, self.bias)
+            return self.adapted(both, self.bias)
         if self.mesh is None:
-            return F.linear(joined, self.weight, self.bias)
-        return _Sum.apply(F.linear(joined, local(self.weight)), self.mesh) + self.bias
+            return F.linear(both, self.weight, self.bias)
+        part = F.linear(both, local(self.weight))
+        total = scattered(part, self.mesh) if self.sequence else _Sum.apply(part, self.mesh)
+        return total + self.bias
 
 
 class ParallelBlock(nn.Module):
@@ -172,7 +183,10 @@ class ViT22B(VisionTransformer):
     qk_norm: "rms", "layer" or "none". gelu: "tanh" or "none" (exact). pool_bias: whether queries, keys
     and values of the pooling head have biases. On the meta device nothing is
     initialised; see `vit22b_init.initialise`.
+    tokens: the ranks that tokens are cut over between the matmuls, or None.
     """
+
+    tokens: DeviceMesh | None = None
 
     def __init__(
         self,
@@ -235,7 +249,13 @@ class ViT22B(VisionTransformer):
         """x (B, h, w, D) to tokens (B, h * w, D), the position embedding added."""
         grid = (x.shape[1], x.shape[2])
         position = resampled(self.pos_embed, self.patch_embed.grid_size, grid)
-        return self.pos_drop(x.flatten(1, 2) + position)
+        tokens = self.pos_drop(x.flatten(1, 2) + position)
+        return tokens if self.tokens is None else cut(tokens, self.tokens)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """All tokens (B, N, D) behind the last norm."""
+        tokens = super().forward_features(x, *args, **kwargs)
+        return tokens if self.tokens is None else joined(tokens, self.tokens)
 
     def no_weight_decay(self) -> set[str]:
         """What decays in no recipe; biases and norms are left out by their dimension."""

@@ -11,6 +11,7 @@ asynchronous parallel linear operations.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,9 +47,12 @@ def check_heads(num_heads: int, tensor_parallel: int) -> None:
         )
 
 
-def shard_heads(model: ViT22B, mesh: DeviceMesh) -> ViT22B:
+def shard_heads(model: ViT22B, mesh: DeviceMesh, sequence: bool = False) -> ViT22B:
     """Tensor parallelism over a one-dimensional mesh, in place. Weights keep their names and global
-    shapes (DTensors). Before `shard_parameters`, and before memory is given."""
+    shapes (DTensors). Before `shard_parameters`, and before memory is given.
+
+    sequence: cut the tokens over the ranks too, where a block is not at its matmuls.
+    """
     block: Any
     check_heads(
         model.blocks[0].in_proj.mlp_bias.numel() // model.blocks[0].in_proj.share, mesh.size()
@@ -63,6 +67,8 @@ def shard_heads(model: ViT22B, mesh: DeviceMesh) -> ViT22B:
             cut = distribute_tensor(whole, mesh, [Shard(dim)])
             setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
         block.in_proj.mesh = block.out_proj.mesh = mesh
+        block.in_proj.sequence = block.out_proj.sequence = sequence
+    model.tokens = mesh if sequence else None
     return model
 
 
@@ -100,6 +106,7 @@ def sharded(
     device: str,
     seed: int,
     head_bias: float = -10.0,
+    sequence: bool = False,
     **fsdp: Any,
 ) -> ViT22B:
     """Cut a model on the meta device over a mesh (dp, tp), give this rank's shards memory and
@@ -109,7 +116,7 @@ def sharded(
             "build the model under torch.device('meta'), so that no rank holds it whole"
         )
     if mesh["tp"].size() > 1:
-        shard_heads(model, mesh["tp"])
+        shard_heads(model, mesh["tp"], sequence)
     shard_parameters(model, mesh["dp"], **fsdp)
     model.to_empty(device="cpu" if fsdp.get("offload") else device)
     initialise(model, seed, head_bias)
@@ -119,18 +126,13 @@ def sharded(
 def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
     """After the last backward of a step: complete the gradients, clip their norm, return it.
 
-    The gains of the query and key norms serve this rank's heads alone under tensor parallelism;
-    their gradients are summed here, all blocks' at once. The norm is over all ranks' shards.
+    The gains of the query and key norms serve this rank's heads alone under tensor parallelism, and
+    where tokens are cut the other norms and the output's bias serve its own tokens; their gradients
+    are summed here, all blocks' at once. The norm is over all ranks' shards.
     """
     mesh = model.blocks[0].in_proj.mesh
     if mesh is not None:
-        gains = [
-            _own(p.grad)
-            for block in model.blocks
-            for norm in (block.q_norm, block.k_norm)
-            for p in norm.parameters()
-            if p.grad is not None
-        ]
+        gains = [_own(p.grad) for p in _partial(model) if p.grad is not None]
         if gains:
             flat = torch.cat([g.flatten() for g in gains])
             dist.all_reduce(flat, group=mesh.get_group())
@@ -144,6 +146,19 @@ def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
             if parameter.grad is not None:
                 _own(parameter.grad).mul_(scale.to(parameter.grad.device))
     return norm
+
+
+def _partial(model: ViT22B) -> Iterator[nn.Parameter]:
+    """Whole parameters of which a tensor-parallel rank knows a part of the gradient."""
+    block: Any
+    for block in model.blocks:
+        yield from block.q_norm.parameters()
+        yield from block.k_norm.parameters()
+        if model.tokens is not None:
+            yield from block.in_norm.parameters()
+            yield block.out_proj.bias
+    if model.tokens is not None:
+        yield from model.norm.parameters()
 
 
 @torch.no_grad()

@@ -128,6 +128,9 @@ for _name in _CASTS:
 ROWS[Tensor.__getitem__] = views.view
 for _name in ("T", "mT"):
     ROWS[getattr(Tensor, _name).__get__] = views.view
+# torch.compile does not find this one in a table (torch 2.14), and fails on its own guard: rows for
+# eager calls alone.
+EAGER: dict[Any, Row] = {Tensor.unflatten: ROWS.pop(Tensor.unflatten)}
 
 
 def link() -> None:

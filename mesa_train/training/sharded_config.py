@@ -75,6 +75,8 @@ class TrainConfig:
     backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
     precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
         weights (and loses small updates: see recipes/vit22b/README.md).
+    sequence_parallel: cut tokens too over the tensor-parallel ranks. async_tensor_parallel: and pass
+        them on while the matmuls run (CUDA devices with peer access; compiles the blocks).
     offload: keep FSDP2's shards in main memory. nvme_path: folder that takes the place of the one in
         DeepSpeed's configuration, where that offloads to NVMe.
     policy: "plain" or a preset of mesa_train.
@@ -84,6 +86,8 @@ class TrainConfig:
 
     backend: str = "auto"
     tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    async_tensor_parallel: bool = False
     reshard: bool = True
     offload: bool = False
     nvme_path: str | None = None
@@ -172,6 +176,25 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
             f"{model.name}"
+        )
+    _check_tokens(model, train)
+
+
+def _check_tokens(model: ModelConfig, train: TrainConfig) -> None:
+    """ConfigError for tokens that cannot be cut."""
+    from mesa_train.models.vit22b import SIZES
+
+    if train.async_tensor_parallel and not train.sequence_parallel:
+        raise ConfigError("train.async_tensor_parallel needs train.sequence_parallel=true")
+    if not train.sequence_parallel:
+        return
+    if train.tensor_parallel == 1:
+        raise ConfigError("train.sequence_parallel needs a train.tensor_parallel above 1")
+    tokens = (model.image_size // SIZES[model.name][0]) ** 2
+    if tokens % train.tensor_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel: train.tensor_parallel={train.tensor_parallel} must divide the "
+            f"{tokens} tokens of {model.image_size} px"
         )
 
 

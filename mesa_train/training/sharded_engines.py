@@ -118,7 +118,7 @@ class Direct:
     """One process, or FSDP2 (times tensor parallelism) over all of them."""
 
     def __init__(self, config: Config, classes: int, sharded: bool) -> None:
-        from mesa_train.models import vit22b_init, vit22b_parallel
+        from mesa_train.models import vit22b_init, vit22b_parallel, vit22b_tokens
 
         train = config.train
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,12 +137,15 @@ class Direct:
                 dist.init_process_group(_COMMUNICATION[kind])
             mesh = vit22b_parallel.mesh_of(kind, dist.get_world_size(), train.tensor_parallel)
             accumulation(train, mesh["dp"].size())
+            if train.async_tensor_parallel:
+                vit22b_tokens.check_overlap(mesh["tp"])
             vit22b_parallel.sharded(
                 model,
                 mesh,
                 device=str(self.device),
                 seed=train.seed,
                 head_bias=config.model.head_bias,
+                sequence=train.sequence_parallel,
                 compute=torch.bfloat16 if half else None,
                 reshard=train.reshard,
                 offload=train.offload,
@@ -157,6 +160,8 @@ class Direct:
         if config.model.weights:
             load_weights(config, model)
         self.model: Any = install(model, train.policy, train.checkpointing)
+        if sharded and train.async_tensor_parallel:
+            vit22b_tokens.overlapped(self.model, mesh["tp"])
         self.optimizer = optimizer_of(config, self.model)
         self.pending = 0
 

@@ -32,6 +32,8 @@ TINY = RECIPE / "tiny.yaml"
         ("train.policy=mesa9", r"train\.policy must be one of .*mesa8"),
         ("train.precision=fp16", r"train\.precision must be one of no, bf16, pure_bf16"),
         ("train.tensor_parallel=3", r"train\.tensor_parallel=3 must divide the 4 heads"),
+        ("train.sequence_parallel=true", r"needs a train\.tensor_parallel above 1"),
+        ("train.async_tensor_parallel=true", r"needs train\.sequence_parallel=true"),
         ("train.steps=3", r"optim\.warmup=2 and optim\.cooldown=2 exceed train\.steps=3"),
         ("optim.lr=fast", r"optim\.lr must be float, got 'fast'"),
         ("train.global_batch=0", r"train\.global_batch must be positive"),

@@ -149,6 +149,8 @@ def test_8_bit_moments_on_shards(worker, folder):
         ("tp", EXACT),
         ("tp lossless", EXACT),
         ("tp mesa8", CODED),
+        ("tokens", EXACT),
+        ("tokens mesa8", CODED),
     ],
 )
 def test_two_processes_train_as_one(worker, single, folder, case, tolerance):
@@ -156,7 +158,7 @@ def test_two_processes_train_as_one(worker, single, folder, case, tolerance):
     assert found["world"] == 2
     assert found["global"] == [448, 64]
     assert found["local"] == [224, 64]
-    assert ("StridedShard" in found["placements"]) == case.startswith("tp")
+    assert ("StridedShard" in found["placements"]) == case.startswith(("tp", "tokens"))
     assert found["losses"] == pytest.approx(single, abs=tolerance)
     # A gradient that were not summed over the ranks would show here first.
     norms = json.loads((folder / "norms.json").read_text())

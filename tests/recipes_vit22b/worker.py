@@ -25,6 +25,13 @@ CASES = {
     "tp": {"policy": "plain", "tensor_parallel": 2, "micro_batch": 32, "save_every": 3},
     "tp lossless": {"policy": "lossless", "tensor_parallel": 2},
     "tp mesa8": {"policy": "mesa8", "tensor_parallel": 2},
+    "tokens": {"policy": "plain", "tensor_parallel": 2, "sequence_parallel": True},
+    "tokens mesa8": {
+        "policy": "mesa8",
+        "checkpointing": "coded",
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+    },
     "fsdp2 adamw8bit": {"policy": "mesa8", "optimizer": "adamw8bit", "save_every": 3},
     "fsdp2 adamw8bit resumes": {
         "policy": "mesa8",
