@@ -76,6 +76,23 @@ def model_flops(name: str, image_size: int) -> float:
     return tokens * depth * (6 * 12 * width**2 + 12 * width * tokens)
 
 
+# Dense bfloat16 multiply-adds with float32 sums, in 1e12 operations a second, from the data sheets;
+# the first name that a device's own contains.
+_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
+
+
+def peak_tflops_of(device_name: str) -> float | None:
+    """The peak arithmetic of a card in bfloat16, or None if its name is not known here."""
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
 def append_to(path: Path) -> Report:
     """A report that appends rows to a JSON-lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +116,11 @@ def _speed(config: Config, seconds: float) -> dict[str, float]:
     row: dict[str, float] = {"images_per_s": rate}
     if torch.cuda.is_available():
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if config.train.peak_tflops:
+    peak: float | None = config.train.peak_tflops
+    if not peak and torch.cuda.is_available():
+        peak = peak_tflops_of(torch.cuda.get_device_name())
+    if peak:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         flops = rate * model_flops(config.model.name, config.model.image_size)
-        row["mfu"] = flops / (config.train.peak_tflops * 1e12 * ranks)
+        row["mfu"] = flops / (peak * 1e12 * ranks)
     return row

@@ -5,13 +5,17 @@
     python recipes/vit22b/onecard.py factored --model vit_22b # 80 GB: every parameter, Adafactor
 
 Says first what memory it expects, part by part, and refuses if the card has less; then trains a few
-steps on real images in the model's resolution and says what it took.
+steps on images in the model's resolution and says what it took: peak, images/s, and the share of the
+card's peak arithmetic that the model itself needed (mfu). scripts/bench_gpu_22b.sh runs all three.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +26,8 @@ import typer
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.memory.text import format_bytes
 from mesa_train.models.vit22b import SIZES, sigmoid_loss
-from mesa_train.models.vit22b_init import initialise
 from mesa_train.policy import PRESETS
-from mesa_train.training import data, estimates, nf4_lora, sharded_loop
+from mesa_train.training import data, estimates, nf4_lora, records, sharded_loop
 from mesa_train.training.in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.in_backward import InBackward
 from mesa_train.training.schedule_rsqrt import groups
@@ -35,6 +38,7 @@ from mesa_train.training.sharded_engines import check_precision, install
 from mesa_train.training.sharded_plan import method_of
 
 METHODS = ("nf4", *IN_BACKWARD)
+RANDOM = "random"
 
 
 def main(
@@ -50,22 +54,35 @@ def main(
     policy: Annotated[str, typer.Option(help="plain, or a preset of mesa_train.")] = "mesa8",
     checkpointing: Annotated[str, typer.Option(help="none, block or coded.")] = "coded",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
-    peak_tflops: Annotated[float, typer.Option(help="Of the card; 0 leaves mfu out.")] = 0.0,
+    images: Annotated[
+        str, typer.Option(help="mnist5k, digits, or random: noise of 3 channels, 1,000 classes.")
+    ] = "mnist5k",
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="Of the card in bfloat16; default: by its name, if known.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Results.")] = Path("runs/vit22b/onecard"),
 ) -> None:
     """Train a few steps."""
     try:
-        check(method, model, policy, checkpointing)
+        check(method, model, policy, checkpointing, images)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kept = method_of(policy, checkpointing)
         found = estimates.one_card(model, method, image_size, batch_size, kept, rank)
         predicted = estimates.components(found)
         print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
         check_room(sum(predicted.values()), batch_size, device)
-        net = build(method, model, image_size, weights, device, rank)
+        shape = (3, 1000) if images == RANDOM else (1, 10)
+        net = build(method, model, image_size, shape, weights, device, rank)
         net.train().set_grad_checkpointing(checkpointing != "none")
         install(net, policy, checkpointing)
-        losses, seconds = run(net, method, image_size, batch_size, steps, lr, device)
+        drawn = batches(images, batch_size, image_size, device)
+        losses, seconds = run(net, method, drawn, steps, lr, device)
+    except torch.OutOfMemoryError:
+        taken = format_bytes(torch.cuda.max_memory_allocated())
+        raise SystemExit(
+            f"error: out of memory at {taken}, where {format_bytes(sum(predicted.values()))} were "
+            f"expected; take fewer images than {batch_size}"
+        ) from None
     except (ConfigError, CheckpointError, ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     rate = batch_size / sorted(seconds)[len(seconds) // 2]
@@ -80,8 +97,13 @@ def main(
         "images_per_s": rate,
         "predicted_bytes": predicted,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "images": images,
+        "seconds": [round(s, 3) for s in seconds],
+        "command": shlex.join(["python", "recipes/vit22b/onecard.py", *sys.argv[1:]]),
+        **records.provenance(device),
     }
+    if peak_tflops is None and device == "cuda":
+        peak_tflops = sharded_loop.peak_tflops_of(torch.cuda.get_device_name())
     if peak_tflops:
         flops = rate * sharded_loop.model_flops(model, image_size)
         row["mfu"] = flops / (peak_tflops * 1e12)
@@ -89,12 +111,13 @@ def main(
     print(json.dumps(row, indent=1))
 
 
-def check(method: str, model: str, policy: str, checkpointing: str) -> None:
+def check(method: str, model: str, policy: str, checkpointing: str, images: str) -> None:
     """ValueError or ConfigError for what cannot be run, before memory is spent."""
     one_of("method", method, METHODS)
     one_of("model", model, SIZES)
     one_of("policy", policy, ("plain", *PRESETS))
     one_of("checkpointing", checkpointing, CHECKPOINTING)
+    one_of("images", images, (*data.BUILTIN, RANDOM))
     if checkpointing == "coded" and policy == "plain":
         raise ValueError("checkpointing=coded needs a policy other than plain")
     check_precision("pure_bf16")
@@ -112,36 +135,65 @@ def check_room(expected: int, batch: int, device: str) -> None:
         )
 
 
-def build(method: str, name: str, size: int, weights: Path | None, device: str, rank: int) -> Any:
-    """The model on the device, in 4 bits or bfloat16, from weights or random."""
+def build(
+    method: str,
+    name: str,
+    size: int,
+    shape: tuple[int, int],
+    weights: Path | None,
+    device: str,
+    rank: int,
+) -> Any:
+    """The model on the device, in 4 bits or bfloat16, from weights or random ones that the device
+    draws itself. shape: channels and classes."""
+    channels, classes = shape
     with torch.device("meta"):
         net: Any = timm.create_model(
-            name, img_size=size, in_chans=1, num_classes=10, dtype=torch.bfloat16
+            name, img_size=size, in_chans=channels, num_classes=classes, dtype=torch.bfloat16
         )
+    drawn = nf4_lora.random_weights(0, device)
     if method == "nf4":
-        read = nf4_lora.reader(weights) if weights else nf4_lora.random_weights(0, device)
-        return nf4_lora.quantised(net, read, device, rank=rank)
+        return nf4_lora.quantised(
+            net, nf4_lora.reader(weights) if weights else drawn, device, rank=rank
+        )
     net.to_empty(device=device)
     if weights:
         load_export(weights, net)
-    else:
-        initialise(net, 0, head_bias=-3.0)
+        return net
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            parameter.copy_(drawn(key, parameter.shape))
     return net
 
 
+def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[Any, Any]]:
+    """(pixels, labels) without end, in the model's resolution, on the device."""
+    if images == RANDOM:
+        stream = torch.Generator(device).manual_seed(0)
+        made = {"device": device, "generator": stream}
+        while True:
+            pixels = torch.randn((batch, 3, size, size), dtype=torch.bfloat16, **made)
+            yield pixels, torch.randint(1000, (batch,), **made)
+    found = data.load(images)
+    epoch = 0
+    while True:
+        for pixels, labels in data.train_batches(found, batch, seed=0, epoch=epoch):
+            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+            yield pixels.to(device, torch.bfloat16), labels.to(device)
+        epoch += 1
+
+
 def run(
-    net: Any, method: str, size: int, batch: int, steps: int, lr: float, device: str
+    net: Any, method: str, drawn: Iterator[tuple[Any, Any]], steps: int, lr: float, device: str
 ) -> tuple[list[float], list[float]]:
-    """Losses and seconds of the steps, on real images."""
+    """Losses and seconds of the steps."""
     parameters = groups(net)
     stepper = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
     optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)
     losses, seconds = [], []
-    batches = data.train_batches(data.load("mnist5k"), batch, seed=0, epoch=0)
-    for _, (pixels, labels) in zip(range(steps), batches, strict=False):
+    for _ in range(steps):
+        pixels, labels = next(drawn)
         start = time.perf_counter()
-        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
-        pixels, labels = pixels.to(device, torch.bfloat16), labels.to(device)
         if stepper:
             stepper.begin()
         with torch.autocast(device, torch.bfloat16, enabled=method == "nf4"):
@@ -151,6 +203,8 @@ def run(
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return losses, seconds
 
