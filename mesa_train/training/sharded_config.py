@@ -139,6 +139,11 @@ def _check(config: Config) -> None:
     from mesa_train.models.vit22b import GELUS, QK_NORMS, SIZES
 
     model, optim, train = config.model, config.optim, config.train
+    if train.precision == "fp16":
+        raise ConfigError(
+            "train.precision=fp16 needs loss scaling, which these recipes do without, as ViT-22B did "
+            f"in bfloat16; take one of {', '.join(PRECISIONS)}"
+        )
     for name, value, choices in (
         ("model.name", model.name, SIZES),
         ("model.qk_norm", model.qk_norm, QK_NORMS),

@@ -8,6 +8,7 @@ its own, so that neither the number of workers nor a resume in the middle of an 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import random
@@ -89,7 +90,9 @@ def _datasets(config: DataConfig, wanted: int | None) -> Sources:
     try:
         found = datasets.load_dataset(kind, streaming=config.streaming, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"data.source={kind}: {' '.join(str(error).split())}") from None
+        near = difflib.get_close_matches(kind, [*builtin.BUILTIN, "imagefolder", *FILES], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"data.source={kind}: {' '.join(str(error).split())}{hint}") from None
     for name, split in (("train", config.train_split), ("val", config.val_split)):
         if split not in found:
             raise ConfigError(

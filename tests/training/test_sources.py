@@ -196,6 +196,13 @@ def test_what_does_not_fit_is_named(folder, change, classes, message):
         sources.load(DataConfig(**{"source": "imagefolder", "path": str(folder)} | change), classes)
 
 
+def test_a_mistyped_source_is_looked_for_on_a_hub_and_the_nearest_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"source=mnst5k: .*\(did you mean mnist5k\?\)"):
+        sources.load(DataConfig(source="mnst5k"), None)
+
+
 class Rows(list):
     """Stands for a streamed data set of `datasets`, whose end costs five seconds each."""
 
