@@ -8,26 +8,65 @@ stderr; with --json stdout is JSON alone. What a command needs is imported when 
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from mesa_train.cli.compare import compare
 from mesa_train.cli.estimate import estimate
 from mesa_train.cli.plan import plan
 from mesa_train.cli.profile import profile
 
+# Before PyTorch is imported: its profiler tells stderr of the GPUs that it does not find.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+class _OneLine(TyperGroup):
+    """A mistyped option or command is one line, as any other wrong request."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; with standalone_mode end the process with its exit code."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except Exception as error:
+            if not standalone_mode or not hasattr(error, "format_message"):
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", "mesa-train")
+            message = " ".join(error.format_message().split())
+            typer.echo(f"mesa-train: {message} (see {path} --help)", err=True)
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
     name="mesa-train",
+    cls=_OneLine,
     help="See, compare and plan what a model keeps for its backward.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-@app.callback()
-def _group() -> None:
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
     """See, compare and plan what a model keeps for its backward."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 for _command in (compare, profile, plan, estimate):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +33,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A timm name, hf:CONFIG_OR_PATH, torchvision:NAME or python:MODULE.FACTORY.",
+        help="A timm name, hf:CONFIG_OR_PATH, torchvision:NAME, python:MODULE.FACTORY or "
+        "python:FILE.py:FACTORY.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in the batch.")]
@@ -65,9 +68,15 @@ def device_name(device: str | None, fake: bool) -> str:
 
 
 def loading(
-    name: str, batch_size: int, image_size: int | None, device: str | None, fake: bool
+    name: str,
+    batch_size: int,
+    image_size: int | None,
+    device: str | None,
+    fake: bool,
+    tell: bool = True,
 ) -> tuple[Loaded, str]:
-    """The model (on meta for --fake) and the device that it is measured on or counted for."""
+    """The model (on meta for --fake) and the device that it is measured on or counted for. With
+    `tell`, stderr hears of inputs that are not as many as asked for."""
     from mesa_train.memory.load import load
 
     where = device_name(device, fake)
@@ -78,7 +87,33 @@ def loading(
             image_size=image_size,
             device="meta" if fake else where,
         )
+    if tell and loaded.batch != batch_size:
+        own = (
+            f"{name} has {loaded.batch} inputs of its own, so --batch-size {batch_size} is not used"
+        )
+        typer.echo(f"mesa-train: {own}; take batch_size in the factory", err=True)
     return loaded, where
+
+
+def check_precision(loaded: Loaded, dtype: DType, where: str, fake: bool) -> None:
+    """ValueError where weights are in one half precision and autocast would be to the other, which a
+    CPU's norms refuse; PyTorch's own error would name neither."""
+    asked = autocast_of(dtype)
+    own = _weights(loaded)
+    if fake or asked is None or not where.startswith("cpu") or own in ("float32", "mixed"):
+        return
+    if own != str(asked).removeprefix("torch."):
+        fitting = "fp16" if own == "float16" else "bf16"
+        raise ValueError(
+            f"{loaded.name} has {own} weights, which --dtype {dtype.value} does not go with on a CPU; "
+            f"choose {fitting}, or float32 for no autocast"
+        )
+
+
+def _weights(loaded: Loaded) -> str:
+    """The dtype of all of a model's weights, or "mixed"."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.model.parameters()}
+    return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
 
 def autocast_of(dtype: DType) -> torch.dtype | None:
@@ -96,6 +131,7 @@ def setting_of(loaded: Loaded, dtype: DType, device: str, fake: bool) -> dict[st
         "model": loaded.name,
         "inputs": loaded.shapes(),
         "dtype": dtype.value,
+        "weights": _weights(loaded),
         "device": device,
         "fake": fake,
         "torch": torch.__version__,
@@ -104,9 +140,13 @@ def setting_of(loaded: Loaded, dtype: DType, device: str, fake: bool) -> dict[st
 
 def title_of(loaded: Loaded, dtype: DType, device: str) -> str:
     """The line above a table."""
-    arithmetic = "float32" if dtype is DType.float32 else f"{dtype.value} autocast"
-    shapes = ", ".join("x".join(map(str, shape)) for shape in loaded.shapes())
-    return f"{loaded.name}  {shapes}  {arithmetic}  {device}"
+    from mesa_train.memory.text import format_precision, format_shapes
+
+    shapes, precision = (
+        format_shapes(loaded.shapes()),
+        format_precision(dtype.value, _weights(loaded)),
+    )
+    return f"{loaded.name}  {shapes}  {precision}  {device}"
 
 
 def command_line() -> str:
@@ -115,6 +155,28 @@ def command_line() -> str:
     if program in ("__main__.py", "cli.py"):
         return shlex.join(["python", "-m", "mesa_train.cli", *sys.argv[1:]])
     return shlex.join([program, *sys.argv[1:]])
+
+
+def writable_folder(folder: Path, option: str) -> None:
+    """Make a folder that results will go to; ValueError, naming the option, if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: no folder there ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option} {folder}: not to be written to")
+
+
+def writable_file(path: Path | None, option: str, ending: str) -> None:
+    """Make the folder of a file that a result will go to; ValueError, naming the option, if that
+    cannot be or the name does not have the ending."""
+    if path is None:
+        return
+    if path.suffix.lower() not in ending.split():
+        raise ValueError(f"{option} {path}: name a {ending.split()[0]} file")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder")
+    writable_folder(path.parent, option)
 
 
 @contextlib.contextmanager
@@ -144,11 +206,17 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """A wrong request ends in one line on stderr and exit code 2, not in a traceback."""
+    # It logs a traceback for what an operator refuses, which is one line here.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        typer.echo(f"mesa-train: {lines[0] if lines else type(error).__name__}", err=True)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # a user's own model may raise anything
+        from mesa_train.memory.errors import one_line
+
+        logging.getLogger("mesa_train").debug("the error in full", exc_info=True)
+        typer.echo(f"mesa-train: {one_line(error)}", err=True)
         raise typer.Exit(2) from None
 
 

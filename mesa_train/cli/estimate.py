@@ -17,6 +17,7 @@ from mesa_train.cli.common import (
     quiet,
     show,
     show_json,
+    writable_file,
 )
 
 
@@ -50,7 +51,8 @@ def estimate(
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
-    """Weights, gradients, states, activations a GPU for ZeRO, FSDP2, offload, LoRA: what fits."""
+    """What sharded training takes on every GPU. Weights, gradients, optimizer states and activations
+    with DDP, ZeRO, FSDP2, offload and LoRA: what fits, and how to start the simplest."""
     with one_line_errors():
         from mesa_train.memory.checkpointing import find_blocks
         from mesa_train.memory.estimate import POLICIES, best, estimates
@@ -62,12 +64,12 @@ def estimate(
         names = list(POLICIES) if policies is None else [p.strip() for p in policies.split(",")]
         for name in names:
             check_method(name)
-        cluster = Cluster(
-            gpus, parse_bytes(gpu_memory), parse_bytes(cpu_memory), nodes, tensor_parallel
-        )
+        memory = parse_bytes(gpu_memory, "--gpu-memory"), parse_bytes(cpu_memory, "--cpu-memory")
+        cluster = Cluster(gpus, *memory, nodes, tensor_parallel)
+        writable_file(out, "--out", ".yaml .yml")
 
         def make() -> Any:
-            return loading(model, batch_size, image_size, "cpu", fake=True)[0]
+            return loading(model, batch_size, image_size, "cpu", fake=True, tell=False)[0]
 
         with quiet():
             rows = estimates(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mesa_train.cli import common
+
+if TYPE_CHECKING:
+    from mesa_train.memory.load import Loaded
 
 
 def plan(
@@ -36,12 +39,21 @@ def plan(
     fake: common.Fake = False,
     as_json: common.Json = False,
 ) -> None:
-    """Choose for every stash: keep, 8, 4 or 2 bits, or rebuild; for every block: or checkpoint it."""
+    """A policy that fits a memory budget. Chooses for every stash whether it is kept whole, in 8, 4 or
+    2 bits, or rebuilt, for every block whether to checkpoint it; says what a step will take."""
     with common.one_line_errors():
         from mesa_train.memory import terminal
         from mesa_train.memory.planner import Planner
+        from mesa_train.memory.text import parse_bytes
 
+        if budget is not None:
+            parse_bytes(budget, "--budget")
+        points = _rivals(rivals, frontier)
+        common.writable_file(out, "--out", ".yaml .yml")
+        common.writable_file(frontier, "--frontier", ".png")
         loaded, where = common.loading(model, batch_size, image_size, device, fake)
+        common.check_precision(loaded, dtype, where, fake)
+        _check_rivals(rivals, points, loaded)
         with common.progress_bar() as progress:
             planner = Planner(
                 loaded.model, loaded.inputs, autocast=common.autocast_of(dtype), progress=progress
@@ -53,9 +65,7 @@ def plan(
         if frontier is not None:
             from mesa_train.memory.charts import save_png
             from mesa_train.memory.frontier import draw
-            from mesa_train.training import records
 
-            points = records.read(rivals) if rivals is not None else []
             save_png(draw(plans, points, common.title_of(loaded, dtype, where)), frontier)
         if as_json:
             common.show_json(
@@ -79,3 +89,34 @@ def plan(
             typer.echo(found.policy.to_yaml(), nl=False)
         else:
             common.show(f"the policy is in {out}")
+
+
+def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:
+    """ValueError if the rows are of another model or batch."""
+    for row in rows:
+        own = row.get("model"), row.get("shapes", row.get("inputs"))
+        if own != (loaded.name, loaded.shapes()):
+            from mesa_train.memory.text import format_shapes
+
+            theirs, ours = format_shapes(own[1] or []), format_shapes(loaded.shapes())
+            raise ValueError(
+                f"--rivals {path}: rows of {own[0]} with {theirs}, not of {loaded.name} with {ours}"
+            )
+
+
+def _rivals(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]:
+    """The rows of a comparison; ValueError where they cannot be drawn."""
+    from mesa_train.training import records
+
+    if path is None:
+        return []
+    if frontier is None:
+        raise ValueError("--rivals are drawn beside a frontier: give --frontier chart.png too")
+    if path.is_dir():
+        path = path / "rows.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--rivals {path}: no such file; `mesa-train compare --out` writes one")
+    rows = records.read(path)
+    if not any("method" in row for row in rows):
+        raise ValueError(f"--rivals {path}: no rows of a comparison")
+    return rows

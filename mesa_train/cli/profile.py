@@ -30,13 +30,15 @@ def profile(
     fake: common.Fake = False,
     as_json: common.Json = False,
 ) -> None:
-    """Where the bytes are, by operator and by module: plain against a policy, or two policies."""
+    """Where the bytes are, by operator and module. Plain against a policy, or two policies, and what
+    is stored how and why."""
     with common.one_line_errors():
         from mesa_train.memory.footprint import footprint
 
         names = ("plain", policy) if diff is None else (policy, diff)
         methods = [_method(name) for name in names]
         loaded, where = common.loading(model, batch_size, image_size, device, fake)
+        common.check_precision(loaded, dtype, where, fake)
         found = []
         with common.progress_bar() as progress:
             for step, (name, method) in enumerate(zip(names, methods, strict=True)):

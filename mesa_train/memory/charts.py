@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ _OPERATORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", 
 # Stands for the page's own text colour until the SVG is written.
 INK = "#010203"
 _FEW = 7
+# Methods whose gradient is further off are drawn hollow: they do not do the same work.
+COARSE = 0.05
 
 
 def family(method: str) -> str:
@@ -49,6 +52,11 @@ def family(method: str) -> str:
         return "checkpointing"
     mesa = base.startswith("mesa") or base in ("paper", "lossless") or base.endswith("ml")
     return "mesa_train" if mesa or base.startswith("plan") else "other"
+
+
+def coarse(row: Row) -> bool:
+    """Whether a method's gradient is far off."""
+    return (row.get("gradient_error") or 0.0) > COARSE
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -70,20 +78,30 @@ def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
     canvas.set_size_inches(7.6, 5.0)
     points = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in shown]
     front = [points[i] for i in pareto(points)]
-    axis.plot(
-        *zip(*front, strict=True), color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1
-    )
     for name, colour in FAMILIES.items():
-        own = [p for p, row in zip(points, shown, strict=True) if family(row["method"]) == name]
+        own = [
+            (p, row) for p, row in zip(points, shown, strict=True) if family(row["method"]) == name
+        ]
         if own:
-            xs, ys = zip(*own, strict=True)
-            axis.scatter(xs, ys, color=colour, s=38, zorder=3, label=name)
+            xs, ys = zip(*[p for p, _ in own], strict=True)
+            faces = ["none" if coarse(row) else colour for _, row in own]
+            axis.scatter(
+                xs, ys, facecolors=faces, edgecolors=colour, linewidths=1.6, s=38, zorder=3
+            )
+            axis.scatter([], [], color=colour, s=38, label=name)
+    if any(coarse(row) for row in shown):
+        said = f"gradient error over {COARSE:.0%}"
+        axis.scatter([], [], facecolors="none", edgecolors=INK, linewidths=1.6, s=38, label=said)
+    axis.plot(
+        *zip(*front, strict=True), color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1,
+        label="no method is better in both",
+    )  # fmt: skip
     axis.set_xscale("log")
     _plain_ticks(axis, [x for x, _ in points])
     axis.margins(x=0.16, y=0.14)
     axis.set_xlabel("kept for the backward, MiB (log scale)")
     axis.set_ylabel("training step, ms")
-    axis.set_title(title, fontsize=10, loc="left")
+    titled(axis, title)
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=5)
     label_points(canvas, axis, [row["method"] for row in shown], points, front)
     return inked(canvas)
@@ -133,10 +151,16 @@ def where(rows: Sequence[Row], title: str) -> Figure | None:
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("kept for the backward, MiB")
-    axis.set_title(title, fontsize=10, loc="left")
+    titled(axis, title)
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=4)
     axis.set_axisbelow(True)
     return inked(canvas)
+
+
+def titled(axis: Axes, title: str) -> None:
+    """A title of as many lines as it needs."""
+    if title:
+        axis.set_title(textwrap.fill(title, 92), fontsize=10, loc="left")
 
 
 def save_png(canvas: Figure, path: Path) -> None:

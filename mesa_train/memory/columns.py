@@ -9,6 +9,9 @@ from mesa_train.memory.text import format_bytes
 
 Row = Mapping[str, Any]
 
+# Behind plain is a step this many times as long, or a gradient error this many times as large.
+TIME_MARGIN, ERROR_MARGIN = 1.05, 2.0
+
 
 def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows with how many times less than plain each keeps, and how many times slower it is."""
@@ -24,6 +27,20 @@ def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
+    """Whether a value is behind plain's by more than noise."""
+    own, base = row.get(key), plain.get(key)
+    if row is plain or own is None or base is None:
+        return False
+    if key in ("kept_bytes", "peak_bytes"):
+        return bool(own > base)
+    if key == "kept_ratio":
+        return bool(own < 1)
+    if key in ("step_ms", "step_ratio"):
+        return bool(own > TIME_MARGIN * base)
+    return bool(key == "gradient_error" and own > ERROR_MARGIN * base)
+
+
 def cell(key: str, row: Row) -> str:
     """A value as it is written in a table, "" where there is none."""
     value = row.get(key)
@@ -33,6 +50,8 @@ def cell(key: str, row: Row) -> str:
         return format_bytes(value)
     if key == "kept_ratio":
         return f"{value:.2f}x"
+    if key == "step_ratio":
+        return f"{value:.2f}"
     if key == "step_ms":
         low, high = row.get("step_ms_quartiles", (value, value))
         return f"{value:,.0f} ({low:,.0f} to {high:,.0f})"

@@ -52,11 +52,11 @@ _CAVEATS = {
     APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
     "paper": "running ranges: the first steps' ranges are those of the data seen so far",
     "lossless": "exact; the engine without codes, for comparison",
-    COMPILE: "exact; the default partitioner recomputes nothing that matters here",
+    COMPILE: "exact but for the order of rounding; PyTorch's default partitioner",
     "compile-budget-0.5": "exact for masks that it keeps; recomputes elementwise operations",
     "compile-budget-0.2": _REDRAWS,
-    "compile-fp8": "an undocumented pass of PyTorch; e4m3, rounded to nearest",
-    ADAMW8BIT: "optimizer states in 8 bits, weights under 4096 elements apart",
+    "compile-fp8": "an undocumented pass of PyTorch: what is kept in 8-bit floats (e4m3)",
+    ADAMW8BIT: "optimizer states in 8 bits, but for weights of fewer than 4096 elements",
 }
 _CODES = "forward exact; the gradient is taken from codes"
 
@@ -115,13 +115,17 @@ class Contender:
 
     def cast(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
         """Model (in place) and inputs in the contender's own dtype."""
-        if self.pure is None:
-            return model, inputs
+        moved = self.narrowed(inputs)
+        return (model if self.pure is None else model.to(self.pure)), moved
+
+    def narrowed(self, inputs: Any) -> Any:
+        """Inputs in the contender's own dtype."""
         dtype = self.pure
-        moved = pytree.tree_map_only(
+        if dtype is None:
+            return inputs
+        return pytree.tree_map_only(
             torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs
         )
-        return model.to(dtype), moved
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW at learning rate 0, which does all of its work and leaves the weights.

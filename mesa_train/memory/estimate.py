@@ -18,7 +18,7 @@ from torch import nn
 from mesa_train.memory.checkpointing import NoBlocks, find_blocks
 from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import default_loss
-from mesa_train.memory.inputs import resized
+from mesa_train.memory.inputs import NO_BATCH, resized
 from mesa_train.memory.load import Loaded
 from mesa_train.memory.lora import with_lora
 from mesa_train.memory.on_gpu import gpu_norms
@@ -304,9 +304,9 @@ def _forward_alone(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Activati
 
 def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
     """The inputs of another batch size, without data."""
-    images = resized(loaded.inputs, own, size, data=False)
+    images = resized(loaded.inputs, loaded.batch or own, size, data=False, make=loaded.make)
     if images is None:
-        raise ValueError("an input has no batch dimension, so no other batch can be computed")
+        raise ValueError(f"{loaded.name}: {NO_BATCH}")
     return _narrow(images) if narrow else images
 
 

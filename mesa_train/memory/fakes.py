@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,14 @@ _ATTENTION_KERNELS = {
     "_scaled_dot_product_efficient_attention": 2,
     "_scaled_dot_product_cudnn_attention": 3,
 }
+
+# What fakes raise where a model reads values. The second, a plain RuntimeError, where it leaves torch.
+FAKES_CANNOT = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+NUMPY = ".numpy() is not supported"
 
 _aten = torch.ops.aten
 _NORMS = (

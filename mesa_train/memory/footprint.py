@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
 
 from mesa_train.memory.coverage import Coverage, coverage
 from mesa_train.memory.fakes import Fakes
@@ -26,12 +25,6 @@ from mesa_train.memory.standins import standing_in
 from mesa_train.memory.text import format_bytes, format_table
 from mesa_train.policy import Policy
 from mesa_train.wrap import report_of
-
-_FAKES_CANNOT = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedFakeTensorException,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +135,10 @@ def footprint(
         parameter_bytes = _storage_bytes(model.parameters())
         buffer_bytes = _storage_bytes(model.buffers())
         stack.enter_context(standing_in(model, fakes))
-        try:
-            with recorder.watching(model), autocasting(target, autocast):
-                output = model(*args, **kwargs)
-                if loss is not None:
-                    output = loss(output)
-        except _FAKES_CANNOT as error:
-            raise ValueError(
-                f"{type(model).__name__} decides by values, which fake tensors do not have "
-                f"({error}); count it with real tensors: fake=False and the model on a real device"
-            ) from error
+        with recorder.watching(model), autocasting(target, autocast):
+            output = model(*args, **kwargs)
+            if loss is not None:
+                output = loss(output)
         rows = tuple(recorder.kept())
         report = report_of(model)
         stored = coverage(model) if report is not None and report.rows else None

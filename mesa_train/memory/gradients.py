@@ -25,7 +25,10 @@ def default_loss(output: Any) -> Tensor:
         return own.float()
     outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
     if not outputs:
-        raise ValueError("no output of the model requires grad, so there is no gradient to compare")
+        raise ValueError(
+            "no output of the model requires grad (are all parameters frozen, or does it return "
+            "none?), so there is no gradient to compare"
+        )
     scores = outputs[0].float()
     if scores.dim() == 2 and scores.shape[1] > 1:
         targets = (torch.arange(len(scores), device=scores.device) * 7919) % scores.shape[1]

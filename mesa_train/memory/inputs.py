@@ -1,17 +1,29 @@
-"""Inputs of another batch size, made from those at hand."""
+"""Inputs of another batch size, made from those at hand or by their own function."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+NO_BATCH = (
+    "no other batch size can be computed: an input has no batch dimension; return a function of the "
+    "batch size for that"
+)
 
-def resized(inputs: Any, own: int, batch: int, data: bool) -> Any:
-    """`inputs` of `own` images as if they were `batch`: repeated and cut along the first dimension,
-    or on the meta device if without `data`. None where a tensor has no such dimension."""
+
+def resized(
+    inputs: Any, own: int, batch: int, data: bool, make: Callable[[int], Any] | None = None
+) -> Any:
+    """`inputs` of `own` images as if they were `batch`: made by `make`, else repeated and cut along
+    the first dimension; on the meta device if without `data`. None where a tensor has no such
+    dimension."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if make is not None and tensors:
+        return _made(make, batch, tensors[0].device if data else torch.device("meta"))
     if not tensors or any(t.dim() == 0 or t.shape[0] != own for t in tensors):
         return None
 
@@ -22,3 +34,30 @@ def resized(inputs: Any, own: int, batch: int, data: bool) -> Any:
         return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch].clone()
 
     return pytree.tree_map_only(Tensor, resize, inputs)
+
+
+def _made(make: Callable[[int], Any], batch: int, device: torch.device) -> Any:
+    """From the function of the batch size; on the CPU first where it needs values."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with device:
+                made = make(batch)
+        except (NotImplementedError, RuntimeError):
+            if device.type != "meta":
+                raise
+            made = make(batch)
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), made)
+
+
+def on_meta(inputs: Any) -> Any:
+    """`inputs` without their data."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
+
+
+def batch_of(inputs: Any, asked: int) -> int:
+    """How many images these inputs are: the first dimension that all tensors share, or as `asked`
+    where they share none."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    shared = {t.shape[0] if t.dim() else None for t in tensors}
+    first = shared.pop() if len(shared) == 1 else None
+    return first or asked

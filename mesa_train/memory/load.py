@@ -5,10 +5,8 @@
                                       folder or config.json, or a name on the hub; random weights
                                       where there is only a config
     torchvision:vit_b_16              torchvision, random weights
-    python:my_package.module.factory  any importable callable; returns a module or (module, inputs),
-                                      inputs being a tensor, a tuple of arguments, a dict of keyword
-                                      arguments, or a function of the batch size that makes one;
-                                      given batch_size and image_size if it takes them
+    python:my_package.module.factory  any importable callable, or python:PATH.py:FACTORY (see
+                                      `factory.py`)
 
 On the meta device nothing is allocated, so a model of any size loads at once.
 """
@@ -21,26 +19,34 @@ import difflib
 import functools
 import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mesa_train.memory.errors import one_line
+from mesa_train.memory.factory import Fixed, check_inputs, from_factory, made, unknown
 from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.footprint import arguments, device_of, tensors_in
+from mesa_train.memory.inputs import batch_of, on_meta
 from mesa_train.memory.standins import standing_in
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in training mode and inputs for it: a tensor, a tuple of arguments or a dict."""
+    """A model in training mode and inputs for it: a tensor, a tuple of arguments or a dict.
+
+    batch: how many images these are, None where that is not known. make: inputs of another batch
+    size, None where the factory gave no function for that.
+    """
 
     name: str
     model: nn.Module
     inputs: Any
+    batch: int | None = None
+    make: Callable[[int], Any] | None = None
 
     def shapes(self) -> list[list[int]]:
         """The shape of every tensor among the inputs."""
@@ -65,24 +71,37 @@ def load(
         "timm": _timm,
         "hf": _transformers,
         "torchvision": _torchvision,
-        "python": functools.partial(_factory, batch_size=batch_size),
+        "python": functools.partial(from_factory, batch_size=batch_size),
     }
     if not colon:
         scheme, rest = "timm", name
     if scheme not in builders:
+        near = difflib.get_close_matches(scheme, builders, n=1)
+        hint = f" (did you mean {near[0]}:{rest}?)" if near else ""
         raise ValueError(
             f"unknown scheme {scheme!r} in model {name!r}; choose from a timm name, "
-            "hf:CONFIG_OR_PATH, torchvision:NAME, python:MODULE.FACTORY"
+            f"hf:CONFIG_OR_PATH, torchvision:NAME, python:MODULE.FACTORY{hint}"
         )
-    with torch.device(device), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, inputs = builders[scheme](rest, image_size)
-        if callable(inputs):
-            inputs = inputs(batch_size)
+        with torch.device(device):
+            model, inputs = builders[scheme](rest, image_size)
+            make = inputs if callable(inputs) else None
+            if make is not None:
+                inputs = made(name, make, batch_size)
+    batch = batch_size
+    if isinstance(inputs, Fixed):
+        inputs = inputs.inputs
+        batch = batch_of(inputs, batch_size)
+    if device == "meta":
+        # A factory may make tensors its own way.
+        model.to("meta")
+        inputs = on_meta(inputs)
     model.train()
+    check_inputs(name, model, inputs)
     if image_size is not None:
         _check_size(name, model, inputs, image_size)
-    return Loaded(name, model, inputs)
+    return Loaded(name, model, inputs, batch, make)
 
 
 def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
@@ -91,7 +110,7 @@ def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     with contextlib.suppress(ImportError):
         importlib.import_module("mesa_train.models")
     if not timm.is_model(name):
-        raise ValueError(_unknown("timm model", name, timm.list_models()))
+        raise ValueError(unknown("timm model", name, timm.list_models()))
     model = _built(
         f"timm's {name}",
         lambda **size: timm.create_model(name, **size),
@@ -105,7 +124,7 @@ def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     torchvision = _package("torchvision", "mesa_train[timm]")
     if name not in torchvision.models.list_models():
-        raise ValueError(_unknown("torchvision model", name, torchvision.models.list_models()))
+        raise ValueError(unknown("torchvision model", name, torchvision.models.list_models()))
     model = _built(
         f"torchvision's {name}",
         lambda **size: torchvision.models.get_model(name, weights=None, **size),
@@ -134,8 +153,8 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     model_class = model_class or _classifier(transformers, config)
     if "pixel_values" not in inspect.signature(model_class.forward).parameters:
         raise ValueError(f"hf:{name} is a {model_class.__name__}, which takes no pixel_values")
-    on_meta = torch.empty(0).device.type == "meta"
-    if folder is not None and not on_meta and image_size is None:
+    without_data = torch.empty(0).device.type == "meta"
+    if folder is not None and not without_data and image_size is None:
         model = model_class.from_pretrained(folder)
     else:
         model = model_class(config)
@@ -153,7 +172,9 @@ def _transformers_config(transformers: Any, name: str) -> tuple[Any, str | None,
         try:
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"hf:{name} is not a transformers config: {_line(error)}") from error
+            raise ValueError(
+                f"hf:{name} is not a transformers config: {one_line(error)}"
+            ) from error
         has_weights = path.is_dir() and (
             any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
         )
@@ -172,9 +193,9 @@ def _transformers_config(transformers: Any, name: str) -> tuple[Any, str | None,
             return transformers.AutoConfig.from_pretrained(name), name, None
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"hf:{name} is no file or folder here, and the hub did not give it: {_line(error)}"
+                f"hf:{name} is no file or folder here, and the hub did not give it: {one_line(error)}"
             ) from error
-    raise ValueError(_unknown("transformers config, model type or path", name, types))
+    raise ValueError(unknown("transformers config, model type or path", name, types))
 
 
 def _classifier(transformers: Any, config: Any) -> Any:
@@ -189,43 +210,6 @@ def _classifier(transformers: Any, config: Any) -> Any:
         return found
     named = [c for c in found if c.__name__ in (getattr(config, "architectures", None) or [])]
     return (named or found)[0]
-
-
-def _factory(name: str, image_size: int | None, batch_size: int) -> tuple[nn.Module, Any]:
-    module_name, _, attribute = name.replace(":", ".").rpartition(".")
-    if not module_name or not attribute:
-        raise ValueError(f"python:{name} must name a module and a callable: python:MODULE.FACTORY")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # Something that the user's own module imports may be missing too: say which.
-        raise ValueError(f"python:{name}: no module named {error.name!r} to import") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        names = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise ValueError(_unknown(f"callable in {module_name}", attribute, names))
-    asked = {"batch_size": batch_size, "image_size": image_size}
-    taken = _keywords(factory)
-    made = factory(**{k: v for k, v in asked.items() if k in taken and v is not None})
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"python:{name} must return a module or (module, inputs), got {type(made).__name__}"
-        )
-    size = image_size or 224
-    return model, inputs if inputs is not None else _images(3, size, size)
-
-
-def _keywords(factory: Callable[..., Any]) -> set[str]:
-    """Names of the parameters that can be given by keyword."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return set()  # Written in C, with no signature to read.
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {p.name for p in parameters if p.kind in named}
 
 
 def _built(
@@ -244,7 +228,7 @@ def _built(
         return build()
     except (ValueError, AssertionError, RuntimeError) as error:
         size = "" if image_size is None else f" with images of {image_size}x{image_size}"
-        raise ValueError(f"{what} cannot be built{size}: {_line(error)}") from error
+        raise ValueError(f"{what} cannot be built{size}: {one_line(error)}") from error
 
 
 def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> None:
@@ -257,7 +241,7 @@ def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> No
             model(*fakes.of(args), **fakes.of(kwargs))
     except Exception as error:  # whatever a model's own check raises
         raise ValueError(
-            f"{name} refuses images of {image_size}x{image_size}: {_line(error)}"
+            f"{name} refuses images of {image_size}x{image_size}: {one_line(error)}"
         ) from error
 
 
@@ -270,13 +254,3 @@ def _package(name: str, install: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} is not installed; pip install '{install}'") from error
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
-    return f"no {what} {name!r}" + (f"; close names: {', '.join(near)}" if near else "")
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

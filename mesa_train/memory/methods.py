@@ -37,8 +37,8 @@ def check_method(method: str, more: tuple[str, ...] = ()) -> None:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         short = [c for c in choices if c not in BOTH and c not in CODED]
         raise ValueError(
-            f"unknown method {method!r}; choose from {', '.join(short)}, PRESET+{CHECKPOINT}, "
-            f"PRESET+coded{hint}"
+            f"unknown method {method!r}{hint}; choose from {', '.join(short)}, "
+            f"PRESET+{CHECKPOINT}, PRESET+coded"
         )
 
 

@@ -1,24 +1,23 @@
 """Contenders side by side, each measured in a process of its own.
 
 A method that runs out of memory, crashes or takes too long becomes a row with its reason, and the
-next one starts clean. One server process imports PyTorch once and forks a child a method (see
-`worker.py`).
+next one starts clean. A server process imports PyTorch once and forks a child a method (see
+`server.py` and `worker.py`).
 
-Compiling takes most of the time of a method that compiles, and one core. So on a CPU two such methods
-compile side by side and count their bytes; each waits until both have, and is then timed alone.
+Compiling takes most of the time of a method that compiles, and one core. So on a CPU of several cores
+these methods have a lane of their own: they compile and count their bytes while the others count
+theirs. Steps are timed alone: whoever is ready is timed, and the other lane is held meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import queue
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time as clock
@@ -27,8 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.memory.contenders import FLOAT32, Contender
+from mesa_train.memory.methods import PLAIN
+from mesa_train.memory.server import Server
 
 Row = dict[str, Any]
+
+_MEMINFO = Path("/proc/meminfo")
+# A lane of its own for what compiles needs this many times what the first method took.
+_ROOM = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +63,13 @@ def measure(
     methods: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Row]:
-    """A row a method, in their order, as they come; "note" holds the reason where one failed.
+    """A row a method as they are done, which may not be their order; "note" holds the reason where
+    one failed.
 
     The first process also writes the float32 gradient that all are compared with.
 
-    Raises ValueError for an unknown method or none at all.
+    Raises ValueError for an unknown method or none at all, and where the model fails by itself, so
+    that no method could do better.
     """
     if not methods:
         raise ValueError(f"a comparison needs a method; choose from {FLOAT32}, plain, or a preset")
@@ -73,188 +80,181 @@ def measure(
         tempfile.TemporaryDirectory(prefix="mesa_train_") as folder,
         contextlib.ExitStack() as stack,
     ):
-        bench = _Bench(request, Path(folder), [stack.enter_context(_Server()) for _ in range(2)])
-        done = 0
-        while done < len(methods):
-            group = bench.together(methods[done:])
-            tell(", ".join(group), done, len(methods))
-            yield from bench.rows(group, done)
-            done += len(group)
+        servers = [stack.enter_context(Server(_inductor(request.device))) for _ in range(2)]
+        bench = _Bench(request, methods, Path(folder), servers)
+        stack.callback(bench.close)
+        bench.start()
+        measured = False
+        for done in range(len(methods)):
+            row = bench.next(functools.partial(_told, tell, done, len(methods)))
+            broken = row.pop("broken", False)
+            if broken and not measured and Contender.of(row["method"]).variant == PLAIN:
+                raise ValueError(
+                    f"{request.model} fails by itself, without any method: {row['note']}"
+                )
+            measured = measured or not broken
+            yield row
         tell("done", len(methods), len(methods))
 
 
-class _Bench:
-    """The rows of one comparison."""
+def _told(tell: Callable[[str, int, int], None], done: int, total: int, running: str) -> None:
+    tell(running, done, total)
 
-    def __init__(self, request: Request, folder: Path, servers: Sequence[_Server]) -> None:
-        self.request, self.folder, self.servers = request, folder, servers
+
+class _Bench:
+    """The rows of one comparison, made in one or two lanes."""
+
+    def __init__(
+        self, request: Request, methods: Sequence[str], folder: Path, servers: Sequence[Server]
+    ) -> None:
+        self.request, self.methods, self.folder, self.servers = request, methods, folder, servers
         self.reference = folder / "reference.pt"
         self.end = clock.monotonic() + request.total_s
+        self.two = request.device == "cpu" and (os.cpu_count() or 1) > 1
+        numbers = range(len(methods))
+        compiled = [n for n in numbers if self.two and Contender.of(methods[n]).compiled]
+        # What has to be done by the one lane, and what either may do.
+        self.own = [n for n in numbers if n not in compiled]
+        self.either = compiled
+        self.running: dict[Server, str] = {}
+        self.rows: queue.Queue[Row | BaseException] = queue.Queue()
+        self.taking, self.timing = threading.Lock(), threading.Lock()
+        self.closed = False
+        self.first: Row | None = None
 
-    def together(self, methods: Sequence[str]) -> list[str]:
-        """The first of these methods, and the next where both compile on a CPU of several cores."""
-        first, following = methods[0], methods[1:2]
-        pair = [first, *following]
-        apart = (
-            self.request.device != "cpu"
-            or (os.cpu_count() or 1) < 2
-            or not self.reference.exists()
-            or not all(Contender.of(method).compiled for method in pair)
-        )
-        return [first] if apart else pair
+    def start(self) -> None:
+        """Begin. The servers start here: Linux would end them with the thread that starts them."""
+        lanes = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
+        for number, server in enumerate(lanes):
+            server.start()
+            threading.Thread(target=self._lane, args=(server, number == 0), daemon=True).start()
 
-    def rows(self, methods: Sequence[str], number: int) -> list[Row]:
-        """The rows of one method, or of several that are made ready side by side; `number` is that of
-        the first."""
+    def close(self) -> None:
+        """Begin nothing more."""
+        self.closed = True
+
+    def next(self, tell: Callable[[str], None]) -> Row:
+        """The next row that is done; until then `tell` hears what is running."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                row = self.rows.get(timeout=0.1)
+                if isinstance(row, BaseException):
+                    raise row
+                return row
+            tell(", ".join(self.running.values()))
+
+    def _lane(self, server: Server, first: bool) -> None:
+        try:
+            if not first:
+                self._until_there_is_room()
+            while (number := self._take(first)) is not None:
+                row = self._measured(server, number)
+                self.first = self.first or row
+                self.rows.put(row)
+        except BaseException as error:  # to be raised where the rows are read
+            if not self.closed:
+                self.rows.put(error)
+
+    def _until_there_is_room(self) -> None:
+        """Wait for the first row, which writes the reference, and for memory to spare."""
+        while not self.closed and (self.first is None or not self.reference.exists()):
+            clock.sleep(0.05)
+            with self.taking:
+                if not self.own and not self.either:
+                    return
+        needed = _ROOM * (self.first or {}).get("resident_bytes", 0)
+        while not self.closed and _available() < needed and self.either:
+            clock.sleep(0.5)
+
+    def _take(self, first: bool) -> int | None:
+        with self.taking:
+            if self.closed:
+                return None
+            waiting = self.own if first and self.own else self.either
+            return waiting.pop(0) if waiting else None
+
+    def _measured(self, server: Server, number: int) -> Row:
+        """The row of a method, from a process of its own."""
+        method = self.methods[number]
         left = self.end - clock.monotonic()
+        over = f"{self.request.total_s:.0f} s for all methods were over"
         if left <= 0:
-            over = f"not begun: {self.request.total_s:.0f} s were over"
-            return [{"method": method, "note": over} for method in methods]
-        jobs = [self._job(method, number + i, len(methods) > 1) for i, method in enumerate(methods)]
-        reasons: list[str | None] = [None] * len(jobs)
+            return self._row(method, None, f"not begun: {over}")
+        job = self._job(method, number)
+        self.running[server] = method
+        server.begin(job, self.request.limit_s)
+        ended, timed, reason = False, False, None
+        while not ended:
+            if not timed and Path(job["ready"]).exists():
+                timed = True
+                self._time(server, job)
+            ended, reason = server.outcome(0.05)
+            if not ended and clock.monotonic() >= self.end:
+                server.end()
+                ended, reason = True, f"stopped after {left:.0f} s: {over}"
+        self.running.pop(server, None)
+        return self._row(method, Path(job["result"]), reason)
 
-        def run(index: int) -> None:
-            limit = min(self.request.limit_s, left)
-            reasons[index] = self.servers[index].run(jobs[index], limit)
-
-        if len(jobs) == 1:
-            run(0)
-        else:
-            threads = [
-                threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))
-            ]
-            for thread in threads:
-                thread.start()
-            for thread, job in zip(threads, jobs, strict=True):
-                while thread.is_alive() and not Path(job["ready"]).exists():
-                    clock.sleep(0.05)
-            for thread, job in zip(threads, jobs, strict=True):
+    def _time(self, server: Server, job: Row) -> None:
+        """Let a job time its steps while the other lane is held."""
+        others = [s for s in self.servers if s is not server]
+        asked = clock.monotonic()
+        with self.timing:
+            server.extend(clock.monotonic() - asked)
+            for other in others:
+                other.pause()
+            try:
                 Path(job["go"]).touch()
-                thread.join()
-        return [self._row(job, reason) for job, reason in zip(jobs, reasons, strict=True)]
+                while server.busy() and not Path(job["timed"]).exists():
+                    clock.sleep(0.02)
+                    if clock.monotonic() >= self.end or self.closed:
+                        break
+            finally:
+                for other in others:
+                    other.resume()
 
-    def _job(self, method: str, number: int, waits: bool) -> Row:
-        gates = {gate: str(self.folder / f"{number}.{gate}") for gate in ("ready", "go") if waits}
+    def _job(self, method: str, number: int) -> Row:
+        gates = {gate: str(self.folder / f"{number}.{gate}") for gate in ("ready", "go", "timed")}
         return {
             **dataclasses.asdict(self.request),
             "method": method,
             "reference": str(self.reference),
             "writes_reference": not self.reference.exists(),
             "result": str(self.folder / f"{number}.json"),
-            "packages": _packages(self.request.model),
+            "packages": _packages(self.request, method),
             **gates,
         }
 
     @staticmethod
-    def _row(job: Row, reason: str | None) -> Row:
-        result = Path(job["result"])
-        row = json.loads(result.read_text()) if result.exists() else {"method": job["method"]}
+    def _row(method: str, result: Path | None, reason: str | None) -> Row:
+        row: Row = {"method": method, "caveats": list(Contender.of(method).caveats)}
+        if result is not None and result.exists():
+            row |= json.loads(result.read_text())
         return row if reason is None else {**row, "note": reason}
 
 
-def _packages(model: str) -> list[str]:
+def _packages(request: Request, method: str) -> list[str]:
     """What is imported before the fork, so that it is imported once."""
-    scheme, colon, _ = model.partition(":")
-    if not colon:
-        return ["timm"]
-    return {"timm": ["timm"], "hf": ["transformers"], "torchvision": ["torchvision"]}.get(
-        scheme, []
-    )
+    scheme, colon, _ = request.model.partition(":")
+    known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
+    own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
+    # On a GPU a compiler that looks for it would spoil the fork.
+    compiles = request.device == "cpu" and Contender.of(method).compiled
+    return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
 
 
-class _Server:
-    """The process that forks children; started when first needed, and again after it died."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
-
-    def __enter__(self) -> _Server:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stop()
-        self._errors.close()
-
-    def run(self, job: Row, limit_s: float) -> str | None:
-        """Do one job; None, or why it did not end well."""
-        process = self._started()
-        assert process.stdin is not None
-        end = clock.monotonic() + limit_s
-        self._errors.seek(0)
-        self._errors.truncate()
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        child = self._answer(end)
-        try:
-            status = self._answer(end)
-        except BaseException:
-            # An interrupt here is no reason to leave a child behind.
-            _kill(child)
-            raise
-        if child is None or status is None:
-            _kill(child)
-            self._stop()
-            if clock.monotonic() >= end:
-                return f"stopped after {limit_s:.0f} s"
-            return f"its process could not start: {self._last_error()}"
-        if status == -signal.SIGKILL:
-            return "killed by the system, most likely out of memory"
-        return None if status == 0 else f"ended by signal or status {status}: {self._last_error()}"
-
-    def _answer(self, end: float) -> int | None:
-        """The next number that the server says, None when it died or time is up."""
-        try:
-            line = self._lines.get(timeout=max(0.0, end - clock.monotonic()))
-        except queue.Empty:
-            return None
-        return None if line is None else int(line)
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "mesa_train.memory.worker"]
-            # The user's own modules are imported from where the command runs.
-            path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)  # noqa: PTH109
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            self._lines = queue.Queue()
-            threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
-        return self._process
-
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-
-    def _last_error(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return lines[-1][:300] if lines else "no message"
+def _inductor(device: str) -> dict[str, str]:
+    """On a CPU two methods may compile side by side: each has its share of the cores."""
+    if device != "cpu":
+        return {}
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "TORCH_WARM_POOL": "0"}
 
 
-def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    with contextlib.suppress(ValueError):  # closed while waiting
-        for line in process.stdout:
-            lines.put(line)
-    lines.put(None)
-
-
-def _kill(child: int | None) -> None:
-    """End a job and whatever it started: it leads its own group."""
-    if child is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+def _available() -> float:
+    """Bytes of main memory that are free or can be freed; infinite where the system does not tell."""
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return math.inf

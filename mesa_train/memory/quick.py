@@ -3,7 +3,7 @@ data. Any model and batch, in seconds; no times and no gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mesa_train.memory.contenders import Contender
 from mesa_train.memory.fitting import largest_batch_on_a_line
 from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import default_loss
-from mesa_train.memory.inputs import resized
+from mesa_train.memory.inputs import NO_BATCH, resized
 from mesa_train.memory.load import Loaded
 from mesa_train.memory.states import adamw_bytes
 from mesa_train.memory.timeline import timeline
@@ -28,11 +28,10 @@ def count(
     make: Callable[[], Loaded],
     methods: Sequence[str],
     *,
-    batch_size: int,
     dtype: torch.dtype | None,
     memory_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row a method with what can be counted; what needs a real run has its reason as "note".
 
     make: loads the model, on the meta device.
@@ -42,26 +41,23 @@ def count(
     if not methods:
         raise ValueError("a comparison needs a method, such as plain or mesa8")
     contenders = [Contender.of(method) for method in methods]
-    rows = []
     for number, contender in enumerate(contenders):
         if progress is not None:
             progress(contender.name, number, len(contenders))
         row: Row = {"method": contender.name, "caveats": list(contender.caveats)}
         if contender.countable:
             try:
-                row |= _counted(make(), contender, batch_size, dtype, memory_bytes)
+                row |= _counted(make(), contender, dtype, memory_bytes)
             except NoBlocks as reason:
                 row["note"] = str(reason)
         else:
             row["note"] = "its bytes show in a real run alone: leave --quick out"
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _counted(
     loaded: Loaded,
     contender: Contender,
-    batch_size: int,
     dtype: torch.dtype | None,
     memory_bytes: int | None,
 ) -> Row:
@@ -84,14 +80,24 @@ def _counted(
         "step_bytes": step.peak_bytes,
         "peak_bytes": standing + step.peak_bytes,
     }
-    if memory_bytes is not None and resized(inputs, batch_size, 1, data=False) is not None:
+
+    own = loaded.batch or 1
+
+    def images(batch: int) -> Any:
+        other = resized(inputs, own, batch, data=False, make=loaded.make)
+        return None if other is None else contender.narrowed(other)
+
+    if memory_bytes is not None and images(1) is None:
+        row["caveats"] = [*contender.caveats, NO_BATCH]
+    elif memory_bytes is not None:
         room = memory_bytes - standing
 
         def peak(batch: int) -> int:
-            images = resized(inputs, batch_size, batch, data=False)
-            return timeline(model, images, policy=contender.variant, autocast=autocast).peak_bytes
+            return timeline(
+                model, images(batch), policy=contender.variant, autocast=autocast
+            ).peak_bytes
 
-        per_image = found.saved_bytes / batch_size
+        per_image = found.saved_bytes / own
         guess = max(1, int(room / max(per_image, 1)))
         row["largest_batch"] = largest_batch_on_a_line(
             peak, room, guess, per_image, step.gradient_bytes

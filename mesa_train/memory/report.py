@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.memory.charts import as_svg, tradeoff, where
-from mesa_train.memory.columns import cell, with_ratios
-from mesa_train.memory.text import format_bytes, format_ratio
+from mesa_train.memory.columns import (
+    ERROR_MARGIN,
+    TIME_MARGIN,
+    cell,
+    with_ratios,
+    worse_than_plain,
+)
+from mesa_train.memory.text import describe, format_bytes, format_ratio
 from mesa_train.memory.tree import Node, grow
 
 Row = Mapping[str, Any]
 
-# key, heading, explanation, how a value is written, whether it is for methods with bytes alone too.
+# key, heading, explanation.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("kept_bytes", "kept for the backward", "every storage once, parameters and buffers apart"),
     ("kept_ratio", "less than plain", "plain's kept bytes by this method's"),
@@ -28,7 +34,8 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("weight_bytes", "weights", "parameters and buffers"),
     ("gradient_bytes", "gradients", "when the backward is done"),
     ("optimizer_bytes", "optimizer", "AdamW's two moments"),
-    ("step_ms", "step", "forward, backward and optimizer; median and quartiles, in ms"),
+    ("step_ms", "step, ms", "forward, backward and optimizer; median and quartiles"),
+    ("step_ratio", "step vs. plain", "this method's median by plain's"),
     ("images_per_s", "images/s", ""),
     ("gradient_error", "gradient error", "relative L2 distance from the plain float32 gradient"),
     ("gradient_cosine", "cosine", "of the angle to the plain float32 gradient"),
@@ -51,25 +58,16 @@ def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
     """The page as text."""
     rows = with_ratios(rows)
     model = str(setting["model"])
-    charts = ""
-    chart = tradeoff(rows, "Memory against time; dashed: no method is better in both")
-    if chart is not None:
-        described = f"Kept bytes against step time of {len(rows)} methods on {model}"
-        charts += _section("Memory against time", _frame(as_svg(chart, "tradeoff", described)))
-    bars = where(rows, "Kept for the backward, by operator")
-    if bars is not None:
-        described = f"Bytes kept by operator for each method on {model}"
-        charts += _section("Where the memory is", _frame(as_svg(bars, "where", described)))
     body = "".join(
         [
             f"<h1>{_text(model)}</h1>",
             f'<p class="lead">{_text(summary(rows))}</p>',
             f"<p>{_text(_what(setting))}</p>",
-            _section("Methods", _frame(_table(rows)) + _failures(rows)),
-            charts,
+            _section("Methods", _frame(_table(rows)) + _key(rows) + _failures(rows)),
+            _charts(rows, model),
             _tree(rows),
             _section("What to know", _caveats(rows)),
-            _section("How it was measured", _how(setting)),
+            _section("How it was measured", _how(setting, rows)),
         ]
     )
     style, script = _asset("report.css"), _asset("report.js")
@@ -93,9 +91,33 @@ def summary(rows: Sequence[Row]) -> str:
     said = f"mesa8 keeps {row['kept_ratio']:.2f} times less than plain"
     if row.get("step_ratio"):
         said += f" at {row['step_ratio']:.2f} times its step time"
+    plain: Row = next((r for r in rows if r["method"] == "plain"), {})
     if row.get("gradient_error") is not None:
         said += f", with a gradient error of {row['gradient_error']:.2%}"
-    return said + "."
+        if plain.get("gradient_error") is not None:
+            said += f" (plain: {plain['gradient_error']:.2%})"
+    said += "."
+    rival: Row = next((r for r in rows if r["method"] == "checkpoint"), {})
+    if rival.get("kept_ratio") and rival.get("step_ratio"):
+        said += (
+            f" Checkpointing every block keeps {rival['kept_ratio']:.2f} times less at "
+            f"{rival['step_ratio']:.2f} times the step time."
+        )
+    return said
+
+
+def _charts(rows: Sequence[Row], model: str) -> str:
+    """Both charts, beside each other where there is room."""
+    charts = ""
+    chart = tradeoff(rows, "")
+    if chart is not None:
+        described = f"Kept bytes against step time of {len(rows)} methods on {model}"
+        charts += _section("Memory against time", _frame(as_svg(chart, "tradeoff", described)))
+    bars = where(rows, "")
+    if bars is not None:
+        described = f"Bytes kept by operator for each method on {model}"
+        charts += _section("Where the memory is", _frame(as_svg(bars, "where", described)))
+    return f'<div class="charts">{charts}</div>' if charts else ""
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -111,23 +133,38 @@ def _table(rows: Sequence[Row]) -> str:
         key: min((row[key] for row in rows if row.get(key) is not None), default=None)
         for key in ("kept_bytes", "peak_bytes", "step_ms")
     }
+    plain: Row = next((row for row in rows if row["method"] == "plain"), {})
     lines = []
     for row in rows:
         cells = f'<th scope="row">{_text(row["method"])}</th>'
         for key, *_ in columns:
             value = row.get(key)
-            kind = (
-                ' class="number best"'
-                if value is not None and value == best.get(key)
-                else ' class="number"'
-            )
+            kind = "number"
+            if value is not None and value == best.get(key):
+                kind += " best"
+            elif worse_than_plain(key, row, plain):
+                kind += " worse"
             shown = _text(cell(key, row)) or '<span class="none">-</span>'
-            cells += f'<td{kind} data-value="{"" if value is None else value}">{shown}</td>'
-        lines.append(f"<tr>{cells}</tr>")
+            cells += (
+                f'<td class="{kind}" data-value="{"" if value is None else value}">{shown}</td>'
+            )
+        base = ' class="base"' if row is plain else ""
+        lines.append(f"<tr{base}>{cells}</tr>")
     return (
         f'<table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
+
+
+def _key(rows: Sequence[Row]) -> str:
+    """What the colours of the table say."""
+    said = '<span class="best">Best of its column</span>'
+    if any(row["method"] == "plain" for row in rows):
+        said += (
+            '; <span class="worse">behind plain</span>: more bytes, a step slower by more than '
+            f"{TIME_MARGIN - 1:.0%}, or a gradient error more than {ERROR_MARGIN:g} times plain's"
+        )
+    return f'<p class="key">{said}.</p>'
 
 
 def _failures(rows: Sequence[Row]) -> str:
@@ -146,7 +183,10 @@ def _tree(rows: Sequence[Row]) -> str:
     root = grow([by_method[m] for m in methods])
     heads = "".join(f"<span>{_text(m)}</span>" for m in methods)
     head = f'<div class="node head"><span class="name">module</span>{heads}</div>'
-    note = "<p>Bytes kept by each module with its submodules; equal neighbours are one line.</p>"
+    note = (
+        "<p>Bytes kept by each module with its submodules. Equal neighbours are one line: x12 stands "
+        "for twelve of them, with the bytes of one.</p>"
+    )
     buttons = '<p class="tools"><button type="button" data-open="1">Open all</button> '
     buttons += '<button type="button" data-open="0">Close all</button></p>'
     columns = f'style="--columns: {len(methods)}"'
@@ -191,12 +231,14 @@ def _caveats(rows: Sequence[Row]) -> str:
     )
 
 
-def _how(setting: Mapping[str, Any]) -> str:
+def _how(setting: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    timed = [len(row["times_ms"]) for row in rows if row.get("times_ms")]
     versions = ", ".join(f"{k} {v}" for k, v in setting.get("versions", {}).items())
     lines = {
         "command": f"<code>{_text(setting['command'])}</code>",
         "device": _text(setting.get("device_name", setting["device"])),
         "threads": _text(setting.get("threads", "")),
+        "timed steps": _text(f"{max(timed)} a method" if timed else ""),
         "versions": _text(versions),
         "commit": _text(setting.get("commit", "")),
         "date": _text(setting.get("date", "")),
@@ -206,10 +248,9 @@ def _how(setting: Mapping[str, Any]) -> str:
 
 
 def _what(setting: Mapping[str, Any]) -> str:
-    shapes = ", ".join("x".join(map(str, shape)) for shape in setting["shapes"])
-    dtype = setting["dtype"]
-    arithmetic = "float32" if dtype in (None, "float32") else f"{dtype} autocast"
-    return f"Inputs {shapes}, {arithmetic}, {setting.get('device_name', setting['device'])}."
+    said = describe(setting).removeprefix(f"{setting['model']}, ")
+    torch = setting.get("versions", {}).get("torch")
+    return f"Inputs {said}{f', PyTorch {torch}' if torch else ''}."
 
 
 def _section(title: str, inner: str) -> str:

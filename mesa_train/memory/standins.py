@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mesa_train.memory.fakes import Fakes
+from mesa_train.memory.errors import place
+from mesa_train.memory.fakes import FAKES_CANNOT, NUMPY, Fakes
 
 # nn.Module's own tables: parameters and buffers are replaced one by one, modules have their own.
 _TABLES = {"_parameters", "_buffers", "_modules"}
@@ -50,7 +51,7 @@ def standing_in(model: nn.Module, fakes: Fakes | None = None) -> Iterator[None]:
             if fakes is None:
                 yield
             else:
-                with fakes.on():
+                with _no_values(model), fakes.on():
                     yield
     finally:
         for module, attributes, parameters, buffers in before:
@@ -60,6 +61,24 @@ def standing_in(model: nn.Module, fakes: Fakes | None = None) -> Iterator[None]:
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def _no_values(model: nn.Module) -> Iterator[None]:
+    """Within the context a model that reads values, which fakes do not have, is a ValueError that says
+    where and what measures it all the same."""
+    try:
+        yield
+    except (*FAKES_CANNOT, RuntimeError) as error:
+        if not isinstance(error, FAKES_CANNOT) and NUMPY not in str(error):
+            raise
+        where = place(error)
+        raise ValueError(
+            f"{type(model).__name__} reads values, which tensors without data do not have "
+            f"({where + ': ' if where else ''}{error}); what measures it with data: "
+            "`mesa-train compare` without --quick, `mesa-train profile` without --fake, or footprint "
+            "with fake=False and the model on a real device"
+        ) from error
 
 
 def _holds_tensor(value: Any) -> bool:

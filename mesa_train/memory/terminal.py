@@ -33,13 +33,14 @@ _LEAST_SHARE = 0.0005
 # key, heading, and the least width of a terminal that has room for it.
 _COLUMNS = (
     ("kept_bytes", "kept for\nbackward", 0),
-    ("kept_ratio", "less than\nplain", 180),
+    ("kept_ratio", "less than\nplain", 100),
     ("peak_bytes", "peak of\nstep", 0),
     ("resident_bytes", "resident\nset", 180),
     ("gradient_error", "gradient\nerror", 0),
     ("gradient_cosine", "cosine", 180),
     ("step_ms", "step\nms", 0),
-    ("images_per_s", "images\nper s", 100),
+    ("step_ratio", "step vs.\nplain", 100),
+    ("images_per_s", "images\nper s", 120),
     ("weight_bytes", "weights", 180),
     ("gradient_bytes", "gradients", 180),
     ("optimizer_bytes", "optimizer", 180),

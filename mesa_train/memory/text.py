@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?")
 
@@ -24,18 +25,56 @@ def format_gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "") -> int:
     """Bytes of a size as people write it: "24GiB", "800 MB", "1.5T", "4096".
 
     Binary units with an i (KiB, MiB, GiB, TiB) and without a B; decimal ones as KB, MB, GB, TB.
+    option: of the command line, for the errors; there a number under a million needs a unit.
     ValueError for anything else, zero and less.
     """
     found = _SIZE.fullmatch(text.strip().lower())
+    start = f"{option}: " if option else ""
     if found is None or float(found[1]) <= 0:
-        raise ValueError(f"a size is a number with a unit such as 24GiB or 800MB, got {text!r}")
+        raise ValueError(
+            f"{start}a size is a number with a unit such as 24GiB or 800MB (KiB, MiB, GiB, TiB, KB, "
+            f"MB, GB, TB), got {text!r}"
+        )
     number, prefix, kind = float(found[1]), found[2] or "", found[3] or ""
+    if option and not prefix and not kind and number < 1e6:
+        raise ValueError(f"{start}{text.strip()} bytes? Give a unit: {text.strip()}GiB")
     base = 1000 if kind == "b" and prefix else 1024
     return int(number * base ** " kmgt".index(prefix or " "))
+
+
+def format_shapes(shapes: Sequence[Sequence[int]], most: int = 4) -> str:
+    """`8x3x224x224, 8x12`; of more than `most` tensors the first ones, and how many there are."""
+    said = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
+    if len(said) <= most:
+        return ", ".join(said)
+    return f"{', '.join(said[: most - 1])} and {len(said) - most + 1} more tensors"
+
+
+def format_precision(dtype: str | None, weights: str = "float32") -> str:
+    """The arithmetic of a comparison in words: `dtype` of autocast, None or "float32" for none."""
+    if dtype in (None, "float32"):
+        return weights if weights != "mixed" else "no autocast"
+    return f"{dtype} autocast" if weights == "float32" else f"{dtype} autocast, {weights} weights"
+
+
+def describe(setting: Mapping[str, Any]) -> str:
+    """One line for what was measured on what: model, inputs, arithmetic, device, threads.
+
+    setting: model, shapes, dtype, device, and perhaps device_name and threads.
+    """
+    parts = [
+        str(setting["model"]),
+        format_shapes(setting["shapes"]),
+        format_precision(setting["dtype"], setting.get("weights", "float32")),
+        str(setting.get("device_name", setting["device"])),
+    ]
+    if setting.get("threads") and setting["device"] == "cpu":
+        parts.append(f"{setting['threads']} threads")
+    return ", ".join(parts)
 
 
 def format_ratio(before: int, after: int) -> str:

@@ -9,6 +9,7 @@ method breaks (an out-of-memory kill, a compiler's patches, allocator state) end
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import gc
@@ -28,11 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mesa_train.memory.checkpointing import NoBlocks
 from mesa_train.memory.contenders import Contender, optimizer_bytes
+from mesa_train.memory.errors import one_line
 from mesa_train.memory.fitting import largest_batch_by_trying, largest_batch_on_a_line
 from mesa_train.memory.footprint import arguments, autocasting, footprint
 from mesa_train.memory.gradients import cosine, default_loss, relative_error
-from mesa_train.memory.inputs import resized
+from mesa_train.memory.inputs import NO_BATCH, resized
 from mesa_train.memory.load import load
 from mesa_train.memory.peak import Peak, peak_of, resident
 from mesa_train.memory.timeline import timeline
@@ -49,8 +52,8 @@ class Bench:
     """One contender on one model and one batch.
 
     job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
-    memory_bytes (or None), and the path of the reference, which the first job writes; perhaps the
-    paths "ready" and "go" (see `wait`).
+    memory_bytes (or None), the path of the reference, which the first job writes, and the paths
+    "ready", "go" and "timed" (see `times`).
     """
 
     def __init__(self, job: Row) -> None:
@@ -76,6 +79,7 @@ class Bench:
             inputs, self.exact = kept["inputs"], kept["gradients"]
         elif job["writes_reference"]:
             self._write_reference(loaded.model, inputs, reference)
+        self.batch, self.make = loaded.batch or job["batch_size"], loaded.make
         self.model, self.inputs = self.contender.cast(loaded.model, inputs)
         self.variant = Variant(self.model, self.contender.variant)
         self.optimizer = self.contender.optimizer(self.model)
@@ -106,7 +110,6 @@ class Bench:
         if peak.resident_bytes is not None and self.before is not None:
             row["resident_bytes"] = peak.resident_bytes - self.before
         report(row)
-        self.wait()
         row |= self.times()
         report(row)
         if self.job["memory_bytes"] is not None:
@@ -169,18 +172,14 @@ class Bench:
         gc.collect()
         return peak_of(self.step, self.device)
 
-    def wait(self) -> None:
-        """Where other jobs are made ready at the same time: until this one may be timed."""
-        if "go" in self.job:
-            Path(self.job["ready"]).touch()
-            while not Path(self.job["go"]).exists():
-                clock.sleep(0.02)
-
     def times(self) -> Row:
-        """Whole steps after those that the other columns took: median, quartiles, images per
-        second."""
+        """Whole steps after those that the other columns took: median, quartiles, images per second.
+        Says when it is ready, waits for the word to go, and says when all steps are timed."""
         if not self.job["rounds"]:
             return {}
+        Path(self.job["ready"]).touch()
+        while not Path(self.job["go"]).exists():
+            clock.sleep(0.02)
         taken = []
         for _ in range(self.job["rounds"]):
             self._synchronize()
@@ -188,17 +187,18 @@ class Bench:
             self.step()
             self._synchronize()
             taken.append(1e3 * (clock.perf_counter() - start))
+        Path(self.job["timed"]).touch()
         median = statistics.median(taken)
         return {
             "step_ms": median,
             "step_ms_quartiles": quartiles(taken),
-            "images_per_s": self.job["batch_size"] / median * 1e3,
+            "images_per_s": self.batch / median * 1e3,
             "times_ms": [round(time, 3) for time in taken],
         }
 
     def largest_batch(self, peak: Peak, row: Row) -> tuple[int | None, str]:
         """The largest batch whose step fits, and how that was found."""
-        batch, memory = self.job["batch_size"], self.job["memory_bytes"]
+        batch, memory = self.batch, self.job["memory_bytes"]
         if self.device.type == "cuda":
             return largest_batch_by_trying(self, memory), "largest batch: tried on the device"
         room = memory - self.standing()
@@ -207,7 +207,7 @@ class Bench:
         if not self.contender.countable:
             return guess, f"largest batch: in proportion to the peak of batch {batch}"
         if self.resized(1) is None:
-            return None, "largest batch: an input has no batch dimension"
+            return None, NO_BATCH
         count = functools.partial(
             timeline, self.model, policy=self.contender.variant, autocast=self.autocast
         )
@@ -221,17 +221,21 @@ class Bench:
         return found, "largest batch: computed on tensors without data"
 
     def resized(self, batch: int) -> Any:
-        """Inputs of another batch size: on a GPU repeated along the first dimension, else without
-        data. None where an input has no such dimension."""
-        return resized(self.inputs, self.job["batch_size"], batch, self.device.type == "cuda")
+        """Inputs of another batch size: on a GPU with data, else without. None where an input has no
+        batch dimension."""
+        on_gpu = self.device.type == "cuda"
+        other = resized(self.inputs, self.batch, batch, on_gpu, self.make)
+        return None if other is None else self.contender.narrowed(other)
 
     def _write_reference(self, model: nn.Module, inputs: Any, path: Path) -> None:
         state = {key: value.clone() for key, value in model.state_dict().items()}
-        wide, wide_inputs = Contender.of("float32").cast(model, inputs)
+        narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+        own = copy.deepcopy(model) if narrow else model
+        wide, wide_inputs = Contender.of("float32").cast(own, inputs)
         args, kwargs = arguments(wide_inputs)
         torch.manual_seed(0)
         default_loss(wide(*args, **kwargs)).backward()
-        self.exact = [p.grad for p in model.parameters()]
+        self.exact = [p.grad for p in wide.parameters()]
         for parameter in model.parameters():
             parameter.grad = None
         for name, value in model.state_dict().items():
@@ -270,20 +274,20 @@ def run(job: Row) -> None:
         bench = Bench(job)
         row = bench.row(report)
     except torch.OutOfMemoryError as error:
-        row = _so_far(result, row) | {"note": f"out of memory: {_line(error)}"}
+        row = _so_far(result, row) | {"note": f"out of memory: {one_line(error)}"}
+    except NoBlocks as error:
+        row = _so_far(result, row) | {"note": one_line(error)}
     except Exception as error:  # whatever a rival raises is its row's reason
         traceback.print_exc()
-        row = _so_far(result, row) | {"note": f"{type(error).__name__}: {_line(error)}"}
+        line, kind = one_line(error), f"{type(error).__name__}: "
+        row = _so_far(result, row) | {"note": (kind + line.removeprefix(kind))[:400]}
+        # Nothing at all was measured: for plain, the model's own fault.
+        row["broken"] = "kept_bytes" not in row
     report(row)
 
 
 def _so_far(result: Path, row: Row) -> Row:
     return json.loads(result.read_text()) if result.exists() else row
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else "no message"
 
 
 def _end_with_parent() -> None:

@@ -198,7 +198,7 @@ class TestFakes:
 
     def test_forward_that_needs_values(self):
         model = Call(lambda x: x if x.sum().item() > 0 else -x)
-        with pytest.raises(ValueError, match="decides by values"):
+        with pytest.raises(ValueError, match="reads values"):
             footprint(model, grad_randn(3), fake=True)
 
     def test_cuda_without_a_gpu(self, vit, monkeypatch):

@@ -1,0 +1,39 @@
+"""An error as one line: what a model of the user's own raised, and where in their file."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+_OURS = Path(__file__).resolve().parents[1]
+_LIBRARIES = tuple(
+    Path(folder).resolve() for folder in {*sysconfig.get_paths().values()} if "lib" in folder
+)
+# Characters of a message that is not ours.
+_MOST = 300
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of its message; with its type, and the user's file and line, if it came out of
+    their code."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else "no message"
+    where = place(error)
+    if not where:
+        return line if text else type(error).__name__
+    return f"{type(error).__name__}: {line[:_MOST]} ({where})"
+
+
+def place(error: BaseException) -> str:
+    """`my_model.py, line 23`: the last line of the user's own code that the error went through; ""
+    if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not path.is_file():
+            continue
+        path = path.resolve()
+        if _OURS in path.parents or any(folder in path.parents for folder in _LIBRARIES):
+            continue
+        return f"{path.name}, line {frame.lineno}"
+    return ""
