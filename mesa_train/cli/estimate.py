@@ -14,6 +14,7 @@ from mesa_train.cli.common import (
     Model,
     loading,
     one_line_errors,
+    progress_bar,
     quiet,
     show,
     show_json,
@@ -43,7 +44,7 @@ def estimate(
     lora: Annotated[
         int, typer.Option(min=0, help="Rank of LoRA on a model frozen in NF4; 0: train all.")
     ] = 0,
-    every: Annotated[bool, typer.Option("--all", help="Also what does not fit.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also setups that no policy fits.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write accelerate's configuration to this YAML file.")
     ] = None,
@@ -55,7 +56,8 @@ def estimate(
     with DDP, ZeRO, FSDP2, offload and LoRA: what fits, and how to start the simplest."""
     with one_line_errors():
         from mesa_train.memory.checkpointing import find_blocks
-        from mesa_train.memory.estimate import POLICIES, best, estimates
+        from mesa_train.memory.estimate import POLICIES, SETUPS, best, estimates
+        from mesa_train.memory.inputs import side_of
         from mesa_train.memory.launch import accelerate_config, command
         from mesa_train.memory.methods import check_method
         from mesa_train.memory.sharding import Cluster
@@ -71,12 +73,20 @@ def estimate(
         def make() -> Any:
             return loading(model, batch_size, image_size, "cpu", fake=True, tell=False)[0]
 
-        with quiet():
-            rows = estimates(
-                make, cluster, batch=batch_size, policies=names, optimizer=optimizer, lora=lora, half=half
-            )  # fmt: skip
-            found = list(rows)
-            blocks = sorted({type(b).__name__ for b in find_blocks(make().model).values()})
+        first, _ = loading(model, batch_size, image_size, "cpu", fake=True)
+        blocks = sorted({type(b).__name__ for b in find_blocks(first.model).values()})
+        asked: dict[str, Any] = {
+            "batch": batch_size,
+            "optimizer": optimizer,
+            "lora": lora,
+            "half": half,
+        }
+        found = []
+        with quiet(), progress_bar() as progress:
+            progress("counting", 0, len(SETUPS) * len(names))
+            for row in estimates(make, cluster, policies=names, **asked):
+                found.append(row)
+                progress(f"{row.strategy}, {row.policy}", len(found), len(SETUPS) * len(names))
         chosen = best(found)
         configuration = "" if chosen is None else accelerate_config(chosen, cluster, blocks)
         if chosen is not None and out is not None:
@@ -87,20 +97,25 @@ def estimate(
             show_json({"model": model, "gpus": gpus, "rows": every_row, "chosen": answer})
             return
         title = f"{model}  {gpus} GPUs of {gpu_memory}  {batch_size} images a GPU"
-        _show(title, [e for e in found if e.fits or every])
+        fitting = {(e.strategy, e.offload) for e in found if e.fits or every}
+        _show(title, [e for e in found if (e.strategy, e.offload) in fitting])
         if chosen is None:
             show(_instead(found, batch_size))
             return
         path = str(out) if out is not None else "accelerate.yaml"
-        show(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:")
-        typer.echo(configuration, nl=False)
-        typer.echo(command(chosen, model, path, gpus))
+        typer.echo(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:\n")
+        typer.echo(configuration)
+        typer.echo(command(chosen, model, path, gpus, side_of(first.inputs)))
 
 
 def _show(title: str, rows: list[Any]) -> None:
     from mesa_train.memory import terminal
+    from mesa_train.memory.estimate import RESERVE
+    from mesa_train.memory.text import format_gib
 
-    show(title, terminal.estimates(rows) if rows else None)
+    reserve = format_gib(RESERVE)
+    show(title, *(terminal.estimates(rows) if rows else []))
+    show(f"{reserve} GiB of each GPU are left for CUDA, NCCL and the allocator.")
 
 
 def _instead(found: list[Any], batch_size: int) -> str:

@@ -54,6 +54,14 @@ def on_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
+def side_of(inputs: Any) -> int | None:
+    """Height of square images among the inputs, None if there are none."""
+    for t in pytree.tree_leaves(inputs):
+        if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == t.shape[3]:
+            return t.shape[3]
+    return None
+
+
 def batch_of(inputs: Any, asked: int) -> int:
     """How many images these inputs are: the first dimension that all tensors share, or as `asked`
     where they share none."""

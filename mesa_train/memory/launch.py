@@ -32,6 +32,9 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
         "num_processes": cluster.gpus,
         "use_cpu": False,
     }
+    if cluster.nodes > 1:
+        # The file of each machine has its own machine_rank.
+        config |= {"main_process_ip": "ADDRESS_OF_MACHINE_0", "main_process_port": 29500}
     if cluster.gpus == 1 and found.strategy in ("ddp", "in_backward"):
         config["distributed_type"] = "NO"
     if found.strategy.startswith("zero"):
@@ -45,6 +48,9 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
                 found.offload if stage == 3 and found.offload != "optimizer" else "none"
             ),
         }
+        if found.offload == "nvme":
+            paths = ("offload_optimizer_nvme_path", "offload_param_nvme_path")
+            deepspeed |= dict.fromkeys(paths, "/FOLDER/ON/NVME")
         if stage == 3:
             deepspeed |= {"zero3_init_flag": True, "zero3_save_16bit_model": True}
         config["deepspeed_config"] = deepspeed
@@ -70,10 +76,12 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def command(found: Estimate, model: str, path: str, gpus: int) -> str:
+def command(
+    found: Estimate, model: str, path: str, gpus: int, image_size: int | None = None
+) -> str:
     """The command that trains with it: the recipe for a model of timm's, else a script to be named.
 
-    path: of accelerate's configuration.
+    path: of accelerate's configuration. image_size: of the images, None for the recipe's own.
     """
     start = f"accelerate launch --config_file {path}"
     scheme, colon, rest = model.partition(":")
@@ -82,8 +90,8 @@ def command(found: Estimate, model: str, path: str, gpus: int) -> str:
     name = rest if colon else model
     if name.startswith("vit_22b"):
         return _vit22b(found, name, start, gpus)
-    if found.strategy == "in_backward" or found.lora:
-        return f"{start} YOUR_TRAINING_SCRIPT.py"
+    if found.strategy == "in_backward" or found.lora or found.half or "+coded" in found.policy:
+        return f"{start} YOUR_TRAINING_SCRIPT.py"  # The recipe for timm's models has none of these.
     preset, checkpointed = _parts(found.policy)
     settings = {
         "model.name": name,
@@ -92,6 +100,8 @@ def command(found: Estimate, model: str, path: str, gpus: int) -> str:
         "train.policy": preset,
         "optim.name": found.optimizer,
     }
+    if image_size is not None:
+        settings["data.image_size"] = image_size
     if checkpointed:
         settings["model.grad_checkpointing"] = "true"
     return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {_set(settings)}"

@@ -32,6 +32,8 @@ from mesa_train.memory.server import Server
 Row = dict[str, Any]
 
 _MEMINFO = Path("/proc/meminfo")
+# Of the seconds that a method has where all are to be done in time, the share for timed steps.
+_TIMING = 0.4
 # A lane of its own for what compiles needs this many times what the first method took.
 _ROOM = 3
 
@@ -181,6 +183,9 @@ class _Bench:
         if left <= 0:
             return self._row(method, None, f"not begun: {over}")
         job = self._job(method, number)
+        waiting = 1 + len(self.own) + len(self.either)
+        # Two steps at least, whatever they take; None for no bound, which JSON does not have.
+        job["timing_s"] = None if math.isinf(left) else _TIMING * left / waiting
         self.running[server] = method
         server.begin(job, self.request.limit_s)
         ended, timed, reason = False, False, None

@@ -238,13 +238,20 @@ def _how(setting: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "command": f"<code>{_text(setting['command'])}</code>",
         "device": _text(setting.get("device_name", setting["device"])),
         "threads": _text(setting.get("threads", "")),
-        "timed steps": _text(f"{max(timed)} a method" if timed else ""),
+        "timed steps": _timed(timed),
         "versions": _text(versions),
         "commit": _text(setting.get("commit", "")),
         "date": _text(setting.get("date", "")),
     }
     items = "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in lines.items() if v)
     return f"<dl>{items}</dl>"
+
+
+def _timed(counts: Sequence[int]) -> str:
+    if not counts:
+        return ""
+    few = "" if min(counts) == max(counts) else f", down to {min(counts)} of slow ones"
+    return f"{max(counts)} a method{few}"
 
 
 def _what(setting: Mapping[str, Any]) -> str:

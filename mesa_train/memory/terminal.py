@@ -141,17 +141,19 @@ def _table(
     head: Sequence[str],
     lines: Sequence[_Line],
     rule_before: int | None = None,
+    whole_names: bool = False,
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     # Rich narrows columns that may wrap before others: the names may, but their text will not.
-    table.add_column(head[0])
+    table.add_column(head[0], no_wrap=whole_names)
     for title in head[1:]:
         table.add_column(title, justify="right", no_wrap=True)
     for index, (line, style) in enumerate(lines):
         if index == rule_before:
             table.add_section()
         name = line[0] if isinstance(line[0], Text) else Text(line[0])
-        name.no_wrap, name.overflow = True, "ellipsis"
+        if not whole_names:
+            name.no_wrap, name.overflow = True, "ellipsis"
         table.add_row(name, *line[1:], style=style)
     return table
 
@@ -180,15 +182,63 @@ def choices(plan: Plan) -> Table:
     return _table(["stash", "kept as", "places"], lines)
 
 
-def estimates(found: Sequence[Estimate]) -> Table:
-    """One line a setup and policy: what lies on a GPU, and the largest batch."""
-    lines: list[_Line] = []
-    for e in found:
-        held = e.states
-        name = e.strategy if e.offload == "none" else f"{e.strategy} {e.offload}"
-        sizes = (held.weights, held.gradients, held.optimizer, held.gathered, e.activations)
-        cells = [format_gib(size) for size in (*sizes, e.gpu_bytes)]
-        batch = str(e.largest_batch) if not e.reason else e.reason
-        lines.append(([f"{name}, {e.policy}", *cells, batch], "" if e.fits else "dim"))
-    head = ["GiB a GPU", "weights", "grads", "states", "gather", "activ.", "all", "batch"]
-    return _table(head, lines)
+def estimates(found: Sequence[Estimate]) -> list[Table | str]:
+    """What lies on each GPU whatever the policy, what the policies add, and the largest batches."""
+    setups = {_setup(e): e for e in found}
+    policies = list(dict.fromkeys(e.policy for e in found))
+    by_place = {(_setup(e), e.policy): e for e in found}
+    held: list[_Line] = []
+    for name, e in setups.items():
+        own = e.states
+        sizes = (
+            own.weights,
+            own.gradients,
+            own.optimizer,
+            own.gathered,
+            own.gpu,
+            own.cpu,
+            own.disk,
+        )
+        held.append(([name, *map(format_gib, sizes)], ""))
+    head = ["GiB", "weights", "grads", "states", "gather", "a GPU", "main\nmemory", "disk"]
+    # With copies of float32 weights or without: the same for all setups of a kind.
+    added: dict[tuple[int, ...], list[str]] = {}
+    for name in setups:
+        own_sizes = tuple(by_place[name, p].activations for p in policies if (name, p) in by_place)
+        added.setdefault(own_sizes, []).append(name)
+    activations: list[_Line] = []
+    for names in added.values():
+        places = [by_place.get((names[0], p)) for p in policies]
+        cells = [format_gib(e.activations if e is not None else 0) for e in places]
+        said = names[0] if len(names) == 1 else f"{len(names)} others" if activations else "all"
+        activations.append(([said, *cells], ""))
+    largest: list[_Line] = []
+    for name in setups:
+        places = [by_place.get((name, p)) for p in policies]
+        largest.append(([name, *map(_largest, places)], ""))
+    columns = [
+        p.replace("checkpoint", "check-\npoint").replace("-recompute", "-\nrecom-\npute")
+        for p in (p.replace("+", "\n+") for p in policies)
+    ]
+    images = found[0].batch
+    return [
+        _table(head, held, whole_names=True),
+        f"Activations of {images} images, GiB a GPU:",
+        _table(["", *columns], activations, whole_names=True),
+        f"Largest batch a GPU (in brackets where {images} do not fit):",
+        _table(["", *columns], largest, whole_names=True),
+    ]
+
+
+def _setup(e: Estimate) -> str:
+    away = {"none": "", "cpu": " CPU", "optimizer": " CPU states", "nvme": " NVMe"}
+    return e.strategy + away[e.offload]
+
+
+def _largest(e: Estimate | None) -> str:
+    if e is None:
+        return "-"
+    if e.reason == "main memory":
+        return "memory"
+    said = f"{e.largest_batch:,}" if e.largest_batch < 1e4 else f"{e.largest_batch / 1e3:,.0f}k"
+    return said if e.fits else f"({said})"

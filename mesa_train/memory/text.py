@@ -21,8 +21,10 @@ def format_bytes(size: int) -> str:
 
 
 def format_gib(size: int) -> str:
-    """A size in GiB as a plain number."""
-    return f"{size / 2**30:.2f}"
+    """A size in GiB as a plain number, "-" for none."""
+    if not size:
+        return "-"
+    return f"{size / 2**30:.2f}" if size >= 0.005 * 2**30 else "<0.01"
 
 
 def parse_bytes(text: str, option: str = "") -> int:

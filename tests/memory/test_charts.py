@@ -106,7 +106,7 @@ def test_frontier_with_rivals(tmp_path):
     chart = draw(plans, rivals, "title")
     texts = {text.get_text() for text in chart.axes[0].texts}
     # Other optimizer states are another budget, and what failed has no place.
-    assert {"plain", "checkpoint", "20 % error", "2 % error"} <= texts
+    assert {"plain", "checkpoint", "20.0%", "2.0%"} <= texts
     assert not {"plain+adamw8bit", "compile"} & texts
     save_png(chart, tmp_path / "frontier.png")
     untimed = [
