@@ -170,7 +170,7 @@ def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[A
     """(pixels, labels) without end, in the model's resolution, on the device."""
     if images == RANDOM:
         stream = torch.Generator(device).manual_seed(0)
-        made = {"device": device, "generator": stream}
+        made: dict[str, Any] = {"device": device, "generator": stream}
         while True:
             pixels = torch.randn((batch, 3, size, size), dtype=torch.bfloat16, **made)
             yield pixels, torch.randint(1000, (batch,), **made)
