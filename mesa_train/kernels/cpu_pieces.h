@@ -99,9 +99,12 @@ struct FinePiecesHeld {
   Floats at(Floats magnitude) const {
     const Floats x = smaller(all(edge), magnitude);
     const __m512i index = std::bit_cast<__m512i>(fused(x, all(inverse), all(12582912.0f)));
-    Floats y = _mm512_permutex2var_ps(low[3], index, high[3]);
-    for (int k = 2; k >= 0; --k) y = fused(y, x, _mm512_permutex2var_ps(low[k], index, high[k]));
-    return y;
+    const auto coefficient = [&](int k) -> Floats {
+      return _mm512_permutex2var_ps(low[k], index, high[k]);
+    };
+    // Both halves at once: a shorter wait than one step after another.
+    return fused(fused(coefficient(3), x, coefficient(2)), x * x,
+                 fused(coefficient(1), x, coefficient(0)));
   }
 };
 

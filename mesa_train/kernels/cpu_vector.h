@@ -189,6 +189,7 @@ struct Float32 {
   static Floats load(const Raw* from) { return mesa::load<Floats>(from); }
   static void store(Raw* to, Floats x) { mesa::store(to, x); }
   static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
+  static void store_flushed(Raw* to, Floats low, Floats high) { store(to, low, high); }
 };
 
 struct BFloat16 {
@@ -217,6 +218,15 @@ struct BFloat16 {
     }
 #endif
     store_any(to, low), store_any(to + LANES, high);
+  }
+  // Without the test: a denormal may become 0, and a NaN any NaN.
+  static void store_flushed(Raw* to, Floats low, Floats high) {
+#if defined(MESA_AVX512) && defined(__AVX512BF16__)
+    const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &narrow, sizeof narrow);
+#else
+    store_any(to, low), store_any(to + LANES, high);
+#endif
   }
 
  private:
@@ -254,6 +264,7 @@ struct Float16 {
 #endif
   }
   static void store(Raw* to, Floats low, Floats high) { store(to, low), store(to + LANES, high); }
+  static void store_flushed(Raw* to, Floats low, Floats high) { store(to, low, high); }
 };
 
 // --- loops ---
@@ -311,7 +322,7 @@ struct Padded {
   }
 };
 
-// n elements of `from`, mapped by f(value, i) to `to`.
+// n elements of `from`, mapped by f(value, i) to `to`, for results that need be right to rounding alone.
 template <typename T, typename U, typename F>
 inline void map_all(const typename T::Raw* from, typename U::Raw* to, int64_t n, const F& f) {
   Padded<typename T::Raw, PAIR> read;
@@ -319,7 +330,7 @@ inline void map_all(const typename T::Raw* from, typename U::Raw* to, int64_t n,
   const auto* const x = read.read(from, n);
   auto* const y = written.write(to, n);
   for_pairs(std::max(n, PAIR), [&](int64_t i) {
-    U::store(y + i, f(T::load(x + i), i), f(T::load(x + i + LANES), i + LANES));
+    U::store_flushed(y + i, f(T::load(x + i), i), f(T::load(x + i + LANES), i + LANES));
   });
   written.finish(to, n);
 }
