@@ -76,7 +76,7 @@ class Policy:
         0.9.
     forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
         lets norms, activations and softmax run in kernels that make the codes in the same pass,
-        equal to PyTorch's to rounding. For GPUs: on a CPU those kernels are slower.
+        equal to PyTorch's to rounding. For GPUs: on a CPU a step takes as long either way.
     checkpoint: names of modules, with `*` for any part, whose forward keeps its inputs alone and
         runs again in the backward; inside another one that is checkpointed, nothing more happens.
     checkpoint_inputs: None leaves alone what activation checkpointing itself keeps, the inputs of

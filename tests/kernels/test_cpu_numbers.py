@@ -85,6 +85,17 @@ def test_gelu_is_as_close_as_stated(native, dtype, of_value, of_slope):
     assert error.max() <= of_slope
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gelus_forward_is_as_close_in_every_dtype(dtype):
+    x = torch.linspace(-12, 12, 4096).to(dtype).view(32, 128)
+    expected = x.double() * 0.5 * torch.erfc(-x.double() * math.sqrt(0.5))
+    value = torch.ops.mesa_train.activation_encode(x, "gelu", 8, 128, False, 0)[0].double()
+    error = (value - expected).abs() - torch.finfo(dtype).eps / 2 * expected.abs()
+    # 5e-7 in pieces and 8e-7 as a polynomial, over max(1, |x|); float16 ends at 6e-8, in steps of that.
+    assert (error / x.double().abs().clamp(min=1)).max() <= 1e-6
+
+
 def test_at_fewer_bits_gelu_is_looked_up_to_the_same_error(native):
     x = torch.randn(64, 128)
     for bits_ in (4, 2):
