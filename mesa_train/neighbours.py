@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class User:
 
 class Neighbours(threading.local):
     """What one operator's backward made that the next one needs: a matmul rebuilt for both, or the
-    activation's gradient that the Linear behind it had almost computed.
+    activation's gradient that the Linear behind it had almost computed, with its sum over the rows for
+    the bias in front.
 
     Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and
     what is left goes with the engine's final callback, so nothing outlives the backward.
@@ -42,6 +44,7 @@ class Neighbours(threading.local):
     def __init__(self) -> None:
         self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
         self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
+        self.sums: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self.run = -1
 
     def take(self, uses: Uses, dtype: torch.dtype) -> Tensor | None:
@@ -82,6 +85,18 @@ class Neighbours(threading.local):
         self._enter()
         self.gradients[_address(codes)] = codes, grad, grad._version, value
 
+    def take_sum(self, grad: Tensor) -> Tensor | None:
+        """The sum of this very `grad` over all its dims but the last, if whoever made it knew."""
+        found = self.sums.pop(id(grad), None)
+        if found is None or found[0]() is not grad or found[1] != grad._version:
+            return None
+        return found[2]
+
+    def offer_sum(self, grad: Tensor, total: Tensor) -> None:
+        """Hand `total` to the operator that gets `grad` as it is now; the gradient is not held."""
+        self._enter()
+        self.sums[id(grad)] = weakref.ref(grad), grad._version, total
+
     def _enter(self) -> None:
         # A run that ended in an error has not called its callback.
         run = torch._C._current_graph_task_id()
@@ -93,6 +108,7 @@ class Neighbours(threading.local):
     def _clear(self) -> None:
         self.values.clear()
         self.gradients.clear()
+        self.sums.clear()
 
 
 neighbours = Neighbours()

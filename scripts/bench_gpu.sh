@@ -24,6 +24,13 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 1
 fi
 
+missing=$("$PYTHON" -c 'import importlib.util as u
+print(*[m for m in "triton pytest hypothesis timm typer rich yaml".split() if u.find_spec(m) is None])')
+if [ -n "$missing" ]; then
+  echo "bench_gpu: $PYTHON has no $missing; install them, or run without PYTHON=... for a .venv" >&2
+  exit 1
+fi
+
 step() {
   echo "== $1 (at ${SECONDS} s)"
   shift
@@ -32,13 +39,15 @@ step() {
 
 step "device" "$PYTHON" -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'
 # Nearly all of this is Triton's compiler, once for every dtype, alignment and number of bits.
-workers=$("$PYTHON" -c 'import os; print(min(8, os.cpu_count()))')
+side_by_side=$("$PYTHON" -c 'import importlib.util as u, os
+print(f"-n {min(8, os.cpu_count())}" if u.find_spec("xdist") else "")')
+# shellcheck disable=SC2086 # one option and its number, or nothing
 step "kernels against the reference" timeout 240 \
-  "$PYTHON" -m pytest tests/kernels -q -k triton -n "$workers" \
+  "$PYTHON" -m pytest tests/kernels -q -k triton $side_by_side \
   --deselect tests/kernels/test_triton_operators.py::test_compiled_kernels_round_as_specified_and_move_whole_vectors
 step "operators against a copy" timeout 100 "$PYTHON" scripts/bench_ops.py --device cuda \
   --out "$out/ops.jsonl"
 step "training steps" timeout 140 "$PYTHON" scripts/bench_step.py --device cuda \
-  --models vit_base_patch16_224 --batch-size 128 --methods plain,mesa8,mesa8-fused,mesa4,checkpoint \
+  --models vit_base_patch16_224 --batch-size 128 --methods plain,mesa8,mesa8-fused,mesa4,checkpoint,approx-bp \
   --rounds 9 --out "$out/bench_step.jsonl"
 echo "== done after ${SECONDS} s; rows in $out"

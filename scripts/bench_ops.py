@@ -112,7 +112,9 @@ def main(
 
 def offered(device: str) -> tuple[str, ...]:
     """The operators that are used on a kind of device."""
-    return OPERATORS if device == "cpu" else tuple(triton_load.OPERATORS)
+    if device == "cpu":
+        return tuple(o for o in OPERATORS if o != "activation_pair_sum")
+    return tuple(triton_load.OPERATORS)
 
 
 def backend(operator: str, device: str) -> str:
@@ -180,6 +182,12 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
             "activation_pair",
             f"gelu, {b} bits",
             partial(ops.activation_pair.default, grad, *coded, b, "gelu"),
+            (grad, *coded),
+        )
+        yield Case(
+            "activation_pair_sum",
+            f"gelu, {b} bits",
+            partial(ops.activation_pair_sum.default, grad, *coded, b, "gelu"),
             (grad, *coded),
         )
         yield from softmax_cases(b, normal(tokens * (width // 64), 197))

@@ -139,6 +139,13 @@ class Affine:
         kernels.load()
         return _ops.activation_pair.default(grad, *codes, self.bits, kind)
 
+    def activation_pair_sum(
+        self, codes: Codes, grad: Tensor, kind: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`activation_pair`, and the sum of the first over the rows in float32."""
+        kernels.load()
+        return _ops.activation_pair_sum.default(grad, *codes, self.bits, kind)
+
     def _code(self) -> tuple[int, int, bool, int]:
         return self.bits, self.group_size, self.stochastic, self.seed
 

@@ -59,12 +59,13 @@ def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, in
     width = max(triton.next_power_of_2(cols), 16)
     height = max(1, min(_TILE // width, 16))
     count = triton.cdiv(rows, height)
-    share = triton.cdiv(count, _PROGRAMS * _multiprocessors(device))
+    share = triton.cdiv(count, _PROGRAMS * multiprocessors(device))
     return height, width, triton.cdiv(count, share), share
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side."""
     if device.type == "cpu":  # the interpreter
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)

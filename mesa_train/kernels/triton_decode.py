@@ -71,7 +71,7 @@ def _activation_backward(
         tl.store(y + at, value(x, KIND).to(y.dtype.element_ty), mask)
 
 
-def _cut(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tiles | None:
+def cut(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tiles | None:
     """The tiles of a coded matrix; RuntimeError where the scales cannot be those of `cols`."""
     groups = scales.shape[1]
     size = -(-cols // max(groups, 1))
@@ -95,13 +95,13 @@ def affine_decode(
     out = schemas._affine_decode(codes, scales, bits, cols, dtype, weight, bias)
     if out.numel() == 0:
         return out
-    cut = _cut(codes, scales, bits, cols)
-    if cut is None or not handles(out, weight, bias):
+    found = cut(codes, scales, bits, cols)
+    if found is None or not handles(out, weight, bias):
         return reference.affine_decode(codes, scales, bits, cols, dtype, weight, bias)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     tensors = codes.contiguous(), scales.contiguous(), weight, bias, out
-    launch(_decode, cut.grid, cut.num_warps, tensors, cut.numbers, (*cut.constants, None))
+    launch(_decode, found.grid, found.num_warps, tensors, found.numbers, (*found.constants, None))
     return out
 
 
@@ -112,11 +112,11 @@ def activation_decode(
     out = schemas._activation_decode(codes, scales, bits, cols, dtype, kind)
     if out.numel() == 0:
         return out
-    cut = _cut(codes, scales, bits, cols)
-    if cut is None or not handles(out):
+    found = cut(codes, scales, bits, cols)
+    if found is None or not handles(out):
         return reference.activation_decode(codes, scales, bits, cols, dtype, kind)
     tensors = codes.contiguous(), scales.contiguous(), None, None, out
-    launch(_decode, cut.grid, cut.num_warps, tensors, cut.numbers, (*cut.constants, kind))
+    launch(_decode, found.grid, found.num_warps, tensors, found.numbers, (*found.constants, kind))
     return out
 
 
@@ -127,10 +127,10 @@ def activation_backward(
     dx = schemas._activation_backward(grad, codes, scales, bits, kind)
     if dx.numel() == 0:
         return dx
-    cut = _cut(codes, scales, bits, grad.shape[1])
-    if cut is None or not handles(grad):
+    found = cut(codes, scales, bits, grad.shape[1])
+    if found is None or not handles(grad):
         return reference.activation_backward(grad, codes, scales, bits, kind)
-    _launch_backward(cut, grad, codes, scales, dx, None, kind)
+    _launch_backward(found, grad, codes, scales, dx, None, kind)
     return dx
 
 
@@ -141,21 +141,27 @@ def activation_pair(
     dx, y = schemas._activation_pair(grad, codes, scales, bits, kind)
     if dx.numel() == 0:
         return dx, y
-    cut = _cut(codes, scales, bits, grad.shape[1])
-    if cut is None or not handles(grad):
+    found = cut(codes, scales, bits, grad.shape[1])
+    if found is None or not handles(grad):
         return reference.activation_pair(grad, codes, scales, bits, kind)
-    _launch_backward(cut, grad, codes, scales, dx, y, kind)
+    _launch_backward(found, grad, codes, scales, dx, y, kind)
     return dx, y
 
 
 def _launch_backward(
-    cut: Tiles, grad: Tensor, codes: Tensor, scales: Tensor, dx: Tensor, y: Tensor | None, kind: str
+    found: Tiles,
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    dx: Tensor,
+    y: Tensor | None,
+    kind: str,
 ) -> None:
     launch(
         _activation_backward,
-        cut.grid,
-        cut.num_warps,
+        found.grid,
+        found.num_warps,
         (grad, codes.contiguous(), scales.contiguous(), dx, y),
-        (*cut.numbers, *grad.stride()),
-        (*cut.constants, kind),
+        (*found.numbers, *grad.stride()),
+        (*found.constants, kind),
     )

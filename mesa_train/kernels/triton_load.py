@@ -28,6 +28,7 @@ OPERATORS = {
     "activation_decode": "triton_decode",
     "activation_backward": "triton_decode",
     "activation_pair": "triton_decode",
+    "activation_pair_sum": "triton_pair",
     "norm_backward": "triton_norm",
     "softmax_backward": "triton_softmax",
     "scale_backward": "triton_scale",
@@ -80,9 +81,9 @@ def _body(name: str, device: torch.device) -> Callable[..., Any]:
         module = importlib.import_module(f"mesa_train.kernels.{OPERATORS[name]}")
         launcher: Callable[..., Any] = getattr(module, name)
         return launcher
-    forward = hasattr(triton_schemas, f"_{name}")
-    fake = getattr(triton_schemas if forward else schemas, f"_{name}")
-    plain = getattr(triton_schemas if forward else reference, name)
+    apart = hasattr(triton_schemas, f"_{name}")
+    fake = getattr(triton_schemas if apart else schemas, f"_{name}")
+    plain = getattr(triton_schemas if apart else reference, name)
 
     def checked(*args: Any) -> Any:
         fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))

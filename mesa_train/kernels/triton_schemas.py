@@ -3,6 +3,8 @@ softmax where the plain order makes two. In Triton for GPUs, in C++ for the CPU.
 
 Unlike every other operator these compute a forward, so their output is close to PyTorch's own and not
 bit for bit equal to it. Nothing uses them unless it asks for that.
+
+And an activation's backward that adds up its columns, which pays on GPUs alone.
 """
 # ruff: noqa: ARG001 (a fake takes all the arguments of its operator)
 
@@ -92,6 +94,22 @@ def softmax_encode(
     return y, *reference.affine_encode(y, bits, group_size, stochastic, seed)
 
 
+def _activation_pair_sum(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, y = schemas._activation_pair(grad, codes, scales, bits, kind)
+    return dx, y, grad.new_empty((grad.shape[1],), dtype=torch.float32)
+
+
+def activation_pair_sum(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype, and the column sums
+    of the first in float32."""
+    dx, y = reference.activation_pair(grad, codes, scales, bits, kind)
+    return dx, y, dx.to(torch.float32).sum(0)
+
+
 schemas._define(
     "norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered,"
     " ScalarType dtype, int bits, int group_size, bool stochastic, int seed)"
@@ -110,4 +128,10 @@ schemas._define(
     " -> (Tensor y, Tensor codes, Tensor scales)",
     _softmax_encode,
     softmax_encode,
+)
+schemas._define(
+    "activation_pair_sum(Tensor grad, Tensor codes, Tensor scales, int bits, str kind)"
+    " -> (Tensor dx, Tensor y, Tensor total)",
+    _activation_pair_sum,
+    activation_pair_sum,
 )

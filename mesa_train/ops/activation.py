@@ -154,9 +154,27 @@ class Activated:
             return saved.value(spec, grad.dtype)
         geometry, codes = leaf.geometry, saved.own(source)
         flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
-        dx, value = leaf.codec.activation_pair((codes[0], codes[1]), flat, self.kind)
-        neighbours.offer_gradient(codes[0], grad, geometry.restore(dx))
+        if not _sums(geometry, flat):
+            dx, value = leaf.codec.activation_pair((codes[0], codes[1]), flat, self.kind)
+            neighbours.offer_gradient(codes[0], grad, geometry.restore(dx))
+            return geometry.restore(value)
+        dx, value, total = leaf.codec.activation_pair_sum((codes[0], codes[1]), flat, self.kind)
+        before = geometry.restore(dx)
+        neighbours.offer_gradient(codes[0], grad, before)
+        neighbours.offer_sum(before, total)
         return geometry.restore(value)
+
+
+def _sums(geometry: Geometry, grad: Tensor) -> bool:
+    """Whether the sum over the rows is made on the way, for the bias in front: on a GPU it saves
+    reading the gradient again. On a CPU the sum takes a fifth of the pass that would make it."""
+    last = len(geometry.shape) - 1
+    return (
+        grad.device.type != "cpu"
+        and grad.dtype.itemsize <= 4
+        and geometry.order[-1:] == (last,)
+        and geometry.cols == geometry.shape[last]
+    )
 
 
 class SmoothInPlace(InPlace, Smooth):  # type: ignore[misc]

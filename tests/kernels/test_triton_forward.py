@@ -19,7 +19,7 @@ def forward(request):
         return triton_schemas
     request.getfixturevalue(request.param)
     if request.param == "triton":
-        return triton_interpreter.forwards()
+        return triton_interpreter.apart()
     return SimpleNamespace(**{n: getattr(torch.ops.mesa_train, n).default for n in OPERATORS})
 
 

@@ -18,6 +18,7 @@ from mesa_train.kernels import (
     triton_encode,
     triton_forward,
     triton_norm,
+    triton_pair,
     triton_scale,
     triton_softmax,
 )
@@ -83,6 +84,9 @@ def main() -> None:
         grad = qkv.bfloat16()[:, :384]
         ptx(triton_decode.activation_backward, grad, *coded, 2, kind)
         ptx(triton_decode.activation_pair, grad, *coded, 2, kind)
+        text = ptx(triton_pair.activation_pair_sum, grad, *coded, 2, kind)
+        assert "atom" not in text
+        assert "st.global.v4.b32" in text
         text = ptx(triton_forward.activation_encode, qkv.bfloat16(), kind, 8, 128, False, 0)
         assert "st.global.v4.b32" in text
     for dtype in (torch.float32, torch.bfloat16):

@@ -29,9 +29,10 @@ MODULES = {
     "triton_scale": ("scale_backward",),
     "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
-FORWARDS = {
+APART = {
     "triton_forward": ("norm_encode", "activation_encode"),
     "triton_softmax": ("softmax_encode",),
+    "triton_pair": ("activation_pair_sum",),
 }
 Modules = dict[str, tuple[str, ...]]
 
@@ -41,9 +42,9 @@ def bodies(modules: Modules = MODULES) -> SimpleNamespace:
     return on_gpu(modules) if torch.cuda.is_available() else interpreted(modules)
 
 
-def forwards() -> SimpleNamespace:
-    """Those of the fused forwards."""
-    return bodies(FORWARDS)
+def apart() -> SimpleNamespace:
+    """Those of `triton_schemas`: fused forwards, and the pair with its sum."""
+    return bodies(APART)
 
 
 def on_gpu(modules: Modules) -> SimpleNamespace:

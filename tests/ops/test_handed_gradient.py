@@ -1,5 +1,7 @@
 """An activation's gradient that the Linear behind it makes in the same pass over the codes."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,70 @@ def test_two_backwards_of_one_graph(calls):
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not neighbours.gradients
+
+
+@pytest.fixture
+def summed(monkeypatch):
+    """As on a GPU: the pass over the codes adds the gradient up; how many of the sums were taken."""
+    from mesa_train.ops import activation
+
+    taken = []
+    take = type(neighbours).take_sum
+
+    def counted(self, grad):
+        found = take(self, grad)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(activation, "_sums", lambda geometry, grad: True)
+    monkeypatch.setattr(type(neighbours), "take_sum", counted)
+    return taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_in_front_gets_its_gradient_from_the_same_pass(summed, dtype):
+    model, x = mlp().to(dtype), torch.randn(4, 5, 8, dtype=dtype)
+    expected = gradients(model, x)
+    wrap(model, EIGHT)
+    close(gradients(model, x), expected)
+    assert summed == [False, True]  # the second Linear's own gradient has no such maker
+    assert not neighbours.sums
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hook_in_front_that_changes_the_gradient(summed, inplace):
+    x = torch.randn(6, 8)
+
+    def run(policy):
+        model = mlp()
+        with compress(policy):
+            hidden = model[0](x)
+            hidden.register_hook(lambda g: g.mul_(3) if inplace else g * 3)
+            model[2](model[1](hidden)).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    close(run(EIGHT), run(Policy(enabled=False)))
+    assert summed == [False, False]
+    assert not neighbours.sums
+
+
+def test_a_gradient_is_not_held_for_its_sum(summed):
+    """Without a Linear in front nobody takes the sum; the gradient must not wait for one."""
+
+    class Before(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive.append(sys.getrefcount(grad))
+            return grad
+
+    alive = []
+    x = torch.randn(6, 32, requires_grad=True)
+    model = nn.Sequential(nn.GELU(), nn.Linear(32, 8))
+    for policy in (Policy(enabled=False), EIGHT):
+        with compress(policy):
+            model(Before.apply(x)).sum().backward()
+    assert alive[0] == alive[1]
