@@ -61,14 +61,7 @@ def load(
 
     Raises CheckpointError, before anything is read, if parameters are missing or of other shapes.
     """
-    if not (checkpoint / STATE).is_file():
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
-    found = {
-        key.removeprefix("model."): tuple(entry.size)
-        for key, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
-        if key.startswith("model.") and hasattr(entry, "size")
-    }
-    compare(checkpoint, found, model)
+    check(checkpoint, model)
     optimizers = () if optimizer is None else optimizer
     weights, moments = get_state_dict(model, optimizers)
     wanted: dict[str, Any] = {"model": weights}
@@ -81,6 +74,24 @@ def load(
     )
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
+
+
+def check(checkpoint: Path, model: nn.Module) -> None:
+    """CheckpointError if a checkpoint is incomplete or its parameters are not the model's, which may be
+    on the meta device. Reads no weights."""
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    if (checkpoint / ".metadata").is_file():
+        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        found = {
+            key.removeprefix("model."): tuple(entry.size)
+            for key, entry in entries.items()
+            if key.startswith("model.") and hasattr(entry, "size")
+        }
+    else:  # DeepSpeed's, whose shapes `sharded_zero` notes beside it
+        shapes = json.loads((checkpoint / STATE).read_text()).get("shapes", {})
+        found = {name: tuple(shape) for name, shape in shapes.items()}
+    compare(checkpoint, found, model)
 
 
 def newest(folder: Path) -> Path | None:
@@ -148,30 +159,12 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
     fresh_head: leave the model's classifier as it is, and the file's unread.
     Raises CheckpointError, before anything is read, if names or shapes differ.
     """
-    from safetensors import SafetensorError, safe_open
-
-    files = files_of(source)
-    opened = {}
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(files.values()) if files else [source]):
-        try:
-            opened[file] = safe_open(file, "pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
-        for name in opened[file].keys():  # noqa: SIM118  not a mapping
-            found[name], files[name] = tuple(opened[file].get_slice(name).get_shape()), file
-    own = dict(model.state_dict(keep_vars=True))
-    wanted = {n: tuple(getattr(v, "ds_shape", v.shape)) for n, v in own.items()}
-    if fresh_head:
-        found = {n: s for n, s in found.items() if not n.startswith("head.")}
-        found |= {n: s for n, s in wanted.items() if n.startswith("head.")}
-    grid = _resampled(found, wanted)
-    compare(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, model)
+    opened, grid = _opened(source, model, fresh_head)
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in model.state_dict(keep_vars=True).items():
             if fresh_head and name.startswith("head."):
                 continue
-            part = opened[files[name]].get_slice(name)
+            part = opened[name].get_slice(name)
             if grid and name == "pos_embed":
                 part = resampled(part[:], *grid)
             if hasattr(parameter, "ds_id"):
@@ -180,6 +173,35 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
                 parameter.to_local().copy_(part[_slices(parameter)])
             else:
                 parameter.copy_(part[:])
+
+
+def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
+    """What `load_export` raises, without reading weights; the model may be on the meta device."""
+    _opened(source, model, fresh_head)
+
+
+def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any], Any]:
+    """(the open file of each parameter, the grids that its position embedding is resampled between)."""
+    from safetensors import SafetensorError, safe_open
+
+    files = files_of(source)
+    opened: dict[str, Any] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values()) if files else [source]):
+        try:
+            here = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
+        for name in here.keys():  # noqa: SIM118  not a mapping
+            found[name], opened[name] = tuple(here.get_slice(name).get_shape()), here
+    own = dict(model.state_dict(keep_vars=True))
+    wanted = {n: tuple(getattr(v, "ds_shape", v.shape)) for n, v in own.items()}
+    if fresh_head:
+        found = {n: s for n, s in found.items() if not n.startswith("head.")}
+        found |= {n: s for n, s in wanted.items() if n.startswith("head.")}
+    grid = _resampled(found, wanted)
+    compare(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, model)
+    return opened, grid
 
 
 def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:

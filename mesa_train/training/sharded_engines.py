@@ -50,10 +50,19 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def engine_of(config: Config, classes: int) -> Engine:
-    """The engine that configuration and launcher ask for. ConfigError where they disagree."""
+def engine_of(config: Config, classes: int, checkpoint: Path | None = None) -> Engine:
+    """The engine that configuration and launcher ask for. ConfigError where they disagree.
+
+    checkpoint: will be loaded. CheckpointError if it, or the weights to start from, are another model's.
+    """
     backend = backend_of(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_precision(config.train.precision)
+    # Before any memory is given.
+    if config.model.weights:
+        sketch, head = build(config, classes, "meta"), config.model.fresh_head
+        checkpoints.check_export(Path(config.model.weights), sketch, head)
+    if checkpoint is not None:
+        checkpoints.check(checkpoint, build(config, classes, "meta"))
     if backend == "zero3":
         return Zero3(config, classes)
     return Direct(config, classes, sharded=backend == "fsdp2")

@@ -32,12 +32,13 @@ def train(config: Config, report: Report) -> Engine:
     images_per_s, and where a GPU is, peak_bytes and mfu. Returns the engine, still open."""
     schedule = _schedule(config)
     data = sharded_data.load(config)
-    engine = engine_of(config, data.classes)
-    out, first = Path(config.train.out), 0
+    out, first, checkpoint = Path(config.train.out), 0, None
     if config.train.resume:
         checkpoint = newest(out) if config.train.resume == "last" else Path(config.train.resume)
         if checkpoint is None:
             raise ConfigError(f"train.resume=last, but {out} has no complete checkpoint")
+    engine = engine_of(config, data.classes, checkpoint)
+    if checkpoint is not None:
         first = int(engine.load(checkpoint)["step"])
     watch = AttentionWatch(engine.model, every=config.train.watch_every)
     guard = Guard(engine.model)

@@ -59,11 +59,16 @@ def report(config: Config, world: int, classes: int) -> str:
     ranks = world // train.tensor_parallel
     turns = accumulation(train, ranks)
     found = predict(config, world)
+    tokens = " and the tokens" if train.sequence_parallel else ""
     lines = [
         f"{config.model.name} at {config.model.image_size} px, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {classes} classes",
         f"{found.strategy} on {world} processes"
-        + (f", {train.tensor_parallel} share the heads" if train.tensor_parallel > 1 else "")
+        + (
+            f", {train.tensor_parallel} share the heads{tokens}"
+            if train.tensor_parallel > 1
+            else ""
+        )
         + (f", offload {found.offload}" if found.offload != "none" else ""),
         f"batch {train.global_batch} = {train.micro_batch} x {turns} accumulated x {ranks} ranks, "
         f"{train.steps} steps",

@@ -32,7 +32,7 @@ from mesa_train.training.in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.in_backward import InBackward
 from mesa_train.training.schedule_rsqrt import groups
 from mesa_train.training.schema import one_of
-from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
+from mesa_train.training.sharded_checkpoint import CheckpointError, check_export, load_export
 from mesa_train.training.sharded_config import CHECKPOINTING, ConfigError
 from mesa_train.training.sharded_engines import check_precision, install
 from mesa_train.training.sharded_plan import method_of
@@ -156,6 +156,8 @@ def build(
         return nf4_lora.quantised(
             net, nf4_lora.reader(weights) if weights else drawn, device, rank=rank
         )
+    if weights:
+        check_export(weights, net)
     net.to_empty(device=device)
     if weights:
         load_export(weights, net)

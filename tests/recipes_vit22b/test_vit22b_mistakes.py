@@ -13,7 +13,7 @@ from mesa_train.models import vit22b, vit22b_parallel
 from mesa_train.training import sharded_engines, sharded_zero
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config import ConfigError
-from mesa_train.training.sharded_checkpoint import export, load_export
+from mesa_train.training.sharded_checkpoint import export, load_export, save
 from mesa_train.training.sharded_config import accumulation, load
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/vit22b"
@@ -90,6 +90,24 @@ def test_launches_that_do_not_fit(monkeypatch):
         ValueError, match=r"tensor_parallel=5 must divide the 48 heads: one of 1, 2,"
     ):
         vit22b_parallel.check_heads(48, 5)
+
+
+def test_another_models_files_are_refused_before_memory_is_given(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory"))
+    other = timm.create_model("vit_22b_tiny", num_classes=10, img_size=56, depth=4)
+    export(tmp_path / "weights", other)
+    with pytest.raises(CheckpointError, match=r"blocks\.3\."):
+        engine(monkeypatch, f"model.weights={tmp_path}/weights")
+    with pytest.raises(CheckpointError, match="is neither a safetensors file nor a folder"):
+        engine(monkeypatch, f"model.weights={tmp_path}")
+    checkpoint = save(tmp_path, other, torch.optim.SGD(other.parameters()), {"step": 1})
+    config = load(TINY)
+    with pytest.raises(CheckpointError, match=r"blocks\.3\."):
+        sharded_engines.engine_of(config, 10, checkpoint)
+    zeros = {"step": 1, "ranks": 2, "shapes": {"pos_embed": [1, 2, 3]}}
+    (tmp_path / "state.json").write_text(json.dumps(zeros))
+    with pytest.raises(CheckpointError, match="pos_embed"):
+        sharded_engines.engine_of(config, 10, tmp_path)
 
 
 def test_a_card_without_bfloat16(monkeypatch):
