@@ -206,3 +206,23 @@ def test_a_stale_lineage_is_not_used_while_tracing_either(write):
     with compress(Policy(bits=32, min_bytes=0)):
         output = torch.compile(function, backend="aot_eager", fullgraph=True)(x, w)
     assert distance(torch.autograd.grad(output.square().sum(), (x, w)), expected) < 1e-5
+
+
+def test_unflatten_compiles_and_shares_its_stash_in_eager():
+    """A method that Dynamo does not find in the table; eager calls find it and keep one stash."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 32), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.two(F.gelu(self.one(x)).unflatten(-1, (4, 8)))
+
+    model, x = mesa_train.wrap(Heads(), EIGHT), torch.randn(6, 16)
+    expected = model(x)
+    rows = mesa_train.coverage(model).rows
+    assert [r.how for r in rows if r.module == "two"] == ["rebuilt"]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    compiled(x).sum().backward()

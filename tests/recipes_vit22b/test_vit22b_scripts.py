@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mesa_train.training.sharded_loop import model_flops, peak_tflops_of
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
@@ -95,15 +97,23 @@ def test_dry_runs_say_what_a_card_needs():
 def test_one_card_methods_run_and_say_what_they_expect(tmp_path, method):
     if method == "nf4":
         pytest.importorskip("bitsandbytes")
+    images = "random" if method == "factored" else "mnist5k"
     done = run("onecard.py", method, "--image-size", 56, "--batch-size", 16, "--out", tmp_path,
-               "--lr", 1e-3, "--steps", 8)  # fmt: skip
+               "--lr", 1e-3, "--steps", 8, "--images", images, "--peak-tflops", 1)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("expected: weights ")
     row = json.loads((tmp_path / "results.jsonl").read_text())
     assert row["losses"][-1] < row["losses"][0]
+    assert row["mfu"] == row["images_per_s"] * model_flops("vit_22b_tiny", 56) / 1e12
     assert set(row["predicted_bytes"]) == {
         "weights", "gradients", "optimizer", "gathered", "activations",
     }  # fmt: skip
+
+
+def test_the_peak_of_a_card_is_that_of_its_longest_name():
+    assert peak_tflops_of("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops_of("NVIDIA H100 PCIe") == 756
+    assert peak_tflops_of("AMD EPYC") is None
 
 
 def test_one_card_refuses_mistakes():
@@ -111,6 +121,7 @@ def test_one_card_refuses_mistakes():
         (["adam"], "method must be one of nf4, factored, lion"),
         (["lion", "--model", "vit_b"], "model must be one of vit_22b_tiny"),
         (["lion", "--policy", "plain"], "coded needs a policy"),
+        (["lion", "--images", "randm"], "(did you mean random?)"),
         (["nf4", "--weights", "nowhere"], "neither a safetensors file nor a folder"),
     ):
         done = run("onecard.py", *arguments, "--image-size", 56)
