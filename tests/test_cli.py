@@ -50,7 +50,8 @@ def test_compare_in_a_terminal(tmp_path):
     (plain, mesa8) = [line.split() for line in lines if line.strip().startswith(("plain", "mesa8"))]
     assert mesa8[2] == plain[2] == "MiB"
     assert float(plain[1]) > 2.5 * float(mesa8[1])
-    assert mesa8[5].endswith("%")
+    assert mesa8[3].endswith("x")
+    assert mesa8[6].endswith("%")
     assert int(mesa8[-1].replace(",", "")) > int(plain[-1].replace(",", ""))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"rows.jsonl", "compare.png", "where.png", "report.html"}
@@ -229,6 +230,20 @@ def test_dtypes(dtype):
         (["plan", *VIT, "--fake", "--budget", "1MiB"], "the smallest peak within reach is"),
         (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "do not spread evenly"),
         (["estimate", *VIT, "--policies", "mesa9"], "unknown method 'mesa9'"),
+        (["estimate", *VIT, "--gpu-memory", "24"], "--gpu-memory: 24 bytes? Give a unit: 24GiB"),
+        (["compare", *VIT, "--methods", "plain,mesa9"], "did you mean 'mesa8'?"),
+        (["compare", *VIT, "--batchsize", "4"], "--batch-size"),
+        (["compare", *VIT, "--dtype", "bfloat16"], "is not one of"),
+        (["compair", *VIT], "Did you mean 'compare'?"),
+        (["compare"], "Missing argument"),
+        (["compare", "pyhton:my.build"], "did you mean python:my.build?"),
+        (["compare", *VIT, "--out", "/dev/null/out"], "--out /dev/null/out"),
+        (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: name a .yaml file"),
+        (["plan", *VIT, "--rivals", "rows.jsonl"], "give --frontier chart.png too"),
+        (
+            ["plan", *VIT, "--frontier", "c.png", "--rivals", "no.jsonl"],
+            "--rivals no.jsonl: no such file",
+        ),
     ],
 )
 def test_one_line_for_a_wrong_request(arguments, message):
@@ -237,6 +252,55 @@ def test_one_line_for_a_wrong_request(arguments, message):
     assert result.stdout == ""
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+NARROW = """
+import torch
+
+
+class Reads(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x * 2 if x.mean() > 9 else x)
+
+
+def half():
+    return torch.nn.Linear(8, 4).half(), torch.rand(16, 8).half()
+
+
+def reads():
+    return Reads(8, 4), torch.rand(8, 8)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "half"], "float16 weights, which --dtype bf16 does not go with on a CPU"),
+        (["profile", "half"], "choose fp16, or float32 for no autocast"),
+        (["compare", "reads", "--quick"], "without data do not have (narrow.py, line 7: "),
+        (["profile", "reads", "--fake"], "`mesa-train profile` without --fake"),
+        (["estimate", "reads", "--batch-size", "8"], "Reads reads values"),
+    ],
+)
+def test_one_line_for_a_model_that_cannot(arguments, message, tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text(NARROW)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command, name, *more = arguments
+    result = run(command, f"python:narrow.{name}", *more)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_rivals_of_another_batch(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {"method": "plain", "model": VIT[0], "shapes": [[4, 3, 64, 64]]}
+    rows.write_text(json.dumps(row) + "\n")
+    chosen = ["--fake", "--frontier", str(tmp_path / "c.png"), "--rivals", str(rows)]
+    result = run("plan", *VIT, *chosen)
+    assert result.exit_code == 2
+    assert f"rows of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
 
 
 def test_as_a_module():

@@ -210,7 +210,7 @@ def one_line_errors() -> Iterator[None]:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
-    except (typer.Exit, typer.Abort):
+    except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:  # a user's own model may raise anything
         from mesa_train.memory.errors import one_line

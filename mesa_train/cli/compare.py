@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,8 @@ import typer
 from mesa_train.cli import common
 
 if TYPE_CHECKING:
-    import torch
+    from mesa_train.memory.processes import Request
+    from mesa_train.memory.results import Results
 
 
 def compare(
@@ -39,7 +39,7 @@ def compare(
     memory: Annotated[
         str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 180.0,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 240.0,
     total: Annotated[
         float, typer.Option(min=1, help="Most seconds for all; what is left then is not begun.")
     ] = 340.0,
@@ -52,6 +52,8 @@ def compare(
     """Methods side by side, and a report. Bytes kept, peak of the step, gradient error, step time,
     largest batch; each method in a process of its own. Ctrl-C keeps what is done so far."""
     with common.one_line_errors():
+        from mesa_train.memory.processes import Request, measure
+        from mesa_train.memory.results import Results
         from mesa_train.memory.text import parse_bytes
 
         names = _methods(methods, quick)
@@ -69,45 +71,49 @@ def compare(
         if not quick:
             del loaded
         asked = common.autocast_of(dtype)
-        kept = _Kept(out, setting, where)
-        rows: list[dict[str, Any]] = []
-        with common.progress_bar() as progress, _stoppable() as stop:
-            if quick:
-                made = _counted(
-                    model, image_size, device, names, batch_size, asked, memory_bytes, progress
-                )
-            else:
-                from mesa_train.memory.processes import Request, measure
-
-                request = Request(
-                    model,
-                    batch_size=batch_size,
-                    image_size=image_size,
-                    device=where,
-                    dtype=None if asked is None else str(asked).removeprefix("torch."),
-                    rounds=rounds,
-                    memory_bytes=memory_bytes,
-                    limit_s=limit,
-                    total_s=total,
-                )
-                made = measure(request, names, progress)
-            try:
-                for row in made:
-                    rows.append(row)
-                    kept.add(row)
-            except KeyboardInterrupt:
-                stop.asked = True
+        request = Request(
+            model,
+            batch_size=batch_size,
+            image_size=image_size,
+            device=where,
+            dtype=None if asked is None else str(asked).removeprefix("torch."),
+            rounds=rounds,
+            memory_bytes=memory_bytes,
+            limit_s=limit,
+            total_s=total,
+        )
+        results = None if out is None else Results(out, setting, where, common.command_line())
+        with common.progress_bar() as progress:
+            counted = functools.partial(_counted, device=device)
+            made = (counted if quick else measure)(request, names, progress)
+            rows, stopped = _read(made, results)
         rows.sort(key=lambda row: names.index(row["method"]))
-        if rows:
-            kept.finish(rows)
+        if rows and results is not None:
+            results.finish(rows)
         if as_json:
             common.show_json({**setting, "rows": rows})
         elif rows:
             _show(title, rows, out)
-        if stop.asked:
+        if stopped:
             said = f"stopped with {len(rows)} of {len(names)} methods done"
             typer.echo(f"mesa-train: {said}", err=True)
             raise typer.Exit(130)
+
+
+def _read(
+    made: Generator[dict[str, Any], None, None], results: Results | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """(the rows as they come, each on disk at once; whether the user ended it)."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with _stoppable(), contextlib.closing(made):
+            for row in made:
+                rows.append(row)
+                if results is not None:
+                    results.add(row)
+    except KeyboardInterrupt:
+        return rows, True
+    return rows, False
 
 
 def _show(title: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
@@ -118,15 +124,8 @@ def _show(title: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> No
         common.show(f"rows.jsonl, charts and report.html are in {out}")
 
 
-@dataclasses.dataclass
-class _Stop:
-    """Whether the user asked for an end."""
-
-    asked: bool = False
-
-
 @contextlib.contextmanager
-def _stoppable() -> Iterator[_Stop]:
+def _stoppable() -> Iterator[None]:
     """Within the context a SIGTERM ends a comparison as Ctrl-C does: with the rows so far."""
 
     def interrupt(*_: object) -> None:
@@ -134,7 +133,7 @@ def _stoppable() -> Iterator[_Stop]:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield _Stop()
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -155,95 +154,21 @@ def _methods(asked: str | None, quick: bool) -> list[str]:
 
 
 def _counted(
-    model: str,
-    image_size: int | None,
-    device: str | None,
+    request: Request,
     names: Sequence[str],
-    batch_size: int,
-    autocast: torch.dtype | None,
-    memory_bytes: int | None,
     progress: Callable[[str, int, int], None],
-) -> Iterator[dict[str, Any]]:
+    device: str | None,
+) -> Generator[dict[str, Any], None, None]:
     """Rows of bytes alone."""
+    import torch
+
     from mesa_train.memory.quick import count
 
     def make() -> Any:
-        return common.loading(model, batch_size, image_size, device, fake=True, tell=False)[0]
+        batch, size = request.batch_size, request.image_size
+        return common.loading(request.model, batch, size, device, fake=True, tell=False)[0]
 
+    dtype = None if request.dtype is None else getattr(torch, request.dtype)
     with common.quiet():
-        yield from count(
-            make,
-            names,
-            dtype=autocast,
-            memory_bytes=memory_bytes,
-            progress=progress,
-        )
-
-
-class _Kept:
-    """Rows on disk as they come, and charts and the page of them."""
-
-    def __init__(self, folder: Path | None, setting: Mapping[str, Any], device: str) -> None:
-        from mesa_train.training import records
-
-        self.folder = folder
-        if folder is None:
-            return
-        source = records.provenance(device)
-        versions = {**source["versions"], **_versions(setting["model"])}
-        self.told = {
-            **setting,
-            "shapes": setting["inputs"],
-            "command": common.command_line(),
-            "device_name": source["device"],
-            "versions": versions,
-            **{key: source[key] for key in ("threads", "commit", "date")},
-        }
-        self._write([])
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row, so that whatever happens next does not lose it."""
-        from mesa_train.training import records
-
-        if self.folder is not None:
-            records.append(self.folder / "rows.jsonl", {**self.told, **row})
-
-    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """All rows in their order, the charts and the page."""
-        if self.folder is None:
-            return
-        from mesa_train.memory import charts
-        from mesa_train.memory.report import write_report
-        from mesa_train.memory.text import describe
-
-        self._write(rows)
-        title = describe(self.told)
-        for name, chart in (
-            ("compare", charts.tradeoff(rows, title)),
-            ("where", charts.where(rows, title)),
-        ):
-            path = self.folder / f"{name}.png"
-            # What another comparison left would be taken for this one's.
-            path.unlink(missing_ok=True)
-            if chart is not None:
-                charts.save_png(chart, path)
-        write_report(self.folder / "report.html", rows, self.told)
-
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        from mesa_train.training import records
-
-        assert self.folder is not None
-        path = self.folder / "rows.jsonl"
-        path.unlink(missing_ok=True)
-        records.append(path, *({**self.told, **row} for row in rows))
-
-
-def _versions(model: str) -> dict[str, str]:
-    """Of what else the rows depend on."""
-    packages = {"hf": "transformers", "torchvision": "torchvision"}
-    wanted = ["bitsandbytes", *filter(None, [packages.get(model.partition(":")[0])])]
-    found = {}
-    for package in wanted:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+        memory = request.memory_bytes
+        yield from count(make, names, dtype=dtype, memory_bytes=memory, progress=progress)

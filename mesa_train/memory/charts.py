@@ -41,6 +41,11 @@ _FEW = 7
 COARSE = 0.05
 
 
+def check() -> None:
+    """ImportError, naming the extra, without matplotlib."""
+    figure(1, "")
+
+
 def family(method: str) -> str:
     """The family that a method is drawn as."""
     if method.startswith("compile"):

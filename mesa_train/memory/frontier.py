@@ -45,9 +45,9 @@ def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
     ]
     blue = FAMILIES["mesa_train"]
     axis.plot(xs, ys, color=blue, linewidth=1.6, zorder=2)
-    faces = ["none" if timed and error > COARSE else blue for error in errors]
+    faces = ["white" if timed and error > COARSE else blue for error in errors]
     axis.scatter(xs, ys, facecolors=faces, edgecolors=blue, linewidths=1.6, s=_PLANNED, zorder=3)
-    what = "planned, with its gradient error" if timed else "planned"
+    what = "planned: predicted, with gradient error" if timed else "planned: predicted"
     axis.plot([], [], color=blue, linewidth=1.6, marker="o", label=what)
     points, names = [*zip(xs, ys, strict=True)], [f"{e:.1%}" if timed else "" for e in errors]
     shown = _comparable(rivals, timed)
@@ -57,7 +57,7 @@ def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
         hollow = timed and coarse(row)
         axis.scatter(
             [x], [y], marker="D", s=_RIVAL, zorder=3,
-            facecolors="none" if hollow else colour, edgecolors=colour, linewidths=1.4,
+            facecolors="white" if hollow else colour, edgecolors=colour, linewidths=1.4,
         )  # fmt: skip
         points.append((x, y))
         names.append(row["method"])
@@ -91,8 +91,10 @@ def _comparable(rivals: Sequence[Row], timed: bool) -> list[tuple[Row, float, fl
 def _legend(canvas: Figure, axis: Axes, families: Sequence[str], timed: bool) -> None:
     for name in FAMILIES:
         if name in families:
-            axis.scatter([], [], color=FAMILIES[name], s=_RIVAL, marker="D", label=name)
+            axis.scatter(
+                [], [], color=FAMILIES[name], s=_RIVAL, marker="D", label=f"{name}, measured"
+            )
     if timed:
         said = f"hollow: gradient error over {COARSE:.0%}"
         axis.scatter([], [], facecolors="none", edgecolors=INK, s=_RIVAL, marker="D", label=said)
-    canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=4)
+    canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=3)

@@ -21,7 +21,7 @@ import queue
 import tempfile
 import threading
 import time as clock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def measure(
     request: Request,
     methods: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """A row a method as they are done, which may not be their order; "note" holds the reason where
     one failed.
 
@@ -143,7 +143,7 @@ class _Bench:
                 if isinstance(row, BaseException):
                     raise row
                 return row
-            tell(", ".join(self.running.values()))
+            tell(", ".join(list(self.running.values())))
 
     def _lane(self, server: Server, first: bool) -> None:
         try:

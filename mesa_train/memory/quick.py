@@ -3,7 +3,7 @@ data. Any model and batch, in seconds; no times and no gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def count(
     dtype: torch.dtype | None,
     memory_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """A row a method with what can be counted; what needs a real run has its reason as "note".
 
     make: loads the model, on the meta device.

@@ -6,10 +6,20 @@ import pytest
 from rich.console import Console
 
 from mesa_train.memory.columns import with_ratios
+from mesa_train.memory.estimate import POLICIES, SETUPS, Estimate
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.recorder import Kept
-from mesa_train.memory.terminal import by_module, by_operator, comparison, notes_of
-from mesa_train.memory.text import format_bytes, format_ratio, format_table, parse_bytes
+from mesa_train.memory.sharding import Cluster, Parameters, states
+from mesa_train.memory.terminal import by_module, by_operator, comparison, estimates, notes_of
+from mesa_train.memory.text import (
+    describe,
+    format_bytes,
+    format_gib,
+    format_ratio,
+    format_shapes,
+    format_table,
+    parse_bytes,
+)
 from mesa_train.memory.tree import forward_order, grow
 
 
@@ -144,6 +154,63 @@ def test_format_ratio(before, after, text):
     assert format_ratio(before, after) == text
 
 
+def test_estimates_of_all_setups_fit_80_columns():
+    """With the names of all setups and policies whole."""
+    own = Parameters(3 * 10**8, 0, 4 * 10**6, 12 * 10**6, 0, 24 * 10**8)
+    cluster = Cluster(8, 24 << 30, 256 << 30)
+    rows = [
+        Estimate(
+            setup, offload, policy, "adamw", 0, False, states(setup, offload, own, cluster),
+            (60 - number) << 27, 32, 30 * 10**number, 5, number > 0,
+        )
+        for setup, offload in SETUPS
+        for number, policy in enumerate(POLICIES)
+    ]  # fmt: skip
+    text = "\n".join(rendered(table, 80) for table in estimates(rows))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    last = next(line.split() for line in reversed(text.splitlines()) if "CPU states" in line)
+    assert last == [
+        "zero3",
+        "CPU",
+        "states",
+        "(30)",
+        "300",
+        "3,000",
+        "30k",
+        "300k",
+        "3,000k",
+        "30,000k",
+    ]
+    assert "10 others" not in text
+    assert "all" in text
+
+
+def test_format_shapes():
+    assert format_shapes([[8, 3, 64, 64], []]) == "8x3x64x64, scalar"
+    assert format_shapes([[3, i] for i in range(9)]) == "3x0, 3x1, 3x2 and 6 more tensors"
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "-"), (1 << 20, "<0.01"), (3 << 29, "1.50")])
+def test_format_gib(size, text):
+    assert format_gib(size) == text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "m, 2x3, bf16 autocast, EPYC, 2 threads"),
+        ({"dtype": "float32"}, "m, 2x3, float32, EPYC, 2 threads"),
+        ({"dtype": "float32", "weights": "float16"}, "m, 2x3, float16, EPYC, 2 threads"),
+        ({"weights": "bfloat16"}, "m, 2x3, bf16 autocast, bfloat16 weights, EPYC, 2 threads"),
+        ({"device": "cuda", "device_name": "H100"}, "m, 2x3, bf16 autocast, H100"),
+    ],
+)
+def test_describe(changed, said):
+    setting = {"model": "m", "shapes": [[2, 3]], "dtype": "bf16", "device": "cpu"}
+    assert describe({**setting, "device_name": "EPYC", "threads": 2, **changed}) == said
+
+
 def test_format_table_aligns():
     text = format_table(["name", "n"], [["a", "1"], ["long", "100"]], rule_before=1)
     assert text.splitlines() == [
@@ -172,5 +239,13 @@ def test_parse_bytes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "0", "3 apples", "1e9"])
 def test_parse_bytes_refuses(text):
-    with pytest.raises(ValueError, match="a size is a number with a unit"):
+    with pytest.raises(ValueError, match=r"^a size is a number with a unit .*KiB, MiB, GiB, TiB"):
         parse_bytes(text)
+
+
+def test_parse_bytes_of_an_option():
+    assert parse_bytes("8000000", "--memory") == 8_000_000
+    with pytest.raises(ValueError, match=r"--memory: 24 bytes\? Give a unit: 24GiB"):
+        parse_bytes("24", "--memory")
+    with pytest.raises(ValueError, match=r"^--memory: a size is a number"):
+        parse_bytes("24 gigs", "--memory")
