@@ -41,6 +41,15 @@ def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
     return bool(key == "gradient_error" and own > ERROR_MARGIN * base)
 
 
+def notes(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Why rows are not complete: the methods by their note."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("note"):
+            found.setdefault(row["note"], []).append(row["method"])
+    return found
+
+
 def cell(key: str, row: Row) -> str:
     """A value as it is written in a table, "" where there is none."""
     value = row.get(key)

@@ -88,7 +88,7 @@ def _counted(
         return None if other is None else contender.narrowed(other)
 
     if memory_bytes is not None and images(1) is None:
-        row["caveats"] = [*contender.caveats, NO_BATCH]
+        row["note"] = NO_BATCH
     elif memory_bytes is not None:
         room = memory_bytes - standing
 

@@ -17,6 +17,7 @@ from mesa_train.memory.columns import (
     ERROR_MARGIN,
     TIME_MARGIN,
     cell,
+    notes,
     with_ratios,
     worse_than_plain,
 )
@@ -168,10 +169,13 @@ def _key(rows: Sequence[Row]) -> str:
 
 
 def _failures(rows: Sequence[Row]) -> str:
-    failed = [row for row in rows if row.get("note")]
+    failed = notes(rows)
     if not failed:
         return ""
-    items = "".join(f"<dt>{_text(r['method'])}</dt><dd>{_text(r['note'])}</dd>" for r in failed)
+    items = "".join(
+        f"<dt>{_text(', '.join(methods))}</dt><dd>{_text(note)}</dd>"
+        for note, methods in failed.items()
+    )
     return f"<h3>Not measured, or not all of it</h3><dl>{items}</dl>"
 
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mesa_train.memory.columns import cell, with_ratios
+from mesa_train.memory.columns import cell, notes, with_ratios
 from mesa_train.memory.footprint import Footprint
 from mesa_train.memory.text import format_bytes, format_gib, format_ratio
 from mesa_train.memory.tree import Node, forward_order, grow
@@ -69,8 +69,8 @@ def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
 
 
 def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why rows are not complete, one line a method."""
-    return [f"{row['method']}: {row['note']}" for row in rows if row.get("note")]
+    """Why rows are not complete, one line a reason."""
+    return [f"{', '.join(methods)}: {note}" for note, methods in notes(rows).items()]
 
 
 def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Table:

@@ -114,7 +114,10 @@ class Bench:
         report(row)
         if self.job["memory_bytes"] is not None:
             row["largest_batch"], how = self.largest_batch(peak, row)
-            row["caveats"].append(how)
+            if row["largest_batch"] is None:
+                row["note"] = how
+            else:
+                row["caveats"].append(how)
         return row
 
     def loss(self, module: nn.Module, inputs: Any) -> Tensor:
@@ -201,17 +204,18 @@ class Bench:
         }
 
     def largest_batch(self, peak: Peak, row: Row) -> tuple[int | None, str]:
-        """The largest batch whose step fits, and how that was found."""
+        """The largest batch whose step fits, and how that was found; None, and why it was not."""
         batch, memory = self.batch, self.job["memory_bytes"]
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if (on_gpu or self.contender.countable) and self.resized(1) is None:
+            return None, NO_BATCH
+        if on_gpu:
             return largest_batch_by_trying(self, memory), "largest batch: tried on the device"
         room = memory - self.standing()
         per_image = max(1, peak.allocated_bytes // batch)
         guess = max(1, room // per_image)
         if not self.contender.countable:
             return guess, f"largest batch: in proportion to the peak of batch {batch}"
-        if self.resized(1) is None:
-            return None, NO_BATCH
         count = functools.partial(
             timeline, self.model, policy=self.contender.variant, autocast=self.autocast
         )
