@@ -1,13 +1,17 @@
 """The command line: tables that fit, JSON alone on stdout, and one line for every wrong request."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from mesa_train.cli import app
+from mesa_train.cli.compare import _stoppable
 
 VIT = ["vit_tiny_patch16_224", "--batch-size", "2", "--image-size", "64"]
 
@@ -252,6 +256,18 @@ def test_one_line_for_a_wrong_request(arguments, message):
     assert result.stdout == ""
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_sigterm_ends_a_comparison_as_ctrl_c_does():
+    def ended():
+        with _stoppable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        ended()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 NARROW = """
