@@ -282,13 +282,13 @@ def run(job: Row) -> None:
         bench = Bench(job)
         row = bench.row(report)
     except torch.OutOfMemoryError as error:
-        row = _so_far(result, row) | {"note": f"out of memory: {one_line(error)}"}
+        row = _so_far(result, row) | {"note": f"out of memory: {_own(error)}"}
     except NoBlocks as error:
-        row = _so_far(result, row) | {"note": one_line(error)}
+        row = _so_far(result, row) | {"note": _own(error)}
     except Exception as error:  # whatever a rival raises is its row's reason
         traceback.print_exc()
-        line, kind = one_line(error), f"{type(error).__name__}: "
-        row = _so_far(result, row) | {"note": (kind + line.removeprefix(kind))[:400]}
+        note = f"{type(error).__name__}: {_own(error)}"
+        row = _so_far(result, row) | {"note": note[:400]}
         # Nothing at all was measured: for plain, the model's own fault.
         row["broken"] = "kept_bytes" not in row
     report(row)
@@ -296,6 +296,11 @@ def run(job: Row) -> None:
 
 def _so_far(result: Path, row: Row) -> Row:
     return json.loads(result.read_text()) if result.exists() else row
+
+
+def _own(error: BaseException) -> str:
+    """The line of an error without its type."""
+    return one_line(error).removeprefix(f"{type(error).__name__}: ")
 
 
 def _end_with_parent() -> None:

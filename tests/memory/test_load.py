@@ -97,7 +97,7 @@ def test_factory(tmp_path, monkeypatch):
         ("hf:vitt", "close names: vit"),
         ("hf:bert", "no image_size"),
         ("hf:.", "without a config.json"),
-        ("python:build", "must name a module and a callable"),
+        ("python:build", "must name a module and a function in it"),
         ("python:no_such_module.build", "no module named 'no_such_module'"),
     ],
 )
