@@ -183,6 +183,8 @@ class _Bench:
         if left <= 0:
             return self._row(method, None, f"not begun: {over}")
         job = self._job(method, number)
+        # What compiles has most of the other core; where both ask for all of them, both wait.
+        job["shares"] = bool(self.either or self.running) and self.first is not None
         waiting = 1 + len(self.own) + len(self.either)
         # Two steps at least, whatever they take; None for no bound, which JSON does not have.
         job["timing_s"] = None if math.isinf(left) else _TIMING * left / waiting

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time as clock
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class Bench:
     """One contender on one model and one batch.
 
     job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
-    memory_bytes (or None), the path of the reference, which the first job writes, and the paths
-    "ready", "go" and "timed" (see `times`).
+    memory_bytes (or None), the path of the reference, which the first job writes, the paths "ready",
+    "go" and "timed", timing_s (see `times`) and shares (see `sharing`).
     """
 
     def __init__(self, job: Row) -> None:
@@ -87,22 +87,8 @@ class Bench:
     def row(self, report: Callable[[Row], None]) -> Row:
         """All columns. `report` is given what there is so far, should a later step fail."""
         row: Row = {"method": self.contender.name, "caveats": list(self.contender.caveats)}
-        self.forward_backward()
-        if self.exact is not None:
-            gradients = [p.grad for p in self.model.parameters()]
-            row["gradient_error"] = relative_error(gradients, self.exact)
-            row["gradient_cosine"] = cosine(gradients, self.exact)
-            self.exact = None
-        row["gradient_bytes"] = sum(
-            p.grad.nbytes for p in self.model.parameters() if p.grad is not None
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        row["weight_bytes"] = sum(
-            t.nbytes for t in (*self.model.parameters(), *self.model.buffers())
-        )
-        row["optimizer_bytes"] = optimizer_bytes(self.optimizer)
-        row |= self.kept()
+        with self.sharing():
+            row |= self.counted()
         report(row)
         peak = self.peak()
         row["peak_bytes"] = self.standing() + peak.allocated_bytes
@@ -119,6 +105,39 @@ class Bench:
             else:
                 row["caveats"].append(how)
         return row
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within the context half of the threads, where another job has the others. Not for compiled
+        code, whose threads are compiled into it, and not for what is timed or whose scratch memory
+        is counted."""
+        threads = torch.get_num_threads()
+        if self.job["shares"] and not self.contender.compiled:
+            torch.set_num_threads(max(1, threads // 2))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def counted(self) -> Row:
+        """Gradient error, and bytes of what is kept and of weights, gradients and optimizer."""
+        row: Row = {}
+        self.forward_backward()
+        if self.exact is not None:
+            gradients = [p.grad for p in self.model.parameters()]
+            row["gradient_error"] = relative_error(gradients, self.exact)
+            row["gradient_cosine"] = cosine(gradients, self.exact)
+            self.exact = None
+        row["gradient_bytes"] = sum(
+            p.grad.nbytes for p in self.model.parameters() if p.grad is not None
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        row["weight_bytes"] = sum(
+            t.nbytes for t in (*self.model.parameters(), *self.model.buffers())
+        )
+        row["optimizer_bytes"] = optimizer_bytes(self.optimizer)
+        return row | self.kept()
 
     def loss(self, module: nn.Module, inputs: Any) -> Tensor:
         """The loss, with the same random numbers each time."""
