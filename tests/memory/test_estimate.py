@@ -1,5 +1,6 @@
 """What fits: activations on a line through two batch sizes, setups from simple to slow."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def test_accelerate_takes_the_configuration(setup, tensor_parallel, tmp_path):
         assert fields["deepspeed_config"]["zero_stage"] == int(setup[0][-1])
         device = "cpu" if setup[1] == "optimizer" else setup[1]
         assert fields["deepspeed_config"]["offload_optimizer_device"] == device
+        paths = [key for key in fields["deepspeed_config"] if key.endswith("nvme_path")]
+        assert len(paths) == (2 if setup[1] == "nvme" else 0)
         if setup[1] == "optimizer":
             assert fields["deepspeed_config"]["offload_param_device"] == "none"
 
@@ -163,16 +166,20 @@ def test_the_recipe_takes_the_command(policy):
     (found,) = estimates(
         make, Cluster(8, GIB, 64 * GIB), batch=4, policies=[policy], setups=[("zero2", "none")]
     )
-    words = command(found, "vit_tiny_patch16_224", "accelerate.yaml", 8).split()
+    words = command(found, "vit_tiny_patch16_224", "accelerate.yaml", 8, 96).split()
     assert words[:4] == ["accelerate", "launch", "--config_file", "accelerate.yaml"]
     assert (REPOSITORY / words[4]).exists()
     changes = [change for flag, change in itertools.pairwise(words) if flag == "--set"]
     settings = config.load(REPOSITORY / words[words.index("--config") + 1], changes)
     assert settings.model.name == "vit_tiny_patch16_224"
+    assert settings.data.image_size == 96
     assert (settings.train.micro_batch, settings.train.global_batch) == (4, 32)
     assert settings.train.policy == ("mesa8" if policy == "mesa8" else "plain")
     assert settings.model.grad_checkpointing == (policy == "checkpoint")
     assert "litv2" not in command(found, "hf:vit", "accelerate.yaml", 8)
+    # The recipe has no coded checkpoints: another one would not fit where this does.
+    coded = dataclasses.replace(found, policy="mesa8+coded")
+    assert command(coded, "vit_tiny_patch16_224", "a.yaml", 8).endswith(" YOUR_TRAINING_SCRIPT.py")
 
 
 def test_vit22b_has_commands_of_its_own():
