@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
 from .codecs.affine import Affine
+from .codecs.lossless import Lossless
 from .codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
 from .codecs.running import Running
+from .offload import Moved, Order, lane_of, passes
 from .ops import table
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy, Rule, Rules
@@ -64,6 +66,8 @@ class Interception(TorchFunctionMode):
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
+        # What was moved to main memory.
+        self.order: Order = []
 
     def __enter__(self) -> Interception:
         if not torch.compiler.is_compiling():
@@ -228,11 +232,40 @@ class Interception(TorchFunctionMode):
         if isinstance(codec, Placeholder):
             return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
         codec = codec.codec if isinstance(codec, Unseen) else codec
-        stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype)
+        moved = None
+        named = operator if operand != "saved" else "fallback"
+        if self.site.rules[named, operand].offload:
+            own = not isinstance(codec, Lossless) or operand == "normalized"
+            tensors, moved = self._moved(tensors, own)
+        stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])
-            self.report.add(self.site.name, operator, operand, str(codec), size, stash)
+            how = str(codec) if moved is None else f"{codec}, moved"
+            self.report.add(self.site.name, operator, operand, how, size, stash)
         return stash
+
+    def _moved(
+        self, tensors: tuple[Tensor, ...], own: bool
+    ) -> tuple[tuple[Tensor, ...], Moved | None]:
+        """A leaf's tensors in main memory, where they may go there. `own`: nobody else has them."""
+        # In a backward, a checkpoint's recompute is about to use what it keeps.
+        lane = lane_of(tensors[0].device)
+        if lane is None or torch._C._current_graph_task_id() != -1:
+            return tensors, None
+        hooks = self.hooks
+        while isinstance(getattr(hooks, "__self__", None), InputHooks):
+            outer = hooks.__self__.outer
+            hooks = None if outer is None else outer[0]
+        if not passes(hooks):
+            return tensors, None
+        if not own:
+            # The caller may write to it before the copy has been made.
+            with torch.no_grad():
+                tensors = tuple([t.clone(memory_format=torch.contiguous_format) for t in tensors])
+        if self.order and self.order[-1]() is None:
+            # A forward that is through: under `compress` one list would grow with every step.
+            self.order = []
+        return lane.send(tensors, self.order)
 
 
 class Report:

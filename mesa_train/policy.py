@@ -77,6 +77,8 @@ class Policy:
     forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
         lets norms, activations and softmax run in kernels that make the codes in the same pass,
         equal to PyTorch's to rounding. For GPUs: on a CPU a step takes as long either way.
+    offload: on a GPU, what is stored waits in main memory until the backward: the codes, or with
+        bits=32 the tensors (see `offload.py`). On a CPU nothing is moved, nor copied.
     checkpoint: names of modules, with `*` for any part, whose forward keeps its inputs alone and
         runs again in the backward; inside another one that is checkpointed, nothing more happens.
     checkpoint_inputs: None leaves alone what activation checkpointing itself keeps, the inputs of
@@ -98,6 +100,7 @@ class Policy:
     enabled: bool = True
     ranges: str = "exact"
     forward: str = "exact"
+    offload: bool = False
     checkpoint: Sequence[str] = ()
     checkpoint_inputs: int | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -119,8 +122,9 @@ class Policy:
         object.__setattr__(self, "checkpoint", tuple(self.checkpoint))
         _integer("group_size", self.group_size, 8)
         _integer("min_bytes", self.min_bytes, 0)
-        if not isinstance(self.enabled, bool):
-            raise TypeError(f"Policy.enabled must be True or False, got {self.enabled!r}")
+        for field in ("enabled", "offload"):
+            if not isinstance(given := getattr(self, field), bool):
+                raise TypeError(f"Policy.{field} must be True or False, got {given!r}")
         if self.ranges == "running" and self.bits != 8:
             raise ValueError(f"Policy.ranges='running' stores 8 bits, got bits={self.bits}")
         if not isinstance(self.overrides, Mapping):
@@ -151,12 +155,14 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str) -> Policy:
-        """The preset called `name`; ValueError lists the choices."""
-        if name not in PRESETS:
+        """The preset called `name`, also with "+offload" behind it; ValueError lists the choices."""
+        known = {**PRESETS, **OFFLOADED}
+        if name not in known:
             raise ValueError(
-                f"unknown preset {name!r}; choose from {', '.join(PRESETS)}{_hint(name, PRESETS)}"
+                f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, PRESET+offload"
+                f"{_hint(name, known)}"
             )
-        return PRESETS[name]
+        return known[name]
 
     @classmethod
     def of(cls, policy: Policy | str | None) -> Policy:
@@ -280,7 +286,7 @@ class Rules:
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How one operand is kept: by which codec (None: running ranges, bound at each use), what may be
-    rebuilt, and whether the forward may make its codes."""
+    rebuilt, whether the forward may make its codes, and whether they wait in main memory."""
 
     enabled: bool
     codec: Any
@@ -289,6 +295,7 @@ class Rule:
     rebuild_linear: bool
     min_bytes: int
     fused: bool
+    offload: bool
 
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
@@ -307,6 +314,7 @@ class Rule:
             rebuild_linear=policy.recompute == "linear",
             min_bytes=policy.min_bytes,
             fused=policy.forward == "fused",
+            offload=policy.offload,
         )
 
 
@@ -384,4 +392,9 @@ PRESETS: dict[str, Policy] = {
     "mesa4-recompute": Policy(bits=4, group_size=32, recompute="linear"),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
+}
+
+# By the name of a preset with "+offload": the same, waiting in main memory.
+OFFLOADED: dict[str, Policy] = {
+    f"{name}+offload": dataclasses.replace(policy, offload=True) for name, policy in PRESETS.items()
 }

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .neighbours import User, Uses, neighbours
+from .offload import Moved, Reader
 from .sharded import partitioned, present, relayed
 
 Entry = TypeVar("Entry")
@@ -55,9 +56,9 @@ class Recipe(Protocol):
 
 class Stash:
     """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the
-    tensor's own."""
+    tensor's own. `moved`: its tensors are in main memory, and this is their way home."""
 
-    __slots__ = ("cost", "dtype", "recipe", "sources", "tensors", "uses")
+    __slots__ = ("cost", "dtype", "moved", "recipe", "sources", "tensors", "uses")
     cost: int
 
     def __init__(
@@ -68,8 +69,10 @@ class Stash:
         *,
         cost: int,
         dtype: torch.dtype,
+        moved: Moved | None = None,
     ) -> None:
         self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
+        self.moved = moved
         self.cost = max([cost, *[s.cost for s in sources]])
         # A matmul's result is shared by the operators that rebuild it in one backward; this counts
         # them.
@@ -78,9 +81,10 @@ class Stash:
 
 class Spec:
     """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
-    parameters among them (None elsewhere), which may be away when they are read."""
+    parameters among them (None elsewhere), which may be away when they are read; `reader` is there if
+    the tensors were moved."""
 
-    __slots__ = ("dtype", "partitioned", "recipe", "slots", "sources", "user")
+    __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user")
 
     def __init__(
         self,
@@ -90,9 +94,10 @@ class Spec:
         dtype: torch.dtype,
         user: User | None,
         partitioned: tuple[Any, ...] = (),
+        reader: Reader | None = None,
     ) -> None:
         self.recipe, self.slots, self.sources, self.dtype = recipe, slots, sources, dtype
-        self.user, self.partitioned = user, partitioned
+        self.user, self.partitioned, self.reader = user, partitioned, reader
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
@@ -122,7 +127,8 @@ def strip(
     uses = None if torch.compiler.is_compiling() else stash.uses
     user = None if uses is None else User(uses)
     away = partitioned(stash.tensors)
-    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away)
+    reader = None if stash.moved is None else Reader(stash.moved)
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away, reader)
     specs[id(stash)] = spec
     return spec
 
@@ -144,6 +150,7 @@ class Saved:
     ) -> None:
         self.tensors, self.specs, self.grad = tensors, specs, grad
         self._memo: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._home: dict[int, list[Tensor]] = {}
 
     def __getitem__(self, index: int) -> Tensor:
         return self.get(index)
@@ -172,6 +179,11 @@ class Saved:
     def own(self, spec: Spec) -> list[Tensor]:
         """The saved tensors that a node itself reads."""
         tensors = [self.tensors[slot] for slot in spec.slots]
+        if spec.reader is not None:
+            if id(spec) not in self._home:
+                moved = spec.reader.moved
+                self._home[id(spec)] = list(moved.lane.fetch(moved, tensors))
+            return self._home[id(spec)]
         if not spec.partitioned:
             return tensors
         return [

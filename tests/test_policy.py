@@ -82,6 +82,7 @@ def expected_bytes(blocks, softmax):
         ({"min_bytes": -1}, ValueError, ["Policy.min_bytes", "-1"]),
         ({"min_bytes": "1k"}, TypeError, ["Policy.min_bytes", "'1k'"]),
         ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
+        ({"offload": "cpu"}, TypeError, ["Policy.offload", "cpu"]),
         ({"ranges": "running", "bits": 4}, ValueError, ["running", "8 bits", "bits=4"]),
         ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
         (
@@ -159,7 +160,7 @@ def test_yaml_keeps_the_order_of_overrides():
     policy = Policy(
         overrides={
             "z": {"bits": 4},
-            "a.*": {"bits": 8, "enabled": False},
+            "a.*": {"bits": 8, "enabled": False, "offload": True},
             "softmax": {"min_bytes": 0},
         }
     )

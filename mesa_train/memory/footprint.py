@@ -23,6 +23,7 @@ from mesa_train.memory.methods import applied
 from mesa_train.memory.recorder import Kept, Recorder, by_address
 from mesa_train.memory.standins import standing_in
 from mesa_train.memory.text import format_bytes, format_table
+from mesa_train.offload import CountedLane, through
 from mesa_train.policy import Policy
 from mesa_train.wrap import report_of
 
@@ -31,11 +32,13 @@ from mesa_train.wrap import report_of
 class Footprint:
     """What one forward keeps for its backward. All sizes in bytes, every storage counted once.
 
-    saved_bytes: kept for the backward, beyond parameters and buffers.
+    saved_bytes: kept for the backward on the model's device, beyond parameters and buffers.
     parameter_bytes, buffer_bytes: the model's own, there with or without a backward.
     rows: one `Kept(operator, module, dtype, shape, saved_bytes)` a storage, in forward order.
     notes: what a reader should know about how it was counted.
     stored: under a policy, what was stored how and why (see `coverage`).
+    moved_bytes: kept for the backward in main memory, by a policy that offloads; not in the sums by
+    operator, dtype and module.
     """
 
     saved_bytes: int
@@ -44,26 +47,32 @@ class Footprint:
     rows: tuple[Kept, ...]
     notes: tuple[str, ...] = ()
     stored: Coverage | None = None
+    moved_bytes: int = 0
 
     @property
     def by_operator(self) -> dict[str, int]:
         """Bytes by torch function, largest first."""
-        return _sums((row.operator, row.saved_bytes) for row in self.rows)
+        return _sums((row.operator, row.saved_bytes) for row in self._here)
 
     @property
     def by_dtype(self) -> dict[str, int]:
         """Bytes by dtype as kept (codes are uint8), largest first."""
-        return _sums((row.dtype, row.saved_bytes) for row in self.rows)
+        return _sums((row.dtype, row.saved_bytes) for row in self._here)
 
     @property
     def by_module(self) -> dict[str, int]:
         """Bytes by qualified module name without submodules, "" for the model, largest first."""
-        return _sums((row.module, row.saved_bytes) for row in self.rows)
+        return _sums((row.module, row.saved_bytes) for row in self._here)
+
+    @property
+    def _here(self) -> list[Kept]:
+        return [row for row in self.rows if not row.moved]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values."""
         return {
             "saved_bytes": self.saved_bytes,
+            "moved_bytes": self.moved_bytes,
             "parameter_bytes": self.parameter_bytes,
             "buffer_bytes": self.buffer_bytes,
             "by_operator": self.by_operator,
@@ -83,16 +92,21 @@ class Footprint:
         groups = {"operator": self.by_operator, "dtype": self.by_dtype, "module": self.by_module}
         if by not in groups:
             raise ValueError(f"table(by={by!r}): choose from {', '.join(groups)}")
-        counts = _sums((getattr(row, by), 1) for row in self.rows)
+        counts = _sums((getattr(row, by), 1) for row in self._here)
         whole = self.saved_bytes or 1
         lines = [
             [name or "(model)", str(counts[name]), format_bytes(size), f"{size / whole:.1%}"]
             for name, size in groups[by].items()
         ]
-        lines.append(["kept for backward", str(len(self.rows)), format_bytes(self.saved_bytes), ""])
+        here = str(len(self._here))
+        lines.append(["kept for backward", here, format_bytes(self.saved_bytes), ""])
+        if self.moved_bytes:
+            away = str(len(self.rows) - len(self._here))
+            lines.append(["in main memory", away, format_bytes(self.moved_bytes), ""])
         lines.append(["parameters", "", format_bytes(self.parameter_bytes), ""])
         lines.append(["buffers", "", format_bytes(self.buffer_bytes), ""])
-        table = format_table([by, "tensors", "size", "share"], lines, rule_before=len(lines) - 3)
+        rule = len(groups[by])
+        table = format_table([by, "tensors", "size", "share"], lines, rule_before=rule)
         return "\n".join([table, *(f"note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
@@ -117,7 +131,8 @@ def footprint(
     autocast: torch.bfloat16 or torch.float16 runs the forward under `torch.autocast` with it.
     fake: count on fake tensors: no memory, no arithmetic, the same bytes. A model on the meta
         device always is.
-    device: what the fakes stand for, "cpu" or "cuda"; default: the model's, "cpu" if on meta.
+    device: what the fakes stand for, "cpu" or "cuda"; default: the model's, "cpu" if on meta. What a
+        policy offloads is moved as on a GPU where the fakes stand for one or the model is on meta.
     loss: called with the output inside the measurement, so that what a loss keeps counts too.
 
     Raises ValueError if no output requires grad, if the forward needs values that fakes do not
@@ -126,6 +141,7 @@ def footprint(
     if not isinstance(model, nn.Module):
         raise TypeError(f"footprint() counts an nn.Module, got {type(model).__name__}")
     args, kwargs = arguments(inputs)
+    own = device_of(model)
     target, fakes, notes = _target(model, device, fake, autocast)
     if fakes is not None:
         args, kwargs = fakes.of(args), fakes.of(kwargs)
@@ -135,6 +151,8 @@ def footprint(
         parameter_bytes = _storage_bytes(model.parameters())
         buffer_bytes = _storage_bytes(model.buffers())
         stack.enter_context(standing_in(model, fakes))
+        if fakes is not None:
+            stack.enter_context(through(counted(own, target)))
         with recorder.watching(model), autocasting(target, autocast):
             output = model(*args, **kwargs)
             if loss is not None:
@@ -149,8 +167,19 @@ def footprint(
         )
     if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
         notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
-    saved_bytes = sum(row.saved_bytes for row in rows)
-    return Footprint(saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored)
+    saved_bytes = sum(row.saved_bytes for row in rows if not row.moved)
+    moved_bytes = sum(row.saved_bytes for row in rows if row.moved)
+    if moved_bytes and target.type == "cpu":
+        notes.append("what is offloaded is counted as moved to main memory, as on a GPU")
+    return Footprint(
+        saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored, moved_bytes
+    )
+
+
+def counted(own: torch.device, fakes: torch.device) -> CountedLane | None:
+    """How what is offloaded is counted on fakes on the device `fakes` of a model on `own`: moved as on
+    a GPU, unless it is a CPU's model."""
+    return CountedLane(fakes) if own.type in ("meta", "cuda") or fakes.type == "cuda" else None
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Methods: the ways to train a model that are measured against each other, put on and taken off.
 
-A method is "plain", "checkpoint", "approx-bp", a preset's name, a preset's name with "+checkpoint" or
-"+coded", or a Policy.
+A method is "plain", "checkpoint", "approx-bp", a preset's name, a preset's name with "+checkpoint",
+"+coded" or "+offload", or a Policy.
 Whatever mesa_train had installed on the model before is back afterwards, with its report.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from mesa_train.memory.approx_bp import ApproxBP
 from mesa_train.memory.checkpointing import checkpointed
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.policy import OFFLOADED, PRESETS, Policy
 from mesa_train.wrap import report_of, unwrap, wrap
 
 PLAIN = "plain"
@@ -31,14 +31,14 @@ CODED = {f"{preset}+coded": preset for preset in PRESETS if preset != "paper"}
 
 def check_method(method: str, more: tuple[str, ...] = ()) -> None:
     """ValueError with the choices and the closest name if `method` is none, nor one of `more`."""
-    choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *more)
+    choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *more)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        short = [c for c in choices if c not in BOTH and c not in CODED]
+        short = [c for c in choices if c not in {**BOTH, **CODED, **OFFLOADED}]
         raise ValueError(
             f"unknown method {method!r}{hint}; choose from {', '.join(short)}, "
-            f"PRESET+{CHECKPOINT}, PRESET+coded"
+            f"PRESET+{CHECKPOINT}, PRESET+coded, PRESET+offload"
         )
 
 

@@ -24,18 +24,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from mesa_train.offload import onlooker
+
 WEIGHT_CAST = "weight cast"
 _UNNAMED = "other"
 
 
 class Kept(NamedTuple):
-    """One storage kept for the backward: who saved it first, as what, and its whole size."""
+    """One storage kept for the backward: who saved it first, as what, and its whole size; whether it
+    waits in main memory."""
 
     operator: str
     module: str
     dtype: str
     shape: tuple[int, ...]
     saved_bytes: int
+    moved: bool = False
 
 
 class _Token:
@@ -50,7 +54,12 @@ class _Token:
         self.operator = operator
         self.module = module
         self.parts = [
-            (t.untyped_storage(), str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            (
+                t.untyped_storage(),
+                str(t.dtype).removeprefix("torch."),
+                tuple(t.shape),
+                t.device.type,
+            )
             for t in _plain_tensors(tensor)
         ]
 
@@ -65,12 +74,14 @@ class Recorder:
         self._weights: dict[int, torch.UntypedStorage] = {}
         self._ignored: dict[int, torch.UntypedStorage] = {}
         self._casts: dict[int, torch.UntypedStorage] = {}
+        self._devices: set[str] = set()
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Record every tensor saved for the backward while the context is open."""
         self._weights = by_address(model.parameters())
         self._ignored = {**self._weights, **by_address(model.buffers())}
+        self._devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
         with contextlib.ExitStack() as stack:
             for name, module in model.named_modules():
                 enter, leave = self._module_hooks(name)
@@ -92,15 +103,19 @@ class Recorder:
             token = reference()
             if token is None:
                 continue
-            for storage, dtype, shape in token.parts:
+            for storage, dtype, shape, device in token.parts:
                 address, size = storage._cdata, storage.nbytes()
                 if address in seen or address in self._ignored or not size:
                     continue
                 seen.add(address)
                 operator = WEIGHT_CAST if address in self._casts else token.operator
-                rows.append(Kept(operator, token.module, dtype, shape, size))
+                # Fakes that stand for a GPU's tensors, and are a CPU's, are moved to the meta device.
+                away = bool(self._devices) and device not in self._devices
+                moved = away and device in ("cpu", "meta")
+                rows.append(Kept(operator, token.module, dtype, shape, size, moved))
         return rows
 
+    @onlooker
     def _pack(self, tensor: Tensor) -> _Token:
         module = self._modules[-1] if self._modules else ""
         token = _Token(self.operator or _operator_on_stack(), module, tensor)

@@ -4,7 +4,8 @@ Forward, loss and backward run on fake tensors (no data, no memory), and every s
 operator makes is counted from its birth to its death. So the peak contains the working set of the
 backward: decoded copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients
 that have come so far. What stays there all the time (parameters, buffers, inputs, optimizer states)
-is not counted, nor what a kernel allocates inside itself and frees before it returns.
+is not counted, nor what a kernel allocates inside itself and frees before it returns, nor what a policy
+moved to main memory.
 
 Cost: one to a few seconds for a ViT, whatever its size and batch.
 """
@@ -25,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train.kernels.short_attention import scratch_bytes
 from mesa_train.memory.fakes import Fakes
-from mesa_train.memory.footprint import arguments, autocasting, tensors_in
+from mesa_train.memory.footprint import arguments, autocasting, counted, device_of, tensors_in
 from mesa_train.memory.gradients import default_loss
 from mesa_train.memory.marks import BACKWARD, FORWARD, marking
 from mesa_train.memory.methods import applied
 from mesa_train.memory.standins import standing_in
+from mesa_train.offload import through
 from mesa_train.policy import Policy
 
 if TYPE_CHECKING:
@@ -95,9 +97,11 @@ def timeline(
     args, kwargs = arguments(inputs)
     fakes = Fakes(torch.device("cpu"))
     args, kwargs = fakes.of(args), fakes.of(kwargs)
+    lane = counted(device_of(model), fakes.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(applied(model, policy))
         stack.enter_context(standing_in(model, fakes))
+        stack.enter_context(through(lane))
         if watch is not None:
             watch.installed(model)
         known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
@@ -187,8 +191,8 @@ class _Live(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._known or address in self._alive:
-            return
+        if address in self._known or address in self._alive or tensor.device.type == "meta":
+            return  # On the meta device is what was moved to main memory.
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
         self.bytes += size

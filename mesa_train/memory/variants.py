@@ -28,7 +28,8 @@ from mesa_train.memory.methods import (
     check_method,
     parts,
 )
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.offload import onlooker
+from mesa_train.policy import OFFLOADED, PRESETS, Policy
 from mesa_train.wrap import unwrap, wrap
 
 SAVE_ON_CPU = "save_on_cpu"
@@ -56,7 +57,9 @@ _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
     **{f"{COMPILE}:{preset}": (1.0, {}) for preset in PRESETS if preset != "paper"},
 }
 
-CHOICES = (PLAIN, CHECKPOINT, SAVE_ON_CPU, APPROX_BP, *PRESETS, *BOTH, *CODED, *_COMPILED)
+CHOICES = (
+    PLAIN, CHECKPOINT, SAVE_ON_CPU, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *_COMPILED,
+)  # fmt: skip
 
 
 def check_variant(method: str) -> None:
@@ -81,7 +84,7 @@ class Variant:
         self.module = unwrap(copy.deepcopy(model, shared))
         named = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
         policy, blocks = parts(named)
-        if isinstance(policy, Policy) or policy in PRESETS:
+        if isinstance(policy, Policy) or policy in {**PRESETS, **OFFLOADED}:
             wrap(self.module, policy)
         if blocks:
             # Held and never left: the copy is checkpointed for good.
@@ -113,6 +116,7 @@ class Variant:
         tokens: list[weakref.ref[_Token]] = []
         copies = 0
 
+        @onlooker
         def pack(tensor: Tensor) -> _Token:
             nonlocal copies
             copies += tensor.nbytes
