@@ -66,7 +66,7 @@ def test_compare_in_a_terminal(tmp_path):
 
 
 def test_compare_json_is_json_alone(shallow):
-    chosen = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,plain+adamw8bit"
+    chosen = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,mesa8+offload,plain+adamw8bit"
     result = run("compare", *shallow, "--quick", "--json", "--methods", chosen)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -77,6 +77,9 @@ def test_compare_json_is_json_alone(shallow):
     assert rows["bf16"]["weight_bytes"] * 2 == rows["plain"]["weight_bytes"]
     assert rows["plain+adamw8bit"]["optimizer_bytes"] < rows["plain"]["optimizer_bytes"] / 3
     assert "step_ms" not in rows["plain"]
+    offloaded = rows["mesa8+offload"]
+    assert offloaded["kept_bytes"] + offloaded["moved_bytes"] == rows["mesa8"]["kept_bytes"]
+    assert rows["mesa8"]["moved_bytes"] is None
 
 
 def test_compare_says_what_quick_cannot(shallow):

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from mesa_train.memory import approx_bp
 from mesa_train.memory.methods import APPROX_BP, CHECKPOINT, PLAIN
 from mesa_train.memory.variants import COMPILE, SAVE_ON_CPU, check_variant
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.policy import OFFLOADED, PRESETS, Policy
 
-FLOAT32, PURE_BF16, ADAMW8BIT = "float32", "bf16", "adamw8bit"
+FLOAT32, PURE_BF16, ADAMW8BIT, OFFLOAD = "float32", "bf16", "adamw8bit", "offload"
 
 DEFAULT = (
     FLOAT32,
@@ -28,6 +28,7 @@ DEFAULT = (
     *PRESETS,
     CHECKPOINT,
     f"mesa8+{CHECKPOINT}",
+    f"mesa8+{OFFLOAD}",
     SAVE_ON_CPU,
     APPROX_BP,
     f"{PLAIN}+{ADAMW8BIT}",
@@ -50,6 +51,7 @@ _CAVEATS = {
     CHECKPOINT: "exact; runs every block's forward twice",
     SAVE_ON_CPU: "exact; what is kept lies in main memory",
     APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
+    OFFLOAD: "what is kept lies in main memory; kept for the backward: what stays on the GPU",
     "paper": "running ranges: the first steps' ranges are those of the data seen so far",
     "lossless": "exact; the engine without codes, for comparison",
     COMPILE: "exact but for the order of rounding; PyTorch's default partitioner",
@@ -98,6 +100,16 @@ class Contender:
             p in self.variant for p in ("mesa", "paper")
         )
         return ((_CODES,) if coded else ()) + tuple(found)
+
+    def why_not(self, device: str) -> str | None:
+        """Why it would say nothing on a device, None where it does."""
+        if (
+            isinstance(self.variant, str)
+            and self.variant in OFFLOADED
+            and not device.startswith("cuda")
+        ):
+            return "needs a GPU: on a CPU what is kept lies in main memory already"
+        return None
 
     @property
     def compiled(self) -> bool:

@@ -31,6 +31,7 @@ from mesa_train.policy import Policy
 RESERVE = 2 << 30
 POLICIES = (
     "plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint", "mesa8+coded",
+    "mesa8+offload",
 )  # fmt: skip
 # From the simplest to run to the slowest.
 SETUPS = (
@@ -84,11 +85,12 @@ class Setup:
 class Activations:
     """Bytes of a step beside the model states. points: (batch, bytes) at rising batch sizes; between
     them and beyond, on a line (from nothing, if there is one point). kept_per_image: what waits for
-    the backward. split: the share that tensor parallelism spreads."""
+    the backward, moved_per_image: in main memory. split: the share that tensor parallelism spreads."""
 
     points: tuple[tuple[int, int], ...]
     kept_per_image: int
     split: float
+    moved_per_image: int = 0
 
     def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
         """Bytes for a batch on one GPU."""
@@ -185,6 +187,9 @@ class Estimator:
         found = self.activations(setup, policy)
         split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
         taken = found.bytes(self.batch, split)
+        moved = found.moved_per_image * cluster.per_node // split
+        waiting = cluster.cpu_memory - held.cpu
+        held = dataclasses.replace(held, cpu=held.cpu + moved * self.batch)
         whole = held.gpu + taken + reserve
         reason = ""
         if held.cpu > cluster.cpu_memory:
@@ -192,7 +197,11 @@ class Estimator:
         elif whole > cluster.gpu_memory:
             reason = "GPU memory"
         room = cluster.gpu_memory - reserve - held.gpu
-        largest = 0 if reason == "main memory" else found.largest(room, split)
+        largest = found.largest(room, split)
+        if moved:
+            largest = min(largest, max(0, waiting // moved))
+        elif reason == "main memory":
+            largest = 0
         name = policy if isinstance(policy, str) else "policy"
         return Estimate(
             setup.strategy, setup.offload, name, setup.optimizer, setup.lora, setup.half, held,
@@ -288,6 +297,7 @@ def activations_of(
         points=tuple(points.items()),
         kept_per_image=found.saved_bytes // batch,
         split=1 - on_tokens / max(1, found.saved_bytes),
+        moved_per_image=found.moved_bytes // batch,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mesa_train.memory.estimate import Estimate
 from mesa_train.memory.methods import CHECKPOINT
 from mesa_train.memory.sharding import Cluster
+from mesa_train.policy import OFFLOADED
 
 # Trains any model of timm's, whatever its name says.
 _RECIPE = "recipes/litv2"
@@ -129,6 +130,8 @@ def _vit22b(found: Estimate, model: str, start: str, gpus: int) -> str:
 
 def _parts(policy: str) -> tuple[str, bool]:
     """(the preset or "plain", whether blocks are checkpointed)."""
+    if policy in OFFLOADED:
+        return policy, False
     preset, plus, _ = policy.partition("+")
     return ("plain", True) if preset == CHECKPOINT else (preset, bool(plus))
 

@@ -178,6 +178,9 @@ class _Bench:
     def _measured(self, server: Server, number: int) -> Row:
         """The row of a method, from a process of its own."""
         method = self.methods[number]
+        why_not = Contender.of(method).why_not(self.request.device)
+        if why_not is not None:
+            return self._row(method, None, why_not)
         left = self.end - clock.monotonic()
         over = f"{self.request.total_s:.0f} s for all methods were over"
         if left <= 0:

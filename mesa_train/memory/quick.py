@@ -72,6 +72,7 @@ def _counted(
     standing = weights + optimizer + sum(t.nbytes for t in tensors)
     row: Row = {
         "kept_bytes": found.saved_bytes,
+        "moved_bytes": found.moved_bytes or None,
         "by_operator": found.by_operator,
         "by_module": forward_order(found),
         "weight_bytes": weights,

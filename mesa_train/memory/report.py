@@ -30,6 +30,7 @@ Row = Mapping[str, Any]
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("kept_bytes", "kept for the backward", "every storage once, parameters and buffers apart"),
     ("kept_ratio", "less than plain", "plain's kept bytes by this method's"),
+    ("moved_bytes", "in main memory", "moved there between forward and backward"),
     ("peak_bytes", "peak of the step", "allocated at once, weights and optimizer states included"),
     ("resident_bytes", "resident set", "of the process at the peak, beyond what it had before"),
     ("weight_bytes", "weights", "parameters and buffers"),

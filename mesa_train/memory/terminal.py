@@ -34,6 +34,7 @@ _LEAST_SHARE = 0.0005
 _COLUMNS = (
     ("kept_bytes", "kept for\nbackward", 0),
     ("kept_ratio", "less than\nplain", 100),
+    ("moved_bytes", "in main\nmemory", 0),
     ("peak_bytes", "peak of\nstep", 0),
     ("resident_bytes", "resident\nset", 180),
     ("gradient_error", "gradient\nerror", 0),
@@ -80,12 +81,16 @@ def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Tab
         ([operator, *_cells(before.get(operator, 0), whole, after.get(operator, 0))], "")
         for operator in dict.fromkeys([*before, *after])
     ]
+    rule = len(lines)
     lines.append((["kept for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
+    if one.moved_bytes or other.moved_bytes:
+        sizes = [format_bytes(f.moved_bytes) for f in (one, other)]
+        lines.append((["in main memory", sizes[0], "", sizes[1], ""], ""))
     for what in ("parameter", "buffer"):
         sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (one, other)]
         lines.append(([f"{what}s", sizes[0], "", sizes[1], ""], ""))
     head = ["operator", names[0], "share", names[1], "less"]
-    return _table(head, lines, rule_before=len(lines) - 3)
+    return _table(head, lines, rule_before=rule)
 
 
 def by_module(
@@ -168,6 +173,8 @@ def prediction(plan: Plan) -> Table:
         ),
         (["kept for backward", format_bytes(plain.kept_bytes), format_bytes(own.kept_bytes)], ""),
     ]
+    if own.moved_bytes:
+        lines.append((["in main memory", "0", format_bytes(own.moved_bytes)], ""))
     if own.step_s is not None and plain.step_s is not None:
         times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, own.step_s)]
         lines.append((["forward + backward", *times], ""))

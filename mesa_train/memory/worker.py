@@ -178,6 +178,7 @@ class Bench:
         )
         return {
             "kept_bytes": found.saved_bytes,
+            "moved_bytes": found.moved_bytes or None,
             "by_operator": found.by_operator,
             "by_module": forward_order(found),
         }

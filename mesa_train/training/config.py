@@ -157,14 +157,14 @@ def of_dict(values: Mapping[str, Any]) -> Config:
 
 
 def _check(config: Config) -> None:
-    from mesa_train.policy import PRESETS
+    from mesa_train.policy import OFFLOADED, PRESETS
 
     data, optim, train, augment = config.data, config.optim, config.train, config.augment
     check_data(data)
     one_of("optim.name", optim.name, OPTIMIZERS)
     one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
     one_of("train.precision", train.precision, PRECISIONS)
-    one_of("train.policy", train.policy, ("plain", *PRESETS))
+    one_of("train.policy", train.policy, ("plain", *PRESETS, *OFFLOADED))
     one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
     one_of("train.device", train.device, ("auto", "cpu"))
     for name, value in (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mesa_train.policy import PRESETS
+from mesa_train.policy import OFFLOADED, PRESETS
 
 from .config import DataConfig, check_data, check_path
 from .schema import ConfigError as ConfigError
@@ -152,7 +152,7 @@ def _check(config: Config) -> None:
         ("train.backend", train.backend, BACKENDS),
         ("train.precision", train.precision, PRECISIONS),
         ("train.checkpointing", train.checkpointing, CHECKPOINTING),
-        ("train.policy", train.policy, ("plain", *PRESETS)),
+        ("train.policy", train.policy, ("plain", *PRESETS, *OFFLOADED)),
     ):
         one_of(name, value, choices)
     if train.checkpointing == "coded" and train.policy == "plain":

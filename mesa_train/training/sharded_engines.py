@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mesa_train
-from mesa_train.policy import PRESETS
+from mesa_train.policy import Policy
 
 from . import sharded_checkpoint as checkpoints
 from .local_shards import LocalShards
@@ -309,7 +309,7 @@ def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
     """mesa_train on the model, unless the policy is "plain"."""
     if policy == "plain":
         return model
-    chosen = PRESETS[policy]
+    chosen = Policy.preset(policy)
     if checkpointing == "coded":
         chosen = dataclasses.replace(chosen, checkpoint_inputs=8)
     return mesa_train.wrap(model, chosen)

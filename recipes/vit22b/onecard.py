@@ -26,7 +26,7 @@ import typer
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.memory.text import format_bytes
 from mesa_train.models.vit22b import SIZES, sigmoid_loss
-from mesa_train.policy import PRESETS
+from mesa_train.policy import OFFLOADED, PRESETS
 from mesa_train.training import data, estimates, nf4_lora, records, sharded_loop
 from mesa_train.training.in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.in_backward import InBackward
@@ -115,7 +115,7 @@ def check(method: str, model: str, policy: str, checkpointing: str, images: str)
     """ValueError or ConfigError for what cannot be run, before memory is spent."""
     one_of("method", method, METHODS)
     one_of("model", model, SIZES)
-    one_of("policy", policy, ("plain", *PRESETS))
+    one_of("policy", policy, ("plain", *PRESETS, *OFFLOADED))
     one_of("checkpointing", checkpointing, CHECKPOINTING)
     one_of("images", images, (*data.BUILTIN, RANDOM))
     if checkpointing == "coded" and policy == "plain":

@@ -208,6 +208,16 @@ def lives(process):
         return False
 
 
+def test_offloading_needs_a_gpu():
+    """Said before the model is asked for."""
+    (row,) = measure(Request("vit_of_nobody"), ["mesa8+offload"])
+    assert row["method"] == "mesa8+offload"
+    assert row["note"] == "needs a GPU: on a CPU what is kept lies in main memory already"
+    assert Contender.of("mesa8+offload+adamw8bit").why_not("cpu") == row["note"]
+    assert Contender.of("mesa8+offload").why_not("cuda:0") is None
+    assert Contender.of("mesa8").why_not("cpu") is None
+
+
 class TestContenders:
     def test_all_have_something_to_say(self):
         for name in DEFAULT:
