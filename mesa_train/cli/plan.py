@@ -25,6 +25,9 @@ def plan(
     max_error: Annotated[
         float | None, typer.Option(help="Most gradient error that codes may add: 0.02 for 2 %.")
     ] = None,
+    cpu_memory: Annotated[
+        str | None, typer.Option(help="Most main memory for what is moved there, such as 64GiB.")
+    ] = None,
     frontier: Annotated[
         Path | None, typer.Option(help="Draw what every budget costs to this PNG file.")
     ] = None,
@@ -40,7 +43,8 @@ def plan(
     as_json: common.Json = False,
 ) -> None:
     """A policy that fits a memory budget. Chooses for every stash whether it is kept whole, in 8, 4 or
-    2 bits, or rebuilt, for every block whether to checkpoint it; says what a step will take."""
+    2 bits, rebuilt, or, on a GPU, moved to main memory, for every block whether to checkpoint it; says
+    what a step will take."""
     with common.one_line_errors():
         from mesa_train.memory import terminal
         from mesa_train.memory.planner import Planner
@@ -56,7 +60,11 @@ def plan(
         _check_rivals(rivals, points, loaded)
         with common.progress_bar() as progress:
             planner = Planner(
-                loaded.model, loaded.inputs, autocast=common.autocast_of(dtype), progress=progress
+                loaded.model,
+                loaded.inputs,
+                autocast=common.autocast_of(dtype),
+                cpu_memory=cpu_memory,
+                progress=progress,
             )
             found = planner.plan(budget, max_time=max_time, max_error=max_error)
             plans = planner.frontier() if frontier is not None else []

@@ -24,11 +24,12 @@ STASHES = "stash by stash"
 
 class Mode(NamedTuple):
     """checkpointed: keeps its input alone. bits: of the input, None for the tensor itself. codes: its
-    stashes are 8-bit codes, else PyTorch's own tensors."""
+    stashes are 8-bit codes, else PyTorch's own tensors. moved: the input waits in main memory."""
 
     checkpointed: bool
     bits: int | None = None
     codes: bool = False
+    moved: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -39,17 +40,20 @@ MODES: dict[str, Mode] = {
     "checkpoint of codes": Mode(True, None, True),
     "checkpoint of codes, input 8 bits": Mode(True, 8, True),
     "checkpoint of codes, input 4 bits": Mode(True, 4, True),
+    "checkpoint, input 8 bits, moved": Mode(True, 8, False, True),
+    "checkpoint of codes, input 8 bits, moved": Mode(True, 8, True, True),
 }
 PYTORCH = "PyTorch"
 
 
 class Way(NamedTuple):
     """What a block takes in a mode: bytes kept until its backward, seconds beyond plain's, variance
-    of the gradient."""
+    of the gradient, bytes moved to main memory."""
 
     kept_bytes: int
     seconds: float
     variance: float
+    moved_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,7 @@ def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int
                 "enabled": True,
                 "checkpoint_inputs": mode.bits,
                 "group_size": GROUP[mode.bits],
+                **({"offload": True} if mode.moved else {}),
             }
     return dataclasses.replace(policy, checkpoint=tuple(checkpointed), overrides=overrides)
 

@@ -22,9 +22,11 @@ from mesa_train.memory.blocks import GROUP
 from mesa_train.memory.sites import Key, Site
 from mesa_train.training.records import provenance
 
-# Bytes per second of memory and operations per second of matmuls of an A100, where nothing can be
-# measured.
-_BANDWIDTH, _MATMULS = 1.3e12, 2e14
+# Bytes per second of memory, operations per second of matmuls, and bytes per second of the bus to main
+# memory (PCIe 4 with 16 lanes) of an A100, where nothing can be measured.
+_BANDWIDTH, _MATMULS, _BUS = 1.3e12, 2e14, 2.5e10
+# Bytes of a copy that is timed.
+_COPY = 1 << 26
 _ROUNDS = 5
 # Matmuls are timed on at most this many rows: beyond, time goes in proportion.
 _ROWS = 4096
@@ -71,6 +73,18 @@ class Costs:
         product."""
         rows, inner, cols = matmul
         return count * self.matmul(rows, inner, cols) / (2 * rows * inner * cols)
+
+    def bus(self) -> float:
+        """Bytes per second between a GPU and pinned main memory, in the slower direction."""
+        if self.device.type == "meta":
+            return _BUS
+        return _COPY / self._cached("bus", self._bus)
+
+    def _bus(self) -> float:
+        host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
+        own = torch.empty(_COPY, dtype=torch.uint8, device=self.device)
+        out = self._time(lambda: host.copy_(own, non_blocking=True))
+        return max(out, self._time(lambda: own.copy_(host, non_blocking=True)))
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
         codec = Affine(bits, GROUP[bits], stochastic=bits < 8)

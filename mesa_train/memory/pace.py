@@ -22,7 +22,7 @@ from mesa_train.memory.costs import Costs, seconds_of
 from mesa_train.memory.fakes import Fakes
 from mesa_train.memory.footprint import arguments, autocasting
 from mesa_train.memory.methods import PLAIN
-from mesa_train.memory.sites import KEEP, REBUILD, Key, Site, weights_of
+from mesa_train.memory.sites import KEEP, REBUILD, Key, Site, also_moved, weights_of
 from mesa_train.memory.standins import standing_in
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ CHECKPOINT, CHECKPOINT_CODES = "checkpoint", "checkpoint of codes"
 
 class Pace(NamedTuple):
     """Seconds beyond plain's step. sites: by site and choice. matmuls: of repeating each product.
-    blocks: of checkpointing each block and its input's codes, by CHECKPOINT or CHECKPOINT_CODES."""
+    blocks: of checkpointing each block and its input's codes, by CHECKPOINT or CHECKPOINT_CODES. bus:
+    bytes a second to main memory and back, None where nothing is moved."""
 
     sites: dict[tuple[Key, int | str], float]
     matmuls: dict[str, float]
     blocks: dict[tuple[str, str], float]
+    bus: float | None = None
 
 
 def pace_of(prospect: Prospect, device: torch.device) -> tuple[float | None, Pace]:
@@ -54,7 +56,9 @@ def pace_of(prospect: Prospect, device: torch.device) -> tuple[float | None, Pac
     blocks = prospect.plays.blocks
     forwards = {b: costs.flops(flops.get(b, 0), (1024, ins, outs)) for b in blocks}
     plain_s, steps = _steps(prospect)
-    return plain_s, pace(prospect.sites, alone, matmuls, forwards, steps)
+    found = pace(prospect.sites, alone, matmuls, forwards, steps)
+    also_moved(found.sites, prospect.sites)
+    return plain_s, found._replace(bus=costs.bus() if prospect.movable else None)
 
 
 def _steps(prospect: Prospect) -> tuple[float | None, dict[int | str, float]]:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from mesa_train.memory.blocks import BLOCK, MODES, PYTORCH, Block, Way
+from mesa_train.memory.blocks import BLOCK, PYTORCH, Block, Way
 from mesa_train.memory.compare import Runs
 from mesa_train.memory.footprint import device_of
 from mesa_train.memory.gradients import default_loss
@@ -29,9 +28,9 @@ from mesa_train.memory.plans import PRICE, OverBudget, Plan, Prediction
 from mesa_train.memory.plays import Choices, Play
 from mesa_train.memory.prospect import Prospect
 from mesa_train.memory.sensitivity import Sensitivity, calibrate, parameter_names, typical
-from mesa_train.memory.sites import KEEP, Key
-from mesa_train.memory.solver import COST, PEAK, Moment, Problem, Solution, solve
-from mesa_train.memory.states import adamw_bytes
+from mesa_train.memory.sites import KEEP, Key, also_moved
+from mesa_train.memory.solver import COST, PEAK, Bus, Moment, Problem, Solution, solve
+from mesa_train.memory.states import standing_bytes
 from mesa_train.memory.text import format_bytes, parse_bytes
 from mesa_train.memory.timeline import timeline
 from mesa_train.policy import Policy
@@ -52,6 +51,7 @@ def plan(
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     optimizer_bytes: int | None = None,
+    cpu_memory: int | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """The policy that fits `budget` at the least time and gradient error; the model stays as it was.
@@ -64,6 +64,8 @@ def plan(
         error of the gradient that codes may add to plain's.
     loss: from the output to a scalar; default: `default_loss`.
     optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
+    cpu_memory: most main memory for what is moved there, such as "64GiB"; None for any. Nothing is
+        moved where the model is on a CPU.
 
     Raises OverBudget, a ValueError that says what the smallest peak is, if nothing fits; ValueError
     for a bound out of range; ImportError, naming the extra, without scipy; what `footprint` raises.
@@ -74,6 +76,7 @@ def plan(
         autocast=autocast,
         loss=loss,
         optimizer_bytes=optimizer_bytes,
+        cpu_memory=cpu_memory,
         progress=progress,
     ).plan(budget, max_time=max_time, max_error=max_error)
 
@@ -104,8 +107,10 @@ class Planner:
         autocast: torch.dtype | None = None,
         loss: Callable[[Any], Tensor] | None = None,
         optimizer_bytes: int | None = None,
+        cpu_memory: int | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
+        room = None if cpu_memory is None else self._bytes("cpu_memory", cpu_memory)
         self.model, self.inputs, self.autocast = model, inputs, autocast
         self.loss = loss or default_loss
         self.device = device_of(model)
@@ -114,7 +119,7 @@ class Planner:
         tell("stashes", 0, 4)
         self.prospect = Prospect(model, inputs, autocast, self.loss)
         self.plays, self.sites = self.prospect.plays, self.prospect.sites
-        self.standing = self._standing(optimizer_bytes)
+        self.standing = standing_bytes(model, inputs, optimizer_bytes)
         tell("times", 1, 4)
         self.plain_s, self.pace = pace_of(self.prospect, self.device)
         tell("gradients", 2, 4)
@@ -123,6 +128,10 @@ class Planner:
         # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
         eight = sum(self.pace.sites[s.key, 8] for s in self.sites)
         self.step_s = self.plain_s or 5 * sum(self.pace.matmuls.values()) or 10 * eight
+        # A backward takes twice a forward: what goes over the bus meanwhile takes no time.
+        self.bus = None
+        if self.pace.bus is not None:
+            self.bus = Bus(self.pace.bus, self.step_s / 3, 2 * self.step_s / 3, room)
         self._least: list[_Played | None] = []
         tell("choosing", 3, 4)
         self.plain = self._prediction_of_plain()
@@ -135,7 +144,7 @@ class Planner:
         max_error: float | None = None,
     ) -> Plan:
         """As `plan`, for this model and batch."""
-        room = None if budget is None else self._bytes(budget) - self.standing
+        room = None if budget is None else self._bytes("budget", budget) - self.standing
         bounds = self._bounds(max_time, max_error)
         if room is not None and self.plain.peak_bytes - self.standing <= room:
             return self._as_plain()
@@ -145,7 +154,11 @@ class Planner:
         if room is None:
             return self._as_plain()
         smallest = self._smallest()
-        asked = [f"a budget of {format_bytes(self._bytes(budget))}" if budget is not None else ""]
+        asked = [
+            f"a budget of {format_bytes(self._bytes('budget', budget))}"
+            if budget is not None
+            else ""
+        ]
         asked += [f"{max_time:.2f} times plain's time" if max_time is not None else ""]
         asked += [f"a gradient error of {max_error:.1%}" if max_error is not None else ""]
         raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.standing)
@@ -188,14 +201,15 @@ class Planner:
         found = self._search(int(least.peak_bytes * (1 + _ABOUT)), bounds)
         return least if found is None else found
 
-    def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
-        """Solve, play the answer through the timeline, correct the program by it, and again."""
+    def _search(self, room: int | None, bounds: _Bounds, bus: Bus | None = None) -> _Played | None:
+        """Solve, play the answer through the timeline, correct the program by it, and again. `bus`: in
+        place of the planner's own."""
         best: _Played | None = None
         now: _Played | None = None
         limit, restarted = room, False
         for _ in range(8):
             found = solve(
-                self._problem(now),
+                self._problem(now, bus or self.bus),
                 budget=limit,
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
@@ -235,9 +249,15 @@ class Planner:
     def _least_peak(self) -> _Played | None:
         """What has the smallest peak, searched for once."""
         if not self._least:
-            self._least.append(self._search(None, (None, None)))
-            if self._least[0] is not None:
-                self._least[0] = self._cheapest(self._least[0], (None, None))
+            found = [self._search(None, (None, None))]
+            if self.bus is not None:
+                # What is on its way takes memory too: in a small model it is better to move nothing.
+                found.append(self._search(None, (None, None), self.bus._replace(room=0)))
+            known = [played for played in found if played is not None]
+            least = min(known, key=lambda played: played.peak_bytes, default=None)
+            self._least.append(least)
+            if least is not None:
+                self._least[0] = self._cheapest(least, (None, None))
         return self._least[0]
 
     def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
@@ -245,7 +265,7 @@ class Planner:
             return found.peak_bytes < best.peak_bytes
         return found.solution.cost(PRICE * self.step_s) < best.solution.cost(PRICE * self.step_s)
 
-    def _problem(self, near: _Played | None) -> Problem:
+    def _problem(self, near: _Played | None, bus: Bus | None) -> Problem:
         """The program near choices whose timeline is known (None: 8 bits for all): what is live
         beside the stashes is taken to be the same; in other modes of a block as where all blocks
         are in that mode."""
@@ -263,17 +283,18 @@ class Planner:
             moments,
             self.prospect.order.entries,
             self.blocks,
+            bus,
         )
 
     def _plan(self, answer: _Played) -> Plan:
         found = answer.solution
         policy = self.prospect.policy(found.choices)
-        kept = self.prospect.footprint(policy).saved_bytes
+        kept = self.prospect.footprint(policy)
         step = None if self.plain_s is None else self.plain_s + found.seconds
         ratio = None if step is None or self.plain_s is None else step / self.plain_s
         error = math.sqrt(self.sensitivity.floor + found.variance)
         peak = self.standing + answer.peak_bytes
-        prediction = Prediction(kept, peak, step, ratio, error)
+        prediction = Prediction(kept.saved_bytes, peak, step, ratio, error, kept.moved_bytes)
         return Plan(policy, prediction, found.choices, found.gap, self.plain)
 
     def _as_plain(self) -> Plan:
@@ -292,19 +313,13 @@ class Planner:
             self.prospect.footprint(PLAIN).saved_bytes, peak, self.plain_s, ratio, error
         )
 
-    def _standing(self, optimizer_bytes: int | None) -> int:
-        """Bytes that are there all the time: parameters, buffers, inputs, optimizer states."""
-        tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if optimizer_bytes is None:
-            optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
-        own = {
-            t.data_ptr() if self.real else id(t): t
-            for t in (*self.model.parameters(), *self.model.buffers(), *tensors)
-        }
-        return optimizer_bytes + sum(t.nbytes for t in own.values())
-
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
+        found = self._calibrated(progress)
+        also_moved(found.variance, self.sites)
+        also_moved(found.coupled, self.sites)
+        return found
+
+    def _calibrated(self, progress: Callable[[str], None]) -> Sensitivity:
         every = [*self.sites, *self.prospect.block_inputs.values()]
         if not self.real:
             return typical(every)
@@ -315,8 +330,8 @@ class Planner:
 
         checkpointing = {
             mode.bits: self.prospect.policy(self.prospect.all(KEEP, name))
-            for name, mode in MODES.items()
-            if mode.checkpointed and not mode.codes and self.prospect.block_inputs
+            for name, mode in self.prospect.modes.items()
+            if mode.checkpointed and not (mode.codes or mode.moved) and self.prospect.block_inputs
         }
         try:
             return calibrate(
@@ -339,14 +354,16 @@ class Planner:
         for name in self.plays.blocks:
             inside = sum(self.sensitivity.variance[s.key, 8] for s in self.sites if s.block == name)
             ways = {}
-            for label, mode in MODES.items():
+            for label, mode in self.prospect.modes.items():
                 kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
                 seconds = self.pace.blocks[name, kind] if mode.checkpointed else 0.0
                 variance = inside if mode.codes else 0.0
                 site = self.prospect.block_inputs.get(name)
                 if site is not None and mode.bits is not None:
                     variance += self.sensitivity.variance[site.key, mode.bits]
-                ways[label] = Way(self.prospect.order.kept[name, label], seconds, variance)
+                kept = self.prospect.order.kept[name, label]
+                moved = self.prospect.input_bytes(name, mode.bits) if mode.moved else 0
+                ways[label] = Way(kept, seconds, variance, moved)
             found.append(Block(name, ways))
         return found
 
@@ -366,8 +383,8 @@ class Planner:
         return seconds, None if max_error is None else max_error**2
 
     @staticmethod
-    def _bytes(budget: int | str) -> int:
-        size = parse_bytes(budget) if isinstance(budget, str) else budget
+    def _bytes(field: str, given: int | str) -> int:
+        size = parse_bytes(given) if isinstance(given, str) else given
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-            raise ValueError(f"budget is bytes or text such as '8GiB', got {budget!r}")
+            raise ValueError(f"{field} is bytes or text such as '8GiB', got {given!r}")
         return size

@@ -38,10 +38,11 @@ class OverBudget(ValueError):
 class Prediction:
     """What a step with a plan's policy takes.
 
-    kept_bytes: for the backward, each storage once. peak_bytes: allocated at once in a step, with
-    weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch. step_s:
-    forward and backward, None for a model without data or where plain does not fit; time_ratio: by
-    plain's. gradient_error: relative L2 distance from the float32 gradient.
+    kept_bytes: for the backward on the device, each storage once. peak_bytes: allocated at once in a
+    step, with weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch.
+    step_s: forward and backward, None for a model without data or where plain does not fit;
+    time_ratio: by plain's. gradient_error: relative L2 distance from the float32 gradient.
+    moved_bytes: in main memory between forward and backward.
     """
 
     kept_bytes: int
@@ -49,6 +50,7 @@ class Prediction:
     step_s: float | None
     time_ratio: float | None
     gradient_error: float
+    moved_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values."""

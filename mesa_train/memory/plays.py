@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mesa_train.memory.blocks import BLOCK, MODES, STASHES, block_of
 from mesa_train.memory.scratch import Scratch
-from mesa_train.memory.sites import Key, Site, Watch
+from mesa_train.memory.sites import Key, Site, Watch, under_way
 from mesa_train.memory.timeline import Timeline, timeline
 from mesa_train.policy import Policy
 
@@ -57,8 +57,9 @@ class Order:
         return next(i for i, (key, _) in enumerate(self.entries) if key == (block, BLOCK, "begin"))
 
     def bytes(self, choices: Choices) -> list[float]:
-        """Bytes of the first 0, 1, 2... entries under these choices."""
-        sums = [0.0]
+        """Bytes of the first 0, 1, 2... entries under these choices, with what is on its way to main
+        memory or home."""
+        sums, moved = [0.0], [0.0]
         for key, share in self.entries:
             size = 0.0
             if key[1] == BLOCK:
@@ -67,7 +68,13 @@ class Order:
             elif key in choices:
                 size = share * self.sites[key].bytes(choices[key])
             sums.append(sums[-1] + size)
-        return sums
+            away = key in choices and key[1] != BLOCK
+            moved.append(share * self.sites[key].moved_bytes(choices[key]) if away else 0.0)
+        begins = [under_way(self.entries, stored) for stored in range(len(sums))]
+        return [
+            size + sum(moved[begin + 1 : stored + 1])
+            for stored, (size, begin) in enumerate(zip(sums, begins, strict=True))
+        ]
 
     def places(self, order: Sequence[Key]) -> list[int]:
         """For a forward that stored `order`: after how many entries each of its stashes comes, and

@@ -41,7 +41,11 @@ class Prospect:
         loss: Callable[[Any], Tensor],
     ) -> None:
         self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
-        self.real = device_of(model).type != "meta"
+        device = device_of(model)
+        self.real = device.type != "meta"
+        # On a CPU there is nothing to move; without data it is planned for a GPU.
+        self.movable = device.type in ("meta", "cuda")
+        self.modes = {n: m for n, m in MODES.items() if self.movable or not m.moved}
         self.base = PRESETS["mesa8"]
         names = list(find_blocks(self.model))
         self.plays = Plays(self.model, self.inputs, self.autocast, self.loss, names)
@@ -52,6 +56,8 @@ class Prospect:
         begun = [key[0] for key, *_ in stored.stored if key[1:] == (BLOCK, "begin")]
         once = [name for name in names if begun.count(name) == 1]
         self.sites = sites_of(stored, rebuilding, whole, once)
+        for site in self.sites:
+            site.movable = self.movable
         if not self.sites:
             raise ValueError(
                 f"{type(self.model).__name__} stores no tensor of {self.base.min_bytes} bytes or "
@@ -79,25 +85,27 @@ class Prospect:
         for block in modes:
             inside = [size for module, size in plain.items() if block_of(module, [block])]
             self.order.kept[block, PYTORCH] = sum(inside)
-            for name, mode in MODES.items():
+            for name, mode in self.modes.items():
                 if mode.checkpointed:
-                    self.order.kept[block, name] = self._input_bytes(block, mode.bits)
+                    kept = 0 if mode.moved else self.input_bytes(block, mode.bits)
+                    self.order.kept[block, name] = kept
         for name in (PYTORCH, "checkpoint, input 8 bits", "checkpoint of codes, input 8 bits"):
             choices = self.all(8, name)
             rows = self.plays.rows(self.plays.play(self.policy(choices), choices), self.order)
             self.rows |= {part: own for part, own in rows.items() if part[0] is not None}
         for block in modes:
-            for name, mode in MODES.items():
-                if not mode.checkpointed or mode.bits == 8:
+            for name, mode in self.modes.items():
+                if not mode.checkpointed or (block, name) in self.rows:
                     continue
                 like = "checkpoint of codes" if mode.codes else "checkpoint"
                 row = self.rows[block, f"{like}, input 8 bits"][0]
                 # Beside the codes stands the decoded input, which is the input itself here.
-                own = 0 if mode.bits is None else self._input_bytes(block, mode.bits)
-                fixed = row.fixed - self._input_bytes(block, 8) + own
+                own = 0 if mode.bits is None else self.input_bytes(block, mode.bits)
+                fixed = row.fixed - self.input_bytes(block, 8) + own
                 self.rows[block, name] = [Row(fixed, row.stored)]
 
-    def _input_bytes(self, block: str, bits: int | None) -> int:
+    def input_bytes(self, block: str, bits: int | None) -> int:
+        """Of a checkpointed block's input, in so many bits or as it is."""
         site = self.block_inputs.get(block)
         return 0 if site is None else site.bytes(KEEP if bits is None else bits)
 

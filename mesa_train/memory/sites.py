@@ -17,6 +17,7 @@ from torch import nn
 from mesa_train.codecs.affine import Affine
 from mesa_train.intercept import Report
 from mesa_train.memory.blocks import BLOCK, GROUP, block_of, with_blocks
+from mesa_train.offload import WINDOW
 from mesa_train.ops.linear import Product
 from mesa_train.policy import OPERATORS, Policy
 from mesa_train.stash import Leaf, Stash
@@ -25,6 +26,9 @@ Key = tuple[str, str, str]
 
 # The choices for a site: bits, then what is no number of bits.
 KEEP, REBUILD = "keep", "rebuild"
+# In main memory between forward and backward, and as what.
+MOVE8, MOVE = "8 bits, moved", "keep, moved"
+MOVED: dict[int | str, int | str] = {MOVE8: 8, MOVE: KEEP}
 
 
 @dataclasses.dataclass
@@ -33,7 +37,7 @@ class Site:
 
     matrices: the (rows, cols) of every tensor stored for it. kept_bytes: as whole tensors.
     product: name of the Linear whose repetition rebuilds it, or None. source: for that Linear, the
-    site that its input is rebuilt from. block: that it stands in, or None.
+    site that its input is rebuilt from. block: that it stands in, or None. movable: to main memory.
     """
 
     key: Key
@@ -43,6 +47,7 @@ class Site:
     product: str | None = None
     source: Key | None = None
     block: str | None = None
+    movable: bool = False
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -57,17 +62,41 @@ class Site:
     def choices(self) -> list[int | str]:
         """What may be done with it."""
         low = [] if self.key[1] == "fallback" else [4, 2]
-        return [8, *low, KEEP, *([REBUILD] if self.product else [])]
+        moved = MOVED if self.movable else ()
+        return [8, *low, KEEP, *moved, *([REBUILD] if self.product else [])]
 
     def bytes(self, choice: int | str) -> int:
-        """Bytes that it keeps under a choice."""
-        if choice == REBUILD:
+        """Bytes that it keeps on the device under a choice."""
+        if choice == REBUILD or choice in MOVED:
             return 0
         if choice == KEEP:
             return self.kept_bytes
         assert isinstance(choice, int)
         codec = Affine(choice, GROUP[choice])
         return sum(codec.bytes(rows, cols) for rows, cols in self.matrices)
+
+    def moved_bytes(self, choice: int | str) -> int:
+        """Bytes that it moves to main memory under a choice."""
+        return self.bytes(MOVED[choice]) if choice in MOVED else 0
+
+
+def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
+    """Of the first `stored` entries of an order, the first that is on the device even if it is moved:
+    on its way out in the forward, on its way home in the backward."""
+    left = WINDOW
+    for index in range(stored - 1, -1, -1):
+        left -= order[index][0][1] != BLOCK
+        if not left:
+            return index
+    return 0
+
+
+def also_moved(table: dict[tuple[Key, int | str], float], sites: Iterable[Site]) -> None:
+    """Enter for what is moved what holds for the same where it is not."""
+    for site in sites:
+        for choice in site.choices():
+            if choice in MOVED and (site.key, MOVED[choice]) in table:
+                table[site.key, choice] = table[site.key, MOVED[choice]]
 
 
 class Watch(Report):
@@ -221,19 +250,24 @@ def as_policy(
         rooted = [wanted[s.key] for s in sites if s.kind == kind and not s.key[0]]
         common[kind] = rooted[0] if rooted else max(own, key=own.count)
         overrides[".".join(kind)] = common[kind]
-    # A module's pattern covers its submodules: theirs have to come later.
+    # A module's pattern covers its submodules: theirs have to come later. What a pattern before it
+    # changes and this one does not goes back to the policy's own.
     for site in sorted(sites, key=lambda s: s.key[0].count(".")):
         module, operator, operand = site.key
         outer = [o.key[0] for o in sites if o.kind == site.kind and o.key != site.key]
         covered = any(not o or module.startswith(o + ".") for o in outer)
         if (wanted[site.key] != common[site.kind] or covered) and module:
-            overrides[f"{module}:{operator}.{operand}"] = wanted[site.key]
+            fields = sorted({f for s in sites if s.kind == site.kind for f in wanted[s.key]})
+            back = {field: getattr(base, field) for field in fields}
+            overrides[f"{module}:{operator}.{operand}"] = back | wanted[site.key]
     own_policy = dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
     return with_blocks(own_policy, modes, rows or {}) if modes else own_policy
 
 
 def _changes(choice: int | str, feeds_matmul: bool) -> dict[str, Any]:
     """The fields of an override."""
+    if choice in MOVED:
+        return {**_changes(MOVED[choice], feeds_matmul), "offload": True}
     if choice == REBUILD:
         return {"recompute": "linear"}
     if choice == KEEP:

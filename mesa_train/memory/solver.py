@@ -2,9 +2,9 @@
 
 Minimise time + price * error variance (or the peak, or time alone) such that at every moment of the
 step the live bytes fit, the added time and the added variance stay within their bounds, a site is
-rebuilt only where the matmul that makes it is repeated, and the stashes of a block are chosen only
-where the block is neither checkpointed nor left to PyTorch. ImportError, naming the extra, without
-scipy.
+rebuilt only where the matmul that makes it is repeated, the stashes of a block are chosen only where
+the block is neither checkpointed nor left to PyTorch, and what the bus to main memory cannot carry
+while the device computes is waited for. ImportError, naming the extra, without scipy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mesa_train.memory.blocks import BLOCK, STASHES, Block
-from mesa_train.memory.sites import REBUILD, Key, Site
+from mesa_train.memory.sites import REBUILD, Key, Site, under_way
 
 # Objectives.
 COST, PEAK = "cost", "peak"
 # Bytes of a unit of memory in the program, so that its rows are of one magnitude.
 _UNIT = 2.0**20
-# A column: a site's or block's choice, a product that is repeated, both together, or the peak.
+# Milliseconds that the forward waits for the bus, and the backward: no names of modules.
+_OUT, _HOME = "bus out", "bus home"
+# A column: a site's or block's choice, a product that is repeated, both together, the peak, a wait.
 _Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
 
 
@@ -39,6 +41,21 @@ class Moment(NamedTuple):
     mode: str | None = None
 
 
+class Bus(NamedTuple):
+    """The way to main memory. forward_s, backward_s: of arithmetic that hides what goes out, and what
+    comes home. room: most bytes there at once, None for any."""
+
+    bytes_per_s: float
+    forward_s: float
+    backward_s: float
+    room: int | None = None
+
+    def waits(self, moved_bytes: float) -> float:
+        """Seconds that a step waits for so many bytes."""
+        taken = moved_bytes / self.bytes_per_s
+        return max(0.0, taken - self.forward_s) + max(0.0, taken - self.backward_s)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is chosen from, and what it costs.
@@ -47,7 +64,7 @@ class Problem:
     matmul_s: seconds of repeating a product. coupled: variance that a choice of a source adds if
     something is rebuilt from it. moments: when how much is live. order: the sites of the stashes
     that the forward stores, each with its share of the site's bytes; (block, BLOCK, "begin") stands
-    where a block begins.
+    where a block begins. bus: where stashes may be moved.
     """
 
     sites: Sequence[Site]
@@ -58,6 +75,13 @@ class Problem:
     moments: Sequence[Moment]
     order: Sequence[tuple[Key, float]]
     blocks: Sequence[Block] = ()
+    bus: Bus | None = None
+
+    def moved(self) -> dict[tuple[Key, int | str], float]:
+        """Bytes that go to main memory, by site or block and choice, of those that do."""
+        sites = {(s.key, c): float(s.moved_bytes(c)) for s in self.sites for c in s.choices()}
+        blocks = {(b.key, m): float(w.moved_bytes) for b in self.blocks for m, w in b.ways.items()}
+        return {name: size for name, size in (sites | blocks).items() if size}
 
     def choices(self) -> dict[Key, list[int | str]]:
         """What there is to choose from for every site and block."""
@@ -125,8 +149,11 @@ def solve(
     goal, whole, upper = np.zeros(count), np.ones(count), np.ones(count)
     for name, value in program.goal(objective, price).items():
         goal[columns[name]] = value
-    whole[columns[PEAK]] = 0
-    upper[columns[PEAK]] = math.inf if budget is None else budget / _UNIT
+    for name in (PEAK, *program.waits):
+        whole[columns[name]] = 0
+        upper[columns[name]] = math.inf
+    if budget is not None:
+        upper[columns[PEAK]] = budget / _UNIT
     rows, cols, values = zip(*program.entries, strict=True)
     matrix = coo_array((values, (rows, cols)), shape=(len(program.low), count)).tocsr()
     with _silent():
@@ -176,7 +203,8 @@ class _Program:
         coupled = {k: v for k, v in problem.coupled.items() if v > 0}
         links = _links(problem, coupled)
         names: list[_Name] = [(k, c) for k, choices in problem.choices().items() for c in choices]
-        names += [*products, *links, PEAK]
+        self.waits = (_OUT, _HOME) if problem.bus is not None else ()
+        names += [*products, *links, PEAK, *self.waits]
         self.columns = {name: index for index, name in enumerate(names)}
         blocks = {block.name: block.key for block in problem.blocks}
         for key, choices in problem.choices().items():
@@ -199,6 +227,8 @@ class _Program:
             row: dict[_Name, float] = {name: size / _UNIT for name, size in sizes.items()}
             self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
         self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
+        if problem.bus is not None:
+            self._add_bus(problem.moved(), problem.bus)
         self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
         for site in problem.sites:
             for choice in site.choices():
@@ -214,6 +244,16 @@ class _Program:
         self.entries.extend((len(self.low), self.columns[n], value) for n, value in row.items())
         self.low.append(least)
         self.high.append(most)
+
+    def _add_bus(self, moved: Mapping[tuple[Key, int | str], float], bus: Bus) -> None:
+        """What does not go out in the forward's time, or come home in the backward's, is waited for."""
+        taken: dict[_Name, float] = {n: 1e3 * size / bus.bytes_per_s for n, size in moved.items()}
+        for wait, hidden in ((_OUT, bus.forward_s), (_HOME, bus.backward_s)):
+            self.add({**taken, wait: -1.0}, -math.inf, 1e3 * hidden)
+            self.seconds[wait] = 1e-3
+        if bus.room is not None:
+            sizes: dict[_Name, float] = {name: size / _UNIT for name, size in moved.items()}
+            self.add(sizes, -math.inf, bus.room / _UNIT)
 
     def goal(self, objective: str, price: float) -> dict[_Name, float]:
         """What is minimised; what comes second is a thousandth of it or less."""
@@ -242,6 +282,9 @@ def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) 
         way = block.ways.get(str(choices.get(block.key, STASHES)))
         if way is not None:
             seconds, variance = seconds + way.seconds, variance + way.variance
+    if problem.bus is not None:
+        moved = problem.moved()
+        seconds += problem.bus.waits(sum(moved.get(chosen, 0.0) for chosen in choices.items()))
     names = dict.fromkeys(choices.items(), 1.0)
     peak = max(
         fixed + sum(size for name, size in row.items() if name in names)
@@ -275,14 +318,18 @@ def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], 
     found = []
     for (stored, name, mode), fixed in highest.items():
         row: dict[tuple[Key, int | str], float] = {}
-        for key, share in problem.order[:stored]:
+        begin = under_way(problem.order, stored)
+        for place, (key, share) in enumerate(problem.order[:stored]):
             if key[1] == BLOCK:
                 if key[2] == "begin" and key[0] in blocks:
                     block = blocks[key[0]]
                     row |= {(block.key, m): float(w.kept_bytes) for m, w in block.ways.items()}
                 continue
             for choice in sites[key].choices():
-                size = share * sites[key].bytes(choice)
+                there = sites[key].bytes(choice)
+                if place >= begin:
+                    there += sites[key].moved_bytes(choice)
+                size = share * there
                 if size:
                     row[key, choice] = row.get((key, choice), 0.0) + size
         if name in blocks and mode is not None:

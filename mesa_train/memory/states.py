@@ -1,10 +1,15 @@
 """Bytes of an optimizer's states, by arithmetic: AdamW's two moments, whole or in 8 bits, and the
-single moments of optimizers that step inside the backward (`mesa_train.training.in_backward`)."""
+single moments of optimizers that step inside the backward (`mesa_train.training.in_backward`); and what
+else is there all the time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mesa_train.codecs.affine import Affine
 
@@ -42,3 +47,17 @@ def in_backward_bytes(shape: Sequence[int], optimizer: str) -> int:
     if optimizer == "factored":
         return 4 * (rows + columns if len(shape) > 1 else columns)
     return Affine(8, LION_GROUP).bytes(rows, columns)
+
+
+def standing_bytes(model: nn.Module, inputs: Any, optimizer_bytes: int | None = None) -> int:
+    """Bytes that are there all the time: parameters, buffers, inputs, and the optimizer's states, by
+    default AdamW's of the trained parameters."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if optimizer_bytes is None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
+    own = {
+        id(t) if t.device.type == "meta" else t.data_ptr(): t
+        for t in (*model.parameters(), *model.buffers(), *tensors)
+    }
+    return optimizer_bytes + sum(t.nbytes for t in own.values())
