@@ -261,16 +261,25 @@ def lane_of(device: torch.device) -> Lane | None:
     if not _instead and device.type != "cuda":
         return None
     if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "mesa_train: offload=True moves what operators keep one by one, which torch.compile does "
-            "not let happen; set offload=False, or leave the model uncompiled"
-        )
+        _refuse()
     if _instead:
         return _instead[-1]
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _lanes:
         _lanes[index] = CudaLane(torch.device("cuda", index))
     return _lanes[index]
+
+
+def _refuse() -> None:
+    raise RuntimeError(
+        "mesa_train: offload=True moves what operators keep one by one, which torch.compile does not "
+        "let happen; set offload=False, or leave the model uncompiled"
+    )
+
+
+# Called while tracing instead of traced, so that it is an error and no graph break: pieces of a graph
+# would not move anything in order. As torch.compiler.assume_constant_result (see `ops/fallback.py`).
+_refuse._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -225,10 +225,15 @@ class TestWhoElseMoves:
             checkpoint(block, x, use_reentrant=reentrant).sum().backward()
         assert not lane.log
 
-    def test_the_policy_is_for_eager_models(self):
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_the_policy_is_for_eager_models(self, whole):
         model = mesa_train.wrap(nn.Linear(64, 64), policy())
-        with through(LateLane()), pytest.raises(Exception, match="offload=True moves what"):
-            torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 64))
+        lane, x = LateLane(), torch.randn(4, 64)
+        with through(lane), pytest.raises(Exception, match="offload=True moves what"):
+            torch.compile(model, backend="eager", fullgraph=whole)(x)
+        assert not lane.log
+        # Where there is nothing to move it compiles like any other.
+        torch.compile(model, backend="eager", fullgraph=whole)(x).sum().backward()
 
 
 class TestOnACpu:

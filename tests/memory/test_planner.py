@@ -267,6 +267,20 @@ class TestMoving:
         assert said.peak_bytes == planner.standing + step.peak_bytes
         assert Policy.from_yaml(found.policy.to_yaml()) == found.policy
 
+    @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint of codes"])
+    def test_a_checkpoints_input_may_be_moved(self, moving, mode):
+        prospect = moving[0].prospect
+        policy = prospect.policy(prospect.all(8, f"{mode}, input 8 bits, moved"))
+        kept = prospect.footprint(policy)
+        blocks = prospect.plays.blocks
+        assert kept.moved_bytes == sum(prospect.input_bytes(block, 8) for block in blocks) > 0
+        assert (
+            kept.saved_bytes
+            < 0.01 * kept.moved_bytes
+            + prospect.footprint(prospect.policy(prospect.all(8, mode))).saved_bytes
+            - kept.moved_bytes
+        )
+
     def test_main_memory_is_a_bound(self, moving):
         planner, budget, found = moving
         bus, room = planner.bus, found.prediction.moved_bytes // 2
