@@ -80,7 +80,7 @@ struct Encoder {
   int64_t scattered;         // 0, or the number of rows, where they do not follow each other in memory
   std::unique_ptr<Beside> beside;
   Grids grids;
-  std::unique_ptr<uint8_t[]> room{new uint8_t[layout.stretch + BLOCK]};
+  Buffer<uint8_t> room = buffer<uint8_t>(layout.stretch + BLOCK);
 
   using Source = decltype(std::declval<Rows>()(0));
   using Raw = typename Source::Dtype::Raw;

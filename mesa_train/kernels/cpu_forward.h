@@ -86,7 +86,7 @@ template <typename T, typename U>
 struct SoftmaxForward : Beside {
   const Matrix& x;
   const Output& y;
-  std::unique_ptr<float[]> powers;
+  Buffer<float> powers;
 
   SoftmaxForward(const Matrix& x_, const Output& y_)
       : x(x_), y(y_), powers(buffer<float>(std::max(x_.cols, PAIR))) {}

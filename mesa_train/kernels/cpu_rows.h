@@ -8,7 +8,6 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
@@ -32,18 +31,6 @@ constexpr int64_t BYTES_AHEAD = 12 * 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// On whole cache lines: a vector across two takes twice as long to load or store.
-template <typename T>
-struct OnLines {
-  using value_type = T;
-  static constexpr std::align_val_t LINE{64};
-  OnLines() = default;
-  template <typename U>
-  OnLines(const OnLines<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
-  bool operator==(const OnLines&) const = default;
-};
 using FloatVector = std::vector<float, OnLines<float>>;
 
 // --- tensors ---
@@ -273,8 +260,16 @@ struct Coded {
 };
 
 template <typename T>
-std::unique_ptr<T[]> buffer(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
+struct FreeOnLines {
+  void operator()(T* p) const { OnLines<T>().deallocate(p, 0); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeOnLines<T>>;
+
+// Of what is in it nothing is known.
+template <typename T>
+Buffer<T> buffer(int64_t n) {
+  return Buffer<T>(OnLines<T>().allocate(n));
 }
 
 }  // namespace mesa
