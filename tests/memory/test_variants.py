@@ -89,7 +89,7 @@ def test_the_model_stays_as_it_was(model, images):
 
 
 def test_an_unknown_method(model):
-    with pytest.raises(ValueError, match=r"unknown method 'compil'; .*did you mean 'compile'"):
+    with pytest.raises(ValueError, match=r"unknown method 'compil' .*did you mean 'compile'"):
         Variant(model, "compil")
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from functorch.compile import make_boxed_func
-from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -16,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mesa_train import wrap
 from mesa_train.models import vit22b_tokens
 from mesa_train.models.vit22b import ParallelBlock
+from mesa_train.models.vit22b_parallel import shard_heads
 
 
 @pytest.fixture
@@ -28,18 +28,10 @@ def mesh():
 
 
 def shard(mesh):
-    """Rank 0's part of a block of width 64 with 4 heads."""
+    """Rank 0's part of a block of width 64 with 4 heads, cut as `shard_heads` cuts a model."""
     block = ParallelBlock(64, 4)
-    for module, name, dim in (
-        (block.in_proj, "weight", 0),
-        (block.in_proj, "mlp_bias", 0),
-        (block.out_proj, "weight", 1),
-    ):
-        setattr(
-            module, name, nn.Parameter(torch.zeros_like(getattr(module, name)).chunk(2, dim)[0])
-        )
-        module.mesh, module.sequence = mesh, True
-    return block
+    model = SimpleNamespace(blocks=[block])
+    return shard_heads(model, mesh, sequence=True).blocks[0]
 
 
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="the compiler's pass needs NCCL")
