@@ -6,7 +6,8 @@ next one starts clean. A server process imports PyTorch once and forks a child a
 
 Compiling takes most of the time of a method that compiles, and one core. So on a CPU of several cores
 these methods have a lane of their own: they compile and count their bytes while the others count
-theirs. Steps are timed alone: whoever is ready is timed, and the other lane is held meanwhile.
+theirs, with half of the threads, since two jobs with all of them wait for each other's barriers. The
+peak is taken and steps are timed alone: whoever is ready has its turn, and the other lane is held.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class _Bench:
         return self._row(method, Path(job["result"]), reason)
 
     def _time(self, server: Server, job: Row) -> None:
-        """Let a job time its steps while the other lane is held."""
+        """Let a job take its peak and time its steps while the other lane is held."""
         others = [s for s in self.servers if s is not server]
         asked = clock.monotonic()
         with self.timing:

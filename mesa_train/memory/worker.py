@@ -53,7 +53,7 @@ class Bench:
 
     job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
     memory_bytes (or None), the path of the reference, which the first job writes, the paths "ready",
-    "go" and "timed", timing_s (see `times`) and shares (see `sharing`).
+    "go" and "timed" (see `alone`), timing_s (see `times`) and shares (see `sharing`).
     """
 
     def __init__(self, job: Row) -> None:
@@ -90,13 +90,14 @@ class Bench:
         with self.sharing():
             row |= self.counted()
         report(row)
-        peak = self.peak()
-        row["peak_bytes"] = self.standing() + peak.allocated_bytes
-        row["step_bytes"] = peak.allocated_bytes
-        if peak.resident_bytes is not None and self.before is not None:
-            row["resident_bytes"] = peak.resident_bytes - self.before
-        report(row)
-        row |= self.times()
+        with self.alone():
+            peak = self.peak()
+            row["peak_bytes"] = self.standing() + peak.allocated_bytes
+            row["step_bytes"] = peak.allocated_bytes
+            if peak.resident_bytes is not None and self.before is not None:
+                row["resident_bytes"] = peak.resident_bytes - self.before
+            report(row)
+            row |= self.times()
         report(row)
         if self.job["memory_bytes"] is not None:
             row["largest_batch"], how = self.largest_batch(peak, row)
@@ -118,6 +119,18 @@ class Bench:
             yield
         finally:
             torch.set_num_threads(threads)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context no other job runs: says when it is ready, waits for the word to go, and
+        says when it is done."""
+        Path(self.job["ready"]).touch()
+        while not Path(self.job["go"]).exists():
+            clock.sleep(0.02)
+        try:
+            yield
+        finally:
+            Path(self.job["timed"]).touch()
 
     def counted(self) -> Row:
         """Gradient error, and bytes of what is kept and of weights, gradients and optimizer."""
@@ -197,13 +210,9 @@ class Bench:
 
     def times(self) -> Row:
         """Whole steps after those that the other columns took: median, quartiles, images per second.
-        Fewer than asked for, but two, where they take longer than "timing_s". Says when it is ready,
-        waits for the word to go, and says when all steps are timed."""
+        Fewer than asked for, but two, where they take longer than "timing_s"."""
         if not self.job["rounds"]:
             return {}
-        Path(self.job["ready"]).touch()
-        while not Path(self.job["go"]).exists():
-            clock.sleep(0.02)
         taken: list[float] = []
         enough = self.job["timing_s"]
         for _ in range(self.job["rounds"]):
@@ -214,7 +223,6 @@ class Bench:
             taken.append(1e3 * (clock.perf_counter() - start))
             if enough is not None and len(taken) > 1 and sum(taken) > 1e3 * enough:
                 break
-        Path(self.job["timed"]).touch()
         median = statistics.median(taken)
         return {
             "step_ms": median,
