@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mesa_train
 from mesa_train.memory.footprint import footprint
+from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.timeline import timeline
 from mesa_train.offload import WINDOW, Lane, through
 from mesa_train.policy import Policy
@@ -332,7 +333,11 @@ class TestOnAGpu:
             gc.collect()
             assert offload == bool(leaves)
             assert torch.cuda.memory_allocated() <= before
-        assert same(found[True][2], found[False][2])
+        # To the bit, but for kernels that sum in whatever order their threads come.
+        mesa_train.wrap(model, Policy(bits=bits))
+        _, again = self.step(model, x)
+        spread = relative_error(again, found[False][2])
+        assert relative_error(found[True][2], found[False][2]) <= 2 * spread
         # What is still on its way when the forward ends: the last leaves, none above the largest.
         moved, in_flight = sum(leaves), WINDOW * max(leaves)
         assert found[False][0] - found[True][0] >= moved - in_flight

@@ -201,15 +201,25 @@ class Planner:
         found = self._search(int(least.peak_bytes * (1 + _ABOUT)), bounds)
         return least if found is None else found
 
-    def _search(self, room: int | None, bounds: _Bounds, bus: Bus | None = None) -> _Played | None:
-        """Solve, play the answer through the timeline, correct the program by it, and again. `bus`: in
-        place of the planner's own."""
+    def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
+        """The best choices, with a bus and without: what is on its way takes memory too, so in a small
+        model it may be better to move nothing."""
+        found = self._searched(room, bounds, self.bus)
+        if self.bus is None:
+            return found
+        still = self._searched(room, bounds, self.bus._replace(room=0))
+        if found is None or (still is not None and self._better(still, found, room)):
+            return still
+        return found
+
+    def _searched(self, room: int | None, bounds: _Bounds, bus: Bus | None) -> _Played | None:
+        """Solve, play the answer through the timeline, correct the program by it, and again."""
         best: _Played | None = None
         now: _Played | None = None
         limit, restarted = room, False
         for _ in range(8):
             found = solve(
-                self._problem(now, bus or self.bus),
+                self._problem(now, bus),
                 budget=limit,
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
@@ -249,15 +259,9 @@ class Planner:
     def _least_peak(self) -> _Played | None:
         """What has the smallest peak, searched for once."""
         if not self._least:
-            found = [self._search(None, (None, None))]
-            if self.bus is not None:
-                # What is on its way takes memory too: in a small model it is better to move nothing.
-                found.append(self._search(None, (None, None), self.bus._replace(room=0)))
-            known = [played for played in found if played is not None]
-            least = min(known, key=lambda played: played.peak_bytes, default=None)
-            self._least.append(least)
-            if least is not None:
-                self._least[0] = self._cheapest(least, (None, None))
+            self._least.append(self._search(None, (None, None)))
+            if self._least[0] is not None:
+                self._least[0] = self._cheapest(self._least[0], (None, None))
         return self._least[0]
 
     def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
