@@ -108,10 +108,10 @@ class TrainConfig:
     """One run. micro_batch is the most images a process takes at once; with the processes it says
     how many are accumulated to global_batch.
 
-    policy: "plain" or a mesa_train preset. save_every: optimizer steps between checkpoints, 0 for
-        once an epoch. ema: decay of the averaged weights, reached gradually, 0 for none; `best` is
-        then of these. device: "auto" takes GPUs where there are any, "cpu" leaves them alone. out:
-        the run's own folder.
+    policy: "plain" or a mesa_train preset, "+offload" behind it or not. save_every: optimizer steps
+        between checkpoints, 0 for once an epoch. ema: decay of the averaged weights, reached gradually,
+        0 for none; `best` is then of these. device: "auto" takes GPUs where there are any, "cpu" leaves
+        them alone. out: the run's own folder.
     """
 
     epochs: int = 300
