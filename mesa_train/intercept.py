@@ -169,7 +169,8 @@ class Interception(TorchFunctionMode):
         dims = tuple([d % tensor.dim() for d in within])
         with torch.no_grad():
             geometry, matrix = Geometry.of(tensor.detach(), dims)
-            leaf = self.leaf(codec, codec.encode(matrix), geometry, tensor.dtype, label, operand)
+            codes = codec.encode(matrix)
+            leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
         self.lineage.set(tensor, leaf)
         return leaf
 
@@ -227,21 +228,21 @@ class Interception(TorchFunctionMode):
         dtype: torch.dtype,
         operator: str,
         operand: str,
+        label: str = "",
     ) -> Stash:
-        """A leaf of codes that exist already, reported."""
+        """A leaf of codes that exist already, reported. label: as for `keep`."""
         if isinstance(codec, Placeholder):
             return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
         codec = codec.codec if isinstance(codec, Unseen) else codec
         moved = None
-        named = operator if operand != "saved" else "fallback"
-        if self.site.rules[named, operand].offload:
+        if self.site.rules[operator, operand].offload:
             own = not isinstance(codec, Lossless) or operand == "normalized"
             tensors, moved = self._moved(tensors, own)
         stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])
             how = str(codec) if moved is None else f"{codec}, moved"
-            self.report.add(self.site.name, operator, operand, how, size, stash)
+            self.report.add(self.site.name, label or operator, operand, how, size, stash)
         return stash
 
     def _moved(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from stashed import COLS, ROWS, activation, codes, kept
 from torch import nn
 
-from mesa_train import Policy, stash
+from mesa_train import Policy, compress, stash
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -188,3 +188,14 @@ def test_min_bytes_keeps_small_tensors_as_they_are():
             linear, activation(rows, COLS), parameters=linear.parameters(), policy=policy
         )
         assert size == (codes(rows, COLS) if rows == 17 else rows * COLS * 4)
+
+
+def test_a_part_that_is_joined_is_coded_by_the_rule_of_the_linear_behind_it():
+    """Its name in reports is cat's, which is no operator of a policy."""
+    policy = Policy(min_bytes=0, overrides={"linear": {"bits": 4}})
+    x, y = torch.randn(4, 64, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    weight = torch.randn(8, 80, requires_grad=True)
+    with compress(policy) as mode:
+        F.linear(torch.cat([F.gelu(x), y * 2], -1), weight).sum().backward()
+    how = {key[1:3]: key[3] for key in mode.report.rows}
+    assert how["cat", "input"].startswith("4 bits")
