@@ -148,7 +148,9 @@ def _table(
     rule_before: int | None = None,
     whole_names: bool = False,
 ) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Whole names leave less room between columns.
+    padding = (0, 0, 0, 1) if whole_names else (0, 1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding)
     # Rich narrows columns that may wrap before others: the names may, but their text will not.
     table.add_column(head[0], no_wrap=whole_names)
     for title in head[1:]:
@@ -224,7 +226,9 @@ def estimates(found: Sequence[Estimate]) -> list[Table | str]:
         places = [by_place.get((name, p)) for p in policies]
         largest.append(([name, *map(_largest, places)], ""))
     columns = [
-        p.replace("checkpoint", "check-\npoint").replace("-recompute", "-\nrecom-\npute")
+        p.replace("checkpoint", "check-\npoint")
+        .replace("-recompute", "-\nrecom-\npute")
+        .replace("+offload", "+off-\nload")
         for p in (p.replace("+", "\n+") for p in policies)
     ]
     images = found[0].batch
@@ -247,5 +251,8 @@ def _largest(e: Estimate | None) -> str:
         return "-"
     if e.reason == "main memory":
         return "memory"
-    said = f"{e.largest_batch:,}" if e.largest_batch < 1e4 else f"{e.largest_batch / 1e3:,.0f}k"
+    size = e.largest_batch
+    said = (
+        f"{size:,}" if size < 1e4 else f"{size / 1e3:.0f}k" if size < 1e6 else f"{size / 1e6:.0f}M"
+    )
     return said if e.fits else f"({said})"

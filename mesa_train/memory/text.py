@@ -75,7 +75,8 @@ def describe(setting: Mapping[str, Any]) -> str:
         str(setting.get("device_name", setting["device"])),
     ]
     if setting.get("threads") and setting["device"] == "cpu":
-        parts.append(f"{setting['threads']} threads")
+        count = setting["threads"]
+        parts.append(f"{count} thread{'s' if count > 1 else ''}")
     return ", ".join(parts)
 
 

@@ -161,7 +161,7 @@ def test_estimates_of_all_setups_fit_80_columns():
     rows = [
         Estimate(
             setup, offload, policy, "adamw", 0, False, states(setup, offload, own, cluster),
-            (60 - number) << 27, 32, 30 * 10**number, 5, number > 0,
+            (60 - number) << 27, 32, 30 * 10**min(number, 5), 5, number > 0,
         )
         for setup, offload in SETUPS
         for number, policy in enumerate(POLICIES)
@@ -170,18 +170,7 @@ def test_estimates_of_all_setups_fit_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     last = next(line.split() for line in reversed(text.splitlines()) if "CPU states" in line)
-    assert last == [
-        "zero3",
-        "CPU",
-        "states",
-        "(30)",
-        "300",
-        "3,000",
-        "30k",
-        "300k",
-        "3,000k",
-        "30,000k",
-    ]
+    assert last[:9] == ["zero3", "CPU", "states", "(30)", "300", "3,000", "30k", "300k", "3M"]
     assert "10 others" not in text
     assert "all" in text
 
@@ -202,6 +191,7 @@ def test_format_gib(size, text):
         ({}, "m, 2x3, bf16 autocast, EPYC, 2 threads"),
         ({"dtype": "float32"}, "m, 2x3, float32, EPYC, 2 threads"),
         ({"dtype": "float32", "weights": "float16"}, "m, 2x3, float16, EPYC, 2 threads"),
+        ({"threads": 1}, "m, 2x3, bf16 autocast, EPYC, 1 thread"),
         ({"weights": "bfloat16"}, "m, 2x3, bf16 autocast, bfloat16 weights, EPYC, 2 threads"),
         ({"device": "cuda", "device_name": "H100"}, "m, 2x3, bf16 autocast, H100"),
     ],
