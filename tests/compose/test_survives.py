@@ -179,12 +179,12 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tmp_path):
 def test_soaked_for_a_short_while(tmp_path):
     """scripts/soak.py, whose long run is for releases: all presets, exceptions in between.
 
-    Over so few steps the allocator's own steps of tens of MiB weigh 90 kB each; all that a step keeps
+    Over so few steps the allocator's own steps of tens of MiB weigh 60 kB each; all that a step keeps
     is over 200 kB, and single tensors that stay are counted."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [
-            *(sys.executable, str(root / "scripts/soak.py"), "--steps", "200", "--limit", "180000"),
+            *(sys.executable, str(root / "scripts/soak.py"), "--steps", "300", "--limit", "150000"),
             *("--out", str(tmp_path / "rows.jsonl")),
         ],
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -196,4 +196,4 @@ def test_soaked_for_a_short_while(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in rows] == [*mesa_train.PRESETS, "mesa8, fused forward"]
-    assert all(row["failed"] == 40 and row["left"] == 0 for row in rows)
+    assert all(row["failed"] == 60 and row["left"] == 0 for row in rows)
