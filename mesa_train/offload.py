@@ -19,6 +19,7 @@ hooks (`save_on_cpu`) it is theirs to move.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import sys
 import weakref
@@ -88,7 +89,7 @@ class _Arrival:
         self.tensors, self.ticket, self.left = tensors, ticket, left
 
 
-class Lane:
+class Lane(abc.ABC):
     """The traffic between a device and main memory. Subclasses say how a copy is made; when, and for
     how long its tensors are held, is said here."""
 
@@ -99,17 +100,17 @@ class Lane:
         self._arrived: dict[Moved, _Arrival] = {}
         self._taken: set[Moved] = set()
 
+    @abc.abstractmethod
     def out(self, tensors: Tensors) -> tuple[Tensors, Any]:
         """Begin to copy device tensors to main memory: the copies, and a ticket to `wait` with."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def home(self, tensors: Sequence[Tensor], after: Any) -> tuple[Tensors, Any]:
         """Begin to copy them back, once `after` has come: the device tensors and a ticket."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def wait(self, ticket: Any, tensors: Sequence[Tensor] = ()) -> None:
         """Whatever is computed from now on, on `tensors` too, comes after the ticket's copy."""
-        raise NotImplementedError
 
     def send(self, tensors: Tensors, order: Order) -> tuple[Tensors, Moved]:
         """Move a leaf out: its tensors in main memory, and its way home.

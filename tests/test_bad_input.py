@@ -59,7 +59,7 @@ def test_a_model_that_returns_no_tensor_that_requires_grad():
     assert not mesa_train.wrap(frozen, EIGHT)(torch.randn(3, 4)).requires_grad
 
 
-def compare(function, *leaves):
+def assert_as_plain(function, *leaves):
     """Output and gradients as plain PyTorch's, or PyTorch's own error."""
     leaves = [t.clone().requires_grad_(t.is_floating_point() or t.is_complex()) for t in leaves]
     trained = [t for t in leaves if t.requires_grad]
@@ -227,7 +227,7 @@ SHAPES = {
 )
 @pytest.mark.parametrize("case", SHAPES)
 def test_odd_shapes_and_dtypes_do_as_pytorch_does(case):
-    compare(*SHAPES[case])
+    assert_as_plain(*SHAPES[case])
 
 
 BY_NAME = {
@@ -258,7 +258,7 @@ def test_arguments_by_every_name(function):
         torch.manual_seed(0)
         return function(x, w)
 
-    compare(seeded, x, w)
+    assert_as_plain(seeded, x, w)
 
 
 def test_a_model_without_modules():

@@ -75,12 +75,7 @@ def estimate(
 
         first, _ = loading(model, batch_size, image_size, "cpu", fake=True)
         blocks = sorted({type(b).__name__ for b in find_blocks(first.model).values()})
-        asked: dict[str, Any] = {
-            "batch": batch_size,
-            "optimizer": optimizer,
-            "lora": lora,
-            "half": half,
-        }
+        asked: Any = {"batch": batch_size, "optimizer": optimizer, "lora": lora, "half": half}
         found = []
         with quiet(), progress_bar() as progress:
             progress("counting", 0, len(SETUPS) * len(names))
@@ -92,9 +87,8 @@ def estimate(
         if chosen is not None and out is not None:
             out.write_text(configuration)
         if as_json:
-            answer = None if chosen is None else chosen.to_dict()
-            every_row = [e.to_dict() for e in found]
-            show_json({"model": model, "gpus": gpus, "rows": every_row, "chosen": answer})
+            answer = {"rows": [e.to_dict() for e in found], "chosen": chosen and chosen.to_dict()}
+            show_json({"model": model, "gpus": gpus, **answer})
             return
         title = f"{model}  {gpus} GPUs of {gpu_memory}  {batch_size} images a GPU"
         fitting = {(e.strategy, e.offload) for e in found if e.fits or every}

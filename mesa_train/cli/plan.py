@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from mesa_train.cli import common
 
 if TYPE_CHECKING:
     from mesa_train.memory.load import Loaded
+    from mesa_train.memory.plans import Plan
 
 
 def plan(
@@ -76,17 +78,8 @@ def plan(
 
             save_png(draw(plans, points, common.title_of(loaded, dtype, where)), frontier)
         if as_json:
-            common.show_json(
-                {
-                    **common.setting_of(loaded, dtype, where, fake),
-                    "budget": budget,
-                    "policy": found.policy.to_yaml(),
-                    "prediction": found.prediction.to_dict(),
-                    "plain": found.plain.to_dict(),
-                    "gap": found.gap,
-                    "frontier": [p.prediction.to_dict() for p in plans],
-                }
-            )
+            setting = common.setting_of(loaded, dtype, where, fake)
+            common.show_json({**setting, "budget": budget, **_answer(found, plans)})
             return
         common.show(
             common.title_of(loaded, dtype, where),
@@ -97,6 +90,17 @@ def plan(
             typer.echo(found.policy.to_yaml(), nl=False)
         else:
             common.show(f"the policy is in {out}")
+
+
+def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
+    """What --json says of a plan and of those of the frontier."""
+    return {
+        "policy": found.policy.to_yaml(),
+        "prediction": found.prediction.to_dict(),
+        "plain": found.plain.to_dict(),
+        "gap": found.gap,
+        "frontier": [plan.prediction.to_dict() for plan in frontier],
+    }
 
 
 def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:

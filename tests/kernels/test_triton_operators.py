@@ -126,7 +126,8 @@ for key in ("CUDA", "XPU"):
 assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 assert not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=300)
+    assert done.returncode == 0
 
 
 def test_without_triton_the_reference_runs_after_one_warning(monkeypatch, caplog):

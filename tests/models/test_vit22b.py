@@ -138,12 +138,12 @@ def test_fused_equals_unfused_in_float64(qk_norm, gelu):
     output, dx, grads = gradients(fused, x)
     expected, expected_dx, by_name = gradients(unfused, x)
     # float64's rounding over sums of 512 products.
-    close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
-    close(output, expected)
-    close(dx, expected_dx)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+    assert_close(output, expected)
+    assert_close(dx, expected_dx)
     back = {f"blocks.0.{n.removeprefix('plain.').replace('/', '.')}": g for n, g in by_name.items()}
     for name, gradient in vit22b_convert.from_plain(back, HEADS):
-        close(grads[name.removeprefix("blocks.0.")], gradient, msg=name)
+        assert_close(grads[name.removeprefix("blocks.0.")], gradient, msg=name)
 
 
 @pytest.mark.parametrize("fuse_out_proj", [True, False])
