@@ -30,7 +30,7 @@ from .ops import table
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
-from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
+from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, of_parameter, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,10 @@ class Interception(TorchFunctionMode):
             self.report.add(self.site.name, label, operand, how, 0, known)
             return known
         reason = why_whole(tensor, rule)
+        if operator in _AUTOCAST and (reason or self.lossless(operator, operand)):
+            dtype = _autocast(tensor)
+            if dtype is not None:
+                return self._keep_cast(tensor, dtype, operator, operand, within, label)
         if reason:
             self.report.add(
                 self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
@@ -173,6 +177,40 @@ class Interception(TorchFunctionMode):
             leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
         self.lineage.set(tensor, leaf)
         return leaf
+
+    def weight(self, tensor: Tensor) -> Stash:
+        """A weight or bias as it is: the parameter itself, or what a model computed in its place, as
+        autocast has cast it."""
+        dtype = _autocast(tensor)
+        if dtype is None:
+            return whole(tensor)
+        stash = self.lineage.cast(tensor, dtype)
+        if stash is None:
+            with torch.no_grad():
+                stash = whole(tensor.to(dtype))
+            self.lineage.set_cast(tensor, dtype, stash)
+        return stash
+
+    def _keep_cast(
+        self,
+        tensor: Tensor,
+        dtype: torch.dtype,
+        operator: str,
+        operand: str,
+        within: tuple[int, ...],
+        label: str,
+    ) -> Stash:
+        """`keep` of an operand that stays a tensor, in the dtype that autocast computes in. PyTorch saves
+        that cast too; the operand itself may be twice as large."""
+        stash = self.lineage.cast(tensor, dtype)
+        if stash is not None:
+            self.report.add(self.site.name, label, operand, "shared", 0, stash)
+            return stash
+        with torch.no_grad():
+            narrow = tensor.to(dtype)
+        stash = self.keep(narrow, operator, operand, within, label)
+        self.lineage.set_cast(tensor, dtype, stash)
+        return stash
 
     def known(self, tensor: Tensor, operator: str, operand: str) -> Stash | None:
         """The stash that stands for `tensor` already, if `operand` may be rebuilt from it."""
@@ -212,6 +250,10 @@ class Interception(TorchFunctionMode):
         if discards(self.hooks):
             return Placeholder(codec)
         return Unseen(codec) if selective() else codec
+
+    def lossless(self, operator: str, operand: str) -> bool:
+        """Whether an operand is kept as it is."""
+        return isinstance(self.site.rules[operator, operand].codec, Lossless)
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
         """One bit per element of a mask, coded by `encode`."""
@@ -364,15 +406,26 @@ def _limit(rule: Rule) -> int:
     return MATMUL if rule.rebuild_linear else CHEAP if rule.rebuild_cheap else VIEW
 
 
+# Operators that autocast runs in its low precision.
+_AUTOCAST = frozenset(["linear", "matmul", "conv"])
+
+
+def _autocast(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts an operand to, where that is a narrower one. None for parameters,
+    which are saved as they are."""
+    device = tensor.device.type
+    if tensor.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype.itemsize < tensor.dtype.itemsize and not of_parameter(tensor) else None
+
+
 def why_whole(tensor: Tensor, rule: Rule) -> str:
     """Why a tensor is kept as it is, or "" if it is to be coded."""
     if not rule.enabled:
         return "disabled"
-    if tensor.is_leaf and tensor.requires_grad:
-        return "a parameter"
-    base = tensor._base if not torch.compiler.is_compiling() else None
-    if base is not None and base.is_leaf and base.requires_grad:
-        return "a view of a parameter"
+    if parameter := of_parameter(tensor):
+        return parameter
     if tensor.dtype.itemsize < 2 or not tensor.is_floating_point():
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.numel() * tensor.element_size() < rule.min_bytes:

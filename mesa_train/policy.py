@@ -384,12 +384,20 @@ def _hint(value: Any, choices: Iterable[str]) -> str:
 
 
 _QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}
+# Short groups cost bytes; only tensors that a matmul is rebuilt from, or that stand in for one, need them.
+_LONG_GROUPS = {
+    operator: {"group_size": 128}
+    for operator in (
+        *("conv", "batch_norm", "group_norm", "activation", "mul"),
+        *("softmax", "matmul", "normalize", "fallback"),
+    )
+}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
     "mesa4": Policy(bits=4, overrides=_QK8),
     "mesa8-recompute": Policy(recompute="linear"),
-    "mesa4-recompute": Policy(bits=4, group_size=32, recompute="linear"),
+    "mesa4-recompute": Policy(bits=4, group_size=32, recompute="linear", overrides=_LONG_GROUPS),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

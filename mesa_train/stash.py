@@ -280,6 +280,16 @@ def whole(tensor: Tensor) -> Stash:
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
 
 
+def of_parameter(tensor: Tensor) -> str:
+    """Why a tensor's memory is a parameter's, or ""."""
+    if tensor.is_leaf and tensor.requires_grad:
+        return "a parameter"
+    base = tensor._base if not torch.compiler.is_compiling() else None
+    if base is not None and base.is_leaf and base.requires_grad:
+        return "a view of a parameter"
+    return ""
+
+
 class Replay:
     """Recipe: call a function of one source again, with constant arguments. For views, casts and
     scalings."""
@@ -314,8 +324,9 @@ class Lineage(Generic[Entry]):
     """
 
     def __init__(self, relays: bool = False) -> None:
-        self._entries: dict[int, tuple[Any, int, Entry]] = {}
+        self._entries: dict[Any, tuple[Any, int, Entry]] = {}
         self._traced: dict[Tensor, Entry] = {}
+        self._traced_casts: dict[tuple[Tensor, torch.dtype], Entry] = {}
         self._placed: dict[int, tuple[Any, int, Tensor, Entry]] | None = {} if relays else None
 
     def get(self, tensor: Tensor) -> Entry | None:
@@ -354,12 +365,32 @@ class Lineage(Generic[Entry]):
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
             )
             self._placed[tensor.data_ptr()] = storage, tensor._version, layout, stash
-        key, entries = id(tensor), self._entries
+        self._enter(id(tensor), tensor, stash)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Entry | None:
+        """The stash of `tensor` rounded to `dtype`, which cannot stand for the tensor itself."""
+        if torch.compiler.is_compiling():
+            return self._traced_casts.get((tensor, dtype))
+        entry = self._entries.get((id(tensor), dtype))
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            return None
+        return entry[2]
+
+    def set_cast(self, tensor: Tensor, dtype: torch.dtype, stash: Entry) -> None:
+        """Let `stash` stand for `tensor` as it is now, rounded to `dtype`."""
+        if torch.compiler.is_compiling():
+            self._traced_casts[tensor, dtype] = stash
+        else:
+            self._enter((id(tensor), dtype), tensor, stash)
+
+    def _enter(self, key: Any, tensor: Tensor, stash: Entry) -> None:
+        entries = self._entries
         entries[key] = weakref.ref(tensor, lambda _: entries.pop(key, None)), tensor._version, stash
 
     def clear(self) -> None:
         """Drop all that is known."""
         self._entries.clear()
         self._traced.clear()
+        self._traced_casts.clear()
         if self._placed is not None:
             self._placed.clear()

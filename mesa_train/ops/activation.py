@@ -252,6 +252,8 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
         slope = [a for a in (*args, *kwargs.values()) if not isinstance(a, bool)]
         if not mode.covers("activation", input) or (slope and kind != "leaky_relu"):
             return NotImplemented
+        if mode.lossless("activation", "input"):
+            return NotImplemented  # PyTorch saves a tensor that its neighbours save as well
         if inplace and not _writable(input):
             return _written(mode, input, stepped(kind)(mode, getattr(F, kind), input, *slope))
         above, on, off = STEPPED[kind]
@@ -284,6 +286,8 @@ def clamp(
     """Row of torch.clamp between numbers: one bit per element, whether it is within."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
     if not numbers or not mode.covers("activation", input):
+        return NotImplemented
+    if mode.lossless("activation", "input"):
         return NotImplemented
     result = mode.exactly(func, input, min, max)
     with torch.no_grad():

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from mesa_train.stash import CHEAP, Geometry, Saved, Stash, whole
+from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, whole
 
 from .base import Operator, derivative
-from .norm import Scaled, cast_like_autocast
+from .norm import Scaled, cast_like_autocast, keeps_input
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -51,6 +51,19 @@ class ChannelNorm(Operator):
                 )
             dx = (g * rstd).reshape(grad.shape)
         return dx, dweight, dbias
+
+
+class ChannelNormalized:
+    """Recipe: x_hat from the norm's input, in the shape (B, groups, C / groups, positions), and the
+    statistics of the forward."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        value, (mean, rstd) = saved.value(spec.sources[0]), saved.own(spec)
+        rows = value.reshape(self.shape).to(torch.promote_types(dtype, rstd.dtype))
+        return ((rows - mean) * rstd).reshape(value.shape).to(dtype)
 
 
 class GroupNorm(ChannelNorm):
@@ -157,6 +170,31 @@ def _channel_norm(
 ) -> Any:
     _, weight, bias = inputs
     mean, rstd = statistics
+    if keeps_input(mode, operator, inputs[0], rstd.dtype):
+        kept = mode.keep(inputs[0], operator, "normalized")
+        recipe = ChannelNormalized(shape)
+        x_hat = Stash(recipe, (mean, rstd), (kept,), cost=CHEAP, dtype=result.dtype)
+    else:
+        x_hat = _coded(mode, operator, x, result.dtype, statistics, shape)
+    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    node = GroupNorm if operator == "group_norm" else ChannelNorm
+    output = node.apply(result, stashes, (shape, averaged), *inputs)
+    parameters = tuple([p for p in (weight, bias) if p is not None])
+    scaled = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
+    mode.lineage.set(output, Stash(scaled, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    return output
+
+
+def _coded(
+    mode: Interception,
+    operator: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    statistics: tuple[Tensor, Tensor],
+    shape: tuple[int, ...],
+) -> Stash:
+    """A leaf of x_hat."""
+    mean, rstd = statistics
     codec = mode.codec(operator, "normalized")
     with torch.no_grad():
         if x.is_contiguous() and shape[3] > 1:
@@ -171,11 +209,4 @@ def _channel_norm(
             within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
             geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
             tensors = codec.encode(matrix)
-    x_hat = mode.leaf(codec, tensors, geometry, result.dtype, operator, "normalized")
-    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
-    node = GroupNorm if operator == "group_norm" else ChannelNorm
-    output = node.apply(result, stashes, (shape, averaged), *inputs)
-    parameters = tuple([p for p in (weight, bias) if p is not None])
-    recipe = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
-    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
-    return output
+    return mode.leaf(codec, tensors, geometry, dtype, operator, "normalized")

@@ -3,6 +3,8 @@
 Keeps the stash of the input (1 byte per element; nothing of its own behind a norm, an activation or
 another convolution's neighbour that keeps the same tensor) and the weight itself. Codes follow the
 memory format: along the channels in channels-last, along the positions of one channel otherwise.
+Where matmuls are rebuilt (`recompute="linear"`), the output of a convolution of one position is rebuilt
+as a Linear's is.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, whole
+from mesa_train.stash import MATMUL, Saved, Spec, Stash
 
 from .base import Operator, derivative
 
@@ -35,6 +37,18 @@ class Conv(Operator):
         return torch.ops.aten.convolution_backward(
             grad, x, weight, bias_size, *numbers, [needs[0], needs[1], needs[2]]
         )
+
+
+class Pointwise:
+    """Recipe: a convolution of one position, a matmul over the channels, again from its input's stash."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        parameters = [p.to(spec.dtype) for p in saved.own(spec)]
+        value = saved.value(spec.sources[0], spec.dtype)
+        return self.function(value, *parameters).to(dtype)
 
 
 def conv(
@@ -74,8 +88,15 @@ def conv(
     numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
     bias_size = None if bias is None else [bias.shape[0]]
     static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
-    w = whole(weight) if input.requires_grad else None
-    return Conv.apply(result, (x, w), static, input, weight, bias)
+    w = mode.weight(weight) if input.requires_grad else None
+    output = Conv.apply(result, (x, w), static, input, weight, bias)
+    if set(kernel) == set(strides) == {1} and groups == 1 and not any(paddings):
+        source = mode.known(input, "conv", "input") if x is None else x
+        if source is not None and source.cost < MATMUL:
+            parameters = tuple([mode.weight(p).tensors[0] for p in (weight, bias) if p is not None])
+            recipe = Stash(Pointwise(func), parameters, (source,), cost=MATMUL, dtype=result.dtype)
+            mode.lineage.set(output, recipe)
+    return output
 
 
 def _each(value: Any, dims: int) -> list[int]:

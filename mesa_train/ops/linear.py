@@ -83,17 +83,24 @@ def linear(
     if not mode.covers("linear", input, weight, bias) or weight.dim() != 2 or not weight.numel():
         return NotImplemented
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
-    w = whole(weight) if input.requires_grad else None
+    w = mode.weight(weight) if input.requires_grad else None
     result = mode.exactly(func, input, weight, bias)
     output = Linear.apply(result, (x, w), None, input, weight, bias)
     if x is not None:
-        parameters = (weight,) if bias is None else (weight, bias)
-        if x.cost < MATMUL:
-            mode.lineage.set(
-                output, Stash(_PRODUCT, parameters, (x,), cost=MATMUL, dtype=result.dtype)
-            )
         mode.linears.set(output, (input, _version(input), x, weight, bias))
+    # A frozen weight needs no input, but a stash that the input has already still gives the product.
+    source = mode.known(input, "linear", "input") if x is None else x
+    if source is not None and (source.cost < MATMUL or _narrow(weight)):
+        parameters = tuple([mode.weight(p).tensors[0] for p in (weight, bias) if p is not None])
+        recipe = Stash(_PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)
+        mode.lineage.set(output, recipe)
     return output
+
+
+def _narrow(weight: Tensor) -> bool:
+    """Whether a Linear widens its input so far that the matmul in front of it is cheap to repeat as
+    well, as in an adapter of low rank."""
+    return 4 * weight.shape[1] <= weight.shape[0]
 
 
 def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> Any:
@@ -110,7 +117,7 @@ def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> 
     input, version, x, weight, bias = made
     if version != _version(input) or _watched(product):
         return NotImplemented
-    stashes = (x, whole(weight), whole(scale), None if bias is None else whole(bias))
+    stashes = (x, mode.weight(weight), whole(scale), None if bias is None else whole(bias))
     result = mode.exactly(func, product, scale)
     return ScaledLinear.apply(result, stashes, product.dtype, input, weight, bias, scale)
 

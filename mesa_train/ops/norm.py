@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import CHEAP, MATMUL, Geometry, Leaf, Saved, Spec, Stash, whole
+from mesa_train.stash import (
+    CHEAP,
+    MATMUL,
+    Geometry,
+    Leaf,
+    Saved,
+    Spec,
+    Stash,
+    of_parameter,
+    whole,
+)
 
 from .base import Operator, derivative
 
@@ -193,6 +203,10 @@ def _token_norm(
         recipe = Normalized(len(shape), centred)
         x_hat = Stash(recipe, (rstd,), (source,), cost=CHEAP, dtype=result.dtype)
         mode.report.add(mode.site.name, operator, "normalized", "rebuilt", 0)
+    elif keeps_input(mode, operator, inputs[0], rstd.dtype):
+        kept = mode.keep(inputs[0], operator, "normalized")
+        recipe = Normalized(len(shape), centred)
+        x_hat = Stash(recipe, (rstd,), (kept,), cost=CHEAP, dtype=result.dtype)
     else:
         codec = mode.codec(operator, "normalized")
         with torch.no_grad():
@@ -223,6 +237,16 @@ def _fused(
     result = result.view(x.shape)
     x_hat = _leaf(mode, operator, codec, codes, result, shape)
     return _recorded(mode, x_hat, result, rstd, inputs, shape, centred)
+
+
+def keeps_input(mode: Interception, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
+    a parameter (weight standardization), or x_hat is not coded and its `dtype` is wider."""
+    rule = mode.site.rules[operator, "normalized"]
+    if of_parameter(input):
+        return True
+    wider = input.dtype.itemsize < dtype.itemsize
+    return wider and mode.lossless(operator, "normalized") and not rule.offload
 
 
 def _rebuildable(mode: Interception, operator: str, input: Tensor) -> Stash | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import (
     activation,
+    add,
     attention,
     channel_norm,
     composite,
@@ -86,6 +87,9 @@ ROWS: dict[Any, Row] = {
     torch.tanh: activation.from_output("tanh"),
     Tensor.tanh: activation.from_output("tanh"),
     F.glu: activation.glu,
+    torch.add: add.add,
+    Tensor.add: add.add,
+    Tensor.add_: add.add,
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,

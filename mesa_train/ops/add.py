@@ -1,0 +1,48 @@
+"""Sums of two matmul outputs: a frozen Linear plus its adapter (LoRA), attention plus MLP in parallel.
+
+An addition saves nothing. Its row records how the sum is rebuilt where both terms are rebuilt by a
+matmul, so that queries, keys, values and an MLP's hidden layer behind an adapter are rebuilt
+(`recompute="linear"`) as they are behind a Linear alone. A residual stream has no such terms: the row
+costs two lookups there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.stash import CHEAP, MATMUL, Saved, Spec, Stash
+
+from .fallback import fallback
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+class Sum:
+    """Recipe: the sum of two sources, each in the dtype of the forward."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        left, right = [saved.value(source) for source in spec.sources]
+        return (left + right).to(dtype)
+
+
+_SUM = Sum()
+
+
+def add(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
+    """Row of torch.add, Tensor.add, `+` and `+=`."""
+    left, right = _matmul(mode, input), _matmul(mode, other)
+    output = fallback(mode, func, (input, other), kwargs)
+    if left is None or right is None or kwargs or input.shape != other.shape:
+        return output
+    mode.lineage.set(output, Stash(_SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    return output
+
+
+def _matmul(mode: Interception, term: Any) -> Stash | None:
+    """The stash of a term that a matmul rebuilds."""
+    stash = mode.lineage.get(term) if isinstance(term, Tensor) else None
+    return stash if stash is not None and stash.cost == MATMUL else None
