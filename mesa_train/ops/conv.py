@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mesa_train.stash import Saved, whole
 
-from .base import Operator, derivative
+from .base import Operator, derivative, kept_first
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -70,12 +70,12 @@ def conv(
         paddings = _each(padding, spatial)
     within = tuple(range(2, input.dim()))
     x = mode.keep(input, "conv", "input", within) if weight.requires_grad else None
+    kept = kept_first(mode, x, whole(weight) if input.requires_grad else None)
     result = mode.exactly(func, input, weight, bias, stride, padding, dilation, groups)
     numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
     bias_size = None if bias is None else [bias.shape[0]]
     static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
-    w = whole(weight) if input.requires_grad else None
-    return Conv.apply(result, (x, w), static, input, weight, bias)
+    return Conv.apply(result, kept, static, input, weight, bias)
 
 
 def _each(value: Any, dims: int) -> list[int]:
