@@ -27,7 +27,7 @@ from .codecs.placeholder import Placeholder, Unseen, bits, discards, selective, 
 from .codecs.running import Running
 from .offload import Moved, Order, lane_of, passes
 from .ops import table
-from .ops.checkpoint_inputs import InputHooks
+from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, of_parameter, whole
@@ -239,7 +239,7 @@ class Interception(TorchFunctionMode):
         return self._affine(self.site.rules[operator, operand], tensor)
 
     def _affine(self, rule: Rule, tensor: Tensor | None) -> Affine | None:
-        if not isinstance(rule.codec, Affine) or discards(self.hooks) or selective():
+        if not isinstance(rule.codec, Affine) or self.discards() or selective():
             return None
         return None if tensor is not None and why_whole(tensor, rule) else rule.codec
 
@@ -247,7 +247,7 @@ class Interception(TorchFunctionMode):
         """The codec for an operand's next use here."""
         rule = self.site.rules[operator, operand]
         codec = rule.codec or Running.at(self, operator, operand, rule.group_size)
-        if discards(self.hooks):
+        if self.discards():
             return Placeholder(codec)
         return Unseen(codec) if selective() else codec
 
@@ -257,10 +257,14 @@ class Interception(TorchFunctionMode):
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
         """One bit per element of a mask, coded by `encode`."""
-        if discards(self.hooks):
+        if self.discards():
             return bits(mask)
         with unseen() if selective() else contextlib.nullcontext():
             return encode(mask)
+
+    def discards(self) -> bool:
+        """Whether what is saved here is thrown away: in the first pass of a checkpoint."""
+        return self.hooks is not None and discards(beneath(self.hooks))
 
     def leaf(
         self,
@@ -295,11 +299,7 @@ class Interception(TorchFunctionMode):
         lane = lane_of(tensors[0].device)
         if lane is None or torch._C._current_graph_task_id() != -1:
             return tensors, None
-        hooks = self.hooks
-        while isinstance(getattr(hooks, "__self__", None), InputHooks):
-            outer = hooks.__self__.outer
-            hooks = None if outer is None else outer[0]
-        if not passes(hooks):
+        if not passes(beneath(self.hooks)):
             return tensors, None
         if not own:
             # The caller may write to it before the copy has been made.

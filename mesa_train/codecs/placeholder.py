@@ -74,11 +74,20 @@ def bits(mask: Tensor) -> Tensor:
 
 def discards(pack: Any) -> bool:
     """Whether a pack hook is that of a non-reentrant checkpoint's first pass."""
+    return _is_checkpoints(pack, "_checkpoint_hook.")
+
+
+def _is_checkpoints(pack: Any, owner: str) -> bool:
     return (
         pack is not None
         and getattr(pack, "__module__", None) == "torch.utils.checkpoint"
-        and pack.__qualname__.startswith("_checkpoint_hook.")
+        and pack.__qualname__.startswith(owner)
     )
+
+
+def recomputes(pack: Any) -> bool:
+    """Whether a pack hook is that of a non-reentrant checkpoint's recompute."""
+    return _is_checkpoints(pack, "_recomputation_hook.")
 
 
 def selective() -> bool:

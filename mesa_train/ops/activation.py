@@ -26,11 +26,10 @@ from mesa_train.stash import (
     Saved,
     Spec,
     Stash,
-    save,
     whole,
 )
 
-from .base import Operator, aliases, derivative
+from .base import Kept, Operator, aliases, derivative, kept_first, put
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -120,10 +119,9 @@ class InPlace:
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[Tensor], Any], stashes: tuple[Stash, ...], static: Any, x: Tensor
+        ctx: Any, run: Callable[[Tensor], Any], stashes: Kept, static: Any, x: Tensor
     ) -> Tensor:
-        save(ctx, *stashes)
-        ctx.static = static
+        put(ctx, stashes, static)
         run(x)
         ctx.mark_dirty(x)
         return x
@@ -219,10 +217,11 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
                 cost=x.cost,
                 dtype=x.dtype,
             )
+        kept = kept_first(mode, x)
         if inplace and _writable(input):
-            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), (x,), which, input)
+            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), kept, which, input)
         result = mode.exactly(function, input)
-        output = Smooth.apply(result, (x,), which, input)
+        output = Smooth.apply(result, kept, which, input)
         if inplace:
             return _written(mode, input, output)
         mode.lineage.set(output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype))
@@ -265,12 +264,11 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
                 else mode.bits(above(input))
             )
         mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+        kept = kept_first(mode, whole(bits))
         if inplace:
-            return SteppedInPlace.apply(
-                lambda t: func(t, *args, **kwargs), (whole(bits),), (on, off), input
-            )
+            return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), kept, (on, off), input)
         result = mode.exactly(func, input, *args, **kwargs)
-        return Stepped.apply(result, (whole(bits),), (on, off), input)
+        return Stepped.apply(result, kept, (on, off), input)
 
     return row
 
@@ -320,8 +318,9 @@ def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
     if not mode.covers("activation", input):
         return NotImplemented
     x = mode.keep(input, "activation", "input")
+    kept = kept_first(mode, x)
     result = mode.exactly(func, input, dim)
-    output = Gated.apply(result, (x,), dim, input)
+    output = Gated.apply(result, kept, dim, input)
     mode.lineage.set(
         output, Stash(Replay(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
     )

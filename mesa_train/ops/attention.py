@@ -20,7 +20,7 @@ from mesa_train.stash import Saved, whole
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
-from .base import Operator, derivative, sum_to
+from .base import Operator, derivative, kept_first, sum_to
 from .packed import keep_each
 from .views import view
 
@@ -251,8 +251,8 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
         "enable_gqa": enable_gqa,
     }
     state = _generator(q.device).get_state() if call.dropout_p > 0 else None
+    kept = kept_first(call.mode, *call.stashes, None if mask is None else whole(mask))
     result = call.mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
-    kept = (*call.stashes, None if mask is None else whole(mask))
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(result, kept, (q.dtype, keywords, state), *call.inputs[:3], trained)
 

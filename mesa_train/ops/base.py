@@ -9,12 +9,59 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, Stash, save
+from mesa_train.codecs.placeholder import recomputes
+from mesa_train.stash import Saved, Spec, Stash, save, strip
+
+from .checkpoint_inputs import beneath
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+class Packed:
+    """Stashes that went through the saved-tensor hooks before the operator computed its output."""
+
+    __slots__ = ("specs", "tensors", "unpack")
+
+    def __init__(self, stashes: tuple[Stash | None, ...], pack: Any, unpack: Any) -> None:
+        tensors: list[Tensor] = []
+        slots: dict[int, int] = {}
+        known: dict[int, Spec] = {}
+        self.specs = tuple(
+            [None if s is None else strip(s, tensors, slots, known) for s in stashes]
+        )
+        self.unpack = unpack
+        with torch.no_grad():
+            self.tensors = [pack(t) for t in tensors]
+
+
+# What `apply` takes: stashes that are still to be saved, or that are saved already.
+Kept = tuple[Stash | None, ...] | Packed
+
+
+def kept_first(mode: Interception, *stashes: Stash | None) -> Kept:
+    """Stashes for `apply`, from a row that has not computed its output yet.
+
+    A non-reentrant checkpoint ends its recompute when the last tensor is saved. So the stashes are
+    saved here in a recompute, and the row's computation is skipped where they are the last ones.
+    """
+    if mode.hooks is None or torch.compiler.is_compiling() or not recomputes(beneath(mode.hooks)):
+        return stashes
+    return Packed(stashes, *torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def put(ctx: Any, stashes: Kept, static: Any) -> None:
+    """Keep stashes on an autograd context."""
+    ctx.static = static
+    if isinstance(stashes, Packed):
+        ctx.kept, ctx.packed = stashes.specs, stashes
+    else:
+        save(ctx, *stashes)
 
 
 class Operator(torch.autograd.Function):
@@ -22,11 +69,8 @@ class Operator(torch.autograd.Function):
     gradient per input."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, stashes: tuple[Stash | None, ...], static: Any, *inputs: Any
-    ) -> Tensor:
-        save(ctx, *stashes)
-        ctx.static = static
+    def forward(ctx: Any, output: Tensor, stashes: Kept, static: Any, *inputs: Any) -> Tensor:
+        put(ctx, stashes, static)
         return output.detach()
 
 
@@ -47,12 +91,10 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
                     None,
                     None,
                     None,
-                    *gradients(Saved(ctx.saved_tensors, ctx.kept, grad), ctx.static, needs, grad),
+                    *gradients(_saved(ctx, grad), ctx.static, needs, grad),
                 )
             with torch.no_grad():
-                results = gradients(
-                    Saved(ctx.saved_tensors, ctx.kept, grad), ctx.static, needs, grad
-                )
+                results = gradients(_saved(ctx, grad), ctx.static, needs, grad)
             message = (
                 f"mesa_train: a second derivative through {operator!r} was asked for, but it keeps "
                 f"codes, which have none. Leave it to PyTorch with overrides={{{operator!r}: "
@@ -70,6 +112,14 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
         return staticmethod(backward)
 
     return wrap
+
+
+def _saved(ctx: Any, grad: Tensor) -> Saved:
+    tensors = ctx.saved_tensors
+    packed = None if torch.compiler.is_compiling() else getattr(ctx, "packed", None)
+    if packed is not None:
+        tensors = [packed.unpack(t) for t in packed.tensors]
+    return Saved(tensors, ctx.kept, grad)
 
 
 def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class InputHooks(torch.autograd.graph.saved_tensors_hooks):
             tensors = []
             spec = strip(kept, tensors, {}, {})
         return Packed.of(tensors, spec, None, self.outer)
+
+
+def beneath(pack: Any) -> Any:
+    """The pack hook that `pack` passes on to, if it is one of `InputHooks`; else `pack` itself."""
+    while isinstance(getattr(pack, "__self__", None), InputHooks):
+        outer = pack.__self__.outer
+        pack = None if outer is None else outer[0]
+    return pack
 
 
 def _saved_by_checkpoint() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mesa_train.stash import MATMUL, Saved, Spec, Stash
 
-from .base import Operator, derivative
+from .base import Operator, derivative, kept_first
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -84,12 +84,12 @@ def conv(
         paddings = _each(padding, spatial)
     within = tuple(range(2, input.dim()))
     x = mode.keep(input, "conv", "input", within) if weight.requires_grad else None
+    kept = kept_first(mode, x, mode.weight(weight) if input.requires_grad else None)
     result = mode.exactly(func, input, weight, bias, stride, padding, dilation, groups)
     numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
     bias_size = None if bias is None else [bias.shape[0]]
     static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
-    w = mode.weight(weight) if input.requires_grad else None
-    output = Conv.apply(result, (x, w), static, input, weight, bias)
+    output = Conv.apply(result, kept, static, input, weight, bias)
     if set(kernel) == set(strides) == {1} and groups == 1 and not any(paddings):
         source = mode.known(input, "conv", "input") if x is None else x
         if source is not None and source.cost < MATMUL:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mesa_train.stash import Saved, whole
 
-from .base import Operator, derivative
+from .base import Operator, derivative, kept_first
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -49,5 +49,6 @@ def deform_conv(
     if not mode.covers("conv", *tensors) or not input.numel():
         return NotImplemented
     x = mode.keep(input, "conv", "input", (2, 3), label="deform_conv2d")
+    kept = kept_first(mode, x, *[whole(t) for t in tensors[1:]])
     result = mode.exactly(func, *tensors, *numbers)
-    return DeformConv.apply(result, (x, *[whole(t) for t in tensors[1:]]), numbers, *tensors)
+    return DeformConv.apply(result, kept, numbers, *tensors)

@@ -23,7 +23,7 @@ from mesa_train.neighbours import neighbours
 from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
 
 from .activation import Activated
-from .base import Operator, derivative
+from .base import Operator, derivative, kept_first
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -83,9 +83,9 @@ def linear(
     if not mode.covers("linear", input, weight, bias) or weight.dim() != 2 or not weight.numel():
         return NotImplemented
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
-    w = mode.weight(weight) if input.requires_grad else None
+    kept = kept_first(mode, x, mode.weight(weight) if input.requires_grad else None)
     result = mode.exactly(func, input, weight, bias)
-    output = Linear.apply(result, (x, w), None, input, weight, bias)
+    output = Linear.apply(result, kept, None, input, weight, bias)
     if x is not None:
         mode.linears.set(output, (input, _version(input), x, weight, bias))
     # A frozen weight needs no input, but a stash that the input has already still gives the product.
@@ -117,9 +117,10 @@ def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> 
     input, version, x, weight, bias = made
     if version != _version(input) or _watched(product):
         return NotImplemented
-    stashes = (x, mode.weight(weight), whole(scale), None if bias is None else whole(bias))
+    parameters = (mode.weight(weight), whole(scale), None if bias is None else whole(bias))
+    kept = kept_first(mode, x, *parameters)
     result = mode.exactly(func, product, scale)
-    return ScaledLinear.apply(result, stashes, product.dtype, input, weight, bias, scale)
+    return ScaledLinear.apply(result, kept, product.dtype, input, weight, bias, scale)
 
 
 def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, Stash
+from mesa_train.stash import Saved
 
-from .base import Operator, derivative, sum_to
+from .base import Kept, Operator, derivative, kept_first, sum_to
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -136,8 +136,9 @@ def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> A
     return Einsum.apply(result, stashes, subscripts, *operands)
 
 
-def _operands(mode: Interception, left: Tensor, right: Tensor) -> tuple[Stash | None, Stash | None]:
-    return (
+def _operands(mode: Interception, left: Tensor, right: Tensor) -> Kept:
+    return kept_first(
+        mode,
         mode.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
         mode.keep(right, "matmul", "right", _within(right)) if left.requires_grad else None,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mesa_train.stash import CHEAP, MATMUL, Replay, Saved, Spec, Stash
 
-from .base import Operator, derivative, sum_to
+from .base import Operator, derivative, kept_first, sum_to
 from .linear import scaled
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any)
         if output is not NotImplemented:
             return output
     left, right = mode.keep(input, "mul", "left"), mode.keep(other, "mul", "right")
+    kept = kept_first(mode, left, right)
     result = mode.exactly(func, input, other)
-    output = Mul.apply(
-        result, (left, right), (tuple(input.shape), tuple(other.shape)), input, other
-    )
+    output = Mul.apply(result, kept, (tuple(input.shape), tuple(other.shape)), input, other)
     if max(left.cost, right.cost) < MATMUL:
         mode.lineage.set(
             output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype)
