@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import mesa_train
 from mesa_train.memory.methods import PLAIN
 
-from . import checkpoints, optimizers
+from . import checkpoints, disk, optimizers
 from .config import Config, ConfigError
 from .loader import Batch, Loader
 from .plan import Plan, use_cpu
@@ -76,6 +76,7 @@ class Run:
         self.position = Position()
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
+        self.images = loader.sources.train.count
         self.shapes = checkpoints.shapes(model)
         if config.model.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -183,25 +184,34 @@ class Run:
             return score(model, self.loader.validation(), self.accelerator)
 
     def save(self) -> Path:
-        """Write a checkpoint; all ranks take part. Returns where it is."""
-        folder = self.out / CHECKPOINTS
+        """Write a checkpoint; all ranks take part. Returns where it is.
+
+        Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+        """
+        folder, main = self.out / CHECKPOINTS, self.accelerator.is_main_process
         written = checkpoints.partial(folder, self.position.step)
-        if self.accelerator.is_main_process:
-            checkpoints.clear(written)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(written))
-        if self.ema is not None and self.accelerator.is_main_process:
-            checkpoints.save_weights(written / "ema.safetensors", self.ema.module.state_dict(), {})
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        def write() -> None:
+            self.accelerator.save_state(str(written))
+            if self.ema is not None and main:
+                averaged = self.ema.module.state_dict()
+                checkpoints.save_weights(written / "ema.safetensors", averaged, {})
+
+        def commit() -> None:
             state = {
                 "position": dataclasses.asdict(self.position),
                 "config": self.config.to_dict(),
                 "shapes": self.shapes,
+                "images": self.images,
             }
             checkpoints.commit(written, state, self.config.train.keep)
-        self.accelerator.wait_for_everyone()
-        return folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        # Each waits for all ranks.
+        disk.together(lambda: checkpoints.clear(written) if main else None, final, written, _gather)
+        disk.together(write, final, written, _gather)
+        disk.together(lambda: commit() if main else None, final, written, _gather)
+        return final
 
     def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint that `checkpoints.verify` has passed.
@@ -209,21 +219,35 @@ class Run:
         Raises CheckpointError if it is of another model, ConfigError if its run was cut into other
         steps, which could not be continued.
         """
-        checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-        for section, key in (("train", "global_batch"), ("train", "epochs"), ("train", "seed")):
-            before, now = state["config"][section][key], getattr(self.config.train, key)
-            if before != now:
+        with disk.reading(checkpoint):
+            position = Position(**state["position"])
+            before: dict[str, Any] = {
+                f"train.{key}": state["config"]["train"][key]
+                for key in ("global_batch", "epochs", "seed")
+            }
+            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
+        for name, then in before.items():
+            now = getattr(self.config.train, name.removeprefix("train."))
+            if then != now:
                 raise ConfigError(
-                    f"{section}.{key}={now}, but {checkpoint} was trained with {before}; "
+                    f"{name}={now}, but {checkpoint} was trained with {then}; "
                     "keep it or choose another train.out"
                 )
-        self.accelerator.load_state(str(checkpoint))
-        if self.ema is not None:
-            if (checkpoint / "ema.safetensors").is_file():
-                checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
-            else:
-                self.ema.set(self.bare)
-        self.position = Position(**state["position"])
+        # Older checkpoints do not say.
+        if state.get("images", self.images) != self.images:
+            raise ConfigError(
+                f"data: {self.images} training images, but {checkpoint} was trained on "
+                f"{state['images']}; its epochs cannot be continued on another data set: choose "
+                "another train.out, and model.weights to start from its weights"
+            )
+        with disk.reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                if (checkpoint / "ema.safetensors").is_file():
+                    checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
+                else:
+                    self.ema.set(self.bare)
+        self.position = position
 
     def save_best(self, scores: Scores, averaged: bool) -> bool:
         """Keep the weights as `best.safetensors` if no scores before were better."""
@@ -234,15 +258,22 @@ class Run:
             weights = self.ema.module.state_dict()
         else:
             weights = self.accelerator.get_state_dict(self.model)
+        about = {
+            "model": self.config.model.name,
+            "classes": str(self.classes),
+            "top1": f"{scores.top1:.4f}",
+            "step": str(self.position.step),
+        }
         if self.accelerator.is_main_process:
-            about = {
-                "model": self.config.model.name,
-                "classes": str(self.classes),
-                "top1": f"{scores.top1:.4f}",
-                "step": str(self.position.step),
-            }
-            checkpoints.save_weights(self.out / "best.safetensors", weights, about)
+            try:
+                checkpoints.save_weights(self.out / "best.safetensors", weights, about)
+            except checkpoints.CheckpointError as error:
+                raise checkpoints.CheckpointError(f"{error}; {self.last_good()}") from None
         return True
+
+    def last_good(self) -> str:
+        """The checkpoint that a failed run can go on from, in words."""
+        return disk.last_good(self.out / CHECKPOINTS)
 
     def _mean(self, window: _Window) -> tuple[float, float]:
         loss = self.accelerator.reduce(window.loss, reduction="mean")
@@ -366,6 +397,14 @@ def _mixup(config: Config, classes: int) -> Any:
         label_smoothing=augment.label_smoothing,
         num_classes=classes,
     )
+
+
+def _gather(texts: list[str]) -> list[str]:
+    """The lists of all ranks in one; each rank waits for the others."""
+    from accelerate.utils import gather_object
+
+    gathered: list[str] = gather_object(texts)
+    return gathered
 
 
 def _installed(tracker: str) -> bool:
