@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from mesa_train.memory.text import format_bytes
@@ -25,7 +26,7 @@ from . import checkpoints, disk, plan, plots, records, sources
 from .config import Config, ConfigError, check_files, of_dict
 from .engine import EpochResult, StepEvent
 from .loader import Batch, Loader
-from .progress import Dashboard
+from .progress import Dashboard, waiting
 from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
 from .schema import changed
 
@@ -155,9 +156,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
         while run.position.step < made.steps:
             epoch, start = run.epoch + 1, time.perf_counter()
             before = run.position.step
-            run.train_epoch(report)
+            run.train_epoch(report, lambda further: view.alive("training", further))
             step_ms = (time.perf_counter() - start) * 1e3 / (run.position.step - before)
-            scores = run.evaluate()
+            scores = run.evaluate(tick=lambda: view.alive("evaluating"))
             row = {
                 "train_loss": run.position.loss / run.position.losses,
                 "val_loss": scores.loss,
@@ -165,7 +166,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
                 "top5": scores.top5,
             }
             if run.ema is not None:
-                row["ema_top1"] = (averaged := run.evaluate(averaged=True)).top1
+                row["ema_top1"] = (
+                    averaged := run.evaluate(averaged=True, tick=lambda: view.alive("evaluating"))
+                ).top1
             run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
             track(row, run.position.step)
             if main:
@@ -243,7 +246,7 @@ def describe(run: Run, kept_bytes: int) -> str:
     train, made = run.config.train, run.plan
     return (
         f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
-        f"{train.precision}: {plan.batches(run.config, made)}, steps {run.position.step} to "
+        f"{plan.precision(run.config).name}: {plan.batches(run.config, made)}, steps {run.position.step} to "
         f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
     )
 
@@ -263,6 +266,16 @@ class _Silent:
     def on_epoch(self, result: EpochResult) -> None:
         pass
 
+    def alive(self, what: str, further: int = 0) -> None:
+        pass
+
+
+def preparing(run: Run, what: str) -> contextlib.AbstractContextManager[None]:
+    """Says on the first rank what is waited for."""
+    if not run.accelerator.is_main_process:
+        return contextlib.nullcontext()
+    return waiting(what, Console(stderr=True))
+
 
 def _view(run: Run, kept_bytes: int) -> Any:
     if not run.accelerator.is_main_process:
@@ -273,7 +286,7 @@ def _view(run: Run, kept_bytes: int) -> Any:
         total_steps=run.plan.steps,
         batch_size=run.config.train.global_batch,
     )
-    view.progress.update(view.task, completed=run.position.step)
+    view.start_at(run.position.step)
     return view
 
 

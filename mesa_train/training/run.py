@@ -26,7 +26,7 @@ from mesa_train.memory.methods import PLAIN
 from . import checkpoints, disk, optimizers
 from .config import Config, ConfigError
 from .loader import Batch, Loader
-from .plan import Plan, use_cpu
+from .plan import Plan, precision, use_cpu
 from .sources import IGNORED, keeping_random_state, seed_all
 
 _log = logging.getLogger(__name__)
@@ -109,8 +109,14 @@ class Run:
         """The model without what Accelerate put around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    def train_epoch(self, report: Callable[[StepResult], None]) -> None:
-        """Train to the end of the current epoch, saving every `save_every` steps."""
+    def train_epoch(
+        self, report: Callable[[StepResult], None], tick: Callable[[int], None] | None = None
+    ) -> None:
+        """Train to the end of the current epoch, saving every `save_every` steps.
+
+        report: called every `log_every` steps. tick: called after every step with the steps since the
+        last report; reads nothing from the device.
+        """
         config, plan, position = self.config.train, self.plan, self.position
         epoch, first = divmod(position.step, plan.steps_per_epoch)
         batches = self.loader.training(epoch, first)
@@ -118,6 +124,8 @@ class Run:
         window = _Window(self.accelerator.device)
         for _ in range(first, plan.steps_per_epoch):
             window.add(*self.step(batches))
+            if tick is not None:
+                tick(window.steps)
             done = position.step - epoch * plan.steps_per_epoch
             saving = bool(config.save_every) and position.step % config.save_every == 0
             if position.step % config.log_every == 0 or saving or done == plan.steps_per_epoch:
@@ -174,14 +182,15 @@ class Run:
         """The rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def evaluate(self, averaged: bool = False) -> Scores:
-        """Scores of the model, or of its averaged weights, on all validation images."""
+    def evaluate(self, averaged: bool = False, tick: Callable[[], None] | None = None) -> Scores:
+        """Scores of the model, or of its averaged weights, on all validation images. `tick` is called
+        after every batch."""
         model: Any = self.ema.module if averaged and self.ema is not None else self.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._same_buffers(model.module)
             model = model.module
         with keeping_random_state():
-            return score(model, self.loader.validation(), self.accelerator)
+            return score(model, self.loader.validation(), self.accelerator, tick)
 
     def save(self) -> Path:
         """Write a checkpoint; all ranks take part. Returns where it is.
@@ -281,7 +290,7 @@ class Run:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} after step {self.position.step}; a lower optim.lr, or "
-                "train.precision=bf16 instead of fp16, usually helps"
+                "train.precision=bf16 or no instead of fp16, usually helps"
             )
         return value, norm
 
@@ -315,7 +324,12 @@ class _Window:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterator[Batch], accelerator: Any) -> Scores:
+def score(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    accelerator: Any,
+    tick: Callable[[], None] | None = None,
+) -> Scores:
     """Evaluate on every rank's batches; what is labelled `IGNORED` does not count."""
     was_training = model.training
     model.eval()
@@ -330,6 +344,8 @@ def score(model: nn.Module, batches: Iterator[Batch], accelerator: Any) -> Score
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = [loss, ranked[:, 0].sum(), ranked.sum(), valid.sum()]
         sums += torch.stack([c.to(sums.dtype) for c in counts])
+        if tick is not None:
+            tick()
     model.train(was_training)
     loss, top1, top5, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
     if not images_seen:
@@ -349,7 +365,7 @@ def accelerator(config: Config, plan: Plan) -> Any:
     try:
         made = Accelerator(
             cpu=use_cpu(config),
-            mixed_precision=train.precision,
+            mixed_precision=precision(config).name,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=plan.accumulation, sync_with_dataloader=False
             ),

@@ -19,6 +19,7 @@ import typer
 from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
 from mesa_train.training.disk import last_good
 from mesa_train.training.sharded_checkpoint import CheckpointError, export
+from mesa_train.training.sharded_engines import precision_of
 from mesa_train.training.stability import DivergenceError
 
 
@@ -51,6 +52,8 @@ def main(
             rate = f"{row['images_per_s']:.1f} images/s"
             print(f"step {row['step']}: loss {row['loss']:.5f}, {rate}", flush=True)
 
+        if os.environ.get("RANK", "0") == "0":
+            print(precision_of(settings).line, flush=True)
         engine = sharded_loop.train(settings, report)
         if weights:
             export(out / "weights", engine.model)
