@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import codecs
+from . import codecs, yaml_text
 
 BITS = (8, 4, 2, 32)
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -190,15 +190,15 @@ class Policy:
     def from_yaml(cls, source: str | Path) -> Policy:
         """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names
         unknown keys."""
-        import yaml
-
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
-        fields = yaml.safe_load(text)
+        fields = yaml_text.read(text)
         if not isinstance(fields, dict):
-            raise ValueError(f"a policy in YAML is a mapping of fields, got {fields!r}")
-        return cls.from_fields(fields)
+            raise ValueError(
+                f"a policy in YAML is a mapping of fields, got {yaml_text.resolved(fields)!r}"
+            )
+        return cls.from_fields({name: _of_yaml(name, value) for name, value in fields.items()})
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Policy:
@@ -250,6 +250,25 @@ class Policy:
 _OVERRIDABLE = tuple(
     f.name for f in dataclasses.fields(Policy) if f.name not in ("overrides", "checkpoint")
 )
+
+
+_TEXTS = ("preset", *(f.name for f in dataclasses.fields(Policy) if f.type == "str"))
+
+
+def _of_yaml(field: str, value: Any) -> Any:
+    """A field's value: text and names of modules as they are written, all else as YAML means it."""
+    if field == "overrides" and isinstance(value, dict):
+        return {
+            pattern: {name: _of_yaml(name, v) for name, v in changes.items()}
+            if isinstance(changes, dict)
+            else yaml_text.resolved(changes)
+            for pattern, changes in value.items()
+        }
+    if field == "checkpoint" and isinstance(value, list):
+        return [str(v) if isinstance(v, str) else v for v in value]
+    if field in _TEXTS and isinstance(value, str):
+        return str(value)
+    return yaml_text.resolved(value)
 
 
 class Rules:

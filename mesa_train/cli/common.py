@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class DType(str, enum.Enum):
     """The arithmetic of the forward. Weights stay float32."""
 
+    auto = "auto"
     float32 = "float32"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -43,7 +44,11 @@ ImageSize = Annotated[
     typer.Option(min=1, help="Height and width of the images; default: the model's own."),
 ]
 Precision = Annotated[
-    DType, typer.Option(help="float32, or autocast to bfloat16 or float16 (weights stay float32).")
+    DType,
+    typer.Option(
+        help="float32, or autocast to bfloat16 or float16 (weights stay float32); auto takes what the "
+        "device computes in."
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; default: cuda if there is one, else cpu.")
@@ -93,6 +98,20 @@ def loading(
         )
         typer.echo(f"mesa-train: {own}; take batch_size in the factory", err=True)
     return loaded, where
+
+
+def resolved(loaded: Loaded, dtype: DType, where: str, fake: bool) -> DType:
+    """The dtype that `auto` means on a device; stderr hears if it is not bf16, or if the device only
+    emulates the dtype that was asked for. Weights in half precision need no autocast."""
+    from mesa_train.training.precision import choose
+
+    if dtype is DType.auto and _weights(loaded) not in ("float32", "mixed"):
+        return DType.float32
+    asked = {DType.float32: "no"}.get(dtype, dtype.value)
+    found = choose(asked, where)
+    if (found.emulated and not fake) or (dtype is DType.auto and found.name != "bf16"):
+        typer.echo(f"mesa-train: {found.line}", err=True)
+    return {"no": DType.float32, "bf16": DType.bf16, "fp16": DType.fp16}[found.name]
 
 
 def check_precision(loaded: Loaded, dtype: DType, where: str, fake: bool) -> None:

@@ -22,7 +22,7 @@ def compare(
     model: common.Model,
     batch_size: common.BatchSize = 8,
     image_size: common.ImageSize = None,
-    dtype: common.Precision = common.DType.bf16,
+    dtype: common.Precision = common.DType.auto,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -65,6 +65,7 @@ def compare(
         # Also where every method runs elsewhere: what is wrong with the model shows here, at once. On
         # the CPU, so that nothing of this process lies on the GPU that is measured.
         loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=quick)
+        dtype = common.resolved(loaded, dtype, where, quick)
         common.check_precision(loaded, dtype, where, quick)
         setting = common.setting_of(loaded, dtype, where, quick)
         title = common.title_of(loaded, dtype, where)

@@ -39,7 +39,7 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Write the policy to this YAML file.")] = None,
     batch_size: common.BatchSize = 8,
     image_size: common.ImageSize = None,
-    dtype: common.Precision = common.DType.bf16,
+    dtype: common.Precision = common.DType.auto,
     device: common.Device = None,
     fake: common.Fake = False,
     as_json: common.Json = False,
@@ -58,6 +58,7 @@ def plan(
         common.writable_file(out, "--out", ".yaml .yml")
         common.writable_file(frontier, "--frontier", ".png")
         loaded, where = common.loading(model, batch_size, image_size, device, fake)
+        dtype = common.resolved(loaded, dtype, where, fake)
         common.check_precision(loaded, dtype, where, fake)
         _check_rivals(rivals, points, loaded)
         with common.progress_bar() as progress:

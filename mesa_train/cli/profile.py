@@ -25,7 +25,7 @@ def profile(
     ] = None,
     batch_size: common.BatchSize = 8,
     image_size: common.ImageSize = None,
-    dtype: common.Precision = common.DType.bf16,
+    dtype: common.Precision = common.DType.auto,
     device: common.Device = None,
     fake: common.Fake = False,
     as_json: common.Json = False,
@@ -38,6 +38,7 @@ def profile(
         names = ("plain", policy) if diff is None else (policy, diff)
         methods = [_method(name) for name in names]
         loaded, where = common.loading(model, batch_size, image_size, device, fake)
+        dtype = common.resolved(loaded, dtype, where, fake)
         common.check_precision(loaded, dtype, where, fake)
         found = []
         with common.progress_bar() as progress:

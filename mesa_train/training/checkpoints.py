@@ -12,19 +12,17 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .disk import CheckpointError as CheckpointError
+from .disk import reading, reason, remove, writing
+
 MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial-"
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file or the keys."""
 
 
 def partial(folder: Path, step: int) -> Path:
@@ -34,7 +32,7 @@ def partial(folder: Path, step: int) -> Path:
 
 def clear(written: Path) -> None:
     """Empty the place where a checkpoint is about to be written."""
-    shutil.rmtree(written, ignore_errors=True)
+    remove(written)
     written.mkdir(parents=True)
 
 
@@ -52,8 +50,7 @@ def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
     (written / MANIFEST).write_text(json.dumps(files, indent=1))
     _sync(written / MANIFEST)
     final = folder / written.name.removeprefix(PARTIAL)
-    if final.exists():
-        shutil.rmtree(final)
+    remove(final)
     written.rename(final)
     link = folder / ".last"
     link.unlink(missing_ok=True)
@@ -61,7 +58,7 @@ def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
     link.replace(folder / "last")
     _sync(folder)
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return final
 
 
@@ -85,6 +82,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{manifest} is damaged: it lists no files") from None
+    except OSError as error:
+        raise CheckpointError(f"{manifest} cannot be read ({reason(error)})") from None
     for path, size, digest in items:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -94,9 +93,14 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 if path.stat().st_size < size
                 else f"{path} has changed: {path.stat().st_size} bytes instead of {size}"
             )
-        if _digest(path) != digest:
+        with reading(path):
+            written = _digest(path)
+        if written != digest:
             raise CheckpointError(f"{path} has changed since it was written (SHA-256 differs)")
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    with reading(checkpoint / STATE):
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{checkpoint / STATE} is damaged: it holds no mapping")
     return state
 
 
@@ -137,27 +141,33 @@ def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a safetensors file into `model`. Raises CheckpointError naming file and keys."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # SafetensorError, OSError, and what torch makes of the bytes
         raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from None
     check_keys(path, {key: value.shape for key, value in weights.items()}, shapes(model))
     model.load_state_dict(weights)
 
 
 def save_weights(path: Path, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Write a safetensors file in one go: the old one stays until the new one is complete."""
+    """Write a safetensors file in one go: the old one stays until the new one is complete.
+
+    Raises CheckpointError, naming the path, if it cannot be written.
+    """
     from safetensors.torch import save_file
 
     beside = path.with_name(f".{path.name}.partial")
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, beside, dict(about)
-    )
-    _sync(beside)
-    beside.replace(path)
+    with writing(path, beside):
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()},
+            beside,
+            dict(about),
+        )
+        _sync(beside)
+        beside.replace(path)
 
 
 def _digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from .schema import ConfigError as ConfigError
 from .schema import of_values, one_of, positive, read_yaml
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "bf16", "fp16", "auto")
 FILES = ("parquet", "arrow")
 
 
@@ -108,6 +108,7 @@ class TrainConfig:
     """One run. micro_batch is the most images a process takes at once; with the processes it says
     how many are accumulated to global_batch.
 
+    precision: "auto" is bf16 where the device has it, else float32 on a CPU, fp16 on a GPU (`precision.py`).
     policy: "plain" or a mesa_train preset, "+offload" behind it or not. save_every: optimizer steps
         between checkpoints, 0 for once an epoch. ema: decay of the averaged weights, reached gradually,
         0 for none; `best` is then of these. device: "auto" takes GPUs where there are any, "cpu" leaves
@@ -117,7 +118,7 @@ class TrainConfig:
     epochs: int = 300
     global_batch: int = 1024
     micro_batch: int = 128
-    precision: str = "bf16"
+    precision: str = "auto"
     policy: str = "mesa8"
     seed: int = 0
     ema: float = 0.0

@@ -89,6 +89,8 @@ class Trainer:
             warmup_lr_init=config.lr / 100,
             t_in_epochs=False,
         )
+        # Float16's gradients are too small without; the scaler leaves other dtypes alone.
+        self.scaler = torch.amp.GradScaler(config.device, enabled=config.autocast is torch.float16)
         self.steps = 0
 
     @property
@@ -106,9 +108,11 @@ class Trainer:
         self.model.train()
         images, labels = images.to(config.device), labels.to(config.device)
         loss = self.loss(images, labels, config.label_smoothing)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self.schedule.step_update(self.steps)

@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .config import Config
 from .plan import Plan, use_cpu
-from .sources import CorruptImage, Samples, Sources, collate, train_order, val_order
+from .sources import (
+    MISTAKES,
+    CorruptImage,
+    Sample,
+    Samples,
+    Sources,
+    collate,
+    train_order,
+    val_order,
+)
 
 Batch = tuple[Tensor, Tensor, list[str]]
 _SHUFFLE_BUFFER = 10_000
@@ -42,7 +51,7 @@ class Loader:
                 self.train, epoch, self.rank, plan.world, first * plan.accumulation * micro
             )
             count = (plan.steps_per_epoch - first) * plan.accumulation
-            batches = self._loader(stream, batch_size=micro)
+            batches = self._loader(_Told(stream), batch_size=micro)
             yield from (batch for _, batch in zip(range(count), batches, strict=False))
             return
         order = train_order(
@@ -62,27 +71,45 @@ class Loader:
         batch = self.config.train.micro_batch
         if self.sources.val.stream is not None:
             stream = Stream(self.val, 0, self.rank, self.plan.world, 0)
-            yield from self._loader(stream, batch_size=batch)
+            yield from self._loader(_Told(stream), batch_size=batch)
             return
         order = val_order(
             self.sources.val.count, rank=self.rank, world=self.plan.world, batch=batch
         )
         yield from self._loader(self.val, batch_sampler=list(order))
 
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, **options: Any) -> Iterator[Batch]:
+        """Batches of a data set; a mistake that a worker found is raised here, in one line."""
         data = self.config.data
         # A stream has one reader: several would have to agree on who reads what.
         workers = min(data.workers, 1) if isinstance(dataset, IterableDataset) else data.workers
-        return DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             dataset,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=data.pin_memory and not use_cpu(self.config),
             **options,
         )
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
-class Stream(IterableDataset[tuple[Tensor, int, list[str]]]):
+class _Told(IterableDataset["Sample | Exception"]):
+    """A stream whose mistakes are yielded instead of raised, as `Samples.__getitems__` returns them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Sample | Exception]:
+        try:
+            yield from self.stream
+        except MISTAKES as error:
+            yield error
+
+
+class Stream(IterableDataset[Sample]):
     """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on.
 
     In training an image that cannot be decoded gives way to the next that can, and a stream that
@@ -93,7 +120,7 @@ class Stream(IterableDataset[tuple[Tensor, int, list[str]]]):
         self.samples, self.epoch, self.rank, self.world = samples, epoch, rank, world
         self.first = first
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+    def __iter__(self) -> Iterator[Sample]:
         places, owed, skipped = itertools.count(), list[int](), list[str]()
         for turn in itertools.count():
             rows = own = decoded = 0
@@ -117,7 +144,9 @@ class Stream(IterableDataset[tuple[Tensor, int, list[str]]]):
             if not self.samples.replace:
                 return
             if not rows or own > decoded == 0:
-                raise CorruptImage(f"none of {own} images of the stream can be decoded")
+                raise CorruptImage(
+                    f"none of {own} images of the stream can be decoded: {self.samples.reason}"
+                )
 
     def _rows(self, turn: int) -> Any:
         stream = self.samples.records.stream

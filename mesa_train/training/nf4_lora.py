@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError
+from . import disk
+from .disk import CheckpointError
 from .sharded_checkpoint import files_of
 
 BLOCK = 64
@@ -133,13 +134,13 @@ def reader(source: Path) -> Callable[[str, torch.Size], Tensor]:
 
     files = files_of(source)
     if not files:
-        with safe_open(source, "pt") as file:
+        with disk.reading(source), safe_open(source, "pt") as file:
             files = dict.fromkeys(file.keys(), source)
 
     def read(name: str, shape: torch.Size) -> Tensor:
         if name not in files:
             raise CheckpointError(f"{source} has no {name}")
-        with safe_open(files[name], "pt") as file:
+        with disk.reading(files[name]), safe_open(files[name], "pt") as file:
             found = tuple(file.get_slice(name).get_shape())
             if found != tuple(shape):
                 raise CheckpointError(f"{source}: {name} is {found}, not {tuple(shape)}")

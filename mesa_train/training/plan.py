@@ -20,6 +20,7 @@ from mesa_train.memory.text import format_bytes
 
 from . import optimizers
 from .config import Config, ConfigError
+from .precision import Choice, choose
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,18 @@ def use_cpu(config: Config) -> bool:
     return config.train.device == "cpu" or not torch.cuda.is_available()
 
 
+def precision(config: Config) -> Choice:
+    """The precision that a configuration means on this machine."""
+    return choose(config.train.precision, "cpu" if use_cpu(config) else "cuda")
+
+
 def check_machine(config: Config) -> None:
     """ConfigError for what this machine or its packages cannot do."""
     on_cpu = use_cpu(config)
     if on_cpu and config.train.precision == "fp16":
-        raise ConfigError("train.precision=fp16 needs a GPU; bf16 and no work on a CPU as well")
+        raise ConfigError(
+            "train.precision=fp16 needs a GPU; auto, bf16 and no work on a CPU as well"
+        )
     if on_cpu and config.model.sync_batch_norm:
         raise ConfigError("model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only")
     optimizers.check(config.optim.name, "cpu" if on_cpu else "cuda")
@@ -127,7 +135,7 @@ def check_model(config: Config, classes: int) -> None:
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
     """The dtype that a configuration's precision computes in; None for float32 throughout."""
-    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    return precision(config).dtype
 
 
 def memory(config: Config, classes: int) -> dict[str, int]:
@@ -178,7 +186,8 @@ def report(config: Config, classes: int, images: int, world: int) -> str:
         f"{config.model.name} at {config.data.image_size} px, {images} images, {classes} classes",
         batches(config, made),
         f"{made.steps} steps = {train.epochs} epochs of {made.steps_per_epoch}",
-        f"policy {train.policy}, precision {train.precision}, optimizer {config.optim.name}",
+        f"policy {train.policy}, optimizer {config.optim.name}",
+        precision(config).line,
     ]
     for group in optimizers.groups(model, config.optim, train.global_batch):
         count = sum(p.numel() for p in group["params"])

@@ -1,13 +1,17 @@
 """A live view of training runs: a line per run, and one bar over all steps with the time left.
 
-On a terminal the table is redrawn in place. Elsewhere (a log file, CI) every epoch is one line.
+On a terminal the table is redrawn in place. Elsewhere (a log file, CI) every epoch is one line, and
+between them a line every few seconds says how far the run is. Each line is flushed as it is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -27,6 +31,39 @@ from rich.table import Table
 from mesa_train.memory.text import format_bytes
 
 from .engine import EpochResult, StepEvent
+
+# Seconds between two lines where there is no terminal.
+EVERY_S = 5.0
+
+
+@contextlib.contextmanager
+def waiting(what: str, console: Console | None = None) -> Iterator[None]:
+    """Say what is waited for: a spinner on a terminal, elsewhere a line now and every few seconds."""
+    console = console or Console()
+    if console.is_terminal:
+        with console.status(what):
+            yield
+        return
+    console.print(what, highlight=False, soft_wrap=True)
+    done, start = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not done.wait(EVERY_S):
+            passed = clock(time.monotonic() - start)
+            console.print(f"{what}: {passed}", highlight=False, soft_wrap=True)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, "3:07"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 @dataclass
@@ -71,6 +108,29 @@ class Dashboard:
         self.task = self.progress.add_task("training", total=total_steps)
         self.live = Live(self._view(), console=self.console, auto_refresh=False)
         self.refreshed = 0.0
+        self.started = self.spoken = self.progress.get_time()
+        self.skipped = 0.0
+
+    def start_at(self, step: int) -> None:
+        """Steps that were done before this process."""
+        self.progress.update(self.task, completed=step)
+        self.skipped = step
+
+    def alive(self, what: str, further: int = 0) -> None:
+        """Without a terminal: a line about what is done now, if none was written for a while.
+
+        further: steps since the last report.
+        """
+        now = self.progress.get_time()
+        if self.console.is_terminal or now - self.spoken < EVERY_S:
+            return
+        self.spoken, passed = now, now - self.started
+        task = self.progress.tasks[0]
+        done = task.completed + further
+        text = f"{what}  {done:.0f} of {task.total or 0:.0f} steps, {clock(passed)} elapsed"
+        if (own := done - self.skipped) > 0:
+            text += f", about {clock(passed / own * ((task.total or 0) - done))} left"
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def restart(self, title: str) -> None:
         """Empties the table for the next set of runs of the same names; the bar goes on."""
@@ -104,10 +164,13 @@ class Dashboard:
         if self.console.is_terminal and now - self.refreshed > 0.25:
             self.live.update(self._view(), refresh=True)
             self.refreshed = now
+        rate = f"{event.time_ms:.0f} ms/step"
+        self.alive(f"{event.name:<18} loss {statistics.fmean(line.losses):.3f}  {rate}")
 
     def on_epoch(self, result: EpochResult) -> None:
         self.lines[result.name].result = result
         if not self.console.is_terminal:
+            self.spoken = self.progress.get_time()
             self.console.print(
                 f"{result.name:<18} epoch {result.epoch:>3}  loss {result.train_loss:.3f}  "
                 f"held-out accuracy {result.val_accuracy:6.1%}  {result.step_ms:.0f} ms/step  "

@@ -6,6 +6,8 @@ files, `best.safetensors`, and `checkpoints/last`.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import statistics
@@ -15,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from mesa_train.memory.text import format_bytes
 
-from . import checkpoints, plan, plots, records, sources
+from . import checkpoints, disk, plan, plots, records, sources
 from .config import Config, ConfigError, check_files, of_dict
 from .engine import EpochResult, StepEvent
 from .loader import Batch, Loader
-from .progress import Dashboard
+from .progress import Dashboard, waiting
 from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
 from .schema import changed
 
@@ -124,7 +127,7 @@ def resume(run: Run, how: str) -> bool:
     if run.accelerator.is_main_process:
         if found is None:
             metrics.unlink(missing_ok=True)
-        else:
+        elif metrics.exists():
             _forget_after(metrics, run.position.step)
     return found is not None
 
@@ -134,10 +137,7 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
     config, made, main = run.config, run.plan, run.accelerator.is_main_process
     metrics = run.out / METRICS
     scores = None
-    with (
-        _view(run, kept_bytes) as view,
-        trackers(run) as track,
-    ):
+    with _written(run), _view(run, kept_bytes) as view, trackers(run) as track:
 
         def report(result: StepResult) -> None:
             rate = 1e3 * config.train.global_batch / result.step_ms
@@ -156,9 +156,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
         while run.position.step < made.steps:
             epoch, start = run.epoch + 1, time.perf_counter()
             before = run.position.step
-            run.train_epoch(report)
+            run.train_epoch(report, lambda further: view.alive("training", further))
             step_ms = (time.perf_counter() - start) * 1e3 / (run.position.step - before)
-            scores = run.evaluate()
+            scores = run.evaluate(tick=lambda: view.alive("evaluating"))
             row = {
                 "train_loss": run.position.loss / run.position.losses,
                 "val_loss": scores.loss,
@@ -166,7 +166,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
                 "top5": scores.top5,
             }
             if run.ema is not None:
-                row["ema_top1"] = (averaged := run.evaluate(averaged=True)).top1
+                row["ema_top1"] = (
+                    averaged := run.evaluate(averaged=True, tick=lambda: view.alive("evaluating"))
+                ).top1
             run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
             track(row, run.position.step)
             if main:
@@ -185,8 +187,22 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
             run.position.loss, run.position.losses = 0.0, 0
             run.save()
     if main:
-        draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
+        with _written(run):
+            draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
     return scores
+
+
+@contextlib.contextmanager
+def _written(run: Run) -> Iterator[None]:
+    """A failure to write a run's metrics, trackers' files or curves is one line, with the checkpoint
+    to go on from."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run.out
+        raise checkpoints.CheckpointError(
+            f"{where}: {error.strerror or error}; {run.last_good()}"
+        ) from None
 
 
 def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]:
@@ -230,7 +246,7 @@ def describe(run: Run, kept_bytes: int) -> str:
     train, made = run.config.train, run.plan
     return (
         f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
-        f"{train.precision}: {plan.batches(run.config, made)}, steps {run.position.step} to "
+        f"{plan.precision(run.config).name}: {plan.batches(run.config, made)}, steps {run.position.step} to "
         f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
     )
 
@@ -250,6 +266,16 @@ class _Silent:
     def on_epoch(self, result: EpochResult) -> None:
         pass
 
+    def alive(self, what: str, further: int = 0) -> None:
+        pass
+
+
+def preparing(run: Run, what: str) -> contextlib.AbstractContextManager[None]:
+    """Says on the first rank what is waited for."""
+    if not run.accelerator.is_main_process:
+        return contextlib.nullcontext()
+    return waiting(what, Console(stderr=True))
+
 
 def _view(run: Run, kept_bytes: int) -> Any:
     if not run.accelerator.is_main_process:
@@ -260,7 +286,7 @@ def _view(run: Run, kept_bytes: int) -> Any:
         total_steps=run.plan.steps,
         batch_size=run.config.train.global_batch,
     )
-    view.progress.update(view.task, completed=run.position.step)
+    view.start_at(run.position.step)
     return view
 
 
@@ -273,11 +299,13 @@ def _peak(run: Run) -> dict[str, float]:
 
 def _forget_after(metrics: Path, step: int) -> None:
     """Drop rows of steps that will be done again."""
-    rows = [row for row in records.read(metrics) if row["step"] <= step]
     beside = metrics.with_suffix(".partial")
-    beside.unlink(missing_ok=True)
-    records.append(beside, *rows)
-    beside.replace(metrics)
+    with disk.reading(metrics):
+        rows = [row for row in records.read(metrics) if row["step"] <= step]
+    with disk.writing(metrics, beside):
+        beside.unlink(missing_ok=True)
+        records.append(beside, *rows)
+        beside.replace(metrics)
 
 
 def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
@@ -285,9 +313,12 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
     found = checkpoints.newest(folder / CHECKPOINTS)
     if found is None:
         raise ConfigError(f"{folder} holds no checkpoint")
-    return of_dict(changed(found[1]["config"], [f"train.out={folder}", *changes]))
+    with disk.reading(found[0]):
+        config = found[1]["config"]
+    return of_dict(changed(config, [f"train.out={json.dumps(str(folder))}", *changes]))
 
 
 def told_once(error: Exception) -> str | int:
     """What to leave a script with: the line from the first process, the status alone from others."""
-    return f"litv2: {error}" if int(os.environ.get("RANK", "0")) == 0 else 1
+    line = " ".join(str(error).split())
+    return f"litv2: {line}" if int(os.environ.get("RANK", "0")) == 0 else 1

@@ -27,15 +27,19 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 def append(path: Path, *rows: Mapping[str, Any]) -> None:
     """Append rows to a JSON-lines file, making its folder.
 
-    A last line that an interrupted run cut short is dropped first.
+    A last line that an interrupted run cut short is dropped first. OSError names the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    with path.open("a+b") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(text.encode())
+    try:
+        with path.open("a+b") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write(text.encode())
+    except OSError as error:
+        # Writing to an open file leaves its name out.
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
 def read(path: Path) -> list[Row]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
+
+from mesa_train import yaml_text
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,17 @@ class LabelMap:
         """From a mapping file; names or indices on either side. ValueError names what is unknown."""
         if not path.is_file():
             raise ValueError(f"no mapping file {path}")
-        entries = yaml.safe_load(path.read_text())
+        import yaml
+
+        try:
+            entries = yaml_text.read(path.read_bytes())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f"{path} must map training labels to the set's labels")
         columns: list[list[int]] = [[] for _ in set_labels]
         for known, theirs in entries.items():
-            if theirs is None:
+            if isinstance(theirs, yaml_text.Plain) and yaml_text.is_null(theirs):
                 continue
             source = _index(known, train_labels, f"{path}: training label")
             columns[_index(theirs, set_labels, f"{path}: label of the set")].append(source)
@@ -90,9 +96,13 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def _index(name: object, known: Sequence[str], what: str) -> int:
+    name = str(name) if isinstance(name, str) else name
     if str(name) in known:
         return list(known).index(str(name))
-    if isinstance(name, int) and 0 <= name < len(known):
-        return name
+    # The text counts first: a label may be called 7 or no. JSON's keys are always in quotes.
+    number = yaml_text.to_int(name) if isinstance(name, str) else None
+    if number is not None and 0 <= number < len(known):
+        return number
     near = difflib.get_close_matches(str(name), known, n=2)
-    raise ValueError(f"{what} {name!r} is unknown" + (f"; {' or '.join(near)}?" if near else ""))
+    shown = name if number is not None else repr(name)
+    raise ValueError(f"{what} {shown} is unknown" + (f"; {' or '.join(near)}?" if near else ""))

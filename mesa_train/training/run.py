@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import mesa_train
 from mesa_train.memory.methods import PLAIN
 
-from . import checkpoints, optimizers
+from . import checkpoints, disk, optimizers
 from .config import Config, ConfigError
 from .loader import Batch, Loader
-from .plan import Plan, use_cpu
+from .plan import Plan, precision, use_cpu
 from .sources import IGNORED, keeping_random_state, seed_all
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Run:
         self.position = Position()
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
+        self.images = loader.sources.train.count
         self.shapes = checkpoints.shapes(model)
         if config.model.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -108,8 +109,14 @@ class Run:
         """The model without what Accelerate put around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    def train_epoch(self, report: Callable[[StepResult], None]) -> None:
-        """Train to the end of the current epoch, saving every `save_every` steps."""
+    def train_epoch(
+        self, report: Callable[[StepResult], None], tick: Callable[[int], None] | None = None
+    ) -> None:
+        """Train to the end of the current epoch, saving every `save_every` steps.
+
+        report: called every `log_every` steps. tick: called after every step with the steps since the
+        last report; reads nothing from the device.
+        """
         config, plan, position = self.config.train, self.plan, self.position
         epoch, first = divmod(position.step, plan.steps_per_epoch)
         batches = self.loader.training(epoch, first)
@@ -117,6 +124,8 @@ class Run:
         window = _Window(self.accelerator.device)
         for _ in range(first, plan.steps_per_epoch):
             window.add(*self.step(batches))
+            if tick is not None:
+                tick(window.steps)
             done = position.step - epoch * plan.steps_per_epoch
             saving = bool(config.save_every) and position.step % config.save_every == 0
             if position.step % config.log_every == 0 or saving or done == plan.steps_per_epoch:
@@ -173,35 +182,45 @@ class Run:
         """The rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def evaluate(self, averaged: bool = False) -> Scores:
-        """Scores of the model, or of its averaged weights, on all validation images."""
+    def evaluate(self, averaged: bool = False, tick: Callable[[], None] | None = None) -> Scores:
+        """Scores of the model, or of its averaged weights, on all validation images. `tick` is called
+        after every batch."""
         model: Any = self.ema.module if averaged and self.ema is not None else self.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._same_buffers(model.module)
             model = model.module
         with keeping_random_state():
-            return score(model, self.loader.validation(), self.accelerator)
+            return score(model, self.loader.validation(), self.accelerator, tick)
 
     def save(self) -> Path:
-        """Write a checkpoint; all ranks take part. Returns where it is."""
-        folder = self.out / CHECKPOINTS
+        """Write a checkpoint; all ranks take part. Returns where it is.
+
+        Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+        """
+        folder, main = self.out / CHECKPOINTS, self.accelerator.is_main_process
         written = checkpoints.partial(folder, self.position.step)
-        if self.accelerator.is_main_process:
-            checkpoints.clear(written)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(written))
-        if self.ema is not None and self.accelerator.is_main_process:
-            checkpoints.save_weights(written / "ema.safetensors", self.ema.module.state_dict(), {})
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        def write() -> None:
+            self.accelerator.save_state(str(written))
+            if self.ema is not None and main:
+                averaged = self.ema.module.state_dict()
+                checkpoints.save_weights(written / "ema.safetensors", averaged, {})
+
+        def commit() -> None:
             state = {
                 "position": dataclasses.asdict(self.position),
                 "config": self.config.to_dict(),
                 "shapes": self.shapes,
+                "images": self.images,
             }
             checkpoints.commit(written, state, self.config.train.keep)
-        self.accelerator.wait_for_everyone()
-        return folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        # Each waits for all ranks.
+        disk.together(lambda: checkpoints.clear(written) if main else None, final, written, _gather)
+        disk.together(write, final, written, _gather)
+        disk.together(lambda: commit() if main else None, final, written, _gather)
+        return final
 
     def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint that `checkpoints.verify` has passed.
@@ -209,21 +228,35 @@ class Run:
         Raises CheckpointError if it is of another model, ConfigError if its run was cut into other
         steps, which could not be continued.
         """
-        checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-        for section, key in (("train", "global_batch"), ("train", "epochs"), ("train", "seed")):
-            before, now = state["config"][section][key], getattr(self.config.train, key)
-            if before != now:
+        with disk.reading(checkpoint):
+            position = Position(**state["position"])
+            before: dict[str, Any] = {
+                f"train.{key}": state["config"]["train"][key]
+                for key in ("global_batch", "epochs", "seed")
+            }
+            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
+        for name, then in before.items():
+            now = getattr(self.config.train, name.removeprefix("train."))
+            if then != now:
                 raise ConfigError(
-                    f"{section}.{key}={now}, but {checkpoint} was trained with {before}; "
+                    f"{name}={now}, but {checkpoint} was trained with {then}; "
                     "keep it or choose another train.out"
                 )
-        self.accelerator.load_state(str(checkpoint))
-        if self.ema is not None:
-            if (checkpoint / "ema.safetensors").is_file():
-                checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
-            else:
-                self.ema.set(self.bare)
-        self.position = Position(**state["position"])
+        # Older checkpoints do not say.
+        if state.get("images", self.images) != self.images:
+            raise ConfigError(
+                f"data: {self.images} training images, but {checkpoint} was trained on "
+                f"{state['images']}; its epochs cannot be continued on another data set: choose "
+                "another train.out, and model.weights to start from its weights"
+            )
+        with disk.reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                if (checkpoint / "ema.safetensors").is_file():
+                    checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
+                else:
+                    self.ema.set(self.bare)
+        self.position = position
 
     def save_best(self, scores: Scores, averaged: bool) -> bool:
         """Keep the weights as `best.safetensors` if no scores before were better."""
@@ -234,15 +267,22 @@ class Run:
             weights = self.ema.module.state_dict()
         else:
             weights = self.accelerator.get_state_dict(self.model)
+        about = {
+            "model": self.config.model.name,
+            "classes": str(self.classes),
+            "top1": f"{scores.top1:.4f}",
+            "step": str(self.position.step),
+        }
         if self.accelerator.is_main_process:
-            about = {
-                "model": self.config.model.name,
-                "classes": str(self.classes),
-                "top1": f"{scores.top1:.4f}",
-                "step": str(self.position.step),
-            }
-            checkpoints.save_weights(self.out / "best.safetensors", weights, about)
+            try:
+                checkpoints.save_weights(self.out / "best.safetensors", weights, about)
+            except checkpoints.CheckpointError as error:
+                raise checkpoints.CheckpointError(f"{error}; {self.last_good()}") from None
         return True
+
+    def last_good(self) -> str:
+        """The checkpoint that a failed run can go on from, in words."""
+        return disk.last_good(self.out / CHECKPOINTS)
 
     def _mean(self, window: _Window) -> tuple[float, float]:
         loss = self.accelerator.reduce(window.loss, reduction="mean")
@@ -250,7 +290,7 @@ class Run:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} after step {self.position.step}; a lower optim.lr, or "
-                "train.precision=bf16 instead of fp16, usually helps"
+                "train.precision=bf16 or no instead of fp16, usually helps"
             )
         return value, norm
 
@@ -284,7 +324,12 @@ class _Window:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterator[Batch], accelerator: Any) -> Scores:
+def score(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    accelerator: Any,
+    tick: Callable[[], None] | None = None,
+) -> Scores:
     """Evaluate on every rank's batches; what is labelled `IGNORED` does not count."""
     was_training = model.training
     model.eval()
@@ -299,6 +344,8 @@ def score(model: nn.Module, batches: Iterator[Batch], accelerator: Any) -> Score
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = [loss, ranked[:, 0].sum(), ranked.sum(), valid.sum()]
         sums += torch.stack([c.to(sums.dtype) for c in counts])
+        if tick is not None:
+            tick()
     model.train(was_training)
     loss, top1, top5, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
     if not images_seen:
@@ -318,7 +365,7 @@ def accelerator(config: Config, plan: Plan) -> Any:
     try:
         made = Accelerator(
             cpu=use_cpu(config),
-            mixed_precision=train.precision,
+            mixed_precision=precision(config).name,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=plan.accumulation, sync_with_dataloader=False
             ),
@@ -366,6 +413,14 @@ def _mixup(config: Config, classes: int) -> Any:
         label_smoothing=augment.label_smoothing,
         num_classes=classes,
     )
+
+
+def _gather(texts: list[str]) -> list[str]:
+    """The lists of all ranks in one; each rank waits for the others."""
+    from accelerate.utils import gather_object
+
+    gathered: list[str] = gather_object(texts)
+    return gathered
 
 
 def _installed(tracker: str) -> bool:

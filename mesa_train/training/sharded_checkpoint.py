@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from mesa_train.models.vit22b import resampled
 
-from .checkpoints import CheckpointError as CheckpointError
+from . import disk
+from .disk import CheckpointError as CheckpointError
 
 STATE, INDEX = "state.json", "model.safetensors.index.json"
 
@@ -36,21 +36,43 @@ STATE, INDEX = "state.json", "model.safetensors.index.json"
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-N` from all ranks (N is state["step"]); returns it."""
+    """Write `folder/step-N` from all ranks (N is state["step"]); returns it.
+
+    Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+    """
+
+    def shards(partial: Path) -> None:
+        weights, moments = get_state_dict(model, optimizer)
+        with _alone():
+            save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+
+    return written(folder, dict(state), shards)
+
+
+def written(
+    folder: Path, state: Mapping[str, Any], shards: Callable[[Path], None], note: Any = dict
+) -> Path:
+    """Write `folder/step-N`: `shards` writes on all ranks, into a folder that is renamed at the end.
+
+    note: gives what the state file holds besides, when the shards are written.
+    """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".partial-{final.name}"
-    if _rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    with _alone():
-        save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-    if _rank() == 0:
-        (partial / STATE).write_text(json.dumps(dict(state)))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    barrier()
+
+    def begin() -> None:
+        if _rank() == 0:
+            disk.remove(partial)
+            partial.mkdir(parents=True)
+
+    def end() -> None:
+        if _rank() == 0:
+            (partial / STATE).write_text(json.dumps({**state, **note()}))
+            disk.remove(final)
+            partial.rename(final)
+
+    # Each waits for all ranks.
+    for step in (begin, lambda: shards(partial), end):
+        disk.together(step, final, partial, _gather)
     return final
 
 
@@ -67,30 +89,38 @@ def load(
     wanted: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         wanted["optimizer"] = moments
-    with _alone():
+    with disk.reading(checkpoint), _alone():
         load_shards(wanted, checkpoint_id=checkpoint)
-    set_state_dict(
-        model, optimizers, model_state_dict=weights, optim_state_dict=wanted.get("optimizer", {})
-    )
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+        moments = wanted.get("optimizer", {})
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    return state_of(checkpoint)
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The state file of a checkpoint. CheckpointError if it is missing or damaged."""
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    with disk.reading(checkpoint / STATE):
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+        int(state["step"])
     return state
 
 
 def check(checkpoint: Path, model: nn.Module) -> None:
     """CheckpointError if a checkpoint is incomplete or its parameters are not the model's, which may be
     on the meta device. Reads no weights."""
-    if not (checkpoint / STATE).is_file():
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    state = state_of(checkpoint)
     if (checkpoint / ".metadata").is_file():
-        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        with disk.reading(checkpoint / ".metadata"):
+            entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         found = {
             key.removeprefix("model."): tuple(entry.size)
             for key, entry in entries.items()
             if key.startswith("model.") and hasattr(entry, "size")
         }
     else:  # DeepSpeed's, whose shapes `sharded_zero` notes beside it
-        shapes = json.loads((checkpoint / STATE).read_text()).get("shapes", {})
-        found = {name: tuple(shape) for name, shape in shapes.items()}
+        with disk.reading(checkpoint / STATE):
+            found = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
     compare(checkpoint, found, model)
 
 
@@ -126,27 +156,35 @@ def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module
 
 def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
     """Write consolidated safetensors, one file for each block and one for the rest, and the index
-    that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks."""
+    that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks. The folder
+    appears whole, in the place of an older one; CheckpointError if it cannot be written."""
     from safetensors.torch import save_file
 
     names = list(model.state_dict())
     units = sorted({_unit(name) for name in names}, key=lambda u: (u < 0, u))
     index: dict[str, str] = {}
-    size = 0
-    if _rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    size, main = 0, _rank() == 0
+    beside = folder.with_name(f".partial-{folder.name}")
+    if main:
+        with disk.writing(folder, beside):
+            disk.remove(beside)
+            beside.mkdir(parents=True)
     for number, unit in enumerate(units, 1):
         file = f"model-{number:05d}-of-{len(units):05d}.safetensors"
         members: dict[str, Tensor] = {}
         for name, value in _values(model, [n for n in names if _unit(n) == unit]):
-            if _rank() == 0:
+            if main:
                 members[name] = value.to(dtype or value.dtype).contiguous()
                 index[name], size = file, size + members[name].nbytes
-        if _rank() == 0:
-            save_file(members, folder / file)
-    if _rank() == 0:
+        if main:
+            with disk.writing(folder / file, beside):
+                save_file(members, beside / file)
+    if main:
         table = {"metadata": {"total_size": size}, "weight_map": index}
-        (folder / INDEX).write_text(json.dumps(table, indent=1))
+        with disk.writing(folder, beside):
+            (beside / INDEX).write_text(json.dumps(table, indent=1))
+            disk.remove(folder)
+            beside.rename(folder)
     barrier()
     return folder
 
@@ -164,15 +202,16 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
         for name, parameter in model.state_dict(keep_vars=True).items():
             if fresh_head and name.startswith("head."):
                 continue
-            part = opened[name].get_slice(name)
-            if grid and name == "pos_embed":
-                part = resampled(part[:], *grid)
-            if hasattr(parameter, "ds_id"):
-                _into_partitioned(parameter, part)
-            elif isinstance(parameter, DTensor):
-                parameter.to_local().copy_(part[_slices(parameter)])
-            else:
-                parameter.copy_(part[:])
+            with disk.reading(source):
+                part = opened[name].get_slice(name)
+                if grid and name == "pos_embed":
+                    part = resampled(part[:], *grid)
+                if hasattr(parameter, "ds_id"):
+                    _into_partitioned(parameter, part)
+                elif isinstance(parameter, DTensor):
+                    parameter.to_local().copy_(part[_slices(parameter)])
+                else:
+                    parameter.copy_(part[:])
 
 
 def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
@@ -182,7 +221,7 @@ def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
 
 def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any], Any]:
     """(the open file of each parameter, the grids that its position embedding is resampled between)."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     files = files_of(source)
     opened: dict[str, Any] = {}
@@ -190,7 +229,7 @@ def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any],
     for file in sorted(set(files.values()) if files else [source]):
         try:
             here = safe_open(file, "pt")
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # SafetensorError, OSError, and what torch makes of the bytes
             raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
         for name in here.keys():  # noqa: SIM118  not a mapping
             found[name], opened[name] = tuple(here.get_slice(name).get_shape()), here
@@ -238,8 +277,9 @@ def files_of(source: Path) -> dict[str, Path]:
         return {}
     if not (source / INDEX).is_file():
         raise CheckpointError(f"{source} is neither a safetensors file nor a folder with {INDEX}")
-    table = json.loads((source / INDEX).read_text())["weight_map"]
-    return {name: source / file for name, file in table.items()}
+    with disk.reading(source / INDEX):
+        table = json.loads((source / INDEX).read_text())["weight_map"]
+        return {name: source / file for name, file in table.items()}
 
 
 def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -272,6 +312,15 @@ def _alone() -> Iterator[None]:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(texts: list[str]) -> list[str]:
+    """The lists of all ranks in one; each rank waits for the others."""
+    if not dist.is_initialized():
+        return texts
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, texts)
+    return [text for own in gathered for text in own]
 
 
 def barrier() -> None:

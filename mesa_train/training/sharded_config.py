@@ -18,7 +18,7 @@ from .schema import ConfigError as ConfigError
 from .schema import of_values, one_of, positive, read_yaml
 
 BACKENDS = ("auto", "single", "fsdp2", "zero3")
-PRECISIONS = ("no", "bf16", "pure_bf16")
+PRECISIONS = ("no", "bf16", "pure_bf16", "auto")
 CHECKPOINTING = ("none", "block", "coded")
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -74,7 +74,8 @@ class TrainConfig:
 
     backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
     precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
-        weights (and loses small updates: see recipes/vit22b/README.md).
+        weights (and loses small updates: see recipes/vit22b/README.md); "auto" is bf16 where the
+        device computes in it, else "no" (`precision.py`).
     sequence_parallel: cut tokens too over the tensor-parallel ranks. async_tensor_parallel: and pass
         them on while the matmuls run (CUDA devices with peer access; compiles the blocks).
     offload: keep FSDP2's shards in main memory. nvme_path: folder that takes the place of the one in
@@ -91,7 +92,7 @@ class TrainConfig:
     reshard: bool = True
     offload: bool = False
     nvme_path: str | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     policy: str = "mesa8"
     checkpointing: str = "none"
     global_batch: int = 64

@@ -6,6 +6,7 @@ A global batch depends on (seed, step) alone; each data-parallel rank takes its 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from .loader import Loader
 from .plan import Plan
 from .sharded_config import Config, ConfigError, accumulation
 
+_log = logging.getLogger(__name__)
 _PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
@@ -73,5 +75,9 @@ def batches(
         epoch, start = divmod(step, per_epoch)
         micro = images.training(epoch, start)
         for _ in range(start, min(per_epoch, train.steps - epoch * per_epoch)):
-            yield [next(micro)[:2] for _ in range(plan.accumulation)]
+            taken = [next(micro) for _ in range(plan.accumulation)]
+            for _, _, skipped in taken:
+                if skipped:
+                    _log.warning("skipped %s", ", ".join(skipped))
+            yield [(pictures, labels) for pictures, labels, _ in taken]
             step += 1

@@ -19,7 +19,7 @@ from mesa_train.models.vit22b import SIZES, sigmoid_loss
 
 from . import sharded_data
 from .schedule_rsqrt import ReciprocalSqrt
-from .sharded_checkpoint import newest
+from .sharded_checkpoint import newest, state_of
 from .sharded_config import Config, ConfigError
 from .sharded_engines import Engine, engine_of
 from .stability import AttentionWatch, Guard
@@ -37,6 +37,9 @@ def train(config: Config, report: Report) -> Engine:
         checkpoint = newest(out) if config.train.resume == "last" else Path(config.train.resume)
         if checkpoint is None:
             raise ConfigError(f"train.resume=last, but {out} has no complete checkpoint")
+    images = data.train.count
+    if checkpoint is not None:
+        _check_images(checkpoint, images)
     engine = engine_of(config, data.classes, checkpoint)
     if checkpoint is not None:
         first = int(engine.load(checkpoint)["step"])
@@ -64,9 +67,21 @@ def train(config: Config, report: Report) -> Engine:
             report(row | _speed(config, seconds) | watch.row())
         every = config.train.save_every
         if (every and (step + 1) % every == 0) or (every and step + 1 == config.train.steps):
-            engine.save(out, {"step": step + 1, "config": config.to_dict()})
+            engine.save(out, {"step": step + 1, "config": config.to_dict(), "images": images})
         start = time.perf_counter()
     return engine
+
+
+def _check_images(checkpoint: Path, images: int) -> None:
+    """ConfigError if a checkpoint was trained on another number of images: an epoch would be another
+    number of steps. Older checkpoints do not say."""
+    before = state_of(checkpoint).get("images", images)
+    if before != images:
+        raise ConfigError(
+            f"data: {images} training images, but {checkpoint} was trained on {before}; its epochs "
+            "cannot be continued on another data set: choose another train.out, and model.weights "
+            "to start from its weights"
+        )
 
 
 def model_flops(name: str, image_size: int) -> float:
@@ -99,8 +114,12 @@ def append_to(path: Path) -> Report:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def report(row: dict[str, Any]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            # Writing to an open file leaves its name out.
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
     return report
 

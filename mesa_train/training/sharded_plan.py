@@ -18,7 +18,7 @@ from mesa_train.memory.text import format_bytes
 from . import estimates
 from .schedule_rsqrt import groups
 from .sharded_config import Config, accumulation
-from .sharded_engines import backend_of, build
+from .sharded_engines import backend_of, build, precision_of
 
 _UNLIMITED = 1 << 60
 
@@ -73,6 +73,7 @@ def report(config: Config, world: int, classes: int) -> str:
         f"batch {train.global_batch} = {train.micro_batch} x {turns} accumulated x {ranks} ranks, "
         f"{train.steps} steps",
         f"policy {found.policy}, precision {train.precision}, optimizer {found.optimizer}",
+        precision_of(config).line,
     ]
     for group in groups(model, config.optim.weight_decay, config.optim.head_decay):
         count = sum(p.numel() for p in group["params"])

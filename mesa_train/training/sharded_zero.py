@@ -6,7 +6,6 @@ number needs DeepSpeed's universal format, into which rank 0 converts the checkp
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,29 +14,24 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CheckpointError
-from .sharded_checkpoint import STATE, barrier
+from . import disk
+from .disk import CheckpointError
+from .sharded_checkpoint import barrier, state_of, written
 
 _TAG, _UNIVERSAL = "zero", "universal"
 
 
 def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
-    """Write `folder/step-N` from all ranks; returns it."""
-    final = folder / f"step-{state['step']:08d}"
-    partial = folder / f".partial-{final.name}"
-    if run.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    run.engine.save_checkpoint(str(partial), tag=_TAG)
-    if run.rank == 0:
+    """Write `folder/step-N` from all ranks; returns it. CheckpointError as `sharded_checkpoint.save`."""
+
+    def note() -> dict[str, Any]:
         shapes = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
-        written = {**state, "ranks": run.data_ranks, "shapes": shapes}
-        (partial / STATE).write_text(json.dumps(written))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    barrier()
-    return final
+        return {"ranks": run.data_ranks, "shapes": shapes}
+
+    def shards(partial: Path) -> None:
+        run.engine.save_checkpoint(str(partial), tag=_TAG)
+
+    return written(folder, state, shards, note)
 
 
 def load(checkpoint: Path, run: Any) -> dict[str, Any]:
@@ -45,9 +39,7 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
 
     Raises CheckpointError, before anything is read, if it is incomplete or of another model.
     """
-    if not (checkpoint / STATE).is_file():
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    state = state_of(checkpoint)
     found = state.pop("shapes", {})
     wanted = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
     if found != wanted:
@@ -56,7 +48,8 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint} is of another model: {len(other)} parameters differ; {example}"
         )
-    ranks = state.pop("ranks")
+    with disk.reading(checkpoint):
+        ranks = state.pop("ranks")
     universal = ranks != run.data_ranks
     if universal and run.config.optim.name == "adamw8bit":
         raise CheckpointError(
@@ -77,7 +70,8 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
     ]
     try:
-        path, _ = run.engine.load_checkpoint(str(checkpoint), tag=tag)
+        with disk.reading(checkpoint):
+            path, _ = run.engine.load_checkpoint(str(checkpoint), tag=tag)
     finally:
         run.engine._config.load_universal_checkpoint = before
     for group, own in zip(run.optimizer.param_groups, owned, strict=True):
@@ -108,5 +102,7 @@ def _convert(checkpoint: Path) -> None:
         check=False,
     )
     if done.returncode:
-        raise CheckpointError(f"{checkpoint} could not be converted: {done.stderr.strip()[-500:]}")
+        said = done.stderr.strip().splitlines() or ["DeepSpeed gave no reason"]
+        disk.remove(partial)
+        raise CheckpointError(f"{checkpoint} could not be converted: {said[-1][-500:]}")
     partial.rename(target)

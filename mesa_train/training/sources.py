@@ -1,5 +1,5 @@
-"""Images by index through `datasets` or from a package, with their paths, and what to do when one
-cannot be decoded.
+"""Images by index from a folder, through `datasets` or from a package, with their paths, and what to
+do when one cannot be decoded.
 
 A sample depends on (seed, epoch, index) alone: its random augmentation is drawn from a stream of
 its own, so that neither the number of workers nor a resume in the middle of an epoch changes it.
@@ -8,59 +8,38 @@ its own, so that neither the number of workers nor a resume in the middle of an 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import io
-import logging
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import data as builtin
-from .config import FILES, AugmentConfig, ConfigError, DataConfig
+from . import folder, hub
+from .config import AugmentConfig, ConfigError, DataConfig
+from .decode import decode as _decode
+from .image_records import CorruptImage as CorruptImage
+from .image_records import Records as Records
+from .image_records import Sources as Sources
 
-_log = logging.getLogger(__name__)
 IGNORED = -1
-
-
-class CorruptImage(RuntimeError):
-    """An image that cannot be decoded; the message names its path."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """Encoded or decoded images: `read(key)` gives (bytes or image, label, path).
-
-    A key is an index below `count`, or, where there is a `stream`, one of the rows it yields.
-    """
-
-    read: Callable[[Any], tuple[Any, int, str]]
-    count: int
-    stream: Any = None
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Training and validation records of one data set."""
-
-    train: Records
-    val: Records
-    classes: int
+Sample = tuple[Tensor, int, list[str]]
+# A data set's mistakes, each told in one line.
+MISTAKES = (CorruptImage, ConfigError)
 
 
 def load(config: DataConfig, classes: int | None) -> Sources:
     """Open a data set. ConfigError if a split, a column or the class count does not fit."""
     if config.source in builtin.BUILTIN:
         found = _builtin(config)
+    elif config.source == "imagefolder":
+        found = _folder(config)
     else:
-        found = _datasets(config, classes)
+        found = hub.load(config, classes)
     if classes is not None and classes != found.classes:
         raise ConfigError(f"model.classes={classes} but {config.source} has {found.classes}")
     return found
@@ -80,71 +59,24 @@ def _builtin(config: DataConfig) -> Sources:
     )
 
 
-def _datasets(config: DataConfig, wanted: int | None) -> Sources:
-    kind = config.source
-    options: dict[str, Any] = {"data_dir": config.path} if config.path else {}
-    if kind in FILES:
-        options = {"data_files": _files(config)}
-    import datasets
+def _folder(config: DataConfig) -> Sources:
+    columns = (("image_key", config.image_key, "image"), ("label_key", config.label_key, "label"))
+    for field, asked, own in columns:
+        if asked != own:
+            raise ConfigError(f"data.{field}: imagefolder has no column {asked!r}; image, label")
+    path = Path(str(config.path))
+    train, val, classes = folder.load(str(path / config.train_split), str(path / config.val_split))
 
-    try:
-        found = datasets.load_dataset(kind, streaming=config.streaming, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        near = difflib.get_close_matches(kind, [*builtin.BUILTIN, "imagefolder", *FILES], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"data.source={kind}: {' '.join(str(error).split())}{hint}") from None
-    for name, split in (("train", config.train_split), ("val", config.val_split)):
-        if split not in found:
-            raise ConfigError(
-                f"data.{name}_split: {kind} has no split {split!r}; it has {', '.join(found)}"
-            )
-    train, val = found[config.train_split], found[config.val_split]
-    features = train.features or {}
-    for field, key in (("image_key", config.image_key), ("label_key", config.label_key)):
-        if key not in features:
-            raise ConfigError(f"data.{field}: {kind} has no column {key!r}; {', '.join(features)}")
-    classes = getattr(features[config.label_key], "num_classes", None)
-    if classes is None and config.streaming:
-        if wanted is None:
-            raise ConfigError("model.classes is missing: a stream cannot be searched for them")
-        classes = wanted
-    elif classes is None:
-        classes = 1 + max(train[config.label_key])
-
-    def records(split: Any, count: int) -> Records:
-        split = split.cast_column(config.image_key, datasets.Image(decode=False))
-
-        def of_row(row: Any) -> tuple[Any, int, str]:
-            image = row[config.image_key]
-            path = image["path"] or f"an image of {config.source}"
-            return image["bytes"] or path, row[config.label_key], path
-
-        def of_index(index: int) -> tuple[Any, int, str]:
-            encoded, label, path = of_row(split[index])
-            return encoded, label, path if encoded is path else f"{path} (image {index})"
-
+    def records(split: folder.Rows, count: int) -> Records:
         if config.streaming:
-            return Records(of_row, count, split)
-        return Records(of_index, len(split))
+            return Records(lambda row: _of_path(row["image"]["path"], row["label"]), count, split)
+        return Records(lambda i: _of_path(split.paths[i], split.labels[i]), len(split))
 
-    return Sources(records(train, config.train_images or 0), records(val, 0), classes)
+    return Sources(records(train, config.train_images or 0), records(val, 0), len(classes))
 
 
-def _files(config: DataConfig) -> dict[str, list[str]]:
-    """Each split's files: SPLIT*.KIND in the folder, or all of a folder SPLIT as `datasets` saves."""
-    folder, found = Path(config.path or "."), {}
-    for name, split in (("train", config.train_split), ("val", config.val_split)):
-        files = [
-            *folder.glob(f"{split}*.{config.source}"),
-            *folder.glob(f"{split}/*.{config.source}"),
-        ]
-        if not files:
-            raise ConfigError(
-                f"data.{name}_split: {folder} has neither {split}*.{config.source} nor "
-                f"{split}/*.{config.source}"
-            )
-        found[split] = sorted(map(str, files))
-    return found
+def _of_path(path: str, label: int) -> tuple[str, int, str]:
+    return path, label, folder.shown(path)
 
 
 def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
@@ -180,7 +112,7 @@ def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
     return train, test
 
 
-class Samples(Dataset[tuple[Tensor, int, list[str]]]):
+class Samples(Dataset[Sample]):
     """(image, label, paths that could not be decoded) of an (epoch, index) pair.
 
     An index of -1 is padding: a black image with the label `IGNORED`. With `on_corrupt="skip"` a
@@ -192,8 +124,17 @@ class Samples(Dataset[tuple[Tensor, int, list[str]]]):
     ) -> None:
         self.records, self.transform, self.size = records, transform, size
         self.seed, self.on_corrupt, self.replace = seed, on_corrupt, replace
+        self.reason = ""
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | Exception]:
+        """A batch's samples, as PyTorch's loader asks for them. A mistake of the data set is returned
+        for the loader to raise: a worker process would put its traceback into the message."""
+        try:
+            return [self[key] for key in keys]
+        except MISTAKES as error:
+            return [error]
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         empty = torch.zeros(3, self.size, self.size)
         if index < 0:
@@ -207,32 +148,37 @@ class Samples(Dataset[tuple[Tensor, int, list[str]]]):
                 return image, label, skipped
             if not self.replace:
                 return empty, IGNORED, skipped
-        raise CorruptImage(f"none of {self.records.count} images can be decoded")
+        raise CorruptImage(f"none of {self.records.count} images can be decoded: {self.reason}")
 
     def of_record(
         self, epoch: int, position: int, key: Any
     ) -> tuple[Tensor | None, int, list[str]]:
-        """(image, label, no paths) of one record, or (None, IGNORED, its path) if it is corrupt."""
-        encoded, label, path = self.records.read(key)
+        """(image, label, no paths) of one record, or (None, IGNORED, its path) if it is corrupt.
+
+        Any error of reading, decoding or transforming is the image's: Pillow and its plugins raise
+        errors of many types, for too large pictures (decompression bombs) among them.
+        """
+        path = f"image {position}"
         try:
+            encoded, label, path = self.records.read(key)
             image = _decode(encoded)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            with keeping_random_state():
+                seed_all(self.seed, epoch, position)
+                return self.transform(image), label, []
+        except ConfigError:  # a wrong label
+            raise
+        except Exception as error:
+            self.reason = f"{path} cannot be decoded ({_in_a_line(error)})"
             if self.on_corrupt == "raise":
                 raise CorruptImage(
-                    f"{path} cannot be decoded ({error}); "
-                    "data.on_corrupt=skip trains without such images"
+                    f"{self.reason}; data.on_corrupt=skip trains without such images"
                 ) from None
             return None, IGNORED, [path]
-        with keeping_random_state():
-            seed_all(self.seed, epoch, position)
-            return self.transform(image), label, []
 
 
-def _decode(encoded: Any) -> Image.Image:
-    if isinstance(encoded, np.ndarray):
-        return Image.fromarray(encoded).convert("RGB")
-    with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-        return image.convert("RGB")
+def _in_a_line(error: Exception) -> str:
+    text = folder.shown(" ".join(str(error).split()))
+    return text or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -277,7 +223,10 @@ def val_order(count: int, *, rank: int, world: int, batch: int) -> Iterator[list
         yield [(0, i if i < count else -1) for i in own]
 
 
-def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (N, 3, H, W), labels (N,), paths that were skipped."""
+def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[str]] | Exception:
+    """Images (N, 3, H, W), labels (N,), paths that were skipped; or the first sample's mistake."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
     images, labels, skipped = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels), [path for paths in skipped for path in paths]

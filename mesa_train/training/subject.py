@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import recipe, sources
 from .config import Config, ConfigError, of_dict
+from .decode import decode
 from .plan import build_model
 from .schema import changed
 
@@ -42,9 +43,10 @@ def load_images(settings: Config, image: Path | None, count: int) -> Tensor:
             data.val, transform, settings.data.image_size, 0, "raise", replace=False
         )
         return torch.stack([samples[0, 7 * index][0] for index in range(count)])
-    from PIL import Image
-
     if not image.is_file():
         raise ConfigError(f"--image: no such file {image}")
-    with Image.open(image) as opened:
-        return transform(opened.convert("RGB"))[None]
+    try:
+        picture = decode(str(image))
+    except Exception as error:  # Pillow's plugins raise errors of many types
+        raise ConfigError(f"--image: {image} cannot be decoded ({error})") from None
+    return transform(picture)[None]

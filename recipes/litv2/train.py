@@ -36,7 +36,8 @@ def main(
         if not throughput:
             recipe.beginning(settings, resume)
         run = recipe.prepare(settings)
-        kept = plan.memory(run.config, run.classes)["activations"]
+        with recipe.preparing(run, "counting what a step keeps (the first use builds kernels)"):
+            kept = plan.memory(run.config, run.classes)["activations"]
         if throughput:
             for name, value in recipe.throughput(run).items():
                 run.accelerator.print(f"{name:<14} {value:,.1f}")
@@ -44,6 +45,7 @@ def main(
         if recipe.resume(run, resume):
             run.accelerator.print(f"continues after step {run.position.step}")
         run.accelerator.print(recipe.describe(run, kept))
+        run.accelerator.print(plan.precision(run.config).line)
         recipe.fit(run, kept)
         whose = " of the averaged weights" if run.ema is not None else ""
         run.accelerator.print(f"best top-1 {run.position.best:.2%}{whose}; all of it in {run.out}")

@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -25,7 +26,8 @@ from mesa_train.memory.text import format_bytes
 from mesa_train.training import models, plots, records
 from mesa_train.training.data import light_augmentation, load
 from mesa_train.training.engine import EpochResult, TrainConfig, Trainer, fit
-from mesa_train.training.progress import Dashboard
+from mesa_train.training.precision import choose
+from mesa_train.training.progress import Dashboard, waiting
 
 
 def main(
@@ -42,47 +44,71 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     seed: int = 0,
+    precision: Annotated[
+        str, typer.Option(help="auto (what the device computes in), no (float32), bf16 or fp16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/quickstart"),
 ) -> None:
     """Train one model with and without mesa_train, side by side."""
-    console = Console()
+    console, metrics = Console(), out / "metrics.jsonl"
     try:
         images = load(data)
-        config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+        check_device(device)
+        chosen = choose(precision, device)
+        config = TrainConfig(
+            epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device,
+            autocast=chosen.dtype,
+        )  # fmt: skip
         steps = images.steps_per_epoch(batch_size)
         plain, images = models.build(model, images, seed=seed, image_size=image_size)
         ours, _ = models.build(model, images, seed=seed, image_size=image_size)
         mesa_train.wrap(ours, policy)
-    except (ValueError, ImportError) as error:
+        # Here, and not after the first epoch.
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.unlink(missing_ok=True)
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"quickstart: {error}") from None
 
+    console.print(chosen.line, highlight=False, soft_wrap=True)
     runs = {"plain": plain, policy: ours}
-    with console.status("counting what each run keeps (the first use builds the C++ kernels)"):
-        batch = images.normalise(images.train.images[:batch_size].float() / 255)
+    with waiting("counting what each run keeps (the first use builds the C++ kernels)", console):
+        batch = images.normalise(images.train.images[:batch_size].float() / 255).to(device)
         kept = {
-            name: mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
+            name: mesa_train.footprint(
+                module.to(device).train(), batch, autocast=config.autocast
+            ).saved_bytes
             for name, module in runs.items()
         }
     trainers = {name: Trainer(module, config, steps) for name, module in runs.items()}
-    title = f"{model} on {len(images.train):,} images of {images.name}, bf16 autocast"
+    arithmetic = "float32" if chosen.dtype is None else f"{chosen.name} autocast"
+    title = f"{model} on {len(images.train):,} images of {images.name}, {arithmetic}"
     results: list[EpochResult] = []
-    metrics = out / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
-    with Dashboard(
-        title, kept, total_steps=2 * epochs * steps, batch_size=batch_size, console=console
-    ) as dashboard:
-        for result in fit(
-            trainers, images, config, transform=light_augmentation(), watch=dashboard.on_step
-        ):
-            dashboard.on_epoch(result)
-            results.append(result)
-            row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
-            records.append(metrics, row)
-
-    picture = out / "curves.png"
-    draw(records.read(metrics), kept, title, picture)
+    try:
+        with Dashboard(
+            title, kept, total_steps=2 * epochs * steps, batch_size=batch_size, console=console
+        ) as dashboard:
+            for result in fit(
+                trainers, images, config, transform=light_augmentation(), watch=dashboard.on_step
+            ):
+                dashboard.on_epoch(result)
+                results.append(result)
+                row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
+                records.append(metrics, row)
+        picture = out / "curves.png"
+        draw(records.read(metrics), kept, title, picture)
+    except OSError as error:
+        raise SystemExit(f"quickstart: {error}") from None
     console.print(summary(results, kept))
     console.print(f"curves   {picture}\nmetrics  {metrics}", highlight=False, soft_wrap=True)
+
+
+def check_device(device: str) -> None:
+    """ValueError for a device that is none or is not here."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
 
 
 def summary(results: list[EpochResult], kept: dict[str, int]) -> Table:

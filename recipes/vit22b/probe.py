@@ -10,6 +10,7 @@ is a matter of seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.memory.text import format_bytes
 from mesa_train.models.vit22b import SIZES
 from mesa_train.models.vit22b_init import initialise
-from mesa_train.training import data, estimates, features, robustness
+from mesa_train.training import data, estimates, features, folder, robustness
 from mesa_train.training.config import DataConfig
+from mesa_train.training.decode import decode
 from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
 from mesa_train.training.sharded_config import CropConfig
@@ -58,7 +60,7 @@ def main(
     """Print and write accuracies."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        sets = Images(train, held_out, image_size, flip)
+        sets = training_images(train, held_out, image_size, flip)
         net = build(model, weights, image_size, device)
         predicted = estimates.one_card(model, "probe", image_size, batch_size, "plain")
         parts = estimates.components(predicted)
@@ -87,7 +89,7 @@ def main(
             ).calibration_error,
         }
         if set_folder is not None:
-            theirs = Images(str(set_folder), set_folder, image_size, None, set_crop)
+            theirs = images_of_set(set_folder, image_size, set_crop)
             table = None
             if mapping is not None:
                 table = robustness.LabelMap.read(mapping, sets.labels, theirs.labels)
@@ -126,39 +128,14 @@ def build(name: str, weights: Path | None, size: int, device: str) -> Any:
     return net.requires_grad_(False).eval()
 
 
+@dataclasses.dataclass
 class Images:
-    """Training and held-out images of a built-in set or of folders, as batches."""
+    """Images as batches: splits by name, the classes' names, transforms for views and for testing."""
 
-    def __init__(
-        self, train: str, held_out: Path | None, size: int, flip: float | None, crop: float = 0.875
-    ) -> None:
-        builtin = train in data.BUILTIN
-        if builtin:
-            found = data.load(train)
-            self.splits: dict[str, Any] = {
-                key: [(Image.fromarray(x.squeeze().numpy()), int(y)) for x, y in pairs(split)]
-                for key, split in (("train", found.train), ("held_out", found.held_out))
-            }
-            self.labels = [str(i) for i in range(found.num_classes)]
-        else:
-            if held_out is None or not held_out.is_dir() or not Path(train).is_dir():
-                raise ValueError(
-                    f"--train must be a folder with a --held-out folder beside it, or one of "
-                    f"{', '.join(data.BUILTIN)}; got {train} and {held_out}"
-                )
-            self.splits = {
-                key: load_folder(folder)
-                for key, folder in (("train", Path(train)), ("held_out", held_out))
-            }
-            self.labels = self.splits["train"].features["label"].names
-        # Digits are not themselves in a mirror.
-        share = flip if flip is not None else 0.0 if builtin else 0.5
-        # The built-in digits fill their frame: nothing is cut from the ones to test with.
-        self.augment, self.test = transforms(
-            DataConfig(image_size=size),
-            CropConfig(scale=(0.7, 1.0), hflip=share),
-            1.0 if builtin else crop,
-        )
+    splits: dict[str, Any]
+    labels: list[str]
+    augment: Any
+    test: Any
 
     def batches(self, split: str, view: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels in order; view 0 is as for testing, others are augmented, each by a
@@ -166,11 +143,42 @@ class Images:
         found = self.splits[split]
         transform = self.augment if view else self.test
         for start in range(0, len(found), batch):
-            rows = [row_of(found[i]) for i in range(start, min(start + batch, len(found)))]
+            rows = [picture(found, i) for i in range(start, min(start + batch, len(found)))]
             with keeping_random_state():
                 seed_all(view, start)
-                pixels = torch.stack([transform(image.convert("RGB")) for image, _ in rows])
+                pixels = torch.stack([transform(image) for image, _ in rows])
             yield pixels, torch.tensor([label for _, label in rows])
+
+
+def training_images(train: str, held_out: Path | None, size: int, flip: float | None) -> Images:
+    """Training and held-out images of a built-in set or of two folders. ValueError for neither."""
+    builtin = train in data.BUILTIN
+    # Digits are not themselves in a mirror.
+    share = flip if flip is not None else 0.0 if builtin else 0.5
+    crops = CropConfig(scale=(0.7, 1.0), hflip=share)
+    # The built-in digits fill their frame: nothing is cut from the ones to test with.
+    cut = transforms(DataConfig(image_size=size), crops, 1.0 if builtin else 0.875)
+    if builtin:
+        found = data.load(train)
+        splits = {
+            key: [(Image.fromarray(x.squeeze().numpy()), int(y)) for x, y in pairs(split)]
+            for key, split in (("train", found.train), ("held_out", found.held_out))
+        }
+        return Images(splits, [str(i) for i in range(found.num_classes)], *cut)
+    if held_out is None:
+        raise ValueError(
+            f"--train must be a folder with a --held-out folder beside it, or one of "
+            f"{', '.join(data.BUILTIN)}; got {train} and {held_out}"
+        )
+    known, test, labels = folder.load(train, str(held_out), ("--train", "--held-out"))
+    return Images({"train": known, "held_out": test}, labels, *cut)
+
+
+def images_of_set(path: Path, size: int, crop: float) -> Images:
+    """A folder of another set, held out as a whole."""
+    rows, labels = folder.load_one(str(path), "--set-folder")
+    cut = transforms(DataConfig(image_size=size), CropConfig(), crop)
+    return Images({"held_out": rows}, labels, *cut)
 
 
 def pairs(split: data.Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -178,19 +186,16 @@ def pairs(split: data.Split) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(split.images, split.labels, strict=True)
 
 
-def load_folder(folder: Path) -> Any:
-    """One folder a class, by `datasets`. ValueError if there are no images."""
-    from datasets import load_dataset
-
+def picture(found: Any, index: int) -> tuple[Any, int]:
+    """(RGB image, label) of a split. ValueError, naming the file, if it cannot be decoded."""
+    if not isinstance(found, folder.Rows):
+        image, label = found[index]
+        return image.convert("RGB"), label
+    path = found.paths[index]
     try:
-        return load_dataset("imagefolder", data_dir=str(folder), split="train")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
-
-
-def row_of(row: Any) -> tuple[Any, int]:
-    """(image, label) of a built-in set's or of `datasets`' row."""
-    return (row["image"], row["label"]) if isinstance(row, dict) else row
+        return decode(path), found.labels[index]
+    except Exception as error:  # Pillow's plugins raise errors of many types
+        raise ValueError(f"{folder.shown(path)} cannot be decoded ({error})") from None
 
 
 if __name__ == "__main__":

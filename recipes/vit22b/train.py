@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
+from mesa_train.training.disk import last_good
 from mesa_train.training.sharded_checkpoint import CheckpointError, export
+from mesa_train.training.sharded_engines import precision_of
 from mesa_train.training.stability import DivergenceError
 
 
@@ -33,6 +35,7 @@ def main(
     ] = None,
 ) -> None:
     """Train as CONFIG says."""
+    out: Path | None = None
     try:
         settings = sharded_config.load(config, changes or [])
         if dry_run:
@@ -46,8 +49,11 @@ def main(
 
         def report(row: dict[str, Any]) -> None:
             write(row)
-            print(f"step {row['step']}: loss {row['loss']:.5f}, {row['images_per_s']:.1f} images/s")
+            rate = f"{row['images_per_s']:.1f} images/s"
+            print(f"step {row['step']}: loss {row['loss']:.5f}, {rate}", flush=True)
 
+        if os.environ.get("RANK", "0") == "0":
+            print(precision_of(settings).line, flush=True)
         engine = sharded_loop.train(settings, report)
         if weights:
             export(out / "weights", engine.model)
@@ -56,10 +62,15 @@ def main(
         sharded_config.ConfigError,
         CheckpointError,
         DivergenceError,
+        sources.CorruptImage,
         ValueError,
+        ImportError,
         OSError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        if isinstance(error, OSError) and out is not None:
+            line += f"; {last_good(out)}"
+        print(f"error: {line}", file=sys.stderr)
         sys.stderr.flush()
         leave(2)
     leave(0)

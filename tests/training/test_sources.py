@@ -265,3 +265,79 @@ def test_the_number_of_workers_changes_nothing():
         seen.append([batch[0] for batch in batches])
     assert len(seen[0]) == 4
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def _bomb():
+    """A PNG that says it is 30,000 pixels wide and high, above Pillow's limit."""
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        whole = kind + body
+        return struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "bomb.png": _bomb(),
+    "empty.png": b"",
+    "text.jpg": b"no image",
+    "cut.png": encoded(3)[:60],
+    "cut.avif": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(40),
+    # A damaged chunk: SyntaxError in Pillow.
+    "chunk.png": encoded(3)[:33] + b"\0\0\0\x0dIDAX" + bytes(30),
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "gone.png"])
+def test_whatever_decoding_raises_is_a_corrupt_image_with_its_path(tmp_path, name):
+    for split in ("train", "validation"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            picture(5).save(tmp_path / split / label / "0.png")
+    broken = tmp_path / "train/a" / name
+    if name in BROKEN:
+        broken.write_bytes(BROKEN[name])
+    else:
+        broken.symlink_to("nowhere.png")
+    found = sources.load(DataConfig(source="imagefolder", path=str(tmp_path)), None)
+    index = next(i for i in range(3) if found.train.read(i)[2] == str(broken))
+    with pytest.raises(sources.CorruptImage) as error:
+        samples(found.train)[0, index]
+    assert str(error.value).startswith(f"{broken} cannot be decoded (")
+    assert "\n" not in str(error.value)
+    image, _, skipped = samples(found.train, "skip")[0, index]
+    assert (image.shape, skipped) == ((3, 16, 16), [str(broken)])
+
+
+# PyTorch's threads do not mind being forked here: workers decode images and compute nothing.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_worker_process_tells_a_broken_image_in_one_line(folder, streaming):
+    config = of_dict(
+        {
+            "data": {
+                "source": "imagefolder", "path": str(folder), "image_size": 16, "workers": 1,
+                "streaming": streaming, "train_images": 12,
+            },
+            "train": {"global_batch": 6, "micro_batch": 6, "device": "cpu"},
+        }
+    )  # fmt: skip
+    found = sources.load(config.data, 2)
+    transforms = sources.transforms(config.data, config.augment)
+    batches = Loader(config, found, Plan(1, 1, 2, 2), 0, transforms).training(0, 0)
+    with pytest.raises(sources.CorruptImage) as error:
+        list(batches)
+    assert str(error.value).startswith(f"{folder}/train/cat/5.png cannot be decoded (")
+    assert "\n" not in str(error.value)
+
+
+def test_when_no_image_can_be_decoded_the_error_says_why():
+    records = sources.Records(lambda i: (b"none", 0, f"image {i}"), 3)
+    with pytest.raises(
+        sources.CorruptImage, match=r"none of 3 images can be decoded: image 1 cannot be decoded \("
+    ):
+        samples(records, "skip")[0, 2]

@@ -1,0 +1,128 @@
+"""Failures of reading and writing a run's files, each told in one line with its path.
+
+A full disk is an OSError to Python, a RuntimeError to torch.save, a SafetensorError to safetensors and
+a BaseException to torch.distributed.checkpoint; damaged files raise as many types. So any exception
+while a file is written or read is taken for the file's. A checkpoint that could not be written is
+removed, and the error names the last one that is whole. All ranks learn of a rank's failure, so
+that none waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+Gather = Callable[[list[str]], list[str]]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written; the message names the file or the keys."""
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """The types of a failure to read or write; a keyboard interrupt is none."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return Exception, CheckpointException
+
+
+def reason(error: BaseException) -> str:
+    """Why, in a line: the operating system's words if it was asked, else the exception's."""
+    inner = getattr(error, "failures", None)
+    if isinstance(inner, dict) and inner:  # torch.distributed.checkpoint: rank to (error, stack)
+        error = next(iter(inner.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    # C++ errors go on for many lines; the first says what happened.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[0].split())[:200] if lines else ""
+    if "inline_container" in text:  # torch.save's own words name positions in its archive
+        return "torch.save could not write all of it"
+    known = isinstance(error, CheckpointError) or type(error).__name__ == "SafetensorError"
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Any failure inside becomes a CheckpointError that names `path`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except failures() as error:
+        raise CheckpointError(
+            f"{path} cannot be read, it is damaged or of another run ({reason(error)})"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
+    """Any failure inside becomes a CheckpointError that names `path`, with the room that is left.
+
+    beside: what is written first and renamed at the end; removed after a failure.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except failures() as error:
+        # Asked before the removal makes room again.
+        room = _room(Path(path))
+        if beside is not None:
+            remove(beside)
+        raise CheckpointError(f"{path} could not be written ({reason(error)}{room})") from None
+
+
+def together(step: Callable[[], None], path: Path, partial: Path, gather: Gather) -> None:
+    """Run a step of writing a checkpoint on every rank; if it fails on one, all raise.
+
+    Args:
+        path: the checkpoint as it will be called, in a folder of checkpoints named `step-*`.
+        partial: what is written first; removed after a failure.
+        gather: gives all ranks the lists of all, one after the other; the identity for one process.
+    Raises:
+        CheckpointError: names `path`, the reason, and the last good checkpoint.
+    """
+    fault = ""
+    try:
+        with writing(path):
+            step()
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [text for text in gather([fault]) if text]
+    if faults:
+        remove(partial)
+        raise CheckpointError(f"{faults[0]}; {last_good(path.parent)}")
+
+
+def last_good(folder: Path) -> str:
+    """The newest complete checkpoint of a folder, in words."""
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint is there yet"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there; a failure is a warning."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("%s could not be removed (%s)", path, reason(error))
+
+
+def _room(path: Path) -> str:
+    """How much room is left where `path` was to be, in words; "" where that is unknown."""
+    from mesa_train.memory.text import format_bytes
+
+    there: Any = next((p for p in path.absolute().parents if p.exists()), None)
+    try:
+        return f"; {format_bytes(shutil.disk_usage(there).free)} left on the disk" if there else ""
+    except OSError:
+        return ""

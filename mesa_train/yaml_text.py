@@ -1,0 +1,127 @@
+"""YAML whose unquoted values stay as they were written, for the schema to read by each field's type.
+
+PyYAML reads `no` and `off` as False, `2024` as a number, `010` as 8, `1:30` as 90 and `1e-4` as text.
+Here an unquoted scalar is a `Plain`: a text field takes it as it stands, a number field as a number
+(`resolved`). Keys are always text. A key that is given twice is an error, where PyYAML takes the last.
+Needs PyYAML, which is loaded on use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import yaml
+
+_NULL = ("", "~", "null", "Null", "NULL")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+_SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
+# 010 is 8 in YAML 1.1 and 10 in YAML 1.2: neither is taken.
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+
+
+class Plain(str):
+    """An unquoted scalar, as it was written."""
+
+
+def read(text: str | bytes) -> Any:
+    """Nested dicts and lists of `Plain`, of text that was quoted, and of values with an explicit tag.
+
+    Raises yaml.YAMLError, also for a key that is given twice.
+    """
+    import yaml
+
+    return yaml.load(text, _loader())  # a SafeLoader
+
+
+def resolved(value: Any) -> Any:
+    """Values as YAML means them: None, bool, int, float, or text where it is none of these.
+
+    Takes what `read` gives, keys left alone. `1e-4` is a number; `010` and `1:30` stay text.
+    """
+    if isinstance(value, dict):
+        return {key: resolved(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [resolved(inner) for inner in value]
+    if not isinstance(value, Plain):
+        return value
+    if is_null(value):
+        return None
+    for kind in (to_bool, to_int, to_float):
+        found = kind(value)
+        if found is not None:
+            return found
+    return str(value)
+
+
+def is_null(text: Plain) -> bool:
+    """Whether a scalar is YAML's null."""
+    return str(text) in _NULL
+
+
+def to_bool(text: str) -> bool | None:
+    """true, yes, on, false, no, off in lower case, capitals or with a capital; None for others."""
+    if text not in (text.lower(), text.upper(), text.capitalize()):
+        return None
+    word = text.lower()
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
+def to_int(text: str) -> int | None:
+    """Decimal, 0x, 0o, 0b, with underscores between digits; None for others and for leading zeros."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
+
+
+def to_float(text: str) -> float | None:
+    """Any decimal number, .inf and .nan; None for others and for integers with leading zeros."""
+    if special := _SPECIAL.fullmatch(text):
+        return float(special[1] + special[2])
+    if _LEADING_ZERO.fullmatch(text):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        whole = to_int(text)
+        return None if whole is None else float(whole)
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's safe loader without its guesses: no scalar is anything but text by itself."""
+
+        # `<<` merges stay; nothing else is recognised by how it is written.
+        yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
+
+        def construct_mapping(
+            self, node: yaml.MappingNode, deep: bool = False
+        ) -> dict[Hashable, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is given twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            made = super().construct_mapping(node, deep)
+            return {str(k) if isinstance(k, Plain) else k: v for k, v in made.items()}
+
+    def text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+        written = loader.construct_scalar(node)
+        return Plain(written) if node.style is None and node.tag == _TEXT else str(written)
+
+    # The tag of text that no other rule has claimed; `!!str no` has it too, and is text either way.
+    Loader.add_constructor(_TEXT, text)
+    return Loader
+
+
+_TEXT = "tag:yaml.org,2002:str"
