@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HUNG_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,7 @@ def run(script, *arguments, cwd):
         env={**os.environ, "TERM": "dumb", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HUNG_S,
         check=False,
     )
 
