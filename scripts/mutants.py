@@ -47,7 +47,8 @@ _SPOKEN_NAMES = ("__slots__", "__all__", "logger")
 @dataclasses.dataclass(frozen=True)
 class Mutant:
     """line, column: of the node, from 1. kind: of the change. before, after: the text of the node.
-    source: the whole file with the change."""
+    source: the whole file with the change. first, last: lines of the statement that holds the node, None
+    where it runs when the module is imported."""
 
     line: int
     column: int
@@ -55,6 +56,8 @@ class Mutant:
     before: str
     after: str
     source: str
+    first: int | None
+    last: int
 
 
 def mutants(source: str) -> list[Mutant]:
@@ -65,15 +68,46 @@ def mutants(source: str) -> list[Mutant]:
         starts.append(starts[-1] + len(line))
     text = source.encode()
     found = []
-    for node, kind, after in _changes(ast.parse(source)):
+    tree = ast.parse(source)
+    statements = _statements(tree)
+    for node, kind, after in _changes(tree):
         begin = starts[node.lineno - 1] + node.col_offset
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         end = starts[node.end_lineno - 1] + node.end_col_offset
         before = text[begin:end].decode()
         changed = (text[:begin] + after.encode() + text[end:]).decode()
-        found.append(Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed))
+        first, last = statements.get(id(node), (None, node.end_lineno))
+        found.append(
+            Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, first, last)
+        )
     return sorted(found, key=lambda m: (m.line, m.column, m.kind))
+
+
+def _statements(tree: ast.Module) -> dict[int, tuple[int, int]]:
+    """(first, last line) of the statement of each node in a function; of a compound statement, of
+    its head."""
+    found: dict[int, tuple[int, int]] = {}
+
+    def visit(node: ast.AST, inside: bool, lines: tuple[int, int]) -> None:
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = node.end_lineno or node.lineno
+            if isinstance(body, list) and isinstance(body[0], ast.stmt):
+                last = max(node.lineno, body[0].lineno - 1)
+            lines = (node.lineno, last)
+        if inside:
+            found[id(node)] = lines
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for field, value in ast.iter_fields(node):
+            # Defaults and decorators run outside.
+            within = inside or (function and field == "body")
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child, within, lines)
+
+    visit(tree, False, (1, 1))
+    return found
 
 
 _Change = tuple[ast.expr | ast.stmt, str, str]

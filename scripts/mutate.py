@@ -9,49 +9,30 @@ their area. A mutant that no test notices shows a line that no test guards.
 
 Mutants are drawn without repetition; what has a row already is not run again, so a run may be cut and
 continued, and a larger count adds to a smaller one. The package and its tests are copied to a temporary
-folder and changed there; every process checks that it imports the copy. This process imports torch and
-other libraries once, never mesa_train, and forks a child for each mutant: starting takes no time.
-A mutant that takes five times as long as the tests without it, and a minute, counts as killed.
+folder and changed there. A mutant is met by those tests of its area that execute its statement; it counts
+as killed too if they take five times as long as without it, and a minute.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
-import importlib
+import itertools
 import json
 import os
 import random
-import resource
-import shutil
-import signal
-import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import mutant_tests
 import typer
+from mutant_tests import REPOSITORY, Test
 from mutants import Mutant, mutants
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results" / "mutations.jsonl"
-COPIED = ("mesa_train", "tests", "pyproject.toml", "recipes", "scripts", "README.md", "docs")
-# Imported before the forks; those that are absent are left to the tests to miss.
-LIBRARIES = (
-    *(
-        "torch",
-        "torch.utils.checkpoint",
-        "torch.utils.flop_counter",
-        "torch._subclasses.fake_tensor",
-    ),
-    *("torch.testing._internal.common_methods_invocations", "torch.nn.utils.parametrize"),
-    *("numpy", "timm", "torchvision", "scipy.optimize", "yaml", "rich.console", "typer.testing"),
-    *("hypothesis", "PIL.Image", "sklearn.datasets", "pytest", "_pytest.assertion.rewrite"),
-)
-MEMORY = 20 * 2**30  # of a child, where a changed number would take all of it
+MOST_S = 60.0  # of the tests that meet one mutant
 
 
 class Area(NamedTuple):
@@ -169,48 +150,54 @@ def _places(name: str, area: Area) -> list[Place]:
 
 
 def _run(drawn: dict[str, Place], rows: dict[str, dict[str, Any]], out: Path) -> None:
-    assert "mesa_train" not in sys.modules
-    for library in LIBRARIES:
-        try:
-            importlib.import_module(library)
-        except ImportError as error:
-            print(f"without {library}: {error}")
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in COPIED:
-            source = REPOSITORY / name
-            if source.is_dir():
-                ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(source, copy / name, ignore=ignored)
-            else:
-                shutil.copy(source, copy / name)
+        copy = Path(folder).resolve()
+        mutant_tests.copy_to(copy)
         for area in dict.fromkeys(place.area for place in drawn.values()):
-            tests = [t for t in AREAS[area].tests if (REPOSITORY / t).exists()]
-            begun = time.monotonic()
-            by, _ = _tested(copy, tests, limit_s=3600)
-            taken = time.monotonic() - begun
-            if by:
-                raise SystemExit(f"{area}: {by} fails without a mutant")
-            print(f"{area}: its tests pass in {taken:.0f} s", flush=True)
-            limit_s = max(60.0, 5 * taken)
+            files = [t for t in AREAS[area].tests if (REPOSITORY / t).exists()]
+            tests = mutant_tests.noted(copy, files, _cache(area, files))
             own = {i: place for i, place in drawn.items() if place.area == area}
+            print(f"{area}: {len(own)} mutants, {len(tests)} tests", flush=True)
             for number, (i, place) in enumerate(own.items(), 1):
-                rows[i] = _outcome(copy, place, tests, limit_s)
+                rows[i] = _outcome(copy, place, _guards(place, tests))
                 _write(out, rows)
                 said = " ".join(str(rows[i][k]) for k in ("file", "line", "outcome", "by"))
                 print(f"{area} {number}/{len(own)} {i} {said}", flush=True)
 
 
-def _outcome(copy: Path, place: Place, tests: list[str], limit_s: float) -> dict[str, Any]:
+def _cache(area: str, files: list[str]) -> Path:
+    """Where the lines of an area's tests are noted, for the sources and tests as they are."""
+    digest = hashlib.sha1()
+    for path in (
+        *sorted((REPOSITORY / "mesa_train").rglob("*.py")),
+        *map(REPOSITORY.joinpath, files),
+    ):
+        digest.update(path.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mesa_train"
+    return folder / f"mutations-{area}-{digest.hexdigest()[:12]}.json"
+
+
+def _guards(place: Place, tests: list[Test]) -> list[Test]:
+    """The tests that run the statement, or the file where it runs on import; the shortest first, at
+    most a minute of them."""
+    mutant, ran = place.mutant, []
+    for test in sorted(tests, key=lambda t: t.seconds):
+        lines = test.lines.get(place.file, set())
+        first, last = mutant.first, mutant.last
+        if lines and (first is None or any(n in lines for n in range(first, last + 1))):
+            ran.append(test)
+    total = itertools.accumulate(test.seconds for test in ran)
+    return [test for test, so_far in zip(ran, total, strict=True) if so_far <= MOST_S]
+
+
+def _outcome(copy: Path, place: Place, tests: list[Test]) -> dict[str, Any]:
     """The row of a mutant."""
-    path = copy / "mesa_train" / place.file
-    before = path.read_text()
-    path.write_text(place.mutant.source)
-    try:
-        by, seconds = _tested(copy, tests, limit_s, changed=path)
-    finally:
-        path.write_text(before)
-    mutant = place.mutant
+    mutant, path = place.mutant, copy / "mesa_train" / place.file
+    by, seconds = None, 0.0
+    if tests:
+        limit_s = 60 + 5 * sum(test.seconds for test in tests)
+        with mutant_tests.changed(path, mutant.source):
+            by, seconds = mutant_tests.first_failure(copy, path, tests, limit_s)
     return {
         "id": place.id,
         "area": place.area,
@@ -221,82 +208,9 @@ def _outcome(copy: Path, place: Place, tests: list[str], limit_s: float) -> dict
         "after": mutant.after[:200],
         "outcome": "killed" if by else "survived",
         "by": by,
+        "tests": len(tests),
         "seconds": round(seconds, 1),
     }
-
-
-def _tested(
-    copy: Path, tests: list[str], limit_s: float, changed: Path | None = None
-) -> tuple[str | None, float]:
-    """(the first test that fails, None if all pass; seconds), in a child."""
-    for cached in changed.parent.glob(f"__pycache__/{changed.stem}.*") if changed else ():
-        cached.unlink()
-    report = copy / "outcome.json"
-    report.unlink(missing_ok=True)
-    begun = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _child(copy, tests, report, keep_bytecode=changed is None)
-    status = None
-    while status is None and time.monotonic() - begun < limit_s:
-        ended, found = os.waitpid(child, os.WNOHANG)
-        status = found if ended else None
-        time.sleep(0.02)
-    # Also what it has started.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    taken = time.monotonic() - begun
-    if status is None:
-        os.waitpid(child, 0)
-        return f"its time: over {limit_s:.0f} s", taken
-    if not report.exists():
-        return f"the process: status {status}", taken
-    return json.loads(report.read_text())["by"], taken
-
-
-class _First:
-    """A plugin of pytest that remembers what fails first."""
-
-    def __init__(self) -> None:
-        self.by: str | None = None
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed and self.by is None:
-            self.by = report.nodeid
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed and self.by is None:
-            self.by = f"{report.nodeid} (collected)"
-
-
-def _child(copy: Path, tests: list[str], report: Path, keep_bytecode: bool) -> None:
-    """Run tests on the copy; never returns."""
-    os.setsid()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    with (copy / "log.txt").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.chdir(copy)
-    sys.dont_write_bytecode = not keep_bytecode
-    own = {str(REPOSITORY), str(REPOSITORY / "scripts"), ""}
-    sys.path[:] = [str(copy), *(path for path in sys.path if path not in own)]
-    os.environ["PYTHONPATH"] = str(copy)
-    first = _First()
-    try:
-        import mesa_train
-
-        assert mesa_train.__file__ is not None
-        assert Path(mesa_train.__file__).resolve().is_relative_to(copy.resolve())
-    except BaseException as error:
-        report.write_text(json.dumps({"by": f"import: {type(error).__name__}"}))
-        os._exit(1)
-    import pytest
-
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu"]
-    code = int(pytest.main([*options, *tests], plugins=[first]))
-    by = first.by if code else None
-    report.write_text(json.dumps({"by": by or (f"pytest: exit {code}" if code else None)}))
-    os._exit(0)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

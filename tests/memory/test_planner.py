@@ -236,7 +236,7 @@ def test_of_a_swin_the_least_peak_is_reached_and_nothing_below_it():
     model = timm.models.swin_transformer.SwinTransformer(
         img_size=56, window_size=7, embed_dim=32, depths=(1, 1), num_heads=(2, 4), num_classes=9
     )
-    planner = Planner(model.train(), torch.randn(8, 3, 56, 56))
+    planner = Planner(model.train(), torch.randn(8, 3, 56, 56), autocast=BF16)
     with pytest.raises(OverBudget) as raised:
         planner.plan(planner.standing + 1000)
     least = raised.value.smallest.prediction.peak_bytes
