@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -41,6 +42,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    float32: Annotated[bool, typer.Option("--float32", help="No bf16 autocast.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Train every policy with every seed and record each epoch."""
@@ -48,7 +50,12 @@ def main(
         names = [name.strip() for name in policies.split(",")]
         numbers = [int(seed) for seed in seeds.split(",")]
         images = load(data)
-        config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr)
+        config = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            autocast=None if float32 else torch.bfloat16,
+        )
         images.steps_per_epoch(batch_size)
         kept = {name: kept_bytes(model, images, config, name) for name in names}
     except (ValueError, ImportError) as error:

@@ -124,6 +124,63 @@ def test_presets():
         Policy.of(8)
 
 
+def test_presets_differ_from_the_default_as_documented():
+    """docs/design.md has the studies that these numbers come from; the paper's groups are a head's 64
+    channels."""
+    default = dataclasses.asdict(Policy())
+    assert default == {
+        "bits": 8, "group_size": 128, "rounding": "auto", "recompute": "cheap",
+        "min_bytes": 16 * 1024, "enabled": True, "ranges": "exact", "forward": "exact",
+        "offload": False, "checkpoint": (), "checkpoint_inputs": None, "overrides": {},
+    }  # fmt: skip
+    changed = {
+        name: {k: v for k, v in dataclasses.asdict(policy).items() if v != default[k]}
+        for name, policy in PRESETS.items()
+    }
+    eight = {"bits": 8}
+    assert changed == {
+        "mesa8": {},
+        "mesa4": {"bits": 4, "overrides": {"attention.q": eight, "attention.k": eight}},
+        "mesa8-recompute": {"recompute": "linear"},
+        "mesa4-recompute": {"bits": 4, "group_size": 32, "recompute": "linear"},
+        "lossless": {"bits": 32},
+        "paper": {
+            "group_size": 64, "rounding": "stochastic", "recompute": "none", "ranges": "running",
+        },
+    }  # fmt: skip
+    for name, policy in PRESETS.items():
+        assert Policy.of(f"{name}+offload") == dataclasses.replace(policy, offload=True)
+
+
+NONLINEAR = {
+    ("activation", "input"), ("activation", "output"), ("fallback", "saved"), ("checkpoint", "input"),
+}  # fmt: skip
+NORMS = {(operator, "normalized") for operator, kept in OPERATORS.items() if "normalized" in kept}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "linear"])
+@pytest.mark.parametrize("rounding", ["auto", "nearest", "stochastic"])
+def test_what_is_rounded_stochastically(bits, recompute, rounding):
+    policy = Policy(bits=bits, recompute=recompute, rounding=rounding, checkpoint_inputs=bits)
+    nearest = NONLINEAR | (NORMS if recompute == "linear" else set())
+    for key, rule in policy.rules([""])[""].table.items():
+        # The fallback keeps 8 bits at least, which are rounded to nearest.
+        few = bits < 8 and key != ("fallback", "saved")
+        auto = few and key not in nearest
+        assert (
+            rule.codec.stochastic == {"nearest": False, "stochastic": True, "auto": auto}[rounding]
+        )
+        assert rule.rebuild_cheap == (recompute != "none")
+        assert rule.rebuild_linear == (recompute == "linear")
+
+
+def test_the_least_group_is_8_elements():
+    assert Policy(group_size=8).rules([""])[""]["linear", "input"].codec.group_size == 8
+    with pytest.raises(ValueError, match=r"Policy\.group_size must be at least 8, got 7"):
+        Policy(group_size=7)
+
+
 def test_q_and_k_keep_8_bits_in_mesa4():
     rules = PRESETS["mesa4"].rules([""])[""]
     assert [rules["attention", o].codec.bits for o in ("q", "k", "v", "out")] == [8, 8, 4, 4]

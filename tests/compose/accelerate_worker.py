@@ -153,5 +153,5 @@ def checks():
 
 
 if __name__ == "__main__":
-    PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
+    PartialState(cpu=True, backend="gloo", timeout=timedelta(hours=1))
     run(checks(), sys.argv[1])

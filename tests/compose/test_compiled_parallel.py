@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return launch("compiled_worker.py", tmp_path_factory.mktemp("compiled"), timeout=500)
+    return launch("compiled_worker.py", tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.mark.parametrize("setup", compiled_worker.SETUPS)

@@ -50,13 +50,13 @@ def by_torch(tmp_path_factory):
 def by_deepspeed(tmp_path_factory):
     pytest.importorskip("deepspeed")
     # The first run compiles DeepSpeed's own extensions.
-    return launch("deepspeed_worker.py", tmp_path_factory.mktemp("deepspeed"), timeout=500)
+    return launch("deepspeed_worker.py", tmp_path_factory.mktemp("deepspeed"))
 
 
 @pytest.fixture(scope="module")
 def by_accelerate(tmp_path_factory):
     pytest.importorskip("accelerate")
-    return launch("accelerate_worker.py", tmp_path_factory.mktemp("accelerate"), timeout=500)
+    return launch("accelerate_worker.py", tmp_path_factory.mktemp("accelerate"))
 
 
 def found(results, name):

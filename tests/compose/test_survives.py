@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compose_models import POLICIES, Net, batch
+from limits import HUNG_S
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -138,15 +139,15 @@ def run_loop(folder, name, preset, steps, kill_after=None):
     ]
     process = subprocess.Popen(command, env=environment)
     if kill_after is not None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HUNG_S
         while not log.exists() or len(log.read_text().splitlines()) < kill_after:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(HUNG_S) == -signal.SIGKILL
     else:
-        assert process.wait(120) == 0
+        assert process.wait(HUNG_S) == 0
     return dict(line.split(" ", 1) for line in log.read_text().splitlines())
 
 
@@ -165,8 +166,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, preset):
 @pytest.mark.slow
 @pytest.mark.compatibility("Failures", "a dying rank and a restart")
 def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tmp_path):
-    launch("dying_worker.py", tmp_path, "die", expected=1, timeout=120)
-    results = launch("dying_worker.py", tmp_path, "go on", timeout=120)
+    launch("dying_worker.py", tmp_path, "die", expected=1)
+    results = launch("dying_worker.py", tmp_path, "go on")
     for result in results:
         assert "error" not in result["resumed"], result["resumed"]["error"]
     values = results[0]["resumed"]
@@ -190,7 +191,7 @@ def test_soaked_for_a_short_while(tmp_path):
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HUNG_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from limits import HUNG_S
 
 from mesa_train import kernels
 
@@ -38,7 +39,7 @@ def start(script, **environment):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HUNG_S)
     assert process.returncode == 0, err
     native, *result = out.split()
     return native == "True", result, err

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HUNG_S
 
 # Flags in /proc/cpuinfo that a host needs to run what is compiled for a target.
 TARGETS = {"x86-64": set(), "x86-64-v3": {"avx2", "fma", "f16c", "bmi2"}}
@@ -44,6 +45,6 @@ def test_kernels_for_another_target_equal_the_reference(tmp_path, target):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HUNG_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Rows that can be checked: known bytes, known gradients, and times that are there."""
 
 import math
+import types
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import mesa_train
+import mesa_train.memory.compare
 from mesa_train.memory.checkpointing import NoBlocks, checkpointed, find_blocks
 from mesa_train.memory.compare import Row, compare, default_loss, relative_error
 from mesa_train.memory.footprint import footprint
@@ -81,6 +83,21 @@ def test_fakes_give_bytes_alone(vit, images):
     fake = compare(vit, images, fake=True)
     assert [row.saved_bytes for row in fake] == [row.saved_bytes for row in real]
     assert all(row.gradient_error is None and row.time_ms is None for row in fake)
+
+
+def test_times_are_medians(monkeypatch):
+    """Against a clock that is set by hand: seconds of each step, in the order they run."""
+    # Warming up; then rounds of plain and mesa8. No median is a mean, a minimum or a maximum, and the
+    # median of the ratios, 6, 1/2 and 1/2, is no ratio of the medians.
+    taken = [90.0, 90.0, 1.0, 6.0, 2.0, 1.0, 6.0, 3.0]
+    ticks = iter([tick for seconds in taken for tick in (100.0, 100.0 + seconds)])
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(mesa_train.memory.compare, "clock", clock)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+    plain, coded = compare(model, torch.randn(4, 8), ["plain", "mesa8"], rounds=3, error=False)
+    assert (plain.time_ms, coded.time_ms) == (2e3, 3e3)
+    assert (plain.time_ratio, coded.time_ratio) == (1.0, 0.5)
+    assert next(ticks, None) is None
 
 
 def test_batch_norm_and_dropout_see_the_same_numbers():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -17,7 +18,7 @@ from mesa_train.memory.costs import Costs
 from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.planner import Planner
-from mesa_train.memory.plans import OverBudget
+from mesa_train.memory.plans import OverBudget, Plan, Prediction
 from mesa_train.memory.sites import KEEP, MOVED
 from mesa_train.memory.timeline import timeline
 from mesa_train.policy import Policy
@@ -47,12 +48,12 @@ def vit():
 @pytest.fixture(scope="module")
 def images():
     torch.manual_seed(1)
-    return torch.randn(32, 3, 96, 96)
+    return torch.randn(16, 3, 96, 96)
 
 
 @pytest.fixture(scope="module")
 def planner(vit, images):
-    return Planner(vit, images, autocast=BF16)
+    return Planner(vit, images)
 
 
 class TestPlans:
@@ -63,9 +64,9 @@ class TestPlans:
         found = planner.plan(budget)
         said = found.prediction
         assert said.peak_bytes <= budget
-        kept = footprint(vit, images, policy=found.policy, autocast=BF16, loss=planner.loss)
+        kept = footprint(vit, images, policy=found.policy, loss=planner.loss)
         assert said.kept_bytes == kept.saved_bytes
-        runs = Runs(vit, images, BF16, planner.loss)
+        runs = Runs(vit, images, None, planner.loss)
         # Kernels' scratch is measured at two policies; at others it may differ.
         assert planner.standing + runs.peak(found.policy) == pytest.approx(
             said.peak_bytes, rel=0.05
@@ -80,7 +81,7 @@ class TestPlans:
         prospect = planner.prospect
         key = ("norm", "layer_norm", "normalized")
         assert key in {site.key for site in planner.sites if site.block is None}
-        runs = Runs(vit, images, BF16, planner.loss)
+        runs = Runs(vit, images, None, planner.loss)
         kept = prospect.all(KEEP)
         reference = runs.gradients(prospect.policy(kept))
         coded = runs.gradients(prospect.policy({**kept, key: 4}))
@@ -153,6 +154,29 @@ def test_wrap_with_a_budget():
     for arguments in ({"budget": 8}, {"budget": 8, "inputs": x, "policy": "mesa8"}, {"inputs": x}):
         with pytest.raises(ValueError, match="budget"):
             mesa_train.wrap(model, **arguments)
+
+
+def test_the_predicted_error_adds_variances():
+    """Of keeping everything, which is bf16's own, and of the codes: squares add up."""
+    layers = [
+        layer for _ in range(3) for layer in (nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    ]
+    planner = Planner(nn.Sequential(*layers), torch.randn(256, 32))
+    # As large as what the codes add, so that the larger of the two is far from both together.
+    added = planner.plan().prediction.gradient_error ** 2 - planner.sensitivity.floor
+    planner.sensitivity = dataclasses.replace(planner.sensitivity, floor=added)
+    assert planner.plan().prediction.gradient_error == pytest.approx(math.sqrt(2 * added))
+
+
+def test_an_error_of_5_percent_costs_as_much_as_10_percent_of_the_step():
+    """As docs/planning.md says, and four times as much for twice the error."""
+
+    def cost(time_ratio, error):
+        prediction = Prediction(0, 0, 1.0, time_ratio, error)
+        return Plan(Policy(), prediction, {}, 0.0, prediction).cost
+
+    assert cost(1.0, 0.05) == pytest.approx(cost(1.1, 0.0))
+    assert cost(1.0, 0.10) == pytest.approx(cost(1.4, 0.0))
 
 
 def test_where_nothing_helps():

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HUNG_S
 
 import mesa_train
 from mesa_train.memory.contenders import DEFAULT, Contender
@@ -38,7 +39,8 @@ class Moody(nn.Module):
             if bits == 8:
                 os.kill(os.getpid(), signal.SIGKILL)
             if bits == 4:
-                time.sleep(600)
+                open("asleep", "w").close()
+                time.sleep(36000)
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         return self.inner(x)
 
@@ -48,12 +50,28 @@ def build(batch_size):
 """
 
 
+class Clock:
+    """The time, and HUNG_S later as soon as a file is there: a job that writes it has no time left."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def monotonic(self):
+        return time.monotonic() + 2 * HUNG_S * self.file.exists()
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
 @pytest.mark.slow
 def test_failures_are_rows(tmp_path, monkeypatch):
     (tmp_path / "moody.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
+    for module in ("processes", "server"):
+        clock = Clock(tmp_path / "asleep")
+        monkeypatch.setattr(f"mesa_train.memory.{module}.clock", clock)
     seen = []
-    request = Request("python:moody.build", batch_size=64, dtype=None, rounds=1, limit_s=15)
+    request = Request("python:moody.build", batch_size=64, dtype=None, rounds=1, limit_s=HUNG_S)
     methods = ["plain", "mesa8", "lossless", "mesa4", "checkpoint", "plain+adamw8bit"]
     rows = list(measure(request, methods, lambda *step: seen.append(step)))
     assert [row["method"] for row in rows] == methods
@@ -63,15 +81,17 @@ def test_failures_are_rows(tmp_path, monkeypatch):
     assert plain["gradient_error"] == 0
     assert killed["note"] == "killed by the system, most likely out of memory"
     assert memory["note"] == "out of memory: tried to allocate 2.00 GiB (moody.py, line 23)"
-    assert slow["note"] == "stopped after 15 s"
+    assert slow["note"] == f"stopped after {HUNG_S} s"
     assert "no row of equal blocks" in blocks["note"]
     assert last["kept_bytes"] == plain["kept_bytes"]
     assert [*dict.fromkeys(done for _, done, _ in seen)] == list(range(7))
     assert [*dict.fromkeys(what for what, *_ in seen if what)] == [*methods, "done"]
-    short = dataclasses.replace(request, total_s=4)
+    (tmp_path / "asleep").unlink()
+    short = dataclasses.replace(request, total_s=HUNG_S - 1)
+    over = f"{HUNG_S - 1} s for all methods were over"
     first, second, third = measure(short, ["mesa4", "plain", "mesa8"])
-    assert first["note"] == "stopped after 4 s: 4 s for all methods were over"
-    assert second["note"] == third["note"] == "not begun: 4 s for all methods were over"
+    assert first["note"] == f"stopped after {HUNG_S - 1} s: {over}"
+    assert second["note"] == third["note"] == f"not begun: {over}"
     assert third["caveats"]
 
 
@@ -137,7 +157,7 @@ def test_what_compiles_waits_for_memory(monkeypatch):
     waiting.join(0.2)
     assert waiting.is_alive()
     assert [bench._take(True), bench._take(True), bench._take(True)] == [0, 1, None]
-    waiting.join(5)
+    waiting.join(HUNG_S)
     assert not waiting.is_alive()
 
 
@@ -166,7 +186,7 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
         "    def forward(self, x):\n"
         "        if innermost() is not None:\n"
         "            open('child', 'w').write(str(os.getpid()))\n"
-        "            time.sleep(600)\n"
+        "            time.sleep(36000)\n"
         "        return super().forward(x)\n"
         "def build():\n"
         "    return Slow(nn.Linear(32, 4), nn.GELU()), torch.rand(16, 32)\n"
@@ -186,7 +206,7 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
     while running.poll() is None and not (child.exists() and child.read_text()):
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    out, errors = running.communicate(timeout=60)
+    out, errors = running.communicate(timeout=HUNG_S)
     assert running.returncode == 130, errors
     assert "mesa-train: stopped with 1 of 3 methods done" in errors
     assert "Traceback" not in errors
@@ -194,7 +214,7 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["plain"]
     assert (tmp_path / "out" / "report.html").exists()
-    end = time.monotonic() + 20
+    end = time.monotonic() + HUNG_S
     while lives(child.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
     assert not lives(child.read_text())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from limits import HUNG_S
 
 from mesa_train.memory.report import render, write_report
 
@@ -106,7 +107,7 @@ def browse(folder, page, *options):
         f"--user-data-dir={folder}/profile",
     ]
     done = subprocess.run(
-        [BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=120
+        [BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=HUNG_S
     )
     text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert text, done.stderr
@@ -184,7 +185,7 @@ class TestInABrowser:
             f"--user-data-dir={tmp_path}/profile",
         ]
         command = [BROWSER, *flags, f"--print-to-pdf={target}", source.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, timeout=HUNG_S)
         assert target.read_bytes().startswith(b"%PDF")
 
 

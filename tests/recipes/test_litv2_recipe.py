@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from limits import HUNG_S
 
 from mesa_train.training import plan
 from mesa_train.training.config import load
@@ -67,7 +68,7 @@ def test_two_processes_killed_and_continued(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HUNG_S
     while not any(row["step"] >= 28 for row in rows(cut)):
         assert process.poll() is None
         assert time.monotonic() < deadline

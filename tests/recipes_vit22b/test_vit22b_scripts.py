@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from limits import HUNG_S
 from typer.testing import CliRunner
 
 from mesa_train.training.sharded_loop import model_flops, peak_tflops_of
@@ -24,7 +25,7 @@ def run(script, *arguments):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HUNG_S,
         check=False,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HUNG_S
 
 from mesa_train.training import sharded_config, sharded_loop
 from mesa_train.training.checkpoints import CheckpointError
@@ -38,7 +39,13 @@ def launch(*arguments, cwd=REPOSITORY):
     }
     command = [str(a).replace("PORT", str(port)) for a in arguments]
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HUNG_S,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

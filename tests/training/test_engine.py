@@ -1,10 +1,12 @@
 """The training loop: its schedule, its determinism, and runs that do not disturb each other."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mesa_train.training.data import load
@@ -58,6 +60,30 @@ def test_rate_rises_to_its_peak_and_falls_to_a_hundredth(digits):
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] == pytest.approx(config.lr / 100)
+
+
+def test_a_step_by_hand(digits):
+    """Smoothed labels, clipped gradients, AdamW without decay of biases: one step, written out."""
+    config = dataclasses.replace(CONFIG, label_smoothing=0.3, clip_norm=0.2)
+    run = trainer(config, digits)
+    images = digits.normalise(digits.train.images[:64].float() / 255)
+    labels = digits.train.labels[:64]
+    model = copy.deepcopy(run.model)
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": 0.05}],
+        lr=run.lr,
+    )
+    torch.manual_seed(0)  # seed * 1_000_003 + step, of which both are 0
+    loss = F.cross_entropy(model(images), labels, label_smoothing=0.3)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+    assert norm > 0.2
+    optimizer.step()
+    assert run.step(images, labels) == loss.item()
+    for own, expected in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 def test_a_run_repeats_and_learns(digits):

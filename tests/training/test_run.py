@@ -47,7 +47,7 @@ class Interrupted(Exception):
 @pytest.mark.slow
 def test_an_interrupted_run_continues_exactly(tmp_path):
     """Mixup, drop path, accumulation, batch norm, averaged weights: all of it."""
-    changes = {"train": {"save_every": 4, "ema": 0.9, "precision": "bf16"}}
+    changes = {"train": {"save_every": 4, "ema": 0.9}}
     whole = recipe.prepare(configured(tmp_path / "whole", **changes))
     recipe.resume(whole, "")
     recipe.fit(whole, 0)
