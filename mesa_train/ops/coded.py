@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_OWNERS = (torch, Tensor, F, torch._C._nn, torch._C._fft, torch.linalg)
+_OWNERS = (torch, Tensor, F, torch._C._nn, torch.linalg, torch.fft)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,23 @@ class Coded:
     """How a function's saved tensors may be kept.
 
     sizes: the backward reads the sizes of the saved float tensors and not their elements.
+    operands: names of the arguments that may be coded, in order from the first; None for whatever is saved.
     row: the policy's operator of the row that declined the call; a policy that disables the operator
         leaves the function to PyTorch. None if no row covers the function.
     when: whether a call with these arguments may be coded; None for every call.
     """
 
     sizes: bool = False
+    operands: tuple[str, ...] | None = None
     row: str | None = None
     when: Callable[[Any, Any], bool] | None = None
+
+    def among(self, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """The tensors of a call that may be coded; None for every one that is saved."""
+        if self.operands is None:
+            return None
+        given = [kwargs.get(name, *args[i : i + 1]) for i, name in enumerate(self.operands)]
+        return [tensor for tensor in given if isinstance(tensor, Tensor)]
 
 
 def _whole_power(args: Any, kwargs: Any) -> bool:
@@ -54,8 +63,8 @@ _SIZES = """
     fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices
     fractional_max_pool3d_with_indices
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    pad interpolate gather take take_along_dim masked_select cummax cummin
-    fft_fft fft_rfft fft_rfft2 fft_rfftn
+    pad interpolate gather take take_along_dim masked_select
+    fft rfft rfft2 rfftn
 """
 # The gradient is linear in each saved tensor.
 _LINEAR = """
@@ -72,7 +81,9 @@ _OTHERS = {
     "mul mul_ multiply multiply_": Coded(row="mul"),
     "pow pow_ __pow__ __ipow__": Coded(when=_whole_power),
     # Gates and cells: products, and derivatives of sigmoid and tanh read from their outputs.
-    "lstm gru": Coded(),
+    "lstm": Coded(),
+    # Linear in the pictures; in the grid it is piecewise, and the pieces are pixels.
+    "grid_sample grid_sampler": Coded(operands=("input",)),
 }
 
 

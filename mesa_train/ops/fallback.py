@@ -69,36 +69,35 @@ def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
         or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     ):
         return func(*args, **kwargs)
-    hooks = _Hooks(mode, function_name(func), *_way(mode, func, args, kwargs))
+    hooks = _Hooks(mode, func, args, kwargs)
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         return func(*args, **kwargs)
 
 
-def _way(mode: Interception, func: Any, args: Any, kwargs: Any) -> tuple[str | None, bool]:
-    """(operand of "fallback" whose rule says how the float tensors that a call saves are kept, whether
-    their sizes do). The operand is the function's name if an override names it, else "saved"; None if
-    the tensors are kept whole."""
-    rules = mode.site.rules
-    coded = CODED.get(func)
-    sizes = coded is not None and coded.sizes
-    if rules.functions and (name := function_name(func)) in rules.functions:
-        return (name, sizes) if rules["fallback", name].enabled else (None, False)
-    if (
-        coded is None
-        or not rules.operators["fallback"]
-        or (coded.row is not None and not rules.operators[coded.row])
-        or (coded.when is not None and not coded.when(args, kwargs))
-    ):
-        return None, False
-    return "saved", sizes
-
-
 class _Hooks:
-    """The pack hook of one call. operand, sizes: see `_way`."""
+    """The pack hook of one call."""
 
-    def __init__(self, mode: Interception, name: str, operand: str | None, sizes: bool) -> None:
-        self.mode, self.name, self.operand, self.sizes = mode, name, operand, sizes
+    def __init__(self, mode: Interception, func: Any, args: Any, kwargs: Any) -> None:
+        self.mode, self.name = mode, function_name(func)
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        # The operand of "fallback" whose rule says how float tensors are kept; None: whole.
+        self.operand: str | None = None
+        # The tensors that may be coded, None for all; whether their sizes alone are kept.
+        self.among: list[Tensor] | None = None
+        self.sizes = False
+        rules, coded = mode.site.rules, CODED.get(func)
+        if self.name in rules.functions:
+            if not rules["fallback", self.name].enabled:
+                return
+            self.operand = self.name
+        elif (
+            coded is not None
+            and rules.operators["fallback"]
+            and (coded.row is None or rules.operators[coded.row])
+            and (coded.when is None or coded.when(args, kwargs))
+        ):
+            self.operand, self.among = "saved", coded.among(args, kwargs)
+        self.sizes = coded is not None and coded.sizes
 
     def pack(self, tensor: Tensor) -> Packed:
         with torch.no_grad():
@@ -122,6 +121,7 @@ class _Hooks:
             and tensor.is_floating_point()
             and tensor.layout is torch.strided
             and not weight
+            and (self.among is None or any([_same(tensor, other) for other in self.among]))
         ):
             if self.sizes and tensor.device.type in ("cpu", "cuda"):
                 mode.report.add(mode.site.name, self.name, "saved", "its size", 0)
@@ -130,7 +130,7 @@ class _Hooks:
         if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
             return tensor
         how = "exact"
-        if self.operand is not None and tensor.is_floating_point():
+        if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
         size = tensor.numel() * tensor.element_size() if tensor.layout is torch.strided else 0
         mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", size)
@@ -235,6 +235,13 @@ def _tracked(args: Any, kwargs: Any) -> bool:
 
 def _needs_gradient(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at the same place in memory."""
+    return tensor.storage_offset() == other.storage_offset() and (
+        tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
