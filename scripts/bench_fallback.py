@@ -116,12 +116,19 @@ def measured(call: Call) -> Row | None:
 
 
 def _gradients(
-    call: Call, leaves: list[Tensor], kept: Callable[[Tensor], Tensor], sizes: list[int] | None = None
+    call: Call,
+    leaves: list[Tensor],
+    kept: Callable[[Tensor], Tensor],
+    sizes: list[int] | None = None,
 ) -> list[Tensor | None]:
     """The gradients of the leaves where `kept` takes the place of every float tensor that is saved."""
 
     def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.dim() == 0:
+        if (
+            not tensor.is_floating_point()
+            or tensor.layout is not torch.strided
+            or tensor.dim() == 0
+        ):
             return tensor.detach()
         if sizes is not None:
             sizes.append(tensor.numel() * tensor.element_size())

@@ -119,9 +119,12 @@ def _coordinates() -> Iterator[Call]:
         lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
         [3 * torch.randn(SHAPE)],
     )
-    yield Call("affine_grid", "normal", lambda t: F.affine_grid(t, [1024, 1, 4, 4]), [
-        torch.randn(1024, 2, 3)
-    ])
+    yield Call(
+        "affine_grid",
+        "normal",
+        lambda t: F.affine_grid(t, [1024, 1, 4, 4]),
+        [torch.randn(1024, 2, 3)],
+    )
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -150,22 +153,34 @@ def _torchvision() -> Iterator[Call]:
     ]:
         yield Call(name, "1,000 boxes on two images", function, [wide, boxes])
     offsets, weight = torch.randn(2, 18, 64, 64), torch.randn(8, 8, 3, 3)
-    yield Call("deform_conv2d", "offsets of a pixel", lambda x, o, w: (
-        ops.deform_conv2d(x, o, w, padding=1)
-    ), [maps, offsets, weight])
-    yield Call("sigmoid_focal_loss", "normal", lambda x, t: (
-        ops.sigmoid_focal_loss(x, t, reduction="sum")
-    ), [torch.randn(SHAPE), (torch.rand(SHAPE) > 0.5).float()])
-    yield Call("stochastic_depth", "normal", lambda x: (
-        ops.stochastic_depth(x, 0.5, "row")
-    ), [torch.randn(SHAPE)])
+    yield Call(
+        "deform_conv2d",
+        "offsets of a pixel",
+        lambda x, o, w: ops.deform_conv2d(x, o, w, padding=1),
+        [maps, offsets, weight],
+    )
+    yield Call(
+        "sigmoid_focal_loss",
+        "normal",
+        lambda x, t: ops.sigmoid_focal_loss(x, t, reduction="sum"),
+        [torch.randn(SHAPE), (torch.rand(SHAPE) > 0.5).float()],
+    )
+    yield Call(
+        "stochastic_depth",
+        "normal",
+        lambda x: ops.stochastic_depth(x, 0.5, "row"),
+        [torch.randn(SHAPE)],
+    )
     corner = 100 * torch.rand(1000, 2)
     near = torch.cat([corner, corner + 10 + 20 * torch.rand(1000, 2)], -1)
     for name in ("generalized_box_iou_loss", "complete_box_iou_loss", "distance_box_iou_loss"):
         loss = getattr(ops, name)
-        yield Call(name, "boxes in pixels", lambda a, b, loss=loss: loss(a, b, reduction="sum"), [
-            near, near + torch.randn(1000, 4)
-        ])
+        yield Call(
+            name,
+            "boxes in pixels",
+            lambda a, b, loss=loss: loss(a, b, reduction="sum"),
+            [near, near + torch.randn(1000, 4)],
+        )
 
 
 def _products(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterator[Call]:
@@ -222,7 +237,9 @@ def _recurrent(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterato
     for name, kind in [("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU), ("rnn_tanh", torch.nn.RNN)]:
         layer = kind(96, 64, bidirectional=True)
         weights = list(layer.parameters())
-        yield Call(name, words, lambda x, *_, layer=layer: layer(x)[0], [draw((16, 32, 96)), *weights])
+        yield Call(
+            name, words, lambda x, *_, layer=layer: layer(x)[0], [draw((16, 32, 96)), *weights]
+        )
 
 
 def _sizes() -> Iterator[Call]:

@@ -12,7 +12,6 @@ import gc
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bo
 def limited(make: Make, seconds: int) -> Row:
     """`row_of` with a limit of time; every error becomes the row's failure."""
 
-    def stop(signum: int, frame: FrameType | None) -> None:
+    def stop(*_: object) -> None:
         raise TooLongError(f"longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)

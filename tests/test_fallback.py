@@ -110,7 +110,9 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_what_is_not_known_to_tolerate_codes_is_exact(name):
     function, x = EXACT[name]
-    assert error(function, x) <= 1e-6  # log, + and * have rows or save nothing; sums in another order
+    assert (
+        error(function, x) <= 1e-6
+    )  # log, + and * have rows or save nothing; sums in another order
 
 
 def test_coordinates_are_exact_and_the_picture_they_sample_is_coded():
@@ -211,15 +213,17 @@ def test_a_mask_is_packed_once_and_never_grows():
     output.sum().backward()
 
 
-def test_a_mask_as_a_factor_shares_its_bits():
+def test_a_mask_as_a_float_shares_its_bits():
     mask = torch.rand(SHAPE) > 0.5
     x, y = torch.randn(SHAPE), torch.randn(SHAPE)
-    policy = Policy(min_bytes=0)
 
     def function(x, y):
-        return F.linear(x.masked_fill(mask, 0) * mask.float(), y)
+        return F.linear(x.masked_fill(mask, 0), y) + F.linear(mask.float(), y)
 
-    assert error(function, x, y, policy=policy) < 0.01
+    policy = Policy(bits=32, min_bytes=0)
+    assert error(function, x, y, policy=policy) < 1e-6
+    _, rows = gradients(function, x, y, policy=policy)
+    assert rows["linear", "input", "shared"] == 0
 
 
 def test_an_override_names_a_function():

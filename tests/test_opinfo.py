@@ -1,8 +1,8 @@
 """PyTorch's own samples of every differentiable function, run through the interception: the forward bit for bit,
 the lossless gradient to rounding, the 8-bit one within a bound, and a graph that is freed without a backward.
 
-Each function runs on its first sample, and once more on the last of its first samples, which PyTorch orders from plain to
-special: strides apart, then empty or broadcast. scripts/sweep_opinfo.py runs every sample."""
+Each function runs on its first sample, on the same with strides, and on a later one, since PyTorch orders samples from
+plain to special: empty, broadcast. scripts/sweep_opinfo.py runs every sample."""
 
 import gc
 import itertools
@@ -18,8 +18,8 @@ from mesa_train import Policy, compress
 LOSSLESS, EIGHT = Policy(bits=32, min_bytes=0), Policy(min_bytes=0)
 MOST = 6  # samples that are looked at, of which two are run
 
-# Largest error of an 8-bit gradient, relative L2. Samples lie within +-9, so that softmaxes saturate (13 % for attention,
-# whose gradient then is small); all else is under 4 %.
+# Largest error of an 8-bit gradient, relative L2. Samples lie within +-9, so that softmaxes saturate (13 % for
+# attention, whose gradient then is small); all else is under 4 %.
 BOUND = 0.15
 # A gradient smaller than this per element is one of a saturated or degenerate sample: a norm of two elements, say.
 LEAST = 0.1
@@ -40,9 +40,7 @@ def name_of(op):
 
 
 def samples_of(op, dtype=torch.float64):
-    samples = list(
-        itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=True), MOST)
-    )
+    samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=True), MOST))
     first, last = samples[:1], samples[1:][-1:]
     strided = [] if op.name.startswith("sparse.") else [s.noncontiguous() for s in first]
     return first + strided + last
@@ -64,7 +62,8 @@ def run(call, sample, policy=None):
     trained = [t for t in outputs if t.requires_grad]
     grads = [
         torch.linspace(1, 2, max(t.numel(), 1)).to(t.dtype)[: t.numel()].view(t.shape)
-        if t.layout is torch.strided else torch.ones_like(t)
+        if t.layout is torch.strided
+        else torch.ones_like(t)
         for t in trained
     ]
     if not trained:
@@ -73,9 +72,12 @@ def run(call, sample, policy=None):
 
 
 def activation(value):
+    """A copy with the same strides, no leaf and no view of one."""
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return value
-    return torch.ops.aten.alias(value) if value.layout is torch.strided else value
+    if value.layout is not torch.strided or 0 in value.stride():
+        return value.clone()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
 
 def compare(call, sample):
