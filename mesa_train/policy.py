@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import codecs, yaml_text
+from .functions import checked, is_function, plain_name
 
 BITS = (8, 4, 2, 32)
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -52,7 +53,6 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 _NEAREST = {
     ("activation", "input"),
     ("activation", "output"),
-    ("fallback", "saved"),
     ("checkpoint", "input"),
 }
 
@@ -280,13 +280,18 @@ class Rules:
         policy: Policy,
         changes: Iterable[tuple[str | None, str | None, Mapping[str, Any]]] = (),
     ) -> None:
+        changes = list(changes)
         self.table: dict[tuple[str, str], Rule] = {}
         self.operators: dict[str, bool] = {}
+        # The functions without a row that an override names: each is an operand of "fallback".
+        self.functions = {on for by, on, _ in changes if by == "fallback" and on} - {"saved", None}
         for operator, operands in OPERATORS.items():
-            for operand in operands:
+            named = sorted(self.functions) if operator == "fallback" else []
+            for operand in [*operands, *named]:
                 merged: dict[str, Any] = {}
+                covering = (None, operand, "saved") if operand in named else (None, operand)
                 for on_operator, on_operand, fields in changes:
-                    if on_operator in (None, operator) and on_operand in (None, operand):
+                    if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
                 # Codes of an unknown operator's tensors: nothing is known of how it uses them, so
                 # never below 8 bits.
@@ -319,9 +324,8 @@ class Rule:
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
         """The rule of a policy without overrides for one operand."""
-        nearest = (operator, operand) in _NEAREST or (
-            policy.recompute == "linear" and operand == "normalized"
-        )
+        nearest = (operator, operand) in _NEAREST or operator == "fallback"
+        nearest |= policy.recompute == "linear" and operand == "normalized"
         stochastic = policy.rounding == "stochastic" or (
             policy.rounding == "auto" and policy.bits < 8 and not nearest
         )
@@ -352,7 +356,9 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
     if not modules and operation.partition(".")[0] not in OPERATORS:
         modules, operation = operation, ""
     operator, _, operand = operation.partition(".")
-    if operation and (
+    if operator == "fallback" and operand not in ("", "saved"):
+        operand = checked(pattern, operand)
+    elif operation and (
         operator not in OPERATORS or (operand and operand not in OPERATORS[operator])
     ):
         known = [f"{o}.{p}" for o, ps in OPERATORS.items() for p in ps]
@@ -366,6 +372,8 @@ def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None,
     hit = _named(modules, names)
     if not hit:
         near = difflib.get_close_matches(modules, [*names, *OPERATORS], n=4, cutoff=0.4)
+        if is_function(modules):
+            near = [f"fallback.{plain_name(modules)}", *near]
         shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(OPERATORS)}"
         raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
     covered = {n for n in names if any(_inside(n, h) for h in hit)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tables import engine, recipes
+from tables import engine, fallback, recipes
 from tables.text import Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def renew(text: str, results: Path) -> str:
 
 TABLES: dict[str, Table] = {
     name: table
-    for module in (engine, recipes)
+    for module in (engine, fallback, recipes)
     for name, table in vars(module).items()
     if isinstance(table, Table)
 }

@@ -35,14 +35,15 @@ class InputHooks(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
-        tensors: list[Tensor] = [tensor]
+        # Detached: an output that its own node keeps would hold the node, which holds the output.
+        tensors: list[Tensor] = [tensor if tensor.grad_fn is None else tensor.detach()]
         spec: Spec | None = None
         if tensor.requires_grad and tensor.is_floating_point() and _saved_by_checkpoint():
             with torch.no_grad():
                 kept: Stash = self.mode.keep(tensor, "checkpoint", "input")
             tensors = []
             spec = strip(kept, tensors, {}, {})
-        return Packed.of(tensors, spec, None, self.outer)
+        return Packed.of(tensors, spec, self.outer)
 
 
 def beneath(pack: Any) -> Any:

@@ -1,10 +1,16 @@
-"""The generic fallback: whatever PyTorch saves for an operator without a row is coded on its way
-into the graph.
+"""The generic fallback: what PyTorch saves for a function without a row.
 
-A saved-tensor hook codes float tensors (never below 8 bits) and packs bools to bits; parameters,
-autocast's weight copies and small tensors pass. A tensor whose stash is known shares it. If
-somebody else's hooks are active (offload, checkpointing, a byte counter), the codes go through
-them, so that they free, move or count codes.
+A saved-tensor hook codes the float tensors of functions that are known to tolerate codes (see
+`coded.py`), never below 8 bits, keeps the size alone where the backward reads no more, and packs bools
+to bits, which is exact. Every other function's
+tensors are kept as PyTorch keeps them and reported as "kept whole: exact"; parameters, autocast's
+weight copies, constants and small tensors pass too. A tensor whose stash is known shares it. If hooks
+are active already (offload, checkpointing, a byte counter), the codes go through these hooks, so that
+the hooks free, move or count codes. Cost: 2 us per call that needs a gradient, and the codes.
+
+A custom `torch.autograd.Function`, a ScriptFunction and a C++ extension that is bound directly never
+come here: torch shows the interception no call of theirs, so they save what they save in plain
+PyTorch. An operator of `torch.library` comes here and is kept whole.
 """
 
 from __future__ import annotations
@@ -16,12 +22,15 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs import bitmask
-from mesa_train.stash import Spec, Stash, strip, value
+from mesa_train.functions import function_name
+from mesa_train.stash import VIEW, Saved, Spec, Stash, strip, value
+
+from .coded import CODED
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
 
-# Functions that save nothing of size.
+# Functions that save nothing of size: called without hooks, to save time.
 _NOTHING = frozenset(
     """
     add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_
@@ -31,134 +40,171 @@ _NOTHING = frozenset(
     register_hook retain_grad eq ne lt le gt ge isnan isinf isfinite all any argmax argmin
     argsort zeros_like ones_like empty_like full_like rand_like randn_like new_zeros
     new_ones new_empty new_full new_tensor sum mean cat stack concat concatenate hstack
-    vstack repeat tile masked_fill masked_fill_ cumsum type_as expand_as view_as reshape_as
-    interpolate upsample unfold fold meshgrid numpy cpu cuda type is_inference embedding
+    vstack repeat tile cumsum type_as expand_as view_as reshape_as
+    unfold fold meshgrid numpy cpu cuda type is_inference embedding
     """.split()
 )
 
-# Functions whose saved tensors must stay exact: a loss seeds the whole backward; a derivative that
-# compares what was saved with a bound or with another tensor, or that has a pole, turns a small
-# error into any error.
-_EXACT = frozenset(
-    """
-    log_softmax cross_entropy nll_loss nll_loss_nd binary_cross_entropy
-    binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
-    soft_margin_loss multi_margin_loss ctc_loss gaussian_nll_loss cosine_embedding_loss
-    triplet_margin_loss hinge_embedding_loss poisson_nll_loss margin_ranking_loss logsumexp
-    multilabel_margin_loss multilabel_soft_margin_loss amax amin max min maximum minimum
-    fmax fmin aminmax clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip clip_ abs
-    abs_ absolute threshold threshold_ hardshrink softshrink prelu rrelu hardtanh hardtanh_
-    floor_divide remainder fmod heaviside nan_to_num nan_to_num_ logical_and logical_or
-    reciprocal reciprocal_ rsqrt rsqrt_ sqrt sqrt_ log log_ log2 log10 log1p log1p_ logit
-    xlogy acos asin acosh atanh tan atan2 norm vector_norm matrix_norm renorm cdist pdist
-    dist prod cumprod logcumsumexp erfinv lgamma digamma
-    """.split()
-)
-
-# Functions that keep something only if both operands need a gradient, and then the second must stay
-# exact or not.
-_PRODUCTS = frozenset(["mul", "mul_", "multiply"])
-_QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__", "__rtruediv__"])
+# Functions that save an operand only if the other one needs a gradient.
+_PRODUCTS = frozenset(["mul", "mul_", "multiply", "multiply_"])
 
 
 def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
-    """Call `func` with the coding hooks on, unless it saves nothing worth it."""
+    """Call `func` with the hooks on, unless it saves nothing of size."""
     if torch.compiler.is_compiling():
         if _writes(func, args, kwargs):
             mode.lineage.clear()
             mode.linears.clear()
         return func(*args, **kwargs)
+    rules = mode.site.rules
+    if not rules.operators["fallback"] and not rules.functions:
+        return func(*args, **kwargs)
     name = getattr(func, "__name__", "")
-    if name in _NOTHING or name in _EXACT or not mode.site.rules.operators["fallback"]:
+    if name in _NOTHING or not _tracked(args, kwargs):
         return func(*args, **kwargs)
-    if (name in _PRODUCTS or name in _QUOTIENTS) and not _both_tracked(args):
+    if name in _PRODUCTS and len([a for a in args if _needs_gradient(a)]) < 2:
         return func(*args, **kwargs)
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    if (
+        isinstance(func, torch._ops.HigherOrderOperator)
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    ):
         return func(*args, **kwargs)
-    exact = args[1] if name in _QUOTIENTS or name == "pow" else None
-    hooks = _Hooks(mode, name, exact if isinstance(exact, Tensor) else None)
+    hooks = _Hooks(mode, func, args, kwargs)
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         return func(*args, **kwargs)
 
 
 class _Hooks:
-    """The pack hook of one call; the tensor `exact` is left as it is."""
+    """The pack hook of one call."""
 
-    def __init__(self, mode: Interception, name: str, exact: Tensor | None) -> None:
-        self.mode, self.name, self.exact = mode, name, exact
+    def __init__(self, mode: Interception, func: Any, args: Any, kwargs: Any) -> None:
+        self.mode, self.name = mode, function_name(func)
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        # The operand of "fallback" whose rule says how float tensors are kept; None: whole.
+        self.operand: str | None = None
+        # The tensors that may be coded, None for all; whether their sizes alone are kept.
+        self.among: list[Tensor] | None = None
+        self.sizes = False
+        rules, coded = mode.site.rules, CODED.get(func)
+        if self.name in rules.functions:
+            if not rules["fallback", self.name].enabled:
+                return
+            self.operand = self.name
+        elif (
+            coded is not None
+            and rules.operators["fallback"]
+            and (coded.row is None or rules.operators[coded.row])
+            and (coded.when is None or coded.when(args, kwargs))
+        ):
+            self.operand, self.among = "saved", coded.among(args, kwargs)
+        self.sizes = coded is not None and coded.sizes
 
     def pack(self, tensor: Tensor) -> Packed:
         with torch.no_grad():
             kept = self._kept(tensor)
         tensors: list[Tensor] = []
-        specs: dict[int, Spec] = {}
-        spec = shape = None
         if isinstance(kept, Stash):
-            spec = strip(kept, tensors, {}, specs)
-        elif isinstance(kept, tuple):
-            tensors, shape = [kept[0]], kept[1]
-        else:
-            tensors = [kept]
-        return Packed.of(tensors, spec, shape, self.outer)
+            spec = strip(kept, tensors, {}, {})
+            return Packed.of(tensors, spec, self.outer)
+        return Packed.of([kept], None, self.outer)
 
-    def _kept(self, tensor: Tensor) -> Stash | Tensor | tuple[Tensor, tuple[int, ...]]:
-        """A stash, the tensor itself, or a mask's (bits, shape)."""
+    def _kept(self, tensor: Tensor) -> Stash | Tensor:
+        """A stash, or the tensor itself."""
+        mode, weight = self.mode, _is_weight(tensor)
+        if tensor.dtype is torch.bool and tensor.layout is torch.strided:
+            stash = self._mask(tensor)
+            if stash is not None:
+                return stash
+        elif (
+            self.operand is not None
+            and tensor.requires_grad
+            and tensor.is_floating_point()
+            and tensor.layout is torch.strided
+            and not weight
+            and (self.among is None or any([_same(tensor, other) for other in self.among]))
+        ):
+            if self.sizes and tensor.device.type in ("cpu", "cuda"):
+                mode.report.add(mode.site.name, self.name, "saved", "its size", 0)
+                return Stash(_Size(tensor), (), cost=VIEW, dtype=tensor.dtype)
+            return mode.keep(tensor, "fallback", self.operand, label=self.name)
+        if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+            return tensor
+        how = "exact"
+        if self.operand is not None and tensor.is_floating_point() and self.among is None:
+            how = "a parameter" if weight else "a constant"
+        size = tensor.numel() * tensor.element_size() if tensor.layout is torch.strided else 0
+        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", size)
+        # Detached: an output that its own node keeps would hold the node, which holds the output.
+        return tensor.detach()
+
+    def _mask(self, mask: Tensor) -> Stash | None:
+        """A mask's bits, made once while the mask lives; None where the mask itself is no larger."""
         mode = self.mode
-        if (
-            tensor.dtype is torch.bool
-            and tensor.numel() >= mode.site.rules["fallback", "saved"].min_bytes
-        ):
-            bits = mode.bits(tensor)
-            mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
-            return bits, tuple(tensor.shape)
-        if self.exact is not None and tensor.data_ptr() == self.exact.data_ptr():
-            return tensor
-        if (
-            not tensor.is_floating_point()
-            or tensor.layout is not torch.strided
-            or _is_weight(tensor)
-        ):
-            return tensor
-        return mode.keep(tensor, "fallback", "saved", label=self.name)
+        size = mask.numel()
+        if size < mode.site.rules["fallback", "saved"].min_bytes or _bytes(mask) <= size // 8 + 1:
+            return None
+        known = mode.lineage.get(mask)
+        if known is not None:
+            mode.report.add(mode.site.name, self.name, "mask", "shared", 0)
+            return known
+        bits = mode.bits(mask)
+        mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
+        stash = Stash(_Bits(tuple(mask.shape)), (bits,), cost=VIEW, dtype=torch.bool)
+        mode.lineage.set(mask, stash)
+        return stash
+
+
+class _Bits:
+    """Recipe: a mask from one bit per element."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return bitmask.decode(saved.own(spec)[0], self.shape).to(dtype)
+
+
+class _Size:
+    """Recipe: a tensor of a size, strides and device, whose elements nobody reads: NaN."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.strides, self.device = tensor.shape, tensor.stride(), tensor.device
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        last = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
+        elements = 1 + sum(last) if 0 not in self.shape else 0
+        empty = torch.full((elements,), torch.nan, dtype=dtype, device=self.device)
+        return empty.as_strided(self.shape, self.strides)
 
 
 class Packed:
     """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor
-    back."""
+    back. spec: the structure of the stash that the tensors belong to, None for one tensor alone."""
 
-    __slots__ = ("shape", "spec", "tensors", "unwrap", "versions")
+    __slots__ = ("spec", "tensors", "unwrap", "versions")
 
     def __init__(
         self,
         tensors: list[Any],
         spec: Spec | None,
-        shape: tuple[int, ...] | None,
         unwrap: Callable[[Any], Tensor] | None,
         versions: list[int] | None = None,
     ) -> None:
-        self.tensors, self.spec, self.shape, self.unwrap, self.versions = (
-            tensors,
-            spec,
-            shape,
-            unwrap,
-            versions,
-        )
+        self.tensors, self.spec, self.unwrap, self.versions = tensors, spec, unwrap, versions
 
     @classmethod
     def of(
         cls,
         tensors: list[Tensor],
         spec: Spec | None,
-        shape: tuple[int, ...] | None,
         outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None,
     ) -> Packed:
-        """A stash's tensors with its structure, a mask's bits with its shape, or one tensor alone,
-        through the hooks that were on before ours."""
+        """A stash's tensors with its structure, or one tensor alone, through the hooks that were on
+        before ours."""
         if outer is None:
-            return cls(tensors, spec, shape, None, [t._version for t in tensors])
+            return cls(tensors, spec, None, [t._version for t in tensors])
         wrap, unwrap = outer
-        return cls([wrap(t) for t in tensors], spec, shape, unwrap)
+        return cls([wrap(t) for t in tensors], spec, unwrap)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -173,23 +219,46 @@ def unpack(packed: Packed) -> Tensor:
     tensors = (
         packed.tensors if packed.unwrap is None else [packed.unwrap(t) for t in packed.tensors]
     )
-    if packed.spec is not None:
-        return value(packed.spec, tensors)
-    if packed.shape is not None:
-        return bitmask.decode(tensors[0], packed.shape)
-    return tensors[0]
+    return tensors[0] if packed.spec is None else value(packed.spec, tensors)
+
+
+def _tracked(args: Any, kwargs: Any) -> bool:
+    """Whether an argument, or one in a list of arguments, needs a gradient."""
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, (list, tuple)):
+            if any([_needs_gradient(a) for a in argument]):
+                return True
+        elif _needs_gradient(argument):
+            return True
+    return False
+
+
+def _needs_gradient(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at the same place in memory."""
+    return tensor.storage_offset() == other.storage_offset() and (
+        tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of the memory that a tensor keeps alive."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """A parameter, a view of one, or a cast of one (autocast's copies hang directly on the
-    parameter)."""
-    if tensor.is_leaf:
-        return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
-    node = tensor.grad_fn
-    before = node.next_functions if node is not None else ()
-    return bool(before) and all(
-        [b is not None and b.name() == "torch::autograd::AccumulateGrad" for b, _ in before]
-    )
+    """A parameter, autocast's copy of one, or a view of either."""
+    base = tensor if tensor._base is None else tensor._base
+    if base.is_leaf:
+        return base.requires_grad or isinstance(base, torch.nn.Parameter)
+    node = base.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    source = node.next_functions[0][0]
+    return source is not None and source.name() == "torch::autograd::AccumulateGrad"
 
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
@@ -207,7 +276,3 @@ def _writes_by_name(func: Any) -> bool:
 # Answered while tracing instead of traced: not every version of torch can trace what is asked of a
 # function's name. As torch.compiler.assume_constant_result, which would import all of torch._dynamo.
 _writes_by_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _both_tracked(args: Any) -> bool:
-    return len([a for a in args if isinstance(a, Tensor) and a.requires_grad]) > 1

@@ -1,0 +1,61 @@
+"""Names of torch functions, as reports show them and as overrides write them.
+
+A function has one name for its in-place form, its operator and its reflected operator: `mul` stands
+for `mul`, `mul_`, `__imul__` and `__rmul__`. A name is known if torch has a function or an operator
+of that name, or if a library has registered an operator of that name. Known names are looked up when
+an override is read, so they cost nothing in a forward.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_OWNERS = (torch, Tensor, F)
+
+
+def function_name(func: Any) -> str:
+    """A torch function's plain name: `linear`, `mul` for `Tensor.__rmul__`, `relu` for `relu_`, `bar`
+    for the operator `foo::bar`."""
+    name = str(getattr(func, "__name__", type(func).__name__))
+    if name in ("__get__", "__set__"):  # a property such as Tensor.T
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return plain_name(name.partition(".")[0])
+
+
+def plain_name(name: str) -> str:
+    """`name` without the underscores and letters of in-place and reflected forms."""
+    name = name.strip("_")
+    arithmetic = re.fullmatch(r"[ri]?(add|sub|mul|truediv|div|matmul|pow)", name)
+    return {"truediv": "div"}.get(arithmetic[1], arithmetic[1]) if arithmetic else name
+
+
+def is_function(name: str) -> bool:
+    """Whether torch, or a library that is loaded, has a function of this plain name."""
+    return any(hasattr(owner, name) for owner in _OWNERS) or name in _registered()
+
+
+def checked(pattern: str, name: str) -> str:
+    """The plain name of the function `name` in an override's `pattern`. ValueError with close names if
+    there is no such function."""
+    plain = plain_name(name)
+    if not is_function(plain):
+        public = {n for owner in _OWNERS for n in dir(owner) if not n.startswith("_")}
+        names = sorted({plain_name(n) for n in public} | _registered())
+        near = ", ".join([f"fallback.{n}" for n in difflib.get_close_matches(plain, names)])
+        raise ValueError(
+            f"override {pattern!r} names no function of torch or of a loaded library"
+            f"{f'; close names: {near}' if near else ''}"
+        )
+    return plain
+
+
+def _registered() -> set[str]:
+    """Plain names of the operators that libraries have registered up to now."""
+    every = torch._C._dispatch_get_all_op_names()
+    return {plain_name(n.partition("::")[2].partition(".")[0]) for n in every}
