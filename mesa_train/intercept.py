@@ -30,7 +30,7 @@ from .ops import table
 from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
-from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, of_parameter, whole
+from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, held, of_parameter, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,8 @@ class Interception(TorchFunctionMode):
             self.report.add(
                 self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
             )
-            return whole(tensor)
+            cast = operator in _AUTOCAST and torch.is_autocast_enabled(tensor.device.type)
+            return whole(held(tensor) if cast else tensor)
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
         with torch.no_grad():
@@ -180,18 +181,24 @@ class Interception(TorchFunctionMode):
         self.lineage.set(tensor, leaf)
         return leaf
 
-    def weight(self, tensor: Tensor) -> Stash:
-        """A weight or bias as it is: the parameter itself, or what a model computed in its place, as
-        autocast has cast it."""
+    def weight(self, tensor: Tensor, viewed: bool = False) -> Stash:
+        """The stash of a weight or bias, as PyTorch saves it: autocast's cast of a tensor that the model
+        computed, the data of a parameter that is `viewed` (a Linear saves its weight's transpose) or
+        cast, the parameter itself otherwise."""
         dtype = _autocast(tensor)
         if dtype is None:
-            return whole(tensor)
+            viewed = viewed or torch.is_autocast_enabled(tensor.device.type)
+            return whole(held(tensor) if viewed else tensor)
         stash = self.lineage.cast(tensor, dtype)
         if stash is None:
             with torch.no_grad():
                 stash = whole(tensor.to(dtype))
             self.lineage.set_cast(tensor, dtype, stash)
         return stash
+
+    def parameters(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Weight and bias for a recipe that computes an output again."""
+        return tuple([self.weight(t, viewed=True).tensors[0] for t in tensors if t is not None])
 
     def _keep_cast(
         self,

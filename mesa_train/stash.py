@@ -290,6 +290,16 @@ def of_parameter(tensor: Tensor) -> str:
     return ""
 
 
+def held(tensor: Tensor) -> Tensor:
+    """A parameter's data as they are now. An alias keeps them if `parameter.data` is exchanged before the
+    backward, as PyTorch's saved view or cast of the parameter does. ZeRO-3 frees and gathers a parameter
+    by such exchanges, so that its parameters stay themselves; FSDP resizes the storage, which an alias
+    shares."""
+    if torch.compiler.is_compiling() or hasattr(tensor, "ds_status"):
+        return tensor
+    return tensor.detach()
+
+
 class Replay:
     """Recipe: call a function of one source again, with constant arguments. For views, casts and
     scalings."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, whole
+from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, held, whole
 
 from .base import Operator, derivative
 from .norm import Scaled, cast_like_autocast, keeps_input
@@ -179,7 +179,7 @@ def _channel_norm(
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
     node = GroupNorm if operator == "group_norm" else ChannelNorm
     output = node.apply(result, stashes, (shape, averaged), *inputs)
-    parameters = tuple([p for p in (weight, bias) if p is not None])
+    parameters = tuple([held(p) for p in (weight, bias) if p is not None])
     scaled = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
     mode.lineage.set(output, Stash(scaled, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
     return output

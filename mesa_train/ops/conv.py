@@ -93,7 +93,7 @@ def conv(
     if set(kernel) == set(strides) == {1} and groups == 1 and not any(paddings):
         source = mode.known(input, "conv", "input") if x is None else x
         if source is not None and source.cost < MATMUL:
-            parameters = tuple([mode.weight(p).tensors[0] for p in (weight, bias) if p is not None])
+            parameters = mode.parameters(weight, bias)
             recipe = Stash(Pointwise(func), parameters, (source,), cost=MATMUL, dtype=result.dtype)
             mode.lineage.set(output, recipe)
     return output

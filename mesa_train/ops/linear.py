@@ -83,7 +83,7 @@ def linear(
     if not mode.covers("linear", input, weight, bias) or weight.dim() != 2 or not weight.numel():
         return NotImplemented
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
-    kept = kept_first(mode, x, mode.weight(weight) if input.requires_grad else None)
+    kept = kept_first(mode, x, mode.weight(weight, viewed=True) if input.requires_grad else None)
     result = mode.exactly(func, input, weight, bias)
     output = Linear.apply(result, kept, None, input, weight, bias)
     if x is not None:
@@ -91,7 +91,7 @@ def linear(
     # A frozen weight needs no input, but a stash that the input has already still gives the product.
     source = mode.known(input, "linear", "input") if x is None else x
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
-        parameters = tuple([mode.weight(p).tensors[0] for p in (weight, bias) if p is not None])
+        parameters = mode.parameters(weight, bias)
         recipe = Stash(_PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)
         mode.lineage.set(output, recipe)
     return output
@@ -117,8 +117,9 @@ def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> 
     input, version, x, weight, bias = made
     if version != _version(input) or _watched(product):
         return NotImplemented
-    parameters = (mode.weight(weight), whole(scale), None if bias is None else whole(bias))
-    kept = kept_first(mode, x, *parameters)
+    w = mode.weight(weight, viewed=True)
+    b = None if bias is None else mode.weight(bias, viewed=True)
+    kept = kept_first(mode, x, w, whole(scale), b)
     result = mode.exactly(func, product, scale)
     return ScaledLinear.apply(result, kept, product.dtype, input, weight, bias, scale)
 

@@ -26,6 +26,7 @@ from mesa_train.stash import (
     Saved,
     Spec,
     Stash,
+    held,
     of_parameter,
     whole,
 )
@@ -282,7 +283,7 @@ def _recorded(
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
     node = TokenNorm if centred else RMSNorm
     output = node.apply(result, stashes, (centred, shape), *inputs)
-    parameters = tuple([p for p in (weight, bias) if p is not None])
+    parameters = tuple([held(p) for p in (weight, bias) if p is not None])
     recipe = Scaled(
         weight is not None, bias is not None, None if isinstance(x_hat.recipe, Leaf) else shape
     )
