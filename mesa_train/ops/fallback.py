@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mesa_train.codecs import bitmask
 from mesa_train.functions import function_name
@@ -88,7 +89,7 @@ def _left_alone(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """
     if mode.hooks is not None:
         return func(*args, **kwargs)
-    start = torch.autograd._get_sequence_nr()
+    start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     result = func(*args, **kwargs)
     todo = [
         r.grad_fn
@@ -100,9 +101,8 @@ def _left_alone(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         node = todo.pop()
         for name in _saved_by(type(node)):
             saved = getattr(node, name)
-            if isinstance(saved, Tensor) and saved.layout is torch.strided:
-                parameter = saved.is_leaf and saved.requires_grad
-                size += 0 if parameter else saved.numel() * saved.element_size()
+            if isinstance(saved, Tensor) and not (saved.is_leaf and saved.requires_grad):
+                size += _bytes(saved)
         # Nodes that the call has made: none that was there before, and no parameter's.
         made = [n for n, _ in node.next_functions if n is not None and n not in seen]
         made = [n for n in made if start <= n._sequence_nr() < _LEAVES]
@@ -162,7 +162,7 @@ class _Hooks:
     def _kept(self, tensor: Tensor) -> Stash | Tensor:
         """A stash, or the tensor itself."""
         mode, weight = self.mode, _is_weight(tensor)
-        if tensor.dtype is torch.bool and tensor.layout is torch.strided:
+        if tensor.dtype is torch.bool and _plain(tensor):
             stash = self._mask(tensor)
             if stash is not None:
                 return stash
@@ -170,7 +170,7 @@ class _Hooks:
             self.operand is not None
             and tensor.requires_grad
             and tensor.is_floating_point()
-            and tensor.layout is torch.strided
+            and _plain(tensor)
             and not weight
             and (self.among is None or any([_same(tensor, other) for other in self.among]))
         ):
@@ -183,8 +183,7 @@ class _Hooks:
         how = "exact"
         if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
-        size = tensor.numel() * tensor.element_size() if tensor.layout is torch.strided else 0
-        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", size)
+        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", _bytes(tensor))
         # Detached: an output that its own node keeps would hold the node, which holds the output.
         return tensor.detach()
 
@@ -300,6 +299,18 @@ def _same(tensor: Tensor, other: Tensor) -> bool:
     return tensor.storage_offset() == other.storage_offset() and (
         tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
     )
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory: not sparse, nested or sharded."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements; 0 if it is not one piece of memory."""
+    return tensor.numel() * tensor.element_size() if _plain(tensor) else 0
 
 
 def _is_weight(tensor: Tensor) -> bool:
