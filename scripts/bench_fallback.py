@@ -76,7 +76,7 @@ def _samples(op: OpInfo) -> Iterator[Call]:
 
 
 def measured(call: Call) -> Row | None:
-    """The row of a call; None if it fails in plain PyTorch, or if it has no finite gradient."""
+    """The row of a call; None if it fails in plain PyTorch, saves no floats, or has no finite gradient."""
     leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in call.tensors]
     if any(t.layout is not torch.strided for t in leaves) or not leaves:
         return None
@@ -85,7 +85,7 @@ def measured(call: Call) -> Row | None:
         plain = _gradients(call, leaves, lambda t: t, keep)
     except Exception:  # an input outside of a function's domain
         return None
-    if not plain or not all(bool(g.isfinite().all()) for g in plain if g is not None):
+    if not keep or not plain or not all(bool(g.isfinite().all()) for g in plain if g is not None):
         return None
     only_input = "input alone" in call.function
     first = leaves[0].untyped_storage()._cdata

@@ -186,7 +186,7 @@ def _torchvision() -> Iterator[Call]:
 def _products(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterator[Call]:
     """Functions that are linear in each operand."""
     square = (96, 96)
-    for name, call, *shapes in [
+    calls: list[tuple[Any, ...]] = [
         ("mul", torch.mul, SHAPE, SHAPE),
         ("conv_transpose1d", F.conv_transpose1d, (4, 16, 96), (16, 8, 3)),
         ("conv_transpose2d", F.conv_transpose2d, (2, 8, 32, 32), (8, 4, 3, 3)),
@@ -229,7 +229,8 @@ def _products(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterator
         ("instance_norm", F.instance_norm, (2, 8, 32, 32)),
         ("local_response_norm", lambda x: F.local_response_norm(x, 5), (2, 8, 32, 32)),
         ("lp_pool2d", lambda x: F.lp_pool2d(x, 3, 2), (2, 8, 32, 32)),
-    ]:
+    ]
+    for name, call, *shapes in calls:
         yield Call(name, words, call, [draw(s) for s in shapes])
 
 

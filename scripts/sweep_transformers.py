@@ -82,7 +82,7 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         made = shrunk(transformers.AutoConfig.for_model(kind), fields)
         size = getattr(made, "image_size", None) or 64
         size = size if isinstance(size, int) else list(size)[-1]
-        shape = (2, getattr(config, "num_channels", None) or 3, size, size)
+        shape: tuple[int, ...] = (2, getattr(config, "num_channels", None) or 3, size, size)
         if auto == "AutoModelForVideoClassification":
             frames = getattr(made, "num_frames", None) or 4
             shape = (2, frames, 3, size, size)

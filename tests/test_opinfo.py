@@ -1,8 +1,8 @@
 """PyTorch's own samples of every differentiable function, run through the interception: the forward bit for bit,
 the lossless gradient to rounding, the 8-bit one within a bound, and a graph that is freed without a backward.
 
-Each function runs on its first sample, on the same with strides, and on a later one, since PyTorch orders samples from
-plain to special: empty, broadcast. scripts/sweep_opinfo.py runs every sample."""
+Each function runs on its first sample, and on a later one with strides, since PyTorch orders samples from plain to
+special: empty, broadcast. The in-place form runs on the first. scripts/sweep_opinfo.py runs every sample."""
 
 import gc
 import itertools
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mesa_train import Policy, compress
 
 LOSSLESS, EIGHT = Policy(bits=32, min_bytes=0), Policy(min_bytes=0)
-MOST = 6  # samples that are looked at, of which two are run
+MOST = 4  # samples that are looked at, of which two are run
 
 # Largest error of an 8-bit gradient, relative L2. Samples lie within +-9, so that softmaxes saturate (13 % for
 # attention, whose gradient then is small); all else is under 4 %.
@@ -24,26 +24,30 @@ BOUND = 0.15
 # A gradient smaller than this per element is one of a saturated or degenerate sample: a norm of two elements, say.
 LEAST = 0.1
 # What a gradient is taken of is no function of the input: eigenvectors have a free phase, a layout has no copy.
-LEFT_OUT = {"linalg.eig", "view_as_complex", "to_sparse"}
-
-OPERATORS = [
-    op
-    for op in op_db
-    if op.supports_autograd
-    and torch.float64 in op.supported_backward_dtypes("cpu")
-    and op.name not in LEFT_OUT
-]
+# A view of more memory than the sample has was given to it.
+LEFT_OUT = {"linalg.eig", "view_as_complex", "to_sparse", "as_strided.partial_views"}
 
 
 def name_of(op):
     return f"{op.name}{'.' * bool(op.variant_test_name)}{op.variant_test_name}"
 
 
-def samples_of(op, dtype=torch.float64):
-    samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=True), MOST))
-    first, last = samples[:1], samples[1:][-1:]
-    strided = [] if op.name.startswith("sparse.") else [s.noncontiguous() for s in first]
-    return first + strided + last
+OPERATORS = [
+    op
+    for op in op_db
+    if op.supports_autograd
+    and torch.float64 in op.supported_backward_dtypes("cpu")
+    and name_of(op) not in LEFT_OUT
+]
+
+
+def samples_of(op):
+    samples = list(
+        itertools.islice(op.sample_inputs("cpu", torch.float64, requires_grad=True), MOST)
+    )
+    if len(samples) > 1 and not op.name.startswith("sparse."):
+        return [samples[0], samples[-1].noncontiguous()]
+    return samples[:1]
 
 
 def run(call, sample, policy=None):
@@ -104,9 +108,7 @@ def compare(call, sample):
 
 
 def in_place(op):
-    """The in-place form on an activation, or None."""
-    if op.inplace_variant is None:
-        return None
+    """The in-place form on a copy."""
     return lambda input, *args, **kwargs: op.inplace_variant(input.clone(), *args, **kwargs)
 
 
@@ -114,12 +116,12 @@ class Mark:
     """Lives as long as a node of a graph that it is attached to."""
 
 
-def freed(call, sample):
+def freed(call, sample, policy):
     """Whether the graph of a call goes with its output, without a backward and without the collector of cycles. The
     input is a leaf, as in the report of a graph that stayed: its function's output was taken for a weight's copy."""
     marks = []
     input, args, kwargs = sample.input, sample.args, sample.kwargs
-    with compress(EIGHT):
+    with compress(policy):
         output = call(input, *args, **kwargs)
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
@@ -133,26 +135,32 @@ def freed(call, sample):
 
 @pytest.mark.parametrize("op", OPERATORS, ids=map(name_of, OPERATORS))
 @pytest.mark.filterwarnings("ignore")
-def test_samples(op):
+def test_function(op):
     samples = samples_of(op)
     assert samples
     for sample in samples:
         assert compare(op, sample) <= BOUND
-    written = in_place(op)
-    if written is not None and not samples[0].broadcasts_input:
-        try:
-            run(written, samples[0])
-        except RuntimeError:
-            return  # PyTorch's own refusal: a gradient needs what the write destroyed
-        assert compare(written, samples[0]) <= BOUND
-
-
-@pytest.mark.parametrize("op", OPERATORS, ids=map(name_of, OPERATORS))
-@pytest.mark.filterwarnings("ignore")
-def test_a_graph_without_a_backward_is_freed(op):
-    sample = samples_of(op)[0]
     gc.disable()
     try:
-        assert freed(op, sample)
+        # Where nothing is coded, an output that is saved is the very tensor.
+        assert freed(op, samples[0], LOSSLESS)
+        assert freed(op, samples[0], Policy())
     finally:
         gc.enable()
+
+
+IN_PLACE = [op for op in OPERATORS if op.inplace_variant is not None]
+
+
+@pytest.mark.parametrize("op", IN_PLACE, ids=map(name_of, IN_PLACE))
+@pytest.mark.filterwarnings("ignore")
+def test_in_place(op):
+    written, sample = (
+        in_place(op),
+        next(iter(op.sample_inputs("cpu", torch.float64, requires_grad=True))),
+    )
+    try:
+        run(written, sample)
+    except RuntimeError as error:
+        pytest.skip(f"PyTorch refuses it: {str(error)[:60]}")
+    assert compare(written, sample) <= BOUND

@@ -33,7 +33,8 @@ class CoverageRow:
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """What a forward stored. `how` of a row is a codec, "1 bit", "shared" (a stash that stood
-    already), "rebuilt" (from other stashes), or "kept whole" with the reason."""
+    already), "rebuilt" (from other stashes), "its size" (of a tensor of which the backward reads no
+    element), or "kept whole" with the reason: "exact" for a function that is left to PyTorch."""
 
     rows: tuple[CoverageRow, ...]
 

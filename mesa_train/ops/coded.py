@@ -29,6 +29,7 @@ class Coded:
     """How a function's saved tensors may be kept.
 
     sizes: the backward reads the sizes of the saved float tensors and not their elements.
+    masks: bools are packed, and floats stay exact.
     operands: names of the arguments that may be coded, in order from the first; None for whatever is saved.
     row: the policy's operator of the row that declined the call; a policy that disables the operator
         leaves the function to PyTorch. None if no row covers the function.
@@ -36,6 +37,7 @@ class Coded:
     """
 
     sizes: bool = False
+    masks: bool = False
     operands: tuple[str, ...] | None = None
     row: str | None = None
     when: Callable[[Any, Any], bool] | None = None
@@ -79,6 +81,7 @@ _DECLINED = {
 }
 _OTHERS = {
     "mul mul_ multiply multiply_": Coded(row="mul"),
+    "where masked_fill masked_fill_ masked_scatter masked_scatter_": Coded(masks=True),
     "pow pow_ __pow__ __ipow__": Coded(when=_whole_power),
     # Gates and cells: products, and derivatives of sigmoid and tanh read from their outputs.
     "lstm": Coded(),
@@ -105,5 +108,5 @@ CODED: dict[Any, Coded] = {
     getattr(owner, name): coded
     for name, coded in _entries()
     for owner in _OWNERS
-    if hasattr(owner, name)
+    if callable(getattr(owner, name, None))
 }

@@ -1,25 +1,27 @@
 """The generic fallback: what PyTorch saves for a function without a row.
 
-A saved-tensor hook codes the float tensors of functions that are known to tolerate codes (see
-`coded.py`), never below 8 bits, keeps the size alone where the backward reads no more, and packs bools
-to bits, which is exact. Every other function's
-tensors are kept as PyTorch keeps them and reported as "kept whole: exact"; parameters, autocast's
-weight copies, constants and small tensors pass too. A tensor whose stash is known shares it. If hooks
-are active already (offload, checkpointing, a byte counter), the codes go through these hooks, so that
-the hooks free, move or count codes. Cost: 2 us per call that needs a gradient, and the codes.
+A function that is not known to tolerate codes (see `coded.py`) is left to PyTorch; what it saves is
+reported as "kept whole: exact". For the others a saved-tensor hook codes float tensors, never below
+8 bits, or keeps the size alone where the backward reads no more, and packs bools to bits, which is
+exact. Parameters, autocast's weight copies, constants and small tensors pass. A tensor whose stash is
+known shares it. If hooks are active already (offload, checkpointing, a byte counter), the codes go
+through these hooks, so that the hooks free, move or count codes. Cost: about 2 us for a call that is
+left to PyTorch, 20 us and the codes for one that is not.
 
 A custom `torch.autograd.Function`, a ScriptFunction and a C++ extension that is bound directly never
 come here: torch shows the interception no call of theirs, so they save what they save in plain
-PyTorch. An operator of `torch.library` comes here and is kept whole.
+PyTorch. An operator of `torch.library` comes here and is left to PyTorch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mesa_train.codecs import bitmask
 from mesa_train.functions import function_name
@@ -64,14 +66,61 @@ def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if name in _PRODUCTS and len([a for a in args if _needs_gradient(a)]) < 2:
         return func(*args, **kwargs)
+    way = CODED.get(func)
+    known = way is not None or (rules.functions and function_name(func) in rules.functions)
+    looked_at = hasattr(mode.hooks, "mesa_train_onlooker")
     if (
-        isinstance(func, torch._ops.HigherOrderOperator)
+        not (known or looked_at)
+        or isinstance(func, torch._ops.HigherOrderOperator)
         or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     ):
-        return func(*args, **kwargs)
+        return _left_alone(mode, func, args, kwargs)
     hooks = _Hooks(mode, func, args, kwargs)
+    if hooks.operand is None and not (looked_at or hooks.masks):
+        return _left_alone(mode, func, args, kwargs)
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         return func(*args, **kwargs)
+
+
+def _left_alone(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """Call `func` as PyTorch would, and report what its nodes save.
+
+    Hooks that are on are not to be asked for what they packed: a checkpoint's would recompute.
+    """
+    if mode.hooks is not None:
+        return func(*args, **kwargs)
+    start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    result = func(*args, **kwargs)
+    todo = [
+        r.grad_fn
+        for r in (result if isinstance(result, (tuple, list)) else [result])
+        if isinstance(r, Tensor) and r.grad_fn is not None
+    ]
+    seen, size = set(todo), 0
+    while todo:
+        node = todo.pop()
+        for name in _saved_by(type(node)):
+            saved = getattr(node, name)
+            if isinstance(saved, Tensor) and not (saved.is_leaf and saved.requires_grad):
+                size += _bytes(saved)
+        # Nodes that the call has made: none that was there before, and no parameter's.
+        made = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        made = [n for n in made if start <= n._sequence_nr() < _LEAVES]
+        seen.update(made)
+        todo += made
+    if size:
+        mode.report.add(mode.site.name, function_name(func), "saved", "kept whole: exact", size)
+    return result
+
+
+# The sequence number of every parameter's node.
+_LEAVES = 2**64 - 1
+
+
+@functools.cache
+def _saved_by(kind: type) -> tuple[str, ...]:
+    """The attributes under which a kind of node shows what it saves."""
+    return tuple([name for name in dir(kind) if name.startswith("_saved_")])
 
 
 class _Hooks:
@@ -86,12 +135,15 @@ class _Hooks:
         self.among: list[Tensor] | None = None
         self.sizes = False
         rules, coded = mode.site.rules, CODED.get(func)
+        # Whether the call has a mask worth packing and is otherwise left alone.
+        self.masks = coded is not None and coded.masks and any([self._is_mask(a) for a in args])
         if self.name in rules.functions:
             if not rules["fallback", self.name].enabled:
                 return
             self.operand = self.name
         elif (
             coded is not None
+            and not coded.masks
             and rules.operators["fallback"]
             and (coded.row is None or rules.operators[coded.row])
             and (coded.when is None or coded.when(args, kwargs))
@@ -100,8 +152,7 @@ class _Hooks:
         self.sizes = coded is not None and coded.sizes
 
     def pack(self, tensor: Tensor) -> Packed:
-        with torch.no_grad():
-            kept = self._kept(tensor)
+        kept = self._kept(tensor)
         tensors: list[Tensor] = []
         if isinstance(kept, Stash):
             spec = strip(kept, tensors, {}, {})
@@ -111,7 +162,7 @@ class _Hooks:
     def _kept(self, tensor: Tensor) -> Stash | Tensor:
         """A stash, or the tensor itself."""
         mode, weight = self.mode, _is_weight(tensor)
-        if tensor.dtype is torch.bool and tensor.layout is torch.strided:
+        if tensor.dtype is torch.bool and _plain(tensor):
             stash = self._mask(tensor)
             if stash is not None:
                 return stash
@@ -119,7 +170,7 @@ class _Hooks:
             self.operand is not None
             and tensor.requires_grad
             and tensor.is_floating_point()
-            and tensor.layout is torch.strided
+            and _plain(tensor)
             and not weight
             and (self.among is None or any([_same(tensor, other) for other in self.among]))
         ):
@@ -132,16 +183,22 @@ class _Hooks:
         how = "exact"
         if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
-        size = tensor.numel() * tensor.element_size() if tensor.layout is torch.strided else 0
-        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", size)
+        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", _bytes(tensor))
         # Detached: an output that its own node keeps would hold the node, which holds the output.
         return tensor.detach()
+
+    def _is_mask(self, argument: Any) -> bool:
+        """Whether an argument is a mask that is smaller as bits."""
+        if not isinstance(argument, Tensor) or argument.dtype is not torch.bool:
+            return False
+        size = argument.numel()
+        least = self.mode.site.rules["fallback", "saved"].min_bytes
+        return size >= least and argument.untyped_storage().nbytes() > size // 8 + 1
 
     def _mask(self, mask: Tensor) -> Stash | None:
         """A mask's bits, made once while the mask lives; None where the mask itself is no larger."""
         mode = self.mode
-        size = mask.numel()
-        if size < mode.site.rules["fallback", "saved"].min_bytes or _bytes(mask) <= size // 8 + 1:
+        if not self._is_mask(mask):
             return None
         known = mode.lineage.get(mask)
         if known is not None:
@@ -244,9 +301,16 @@ def _same(tensor: Tensor, other: Tensor) -> bool:
     )
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory: not sparse, nested or sharded."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
+
+
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of the memory that a tensor keeps alive."""
-    return tensor.untyped_storage().nbytes()
+    """Bytes of a tensor's elements; 0 if it is not one piece of memory."""
+    return tensor.numel() * tensor.element_size() if _plain(tensor) else 0
 
 
 def _is_weight(tensor: Tensor) -> bool:
