@@ -136,6 +136,7 @@ class TestPlans:
             planner.plan(**arguments)
 
 
+@pytest.mark.slow
 def test_wrap_with_a_budget():
     blocks = [
         (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)) for _ in range(5)
@@ -217,6 +218,7 @@ def test_nothing_to_choose():
         mesa_train.plan(nn.Linear(4, 4), torch.randn(2, 4), 1000)
 
 
+@pytest.mark.slow
 def test_on_meta():
     with torch.device("meta"):
         model = timm.create_model("vit_large_patch16_224", depth=3)
@@ -358,6 +360,7 @@ class TestCosts:
         assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.slow
 def test_two_inputs_by_name():
     class Twins(nn.Module):
         def __init__(self):

@@ -273,6 +273,7 @@ def test_throughput_saves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_dry_run(tmp_path):
     text = recipe.dry_run(configured(tmp_path / "run"), 1)
     assert "batch 128 = 64 x 2 accumulated x 1 process\n" in text
