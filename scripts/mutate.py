@@ -63,7 +63,7 @@ AREAS = {
     ),
     "codecs": _area(
         "codecs/*.py",
-        "kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
+        "test_codecs.py kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
         "test_policy.py test_stash.py ops/test_permuted_gradients.py",
     ),
     "planner": _area(

@@ -75,6 +75,13 @@ def expected_bytes(blocks, softmax):
         ({"recompute": True}, ValueError, ["Policy.recompute", "True"]),
         ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
         ({"forward": "fast"}, ValueError, ["Policy.forward", "'fast'", "exact, fused"]),
+        (
+            {"checkpoint_inputs": 3},
+            ValueError,
+            ["Policy.checkpoint_inputs", "3", "None, 8, 4, 2, 32"],
+        ),
+        ({"checkpoint": "blocks.*"}, TypeError, ["Policy.checkpoint", "'blocks.*'"]),
+        ({"checkpoint": [3]}, TypeError, ["Policy.checkpoint", "[3]"]),
         ({"group_size": 0}, ValueError, ["Policy.group_size", "0", "8"]),
         ({"group_size": -64}, ValueError, ["Policy.group_size", "-64"]),
         ({"group_size": 64.0}, TypeError, ["Policy.group_size", "64.0"]),
