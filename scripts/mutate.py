@@ -63,7 +63,7 @@ AREAS = {
     ),
     "codecs": _area(
         "codecs/*.py",
-        "kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
+        "test_codecs.py kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
         "test_policy.py test_stash.py ops/test_permuted_gradients.py",
     ),
     "planner": _area(
@@ -126,14 +126,17 @@ def main(
         _mark(rows, *equivalent)
         _write(out, rows)
     if equivalent is None and not summary:
-        places = [place for name in areas.split(",") for place in _places(name, AREAS[name])]
+        names = areas.split(",")
+        if unknown := [name for name in names if name not in AREAS]:
+            raise SystemExit(f"no area {unknown[0]!r}; choose from {', '.join(AREAS)}")
+        places = [p for name, area in AREAS.items() if name in names for p in _places(name, area)]
         random.Random(seed).shuffle(places)
         every = {place.id: place for place in places}
         drawn = {i: every[i] for i in list(every)[:count] if i not in rows}
         if survivors:
             again = [i for i, row in rows.items() if row["outcome"] == "survived"]
             drawn = {i: every[i] for i in again if i in every}
-        _run(drawn, rows, out)
+        _run(dict(sorted(drawn.items(), key=lambda d: names.index(d[1].area))), rows, out)
     _tell(rows)
 
 

@@ -186,6 +186,16 @@ class TestTheWay:
         assert torch.equal(vit.norm.weight.grad, last)
         assert not lane._arrived
 
+    def test_a_saved_tensor_that_is_looked_at_outside_of_a_backward_waits_too(self):
+        """PyTorch's nodes show what they saved: nothing is called ahead for that, and nothing stays."""
+        lane, x = LateLane(), torch.randn(4, 64, requires_grad=True)
+        with through(lane), mesa_train.compress(policy(bits=32)):
+            y = (2.0 * x).pow(3.0)
+        assert lane.log == ["out"]
+        assert torch.equal(y.grad_fn._saved_self, 2.0 * x)
+        assert lane.log == ["out", "home"]
+        assert not lane._arrived
+
     def test_many_steps_under_one_context(self):
         layers = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         with through(LateLane()), mesa_train.compress(policy()) as mode:

@@ -75,6 +75,13 @@ def expected_bytes(blocks, softmax):
         ({"recompute": True}, ValueError, ["Policy.recompute", "True"]),
         ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
         ({"forward": "fast"}, ValueError, ["Policy.forward", "'fast'", "exact, fused"]),
+        (
+            {"checkpoint_inputs": 3},
+            ValueError,
+            ["Policy.checkpoint_inputs", "3", "None, 8, 4, 2, 32"],
+        ),
+        ({"checkpoint": "blocks.*"}, TypeError, ["Policy.checkpoint", "'blocks.*'"]),
+        ({"checkpoint": [3]}, TypeError, ["Policy.checkpoint", "[3]"]),
         ({"group_size": 0}, ValueError, ["Policy.group_size", "0", "8"]),
         ({"group_size": -64}, ValueError, ["Policy.group_size", "-64"]),
         ({"group_size": 64.0}, TypeError, ["Policy.group_size", "64.0"]),
@@ -346,6 +353,24 @@ def test_compress_takes_overrides_by_operator_only():
         pass
     with pytest.raises(ValueError, match="blocks"):
         mesa_train.compress(Policy(overrides={"blocks": {"bits": 4}}))
+
+
+def test_checkpointed_modules_are_the_outermost_that_are_named():
+    names = ["", "stages.0", "stages.0.blocks", "stages.1", "head"]
+    for patterns, expected in (
+        ((), set()),
+        (("stages.?",), {"stages.0", "stages.1"}),
+        (("stages.0.*", "stages.0", "head"), {"stages.0", "head"}),
+        (("*",), {""}),
+    ):
+        assert Policy(checkpoint=patterns).checkpointed(names) == expected
+    # Close names are shown also where half of the letters differ, and not where nothing is alike.
+    with pytest.raises(
+        ValueError, match=r"'stage' matches no module; close names: .*stages\.0\.blocks"
+    ):
+        Policy(checkpoint=("stage",)).checkpointed(names)
+    with pytest.raises(ValueError, match=r"'xyz' matches no module$"):
+        Policy(checkpoint=("xyz",)).checkpointed(names)
 
 
 def test_every_operator_can_be_switched_off():

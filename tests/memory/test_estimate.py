@@ -47,6 +47,7 @@ def per_image(found):
     return found.bytes(8) - found.bytes(4)
 
 
+@pytest.mark.slow
 def test_policies_and_lora_take_less():
     plain, mesa = (activations_of(make(), 4, p, autocast=False) for p in ("plain", "mesa8"))
     assert per_image(plain) > 1.3 * per_image(mesa)
@@ -100,6 +101,7 @@ def test_one_card_configurations():
             Setup(**mistake)
 
 
+@pytest.mark.slow
 def test_the_simplest_that_fits():
     # 16 bytes a parameter and a gradient bucket are 25 MB on one GPU.
     def ask(memory, **more):

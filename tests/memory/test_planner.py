@@ -42,13 +42,13 @@ def _cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit():
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=10).train()
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=10).train()
 
 
 @pytest.fixture(scope="module")
 def images():
     torch.manual_seed(1)
-    return torch.randn(16, 3, 96, 96)
+    return torch.randn(32, 3, 64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,7 @@ class TestPlans:
             planner.plan(**arguments)
 
 
+@pytest.mark.slow
 def test_wrap_with_a_budget():
     blocks = [
         (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)) for _ in range(5)
@@ -217,6 +218,7 @@ def test_nothing_to_choose():
         mesa_train.plan(nn.Linear(4, 4), torch.randn(2, 4), 1000)
 
 
+@pytest.mark.slow
 def test_on_meta():
     with torch.device("meta"):
         model = timm.create_model("vit_large_patch16_224", depth=3)
@@ -347,10 +349,18 @@ class TestCosts:
 
     def test_of_a_typical_gpu(self, tmp_path):
         costs = Costs(torch.device("meta"), BF16, tmp_path / "none.json")
+        # An A100's: 1.3 TB/s, of two bytes read, a code written and read, and two bytes written; 200
+        # Tflop/s, of a product and a sum each; 25 GB/s of the bus.
+        assert costs.code(100, 1000, 8) == pytest.approx(1e5 * (2 + 1 + 1 + 2) / 1.3e12)
+        assert costs.code(100, 1000, 4) == pytest.approx(1e5 * (2 + 0.5 + 0.5 + 2) / 1.3e12)
+        assert costs.matmul(10, 20, 30) == pytest.approx(2 * 6000 / 2e14)
+        assert costs.flops(5000, (10, 20, 30)) == pytest.approx(5000 / 2e14)
+        assert costs.bus() == 2.5e10
         assert costs.code(1000, 1000, 8) < costs.matmul(1000, 10_000, 10_000)
         assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.slow
 def test_two_inputs_by_name():
     class Twins(nn.Module):
         def __init__(self):

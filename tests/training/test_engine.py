@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mesa_train.training.engine
 from mesa_train.training.data import load
 from mesa_train.training.engine import TrainConfig, Trainer, fit
 
@@ -120,6 +122,21 @@ def test_turns_alternate(digits):
     assert [event.step for event in events if event.name == "a"] == [1, 2, 3, 4, 5]
 
 
+def test_an_epochs_row_has_its_median_step_its_mean_loss_and_its_last_rate(digits, monkeypatch):
+    """Against a clock that is set by hand: five steps of 1, 7, 2, 9 and 4 s."""
+    config = dataclasses.replace(CONFIG, epochs=1)
+    ticks = iter([tick for seconds in (1, 7, 2, 9, 4) for tick in (50.0, 50.0 + seconds)])
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(mesa_train.training.engine, "time", clock)
+    run, events = trainer(config, digits), []
+    (row,) = fit({"a": run}, digits, config, watch=events.append)
+    assert [event.time_ms for event in events] == [1e3, 7e3, 2e3, 9e3, 4e3]
+    assert row.step_ms == 4e3
+    assert row.train_loss == pytest.approx(sum(event.loss for event in events) / 5)
+    assert row.lr == run.lr
+    assert (row.name, row.epoch) == ("a", 1)
+
+
 def test_label_smoothing_is_for_training_only(digits):
     run = trainer(CONFIG, digits)
     run.model.eval()
@@ -141,3 +158,8 @@ def test_label_smoothing_is_for_training_only(digits):
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value} must"):
         TrainConfig(**{field: value})
+
+
+def test_settings_at_their_bounds_are_taken():
+    config = TrainConfig(warmup=0.0, label_smoothing=0.0, epochs=1, batch_size=1)
+    assert (config.warmup, config.label_smoothing) == (0.0, 0.0)

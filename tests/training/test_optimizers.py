@@ -67,6 +67,19 @@ def test_frozen_parameters_are_left_out():
     assert sum(len(g["params"]) for g in found) == 8
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"])
+def test_an_optimizer_has_the_configurations_numbers(name):
+    if name != "adamw":
+        pytest.importorskip("bitsandbytes")
+    config = OptimConfig(name=name, betas=(0.8, 0.95), eps=1e-6)
+    made = build(config, [{"params": [torch.nn.Parameter(torch.zeros(8))], "lr": 0.25}])
+    (group,) = made.param_groups
+    assert (group["lr"], tuple(group["betas"])) == (0.25, (0.8, 0.95))
+    assert name == "lion8bit" or group["eps"] == 1e-6
+    kind = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+    assert type(made).__name__ == kind.get(name, "Lion8bit")
+
+
 def test_state_sizes():
     tensors = [torch.empty(4096), torch.empty(100)]
     assert state_bytes("adamw", tensors) == 8 * 4196 + 2 * 4

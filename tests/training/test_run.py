@@ -40,6 +40,10 @@ def rows(out, kind):
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
+# For what does not depend on the model: a step takes a tenth of litv2_tiny's.
+SMALL = {"name": "test_vit", "drop_path": 0.0}
+
+
 class Interrupted(Exception):
     pass
 
@@ -79,7 +83,7 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
 
 def test_accumulation_is_a_larger_batch(tmp_path):
     changes = {
-        "model": {"name": "test_vit", "drop_path": 0.0},
+        "model": SMALL,
         "augment": {"mixup": 0, "cutmix": 0},
     }
     found = []
@@ -97,7 +101,7 @@ def test_accumulation_is_a_larger_batch(tmp_path):
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 def test_eight_bit_optimizers_train_and_continue_exactly(tmp_path, name):
     pytest.importorskip("bitsandbytes")
-    changes = {"optim": {"name": name}, "train": {"policy": "mesa8"}}
+    changes = {"model": SMALL, "optim": {"name": name}, "train": {"policy": "mesa8"}}
     run = recipe.prepare(configured(tmp_path, **changes))
     before = [p.detach().clone() for p in run.bare.parameters()]
     batches = run.loader.training(0, 0)
@@ -139,7 +143,7 @@ def test_a_bitsandbytes_that_cannot_is_told_before_anything_is_built(tmp_path, m
 
 
 def test_what_a_run_leaves(tmp_path):
-    run = recipe.prepare(configured(tmp_path, train={"epochs": 2, "keep": 1}))
+    run = recipe.prepare(configured(tmp_path, model=SMALL, train={"epochs": 2, "keep": 1}))
     recipe.resume(run, "")
     scores = recipe.fit(run, 1000)
     epochs = rows(tmp_path, "epoch")
@@ -156,7 +160,7 @@ def test_what_a_run_leaves(tmp_path):
     assert run.position.best == best
 
     # The best weights, read back, score what they scored.
-    weights = {"model": {"weights": str(tmp_path / "best.safetensors")}}
+    weights = {"model": {**SMALL, "weights": str(tmp_path / "best.safetensors")}}
     again = recipe.prepare(configured(tmp_path / "other", **weights))
     assert again.evaluate().top1 == best
     assert recipe.load_run(tmp_path, ["train.seed=5"]).train.seed == 5
@@ -164,7 +168,7 @@ def test_what_a_run_leaves(tmp_path):
 
 def test_averaged_weights_follow_a_short_run(tmp_path):
     """With a decay for long runs from the first step on, they would stay at the start."""
-    run = recipe.prepare(configured(tmp_path, train={"ema": 0.9998}))
+    run = recipe.prepare(configured(tmp_path, model=SMALL, train={"ema": 0.9998}))
     flat = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])  # noqa: E731
     start, batches = flat(run.bare), run.loader.training(0, 0)
     run.step(batches)
@@ -269,6 +273,7 @@ def test_throughput_saves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_dry_run(tmp_path):
     text = recipe.dry_run(configured(tmp_path / "run"), 1)
     assert "batch 128 = 64 x 2 accumulated x 1 process\n" in text

@@ -17,7 +17,10 @@ def test_the_published_points():
     assert schedule(147_000) == pytest.approx(1e-3 / (1 + 13.7) ** 0.5)
     assert schedule(162_000) == pytest.approx(0.5e-3 / (1 + 15.2) ** 0.5)
     assert schedule(177_000) == 0
+    assert schedule(200_000) == 0
     assert ReciprocalSqrt(1.0, 0, 0, 10)(0) == 1
+    # Warm-up and cool-down may meet.
+    assert ReciprocalSqrt(1.0, 4, 6, 10)(4) == 1
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,8 @@ def test_the_published_points():
     [
         ((1e-3, 60, 50, 100), "warmup=60 and cooldown=50 exceed the 100 steps"),
         ((1e-3, -1, 0, 100), "warmup=-1 must not be negative"),
+        ((1e-3, 0, -1, 100), "cooldown=-1 must not be negative"),
+        ((1e-3, 0, 0, 0), "timescale=10000 and total=0 must be positive"),
         ((1e-3, 0, 0, 100, 0), "timescale=0 and total=100 must be positive"),
     ],
 )
