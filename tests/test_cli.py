@@ -214,6 +214,37 @@ def test_a_model_of_their_own(tmp_path, monkeypatch):
     assert planned["prediction"]["peak_bytes"] < planned["plain"]["peak_bytes"]
 
 
+def test_the_dtype_is_what_the_device_computes_in():
+    """By default; a line on stderr says so where it is not bf16, and one of an emulated dtype."""
+    from mesa_train.training.precision import choose
+
+    expected = choose("auto", "cpu")
+    on_cpu = [*VIT, "--json", "--device", "cpu"]
+    result = run("profile", *on_cpu, "--fake")
+    assert json.loads(result.stdout)["dtype"] == {"no": "float32"}.get(expected.name, expected.name)
+    if expected.name != "bf16":
+        assert result.stderr == f"mesa-train: {expected.line}\n"
+        # Bytes are counted without arithmetic, so that nothing is slow; a real step is.
+        assert run("profile", *on_cpu, "--fake", "--dtype", "bf16").stderr == ""
+        small = [VIT[0], "--batch-size", "1", "--image-size", "16", "--json", "--device", "cpu"]
+        told = run("profile", *small, "--dtype", "bf16").stderr
+        assert told.endswith("many times slower than float32; auto takes float32\n")
+    fake = run("profile", *VIT, "--json", "--device", "cuda", "--fake")
+    assert json.loads(fake.stdout)["dtype"] == choose("auto", "cuda").name
+
+
+def test_half_weights_need_no_autocast(tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text(
+        "import torch\ndef half():\n"
+        "    return torch.nn.Linear(8, 4).bfloat16(), torch.rand(16, 8).bfloat16()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("profile", "python:narrow.half", "--device", "cpu", "--json", "--batch-size", "16")
+    assert json.loads(result.stdout)["dtype"] == "float32"
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
 def test_dtypes(dtype):
     result = run("compare", *VIT, "--quick", "--json", "--dtype", dtype, "--methods", "plain")
@@ -294,8 +325,11 @@ def reads():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "half"], "float16 weights, which --dtype bf16 does not go with on a CPU"),
-        (["profile", "half"], "choose fp16, or float32 for no autocast"),
+        (
+            ["compare", "half", "--dtype", "bf16"],
+            "float16 weights, which --dtype bf16 does not go with on a CPU",
+        ),
+        (["profile", "half", "--dtype", "bf16"], "choose fp16, or float32 for no autocast"),
         (["compare", "reads", "--quick"], "without data do not have (narrow.py, line 7: "),
         (["profile", "reads", "--fake"], "`mesa-train profile` without --fake"),
         (["estimate", "reads", "--batch-size", "8"], "Reads reads values"),

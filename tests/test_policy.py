@@ -255,6 +255,22 @@ def test_yaml_errors(text, said):
         assert part in str(raised.value)
 
 
+def test_text_and_names_of_modules_in_yaml_count_as_written():
+    """`0` is a module of a Sequential, `no` a word."""
+    policy = Policy.from_yaml(
+        "bits: 4\nenabled: yes\ncheckpoint: [0, blocks.1]\noverrides: {1: {bits: 8}, off: {offload: no}}\n"
+    )
+    assert policy == Policy(
+        bits=4,
+        checkpoint=("0", "blocks.1"),
+        overrides={"1": {"bits": 8}, "off": {"offload": False}},
+    )
+    with pytest.raises(ValueError, match=r"Policy\.rounding.*'off'"):
+        Policy.from_yaml("bits: 8\nrounding: off\n")
+    with pytest.raises((TypeError, ValueError), match=r"Policy\.group_size.*'010'"):
+        Policy.from_yaml("bits: 8\ngroup_size: 010\n")
+
+
 def test_a_missing_yaml_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Policy.from_yaml(tmp_path / "none.yaml")

@@ -1,6 +1,7 @@
 """A run in this process: it continues exactly, accumulates exactly, keeps its best, says what is wrong."""
 
 import json
+import resource
 import sys
 
 import pytest
@@ -284,3 +285,68 @@ def test_the_dry_run(tmp_path):
     assert "group offsets      3 tensors" in text
     assert "predicted memory" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_the_run_goes_on_from_the_checkpoint_before(
+    tmp_path,
+):
+    train = {"epochs": 2, "save_every": 5, "policy": "plain", "ema": 0.9}
+    run = recipe.prepare(configured(tmp_path, train=train))
+    recipe.resume(run, "")
+
+    def fill(result):
+        if result.step == 6:
+            # Above the weights, below AdamW's moments.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(checkpoints.CheckpointError) as error:
+            run.train_epoch(fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = tmp_path / "checkpoints"
+    assert str(error.value).startswith(f"{folder}/step-00000010 could not be written (")
+    assert str(error.value).endswith(f"; the last good checkpoint is {folder}/step-00000005")
+    assert sorted(p.name for p in folder.iterdir()) == ["last", "step-00000005"]
+    again = recipe.prepare(configured(tmp_path, train=train))
+    assert recipe.resume(again, "auto")
+    assert again.position.step == 5
+
+
+def test_metrics_on_a_full_disk_name_the_checkpoint(tmp_path):
+    run = recipe.prepare(configured(tmp_path, train={"policy": "plain"}))
+    (tmp_path / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(
+        checkpoints.CheckpointError,
+        match=r"/metrics\.jsonl: Is a directory; no checkpoint is there",
+    ):
+        recipe.fit(run, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("position"), r"step-00000000 cannot be read, .*'position'"),
+        (lambda state: state["position"].update(extra=1), r"cannot be read, .*'extra'"),
+        (lambda state: state.update(images=1436), r"1437 training images, but .* trained on 1436"),
+    ],
+)
+def test_a_checkpoint_of_another_run(tmp_path, change, message):
+    run = recipe.prepare(configured(tmp_path, train={"policy": "plain"}))
+    checkpoint = run.save()
+    state = checkpoints.verify(checkpoint)
+    change(state)
+    with pytest.raises(ValueError, match=message) as error:
+        run.resume(checkpoint, state)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_optimizer_state(tmp_path):
+    run = recipe.prepare(configured(tmp_path, train={"policy": "plain"}))
+    checkpoint = run.save()
+    (checkpoint / "optimizer.bin").write_bytes(b"junk")
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"step-00000000 cannot be read, it is dam"
+    ):
+        run.resume(checkpoint, json.loads((checkpoint / "state.json").read_text()))
