@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .entry import ABSENT, ATTRIBUTE, Entry, Installed, entry_of
+from .bound import ABSENT, Entry, entry_of
+from .entry import ATTRIBUTE, Installed
 from .intercept import Report, Site
 from .ops import table
 from .policy import Policy

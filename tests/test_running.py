@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mesa_train
+from mesa_train.bound import entry_of
 from mesa_train.codecs.running import DECAY, Running
 
 ROWS, COLS = 64, 128
@@ -34,7 +35,13 @@ def model():
 
 
 def ranges(model):
-    return {n: b.clone() for n, b in model.named_buffers()}
+    """By module, operator, operand and use: (minimum, range, step) of each group."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in model.named_modules()
+        if (entry := entry_of(module)) is not None
+        for key, value in entry.site.ranges.items()
+    }
 
 
 def batch(scale=1.0, seed=1):
@@ -53,12 +60,12 @@ def step(model, x):
 def test_the_averages_are_the_papers(model):
     x, y = batch(), batch(2.0, seed=2)
     step(model, x)
-    low, span, _ = ranges(model)["first._mesa_train_linear_input_0"]
+    low, span, _ = ranges(model)["first.linear.input.0"]
     pooled = x.view(ROWS, 2, 64)
     torch.testing.assert_close(low, pooled.amin((0, 2)))
     torch.testing.assert_close(span, pooled.amax((0, 2)) - pooled.amin((0, 2)))
     step(model, y)
-    moved = ranges(model)["first._mesa_train_linear_input_0"]
+    moved = ranges(model)["first.linear.input.0"]
     other = y.view(ROWS, 2, 64)
     torch.testing.assert_close(moved[0], DECAY * low + (1 - DECAY) * other.amin((0, 2)))
     torch.testing.assert_close(
@@ -68,10 +75,10 @@ def test_the_averages_are_the_papers(model):
 
 def test_values_beyond_the_lagging_range_saturate(model):
     step(model, batch())
-    codec = Running(model.first, "_mesa_train_linear_input_0", step=2, group_size=64)
+    codec = Running(entry_of(model.first).site.ranges, "linear.input.0", step=2, group_size=64)
     x = 2 * batch()
     decoded = codec.decode(codec.encode(x), COLS, torch.float32)
-    low, span, _ = ranges(model)["first._mesa_train_linear_input_0"]
+    low, span, _ = ranges(model)["first.linear.input.0"]
     low, high = low.repeat_interleave(64), (low + span).repeat_interleave(64)
     # Wrapping codes would turn the largest into the smallest.
     inside = torch.maximum(torch.minimum(x, high), low)
@@ -152,9 +159,9 @@ def test_state_stays_out_of_the_state_dict(model):
     assert set(model.state_dict()) == keys
     Net().load_state_dict(model.state_dict())
     model.load_state_dict(Net().state_dict())
+    assert not list(model.buffers())
     mesa_train.unwrap(model)
     assert not ranges(model)
-    assert not any(m._non_persistent_buffers_set for m in model.modules())
     assert type(model) is Net
 
 
@@ -200,8 +207,9 @@ def test_a_later_forward_does_not_corrupt_an_earlier_one(model):
     before = ranges(model)
     model(batch(7.0, seed=2))
     assert any(not torch.equal(v, before[n]) for n, v in ranges(model).items())
-    for buffer in model.buffers():
-        buffer.mul_(50.0)
+    for module in model.modules():
+        for value in entry_of(module).site.ranges.values():
+            value.mul_(50.0)
     found = torch.autograd.grad(first, [p for p in model.parameters() if p is not unused])
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
