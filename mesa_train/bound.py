@@ -7,6 +7,7 @@ right: one that is bound to a module would compute with it, not with its copy. C
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -24,6 +25,10 @@ from .mirror import mirror
 _FORWARD = "forward"
 # No `forward` in the `__dict__`.
 ABSENT: Any = inspect.Parameter.empty
+
+
+# A module's attributes, also where its class has a property of that name.
+attributes_of: Callable[[nn.Module], dict[str, Any]] = nn.Module.__dict__["__dict__"].__get__
 
 
 class Entry:
@@ -44,7 +49,7 @@ class Entry:
 
     def put_on(self) -> None:
         """Give the module its attributes."""
-        module, attributes = self.module, self.module.__dict__
+        module, attributes = self.module, attributes_of(self.module)
         if self.site.name == "":
             self.installed.model = weakref.ref(module)
         attributes[ATTRIBUTE] = self
@@ -61,7 +66,7 @@ class Entry:
 
     def take_off(self) -> None:
         """Give the module its own attributes back. One that was exchanged since stays."""
-        attributes = self.module.__dict__
+        attributes = attributes_of(self.module)
         attributes.pop(ATTRIBUTE, None)
         if self.forward is None:
             return
@@ -75,8 +80,19 @@ class Entry:
                 attributes[_FORWARD] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = () if self.own is ABSENT else (self.own,)
-        return _revived, (self.installed, self.site, *own)
+        graphs = sys.modules.get("torch.fx.graph_module")
+        if graphs is not None and isinstance(self.module, graphs.GraphModule):
+            # It is pickled as a function of its attributes, which cannot refer to it then.
+            raise TypeError(
+                "a wrapped torch.fx.GraphModule cannot be pickled: mesa_train.unwrap(model) first"
+            )
+        return _revived, self._parts()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        return _revived(*copy.deepcopy(self._parts(), memo))
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.installed, self.site, *(() if self.own is ABSENT else (self.own,))
 
 
 def _revived(installed: Installed, site: Site, *own: Any) -> Entry:
@@ -89,7 +105,7 @@ def _revived(installed: Installed, site: Site, *own: Any) -> Entry:
 
 def entry_of(module: nn.Module) -> Entry | None:
     """The entry of a wrapped module. A shallow copy of one is not wrapped itself, only its parts are."""
-    entry = module.__dict__.get(ATTRIBUTE)
+    entry = attributes_of(module).get(ATTRIBUTE)
     return entry if entry is not None and entry.module is module else None
 
 
@@ -218,3 +234,5 @@ def _replicate(module: Any) -> nn.Module:
 
 
 _METHODS = {"__getstate__": _getstate, "_replicate_for_data_parallel": _replicate}
+for _name, _method in _METHODS.items():
+    _method.__name__ = _name  # by which a bound method is pickled

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bound import ABSENT, Entry, entry_of
+from .bound import ABSENT, Entry, attributes_of, entry_of
 from .entry import ATTRIBUTE, Installed
 from .intercept import Report, Site
 from .ops import table
@@ -84,7 +84,7 @@ def unwrap(model: Model) -> Model:
         entry = entry_of(module)
         if entry is not None:
             entry.take_off()
-        module.__dict__.pop(ATTRIBUTE, None)
+        attributes_of(module).pop(ATTRIBUTE, None)
     return model
 
 
@@ -112,7 +112,7 @@ def _entry(installed: Installed, site: Site) -> Entry:
     module = site.module
     assert module is not None
     before = entry_of(module)
-    own = module.__dict__.get("forward", ABSENT)
+    own = attributes_of(module).get("forward", ABSENT)
     if before is not None and before.forward is not None and own == before.forward:
         own = before.own
     entry = Entry(installed, site, own)
