@@ -2,12 +2,12 @@
 
 `nn.Module.__call__` finds a `forward` in the module's `__dict__` before the class's. The class, the Parameters,
 buffers, hooks, state_dict keys and submodules are left as they are. Two more methods in the `__dict__` keep copies
-right: one that is bound to a module would compute with it, not with its copy. Costs about 1 kB a module.
+right: what is bound to a module would compute with it, not with its copy. Costs about 1 kB a module.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 import inspect
 import sys
@@ -20,7 +20,7 @@ from torch import nn
 
 from .entry import ATTRIBUTE, Installed, enter
 from .intercept import Site
-from .mirror import mirror
+from .mirror import mirror, mirrors_for
 
 _FORWARD = "forward"
 # No `forward` in the `__dict__`.
@@ -56,7 +56,7 @@ class Entry:
         if self.forward is None:
             return
         attributes[_FORWARD] = self.forward
-        for name, method in _METHODS.items():
+        for name, method in _methods(module):
             attributes[name] = types.MethodType(method, module)
 
     def prepare(self) -> None:
@@ -73,26 +73,14 @@ class Entry:
         for name, method in _METHODS.items():
             if getattr(attributes.get(name), "__func__", None) is method:
                 del attributes[name]
-        if self.forward == attributes.get(_FORWARD):
+        if mirrors_for(attributes.get(_FORWARD)) is self.module:
             if self.own is ABSENT:
                 del attributes[_FORWARD]
             else:
                 attributes[_FORWARD] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graphs = sys.modules.get("torch.fx.graph_module")
-        if graphs is not None and isinstance(self.module, graphs.GraphModule):
-            # It is pickled as a function of its attributes, which cannot refer to it then.
-            raise TypeError(
-                "a wrapped torch.fx.GraphModule cannot be pickled: mesa_train.unwrap(model) first"
-            )
-        return _revived, self._parts()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
-        return _revived(*copy.deepcopy(self._parts(), memo))
-
-    def _parts(self) -> tuple[Any, ...]:
-        return self.installed, self.site, *(() if self.own is ABSENT else (self.own,))
+        return _revived, (self.installed, self.site, *(() if self.own is ABSENT else (self.own,)))
 
 
 def _revived(installed: Installed, site: Site, *own: Any) -> Entry:
@@ -189,19 +177,52 @@ def _without_defaults(
 
 
 def _getstate(module: Any) -> Any:
-    """`__getstate__` of a wrapped module: of its attributes the entry alone, which makes the others again for the
-    copy. Bound to the module, they would compute with it instead of a copy."""
-    state = type(module).__getstate__(module)
-    attributes = state[0] if isinstance(state, tuple) and state else state
-    entry = module.__dict__.get(ATTRIBUTE)
-    if not isinstance(attributes, dict) or entry is None:
+    """`__getstate__` of a wrapped module."""
+    return _freed(module, type(module).__getstate__(module))
+
+
+def _freed(module: Any, state: Any) -> Any:
+    """A state of a wrapped module without what is bound to it, which would compute with it instead of a copy. The
+    entry, which stays, makes that again for the copy."""
+    if isinstance(state, tuple) and state:
+        return (_freed(module, state[0]), *state[1:])
+    entry = attributes_of(module).get(ATTRIBUTE)
+    if not isinstance(state, dict) or entry is None:
         return state
-    attributes = {k: v for k, v in attributes.items() if k not in _METHODS}
-    if entry.forward == attributes.get(_FORWARD):
-        del attributes[_FORWARD]
+    state = {k: v for k, v in state.items() if k not in _METHODS}
+    if mirrors_for(state.get(_FORWARD)) is module:
+        del state[_FORWARD]
         if entry.own is not ABSENT:
-            attributes[_FORWARD] = _Own(entry)
-    return (attributes, *state[1:]) if isinstance(state, tuple) else attributes
+            state[_FORWARD] = _Own(entry)
+    return state
+
+
+def _reduce(module: Any) -> Any:
+    """`__reduce__` of a wrapped module whose class has one. Among the arguments of what makes the copy there may be
+    all attributes, as for `torch.fx.GraphModule`; the copy is wrapped when it is there."""
+    kind: Any = type(module)
+    reduced = kind.__reduce__(module)
+    entry = attributes_of(module).get(ATTRIBUTE)
+    if not isinstance(reduced, tuple) or entry is None:
+        return reduced
+    make, args, *rest = reduced
+    if rest:
+        rest[0] = _freed(module, rest[0])
+    if any([isinstance(a, dict) and ATTRIBUTE in a for a in args]):
+        args = tuple([_freed(module, a) for a in args])
+        for attributes in args:
+            if isinstance(attributes, dict):
+                attributes.pop(ATTRIBUTE, None)
+        args = make, args, entry.installed, dataclasses.replace(entry.site, module=None)
+        make = _again
+    return (make, args, *rest)
+
+
+def _again(make: Any, args: tuple[Any, ...], installed: Installed, site: Site) -> Any:
+    """A module made by `make(*args)`, wrapped."""
+    module = make(*args)
+    _revived(installed, dataclasses.replace(site, module=module))
+    return module
 
 
 class _Own:
@@ -225,14 +246,24 @@ def _forward(entry: Entry) -> Any:
 def _replicate(module: Any) -> nn.Module:
     """`_replicate_for_data_parallel` of a wrapped module: the replica's forward is bound to the replica."""
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
-    entry = module.__dict__.get(ATTRIBUTE)
-    if entry is not None and entry.forward == replica.__dict__.get(_FORWARD):
-        replica.__dict__[_FORWARD] = _forward_of(replica, entry.own)
-    for name, method in _METHODS.items():
-        replica.__dict__[name] = types.MethodType(method, replica)
+    attributes = attributes_of(replica)
+    entry = attributes.get(ATTRIBUTE)
+    if entry is not None and mirrors_for(attributes.get(_FORWARD)) is module:
+        attributes[_FORWARD] = _forward_of(replica, entry.own)
+    for name, method in _methods(replica):
+        attributes[name] = types.MethodType(method, replica)
     return replica
 
 
-_METHODS = {"__getstate__": _getstate, "_replicate_for_data_parallel": _replicate}
+_METHODS = {
+    "__getstate__": _getstate,
+    "_replicate_for_data_parallel": _replicate,
+    "__reduce__": _reduce,
+}
 for _name, _method in _METHODS.items():
     _method.__name__ = _name  # by which a bound method is pickled
+
+
+def _methods(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    own = type(module).__reduce__ is not object.__reduce__
+    return [(n, m) for n, m in _METHODS.items() if own or n != "__reduce__"]

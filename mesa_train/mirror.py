@@ -46,6 +46,20 @@ def mirror(
     return _labelled(twin, function)
 
 
+def mirrors_for(forward: Any) -> Any:
+    """The module that a mirror, or a method made of one, enters; None if `forward` is neither."""
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = function.__code__.co_freevars
+    if _ENTER not in names:
+        return None
+    if isinstance(forward, types.MethodType):
+        return forward.__self__
+    assert function.__closure__ is not None
+    return function.__closure__[names.index(_MODULE)].cell_contents
+
+
 def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
     """`twin` with the name, docstring, annotations and attributes of `function`. Unlike `functools.wraps`, it
     does not refer to `function`: tools that look for an undecorated function would call that one instead."""
@@ -61,8 +75,11 @@ def _generic(
 ) -> Callable[..., Any]:
     """The mirror of a callable without Python code, or with parameters that no source can have."""
 
+    _mesa_train_enter, _mesa_train_module = enter, module
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return enter(args[0] if module is None else module, given, args, kwargs)
+        owner = args[0] if _mesa_train_module is None else _mesa_train_module
+        return _mesa_train_enter(owner, given, args, kwargs)
 
     if isinstance(function, types.FunctionType):
         _labelled(forward, function)

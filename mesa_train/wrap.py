@@ -16,6 +16,7 @@ from torch import nn
 from .bound import ABSENT, Entry, attributes_of, entry_of
 from .entry import ATTRIBUTE, Installed
 from .intercept import Report, Site
+from .mirror import mirrors_for
 from .ops import table
 from .policy import Policy
 
@@ -113,7 +114,7 @@ def _entry(installed: Installed, site: Site) -> Entry:
     assert module is not None
     before = entry_of(module)
     own = attributes_of(module).get("forward", ABSENT)
-    if before is not None and before.forward is not None and own == before.forward:
+    if before is not None and mirrors_for(own) is module:
         own = before.own
     entry = Entry(installed, site, own)
     try:

@@ -151,6 +151,57 @@ def test_a_recompute_moves_nothing(reentrant):
             m.zero_grad()
 
 
+class Encoder(Net):
+    """With entry points besides `forward`."""
+
+    def encode(self, x):
+        return F.gelu(self.norm(self.first(x)))
+
+    def forward(self, x):
+        return self.last(self.encode(x))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_ranges_move_whatever_is_called(checkpointed):
+    """By a method of the model's own, with a micro-batch more, as by its forward."""
+    torch.manual_seed(0)
+    whole, parts = (mesa_train.wrap(Encoder(), "paper") for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+
+    def by_parts(x):
+        if checkpointed:
+            return parts.last(checkpoint(parts.encode, x, use_reentrant=False))
+        return parts.last(parts.encode(x))
+
+    for seed in range(3):
+        for forward, model in ((whole, whole), (by_parts, parts)):
+            model.zero_grad()
+            for micro in range(2):
+                forward(batch(1.0 + seed, 2 * seed + micro)).square().mean().backward()
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                    p.sub_(1e-3 * q.grad)
+        before, after = ranges(whole), ranges(parts)
+        # The GELU, which `encode` calls from outside, is not recorded; the Linear behind it keeps its input then.
+        for name in ("first.linear.input.0", "norm.layer_norm.normalized.0"):
+            value = before[name]
+            torch.testing.assert_close(after[name][:2], value[:2])
+            assert value[2, 0] == after[name][2, 0] == seed + 1
+        assert after["last.linear.input.0"][2, 0] == seed + 1
+
+
+def test_ranges_outlive_a_way_over_the_meta_device(model):
+    step(model, batch())
+    before, state = ranges(model), {k: v.clone() for k, v in model.state_dict().items()}
+    model.to("meta")
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.half().float()
+    for name, value in ranges(model).items():
+        assert torch.equal(value, before[name])
+        assert value.dtype is torch.float32
+
+
 def test_state_stays_out_of_the_state_dict(model):
     keys = set(Net().state_dict())
     assert set(model.state_dict()) == keys
