@@ -40,6 +40,10 @@ def wrap(
     budget: instead of a policy, most memory of a training step, such as "8GiB": the policy is
         planned (see `plan`) for a batch like `inputs` under `autocast`.
 
+    A method besides `forward` (`forward_features`, an `encode` of your own) may be called: the modules
+    that it calls enter one by one. Torch functions that it calls itself are left to PyTorch, unless
+    they run under `compress`, and what two of its modules could share is kept twice.
+
     Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches
     nothing, if a budget comes without inputs or beside a policy, or if nothing fits it.
     """
