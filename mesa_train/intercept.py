@@ -395,10 +395,13 @@ _NOTHING = Site("", Policy(enabled=False).rules([""])[""])
 
 def _transformed() -> bool:
     """Inside torch.func's transforms or forward-mode differentiation, which have other means than the
-    autograd graph."""
+    autograd graph; and where torch.export or torch.jit.trace makes a program of PyTorch's operators."""
+    if torch.compiler.is_exporting():
+        return True
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -8,6 +8,7 @@ the globals. They all find those of the function that is mirrored. Costs one com
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import keyword
@@ -15,25 +16,25 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-_ENTER, _GIVEN, _SELF = "_mesa_train_enter", "_mesa_train_given", "_mesa_train_self"
+_ENTER, _GIVEN, _MODULE = "_mesa_train_enter", "_mesa_train_given", "_mesa_train_module"
 
 
 def mirror(
-    function: Any, enter: Callable[..., Any], given: Any, *, method: bool
+    function: Any, enter: Callable[..., Any], given: Any, module: Any = None
 ) -> Callable[..., Any]:
-    """A function to be bound to a module, which returns `enter(module, given, args, kwargs)`.
+    """A function that returns `enter(module, given, args, kwargs)`: a tuple and a dict, defaults filled in.
 
     function: the callable to look like. If it is no Python function, only its signature is taken.
-    enter, given: see above. `args` is a tuple and `kwargs` a dict, defaults filled in.
-    method: whether the first parameter of `function` is the module. It is then the first of `args` too.
+    module: None for a method, whose first argument is the module: the first of `args` too.
     """
-    if not isinstance(function, types.FunctionType):
-        return _generic(function, enter, given, method)
-    code = _code(function.__code__, method)
+    code = None
+    if isinstance(function, types.FunctionType):
+        code = _code(function.__code__, module is None)
     if code is None:
-        return _generic(function, enter, given, method)
+        return _generic(function, enter, given, module)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells |= {_ENTER: types.CellType(enter), _GIVEN: types.CellType(given)}
+    for name, value in ((_ENTER, enter), (_GIVEN, given), (_MODULE, module)):
+        cells[name] = types.CellType(value)
     twin = types.FunctionType(
         code,
         function.__globals__,
@@ -43,6 +44,20 @@ def mirror(
     )
     twin.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
     return _labelled(twin, function)
+
+
+def mirrors_for(forward: Any) -> Any:
+    """The module that a mirror, or a method made of one, enters; None if `forward` is neither."""
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = function.__code__.co_freevars
+    if _ENTER not in names:
+        return None
+    if isinstance(forward, types.MethodType):
+        return forward.__self__
+    assert function.__closure__ is not None
+    return function.__closure__[names.index(_MODULE)].cell_contents
 
 
 def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
@@ -56,28 +71,20 @@ def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
 
 
 def _generic(
-    function: Any, enter: Callable[..., Any], given: Any, method: bool
+    function: Any, enter: Callable[..., Any], given: Any, module: Any
 ) -> Callable[..., Any]:
     """The mirror of a callable without Python code, or with parameters that no source can have."""
 
-    def forward(_mesa_train_self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if method:
-            args = (_mesa_train_self, *args)
-        return enter(_mesa_train_self, given, args, kwargs)
+    _mesa_train_enter, _mesa_train_module = enter, module
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        owner = args[0] if _mesa_train_module is None else _mesa_train_module
+        return _mesa_train_enter(owner, given, args, kwargs)
 
     if isinstance(function, types.FunctionType):
         _labelled(forward, function)
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return forward
-    if not method:
-        first = inspect.Parameter(_SELF, inspect.Parameter.POSITIONAL_ONLY)
-        parameters = list(signature.parameters.values())
-        if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            first = first.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        signature = signature.replace(parameters=[first, *parameters])
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    with contextlib.suppress(TypeError, ValueError):
+        forward.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return forward
 
 
@@ -85,33 +92,30 @@ def _generic(
 def _code(plain: types.CodeType, method: bool) -> types.CodeType | None:
     """The code of a mirror: one object per function, since torch.compile tells functions apart by it. None if there
     is no such source."""
-    positional = plain.co_posonlyargcount, plain.co_argcount
-    names = list(plain.co_varnames)
-    if not all(n.isidentifier() and not keyword.iskeyword(n) for n in names):
+    names, count = list(plain.co_varnames), plain.co_argcount
+    if not all([n.isidentifier() and not keyword.iskeyword(n) for n in names]):
         return None
-    first, only, rest = names[: positional[1]], [], names[positional[1] :]
-    only, rest = rest[: plain.co_kwonlyargcount], rest[plain.co_kwonlyargcount :]
-    many = rest.pop(0) if plain.co_flags & inspect.CO_VARARGS else None
-    named = rest.pop(0) if plain.co_flags & inspect.CO_VARKEYWORDS else None
-    if method and not first:
+    first, names = names[:count], names[count:]
+    only, names = names[: plain.co_kwonlyargcount], names[plain.co_kwonlyargcount :]
+    many = names.pop(0) if plain.co_flags & inspect.CO_VARARGS else None
+    rest = names.pop(0) if plain.co_flags & inspect.CO_VARKEYWORDS else None
+    if method and not first and not many:
         return None
-    module = first[0] if method else _SELF
-    posonly = positional[0]
-    if not method:
-        first, posonly = [_SELF, *first], posonly + 1
-    parameters = [*first[:posonly], *(["/"] if posonly else []), *first[posonly:]]
+    module = (first[0] if first else f"{many}[0]") if method else _MODULE
+    slash = plain.co_posonlyargcount
+    parameters = [*first[:slash], *(["/"] if slash else []), *first[slash:]]
     if many or only:
         parameters += [f"*{many or ''}", *only]
-    if named:
-        parameters.append(f"**{named}")
-    given = [*(first if method else first[1:]), *([f"*{many}"] if many else [])]
-    keywords = [*[f'"{n}": {n}' for n in only], *([f"**{named}"] if named else [])]
-    free = "".join([f"; {n}" for n in plain.co_freevars])
-    call = f"{_ENTER}({module}, {_GIVEN}, ({''.join([g + ', ' for g in given])}), {{{', '.join(keywords)}}})"
+    if rest:
+        parameters.append(f"**{rest}")
+    args = "".join([f"{n}, " for n in [*first, *([f"*{many}"] if many else [])]])
+    kwargs = ", ".join([*[f'"{n}": {n}' for n in only], *([f"**{rest}"] if rest else [])])
     # Statements after the return make free variables of the names, and are never run.
+    free = "".join([f"; {n}" for n in plain.co_freevars])
     source = (
-        f"def make({', '.join([_ENTER, _GIVEN, *plain.co_freevars])}):\n"
-        f" def forward({', '.join(parameters)}): return {call}{free}"
+        f"def make({', '.join([_ENTER, _GIVEN, _MODULE, *plain.co_freevars])}):\n"
+        f" def forward({', '.join(parameters)}): "
+        f"return {_ENTER}({module}, {_GIVEN}, ({args}), {{{kwargs}}}){free}"
     )
     made = compile(source, plain.co_filename, "exec").co_consts[0]
     code: types.CodeType = next(c for c in made.co_consts if isinstance(c, types.CodeType))

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .entry import ABSENT, ATTRIBUTE, Entry, Installed, entry_of
+from .bound import ABSENT, Entry, attributes_of, entry_of
+from .entry import ATTRIBUTE, Installed
 from .intercept import Report, Site
+from .mirror import mirrors_for
 from .ops import table
 from .policy import Policy
 
@@ -37,6 +39,10 @@ def wrap(
     policy: a `Policy`, a preset's name, or None for "mesa8". Wrapping again replaces the policy.
     budget: instead of a policy, most memory of a training step, such as "8GiB": the policy is
         planned (see `plan`) for a batch like `inputs` under `autocast`.
+
+    A method besides `forward` (`forward_features`, an `encode` of your own) may be called: the modules
+    that it calls enter one by one. Torch functions that it calls itself are left to PyTorch, unless
+    they run under `compress`, and what two of its modules could share is kept twice.
 
     Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches
     nothing, if a budget comes without inputs or beside a policy, or if nothing fits it.
@@ -83,7 +89,7 @@ def unwrap(model: Model) -> Model:
         entry = entry_of(module)
         if entry is not None:
             entry.take_off()
-        module.__dict__.pop(ATTRIBUTE, None)
+        attributes_of(module).pop(ATTRIBUTE, None)
     return model
 
 
@@ -111,8 +117,8 @@ def _entry(installed: Installed, site: Site) -> Entry:
     module = site.module
     assert module is not None
     before = entry_of(module)
-    own = module.__dict__.get("forward", ABSENT)
-    if before is not None and before.forward is not None and own == before.forward:
+    own = attributes_of(module).get("forward", ABSENT)
+    if before is not None and mirrors_for(own) is module:
         own = before.own
     entry = Entry(installed, site, own)
     try:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mesa_train
+from mesa_train.bound import entry_of
 from mesa_train.codecs.running import Running
 
 ROWS, COLS = 64, 128
@@ -36,7 +37,13 @@ def model():
 
 
 def ranges(model):
-    return {n: b.clone() for n, b in model.named_buffers()}
+    """By module, operator, operand and use: (minimum, range, step) of each group."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in model.named_modules()
+        if (entry := entry_of(module)) is not None
+        for key, value in entry.site.ranges.items()
+    }
 
 
 def batch(scale=1.0, seed=1):
@@ -55,12 +62,12 @@ def step(model, x):
 def test_the_averages_are_the_papers(model):
     x, y = batch(), batch(2.0, seed=2)
     step(model, x)
-    low, span, _ = ranges(model)["first._mesa_train_linear_input_0"]
+    low, span, _ = ranges(model)["first.linear.input.0"]
     pooled = x.view(ROWS, 2, 64)
     torch.testing.assert_close(low, pooled.amin((0, 2)))
     torch.testing.assert_close(span, pooled.amax((0, 2)) - pooled.amin((0, 2)))
     step(model, y)
-    moved = ranges(model)["first._mesa_train_linear_input_0"]
+    moved = ranges(model)["first.linear.input.0"]
     other = y.view(ROWS, 2, 64)
     torch.testing.assert_close(moved[0], DECAY * low + (1 - DECAY) * other.amin((0, 2)))
     torch.testing.assert_close(
@@ -70,10 +77,10 @@ def test_the_averages_are_the_papers(model):
 
 def test_values_beyond_the_lagging_range_saturate(model):
     step(model, batch())
-    codec = Running(model.first, "_mesa_train_linear_input_0", step=2, group_size=64)
+    codec = Running(entry_of(model.first).site.ranges, "linear.input.0", step=2, group_size=64)
     x = 2 * batch()
     decoded = codec.decode(codec.encode(x), COLS, torch.float32)
-    low, span, _ = ranges(model)["first._mesa_train_linear_input_0"]
+    low, span, _ = ranges(model)["first.linear.input.0"]
     low, high = low.repeat_interleave(64), (low + span).repeat_interleave(64)
     # Wrapping codes would turn the largest into the smallest.
     inside = torch.maximum(torch.minimum(x, high), low)
@@ -146,6 +153,57 @@ def test_a_recompute_moves_nothing(reentrant):
             m.zero_grad()
 
 
+class Encoder(Net):
+    """With entry points besides `forward`."""
+
+    def encode(self, x):
+        return F.gelu(self.norm(self.first(x)))
+
+    def forward(self, x):
+        return self.last(self.encode(x))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_ranges_move_whatever_is_called(checkpointed):
+    """By a method of the model's own, with a micro-batch more, as by its forward."""
+    torch.manual_seed(0)
+    whole, parts = (mesa_train.wrap(Encoder(), "paper") for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+
+    def by_parts(x):
+        if checkpointed:
+            return parts.last(checkpoint(parts.encode, x, use_reentrant=False))
+        return parts.last(parts.encode(x))
+
+    for seed in range(3):
+        for forward, model in ((whole, whole), (by_parts, parts)):
+            model.zero_grad()
+            for micro in range(2):
+                forward(batch(1.0 + seed, 2 * seed + micro)).square().mean().backward()
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                    p.sub_(1e-3 * q.grad)
+        before, after = ranges(whole), ranges(parts)
+        # The GELU, which `encode` calls from outside, is not recorded; the Linear behind it keeps its input then.
+        for name in ("first.linear.input.0", "norm.layer_norm.normalized.0"):
+            value = before[name]
+            torch.testing.assert_close(after[name][:2], value[:2])
+            assert value[2, 0] == after[name][2, 0] == seed + 1
+        assert after["last.linear.input.0"][2, 0] == seed + 1
+
+
+def test_ranges_outlive_a_way_over_the_meta_device(model):
+    step(model, batch())
+    before, state = ranges(model), {k: v.clone() for k, v in model.state_dict().items()}
+    model.to("meta")
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.half().float()
+    for name, value in ranges(model).items():
+        assert torch.equal(value, before[name])
+        assert value.dtype is torch.float32
+
+
 def test_state_stays_out_of_the_state_dict(model):
     keys = set(Net().state_dict())
     assert set(model.state_dict()) == keys
@@ -154,9 +212,9 @@ def test_state_stays_out_of_the_state_dict(model):
     assert set(model.state_dict()) == keys
     Net().load_state_dict(model.state_dict())
     model.load_state_dict(Net().state_dict())
+    assert not list(model.buffers())
     mesa_train.unwrap(model)
     assert not ranges(model)
-    assert not any(m._non_persistent_buffers_set for m in model.modules())
     assert type(model) is Net
 
 
@@ -202,8 +260,9 @@ def test_a_later_forward_does_not_corrupt_an_earlier_one(model):
     before = ranges(model)
     model(batch(7.0, seed=2))
     assert any(not torch.equal(v, before[n]) for n, v in ranges(model).items())
-    for buffer in model.buffers():
-        buffer.mul_(50.0)
+    for module in model.modules():
+        for value in entry_of(module).site.ranges.values():
+            value.mul_(50.0)
     found = torch.autograd.grad(first, [p for p in model.parameters() if p is not unused])
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 

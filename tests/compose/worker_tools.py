@@ -163,4 +163,4 @@ def setups(variant):
 def steps_seen(model):
     """How many optimisation steps a wrapped model has counted; None for a plain one."""
     entry = model.__dict__.get("_mesa_train")
-    return None if entry is None else entry[0].steps.count
+    return None if entry is None else entry.installed.steps.count
