@@ -12,6 +12,10 @@ from torch import Tensor
 from mesa_train import kernels
 from mesa_train.kernels import reference
 
+# Seconds until a process that does not end is given up. Far more than any takes: a machine under heavy
+# load is ten times slower, and a compiler was not through after 300 there.
+PATIENCE_S = 3600
+
 OPERATORS = (
     "affine_encode",
     "affine_encode_parts",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 # Flags in /proc/cpuinfo that a host needs to run what is compiled for a target.
@@ -44,6 +45,6 @@ def test_kernels_for_another_target_equal_the_reference(tmp_path, target):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=conftest.PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr

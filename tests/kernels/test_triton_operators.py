@@ -126,7 +126,7 @@ for key in ("CUDA", "XPU"):
 assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=conftest.PATIENCE_S)
     assert done.returncode == 0
 
 
@@ -190,6 +190,6 @@ def test_compiled_kernels_round_as_specified_and_move_whole_vectors():
     pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
     script = Path(__file__).with_name("triton_compiled.py")
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=600
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=conftest.PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
