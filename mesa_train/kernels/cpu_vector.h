@@ -14,9 +14,12 @@
 #include <cstring>
 #include <new>
 
-#include <torch/headeronly/util/Half.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+// Only where no instruction converts float16: reading this header takes a second.
+#if !(defined(__AVX2__) && defined(__F16C__))
+#include <torch/headeronly/util/Half.h>
 #endif
 
 static_assert(std::endian::native == std::endian::little, "codes are packed through wider integers");

@@ -1,8 +1,8 @@
 """Every operator of mesa_train: its schema, its checks, its fake, and the reference as its body.
 
-Importing this file defines them, under `torch.ops.mesa_train`, on every device; cpu.cpp then takes
-over the CPU. All are forward-only: they are called inside autograd Functions. The fakes read shapes
-only, so footprints can be counted on the meta device and dynamic shapes compile.
+Importing this file defines them, under `torch.ops.mesa_train`, on every device; the C++ kernels then
+take over the CPU. All are forward-only: they are called inside autograd Functions. The fakes read
+shapes only, so footprints can be counted on the meta device and dynamic shapes compile.
 
 `Library.define` rather than `torch.library.custom_op`: the latter adds about 10 us a call.
 """

@@ -296,7 +296,7 @@ def _needs_gradient(argument: Any) -> bool:
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors begin at the same place in memory."""
-    return tensor.storage_offset() == other.storage_offset() and (
+    return bool(tensor.storage_offset() == other.storage_offset()) and (
         tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
     )
 

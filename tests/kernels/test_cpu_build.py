@@ -10,6 +10,7 @@ import pytest
 from limits import HUNG_S
 
 from mesa_train import kernels
+from mesa_train.kernels import cpu_build
 
 ENCODE = """
 import logging, torch
@@ -75,9 +76,13 @@ def test_an_unusable_cache_gives_one_warning(tmp_path, expected):
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_start_together_share_one_build(tmp_path, expected):
-    both = [start(ENCODE, MESA_TRAIN_CACHE=str(tmp_path / "new"), MESA_TRAIN_CPU_KERNELS="1")]
-    both += [start(ENCODE, MESA_TRAIN_CACHE=str(tmp_path / "new"), MESA_TRAIN_CPU_KERNELS="1")]
-    for process in both:
+    environment = {
+        "MESA_TRAIN_CACHE": str(tmp_path / "new"),
+        "MESA_TRAIN_CPU_KERNELS": "1",
+        # Which flags makes no difference here, and these compile in a third of the time.
+        "MESA_TRAIN_CXXFLAGS": "-O0",
+    }
+    for process in [start(ENCODE, **environment) for _ in range(2)]:
         native, result, err = finish(process)
         assert native, err
         assert result == expected
@@ -102,8 +107,6 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode"
 def test_load_from_many_threads(monkeypatch):
     monkeypatch.setattr(kernels, "_loaded", False)
     calls = []
-    from mesa_train.kernels import cpu_build
-
     monkeypatch.setattr(cpu_build, "load", lambda: calls.append(1))
     threads = [threading.Thread(target=kernels.load) for _ in range(8)]
     for thread in threads:
@@ -111,3 +114,78 @@ def test_load_from_many_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert calls == [1]
+
+
+# In the place of a compiler: writes its arguments to a file beside it, and an output unless one of them
+# is what it was told to refuse.
+COMPILER = """
+printf '%s\\n' "$*" >> "$0.log"
+for argument; do
+  case "$argument" in
+    {refused}) echo "refused: $argument" >&2; exit 1;;
+  esac
+  [ "$previous" = -o ] && echo done > "$argument"
+  previous=$argument
+done
+exit 0
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """compiler(refused) puts such a compiler in CXX; returns what it was called with."""
+
+    def set_up(refused):
+        script = tmp_path / "compiler.sh"
+        script.write_text(COMPILER.format(refused=refused))
+        monkeypatch.setenv("CXX", f"sh {script}")
+        return lambda: script.with_suffix(".sh.log").read_text().splitlines()
+
+    monkeypatch.setenv("MESA_TRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MESA_TRAIN_CXXFLAGS", raising=False)
+    return set_up
+
+
+def test_one_object_that_does_not_compile_leaves_nothing(tmp_path, compiler):
+    compiler("-DMESA_DTYPE=Float16")
+    with pytest.raises(cpu_build._BuildError, match="refused: -DMESA_DTYPE=Float16"):
+        cpu_build._library()
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_compiler_that_does_not_know_this_processor_builds_for_an_older_one(tmp_path, compiler):
+    called = compiler("-march=native")
+    path = cpu_build._library()
+    assert path.read_text() == "done\n"
+    assert [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"] == []
+    # The last calls are those of the second build: every object, and the link.
+    built = called()[-len(cpu_build._UNITS) - 1 :]
+    assert not any("-march=native" in line for line in built)
+    assert sum(" -c " in line for line in built) == len(cpu_build._UNITS)
+    before = len(called())
+    assert cpu_build._library() == path
+    assert len(called()) == before, "it is there already"
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, compiler):
+    compiler("nothing")
+    path = cpu_build._library()
+    path.unlink()
+    (path.parent / f"{path.stem}.abc.tmp").mkdir()
+    (path.parent / f"{path.stem}.abc.tmp" / "0.o").write_text("half")
+    other = path.parent / "cpu_of_another_build.abc.tmp"
+    other.mkdir()
+    assert cpu_build._library().exists()
+    assert [p for p in path.parent.iterdir() if p.suffix == ".tmp"] == [other]
+
+
+@pytest.mark.parametrize(("chosen", "jobs"), [("1", 1), ("3", 3), ("0", 1), ("many", 1)])
+def test_max_jobs_limits_the_compilers(monkeypatch, chosen, jobs):
+    monkeypatch.setenv("MAX_JOBS", chosen)
+    assert cpu_build._jobs(5) == jobs
+
+
+def test_no_more_compilers_than_cores_or_objects(monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert cpu_build._jobs(1) == 1
+    assert 1 <= cpu_build._jobs(1000) <= (os.cpu_count() or 1)

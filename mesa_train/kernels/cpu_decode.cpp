@@ -1,108 +1,16 @@
-// The operators on the CPU: for each its checks, and which loops it is made of. Written against torch's
-// stable ABI (torch >= 2.11), which compiles in seconds.
+// The operators that read codes: as values, as an activation and its backward, as the backward of a norm
+// or a softmax; and the masks of one bit an element.
 
 #include <string>
 #include <tuple>
 
 #include "cpu_bitmask.h"
 #include "cpu_decode.h"
-#include "cpu_encode.h"
-#include "cpu_forward.h"
 #include "cpu_norm.h"
 #include "cpu_rowwise.h"
 
 namespace mesa {
 namespace {
-
-std::tuple<Tensor, Tensor> affine_encode(const Tensor& x, int64_t bits, int64_t group_size,
-                                         bool stochastic, int64_t seed) {
-  const Codes out = encode_plain(Matrix("x", x), {bits, group_size, stochastic, seed});
-  return {out.parts[0].codes, out.parts[0].scales};
-}
-
-std::vector<Tensor> affine_encode_parts(const Tensor& x, int64_t parts, int64_t bits,
-                                        int64_t group_size, bool stochastic, int64_t seed) {
-  const Matrix matrix("x", x);
-  STD_TORCH_CHECK(parts >= 1 && matrix.cols % parts == 0, "parts must divide the columns of x, got ",
-                  parts, " and ", matrix.cols, " columns");
-  std::vector<Tensor> tensors;
-  const Codes out = encode_plain(matrix, {bits, group_size, stochastic, seed}, parts);
-  for (const Codes::Part& part : out.parts) {
-    tensors.push_back(part.codes), tensors.push_back(part.scales);
-  }
-  return tensors;
-}
-
-std::tuple<Tensor, Tensor> normalized_encode(const Tensor& x, const std::optional<Tensor>& mean,
-                                             const Tensor& rstd, int64_t bits, int64_t group_size,
-                                             bool stochastic, int64_t seed) {
-  const Matrix matrix("x", x);
-  const Vector means("mean", mean, matrix.rows), rstds("rstd", rstd, matrix.rows);
-  const Codes out = encode_normalized(matrix, means.data, rstds.data,
-                                      {bits, group_size, stochastic, seed});
-  return {out.parts[0].codes, out.parts[0].scales};
-}
-
-std::tuple<Tensor, Tensor, Tensor> activation_encode(const Tensor& x, const std::string& kind,
-                                                     int64_t bits, int64_t group_size,
-                                                     bool stochastic, int64_t seed) {
-  const Activation& act = find_activation(kind);
-  const Matrix matrix("x", x);
-  const Output y(matrix.rows, matrix.cols, x.scalar_type(), matrix.type);
-  ActivateValues values = nullptr;
-  with_dtype(matrix.type, [&]<typename T>(T t) { values = act.of(t).values; });
-  const Codes out = encode_plain(matrix, {bits, group_size, stochastic, seed}, 1, [&] {
-    return std::make_unique<ActivationForward>(matrix, y, values);
-  });
-  return {y.result(), out.parts[0].codes, out.parts[0].scales};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_encode(
-    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    double eps, bool centered, ScalarType dtype, int64_t bits, int64_t group_size, bool stochastic,
-    int64_t seed) {
-  const Matrix matrix("x", x);
-  const int64_t rows = matrix.rows, cols = matrix.cols;
-  const Vector weights("weight", weight, cols), biases("bias", bias, cols);
-  const FloatVector ones(weights.data ? 0 : cols + PAIR, 1.0f);
-  const FloatVector zeros(biases.data ? 0 : cols + PAIR);
-  const Output y(rows, cols, dtype, written_as(dtype));
-  const Tensor rstd = empty({rows}, ScalarType::Float);
-  std::vector<float> means(centered ? rows : 0);
-  NormForward::Task task{matrix,
-                         y,
-                         centered ? means.data() : nullptr,
-                         static_cast<float*>(rstd.mutable_data_ptr()),
-                         weights.data ? weights.data : ones.data(),
-                         biases.data ? biases.data : zeros.data(),
-                         static_cast<float>(eps),
-                         nullptr,
-                         nullptr};
-  with_dtype(matrix.type, [&]<typename T>(T) {
-    task.statistics = norm_statistics<T>;
-    with_dtype(written_as(dtype), [&]<typename U>(U) { task.values = norm_values<T, U>; });
-  });
-  const Codes out = encode_normalized(matrix, task.mean, task.rstd,
-                                      {bits, group_size, stochastic, seed},
-                                      [&] { return std::make_unique<NormForward>(task); });
-  return {y.result(), rstd, out.parts[0].codes, out.parts[0].scales};
-}
-
-std::tuple<Tensor, Tensor, Tensor> softmax_encode(const Tensor& x, ScalarType dtype, int64_t bits,
-                                                  int64_t group_size, bool stochastic,
-                                                  int64_t seed) {
-  const Matrix matrix("x", x);
-  const Output y(matrix.rows, matrix.cols, dtype, written_as(dtype));
-  const Matrix weights("y", y.tensor);
-  Besides besides;
-  with_dtype(matrix.type, [&]<typename T>(T) {
-    with_dtype(weights.type, [&]<typename U>(U) {
-      besides = [&] { return std::make_unique<SoftmaxForward<T, U>>(matrix, y); };
-    });
-  });
-  const Codes out = encode_plain(weights, {bits, group_size, stochastic, seed}, 1, besides);
-  return {y.result(), out.parts[0].codes, out.parts[0].scales};
-}
 
 Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
                      ScalarType dtype, const std::optional<Tensor>& weight,
@@ -123,11 +31,10 @@ Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, in
 
 Tensor activation_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
                          ScalarType dtype, const std::string& kind) {
-  const Activation& act = find_activation(kind);
   const Coded coded(codes, scales, bits, codes.size(0), cols);
   const Output y(codes.size(0), cols, dtype, written_as(dtype));
-  with_dtype(dtype, [&]<typename T>(T t) {
-    activate_all<T>(coded, codes.size(0), act.of(t).value[bits != 8],
+  with_dtype(dtype, [&]<typename T>(T) {
+    activate_all<T>(coded, codes.size(0), find_passes<T>(kind).value[bits != 8],
                     [&](int64_t row, int64_t col, Piece& p) { p.y = y.row<T>(row) + col; });
   });
   return y.result();
@@ -135,12 +42,11 @@ Tensor activation_decode(const Tensor& codes, const Tensor& scales, int64_t bits
 
 Tensor activation_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
                            int64_t bits, const std::string& kind) {
-  const Activation& act = find_activation(kind);
   const Matrix grads("grad", grad);
   const Coded coded(codes, scales, bits, grads.rows, grads.cols);
   const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
-  with_dtype(grads.type, [&]<typename T>(T t) {
-    activate_all<T>(coded, grads.rows, act.of(t).backward[bits != 8],
+  with_dtype(grads.type, [&]<typename T>(T) {
+    activate_all<T>(coded, grads.rows, find_passes<T>(kind).backward[bits != 8],
                     [&](int64_t row, int64_t col, Piece& p) {
                       p.grad = grads.row<T>(row) + col;
                       p.dx = dx.row<T>(row) + col;
@@ -154,13 +60,12 @@ Tensor activation_backward(const Tensor& grad, const Tensor& codes, const Tensor
 std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& codes,
                                            const Tensor& scales, int64_t bits,
                                            const std::string& kind) {
-  const Activation& act = find_activation(kind);
   const Matrix grads("grad", grad);
   const Coded coded(codes, scales, bits, grads.rows, grads.cols);
   const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
   const Output y(grads.rows, grads.cols, grad.scalar_type(), grads.type);
-  with_dtype(grads.type, [&]<typename T>(T t) {
-    activate_all<T>(coded, grads.rows, act.of(t).pair[bits != 8],
+  with_dtype(grads.type, [&]<typename T>(T) {
+    activate_all<T>(coded, grads.rows, find_passes<T>(kind).pair[bits != 8],
                     [&](int64_t row, int64_t col, Piece& p) {
                       p.grad = grads.row<T>(row) + col;
                       p.dx = dx.row<T>(row) + col;
@@ -312,17 +217,11 @@ Tensor bitmask_apply(const Tensor& grad, const Tensor& bits, double scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mesa_train, CPU, m) {
-  m.impl("affine_encode", TORCH_BOX(&affine_encode));
-  m.impl("affine_encode_parts", TORCH_BOX(&affine_encode_parts));
   m.impl("affine_decode", TORCH_BOX(&affine_decode));
-  m.impl("normalized_encode", TORCH_BOX(&normalized_encode));
-  m.impl("norm_encode", TORCH_BOX(&norm_encode));
-  m.impl("activation_encode", TORCH_BOX(&activation_encode));
-  m.impl("softmax_encode", TORCH_BOX(&softmax_encode));
-  m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("activation_decode", TORCH_BOX(&activation_decode));
   m.impl("activation_backward", TORCH_BOX(&activation_backward));
   m.impl("activation_pair", TORCH_BOX(&activation_pair));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("scale_backward", TORCH_BOX(&scale_backward));
   m.impl("bitmask_encode", TORCH_BOX(&bitmask_encode));
