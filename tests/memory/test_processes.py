@@ -80,7 +80,7 @@ def test_failures_are_rows(tmp_path, monkeypatch):
     assert "note" not in plain
     assert plain["gradient_error"] == 0
     assert killed["note"] == "killed by the system, most likely out of memory"
-    assert memory["note"] == "out of memory: tried to allocate 2.00 GiB (moody.py, line 23)"
+    assert memory["note"] == "out of memory: tried to allocate 2.00 GiB (moody.py, line 24)"
     assert slow["note"] == f"stopped after {HUNG_S} s"
     assert "no row of equal blocks" in blocks["note"]
     assert last["kept_bytes"] == plain["kept_bytes"]

@@ -63,6 +63,10 @@ def test_the_probe_finds_what_is_linear():
         features.linear_probe([train, shuffled], test)
     with pytest.raises(ValueError, match="k=500 must lie between 1 and the 400"):
         features.nearest_neighbours(train, test, k=500)
+    # 20 by default, as in DINO's evaluation.
+    with pytest.raises(ValueError, match="k=20 must lie between 1 and the 19"):
+        features.nearest_neighbours((train[0][:19], train[1][:19]), test)
+    assert features.nearest_neighbours((train[0][:20], train[1][:20]), test) > 0.5
 
 
 NAMES, THEIRS = ["tench", "tabby", "tiger cat", "ox"], ["fish", "cat", "boat"]

@@ -89,6 +89,18 @@ def test_factored_is_adafactor(chunk, monkeypatch):
     assert stepper.norm().item() == pytest.approx(last.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("update", "expected"), [(1, [1] * 5), (8, [2, 2, 1]), (99, [5])])
+def test_an_update_takes_a_few_rows_at_a_time(update, expected, monkeypatch):
+    """So its temporaries are of UPDATE elements, or of one row; a vector is taken whole."""
+    monkeypatch.setattr(in_backward, "UPDATE", update)
+    weight, grad = torch.randn(5, 4), torch.randn(5, 4).bfloat16()
+    chunks = list(in_backward._chunks(weight, grad))
+    assert [len(w) for _, _, w in chunks] == expected
+    assert torch.equal(torch.cat([g for _, g, _ in chunks]), grad.float())
+    assert torch.equal(torch.cat([weight[part] for part, *_ in chunks]), weight)
+    assert len(list(in_backward._chunks(weight[:, 0], grad[:, 0]))) == 1
+
+
 def test_lion_is_lion_but_for_the_codes_of_its_moment():
     parameters, gradients = example(1)
     found, _ = steps("lion", parameters, gradients)

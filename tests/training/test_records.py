@@ -8,7 +8,7 @@ from mesa_train.training import records
 
 
 def test_round_trip(tmp_path):
-    path = tmp_path / "new" / "rows.jsonl"
+    path = tmp_path / "new" / "and newer" / "rows.jsonl"
     assert records.read(path) == []
     records.append(path, {"a": 1}, {"b": [1.5, None]})
     records.append(path, {"c": "x̂"})
