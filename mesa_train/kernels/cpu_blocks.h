@@ -116,6 +116,19 @@ inline void pack(Packed q, uint8_t* bytes, int bits) {
   }
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi16(0x0401));
   store(bytes, _mm512_cvtepi32_epi8(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001))));
+#elif defined(__AVX2__)
+  // The same; each half of a register is narrowed by itself.
+  const __m256i factors = _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401);
+  __m256i codes = _mm256_maddubs_epi16((__m256i)q, factors);
+  if (bits == 4) {
+    codes = _mm256_permute4x64_epi64(_mm256_packus_epi16(codes, codes), 0x08);
+    return store(bytes, _mm256_castsi256_si128(codes));
+  }
+  codes = _mm256_madd_epi16(codes, _mm256_set1_epi32(0x00100001));
+  codes = _mm256_packus_epi32(codes, codes);
+  codes = _mm256_permute4x64_epi64(_mm256_packus_epi16(codes, codes), 0x08);
+  const __m128i words = _mm256_castsi256_si128(codes);
+  store(bytes, _mm_cvtsi128_si64(_mm_shuffle_epi32(words, 0x08)));
 #else
   uint8_t codes[BLOCK];
   store(codes, q);
@@ -128,6 +141,12 @@ inline void pack(Packed q, uint8_t* bytes, int bits) {
 inline uint32_t largest(Words x) {
 #if defined(MESA_AVX512)
   return _mm512_reduce_max_epu32((__m512i)x);
+#elif defined(__AVX2__)
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128((__m256i)x),
+                               _mm256_extracti128_si256((__m256i)x, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
 #else
   uint32_t most = x[0];
   for (int k = 1; k < LANES; ++k) most = std::max<uint32_t>(most, x[k]);

@@ -128,42 +128,53 @@ inline Ends find_ends(const Normalized<T>& x, int64_t n) {
 
 struct Grids {
   static constexpr int64_t ROOM = 16;
-  Ends ends[ROOM] = {};
+  static_assert(ROOM % LANES == 0);
+  uint32_t low[ROOM] = {}, high[ROOM] = {};  // their ends
   float zero[ROOM], inverse[ROOM];  // 0 and 0 for a group with NaN or infinity: its codes are 0
   uint32_t stored[ROOM];            // scale in the low, zero in the high half, as bfloat16
   // A code, with 16 bits for it and its fraction, may overflow on the way: numbers of 1e38 or 1e-30.
   uint32_t extreme[ROOM];
 
-  // All of them whether they are needed or not: a loop of a fixed length is a few vectors.
+  void set(int64_t k, Ends ends) { low[k] = ends.low, high[k] = ends.high; }
+
+  // All of them whether they are needed or not. In vectors by hand: g++ takes a loop of numbers for one
+  // with branches, and then the 16 cost as much as the codes of their groups.
   void compute(int bits) {
-    constexpr float largest = std::numeric_limits<float>::max();
     const float levels = static_cast<float>((1 << bits) - 1);
-    for (int64_t g = 0; g < ROOM; ++g) {
-      const uint32_t low = ends[g].low, high = ends[g].high;
-      const float most = as_float(high);
+    for (int64_t g = 0; g < ROOM; g += LANES) compute(g, levels);
+  }
 
-      uint32_t down = low & 0xFFFF0000u;
-      down += low >> 31 && down != low ? 0x10000u : 0u;
-      down = down == 0x80000000u ? 0u : down;
-      down = down == 0xFF800000u ? 0xFF7F0000u : down;
-      const float bottom = as_float(down);
+ private:
+  // `value` where the mask is set, else 0.
+  static Words where(Ints mask, uint32_t value) { return std::bit_cast<Words>(mask) & value; }
 
-      const float range = most - bottom;
-      uint32_t up = as_bits((range < largest ? range : largest) / levels);
-      up = (up + 0xFFFF) & 0xFFFF0000u;
-      const uint32_t cut = std::fabs(levels * as_float(up) + bottom) <= largest ? 0u : 0x10000u;
-      up -= cut;
-      up = as_float(up) < std::numeric_limits<float>::min() ? 0u : up;
+  void compute(int64_t g, float levels) {
+    constexpr float largest = std::numeric_limits<float>::max();
+    const Words lowest = load<Words>(low + g), highest = load<Words>(high + g);
+    const Floats most = as_floats(highest);
 
-      // Masks, because the vectoriser gives up on a float that is stored conditionally.
-      const uint32_t finite = ~low & 0x7F800000u && ~high & 0x7F800000u ? ~0u : 0u;
-      const uint32_t positive = up ? finite : 0u;
-      zero[g] = as_float(down & finite);
-      inverse[g] = as_float(as_bits(1.0f / as_float(up)) & positive);
-      stored[g] = ((up >> 16 | down) & finite) | (0x7FC07FC0u & ~finite);
-      const uint32_t unlike = cut | (range <= largest ? 0u : 1u) | (as_float(up) < 0x1p-100f ? 1u : 0u);
-      extreme[g] = unlike & positive;
-    }
+    Words down = lowest & 0xFFFF0000u;
+    down += where((lowest >= 0x80000000u) & (down != lowest), 0x10000u);
+    down &= ~where(down == 0x80000000u, ~0u);
+    down -= where(down == 0xFF800000u, 0x10000u);
+    const Floats bottom = as_floats(down);
+
+    const Floats range = most - bottom;
+    Words up = as_words(smaller(range, all(largest)) / levels);
+    up = (up + 0xFFFF) & 0xFFFF0000u;
+    const Words cut = ~where(absolute(levels * as_floats(up) + bottom) <= largest, ~0u) & 0x10000u;
+    up -= cut;
+    up &= ~where(as_floats(up) < std::numeric_limits<float>::min(), ~0u);
+
+    const Words finite = where((~lowest & 0x7F800000u) != 0, ~0u) &
+                         where((~highest & 0x7F800000u) != 0, ~0u);
+    const Words positive = where(up != 0, ~0u) & finite;
+    store(zero + g, down & finite);
+    store(inverse + g, as_words(1.0f / as_floats(up)) & positive);
+    store(stored + g, ((up >> 16 | down) & finite) | (0x7FC07FC0u & ~finite));
+    const Words unlike = cut | (~where(range <= largest, ~0u) & 1u) |
+                         where(as_floats(up) < 0x1p-100f, 1u);
+    store(extreme + g, unlike & positive);
   }
 };
 

@@ -82,7 +82,7 @@ struct Encoder {
       if (beside && s.group == 0) beside->before(s.row + r);
       for_groups(s, r, [&](int64_t g, const Source& x, int64_t, int64_t n) {
         Padded<Raw, BLOCK> padded;
-        grids.ends[r * s.groups + g] = find_ends(x.on(padded.read(x.x, n)), std::max(n, BLOCK));
+        grids.set(r * s.groups + g, find_ends(x.on(padded.read(x.x, n)), std::max(n, BLOCK)));
       });
     }
     grids.compute(layout.bits);

@@ -133,6 +133,8 @@ inline Floats floats(Bytes x) { return floats(widen(x)); }
 inline Floats larger(Floats a, Floats b) {
 #if defined(MESA_AVX512)
   return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -141,6 +143,8 @@ inline Floats larger(Floats a, Floats b) {
 inline Floats smaller(Floats a, Floats b) {
 #if defined(MESA_AVX512)
   return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
 #else
   return a < b ? a : b;
 #endif
@@ -176,6 +180,8 @@ inline float sum(Floats x) {
 struct Table {
 #if defined(MESA_AVX512)
   Floats values;
+#elif defined(__AVX2__)
+  Floats low, high;
 #else
   float values[16];
 #endif
@@ -186,6 +192,8 @@ struct Table {
     for (int k = 0; k < LANES; ++k) code[k] = static_cast<float>(k);
 #if defined(MESA_AVX512)
     values = f(code);
+#elif defined(__AVX2__)
+    low = f(code), high = f(code + 8.0f);
 #else
     for (int q = 0; q < 16; q += LANES) store(values + q, f(code + static_cast<float>(q)));
 #endif
@@ -193,6 +201,12 @@ struct Table {
   Floats operator[](Bytes q) const {
 #if defined(MESA_AVX512)
     return _mm512_permutexvar_ps((__m512i)widen(q), values);
+#elif defined(__AVX2__)
+    // Of an index the three low bits count. The fourth becomes the sign that chooses.
+    const __m256i index = (__m256i)widen(q);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                            _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 #else
     Floats v;
     for (int k = 0; k < LANES; ++k) v[k] = values[q[k]];
