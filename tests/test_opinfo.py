@@ -23,6 +23,9 @@ MOST = 4  # samples that are looked at, of which two are run
 BOUND = 0.15
 # A gradient smaller than this per element is one of a saturated or degenerate sample: a norm of two elements, say.
 LEAST = 0.1
+# Logits of thousands, from projections of inputs and weights that all lie within +-9: where q and k are off by a step of
+# a code, another key wins the softmax. Whether gradients are finite is still compared.
+SATURATED = {"nn.functional.multi_head_attention_forward"}
 # What a gradient is taken of is no function of the input: eigenvectors have a free phase, a layout has no copy.
 # A view of more memory than the sample has was given to it.
 LEFT_OUT = {"linalg.eig", "view_as_complex", "to_sparse", "as_strided.partial_views"}
@@ -45,7 +48,8 @@ def samples_of(op):
     samples = list(
         itertools.islice(op.sample_inputs("cpu", torch.float64, requires_grad=True), MOST)
     )
-    if len(samples) > 1 and not op.name.startswith("sparse."):
+    # What as_strided reads of an input depends on its strides, and a copy has other memory.
+    if len(samples) > 1 and not op.name.startswith(("sparse.", "as_strided")):
         return [samples[0], samples[-1].noncontiguous()]
     return samples[:1]
 
@@ -139,7 +143,7 @@ def test_function(op):
     samples = samples_of(op)
     assert samples
     for sample in samples:
-        assert compare(op, sample) <= BOUND
+        assert compare(op, sample) <= BOUND or op.name in SATURATED
     gc.disable()
     try:
         # Where nothing is coded, an output that is saved is the very tensor.
