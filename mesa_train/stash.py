@@ -297,7 +297,13 @@ def held(tensor: Tensor) -> Tensor:
     shares."""
     if torch.compiler.is_compiling() or hasattr(tensor, "ds_status"):
         return tensor
-    return tensor.detach()
+    # A Parameter again, since hooks that move or count saved tensors pass parameters by.
+    if type(tensor) is torch.nn.Parameter:
+        return Tensor._make_subclass(torch.nn.Parameter, tensor, False)
+    alias = tensor.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        alias._is_param = True  # type: ignore[attr-defined]
+    return alias
 
 
 class Replay:
