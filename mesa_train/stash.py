@@ -302,7 +302,7 @@ def held(tensor: Tensor) -> Tensor:
         return Tensor._make_subclass(torch.nn.Parameter, tensor, False)
     alias = tensor.detach()
     if isinstance(tensor, torch.nn.Parameter):
-        alias._is_param = True  # type: ignore[attr-defined]
+        alias._is_param = True
     return alias
 
 
