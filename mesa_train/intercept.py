@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
@@ -31,6 +37,9 @@ from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +61,9 @@ class Interception(TorchFunctionMode):
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
-        if not torch.compiler.is_compiling():
+        # torch.compile must not trace reads and writes of an object that outlives the frame.
+        self.traced = torch.compiler.is_compiling()
+        if not self.traced:
             table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
@@ -62,6 +73,8 @@ class Interception(TorchFunctionMode):
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
         self.outer: list[Any] = []
+        # The modes that were on before, if this one is alone while it is on.
+        self.before: list[Any] = []
         self.inputs: InputHooks | None = None
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
@@ -70,7 +83,9 @@ class Interception(TorchFunctionMode):
         self.order: Order = []
 
     def __enter__(self) -> Interception:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.before = stand_in()
+        else:
             see_linear()
         # What the inner policy leaves alone is not the outer one's either.
         other = innermost()
@@ -94,9 +109,14 @@ class Interception(TorchFunctionMode):
         if not self.outer and self.inputs is not None:
             self.inputs.__exit__(*error)
             self.inputs = None
+        if self.before:
+            exchange(self.before)
+            self.before = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling() and not self.traced:
+            return Interception(self.site, self.owner).__torch_function__(func, types, args, kwargs)
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
         row = table.ROWS.get(func)
@@ -300,10 +320,61 @@ def active(owner: object) -> Interception | None:
 
 def innermost() -> Interception | None:
     """The innermost interception that is on in this thread."""
+    compiling = torch.compiler.is_compiling()
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, Interception):
-            return mode
+            return mode if mode.traced is compiling else None
     return None
+
+
+def stand_in() -> list[Any]:
+    """In a traced frame: take off the interceptions that were entered outside of it, and return the
+    modes that were on before; nothing if there are none."""
+    modes = _get_current_function_mode_stack()
+    if not any([isinstance(m, Interception) and not m.traced for m in modes]):
+        return []
+    exchange([m for m in modes if not isinstance(m, Interception) or m.traced])
+    return modes
+
+
+def between_graphs() -> bool:
+    """Whether this frame runs in Python because torch.compile broke its graph, while it compiles the
+    frames that are called from here."""
+    return not torch.compiler.is_compiling() and callable(
+        torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    )
+
+
+@contextlib.contextmanager
+def aside(owner: Any, site: Site) -> Iterator[None]:
+    """Between the graphs of a module: without interceptions. An interception cannot be entered in one
+    graph and left in another; the modules inside enter one each."""
+    if not owner.broken:
+        owner.broken = True
+        module = type(site.module).__name__
+        _logger.warning(
+            "torch.compile breaks the graph of %s (%s): the torch calls of its own forward keep what "
+            "PyTorch keeps, the modules inside keep codes",
+            site.name or "the model", module,
+        )
+    modes = _get_current_function_mode_stack()
+    others = [m for m in modes if not isinstance(m, Interception)]
+    if len(others) == len(modes):
+        yield
+        return
+    exchange(others)
+    try:
+        yield
+    finally:
+        exchange(modes)
+
+
+def exchange(modes: list[Any]) -> None:
+    """Let `modes` be the torch function modes that are on."""
+    for _ in range(len(_get_current_function_mode_stack())):
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def compress(policy: Policy | str | None = None) -> Interception:
