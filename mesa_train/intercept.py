@@ -51,6 +51,8 @@ class Site:
     rules: Rules
     module: nn.Module | None = None
     checkpointed: bool = False
+    # Of running ranges (see `codecs/running.py`), by operator, operand and use.
+    ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
 
 class Interception(TorchFunctionMode):

@@ -1,58 +1,24 @@
 """`wrap` and `unwrap`: install a policy on a model, in place, and take it off again.
 
-Each module's class is exchanged for a subclass of the same name whose `forward` enters the
-interception if it is not on already. Nothing else changes: the same Parameters, buffers, hooks,
-state_dict keys, signature and attributes. That every module can enter is what lets a checkpoint's
-recompute, which runs a block on its own in the backward, meet the same policy. Where no gradient
-will be needed, nothing is entered and nothing kept.
+`entry.py` says what a wrapped module has more than a plain one. `wrap` computes it for all modules
+before it changes the first.
 """
 
 from __future__ import annotations
 
-import copyreg
-import functools
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
-from . import sharded
-from .intercept import Interception, Report, Site, active, hookable, saved_hooks
+from .entry import ABSENT, ATTRIBUTE, Entry, Installed, entry_of
+from .intercept import Report, Site
 from .ops import table
-from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy
-from .stash import Lineage
-from .steps import Steps
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# The one attribute a wrapped module has more than a plain one.
-_ATTRIBUTE = "_mesa_train"
-
-
-class Installed:
-    """What all modules of one wrapped model share: the policy and the report of the last
-    forward."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.report = Report()
-        self.steps = Steps()
-        changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
-        self._running = "running" in changes
-
-    def forward_begins(self, model: nn.Module) -> None:
-        """A new forward of the whole model: clear the report, and see whether the weights have
-        moved."""
-        self.report.rows.clear()
-        if self._running:
-            self.steps.look(model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "report": Report()}
 
 
 def wrap(
@@ -87,19 +53,24 @@ def wrap(
         policy = plan(model, inputs, budget, autocast=autocast).policy
     elif inputs is not None or autocast is not None:
         raise ValueError("wrap takes inputs and autocast for a budget only; budget is None")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"wrap takes a model that runs in Python, got {type(model).__name__}: wrap before scripting"
+        )
     resolved = Policy.of(policy)
     table.link()
-    modules = [(_plain_name(model, name), module) for name, module in model.named_modules()]
+    # All that can fail comes before the first change.
+    modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]
     rules, checkpointed = resolved.rules(names), resolved.checkpointed(names)
-    unwrap(model)
     installed = Installed(resolved)
-    for plain, module in modules:
-        module.__class__ = _wrapped(type(module))  # type: ignore[arg-type]
-        module.__dict__[_ATTRIBUTE] = (
-            installed,
-            Site(plain, rules[plain], module, plain in checkpointed),
-        )
+    entries = [
+        _entry(installed, Site(plain, rules[plain], module, plain in checkpointed))
+        for plain, module in modules
+    ]
+    unwrap(model)
+    for entry in entries:
+        entry.put_on()
     return model
 
 
@@ -108,26 +79,49 @@ def unwrap(model: Model) -> Model:
     wrapped stays as it is."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"unwrap takes an nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        module.__dict__.pop(_ATTRIBUTE, None)
-        for name in [n for n in module._buffers if n.startswith(_ATTRIBUTE + "_")]:
-            del module._buffers[name]
-            module._non_persistent_buffers_set.discard(name)
-        if "_mesa_train_plain" in type(module).__dict__:
-            module.__class__ = type(module).__dict__["_mesa_train_plain"]
+    for _, module in _modules(model):
+        entry = entry_of(module)
+        if entry is not None:
+            entry.take_off()
+        module.__dict__.pop(ATTRIBUTE, None)
     return model
 
 
 def policy_of(model: nn.Module) -> Policy | None:
     """The policy that `model` is wrapped with, or None."""
-    entry = model.__dict__.get(_ATTRIBUTE)
-    return None if entry is None else entry[0].policy
+    entry = entry_of(model)
+    return None if entry is None else entry.installed.policy
 
 
 def report_of(model: nn.Module) -> Report | None:
     """What the last forward of a wrapped model kept, or None if it is not wrapped."""
-    entry = model.__dict__.get(_ATTRIBUTE)
-    return None if entry is None else entry[0].report
+    entry = entry_of(model)
+    return None if entry is None else entry.installed.report
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose forward runs in Python, with their names."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
+def _entry(installed: Installed, site: Site) -> Entry:
+    """What is to be put on a module, with the `forward` that it has now as its own."""
+    module = site.module
+    assert module is not None
+    before = entry_of(module)
+    own = module.__dict__.get("forward", ABSENT)
+    if before is not None and before.forward is not None and own == before.forward:
+        own = before.own
+    entry = Entry(installed, site, own)
+    try:
+        entry.prepare()
+    except Exception as error:
+        raise TypeError(
+            f"wrap cannot enter {site.name or 'the model'} ({type(module).__name__}): {error}"
+        ) from error
+    return entry
 
 
 # What torch.compile, checkpoint wrappers and FSDP1 put into a name.
@@ -142,86 +136,3 @@ def _plain_name(model: nn.Module, name: str) -> str:
     if {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"} & set(kinds):
         name = name.removeprefix("module").lstrip(".")
     return name
-
-
-@functools.cache
-def _wrapped(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module's class that enters the interception; one per class, however many
-    models."""
-
-    @functools.wraps(plain.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        entry = self.__dict__.get(_ATTRIBUTE)
-        if entry is None or not torch.is_grad_enabled():
-            return plain.forward(self, *args, **kwargs)
-        if entry[1].checkpointed:
-            return _checkpointed(functools.partial(intercepted, self), entry, args, kwargs)
-        return intercepted(self, *args, **kwargs)
-
-    def intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        installed, site = self.__dict__[_ATTRIBUTE]
-        mode = active(installed)
-        if mode is None:
-            if site.name == "" and not torch.compiler.is_compiling():
-                installed.forward_begins(self)
-            with Interception(site, installed, installed.report, installed.steps.count):
-                return plain.forward(self, *args, **kwargs)
-        outside, mode.site = mode.site, site
-        scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
-        apart = hooks is not mode.hooks or (
-            not torch.compiler.is_compiling() and sharded.unit(type(self))  # type: ignore[arg-type]
-        )
-        if apart:
-            # A checkpoint began since, or parameters inside are freed apart from those outside. What
-            # is kept inside must not depend on what was kept outside.
-            mode.hooks, mode.lineage, mode.linears = hooks, Lineage(mode.relays), Lineage()
-        try:
-            return plain.forward(self, *args, **kwargs)
-        finally:
-            mode.site = outside
-            if apart:
-                mode.hooks, mode.lineage, mode.linears = scope
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        reduced = plain.__reduce_ex__(self, protocol)
-        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_new, (plain, *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_mesa_train_plain": plain}
-    members["__module__"], members["__qualname__"] = plain.__module__, plain.__qualname__
-    members["__doc__"] = plain.__doc__
-    return type(plain.__name__, (plain,), members)
-
-
-def _checkpointed(
-    forward: Callable[..., Any], entry: tuple[Installed, Site], args: Any, kwargs: Any
-) -> Any:
-    """A module's forward that keeps its inputs alone, and runs again in the backward."""
-    installed, site = entry
-    mode = active(installed)
-    run = functools.partial(
-        torch.utils.checkpoint.checkpoint, forward, *args, use_reentrant=False, **kwargs
-    )
-    if mode is None:
-        # The model itself, or a module called by itself.
-        if site.name == "" and not torch.compiler.is_compiling():
-            assert site.module is not None
-            installed.forward_begins(site.module)
-        with Interception(site, installed, installed.report, installed.steps.count):
-            return run()
-    outside, mode.site = mode.site, site
-    try:
-        # Inside the hooks of a checkpoint of the user's own, this one's inputs are not kept at all.
-        if mode.inputs is None and site.rules.operators["checkpoint"] and hookable():
-            with InputHooks(mode):
-                return run()
-        return run()
-    finally:
-        mode.site = outside
-
-
-def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
-    """Unpickling: an object of the wrapped class of `plain`, its state still to come."""
-    wrapped = _wrapped(plain)  # type: ignore[arg-type]
-    return wrapped.__new__(wrapped, *args)

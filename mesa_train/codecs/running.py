@@ -4,18 +4,19 @@ stochastic rounding.
 
 Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both
 ends, a leaf keeps the range it was coded with (a later forward cannot corrupt it), and the averages
-move once per optimisation step, never in a recompute. The averages are non-persistent buffers of
-the module, so they follow it between devices and stay out of its `state_dict`. Under `compress`,
-which has no module, and while torch.compile traces, the ranges are the tensor's own.
+move once per optimisation step, never in a recompute. The averages belong to the wrapped module's
+site and are no buffers: `to_empty`, `half` and `state_dict` leave them alone, and they follow what
+they code between devices. Under `compress`, which has no module, and while torch.compile traces,
+the ranges are the tensor's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mesa_train.kernels.reference import draws
 
@@ -29,11 +30,13 @@ _LEVELS = 255
 
 
 class Running:
-    """One operand's codec: a module's buffer holds (3, groups): minimum, range, and the step they
-    were moved at."""
+    """One operand's codec: `ranges[name]` holds (3, groups): minimum, range, and the step they
+    were moved at. Without `ranges`, nothing is remembered."""
 
-    def __init__(self, module: nn.Module | None, name: str, step: int, group_size: int) -> None:
-        self.module, self.name, self.step, self.group_size = module, name, step, group_size
+    def __init__(
+        self, ranges: dict[str, Tensor] | None, name: str, step: int, group_size: int
+    ) -> None:
+        self.ranges, self.name, self.step, self.group_size = ranges, name, step, group_size
 
     def __str__(self) -> str:
         return "8 bits, running ranges"
@@ -45,7 +48,8 @@ class Running:
         key = (site.name, operator, operand)
         use = mode.uses.get(key, 0)
         mode.uses[key] = use + 1
-        return cls(site.module, f"_mesa_train_{operator}_{operand}_{use}", mode.step, group_size)
+        ranges = None if site.module is None else site.ranges
+        return cls(ranges, f"{operator}.{operand}.{use}", mode.step, group_size)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32
@@ -106,12 +110,13 @@ class Running:
         pooled = torch.cat([x, edge], 1).view(rows, groups, size)
         low = pooled.amin((0, 2))
         span = pooled.amax((0, 2)) - low
-        if self.module is None or torch.compiler.is_compiling():
+        if self.ranges is None or torch.compiler.is_compiling():
             return low, span
-        state: Any = self.module._buffers.get(self.name)
+        state = self.ranges.get(self.name)
+        if state is not None:
+            state = state.to(x.device)
         if state is None or state.shape != (3, groups) or not state[:2].isfinite().all():
             state = torch.stack([low, span, torch.full_like(low, self.step)])
-            self.module.register_buffer(self.name, state, persistent=False)
         elif state[2, 0] != self.step:
             state = torch.stack(
                 [
@@ -120,7 +125,7 @@ class Running:
                     torch.full_like(low, self.step),
                 ]
             )
-            self.module._buffers[self.name] = state
+        self.ranges[self.name] = state
         return state[0].clone(), state[1].clone()
 
 

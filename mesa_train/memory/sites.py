@@ -128,7 +128,7 @@ class Watch(Report):
                 self.modules[id(weight)] = weight, name
         entry = vars(model).get("_mesa_train")
         if entry is not None:
-            entry[0].report = self
+            entry.installed.report = self
 
     def begins(self, module: str) -> None:
         """A module's forward begins."""
