@@ -12,18 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
@@ -31,15 +24,13 @@ from .codecs.affine import Affine
 from .codecs.lossless import Lossless
 from .codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
 from .codecs.running import Running
+from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
 from .offload import Moved, Order, lane_of, passes
-from .ops import table
+from .ops import arrays, table
 from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
 from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, whole
-
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Site:
     ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
 
-class Interception(TorchFunctionMode):
+class Interception(Mode):
     """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps
     apart."""
 
@@ -63,8 +54,6 @@ class Interception(TorchFunctionMode):
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
-        # torch.compile must not trace reads and writes of an object that outlives the frame.
-        self.traced = torch.compiler.is_compiling()
         if not self.traced:
             table.link()
         self.site, self.owner = site, owner
@@ -86,7 +75,9 @@ class Interception(TorchFunctionMode):
 
     def __enter__(self) -> Interception:
         if torch.compiler.is_compiling():
-            self.before = stand_in()
+            self.before = from_outside()
+            if self.before:
+                exchange(only_traced(self.before))
         else:
             see_linear()
         # What the inner policy leaves alone is not the outer one's either.
@@ -117,7 +108,10 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling() and any([arrays.is_array(a) for a in args[:2]]):
+            return arrays.call(func, args, kwargs)
         if torch.compiler.is_compiling() and not self.traced:
+            # Nothing may be written to this one, so each operator keeps what it needs by itself.
             return Interception(self.site, self.owner).__torch_function__(func, types, args, kwargs)
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
@@ -291,6 +285,11 @@ class Interception(TorchFunctionMode):
         return lane.send(tensors, self.order)
 
 
+for _method in (Interception.__init__, Interception.__enter__, Interception.__exit__):
+    untraced(_method)
+untraced(Interception.__torch_function__)
+
+
 class Report:
     """What one forward kept, by module, operator and operand: `rows[key] = (how, calls, bytes)`."""
 
@@ -320,65 +319,6 @@ def active(owner: object) -> Interception | None:
     return mode if mode is not None and mode.owner is owner else None
 
 
-def innermost() -> Interception | None:
-    """The innermost interception that is on in this thread."""
-    compiling = torch.compiler.is_compiling()
-    for mode in reversed(_get_current_function_mode_stack()):
-        if isinstance(mode, Interception):
-            return mode if mode.traced is compiling else None
-    return None
-
-
-def stand_in() -> list[Any]:
-    """In a traced frame: take off the interceptions that were entered outside of it, and return the
-    modes that were on before; nothing if there are none."""
-    modes = _get_current_function_mode_stack()
-    if not any([isinstance(m, Interception) and not m.traced for m in modes]):
-        return []
-    exchange([m for m in modes if not isinstance(m, Interception) or m.traced])
-    return modes
-
-
-def between_graphs() -> bool:
-    """Whether this frame runs in Python because torch.compile broke its graph, while it compiles the
-    frames that are called from here."""
-    return not torch.compiler.is_compiling() and callable(
-        torch._C._dynamo.eval_frame.get_eval_frame_callback()
-    )
-
-
-@contextlib.contextmanager
-def aside(owner: Any, site: Site) -> Iterator[None]:
-    """Between the graphs of a module: without interceptions. An interception cannot be entered in one
-    graph and left in another; the modules inside enter one each."""
-    if not owner.broken:
-        owner.broken = True
-        module = type(site.module).__name__
-        _logger.warning(
-            "torch.compile breaks the graph of %s (%s): the torch calls of its own forward keep what "
-            "PyTorch keeps, the modules inside keep codes",
-            site.name or "the model", module,
-        )
-    modes = _get_current_function_mode_stack()
-    others = [m for m in modes if not isinstance(m, Interception)]
-    if len(others) == len(modes):
-        yield
-        return
-    exchange(others)
-    try:
-        yield
-    finally:
-        exchange(modes)
-
-
-def exchange(modes: list[Any]) -> None:
-    """Let `modes` be the torch function modes that are on."""
-    for _ in range(len(_get_current_function_mode_stack())):
-        _pop_mode()
-    for mode in modes:
-        _push_mode(mode)
-
-
 def compress(policy: Policy | str | None = None) -> Interception:
     """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module
     needed.
@@ -387,6 +327,8 @@ def compress(policy: Policy | str | None = None) -> Interception:
     here and raise ValueError; those by operator apply.
     """
     resolved = Policy.of(policy)
+    if not torch.compiler.is_compiling():
+        table.prepare()
     return Interception(Site("", resolved.rules([""])[""]), owner=object())
 
 
