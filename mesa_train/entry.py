@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from . import sharded
 from .intercept import Interception, Report, Site, active, hookable, saved_hooks
+from .modes import aside, exchange, put_aside, untraced
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy
 from .stash import Lineage
@@ -37,6 +36,7 @@ class Installed:
         self.policy = policy
         self.report = Report()
         self.steps = Steps()
+        self.broken = False
         self.model: weakref.ref[nn.Module] | None = None
         changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
         self._running = "running" in changes
@@ -71,11 +71,17 @@ def enter(
     if not torch.is_grad_enabled() or not (compiling or _differentiable(module, args, kwargs)):
         if compiling or not torch._C._len_torch_function_stack():
             return call(*args, **kwargs)
-        with _aside():
+        with aside():
             return call(*args, **kwargs)
     installed, site = entry.installed, entry.site
     if site.checkpointed and not again:
         return _checkpointed(module, entry, call, args, kwargs)
+    modes = put_aside(installed, site.name, site.module)
+    if modes is not None:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            exchange(modes)
     mode = active(installed)
     if mode is None:
         if _traced():
@@ -136,6 +142,11 @@ def _checkpointed(
         mode.site = outside
 
 
+# The frames of wrapped modules are traced, those in between are not.
+for _frame in (enter, _checkpointed):
+    untraced(_frame, inside=False)
+
+
 def _traced() -> bool:
     """Whether a program is being made of the model by torch.export, torch.jit.trace, torch.fx or make_fx. They get
     the plain model, whose operators they can differentiate."""
@@ -150,28 +161,6 @@ def _traced() -> bool:
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Without the interceptions that are on: PyTorch's fast paths of attention are refused under any mode."""
-    modes = _get_current_function_mode_stack()
-    others = [mode for mode in modes if not isinstance(mode, Interception)]
-    if len(others) == len(modes):
-        yield
-        return
-    _exchange(modes, others)
-    try:
-        yield
-    finally:
-        _exchange(others, modes)
-
-
-def _exchange(old: list[Any], new: list[Any]) -> None:
-    for _ in old:
-        _pop_mode()
-    for mode in new:
-        _push_mode(mode)
 
 
 def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

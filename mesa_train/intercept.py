@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
@@ -25,8 +24,9 @@ from .codecs.affine import Affine
 from .codecs.lossless import Lossless
 from .codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
 from .codecs.running import Running
+from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
 from .offload import Moved, Order, lane_of, passes
-from .ops import table
+from .ops import arrays, table
 from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
@@ -46,7 +46,7 @@ class Site:
     ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
 
-class Interception(TorchFunctionMode):
+class Interception(Mode):
     """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps
     apart."""
 
@@ -54,7 +54,7 @@ class Interception(TorchFunctionMode):
         self, site: Site, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
-        if not torch.compiler.is_compiling():
+        if not self.traced:
             table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
@@ -64,6 +64,8 @@ class Interception(TorchFunctionMode):
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
         self.hooks = saved_hooks()
         self.outer: list[Any] = []
+        # The modes that were on before, if this one is alone while it is on.
+        self.before: list[Any] = []
         self.inputs: InputHooks | None = None
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
@@ -72,7 +74,11 @@ class Interception(TorchFunctionMode):
         self.order: Order = []
 
     def __enter__(self) -> Interception:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.before = from_outside()
+            if self.before:
+                exchange(only_traced(self.before))
+        else:
             see_linear()
         # What the inner policy leaves alone is not the outer one's either.
         other = innermost()
@@ -96,9 +102,17 @@ class Interception(TorchFunctionMode):
         if not self.outer and self.inputs is not None:
             self.inputs.__exit__(*error)
             self.inputs = None
+        if self.before:
+            exchange(self.before)
+            self.before = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling() and any([arrays.is_array(a) for a in args[:2]]):
+            return arrays.call(func, args, kwargs)
+        if torch.compiler.is_compiling() and not self.traced:
+            # Nothing may be written to this one, so each operator keeps what it needs by itself.
+            return Interception(self.site, self.owner).__torch_function__(func, types, args, kwargs)
         if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
             return func(*args, **kwargs)
         row = table.ROWS.get(func)
@@ -320,6 +334,11 @@ class Interception(TorchFunctionMode):
         return lane.send(tensors, self.order)
 
 
+for _method in (Interception.__init__, Interception.__enter__, Interception.__exit__):
+    untraced(_method)
+untraced(Interception.__torch_function__)
+
+
 class Report:
     """What one forward kept, by module, operator and operand: `rows[key] = (how, calls, bytes)`."""
 
@@ -349,14 +368,6 @@ def active(owner: object) -> Interception | None:
     return mode if mode is not None and mode.owner is owner else None
 
 
-def innermost() -> Interception | None:
-    """The innermost interception that is on in this thread."""
-    for mode in reversed(_get_current_function_mode_stack()):
-        if isinstance(mode, Interception):
-            return mode
-    return None
-
-
 def compress(policy: Policy | str | None = None) -> Interception:
     """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module
     needed.
@@ -365,6 +376,8 @@ def compress(policy: Policy | str | None = None) -> Interception:
     here and raise ValueError; those by operator apply.
     """
     resolved = Policy.of(policy)
+    if not torch.compiler.is_compiling():
+        table.prepare()
     return Interception(Site("", resolved.rules([""])[""]), owner=object())
 
 

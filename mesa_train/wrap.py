@@ -64,7 +64,7 @@ def wrap(
             f"wrap takes a model that runs in Python, got {type(model).__name__}: wrap before scripting"
         )
     resolved = Policy.of(policy)
-    table.link()
+    table.prepare()
     # All that can fail comes before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]

@@ -16,8 +16,11 @@ _lock = threading.Lock()
 _loaded = False
 
 
-def _load_once() -> bool:
+def load() -> None:
+    """Make the fastest kernels of this machine available. Idempotent and thread-safe."""
     global _loaded
+    if _loaded:
+        return
     with _lock:
         if not _loaded:
             from mesa_train.kernels import cpu_build, triton_load
@@ -25,15 +28,8 @@ def _load_once() -> bool:
             cpu_build.load()
             triton_load.load()
             _loaded = True
-    return True
 
 
 # torch.compiler.assume_constant_result, which would import all of torch._dynamo: a load() that is
-# first met while compiling runs then and there instead of being traced.
-_load_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def load() -> None:
-    """Make the fastest kernels of this machine available. Idempotent and thread-safe."""
-    if not _loaded:
-        _load_once()
+# met while compiling runs then and there. Traced, the first one would change what Dynamo guards on.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]

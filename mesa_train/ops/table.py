@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mesa_train import kernels
+
 from . import (
     activation,
     add,
@@ -135,6 +137,12 @@ for _name in ("T", "mT"):
 # torch.compile does not find this one in a table (torch 2.14), and fails on its own guard: rows for
 # eager calls alone.
 EAGER: dict[Any, Row] = {Tensor.unflatten: ROWS.pop(Tensor.unflatten)}
+
+
+def prepare() -> None:
+    """Do now what would otherwise happen in the first forward, which torch.compile may trace."""
+    kernels.load()
+    link()
 
 
 def link() -> None:
