@@ -15,7 +15,7 @@ def encode(mask: Tensor) -> Tensor:
 
 
 def encode_positive(x: Tensor) -> Tensor:
-    """The bits of x > 0, in one pass."""
+    """The bits of x > 0 in one pass; a NaN counts as positive."""
     kernels.load()
     return _ops.bitmask_positive.default(x)
 

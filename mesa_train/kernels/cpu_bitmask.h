@@ -29,7 +29,7 @@ inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict byte
   }
 }
 
-// x > 0 as flags.
+// x > 0, or x is NaN, as flags.
 template <typename T>
 inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
   Padded<typename T::Raw> padded;
@@ -37,7 +37,7 @@ inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
   const auto* const from = padded.read(x, n);
   uint8_t* const to = last.write(flags, n);
   for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
-    store(to + i, to_bytes(std::bit_cast<Words>((T::load(from + i) > 0) & 1)));
+    store(to + i, to_bytes(std::bit_cast<Words>((T::load(from + i) <= 0) + 1)));
   });
   last.finish(flags, n);
 }

@@ -168,7 +168,7 @@ Tensor bitmask_positive(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Double) {  // A float32 would lose the smallest numbers above 0.
     const double* const from = static_cast<const double*>(data);
     return encode_flags(source.numel(), [&](int64_t begin, int64_t n, uint8_t* flags) {
-      for (int64_t i = 0; i < n; ++i) flags[i] = from[begin + i] > 0;
+      for (int64_t i = 0; i < n; ++i) flags[i] = !(from[begin + i] <= 0);
       return flags;
     });
   }

@@ -302,8 +302,8 @@ def bitmask_encode(mask: Tensor) -> Tensor:
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
-    """Bits of x > 0."""
-    return bitmask_encode(x > 0)
+    """Bits of x > 0; a NaN counts as positive, as in the derivative of PyTorch's relu."""
+    return bitmask_encode(~(x <= 0))
 
 
 def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:

@@ -23,7 +23,7 @@ def _encode(x, bits, numel, BYTES: tl.constexpr):
     value = tl.load(x + i, i < numel, other=0)
     if value.dtype == tl.bfloat16:
         value = value.to(tl.float32)
-    flags = tl.reshape((value > 0).to(tl.int32), (BYTES, 8))
+    flags = tl.reshape(1 - (value <= 0).to(tl.int32), (BYTES, 8))
     packed = tl.sum(flags << tl.arange(0, 8)[None, :], 1)
     b = begin + tl.arange(0, BYTES)
     tl.store(bits + b, packed.to(tl.uint8), b * 8 < numel)
@@ -55,7 +55,7 @@ def bitmask_encode(mask: Tensor) -> Tensor:
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
-    """Bits of x > 0."""
+    """Bits of x > 0; a NaN counts as positive."""
     bits = schemas._bitmask_positive(x)
     return _write_bits(x, bits) if handles(x) else reference.bitmask_positive(x)
 

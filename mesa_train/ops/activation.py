@@ -29,7 +29,7 @@ from mesa_train.stash import (
     whole,
 )
 
-from .base import Kept, Operator, aliases, derivative, kept_first, put
+from .base import Kept, Operator, aliases, cast_like_autocast, derivative, kept_first, put
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -51,12 +51,14 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
 }
 
-# kind: where the derivative is one slope and where the other, and the two slopes.
+# kind: where the derivative is one slope and where the other, and the two slopes. Knots and NaN are
+# PyTorch's: a NaN lets the gradient of relu and relu6 pass, and has the lower slope elsewhere.
 STEPPED: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
-    "relu": (lambda x: x > 0, 1.0, 0.0),
-    "relu6": (lambda x: (x > 0) & (x < 6), 1.0, 0.0),
+    "relu": (lambda x: ~(x <= 0), 1.0, 0.0),
+    "relu6": (lambda x: ~((x <= 0) | (x >= 6)), 1.0, 0.0),
     "leaky_relu": (lambda x: x > 0, 1.0, 0.01),
-    "hardsigmoid": (lambda x: (x > -3) & (x < 3), 1 / 6, 0.0),
+    # PyTorch multiplies by this float32 sixth in every dtype.
+    "hardsigmoid": (lambda x: (x > -3) & (x < 3), 0.1666666716337204, 0.0),
 }
 
 # kind: the derivative times a gradient at the output.
@@ -203,7 +205,9 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         ):
             return NotImplemented
         function = SMOOTH[which][0]
-        codec = mode.fused("activation", "input", input.dtype, input)
+        # CUDA's autocast computes softplus alone in float32; the fused pass keeps the input's dtype.
+        widens = which == "softplus" and cast_like_autocast(input) is not input
+        codec = None if widens else mode.fused("activation", "input", input.dtype, input)
         if codec is not None and not inplace and not mode.known(input, "activation", "input"):
             return _fused(mode, codec, which, input)
         x = mode.keep(input, "activation", "input")
@@ -260,7 +264,7 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
         with torch.no_grad():
             bits = (
                 mode.bits(input, bitmask.encode_positive)
-                if kind in ("relu", "leaky_relu")
+                if kind == "relu"
                 else mode.bits(above(input))
             )
         mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
@@ -281,19 +285,18 @@ def clamp(
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """Row of torch.clamp between numbers: one bit per element, whether it is within."""
+    """Row of torch.clamp between numbers: one bit per element, whether it lies inside the bounds."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
-    if not numbers or not mode.covers("activation", input):
+    if not numbers or (min is None and max is None) or not mode.covers("activation", input):
         return NotImplemented
     if mode.lossless("activation", "input"):
         return NotImplemented
     result = mode.exactly(func, input, min, max)
     with torch.no_grad():
-        # Written so that a NaN, which is neither below nor above, is within, as it is for PyTorch.
-        outside = torch.zeros_like(input, dtype=torch.bool)
-        outside = outside if min is None else outside | (input < min)
-        outside = outside if max is None else outside | (input > max)
-        bits = mode.bits(~outside)
+        # As PyTorch's own: the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
+        sides = [] if min is None else [input > min]
+        sides += [] if max is None else [input < max]
+        bits = mode.bits(sides[0] & sides[-1])
     mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
     return Stepped.apply(result, (whole(bits),), (1.0, 0.0), input)
 

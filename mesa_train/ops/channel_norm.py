@@ -14,8 +14,8 @@ from torch._prims_common import suggest_memory_format
 
 from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, held, whole
 
-from .base import Operator, derivative
-from .norm import Scaled, cast_like_autocast, keeps_input
+from .base import Operator, cast_like_autocast, derivative
+from .norm import Scaled, keeps_input
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -148,7 +148,9 @@ def batch_norm(
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        mean, rstd = running_mean.clone(), (running_var + eps).rsqrt()
+        # In float32 at least, as PyTorch's own backward computes it from the running variance.
+        wide = torch.promote_types(running_var.dtype, torch.float32)
+        mean, rstd = running_mean.clone(), (running_var.to(wide) + eps).rsqrt()
     batch = input.shape[0]
     shape = (batch, 1, channels, input.numel() // (batch * channels))
     statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)

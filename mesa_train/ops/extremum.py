@@ -51,7 +51,9 @@ def extremum(
     with torch.no_grad():
         best = result if keepdim else func(input, dims, True)
         mask = input == best
-        bits, count = mode.bits(mask), mask.sum(dims, keepdim=True).to(input.dtype)
+        count = mask.sum(dims, keepdim=True).to(input.dtype)
+        # No element equals a NaN: PyTorch divides by this 0 and gives each of them NaN.
+        bits, count = mode.bits(mask | best.isnan()), count.masked_fill_(best.isnan(), float("nan"))
     mode.report.add(mode.site.name, "extremum", "mask", "1 bit", bits.numel())
     return Extremum.apply(
         result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input

@@ -31,7 +31,7 @@ from mesa_train.stash import (
     whole,
 )
 
-from .base import Operator, derivative
+from .base import Operator, cast_like_autocast, derivative
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -138,7 +138,9 @@ def layer_norm(
     shape = tuple(normalized_shape)
     x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
     codec = mode.fused("layer_norm", "normalized", x.dtype)
-    if codec is not None and _rebuildable(mode, "layer_norm", input) is None:
+    # PyTorch raises an error for other mixtures of dtypes.
+    mixed = any([p is not None and p.dtype not in (x.dtype, torch.float32) for p in parameters])
+    if codec is not None and not mixed and _rebuildable(mode, "layer_norm", input) is None:
         return _fused(mode, "layer_norm", codec, x, (input, weight, bias), shape, eps)
     result, mean, rstd = mode.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
     return _token_norm(mode, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
@@ -157,19 +159,18 @@ def rms_norm(
     if not mode.covers("rms_norm", input, weight) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
-    codec = mode.fused("rms_norm", "normalized", input.dtype)
-    if (
-        codec is not None
-        and (weight is None or weight.dtype is input.dtype)
-        and _rebuildable(mode, "rms_norm", input) is None
-    ):
-        least = torch.finfo(input.dtype).eps if eps is None else eps
-        return _fused(mode, "rms_norm", codec, input, (input, weight, None), shape, least)
+    # PyTorch computes in float32 at least; the epsilon that it chooses is that dtype's.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    least = torch.finfo(wide).eps if eps is None else eps
+    codec = mode.fused("rms_norm", "normalized", wide)
+    if codec is not None and _rebuildable(mode, "rms_norm", input) is None:
+        x, scale = cast_like_autocast(input), cast_like_autocast(weight)
+        if scale is None or scale.dtype is x.dtype:
+            return _fused(mode, "rms_norm", codec, x, (input, weight, None), shape, least)
     result = mode.exactly(func, input, list(shape), weight, eps)
     with torch.no_grad():
-        wide = input.to(torch.promote_types(input.dtype, torch.float32)).flatten(-len(shape))
-        square = wide.square().mean(-1) + (torch.finfo(input.dtype).eps if eps is None else eps)
-        rstd = square.rsqrt()
+        rows = input.to(wide).flatten(-len(shape))
+        rstd = (rows.square().mean(-1) + least).rsqrt()
     return _token_norm(mode, "rms_norm", input, result, None, rstd, (input, weight, None), shape)
 
 
@@ -289,14 +290,3 @@ def _recorded(
     )
     mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
     return output
-
-
-def cast_like_autocast(tensor: Any) -> Any:
-    """CUDA's autocast runs norms in float32; the functions called here are below its reach."""
-    if (
-        tensor is None
-        or tensor.device.type == "cpu"
-        or not torch.is_autocast_enabled(tensor.device.type)
-    ):
-        return tensor
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -25,8 +25,9 @@ class Normalize(Operator):
     ) -> tuple[Any, ...]:
         dim, eps = static
         y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
-        along = torch.where(norm > eps, (grad * y).sum(dim, keepdim=True), 0)
-        return ((grad - y * along) / norm,)
+        # The clamped norm is constant up to eps. There y may be 0 / 0, so the product is left out.
+        along = y * (grad * y).sum(dim, keepdim=True)
+        return ((grad - along.masked_fill_(norm <= eps, 0)) / norm,)
 
 
 def normalize(

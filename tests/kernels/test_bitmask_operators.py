@@ -29,12 +29,13 @@ def test_positive(ops, dtype, shape):
     x = torch.randn(shape).to(dtype)
     if x.numel() > 4:
         x.view(-1)[:5] = torch.tensor([0.0, -0.0, float("nan"), torch.finfo(dtype).tiny, -1.0])
-    assert torch.equal(ops.bitmask_positive(x), ops.bitmask_encode(x > 0))
+    # A NaN counts as positive, as for the derivative of PyTorch's relu.
+    assert torch.equal(ops.bitmask_positive(x), ops.bitmask_encode(~(x <= 0)))
 
 
 def test_positive_sees_the_smallest_double(ops):
-    x = torch.tensor([5e-324, -5e-324, 0.0], dtype=torch.float64)
-    assert ops.bitmask_positive(x).tolist() == [1]
+    x = torch.tensor([5e-324, -5e-324, 0.0, float("nan")], dtype=torch.float64)
+    assert ops.bitmask_positive(x).tolist() == [0b1001]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
