@@ -199,5 +199,7 @@ def _trains(module: nn.Module) -> bool:
     for child in module._modules.values():
         if child is not None and _trains(child):
             return True
-    # What FSDP1 and DataParallel put in the place of parameters.
+    if module._parameters:
+        return False
+    # Tensors that FSDP1 and DataParallel put in the place of parameters.
     return any([isinstance(v, Tensor) and v.requires_grad for v in vars(module).values()])

@@ -164,7 +164,7 @@ def test_requires_grad_may_change_at_any_time():
         assert entered(model) == needed
     model.requires_grad_(False)
     model.other = NEEDED * 1  # as FSDP1 puts views in the place of parameters
-    assert entered(model) == 1
+    assert entered(model)
 
 
 class Other(TorchFunctionMode):
