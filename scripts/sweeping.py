@@ -83,7 +83,8 @@ def row_of(make: Make, row: Row) -> None:
         row["failed_in"] = policy
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in state:
+                # A buffer that a forward makes anew has another shape.
+                if name in state and state[name].shape == buffer.shape:
                     buffer.copy_(state[name])
         if policy != "plain":
             mesa_train.wrap(model, policy)

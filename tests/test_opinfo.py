@@ -23,8 +23,8 @@ MOST = 4  # samples that are looked at, of which two are run
 BOUND = 0.15
 # A gradient smaller than this per element is one of a saturated or degenerate sample: a norm of two elements, say.
 LEAST = 0.1
-# Logits of thousands, from projections of inputs and weights that all lie within +-9: where q and k are off by a step of
-# a code, another key wins the softmax. Whether gradients are finite is still compared.
+# Logits of thousands, from projections of inputs and weights that all lie within +-9: where q and k are off by a step
+# of a code, another key wins the softmax. Whether gradients are finite is still compared.
 SATURATED = {"nn.functional.multi_head_attention_forward"}
 # What a gradient is taken of is no function of the input: eigenvectors have a free phase, a layout has no copy.
 # A view of more memory than the sample has was given to it.

@@ -139,3 +139,21 @@ def test_global_generators_are_left_alone():
             F.layer_norm(x.exp(), (COLS,)), torch.ones(8, COLS, requires_grad=True)
         ).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("inputs", [None, 8])
+@pytest.mark.parametrize("function", [torch.exp, torch.sqrt])
+def test_an_output_that_its_own_node_keeps_does_not_hold_the_graph(function, dtype, inputs):
+    """Both keep their output: exp under the coding hooks, sqrt without, also beside those of checkpoints' inputs."""
+    policy = Policy(overrides={"fallback.exp": {}}, checkpoint_inputs=inputs)
+    gc.disable()
+    try:
+        leaf = torch.randn(8, 8, dtype=dtype, requires_grad=True)
+        with compress(policy):
+            output = function(leaf)
+        reference = weakref.ref(output)
+        del output
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -305,7 +305,7 @@ def _plain(tensor: Tensor) -> bool:
     """Whether a tensor is one piece of memory: not sparse, nested or sharded."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
+    return type(tensor) is Tensor or not bool(is_traceable_wrapper_subclass(tensor))
 
 
 def _bytes(tensor: Tensor) -> int:
