@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -59,6 +60,19 @@ def waiting(what: str, console: Console | None = None) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+class Every:
+    """Says a line on stderr if none was said for a few seconds."""
+
+    def __init__(self) -> None:
+        self.spoken = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() - self.spoken >= EVERY_S:
+            self.spoken = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 def clock(seconds: float) -> str:

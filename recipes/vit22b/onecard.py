@@ -30,6 +30,7 @@ from mesa_train.policy import OFFLOADED, PRESETS
 from mesa_train.training import data, estimates, nf4_lora, records, sharded_loop
 from mesa_train.training.in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.in_backward import InBackward
+from mesa_train.training.progress import Every
 from mesa_train.training.schedule_rsqrt import groups
 from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, check_export, load_export
@@ -193,7 +194,9 @@ def run(
     stepper = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
     optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)
     losses, seconds = [], []
-    for _ in range(steps):
+    said = Every()
+    for step in range(steps):
+        said(f"step {step} of {steps}")
         pixels, labels = next(drawn)
         start = time.perf_counter()
         if stepper:

@@ -29,6 +29,7 @@ from mesa_train.models.vit22b_init import initialise
 from mesa_train.training import data, estimates, features, folder, robustness
 from mesa_train.training.config import DataConfig
 from mesa_train.training.decode import decode
+from mesa_train.training.progress import Every
 from mesa_train.training.schema import one_of
 from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
 from mesa_train.training.sharded_config import CropConfig
@@ -142,7 +143,9 @@ class Images:
         stream of its own."""
         found = self.splits[split]
         transform = self.augment if view else self.test
+        said = Every()
         for start in range(0, len(found), batch):
+            said(f"{split}, view {view}: {start} of {len(found)} images")
             rows = [picture(found, i) for i in range(start, min(start + batch, len(found)))]
             with keeping_random_state():
                 seed_all(view, start)
