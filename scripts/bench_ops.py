@@ -15,6 +15,7 @@ alone takes 1.8 times as long as reading as many bytes in one piece.
     python scripts/bench_ops.py                   shapes of vit_small at batch 16 on the CPU
     python scripts/bench_ops.py --device cuda     shapes of vit_base at batch 128
     python scripts/bench_ops.py --operators affine_encode,norm_backward --bits 4
+    python scripts/bench_ops.py --dtype float32   what a processor without bfloat16 trains in
 
 Rows go to docs/results/ops.jsonl. On a GPU the time is the device's own (events around each call),
 and `host_us` is what a call costs the processor that launches it.
@@ -47,6 +48,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GROUP_SIZE = 128
 # The one that codes several operands in a pass is the CPU's.
 OPERATORS = (*triton_load.OPERATORS, "affine_encode_parts")
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 # tokens, width and hidden width of the model whose shapes are measured.
 SHAPES = {"cpu": (16 * 197, 384, 1536), "cuda": (128 * 197, 768, 3072)}
 # More than the last-level cache of a GPU, or of the cores a process has.
@@ -70,6 +72,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     operators: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
     bits: Annotated[str, typer.Option(help="Comma-separated, of 8, 4, 2.")] = "8,4,2",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1)] = 31,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = REPOSITORY
@@ -80,6 +83,8 @@ def main(
         torch.set_num_threads(threads)
     if device not in SHAPES:
         raise SystemExit(f"bench_ops: unknown device {device!r}; choose from {', '.join(SHAPES)}")
+    if dtype not in DTYPES:
+        raise SystemExit(f"bench_ops: unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_ops: --device cuda, but PyTorch sees no CUDA device here")
     wanted = operators.split(",") if operators else offered(device)
@@ -91,16 +96,17 @@ def main(
     common = {
         "rounds": rounds,
         "group_size": GROUP_SIZE,
+        "dtype": dtype,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         **records.provenance(device),
     }
     timer = on_gpu if device == "cuda" else on_cpu
     rows = []
     widths = [int(b) for b in bits.split(",")]
-    few = cases(torch.device(device), widths, FEW)
-    for case, small in zip(
-        cases(torch.device(device), widths, SHAPES[device][0]), few, strict=True
-    ):
+    few = cases(torch.device(device), widths, FEW, DTYPES[dtype])
+    many = cases(torch.device(device), widths, SHAPES[device][0], DTYPES[dtype])
+    for case, small in zip(many, few, strict=True):
         if case.operator in wanted:
             body = {"backend": backend(case.operator, device)}
             rows.append({**measure(case, small, rounds, timer), **body, **common})
@@ -128,13 +134,15 @@ def backend(operator: str, device: str) -> str:
     return "reference" if triton_load._obstacle(current) else "triton"
 
 
-def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
-    """All calls, on the shapes of a ViT in bfloat16 autocast."""
+def cases(
+    device: torch.device, bits: list[int], tokens: int, narrow: torch.dtype
+) -> Iterator[Case]:
+    """All calls, on the shapes of a ViT whose matmuls compute in `narrow`."""
     ops = torch.ops.mesa_train
     _, width, hidden = SHAPES[device.type]
     torch.manual_seed(0)
 
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype = narrow) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     x, grad = normal(tokens, hidden), normal(tokens, hidden)
@@ -194,7 +202,7 @@ def cases(device: torch.device, bits: list[int], tokens: int) -> Iterator[Case]:
     yield Case(
         "scale_backward",
         "layer scale",
-        partial(ops.scale_backward.default, stream, weight, x.dtype),
+        partial(ops.scale_backward.default, stream, weight, narrow),
         (stream,),
     )
     yield from mask_cases(x, grad)

@@ -8,6 +8,7 @@ AdamW at learning rate 0: it does all of its work and leaves the weights where t
     python scripts/bench_step.py                      rows go to docs/results/bench_step.jsonl
     python scripts/bench_step.py --quick              3 rounds, rows go to runs/bench_step.jsonl
     python scripts/bench_step.py --models deit3_small_patch16_224 --methods plain,mesa4
+    python scripts/bench_step.py --dtype float32      what a processor without bfloat16 trains in
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def main(
             "batch_size": batch_size,
             "shapes": loaded.shapes(),
             "dtype": dtype,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "rounds": rounds,
             "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         }
