@@ -119,7 +119,8 @@ class TestPlans:
         assert found.prediction.time_ratio <= max(1.0, ratio - 0.02) + 1e-6
 
     def test_yaml(self, planner):
-        found = planner.plan(int(0.5 * planner.plain.peak_bytes + 0.5 * planner.standing))
+        low = planner.plan().prediction.peak_bytes
+        found = planner.plan((low + planner.plain.peak_bytes) // 2)
         assert Policy.from_yaml(found.policy.to_yaml()) == found.policy
 
     @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_a_bitsandbytes_that_cannot_is_told_before_anything_is_built(tmp_path, m
         recipe.prepare(configured(tmp_path, optim={"name": "adamw8bit"}))
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(tmp_path):
     run = recipe.prepare(configured(tmp_path, model=SMALL, train={"epochs": 2, "keep": 1}))
     recipe.resume(run, "")
