@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .intercept import Interception, Site, innermost
+from .intercept import Interception, Site
+from .modes import innermost
 from .ops.checkpoint_inputs import InputHooks
 from .policy import PRESETS, Policy
 

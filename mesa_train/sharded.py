@@ -38,7 +38,7 @@ def see_linear() -> None:
         getattr(replacement, "__name__", ""),
     ) != _REPLACED or hasattr(replacement, "_mesa_train"):
         return
-    from .intercept import innermost
+    from .modes import innermost
 
     @functools.wraps(replacement)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
