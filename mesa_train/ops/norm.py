@@ -27,7 +27,6 @@ from mesa_train.stash import (
     Spec,
     Stash,
     held,
-    of_parameter,
     whole,
 )
 
@@ -245,7 +244,8 @@ def keeps_input(mode: Interception, operator: str, input: Tensor, dtype: torch.d
     """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
     a parameter (weight standardization), or x_hat is not coded and its `dtype` is wider."""
     rule = mode.site.rules[operator, "normalized"]
-    if of_parameter(input):
+    base = None if torch.compiler.is_compiling() else input._base
+    if isinstance(input, torch.nn.Parameter) or isinstance(base, torch.nn.Parameter):
         return True
     wider = input.dtype.itemsize < dtype.itemsize
     return wider and mode.lossless(operator, "normalized") and not rule.offload
