@@ -296,16 +296,16 @@ def _needs_gradient(argument: Any) -> bool:
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors begin at the same place in memory."""
-    return tensor.storage_offset() == other.storage_offset() and (
-        tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
-    )
+    if tensor.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    return bool(tensor.storage_offset() == other.storage_offset())
 
 
 def _plain(tensor: Tensor) -> bool:
     """Whether a tensor is one piece of memory: not sparse, nested or sharded."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    return type(tensor) is Tensor or not bool(is_traceable_wrapper_subclass(tensor))
+    return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
 
 
 def _bytes(tensor: Tensor) -> int:
