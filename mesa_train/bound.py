@@ -119,8 +119,9 @@ def _forward_of(module: nn.Module, own: Any) -> Callable[..., Any]:
         if isinstance(found, types.FunctionType):
             return types.MethodType(_of_class(found), module)
         if isinstance(found, functools.partialmethod):
-            return types.MethodType(mirror(kind.forward, _enter_partial, None), module)
-        # A static or class method, or a callable object.
+            return types.MethodType(mirror(kind.forward, _enter_named, None), module)
+        if isinstance(found, (staticmethod, classmethod)) or not hasattr(type(found), "__get__"):
+            return mirror(kind.forward, _enter_named, None, module)
         return mirror(_found(module), _enter_found, None, module)
     if isinstance(own, types.MethodType) and isinstance(own.__func__, types.FunctionType):
         return types.MethodType(mirror(own.__func__, _enter_bound, own), module)
@@ -146,19 +147,19 @@ def _enter_bound(module: Any, own: Any, args: tuple[Any, ...], kwargs: dict[str,
     return enter(module, own, args[1:], kwargs)
 
 
-def _enter_found(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with a static or class method of the class, or a callable object there."""
-    return enter(module, _found(module), args, kwargs)
-
-
-def _enter_partial(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with a `partialmethod`, of which the class makes a function when asked."""
+def _enter_named(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with what the class has by the name: the function of a static, class or partial method, or a callable
+    object."""
     return enter(module, type(module).forward, args, kwargs)
 
 
+def _enter_found(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with what another descriptor in the class makes for the module."""
+    return enter(module, _found(module), args, kwargs)
+
+
 def _found(module: Any) -> Any:
-    found = inspect.getattr_static(type(module), _FORWARD)
-    return found.__get__(module, type(module)) if hasattr(type(found), "__get__") else found
+    return inspect.getattr_static(type(module), _FORWARD).__get__(module, type(module))
 
 
 def _without_defaults(

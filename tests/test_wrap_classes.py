@@ -304,6 +304,7 @@ def test_a_forward_of_the_class(make):
     check(model)
     mesa_train.wrap(model, EIGHT)
     assert inspect.signature(model[1].forward) == signature
+    assert ("forward" in vars(model[1])) == (make is not closed_property)
     copied = copy.deepcopy(model)
     assert torch.equal(copied(X), model(X))
 

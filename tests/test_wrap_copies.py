@@ -12,6 +12,7 @@ from wrapped import EIGHT, LOSSLESS, Block, batch, close, gradients, net, same
 import mesa_train
 from mesa_train import PRESETS
 from mesa_train.bound import entry_of
+from mesa_train.mirror import mirrors_for
 from mesa_train.wrap import policy_of
 
 
@@ -154,6 +155,7 @@ def test_a_copy_computes_with_itself(kind, duplicate):
     copied = duplicate(model)
     assert torch.equal(copied(batch(), shift=1.0), model(batch(), shift=1.0))
     assert policy_of(copied) == EIGHT
+    assert mirrors_for(copied.forward) is copied
     assert entry_of(copied).installed is not entry_of(model).installed
     copied.factor = 0.0
     assert not copied(batch()).any()
