@@ -8,7 +8,6 @@ operators again, which are not turned into methods while it handles a call.
 from __future__ import annotations
 
 import operator
-import sys
 from typing import Any
 
 # Method of Tensor: operator.
@@ -36,9 +35,8 @@ _METHODS = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a NumPy array."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
+    """Whether a value is a NumPy array; by name, since NumPy may not be there."""
+    return type(value).__name__ == "ndarray"
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
