@@ -230,18 +230,18 @@ def test_the_dtype_is_what_the_device_computes_in():
         small = [VIT[0], "--batch-size", "1", "--image-size", "16", "--json", "--device", "cpu"]
         told = run("profile", *small, "--dtype", "bf16").stderr
         assert told.endswith("many times slower than float32; auto takes float32\n")
-    fake = run("profile", *VIT, "--json", "--device", "cuda", "--fake")
-    assert json.loads(fake.stdout)["dtype"] == choose("auto", "cuda").name
 
 
 def test_half_weights_need_no_autocast(tmp_path, monkeypatch):
-    (tmp_path / "narrow.py").write_text(
+    (tmp_path / "in_half.py").write_text(
         "import torch\ndef half():\n"
         "    return torch.nn.Linear(8, 4).bfloat16(), torch.rand(16, 8).bfloat16()\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    result = run("profile", "python:narrow.half", "--device", "cpu", "--json", "--batch-size", "16")
+    result = run(
+        "profile", "python:in_half.half", "--device", "cpu", "--json", "--batch-size", "16"
+    )
     assert json.loads(result.stdout)["dtype"] == "float32"
     assert result.stderr == ""
 

@@ -10,7 +10,6 @@ is a matter of seconds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,14 +128,11 @@ def build(name: str, weights: Path | None, size: int, device: str) -> Any:
     return net.requires_grad_(False).eval()
 
 
-@dataclasses.dataclass
 class Images:
     """Images as batches: splits by name, the classes' names, transforms for views and for testing."""
 
-    splits: dict[str, Any]
-    labels: list[str]
-    augment: Any
-    test: Any
+    def __init__(self, splits: dict[str, Any], labels: list[str], augment: Any, test: Any) -> None:
+        self.splits, self.labels, self.augment, self.test = splits, labels, augment, test
 
     def batches(self, split: str, view: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels in order; view 0 is as for testing, others are augmented, each by a
