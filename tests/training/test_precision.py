@@ -20,6 +20,7 @@ SKYLAKE = ZEN_3 | {"avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx5
         (SKYLAKE, "no"),
         (SKYLAKE | {"avx512_vnni": True, "amx_int8": True}, "no"),
         (SKYLAKE | {"avx512_fp16": True}, "no"),
+        (SKYLAKE | {"amx_tile": True, "amx_int8": True}, "no"),
         (SKYLAKE | {"avx512_bf16": True}, "bf16"),
         (SKYLAKE | {"amx_tile": True, "amx_bf16": True}, "bf16"),
         ({"neon": True, "architecture": "aarch64"}, "no"),
