@@ -188,8 +188,7 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names
-        unknown keys."""
+        """From YAML text or a file; a key `preset` starts from it. ValueError names unknown keys."""
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
