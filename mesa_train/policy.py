@@ -188,17 +188,14 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """Read from YAML text or a file; a key `preset` starts from that preset. ValueError names
-        unknown keys."""
+        """From YAML text or a file; a key `preset` starts from it. ValueError names unknown keys."""
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
         fields = yaml_text.read(text)
         if not isinstance(fields, dict):
-            raise ValueError(
-                f"a policy in YAML is a mapping of fields, got {yaml_text.resolved(fields)!r}"
-            )
-        return cls.from_fields({name: _of_yaml(name, value) for name, value in fields.items()})
+            raise ValueError(f"a policy in YAML is a mapping of fields, got {fields!r}")
+        return cls.from_fields(yaml_text.by_field(fields, _TEXTS))
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Policy:
@@ -252,23 +249,7 @@ _OVERRIDABLE = tuple(
 )
 
 
-_TEXTS = ("preset", *(f.name for f in dataclasses.fields(Policy) if f.type == "str"))
-
-
-def _of_yaml(field: str, value: Any) -> Any:
-    """A field's value: text and names of modules as they are written, all else as YAML means it."""
-    if field == "overrides" and isinstance(value, dict):
-        return {
-            pattern: {name: _of_yaml(name, v) for name, v in changes.items()}
-            if isinstance(changes, dict)
-            else yaml_text.resolved(changes)
-            for pattern, changes in value.items()
-        }
-    if field == "checkpoint" and isinstance(value, list):
-        return [str(v) if isinstance(v, str) else v for v in value]
-    if field in _TEXTS and isinstance(value, str):
-        return str(value)
-    return yaml_text.resolved(value)
+_TEXTS = ("preset", "checkpoint", *(f.name for f in dataclasses.fields(Policy) if f.type == "str"))
 
 
 class Rules:

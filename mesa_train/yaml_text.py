@@ -9,7 +9,7 @@ Needs PyYAML, which is loaded on use.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,24 @@ def resolved(value: Any) -> Any:
         if found is not None:
             return found
     return str(value)
+
+
+def by_field(fields: dict[str, Any], texts: Container[str]) -> dict[str, Any]:
+    """Nested fields: those named in `texts`, and lists of such, as written; all others `resolved`."""
+    return {
+        name: by_field(value, texts)
+        if isinstance(value, dict)
+        else _as_written(value)
+        if name in texts
+        else resolved(value)
+        for name, value in fields.items()
+    }
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_written(inner) for inner in value]
+    return str(value) if isinstance(value, str) else value
 
 
 def is_null(text: Plain) -> bool:

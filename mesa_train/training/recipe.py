@@ -23,11 +23,12 @@ from torch import nn
 from mesa_train.memory.text import format_bytes
 
 from . import checkpoints, disk, plan, plots, records, sources
+from .accelerated import trackers
 from .config import Config, ConfigError, check_files, of_dict
 from .engine import EpochResult, StepEvent
 from .loader import Batch, Loader
 from .progress import Dashboard, waiting
-from .run import CHECKPOINTS, Run, Scores, StepResult, trackers
+from .run import CHECKPOINTS, Run, Scores, StepResult
 from .schema import changed
 
 _log = logging.getLogger(__name__)

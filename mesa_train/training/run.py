@@ -7,7 +7,6 @@ the first rank's batch norm statistics, as its checkpoint will.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -24,9 +23,10 @@ import mesa_train
 from mesa_train.memory.methods import PLAIN
 
 from . import checkpoints, disk, optimizers
+from .accelerated import accelerator, gather
 from .config import Config, ConfigError
 from .loader import Batch, Loader
-from .plan import Plan, precision, use_cpu
+from .plan import Plan
 from .sources import IGNORED, keeping_random_state, seed_all
 
 _log = logging.getLogger(__name__)
@@ -217,9 +217,9 @@ class Run:
             checkpoints.commit(written, state, self.config.train.keep)
 
         # Each waits for all ranks.
-        disk.together(lambda: checkpoints.clear(written) if main else None, final, written, _gather)
-        disk.together(write, final, written, _gather)
-        disk.together(lambda: commit() if main else None, final, written, _gather)
+        disk.together(lambda: checkpoints.clear(written) if main else None, final, written, gather)
+        disk.together(write, final, written, gather)
+        disk.together(lambda: commit() if main else None, final, written, gather)
         return final
 
     def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -353,54 +353,6 @@ def score(
     return Scores(loss / images_seen, top1 / images_seen, top5 / images_seen, int(images_seen))
 
 
-def accelerator(config: Config, plan: Plan) -> Any:
-    """Accelerate's accelerator for a plan; it has been told of the batches that it will not see."""
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-
-    train = config.train
-    options: dict[str, Any] = {}
-    if train.tracker != "none" and _installed(train.tracker):
-        options = {"log_with": train.tracker}
-    try:
-        made = Accelerator(
-            cpu=use_cpu(config),
-            mixed_precision=precision(config).name,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=plan.accumulation, sync_with_dataloader=False
-            ),
-            project_config=ProjectConfiguration(project_dir=train.out, logging_dir=train.out),
-            **options,
-        )
-    except ValueError as error:
-        raise ConfigError(f"train.precision={train.precision}: {error}") from None
-    deepspeed = getattr(made.state, "deepspeed_plugin", None)
-    if deepspeed is not None:
-        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch
-        deepspeed.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
-        deepspeed.deepspeed_config["gradient_clipping"] = config.optim.clip
-    return made
-
-
-@contextlib.contextmanager
-def trackers(run: Run) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Starts the run's trackers, gives the function that logs to them, and ends them."""
-    started = bool(run.accelerator.log_with)
-    if started:
-        values = {
-            f"{section}.{key}": value if isinstance(value, int | float | str) else str(value)
-            for section, fields in run.config.to_dict().items()
-            for key, value in fields.items()
-        }
-        run.accelerator.init_trackers("mesa_train", config=values)
-    elif run.config.train.tracker != "none" and run.accelerator.is_main_process:
-        _log.warning("%s is not installed: nothing is tracked", run.config.train.tracker)
-    try:
-        yield lambda row, step: run.accelerator.log(row, step=step) if started else None
-    finally:
-        run.accelerator.end_training()
-
-
 def _mixup(config: Config, classes: int) -> Any:
     from timm.data import Mixup
 
@@ -413,17 +365,3 @@ def _mixup(config: Config, classes: int) -> Any:
         label_smoothing=augment.label_smoothing,
         num_classes=classes,
     )
-
-
-def _gather(texts: list[str]) -> list[str]:
-    """The lists of all ranks in one; each rank waits for the others."""
-    from accelerate.utils import gather_object
-
-    gathered: list[str] = gather_object(texts)
-    return gathered
-
-
-def _installed(tracker: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(tracker) is not None

@@ -9,13 +9,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesa_train.policy import OFFLOADED, PRESETS
 
 from .config import DataConfig, check_data, check_path
 from .schema import ConfigError as ConfigError
 from .schema import of_values, one_of, positive, read_yaml
+
+if TYPE_CHECKING:
+    from .precision import Choice
 
 BACKENDS = ("auto", "single", "fsdp2", "zero3")
 PRECISIONS = ("no", "bf16", "pure_bf16", "auto")
@@ -221,3 +224,17 @@ def accumulation(train: TrainConfig, ranks: int) -> int:
             f"train.micro_batch={train.micro_batch} on {ranks} data-parallel ranks"
         )
     return train.global_batch // (train.micro_batch * ranks)
+
+
+def precision_of(config: Config) -> Choice:
+    """The precision that a configuration means on this machine. These recipes do without loss scaling,
+    so a GPU without bfloat16 computes in float32."""
+    import torch
+
+    from .precision import choose
+
+    asked, kind = config.train.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    found = choose(asked.removeprefix("pure_"), kind, fp16=False)
+    if asked.startswith("pure_"):
+        return dataclasses.replace(found, name=asked, line=found.line.replace("bf16", asked, 1))
+    return found

@@ -21,9 +21,8 @@ from mesa_train.policy import Policy
 
 from . import sharded_checkpoint as checkpoints
 from .local_shards import LocalShards
-from .precision import Choice, choose
 from .schedule_rsqrt import groups
-from .sharded_config import Config, ConfigError, accumulation
+from .sharded_config import Config, ConfigError, accumulation, precision_of
 
 # What processes talk through.
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl"}
@@ -115,16 +114,6 @@ def build(config: Config, classes: int, device: str) -> Any:
         )
     built.set_grad_checkpointing(config.train.checkpointing != "none")
     return built.train()
-
-
-def precision_of(config: Config) -> Choice:
-    """The precision that a configuration means on this machine. These recipes do without loss scaling,
-    so a GPU without bfloat16 computes in float32."""
-    asked, kind = config.train.precision, "cuda" if torch.cuda.is_available() else "cpu"
-    found = choose(asked.removeprefix("pure_"), kind, fp16=False)
-    if asked.startswith("pure_"):
-        return dataclasses.replace(found, name=asked, line=found.line.replace("bf16", asked, 1))
-    return found
 
 
 def check_precision(precision: str) -> None:

@@ -17,8 +17,8 @@ from mesa_train.memory.text import format_bytes
 
 from . import estimates
 from .schedule_rsqrt import groups
-from .sharded_config import Config, accumulation
-from .sharded_engines import backend_of, build, precision_of
+from .sharded_config import Config, accumulation, precision_of
+from .sharded_engines import backend_of, build
 
 _UNLIMITED = 1 << 60
 

@@ -19,7 +19,7 @@ import typer
 from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
 from mesa_train.training.disk import last_good
 from mesa_train.training.sharded_checkpoint import CheckpointError, export
-from mesa_train.training.sharded_engines import precision_of
+from mesa_train.training.sharded_config import precision_of
 from mesa_train.training.stability import DivergenceError
 
 

@@ -20,6 +20,7 @@ SKYLAKE = ZEN_3 | {"avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx5
         (SKYLAKE, "no"),
         (SKYLAKE | {"avx512_vnni": True, "amx_int8": True}, "no"),
         (SKYLAKE | {"avx512_fp16": True}, "no"),
+        (SKYLAKE | {"amx_tile": True, "amx_int8": True}, "no"),
         (SKYLAKE | {"avx512_bf16": True}, "bf16"),
         (SKYLAKE | {"amx_tile": True, "amx_bf16": True}, "bf16"),
         ({"neon": True, "architecture": "aarch64"}, "no"),
@@ -92,10 +93,10 @@ def test_this_processor_as_the_system_describes_it():
 
 
 def test_the_recipes_take_it_by_default():
-    from mesa_train.training import config, plan, sharded_config, sharded_engines
+    from mesa_train.training import config, plan, sharded_config
 
     expected = choose("auto", "cuda" if torch.cuda.is_available() else "cpu")
     assert plan.precision(config.Config()) == expected
     assert plan.autocast_dtype(config.Config()) is expected.dtype
-    sharded = sharded_engines.precision_of(sharded_config.Config())
+    sharded = sharded_config.precision_of(sharded_config.Config())
     assert sharded.name == ("bf16" if expected.name == "bf16" else "no")
