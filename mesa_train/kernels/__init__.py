@@ -2,7 +2,7 @@
 
 Importing this package defines every operator with its plain-torch reference, on any device, and
 compiles nothing. `load()` puts the C++ kernels in front on the CPU; the first call of a machine
-compiles them (10 to 25 s), the first call of a process loads them, the others cost nothing. It also
+compiles them (15 to 45 s), the first call of a process loads them, the others cost nothing. It also
 names the Triton kernels for GPUs, which are imported by the first call with a tensor on one.
 """
 
