@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import sharded
 from .intercept import Interception, Report, Site, active, hookable, saved_hooks
-from .modes import aside, exchange, put_aside, untraced
+from .modes import aside, exchange, put_aside, tracer, untraced
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy
 from .stash import Lineage
@@ -76,8 +76,8 @@ def enter(
     installed, site = entry.installed, entry.site
     if site.checkpointed and not again:
         return _checkpointed(module, entry, call, args, kwargs)
-    modes = put_aside(installed, site.name, site.module)
-    if modes is not None:
+    if not compiling and callable(tracer()):
+        modes = put_aside(installed, site.name, site.module)
         try:
             return call(*args, **kwargs)
         finally:

@@ -27,6 +27,7 @@ from .codecs.running import Running
 from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
 from .offload import Moved, Order, lane_of, passes
 from .ops import arrays, table
+from .ops.base import autocasts
 from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
@@ -184,7 +185,7 @@ class Interception(Mode):
             self.report.add(
                 self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
             )
-            cast = operator in _AUTOCAST and torch.is_autocast_enabled(tensor.device.type)
+            cast = operator in _AUTOCAST and autocasts(tensor.device.type)
             return whole(held(tensor) if cast else tensor)
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
@@ -201,7 +202,7 @@ class Interception(Mode):
         cast, the parameter itself otherwise."""
         dtype = _autocast(tensor)
         if dtype is None:
-            viewed = viewed or torch.is_autocast_enabled(tensor.device.type)
+            viewed = viewed or autocasts(tensor.device.type)
             return whole(held(tensor) if viewed else tensor)
         stash = self.lineage.cast(tensor, dtype)
         if stash is None:
@@ -439,7 +440,7 @@ def _autocast(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts an operand to, where that is a narrower one. None for parameters,
     which are saved as they are."""
     device = tensor.device.type
-    if tensor.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+    if tensor.dtype is not torch.float32 or not autocasts(device):
         return None
     dtype = torch.get_autocast_dtype(device)
     return dtype if dtype.itemsize < tensor.dtype.itemsize and not of_parameter(tensor) else None

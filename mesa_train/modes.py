@@ -83,12 +83,9 @@ def aside() -> Iterator[None]:
         exchange(modes)
 
 
-def put_aside(owner: Owner, name: str, module: object) -> list[Any] | None:
-    """In a frame that runs in Python within torch.compile, which compiles the frames called from here: it broke
-    the graph inside `module`, or gave the frame up. Take the interceptions off, and return the modes that were
-    on. None where torch.compile has no part."""
-    if torch.compiler.is_compiling() or not callable(_callback()):
-        return None
+def put_aside(owner: Owner, name: str, module: object) -> list[Any]:
+    """Where torch.compile has broken the graph inside `module`: take the interceptions off, and return the modes
+    that were on."""
     if not owner.broken:
         owner.broken = True
         _logger.warning(
@@ -103,7 +100,9 @@ def put_aside(owner: Owner, name: str, module: object) -> list[Any] | None:
 
 
 _dynamo = torch._C._dynamo.eval_frame
-_callback = _dynamo.get_eval_frame_callback
+# A function if torch.compile compiles the frames that are called from here. In a frame that is not traced itself,
+# this means that it broke a graph there or gave the frame up. No Python frame of ours may be in between.
+tracer = _dynamo.get_eval_frame_callback
 
 
 def untraced(function: Any, *, inside: bool = True) -> Any:

@@ -375,6 +375,8 @@ class Lineage(Generic[Entry]):
         if torch.compiler.is_compiling():
             self._traced[tensor] = stash
             return
+        if tensor.is_inference():
+            return  # it has no version
         if self._placed is not None:
             storage = StorageWeakRef(tensor.untyped_storage())
             layout = torch.empty_strided(
@@ -396,7 +398,7 @@ class Lineage(Generic[Entry]):
         """Let `stash` stand for `tensor` as it is now, rounded to `dtype`."""
         if torch.compiler.is_compiling():
             self._traced_casts[tensor, dtype] = stash
-        else:
+        elif not tensor.is_inference():
             self._enter((id(tensor), dtype), tensor, stash)
 
     def _enter(self, key: Any, tensor: Tensor, stash: Entry) -> None:

@@ -73,6 +73,8 @@ class Fakes:
     def _one(self, tensor: Tensor) -> Tensor:
         # The tensor is held beside its fake: its id stays taken for as long as the table lives.
         if id(tensor) not in self._made:
+            if tensor.is_nested:
+                raise ValueError("nested tensors have no fakes: count with fake=False")
             with self._mode:
                 fake = torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
@@ -120,6 +122,13 @@ class _Called(TorchDispatchMode):
 
 class _NormStatistics(TorchDispatchMode):
     """Makes mean and reciprocal deviation float32 where the CPU does."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile may run under this mode, as eager `flex_attention` does."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))

@@ -57,7 +57,8 @@ class _Token:
             (
                 t.untyped_storage(),
                 str(t.dtype).removeprefix("torch."),
-                tuple(t.shape),
+                # A nested tensor has no shape, but a number of elements.
+                (t.numel(),) if t.is_nested else tuple(t.shape),
                 t.device.type,
             )
             for t in _plain_tensors(tensor)
@@ -151,6 +152,13 @@ class _Operators(TorchFunctionMode):
 
 class _WeightCasts(TorchDispatchMode):
     """Marks the copies that autocast makes of parameters, out of a torch function mode's sight."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile may run under this mode, as eager `flex_attention` does."""
+        return True
 
     def __init__(
         self, weights: dict[int, torch.UntypedStorage], casts: dict[int, torch.UntypedStorage]

@@ -20,7 +20,7 @@ from mesa_train.stash import Saved, whole
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
-from .base import Operator, derivative, kept_first, sum_to
+from .base import Operator, autocasts, derivative, kept_first, sum_to
 from .packed import keep_each
 from .views import view
 
@@ -141,7 +141,7 @@ def attention(
     device = query.device.type
     q, k, v = query, key, value
     mask = attn_mask
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.no_grad():
             q, k, v = [_cast(t, dtype) for t in (query, key, value)]
@@ -263,6 +263,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
+    if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[device.index or 0]

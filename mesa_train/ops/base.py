@@ -127,14 +127,15 @@ def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     return grad if grad.shape == torch.Size(shape) else grad.sum_to_size(shape)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. The meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def cast_like_autocast(tensor: Any) -> Any:
     """A half-precision tensor in float32 under CUDA's autocast, which computes norms in float32; the
     functions that the rows call are below its reach."""
-    if (
-        tensor is None
-        or tensor.device.type == "cpu"
-        or not torch.is_autocast_enabled(tensor.device.type)
-    ):
+    if tensor is None or tensor.device.type == "cpu" or not autocasts(tensor.device.type):
         return tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -142,7 +142,7 @@ def _cast(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() else tensor._version
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _watched(product: Tensor) -> bool:
