@@ -1,6 +1,8 @@
 """Tensors that are not like others: from inference mode, nested ones, and those of the meta device. A wrapped model
 computes with them as a plain one does, or raises what PyTorch raises."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ SAVED = "Inference tensors cannot be saved for backward"
 class Student(nn.Module):
     """Uses a teacher's features `t` in one of several ways."""
 
-    USES = {
+    USES: ClassVar = {
         "add": lambda m, h, t: m.norm(h + t),
         "cat": lambda m, h, t: m.norm(torch.cat([h, t])),
         "view": lambda m, h, t: m.norm(h + t.view(4, 2, 32).flatten(0, 1)),
@@ -63,14 +65,14 @@ def test_a_teacher_under_inference_mode(use, policy):
     try:
         plain(x, features).backward()
     except RuntimeError as error:
-        assert SAVED in str(error)
+        assert SAVED in str(error)  # noqa: PT017
         # Codes are ordinary tensors, so PyTorch's limit does not hold where codes are kept.
         normal = Student(use)
         normal(x, features.clone()).backward()
         try:
             model(x, features).backward()
         except RuntimeError as ours:
-            assert SAVED in str(ours)
+            assert SAVED in str(ours)  # noqa: PT017
         else:
             assert distance(gradients(model), gradients(normal)) <= BOUND[policy]
         return
