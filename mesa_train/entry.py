@@ -163,6 +163,7 @@ def _traced() -> bool:
     return proxies is not None and proxies.get_proxy_mode() is not None
 
 
+@untraced
 def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a gradient may be needed inside: of an argument, or of a parameter. A tensor that comes from
     elsewhere is found by the module inside that gets it."""

@@ -369,6 +369,7 @@ def active(owner: object) -> Interception | None:
     return mode if mode is not None and mode.owner is owner else None
 
 
+@untraced
 def compress(policy: Policy | str | None = None) -> Interception:
     """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module
     needed.
