@@ -49,9 +49,19 @@ class Codec(Protocol):
 
 class Recipe(Protocol):
     """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through
-    `saved`."""
+    `saved`.
+
+    The tensor in another dtype is the forward's tensor, cast: a recipe that computes rounds to the
+    dtype of the forward (`spec.dtype`) first. A later cast may show that rounding, or an overflow.
+    """
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
+
+
+def once(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a recipe which computes in float32 rounds to, for a tensor of the dtype `own` that
+    is asked for in `dtype`: at once to `dtype`, unless `own` is narrow and has its own rounding."""
+    return dtype if own.itemsize >= 4 and dtype.itemsize <= own.itemsize else own
 
 
 class Stash:
@@ -307,8 +317,7 @@ def held(tensor: Tensor) -> Tensor:
 
 
 class Replay:
-    """Recipe: call a function of one source again, with constant arguments. For views, casts and
-    scalings."""
+    """Recipe: call a view of one source again, with constant arguments."""
 
     def __init__(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
@@ -320,12 +329,26 @@ class Replay:
         return value if self.index is None else value[self.index]
 
 
-class Cast:
-    """Recipe: the source in another dtype; the codes are decoded straight to the dtype asked
-    for."""
+class Recompute(Replay):
+    """Recipe: call a function of one source again that computes: in the dtype of the forward."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return saved.value(spec.sources[0], dtype)
+        return super().load(saved, spec, spec.sources[0].dtype).to(dtype)
+
+
+# What codes are decoded to. Any other dtype is a cast of one of these.
+_DECODED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Cast:
+    """Recipe: the source in another dtype, rounded as the forward's cast was."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        source, own = spec.sources[0], spec.dtype
+        if own.itemsize >= 4 and own.itemsize > source.dtype.itemsize:
+            return saved.value(source, dtype)  # A cast to a wider dtype changes no value.
+        value = saved.value(source, own if own in _DECODED else source.dtype)
+        return value.to(own).to(dtype)
 
 
 class Lineage(Generic[Entry]):

@@ -22,10 +22,11 @@ from mesa_train.stash import (
     CHEAP,
     Geometry,
     Leaf,
-    Replay,
+    Recompute,
     Saved,
     Spec,
     Stash,
+    once,
     whole,
 )
 
@@ -140,17 +141,19 @@ class Activated:
         leaf = source.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
             decoded = leaf.codec.activation_decode(
-                saved.own(source), leaf.geometry.cols, dtype, self.kind
+                saved.own(source), leaf.geometry.cols, once(spec.dtype, dtype), self.kind
             )
-            return leaf.geometry.restore(decoded)
-        return SMOOTH[self.kind][0](saved.value(source, dtype))
+            return leaf.geometry.restore(decoded).to(dtype)
+        # In the dtype of the forward, where autocast may have widened the source.
+        return SMOOTH[self.kind][0](saved.value(source, spec.dtype)).to(dtype)
 
     def load_for(self, saved: Saved, spec: Spec, grad: Tensor) -> Tensor:
         """The activation in the dtype of `grad`, its gradient; the activation's own backward, which
         is next to run, gets its result from the same pass over the codes."""
         source = spec.sources[0]
         leaf = source.recipe
-        if not (isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine)):
+        coded = isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine)
+        if not coded or once(spec.dtype, grad.dtype) is not grad.dtype:
             return saved.value(spec, grad.dtype)
         geometry, codes = leaf.geometry, saved.own(source)
         flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
@@ -325,7 +328,7 @@ def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
     result = mode.exactly(func, input, dim)
     output = Gated.apply(result, kept, dim, input)
     mode.lineage.set(
-        output, Stash(Replay(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
+        output, Stash(Recompute(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
     )
     return output
 

@@ -259,7 +259,11 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: every float but float64."""
-    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+    if tensor.dtype in (torch.float64, dtype):
+        return tensor
+    cast = tensor.to(dtype)
+    # PyTorch chooses a kernel by the gradients that the operands require, too.
+    return cast if torch.compiler.is_compiling() else cast.requires_grad_(tensor.requires_grad)
 
 
 def _generator(device: torch.device) -> torch.Generator:

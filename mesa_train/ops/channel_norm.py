@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from mesa_train.stash import CHEAP, Geometry, Saved, Spec, Stash, held, whole
+from mesa_train.codecs.lossless import Lossless
+from mesa_train.stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, held, whole
 
 from .base import Operator, cast_like_autocast, derivative
 from .norm import Scaled, keeps_input
@@ -36,7 +37,7 @@ class ChannelNorm(Operator):
         rstd = saved[1]
         wide = torch.promote_types(grad.dtype, torch.float32)
         g = grad.reshape(shape).to(wide)
-        x_hat = saved.get(0, wide).reshape(shape)
+        x_hat = _centred(saved, wide, shape, averaged)
         dweight = (g * x_hat).sum((0, 3)).reshape(-1) if needs[1] else None
         dbias = g.sum((0, 3)).reshape(-1) if needs[2] else None
         dx = None
@@ -51,6 +52,24 @@ class ChannelNorm(Operator):
                 )
             dx = (g * rstd).reshape(grad.shape)
         return dx, dweight, dbias
+
+
+def _centred(
+    saved: Saved, dtype: torch.dtype, shape: tuple[int, ...], averaged: tuple[int, ...]
+) -> Tensor:
+    """x_hat, with a mean of 0 over the averaged dims as it had before it was coded.
+
+    The mean of the codes' errors is small, but the backward multiplies it by the gradient's sum over a
+    channel, in which the errors of single elements cancel.
+    """
+    spec = saved.specs[0]
+    assert spec is not None
+    x_hat = saved.value(spec, dtype).reshape(shape)
+    leaf = spec.recipe
+    if averaged and isinstance(leaf, Leaf) and not isinstance(leaf.codec, Lossless):
+        # Decoded for this backward alone, so it may be written to.
+        x_hat.sub_(x_hat.mean(averaged, keepdim=True))
+    return x_hat
 
 
 class ChannelNormalized:

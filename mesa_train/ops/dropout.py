@@ -35,7 +35,8 @@ class Dropped:
         self.scale = scale
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return bitmask.apply(saved.value(spec.sources[0], dtype), saved.own(spec)[0], self.scale)
+        value = saved.value(spec.sources[0], spec.dtype)
+        return bitmask.apply(value, saved.own(spec)[0], self.scale).to(dtype)
 
 
 def dropout(

@@ -24,6 +24,7 @@ from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
 
 from .activation import Activated
 from .base import Operator, derivative, kept_first
+from .folding import folded
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -84,7 +85,7 @@ def linear(
         return NotImplemented
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
     kept = kept_first(mode, x, mode.weight(weight, viewed=True) if input.requires_grad else None)
-    result = mode.exactly(func, input, weight, bias)
+    result = folded(mode, func, input, weight, bias, transposed=True)
     output = Linear.apply(result, kept, None, input, weight, bias)
     if x is not None:
         mode.linears.set(output, (input, _version(input), x, weight, bias))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mesa_train.stash import Saved
 
 from .base import Kept, Operator, derivative, kept_first, sum_to
+from .folding import folded
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -96,7 +97,7 @@ def matmul(
     ):
         return NotImplemented
     stashes = _operands(mode, input, other)
-    result = mode.exactly(func, input, other)
+    result = folded(mode, func, input, other)
     return MatMul.apply(result, stashes, (tuple(input.shape), tuple(other.shape)), input, other)
 
 

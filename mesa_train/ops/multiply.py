@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mesa_train.stash import CHEAP, MATMUL, Replay, Saved, Spec, Stash
+from mesa_train.stash import CHEAP, MATMUL, Recompute, Saved, Spec, Stash
 
 from .base import Operator, derivative, kept_first, sum_to
 from .linear import scaled
@@ -51,7 +51,7 @@ def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any)
         tensor, number = (input, other) if isinstance(input, Tensor) else (other, input)
         source = mode.lineage.get(tensor)
         if source is not None and isinstance(number, (int, float)) and output.is_floating_point():
-            replay = Replay(torch.mul, (number,), {})
+            replay = Recompute(torch.mul, (number,), {})
             mode.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
         return output
     if not (input.requires_grad and other.requires_grad):

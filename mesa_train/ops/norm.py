@@ -27,6 +27,7 @@ from mesa_train.stash import (
     Spec,
     Stash,
     held,
+    once,
     whole,
 )
 
@@ -87,20 +88,19 @@ class Scaled:
         parameters = saved.own(spec)
         weight = parameters[0] if self.has_weight else None
         bias = parameters[-1] if self.has_bias else None
-        source = spec.sources[0]
+        source, asked, dtype = spec.sources[0], dtype, once(spec.dtype, dtype)
         if self.per_channel is None:
             leaf = source.recipe
             assert isinstance(leaf, Leaf)
             flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
-            return leaf.geometry.restore(
-                leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat)
-            )
+            decoded = leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat)
+            return leaf.geometry.restore(decoded).to(asked)
         value = saved.value(source, torch.promote_types(dtype, torch.float32))
         if weight is not None:
             value = value * weight.view(self.per_channel)
         if bias is not None:
             value = value + bias.view(self.per_channel)
-        return value.to(dtype)
+        return value.to(dtype).to(asked)
 
 
 class Normalized:

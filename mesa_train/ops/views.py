@@ -100,7 +100,8 @@ def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: 
 
 
 def _derive(mode: Interception, output: Tensor, source: Stash, recipe: Replay) -> None:
-    if mode.lineage.get(output) is None:
+    # A view in another dtype reads bits, which codes do not have.
+    if mode.lineage.get(output) is None and output.dtype is source.dtype:
         mode.lineage.set(output, Stash(recipe, (), (source,), cost=VIEW, dtype=source.dtype))
 
 

@@ -1,0 +1,64 @@
+"""Products of a tensor of three or more dims with a matrix, computed as PyTorch does when it records.
+
+PyTorch computes such a product as one matrix product or as a batch of them (`should_fold` in ATen's
+LinearAlgebra.cpp); the two may round differently. Where the strides allow both, PyTorch folds only if the
+matrix requires a gradient. A row computes under `no_grad`, in which a transposed weight and autocast's
+copy of a weight require none. So for these operands a row lets PyTorch record, and saves nothing of it.
+That costs about 20 us a call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import autocasts
+
+if TYPE_CHECKING:
+    from mesa_train.intercept import Interception
+
+
+def folded(
+    mode: Interception, func: Any, left: Tensor, right: Tensor, *rest: Any, transposed: bool = False
+) -> Tensor:
+    """func(left, right, *rest) without a record. transposed: `right` is the weight of a Linear."""
+    if (
+        torch.compiler.is_compiling()
+        or not _depends(left, right, transposed)
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    ):
+        return mode.exactly(func, left, right, *rest)
+    return mode.exactly(_recorded, func, left, right, *rest)
+
+
+def _depends(left: Tensor, right: Tensor, transposed: bool) -> bool:
+    """Whether PyTorch's choice depends on a gradient that only a recorded call requires."""
+    first = left.dim() >= right.dim()
+    large, small = (left, right) if first else (right, left)
+    if large.dim() < 3 or small.dim() > 2 or not small.requires_grad:
+        return False
+    # A matrix that is neither transposed nor cast requires its gradient under `no_grad` as well.
+    if not transposed and not autocasts(left.device.type):
+        return False
+    return not first or not _is_matrix(large)
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether all dims but the last are one dim in memory."""
+    shape, stride = tensor.shape, tensor.stride()
+    return all([stride[i] == stride[i + 1] * shape[i + 1] for i in range(tensor.dim() - 2)])
+
+
+def _recorded(func: Any, *args: Any) -> Tensor:
+    """func(*args), its gradients recorded for aliases of the tensors, and nothing saved."""
+    given = [
+        a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
+    ]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        return func(*given).detach()
+
+
+def _nothing(tensor: Any) -> Any:
+    return None
