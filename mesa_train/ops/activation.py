@@ -152,8 +152,10 @@ class Activated:
         is next to run, gets its result from the same pass over the codes."""
         source = spec.sources[0]
         leaf = source.recipe
-        coded = isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine)
-        if not coded or once(spec.dtype, grad.dtype) is not grad.dtype:
+        if (
+            not (isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine))
+            or once(spec.dtype, grad.dtype) is not grad.dtype
+        ):
             return saved.value(spec, grad.dtype)
         geometry, codes = leaf.geometry, saved.own(source)
         flat = grad.permute(geometry.order).reshape(-1, geometry.cols)

@@ -4,10 +4,12 @@ so a Linear behind it keeps nothing."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mesa_train.codecs import bitmask
 from mesa_train.stash import CHEAP, Saved, Spec, Stash, whole
@@ -62,6 +64,8 @@ def dropout(
             # rounding.
             noise = torch.empty_like(input).bernoulli_(1 - p)
             mask = noise != 0
+            if not torch.compiler.is_compiling():
+                scale = _rounded(p, input.dtype)
             result = input * noise.div_(1 - p)
         else:
             result, mask = torch.native_dropout(input, p, True)
@@ -74,3 +78,10 @@ def dropout(
             output, Stash(Dropped(scale), (bits,), (source,), cost=CHEAP, dtype=result.dtype)
         )
     return output
+
+
+@functools.cache
+def _rounded(p: float, dtype: torch.dtype) -> float:
+    """1 / (1 - p) as the CPU's dropout has it: rounded to the dtype of the input."""
+    with _disable_current_modes():
+        return torch.ones((), dtype=dtype).div_(1 - p).item()
