@@ -114,14 +114,14 @@ def save(ctx: Any, *stashes: Stash | None) -> None:
     """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
     the same order. Shared parts go once."""
     tensors: list[Tensor] = []
-    slots: dict[int, int] = {}
+    slots: dict[Any, int] = {}
     specs: dict[int, Spec] = {}
     ctx.kept = tuple([None if s is None else strip(s, tensors, slots, specs) for s in stashes])
     ctx.save_for_backward(*tensors)
 
 
 def strip(
-    stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
+    stash: Stash, tensors: list[Tensor], slots: dict[Any, int], specs: dict[int, Spec]
 ) -> Spec:
     """A stash's structure; its tensors are appended to `tensors`, each once."""
     known = specs.get(id(stash))
@@ -130,10 +130,12 @@ def strip(
     sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
     own = []
     for tensor in stash.tensors:
-        if id(tensor) not in slots:
-            slots[id(tensor)] = len(tensors)
+        # Dynamo would guard on the id of a parameter, and trace each block of a model again.
+        key = tensor if torch.compiler.is_compiling() else id(tensor)
+        if key not in slots:
+            slots[key] = len(tensors)
             tensors.append(tensor)
-        own.append(slots[id(tensor)])
+        own.append(slots[key])
     uses = None if torch.compiler.is_compiling() else stash.uses
     user = None if uses is None else User(uses)
     away = partitioned(stash.tensors)
@@ -229,7 +231,7 @@ class Geometry:
             if 0 in strides:
                 x = x.contiguous()
             else:
-                order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
+                order = _descending(strides)
         inner = 0
         while inner < dims and order[dims - 1 - inner] in within:
             inner += 1
@@ -250,6 +252,17 @@ class Geometry:
         for position, dim in enumerate(self.order):
             inverse[dim] = position
         return matrix.reshape([self.shape[d] for d in self.order]).permute(inverse)
+
+
+def _descending(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims by falling stride. By comparisons, since Dynamo sorts constants alone."""
+    order: list[int] = []
+    for dim in range(len(strides)):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < strides[dim]:
+            place -= 1
+        order.insert(place, dim)
+    return tuple(order)
 
 
 class Leaf:

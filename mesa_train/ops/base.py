@@ -30,7 +30,7 @@ class Packed:
 
     def __init__(self, stashes: tuple[Stash | None, ...], pack: Any, unpack: Any) -> None:
         tensors: list[Tensor] = []
-        slots: dict[int, int] = {}
+        slots: dict[Any, int] = {}
         known: dict[int, Spec] = {}
         self.specs = tuple(
             [None if s is None else strip(s, tensors, slots, known) for s in stashes]
@@ -71,7 +71,10 @@ class Operator(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, stashes: Kept, static: Any, *inputs: Any) -> Tensor:
         put(ctx, stashes, static)
-        return output.detach()
+        # Compiled, the output must not be a view. An output and a view of it may both leave the graph; AOTAutograd
+        # makes the second from the first again with all views in between, and `detach` would cut its gradient.
+        # Inductor removes the copy.
+        return output.clone() if torch.compiler.is_compiling() else output.detach()
 
 
 def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]:
