@@ -31,7 +31,19 @@ from .ops.base import autocasts
 from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
-from .stash import CHEAP, MATMUL, VIEW, Geometry, Leaf, Lineage, Stash, held, of_parameter, whole
+from .stash import (
+    CHEAP,
+    MATMUL,
+    VIEW,
+    Geometry,
+    Leaf,
+    Lineage,
+    Stash,
+    held,
+    narrowed,
+    of_parameter,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +199,11 @@ class Interception(Mode):
             )
             cast = operator in _AUTOCAST and autocasts(tensor.device.type)
             return whole(held(tensor) if cast else tensor)
+        if self.lossless(operator, operand) and not rule.offload and _kept_with_its_base(tensor):
+            self.report.add(self.site.name, label, operand, "shared", 0)
+            leaf = whole(tensor)
+            self.lineage.set(tensor, leaf)
+            return leaf
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
         with torch.no_grad():
@@ -460,6 +477,15 @@ def why_whole(tensor: Tensor, rule: Rule) -> str:
     if tensor.dim() == 0 or tensor.shape[-1] == 1:
         return "one element per token"
     return ""
+
+
+def _kept_with_its_base(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of an output that PyTorch's own node saves. A copy of the part would be
+    kept beside it."""
+    if torch.compiler.is_compiling() or not narrowed(tensor):
+        return False
+    base = tensor._base
+    return base is not None and hasattr(type(base.grad_fn), "_saved_result")
 
 
 def _new_bytes(tensor: Tensor) -> int:

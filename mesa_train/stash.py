@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .codecs.lossless import Lossless
 from .neighbours import User, Uses, neighbours
 from .offload import Moved, Reader
 from .sharded import partitioned, present, relayed
@@ -87,6 +88,12 @@ class Stash:
         # A matmul's result is shared by the operators that rebuild it in one backward; this counts
         # them.
         self.uses = Uses() if cost == MATMUL else None
+
+    def exact(self) -> bool:
+        """Whether no codes are read for it: it is equal to the tensor up to rounding."""
+        recipe = self.recipe
+        coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
+        return not coded and all([source.exact() for source in self.sources])
 
 
 class Spec:
@@ -311,6 +318,12 @@ def of_parameter(tensor: Tensor) -> str:
     if base is not None and base.is_leaf and base.requires_grad:
         return "a view of a parameter"
     return ""
+
+
+def narrowed(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of a part of its storage: to keep it keeps the rest as well."""
+    own = tensor.numel() * tensor.element_size()
+    return tensor._is_view() and tensor.untyped_storage().nbytes() > own
 
 
 def held(tensor: Tensor) -> Tensor:

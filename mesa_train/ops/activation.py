@@ -1,9 +1,9 @@
 """Element-wise activations.
 
 gelu, silu and their kin keep the codes of their input (1 byte per element, nearest rounding) and
-their output is rebuilt from the same codes, so the Linear behind them keeps nothing. relu and its
-kin have a derivative of two values and keep one bit. sigmoid and tanh keep the codes of their
-output. glu keeps its input's codes.
+their output is rebuilt from the same codes, so the Linear behind them keeps nothing. hardswish, whose
+derivative jumps at -3 and 3, keeps one bit beside the codes. relu and its kin have a derivative of two
+values and keep one bit. sigmoid and tanh keep the codes of their output. glu keeps its input's codes.
 """
 
 from __future__ import annotations
@@ -69,13 +69,22 @@ OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# kind: the bounds between which the derivative is one smooth function of x, and outside which it is 0
+# below and 1 above. It jumps at the bounds, and codes of x may fall on the other side of one.
+BOUNDED = {"hardswish": (-3.0, 3.0)}
+
+
 class Smooth(Operator):
-    """inputs: x. stashes: x. static: kind."""
+    """inputs: x. stashes: x, and for a kind in `BOUNDED` with coded x one bit per element, whether x lies
+    between the bounds. static: kind."""
 
     @derivative("activation")
     def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
         spec = saved.specs[0]
         assert spec is not None
+        if len(saved.specs) > 1:
+            x = _on_its_side(saved.get(0, grad.dtype), saved[1], *BOUNDED[kind])
+            return (SMOOTH[kind][1](grad, x),)
         leaf = spec.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
             geometry, codes = leaf.geometry, saved.own(spec)
@@ -86,6 +95,15 @@ class Smooth(Operator):
             flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
             return (geometry.restore(leaf.codec.activation_backward(codes, flat, kind)),)
         return (SMOOTH[kind][1](grad, saved.get(0, grad.dtype)),)
+
+
+def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
+    """A decoded x, moved to the nearest value on the side of the bounds that x itself was on; `bits` are set
+    between the bounds. An x on a bound counts as outside."""
+    inside = bitmask.decode(bits, tuple(x.shape))
+    shorter = 1 - torch.finfo(x.dtype).eps
+    outside = torch.where(x > (low + high) / 2, x.clamp(min=high), x.clamp(max=low))
+    return torch.where(inside, x.clamp(low * shorter, high * shorter), outside)
 
 
 class Stepped(Operator):
@@ -155,6 +173,7 @@ class Activated:
         if (
             not (isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine))
             or once(spec.dtype, grad.dtype) is not grad.dtype
+            or self.kind in BOUNDED
         ):
             return saved.value(spec, grad.dtype)
         geometry, codes = leaf.geometry, saved.own(source)
@@ -226,7 +245,7 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
                 cost=x.cost,
                 dtype=x.dtype,
             )
-        kept = kept_first(mode, x)
+        kept = kept_first(mode, x, *_side(mode, which, x, input))
         if inplace and _writable(input):
             return SmoothInPlace.apply(lambda t: t.copy_(function(t)), kept, which, input)
         result = mode.exactly(function, input)
@@ -247,9 +266,21 @@ def _fused(mode: Interception, codec: Affine, kind: str, input: Tensor) -> Tenso
         result = geometry.restore(result)
     x = mode.leaf(codec, codes, geometry, input.dtype, "activation", "input")
     mode.lineage.set(input, x)
-    output = Smooth.apply(result, (x,), kind, input)
+    output = Smooth.apply(result, (x, *_side(mode, kind, x, input)), kind, input)
     mode.lineage.set(output, Stash(Activated(kind), (), (x,), cost=CHEAP, dtype=result.dtype))
     return output
+
+
+def _side(mode: Interception, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
+    """For a kind in `BOUNDED` whose x is not exact: whether x lies between the bounds, one bit per
+    element."""
+    if kind not in BOUNDED or x.exact():
+        return ()
+    low, high = BOUNDED[kind]
+    with torch.no_grad():
+        bits = mode.bits((input > low) & (input < high))
+    mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+    return (whole(bits),)
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:

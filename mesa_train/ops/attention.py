@@ -5,7 +5,7 @@ and the exact logsumexp; their own backward is called on the decoded tensors. Fo
 half precision on a CPU we have a faster one, which reads q, k and v alone. Where PyTorch runs its
 unfused form (a mask that needs a gradient, say), the codes of the attention weights are kept beside
 q, k and v; with `recompute="linear"`, and with dropout on the weights, they are computed again
-instead, from the same random numbers.
+instead, from the same random numbers. A mask that takes more memory than the codes is not kept for that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mesa_train.stash import Saved, whole
+from mesa_train.codecs.affine import Affine
+from mesa_train.stash import Saved, of_parameter, whole
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
@@ -163,6 +164,7 @@ def attention(
     if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
         return attention_cuda.cudnn(call)
     rebuild = mode.site.rules["attention", "q"].rebuild_linear
+    rebuild = rebuild and not _mask_costs_more(mode, q, k, mask)
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(call)
     return _recomputed(func, call, enable_gqa)
@@ -240,6 +242,22 @@ def _unfused(call: Call) -> Any:
     return Unfused.apply(
         result, kept, static, *call.inputs[:3], None if trained is None else call.inputs[3]
     )
+
+
+def _mask_costs_more(mode: Interception, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether a mask, from which the attention weights are computed again, takes more memory than the
+    weights' codes: a mask for every image, as relative positions make it."""
+    if mask is None or of_parameter(mask):
+        return False
+    if torch.compiler.is_compiling():
+        size = mask.numel() * mask.element_size()
+    else:
+        size = mask.untyped_storage().nbytes()
+    rows, cols = q.numel() // q.shape[-1], k.shape[-2]
+    rule = mode.site.rules["softmax", "output"]
+    if isinstance(rule.codec, Affine) and rows * cols * q.element_size() >= rule.min_bytes:
+        return size > rule.codec.bytes(rows, cols)
+    return size > rows * cols * q.element_size()
 
 
 def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:

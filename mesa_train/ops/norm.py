@@ -27,6 +27,7 @@ from mesa_train.stash import (
     Spec,
     Stash,
     held,
+    narrowed,
     once,
     whole,
 )
@@ -242,13 +243,17 @@ def _fused(
 
 def keeps_input(mode: Interception, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
     """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
-    a parameter (weight standardization), or x_hat is not coded and its `dtype` is wider."""
+    a parameter (weight standardization), or x_hat is not coded. Then its `dtype` may be wider, and
+    another operator may keep the input too."""
     rule = mode.site.rules[operator, "normalized"]
     base = None if torch.compiler.is_compiling() else input._base
     if isinstance(input, torch.nn.Parameter) or isinstance(base, torch.nn.Parameter):
         return True
-    wider = input.dtype.itemsize < dtype.itemsize
-    return wider and mode.lossless(operator, "normalized") and not rule.offload
+    if rule.offload or not mode.lossless(operator, "normalized"):
+        return False
+    return input.dtype.itemsize < dtype.itemsize or not (
+        torch.compiler.is_compiling() or narrowed(input)
+    )
 
 
 def _rebuildable(mode: Interception, operator: str, input: Tensor) -> Stash | None:

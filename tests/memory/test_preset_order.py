@@ -116,7 +116,72 @@ def pointwise_mlp():
     return nn.Sequential(nn.Conv2d(3, 32, 1), *body), torch.randn(8, 3, 32, 32)
 
 
-MODELS = [transformer, adapted, residual_network, standardized_network, pointwise_mlp]
+class Split(nn.Module):
+    """Convolutions of parts of one activation, which the activation's own node saves, as in Res2Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+        )
+        self.parts = nn.ModuleList([nn.Conv2d(8, 8, 3) for _ in range(4)])
+
+    def forward(self, x):
+        parts = self.stem(x).chunk(4, 1)
+        return torch.cat([part(y) for part, y in zip(self.parts, parts, strict=True)], 1)
+
+
+def split_network():
+    return Split(), torch.randn(8, 3, 32, 32)
+
+
+class TwoNorms(nn.Module):
+    """Two norms of one input, and a norm of an activation, as in DPN and RepGhost."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.left = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.right = nn.Sequential(nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.token = nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.left(x) + self.right(x)
+        return self.token(x.flatten(2).mT[:, 0])
+
+
+def two_norms():
+    return TwoNorms(), torch.randn(8, 3, 32, 32)
+
+
+class Positions(nn.Module):
+    """Attention with a mask for every image that needs a gradient, as decomposed relative positions make
+    it; with `shared`, one mask for all images."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(64, 192), nn.Linear(16, 49)
+        self.shared = shared
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 4, 16).permute(2, 0, 3, 1, 4)
+        mask = self.bias(q[:1] if self.shared else q)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def positions():
+    return Positions(shared=False), torch.randn(8, 49, 64)
+
+
+def shared_positions():
+    return Positions(shared=True), torch.randn(8, 49, 64)
+
+
+MODELS = [
+    *(transformer, adapted, residual_network, standardized_network, pointwise_mlp),
+    *(split_network, two_norms, positions, shared_positions),
+]
 
 
 def saved(model, x, policy, autocast=None):
@@ -154,7 +219,10 @@ def gradients(model, x, policy):
 
 @pytest.mark.parametrize(
     "build",
-    [adapted, pointwise_mlp, standardized_network, residual_network],
+    [
+        *(adapted, pointwise_mlp, standardized_network, residual_network),
+        *(split_network, two_norms, positions, shared_positions),
+    ],
     ids=lambda b: b.__name__,
 )
 def test_gradients_through_the_rebuilt_sums_and_convolutions(build):
@@ -165,6 +233,21 @@ def test_gradients_through_the_rebuilt_sums_and_convolutions(build):
     expected = gradients(model, x, Policy(enabled=False))
     for found, wanted in zip(gradients(model, x, exact), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [positions, shared_positions], ids=lambda b: b.__name__)
+def test_attention_weights_are_computed_again_where_the_mask_is_smaller(build):
+    """Else their codes are kept: a float32 mask per image takes four times as much."""
+    model, x = build()
+    rows = footprint(model, x, policy="mesa8-recompute", fake=True).stored.to_dict()["rows"]
+    assert ("softmax" in {r["operator"] for r in rows}) == (build is positions)
+
+
+def test_a_part_of_an_activation_is_kept_once():
+    """Lossless, the parts are views of what PyTorch's own node saves."""
+    model, x = split_network()
+    kept = footprint(model, x, policy="lossless", fake=True).by_operator
+    assert kept["conv2d"] == x.numel() * x.element_size()
 
 
 def test_a_sum_of_matmuls_is_rebuilt_and_nothing_else():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mesa_train import Policy, compress
+from mesa_train import Policy, compress, footprint
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -98,6 +98,45 @@ def test_a_bit_decides_exactly_however_few_bits_there_are(policy):
         expected = derivative(STEPS[name], x, None)
         found = derivative(STEPS[name], x, Policy.of(policy))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def behind_a_norm(x):
+    """The codes are the norm's, made before the activation was known."""
+    mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    return F.hardswish(F.batch_norm(x, mean, variance, eps=0.0))
+
+
+HARDSWISH = {
+    "hardswish": F.hardswish,
+    "in place": lambda x: F.hardswish(x * 1, True),
+    "behind a batch norm": behind_a_norm,
+    "before a Linear": lambda x: F.linear(F.hardswish(x), torch.eye(x.shape[-1])),
+}
+
+
+@pytest.mark.parametrize("forward", ["exact", "fused"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", HARDSWISH)
+def test_codes_do_not_cross_the_knots_of_hardswish(name, bits, forward):
+    """The derivative jumps by a half at -3 and 3. Codes alone put elements near a knot on the other side."""
+    torch.manual_seed(0)
+    knots = torch.tensor([-3.0, 3.0]).repeat_interleave(256)
+    x = (knots + 0.2 * torch.randn(8, 512)).view(16, 256)
+    x[0, :4] = torch.tensor([-3.0, 3.0, -6.0, 6.0])
+    function = HARDSWISH[name]
+    policy = Policy(bits=bits, min_bytes=0, group_size=256, forward=forward)
+    found, expected = derivative(function, x, policy), derivative(function, x, None)
+    # Between the knots the derivative is x / 3 + 1 / 2, and the largest weight is 2. Below 8 bits codes are
+    # rounded stochastically, a whole step off at most.
+    error = (x.max() - x.min()) / (2**bits - 1) * (1 if bits < 8 else 0.5)
+    assert (found - expected).abs().max() < 2 / 3 * error * 1.02
+
+
+def test_hardswish_keeps_one_bit_beside_its_codes():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256, bias=False), torch.nn.Hardswish())
+    kept = footprint(model, torch.randn(32, 64), policy=Policy(min_bytes=0))
+    codes = 32 * 256 + 32 * 2 * 4
+    assert kept.by_operator["hardswish"] == codes + 32 * 256 // 8
 
 
 TIES = [[1, 1, 0, 1], [NAN, 1, 2, NAN], [INF, INF, 1, 2], [-INF] * 4, [0, -0.0, 0, -1], [NAN] * 4]
