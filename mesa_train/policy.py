@@ -397,7 +397,7 @@ _LONG_GROUPS = {
     operator: {"group_size": 128}
     for operator in (
         *("conv", "batch_norm", "group_norm", "activation", "mul"),
-        *("softmax", "matmul", "normalize", "fallback"),
+        *("linear", "softmax", "matmul", "normalize", "fallback"),
     )
 }
 

@@ -1,6 +1,7 @@
 """Every model file of timm, one small variant each: outputs, gradients and kept bytes against plain.
 
-Random weights, the smallest image that the model accepts, batch 2, float32. One row per file goes to
+Random weights, float32, the smallest batch and image that the model accepts and whose batch norms average
+over 16 values. One row per file goes to
 docs/results/sweep_timm.jsonl; a second run goes on where the first one stopped.
 
     python scripts/sweep_timm.py
@@ -10,6 +11,7 @@ docs/results/sweep_timm.jsonl; a second run goes on where the first one stopped.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,9 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 # In names of small variants, the smallest first.
 SMALL = "test_ femto atto nano pico xxs xxt tiny _ti micro mini _xs small _s _0 18 26 base".split()
 LARGEST = 100_000_000  # parameters
+# Values that each batch norm has to average over. With two values the derivative through it is nearly 0,
+# and every error is large beside it.
+LEAST = 16
 
 
 def main(
@@ -49,7 +54,7 @@ def makers(files: list[str]) -> Iterator[tuple[str, Make]]:
 
 
 def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
-    """The smallest of a file's likely variants with the smallest images that it accepts."""
+    """The smallest of a file's likely variants with the smallest batch that it accepts."""
     names = sorted(_module_to_models[file], key=lambda name: (_rank(name), len(name)))
     sizes = {}
     for name in names[:4]:
@@ -59,20 +64,31 @@ def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
     name = min(sizes, key=sizes.__getitem__)
     if sizes[name] > LARGEST:
         raise ValueError(f"{name} has {sizes[name]:,} parameters")
-    default = timm.get_pretrained_cfg(name).input_size
-    for size in (*SIZES, default[-1]):
-        for options in ({"img_size": size}, {}):
-            if _accepts(name, options, (2, default[0], size, size)):
-                model = timm.create_model(name, num_classes=10, **options)
-                return model, torch.randn(2, default[0], size, size)
+    default = timm.get_pretrained_cfg(name)
+    channels, largest = (default.input_size[0], default.input_size[-1]) if default else (3, 224)
+    for least in (LEAST, 2):
+        for batch, size in itertools.product((2, LEAST), (*SIZES, largest)):
+            for options in ({"img_size": size}, {}):
+                if _accepts(name, options, (batch, channels, size, size), least):
+                    model = timm.create_model(name, num_classes=10, **options)
+                    return model, torch.randn(batch, channels, size, size)
     raise ValueError(f"{name} accepts no image of {SIZES}")
 
 
-def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> bool:
-    """Whether a variant takes a batch of this shape, seen on tensors without data."""
+def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], least: int) -> bool:
+    """Whether a variant takes a batch of this shape and each of its batch norms averages over `least`
+    values, seen on tensors without data."""
+
+    def check(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() < least * inputs[0].shape[1]:
+            raise ValueError("too few values")
+
     try:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=10, **options)
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.register_forward_pre_hook(check)
             # Batch norm over one element raises in training alone.
             model.train()(torch.empty(shape))
     except Exception:  # each model says it in its own way

@@ -148,7 +148,7 @@ def test_presets_differ_from_the_default_as_documented():
     # Groups of 32 pay where a matmul is rebuilt; everything else keeps mesa4's groups.
     families = (
         *("conv", "batch_norm", "group_norm", "activation", "mul"),
-        *("softmax", "matmul", "normalize", "fallback"),
+        *("linear", "softmax", "matmul", "normalize", "fallback"),
     )
     long_groups = {family: {"group_size": 128} for family in families}
     assert changed == {
