@@ -71,9 +71,7 @@ def main(
         if isinstance(error, OSError) and out is not None:
             line += f"; {last_good(out)}"
         # A file that cannot be read or written may be one process's; other mistakes are all processes'.
-        if os.environ.get("RANK", "0") == "0" or isinstance(
-            error, (sources.CorruptImage, OSError)
-        ):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (sources.CorruptImage, OSError)):
             print(f"error: {line}", file=sys.stderr)
             sys.stderr.flush()
         leave(2)

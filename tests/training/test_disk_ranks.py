@@ -77,9 +77,14 @@ def test_a_rank_that_cannot_write_takes_part_in_all_waits(fails, monkeypatch):
 
 def test_torch_save_fails_after_what_follows_it(tmp_path):
     save, followed = torch.save, []
-    with pytest.raises(RuntimeError, match="no/such"), disk.to_the_end():
-        torch.save({}, tmp_path / "no/such/file")
-        followed.append("the optimizer's shards are gathered")
+
+    def write():
+        with disk.to_the_end():
+            torch.save({}, tmp_path / "no/such/file")
+            followed.append("the optimizer's shards are gathered")
+
+    with pytest.raises(RuntimeError, match="no/such"):
+        write()
     assert followed
     assert torch.save is save
 
@@ -138,7 +143,9 @@ def test_two_ranks_remove_a_folder_at_once(tmp_path, monkeypatch, caplog):
 def test_a_line_is_told_by_the_rank_that_knows_it(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert recipe.told_once(ConfigError("all ranks read the same file")) == 1
-    assert recipe.told_once(sources.CorruptImage("a.png is no\nimage")) == "litv2: a.png is no image"
+    assert (
+        recipe.told_once(sources.CorruptImage("a.png is no\nimage")) == "litv2: a.png is no image"
+    )
     monkeypatch.setenv("RANK", "0")
     assert recipe.told_once(ConfigError("all\nranks")) == "litv2: all ranks"
 
