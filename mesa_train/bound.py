@@ -97,6 +97,18 @@ def entry_of(module: nn.Module) -> Entry | None:
     return entry if entry is not None and entry.module is module else None
 
 
+def own_forward(module: nn.Module) -> Any:
+    """The `forward` in the `__dict__` of a module, or ABSENT.
+
+    A `functools.cached_property` is asked here, as the first call would: it puts the forward into the `__dict__`, and
+    returns later what it finds there.
+    """
+    attributes = attributes_of(module)
+    if _FORWARD not in attributes and _other(inspect.getattr_static(type(module), _FORWARD)):
+        _found(module)
+    return attributes.get(_FORWARD, ABSENT)
+
+
 def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
     """Whether a `forward` in the `__dict__` of `module` would be called. A property would be called instead, and
     torch.compile's module has one in its `__dict__` that runs compiled code of the module inside."""
@@ -104,6 +116,15 @@ def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
         return not _optimized(module)
     found = inspect.getattr_static(type(module), _FORWARD)
     return not hasattr(type(found), "__set__")
+
+
+def _other(found: Any) -> bool:
+    """Whether the `forward` of a class is a descriptor of another kind than methods and properties."""
+    method = (types.FunctionType, functools.partialmethod, staticmethod, classmethod)
+    kind = type(found)
+    return (
+        not isinstance(found, method) and hasattr(kind, "__get__") and not hasattr(kind, "__set__")
+    )
 
 
 def _optimized(module: nn.Module) -> bool:

@@ -29,7 +29,9 @@ class Steps:
 
     def look(self, model: nn.Module) -> None:
         """Count a step if trained weights of `model` have changed since the last look. Waits for the
-        device: a few elements of each are compared."""
+        device: a few elements of each are compared. Under a fake tensor mode nothing can be compared."""
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return
         found: dict[tuple[str, torch.Size], _Trace] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

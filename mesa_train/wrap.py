@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bound import ABSENT, Entry, attributes_of, entry_of
+from .bound import Entry, attributes_of, entry_of, own_forward
 from .entry import ATTRIBUTE, Installed
 from .intercept import Report, Site
 from .mirror import mirrors_for
@@ -117,11 +117,11 @@ def _entry(installed: Installed, site: Site) -> Entry:
     module = site.module
     assert module is not None
     before = entry_of(module)
-    own = attributes_of(module).get("forward", ABSENT)
-    if before is not None and mirrors_for(own) is module:
-        own = before.own
-    entry = Entry(installed, site, own)
     try:
+        own = own_forward(module)
+        if before is not None and mirrors_for(own) is module:
+            own = before.own
+        entry = Entry(installed, site, own)
         entry.prepare()
     except Exception as error:
         raise TypeError(

@@ -304,3 +304,24 @@ def test_compress_uses_the_tensors_own_ranges():
     (found,) = torch.autograd.grad(y.sum(), weight)
     (expected,) = torch.autograd.grad(F.linear(x, weight).sum(), weight)
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_tensors_without_values_move_nothing(model):
+    from torch._subclasses import FakeTensorMode
+
+    model(batch()).sum().backward()
+    before = ranges(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in range(2):
+            model(torch.empty(ROWS, COLS)).sum()
+    model.to("meta")
+    for _ in range(2):
+        model(batch().to("meta")).sum().backward()
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in ranges(model).items())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    model(batch()).sum().backward()
+    assert model.last.weight.grad.isfinite().all()

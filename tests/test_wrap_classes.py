@@ -436,3 +436,51 @@ def test_a_checkpointed_module_is_checkpointed_once():
     model(X).sum().backward()
     assert len(calls) == 4  # two in the forward, two in the recompute
     assert entry_of(model[1]).site.checkpointed
+
+
+class Stored:
+    """A descriptor that puts what it makes into the `__dict__`, where it is found from then on."""
+
+    def __get__(self, module, kind=None):
+        forward = functools.partial(Part.forward, module)
+        vars(module)["forward"] = forward
+        return forward
+
+
+def cached():
+    return functools.cached_property(lambda self: functools.partial(Part.forward, self))
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("make", [cached, Stored])
+def test_a_forward_that_its_descriptor_stores(make, called):
+    cls = type("Lazy", (Part,), {"forward": make()})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(16), cls())
+    if called:
+        model(X)
+    mesa_train.wrap(mesa_train.wrap(model, EIGHT), EIGHT)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.LayerNorm(16), Part())
+    assert torch.equal(model(X), plain(X))
+    assert not same(gradients(model, X), gradients(plain, X))
+    assert close(gradients(model, X), gradients(plain, X), 0.03)
+    copied = copy.deepcopy(model)
+    assert same(gradients(copied, X), gradients(model, X))
+    mesa_train.unwrap(model)
+    assert same(gradients(model, X), gradients(plain, X))
+    assert [k for k in vars(model[1]) if k.startswith("_mesa")] == []
+
+
+@pytest.mark.parametrize("kind", ["lru_cache", "singledispatchmethod"])
+def test_a_forward_that_functools_made(kind):
+    made = {
+        "lru_cache": lambda: functools.lru_cache(maxsize=2)(Part.forward),
+        "singledispatchmethod": lambda: functools.singledispatchmethod(Part.forward),
+    }[kind]()
+    torch.manual_seed(0)
+    model = type("Made", (Part,), {"forward": made})()
+    expected, output = gradients(model, X), model(X)
+    mesa_train.wrap(model, EIGHT)
+    assert torch.equal(model(X.clone()), output)
+    assert close(gradients(model, X.clone()), expected, 0.03)

@@ -110,7 +110,13 @@ class Running:
         pooled = torch.cat([x, edge], 1).view(rows, groups, size)
         low = pooled.amin((0, 2))
         span = pooled.amax((0, 2)) - low
-        if self.ranges is None or torch.compiler.is_compiling():
+        if (
+            self.ranges is None
+            or torch.compiler.is_compiling()
+            or x.is_meta
+            or type(x) is not Tensor
+        ):
+            # A fake tensor has no values to remember.
             return low, span
         state = self.ranges.get(self.name)
         if state is not None:

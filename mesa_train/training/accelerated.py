@@ -60,8 +60,13 @@ def trackers(run: Run) -> Iterator[Callable[[dict[str, float], int], None]]:
         _log.warning("%s is not installed: nothing is tracked", run.config.train.tracker)
     try:
         yield lambda row, step: run.accelerator.log(row, step=step) if started else None
-    finally:
-        run.accelerator.end_training()
+    except BaseException:
+        # The group of processes stays. Without it the other ranks fail at once, and the launcher ends this one before
+        # it has said why.
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+        raise
+    run.accelerator.end_training()
 
 
 def gather(texts: list[str]) -> list[str]:

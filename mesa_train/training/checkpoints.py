@@ -159,15 +159,20 @@ def save_weights(path: Path, weights: Mapping[str, Any], about: Mapping[str, str
     """
     from safetensors.torch import save_file
 
-    beside = path.with_name(f".{path.name}.partial")
-    with writing(path, beside):
+    written = beside(path)
+    with writing(path, written):
         save_file(
             {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()},
-            beside,
+            written,
             dict(about),
         )
-        _sync(beside)
-        beside.replace(path)
+        _sync(written)
+        written.replace(path)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _digest(path: Path) -> str:

@@ -4,7 +4,8 @@ A full disk is an OSError to Python, a RuntimeError to torch.save, a SafetensorE
 a BaseException to torch.distributed.checkpoint; damaged files raise as many types. So any exception
 while a file is written or read is taken for the file's. A checkpoint that could not be written is
 removed, and the error names the last one that is whole. All ranks learn of a rank's failure, so
-that none waits for it.
+that none waits for it. A rank whose write fails still takes part in what all ranks do together
+(`to_the_end`): where it left, the others would wait, or meet it in another collective.
 """
 
 from __future__ import annotations
@@ -78,13 +79,16 @@ def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
         raise CheckpointError(f"{path} could not be written ({reason(error)}{room})") from None
 
 
-def together(step: Callable[[], None], path: Path, partial: Path, gather: Gather) -> None:
-    """Run a step of writing a checkpoint on every rank; if it fails on one, all raise.
+def together(
+    step: Callable[[], None], path: Path, partial: Path, gather: Gather, folder: Path | None = None
+) -> None:
+    """Run a step of writing on every rank; if it fails on one, all raise.
 
     Args:
-        path: the checkpoint as it will be called, in a folder of checkpoints named `step-*`.
+        path: what is written, as it will be called.
         partial: what is written first; removed after a failure.
         gather: gives all ranks the lists of all, one after the other; the identity for one process.
+        folder: the folder of checkpoints named `step-*`; None for that of `path`.
     Raises:
         CheckpointError: names `path`, the reason, and the last good checkpoint.
     """
@@ -97,7 +101,61 @@ def together(step: Callable[[], None], path: Path, partial: Path, gather: Gather
     faults = [text for text in gather([fault]) if text]
     if faults:
         remove(partial)
-        raise CheckpointError(f"{faults[0]}; {last_good(path.parent)}")
+        raise CheckpointError(f"{faults[0]}; {last_good(folder or path.parent)}")
+
+
+@contextlib.contextmanager
+def to_the_end(model: Any = None) -> Iterator[None]:
+    """Context manager: a write that fails raises at the end, not in the middle.
+
+    DeepSpeed and Accelerate wait for all ranks between their writes. A rank that leaves at a failed write meets the
+    others in another collective: gloo aborts the process, NCCL waits.
+
+    Args:
+        model: if it is a DeepSpeed engine, its own writes are meant too. Others use `torch.save`.
+    """
+    import torch
+
+    faults: list[BaseException] = []
+    with contextlib.ExitStack() as replaced:
+        writes: list[tuple[Any, str]] = [(torch, "save")]
+        writer = getattr(model, "checkpoint_engine", None)
+        if writer is not None:
+            writes += [(writer, name) for name in ("makedirs", "save", "commit")]
+            writes += [(model, "_copy_recovery_script"), (model, "save_checkpoint")]
+        for owner, name in writes:
+            if hasattr(owner, name):
+                replaced.enter_context(_late(owner, name, faults))
+        yield
+    if faults:
+        raise faults[0]
+
+
+@contextlib.contextmanager
+def _late(owner: Any, name: str, faults: list[BaseException]) -> Iterator[None]:
+    """Let `owner.name` append its failures to `faults` instead of raising them."""
+    own, call = name in vars(owner), getattr(owner, name)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except failures() as error:
+            faults.append(error)
+            if name == "save_checkpoint":
+                # DeepSpeed's last wait, which this rank has not come to.
+                import torch.distributed as dist
+
+                dist.barrier()
+            return None
+
+    vars(owner)[name] = late
+    try:
+        yield
+    finally:
+        if own:
+            vars(owner)[name] = call
+        else:
+            del vars(owner)[name]
 
 
 def last_good(folder: Path) -> str:
@@ -107,14 +165,21 @@ def last_good(folder: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there; a failure is a warning."""
+    """Remove a file or a folder if it is there; a failure is a warning. Ranks may do so at once."""
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir() and not path.is_symlink():
+            # Another rank may remove a file that this one has listed.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("%s could not be removed (%s)", path, reason(error))
+
+
+def peer_ended(error: BaseException) -> bool:
+    """Whether a rank fails because another one has ended, whose own line says why."""
+    text = str(error)
+    return "by peer" in text and "Connection" in text
 
 
 def _room(path: Path) -> str:

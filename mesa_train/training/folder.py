@@ -148,6 +148,9 @@ def _listed(folder: str, field: str) -> Listing:
         if not field.endswith("_split"):
             raise ConfigError(f"{field}: no such folder {shown(folder)}")
         path, split = os.path.split(folder)
+        if not Path(path or ".").is_dir():
+            unknown = "; ~ is taken as it stands" if path.startswith("~") else ""
+            raise ConfigError(f"data.path: no such folder {shown(path)}{unknown}")
         raise ConfigError(
             f"{field}: imagefolder has no split {shown(split)!r}; it has {_found(path)} in "
             f"{shown(path)}"

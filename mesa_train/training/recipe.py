@@ -320,6 +320,8 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
 
 
 def told_once(error: Exception) -> str | int:
-    """What to leave a script with: the line from the first process, the status alone from others."""
+    """What to leave a script with: the line from the first process, the status alone from others, which
+    have the same line. An image that cannot be decoded is the mistake of one process, which says it."""
     line = " ".join(str(error).split())
-    return f"litv2: {line}" if int(os.environ.get("RANK", "0")) == 0 else 1
+    alone = isinstance(error, sources.CorruptImage)
+    return f"litv2: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1

@@ -202,7 +202,8 @@ class Run:
         final = folder / written.name.removeprefix(checkpoints.PARTIAL)
 
         def write() -> None:
-            self.accelerator.save_state(str(written))
+            with disk.to_the_end(self.model):
+                self.accelerator.save_state(str(written))
             if self.ema is not None and main:
                 averaged = self.ema.module.state_dict()
                 checkpoints.save_weights(written / "ema.safetensors", averaged, {})
@@ -259,7 +260,10 @@ class Run:
         self.position = position
 
     def save_best(self, scores: Scores, averaged: bool) -> bool:
-        """Keep the weights as `best.safetensors` if no scores before were better."""
+        """Keep the weights as `best.safetensors` if no scores before were better.
+
+        Raises CheckpointError on all ranks, with the last good checkpoint, if they cannot be written.
+        """
         if scores.top1 <= self.position.best:
             return False
         self.position.best = scores.top1
@@ -273,11 +277,13 @@ class Run:
             "top1": f"{scores.top1:.4f}",
             "step": str(self.position.step),
         }
-        if self.accelerator.is_main_process:
-            try:
-                checkpoints.save_weights(self.out / "best.safetensors", weights, about)
-            except checkpoints.CheckpointError as error:
-                raise checkpoints.CheckpointError(f"{error}; {self.last_good()}") from None
+        path, main = self.out / "best.safetensors", self.accelerator.is_main_process
+
+        def write() -> None:
+            if main:
+                checkpoints.save_weights(path, weights, about)
+
+        disk.together(write, path, checkpoints.beside(path), gather, self.out / CHECKPOINTS)
         return True
 
     def last_good(self) -> str:

@@ -60,8 +60,9 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"--set {name}: {text!r} is not a YAML value; put text in quotes"
             ) from None
-        # An empty text is no document to YAML.
-        value = Plain("") if value is None else value
+        if value is None or isinstance(value, Plain):
+            # No document, or a scalar. A command line has no comments and no anchors: `a #1` is a folder.
+            value = Plain(text.strip())
         within = values.setdefault(section, {})
         if isinstance(within, Plain) and yaml_text.is_null(within):
             within = values[section] = {}

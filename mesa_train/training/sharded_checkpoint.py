@@ -157,7 +157,8 @@ def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module
 def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
     """Write consolidated safetensors, one file for each block and one for the rest, and the index
     that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks. The folder
-    appears whole, in the place of an older one; CheckpointError if it cannot be written."""
+    appears whole, in the place of an older one; CheckpointError on all ranks, with the last good
+    checkpoint beside it, if it cannot be written."""
     from safetensors.torch import save_file
 
     names = list(model.state_dict())
@@ -165,27 +166,38 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
     index: dict[str, str] = {}
     size, main = 0, _rank() == 0
     beside = folder.with_name(f".partial-{folder.name}")
-    if main:
-        with disk.writing(folder, beside):
+
+    def begin() -> None:
+        if main:
             disk.remove(beside)
             beside.mkdir(parents=True)
-    for number, unit in enumerate(units, 1):
-        file = f"model-{number:05d}-of-{len(units):05d}.safetensors"
+
+    def end() -> None:
+        if main:
+            table = {"metadata": {"total_size": size}, "weight_map": index}
+            (beside / INDEX).write_text(json.dumps(table, indent=1))
+            disk.remove(folder)
+            beside.rename(folder)
+
+    def write(unit: int, file: str) -> int:
+        """Write a unit's parameters; returns their bytes."""
         members: dict[str, Tensor] = {}
         for name, value in _values(model, [n for n in names if _unit(n) == unit]):
             if main:
                 members[name] = value.to(dtype or value.dtype).contiguous()
-                index[name], size = file, size + members[name].nbytes
-        if main:
-            with disk.writing(folder / file, beside):
+                index[name] = file
+
+        def save() -> None:
+            if main:
                 save_file(members, beside / file)
-    if main:
-        table = {"metadata": {"total_size": size}, "weight_map": index}
-        with disk.writing(folder, beside):
-            (beside / INDEX).write_text(json.dumps(table, indent=1))
-            disk.remove(folder)
-            beside.rename(folder)
-    barrier()
+
+        disk.together(save, folder / file, beside, _gather, folder.parent)
+        return sum([value.nbytes for value in members.values()])
+
+    disk.together(begin, folder, beside, _gather)
+    for number, unit in enumerate(units, 1):
+        size += write(unit, f"model-{number:05d}-of-{len(units):05d}.safetensors")
+    disk.together(end, folder, beside, _gather)
     return folder
 
 

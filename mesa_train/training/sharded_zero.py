@@ -29,7 +29,8 @@ def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
         return {"ranks": run.data_ranks, "shapes": shapes}
 
     def shards(partial: Path) -> None:
-        run.engine.save_checkpoint(str(partial), tag=_TAG)
+        with disk.to_the_end(run.engine):
+            run.engine.save_checkpoint(str(partial), tag=_TAG)
 
     return written(folder, state, shards, note)
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mesa_train.training import plan, recipe
+from mesa_train.training import disk, plan, recipe
 from mesa_train.training.config import load
 
 
@@ -51,6 +51,10 @@ def main(
         run.accelerator.print(f"best top-1 {run.position.best:.2%}{whose}; all of it in {run.out}")
     except recipe.MISTAKES as error:
         raise SystemExit(recipe.told_once(error)) from None
+    except RuntimeError as error:
+        if not disk.peer_ended(error):
+            raise
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

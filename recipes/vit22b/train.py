@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
-from mesa_train.training.disk import last_good
+from mesa_train.training.disk import last_good, peer_ended
 from mesa_train.training.sharded_checkpoint import CheckpointError, export
 from mesa_train.training.sharded_config import precision_of
 from mesa_train.training.stability import DivergenceError
@@ -70,8 +70,14 @@ def main(
         line = " ".join(str(error).split())
         if isinstance(error, OSError) and out is not None:
             line += f"; {last_good(out)}"
-        print(f"error: {line}", file=sys.stderr)
-        sys.stderr.flush()
+        # A file that cannot be read or written may be one process's; other mistakes are all processes'.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (sources.CorruptImage, OSError)):
+            print(f"error: {line}", file=sys.stderr)
+            sys.stderr.flush()
+        leave(2)
+    except RuntimeError as error:
+        if not peer_ended(error):
+            raise
         leave(2)
     leave(0)
 

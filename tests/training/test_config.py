@@ -135,6 +135,14 @@ def test_in_a_text_field_the_text_counts_as_written(tmp_path, change, where):
 
 
 @pytest.mark.parametrize(
+    "text", ["/data/x #1", "#1", "&a", "a & b", "x # y: z", " #", "no # off", "é #2"]
+)
+def test_a_command_line_has_no_comments_and_no_anchors(tmp_path, text):
+    (tmp_path / "c.yaml").write_text("")
+    assert load(tmp_path / "c.yaml", [f"data.path={text}"]).data.path == text.strip()
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ("optim.lr=1e-4", 1e-4),

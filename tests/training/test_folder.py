@@ -1,6 +1,7 @@
 """A folder of images is read as it stands: splits, classes and names literally, oddities told."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,14 @@ def test_splits_that_training_does_not_survive(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as error:
         loaded(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("path", "more"), [("none", ""), ("~/none", "; ~ is taken as it stands")])
+def test_a_path_that_is_no_folder(path, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        loaded(Path(path))
+    assert str(error.value) == f"data.path: no such folder {path}{more}"
 
 
 def test_layouts_without_two_classes(tmp_path):
