@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .precision import probe
+
 Row = dict[str, Any]
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,10 +65,12 @@ def read(path: Path) -> list[Row]:
 
 
 def provenance(device: str | torch.device = "cpu") -> Row:
-    """Where and with what a row was measured: device, threads, versions, commit, UTC date."""
+    """Where and with what a row was measured: device, a CPU's widest arithmetic, threads, versions, commit,
+    UTC date."""
     device = torch.device(device)
     return {
         "device": _device_name(device.type),
+        **({"arithmetic": _arithmetic()} if device.type == "cpu" else {}),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0))
@@ -97,6 +101,13 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
     return sorted(
         rows, key=lambda row: known.index(row["name"]) if row["name"] in known else len(known)
     )
+
+
+@cache
+def _arithmetic() -> str:
+    """A CPU's vector instructions, and whether it computes in bfloat16: "AVX2, no bfloat16"."""
+    native = probe("cpu").bf16
+    return f"{torch.backends.cpu.get_cpu_capability()}, {'' if native else 'no '}bfloat16"
 
 
 @cache

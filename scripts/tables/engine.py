@@ -12,7 +12,7 @@ from mesa_train.training.records import Row
 from tables.text import markdown, newest_run, origin, table
 
 
-@table("bench_step.jsonl", "python scripts/bench_step.py", by="model")
+@table("bench_step.jsonl", "python scripts/bench_step.py", by="model dtype")
 def step(rows: Sequence[Row]) -> str:
     """The newest run on a model, a line per method."""
     newest = newest_run(rows)
@@ -49,7 +49,7 @@ def step(rows: Sequence[Row]) -> str:
     )
 
 
-@table("bench_step.jsonl", "python scripts/bench_step.py", by="device_type")
+@table("bench_step.jsonl", "python scripts/bench_step.py", by="device_type dtype")
 def steps(rows: Sequence[Row]) -> str:
     """The newest run on every model on a kind of device, "less memory, step" a method."""
     newest: dict[str, dict[str, Row]] = {}
@@ -72,8 +72,12 @@ def steps(rows: Sequence[Row]) -> str:
     head = ["model", "batch", "plain keeps", *methods]
     return markdown(head, lines) + (
         "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
-        f"medians of rounds that take turns); bf16 autocast. {origin(rows[-1])}\n"
+        f"medians of rounds that take turns); {_computed(rows[-1])}. {origin(rows[-1])}\n"
     )
+
+
+def _computed(row: Row) -> str:
+    return row["dtype"] if row["dtype"] == "float32" else f"{row['dtype']} autocast"
 
 
 @table("ops.jsonl", "python scripts/bench_ops.py", by="device_type")

@@ -86,7 +86,7 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
         )
         return markdown(*render(row)) + f"\n{about} {origin(row)}\n"
 
-    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", None)
+    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
 
 
 @_estimates

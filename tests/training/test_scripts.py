@@ -138,11 +138,29 @@ def test_tables_are_made_of_the_newest_rows_and_checked(tmp_path, make_tables):
     make_tables.main(check=True, root=tmp_path)
 
 
+def test_rows_of_one_dtype(tmp_path, make_tables):
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    lines = [
+        json.dumps({**STEP_ROW, "dtype": dtype, "step_ratio": ratio, "arithmetic": "AVX2"})
+        for dtype, ratio in (("bf16", 1.25), ("float32", 1.5))
+    ]
+    (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:step a_vit float32 -->\n<!-- /table -->\n")
+    make_tables.main(check=False, root=tmp_path)
+    text = readme.read_text()
+    assert "1.50 (" in text
+    assert "1.25 (" not in text
+    assert "a CPU (AVX2), 2 threads" in text
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
         ("<!-- table:stp x -->\n<!-- /table -->", "no table 'stp'"),
-        ("<!-- table:step -->\n<!-- /table -->", "takes a model, got none"),
+        ("<!-- table:step -->\n<!-- /table -->", "takes a model and maybe a dtype, got none"),
+        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "maybe a dtype, got x bf16 y"),
         ("<!-- table:vit22b_kept x -->\n<!-- /table -->", "'vit22b_kept' takes no words, got x"),
         ("<!-- table:step x -->\n", "not closed"),
     ],
