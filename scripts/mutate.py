@@ -82,14 +82,14 @@ AREAS = {
     ),
     "memory": _area(
         "memory/*.py",
-        "memory/test_*.py !memory/test_report.py !memory/test_planner.py",
+        "memory/test_*.py !memory/test_report.py !memory/test_planner.py !memory/test_processes.py",
     ),
     "training": _area("training/*.py", "training/test_*.py !training/test_scripts.py"),
 }
 # No area: files that need a GPU, run in processes of their own, draw, or hold no part of the method.
 APART = (
     "ops/attention_cuda.py",
-    *("memory/worker.py", "memory/server.py", "memory/on_gpu.py"),
+    *("memory/worker.py", "memory/server.py", "memory/processes.py", "memory/on_gpu.py"),
     *("memory/charts.py", "memory/report.py", "training/plots.py"),
     *("training/sharded_*.py", "training/local_shards.py", "training/accelerated.py"),
     *("__init__.py", "cli/*.py", "integrations/*.py", "models/*.py"),
