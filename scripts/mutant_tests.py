@@ -69,6 +69,11 @@ class Test:
     seconds: float
     marks: set[int]
 
+    @property
+    def file(self) -> str:
+        """Where it is, from the repository's root."""
+        return self.name.partition("::")[0]
+
 
 def copy_to(folder: Path) -> None:
     """The repository without caches, into an empty folder; and the libraries into this process."""
@@ -100,7 +105,7 @@ def noted(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) ->
     rows = json.loads(report.read_text())
     for row in rows:
         if not row["passed"]:
-            print(f"left out: {row['name']} fails without a mutant", flush=True)
+            print(f"left out: {row['name']} does not pass without a mutant", flush=True)
     return [Test(row["name"], row["seconds"], set(row["marks"])) for row in rows if row["passed"]]
 
 

@@ -213,3 +213,9 @@ def test_shared_modules_and_weights():
     assert close(gradients(model, batch()), plain, 1e-5)
     mesa_train.unwrap(model)
     assert type(model[0]) is Block
+
+
+def test_the_report_names_the_module_of_a_relu_and_counts_its_bits():
+    model = mesa_train.wrap(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), "mesa8")
+    model(torch.randn(64, 16))
+    assert report_of(model).rows["1", "activation", "input", "1 bit"] == (1, 64 * 16 // 8)
