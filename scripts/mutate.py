@@ -73,7 +73,8 @@ AREAS = {
     "codecs": _area(
         "codecs/*.py",
         "test_codecs.py kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
-        "test_policy.py test_stash.py ops/test_permuted_gradients.py",
+        "test_policy.py test_stash.py test_checkpoint_policy.py ops/test_permuted_gradients.py "
+        "compose/test_selective_checkpoints.py",
     ),
     "kernels": _area("kernels/*.py", "kernels/test_*.py ops/test_short_attention.py"),
     "planner": _area(
