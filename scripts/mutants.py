@@ -47,8 +47,8 @@ _SPOKEN_NAMES = ("__slots__", "__all__", "logger")
 @dataclasses.dataclass(frozen=True)
 class Mutant:
     """line, column: of the node, from 1. kind: of the change. before, after: the text of the node.
-    source: the whole file with the change. first, last: lines of the statement that holds the node, None
-    where it runs when the module is imported."""
+    source: the whole file with the change. marks: the line where the statement begins that holds the node;
+    where the node runs on import or Triton compiles it, a line of each other function of the file."""
 
     line: int
     column: int
@@ -56,8 +56,7 @@ class Mutant:
     before: str
     after: str
     source: str
-    first: int | None
-    last: int
+    marks: tuple[int, ...]
 
 
 def mutants(source: str) -> list[Mutant]:
@@ -69,7 +68,9 @@ def mutants(source: str) -> list[Mutant]:
     text = source.encode()
     found = []
     tree = ast.parse(source)
-    statements = _statements(tree)
+    statements = _statements(tree, source.splitlines())
+    firsts = [node for node in _first_statements(tree) if _begins(node, source.splitlines())]
+    begins = tuple(statements[id(node)] for node in firsts)
     for node, kind, after in _changes(tree):
         begin = starts[node.lineno - 1] + node.col_offset
         assert node.end_lineno is not None
@@ -77,37 +78,50 @@ def mutants(source: str) -> list[Mutant]:
         end = starts[node.end_lineno - 1] + node.end_col_offset
         before = text[begin:end].decode()
         changed = (text[:begin] + after.encode() + text[end:]).decode()
-        first, last = statements.get(id(node), (None, node.end_lineno))
-        found.append(
-            Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, first, last)
-        )
+        line = statements.get(id(node))
+        marks = begins if line is None else (line,)
+        found.append(Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, marks))
     return sorted(found, key=lambda m: (m.line, m.column, m.kind))
 
 
-def _statements(tree: ast.Module) -> dict[int, tuple[int, int]]:
-    """(first, last line) of the statement of each node in a function; of a compound statement, of
-    its head."""
-    found: dict[int, tuple[int, int]] = {}
+def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
+    """The line where the statement of each node in a function begins."""
+    found: dict[int, int] = {}
 
-    def visit(node: ast.AST, inside: bool, lines: tuple[int, int]) -> None:
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            last = node.end_lineno or node.lineno
-            if isinstance(body, list) and isinstance(body[0], ast.stmt):
-                last = max(node.lineno, body[0].lineno - 1)
-            lines = (node.lineno, last)
+    def visit(node: ast.AST, inside: bool, line: int) -> None:
+        if isinstance(node, ast.stmt) and _begins(node, text):
+            line = min([node.lineno, *[d.lineno for d in getattr(node, "decorator_list", [])]])
         if inside:
-            found[id(node)] = lines
-        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            found[id(node)] = line
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _compiled(node)
         for field, value in ast.iter_fields(node):
             # Defaults and decorators run outside.
             within = inside or (function and field == "body")
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    visit(child, within, lines)
+                    visit(child, within, line)
 
-    visit(tree, False, (1, 1))
+    visit(tree, False, 1)
     return found
+
+
+def _begins(node: ast.stmt, text: list[str]) -> bool:
+    """Whether a line may be put before the statement: not within an `elif`, or after `def f():`."""
+    line = text[node.lineno - 1]
+    return not line[: node.col_offset].strip() and not line.lstrip().startswith("elif ")
+
+
+def _first_statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The first of each function, after its docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _compiled(node):
+            body = node.body[ast.get_docstring(node) is not None :]
+            yield from body[:1]
+
+
+def _compiled(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton compiles the function: nobody sees which of its lines run."""
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 _Change = tuple[ast.expr | ast.stmt, str, str]

@@ -4,6 +4,7 @@ their area. A mutant that no test notices shows a line that no test guards.
     python scripts/mutate.py --count 200 --seed 0
     python scripts/mutate.py --areas ops --count 40       more of one area
     python scripts/mutate.py --survivors                  those that survived, once more
+    python scripts/mutate.py --survivors --tests test_stash.py
     python scripts/mutate.py --equivalent ID "the reason"
     python scripts/mutate.py --summary
 
@@ -23,6 +24,7 @@ import os
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -32,40 +34,49 @@ from mutant_tests import REPOSITORY, Test
 from mutants import Mutant, mutants
 
 RESULTS = REPOSITORY / "docs" / "results" / "mutations.jsonl"
-MOST_S = 60.0  # of the tests that meet one mutant
+MANY = 500  # tests of one file
+MOST_S = 30.0  # of the tests that meet one mutant
 
 
 class Area(NamedTuple):
-    """sources: patterns of files below mesa_train. tests: what guards them, the nearest first."""
+    """sources: patterns of files below mesa_train. tests: patterns of what guards them; after `!`, of
+    what does not."""
 
     sources: tuple[str, ...]
     tests: tuple[str, ...]
 
 
 def _area(sources: str, tests: str) -> Area:
-    return Area(tuple(sources.split()), tuple(f"tests/{test}" for test in tests.split()))
+    return Area(tuple(sources.split()), tuple(tests.split()))
 
 
+# A file belongs to the first area with a pattern for it.
 AREAS = {
-    "policy": _area("policy.py", "test_policy.py test_bad_input.py test_wrap.py"),
+    "policy": _area(
+        "policy.py yaml_text.py",
+        "test_policy.py test_bad_input.py test_wrap.py training/test_config.py",
+    ),
     "stash": _area(
-        "stash.py neighbours.py intercept.py wrap.py",
-        "test_stash.py test_lineage.py test_stash_lifetime.py test_wrap.py test_wrap_around.py "
-        "test_wrap_copies.py test_steps.py ops/test_handed_gradient.py test_running.py "
-        "test_bad_input.py ops/test_packed.py",
+        "stash.py neighbours.py intercept.py wrap.py bound.py mirror.py entry.py modes.py functions.py "
+        "checkpoint.py steps.py sharded.py",
+        "test_stash.py test_lineage.py test_stash_lifetime.py test_wrap*.py test_steps.py "
+        "test_exchanged_data.py test_fallback.py test_checkpoint_policy.py test_running.py "
+        "test_bad_input.py test_compile.py test_compile_breaks.py ops/test_handed_gradient.py "
+        "ops/test_packed.py ops/test_strides.py ops/test_casts.py",
     ),
     "offload": _area("offload.py", "test_offload.py"),
     "ops": _area(
         "ops/*.py",
-        "ops/test_operators.py ops/test_handed_gradient.py ops/test_packed.py ops/test_decoded.py "
-        "ops/test_permuted_gradients.py ops/test_short_attention.py ops/test_fused_forward.py "
-        "test_stash.py test_lineage.py test_checkpoint_policy.py",
+        "ops/test_*.py test_stash.py test_lineage.py test_checkpoint_policy.py test_exchanged_data.py "
+        "test_fallback.py test_wrap_frozen.py test_bad_input.py test_running.py",
     ),
     "codecs": _area(
         "codecs/*.py",
         "test_codecs.py kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_running.py "
-        "test_policy.py test_stash.py ops/test_permuted_gradients.py",
+        "test_policy.py test_stash.py test_checkpoint_policy.py ops/test_permuted_gradients.py "
+        "compose/test_selective_checkpoints.py",
     ),
+    "kernels": _area("kernels/*.py", "kernels/test_*.py ops/test_short_attention.py"),
     "planner": _area(
         "memory/planner.py memory/solver.py memory/pace.py memory/sensitivity.py memory/plays.py "
         "memory/prospect.py memory/sites.py memory/blocks.py memory/plans.py memory/costs.py",
@@ -73,25 +84,19 @@ AREAS = {
         "memory/test_planner.py",
     ),
     "memory": _area(
-        "memory/footprint.py memory/timeline.py memory/compare.py memory/gradients.py "
-        "memory/checkpointing.py memory/methods.py memory/recorder.py memory/scratch.py "
-        "memory/standins.py memory/states.py memory/tree.py memory/text.py memory/fitting.py",
-        "memory/test_compare.py memory/test_timeline.py memory/test_footprint.py "
-        "memory/test_scratch.py memory/test_variants.py memory/test_terminal.py",
+        "memory/*.py",
+        "memory/test_*.py !memory/test_report.py !memory/test_planner.py !memory/test_processes.py",
     ),
-    "training": _area(
-        "training/engine.py training/optimizers.py training/schedule_rsqrt.py training/data.py "
-        "training/in_backward.py training/features.py training/robustness.py training/stability.py "
-        "training/loader.py training/records.py training/checkpoints.py training/config.py "
-        "training/stochastic_rounding.py",
-        "training/test_engine.py training/test_optimizers.py training/test_schedule_rsqrt.py "
-        "training/test_in_backward.py training/test_features.py training/test_stability.py "
-        "training/test_records.py training/test_data.py training/test_pictures.py "
-        "training/test_config.py training/test_checkpoints.py training/test_sources.py",
-    ),
+    "training": _area("training/*.py", "training/test_*.py !training/test_scripts.py"),
 }
-# Needs a GPU from its first line to its last.
-APART = ("ops/attention_cuda.py",)
+# No area: files that need a GPU, run in processes of their own, draw, or hold no part of the method.
+APART = (
+    "ops/attention_cuda.py",
+    *("memory/worker.py", "memory/server.py", "memory/processes.py", "memory/on_gpu.py"),
+    *("memory/charts.py", "memory/report.py", "training/plots.py"),
+    *("training/sharded_*.py", "training/local_shards.py", "training/accelerated.py"),
+    *("__init__.py", "cli/*.py", "integrations/*.py", "models/*.py"),
+)
 
 
 class Place(NamedTuple):
@@ -108,6 +113,11 @@ class Place(NamedTuple):
         said = "|".join((self.file, str(self.mutant.column), self.mutant.kind, line))
         return hashlib.sha1(said.encode()).hexdigest()[:10]
 
+    @property
+    def marks(self) -> set[tuple[str, int]]:
+        """(file, line) of its statement; of every function of the file, where it runs on import."""
+        return {(self.file, line) for line in self.mutant.marks}
+
 
 def main(
     count: Annotated[int, typer.Option(min=1, help="Mutants in all, with those in rows.")] = 200,
@@ -115,6 +125,7 @@ def main(
     areas: Annotated[str, typer.Option(help="Which of: " + ", ".join(AREAS))] = ",".join(AREAS),
     out: Annotated[Path, typer.Option(help="Rows of outcomes.")] = RESULTS,
     survivors: Annotated[bool, typer.Option("--survivors", help="Run these again.")] = False,
+    tests: Annotated[str, typer.Option(help="Files below tests instead of the area's.")] = "",
     equivalent: Annotated[
         tuple[str, str] | None, typer.Option(help="ID and reason: no test can notice it.")
     ] = None,
@@ -129,78 +140,97 @@ def main(
         names = areas.split(",")
         if unknown := [name for name in names if name not in AREAS]:
             raise SystemExit(f"no area {unknown[0]!r}; choose from {', '.join(AREAS)}")
-        places = [p for name, area in AREAS.items() if name in names for p in _places(name, area)]
+        places = [place for name, own in _places().items() if name in names for place in own]
         random.Random(seed).shuffle(places)
         every = {place.id: place for place in places}
-        drawn = {i: every[i] for i in list(every)[:count] if i not in rows}
+        left = max(0, count - sum(row["area"] in names for row in rows.values()))
+        drawn = {i: every[i] for i in [i for i in every if i not in rows][:left]}
         if survivors:
             again = [i for i, row in rows.items() if row["outcome"] == "survived"]
             drawn = {i: every[i] for i in again if i in every}
-        _run(dict(sorted(drawn.items(), key=lambda d: names.index(d[1].area))), rows, out)
+        _run(dict(sorted(drawn.items(), key=lambda d: names.index(d[1].area))), rows, out, tests)
     _tell(rows)
 
 
-def _places(name: str, area: Area) -> list[Place]:
-    """All mutants of an area."""
+def _places() -> dict[str, list[Place]]:
+    """All mutants of the package, by area."""
     package = REPOSITORY / "mesa_train"
-    found = []
+    found: dict[str, list[Place]] = {name: [] for name in AREAS}
     for path in sorted(package.rglob("*.py")):
         file = path.relative_to(package).as_posix()
-        if file in APART or not any(fnmatch.fnmatchcase(file, p) for p in area.sources):
+        if _matches(file, APART):
             continue
-        found += [Place(name, file, mutant) for mutant in mutants(path.read_text())]
+        own = [name for name, area in AREAS.items() if _matches(file, area.sources)]
+        if not own:
+            raise SystemExit(f"mesa_train/{file} is in no area, and not apart")
+        found[own[0]] += [Place(own[0], file, mutant) for mutant in mutants(path.read_text())]
     return found
 
 
-def _run(drawn: dict[str, Place], rows: dict[str, dict[str, Any]], out: Path) -> None:
+def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+
+
+def _tests(patterns: tuple[str, ...]) -> list[str]:
+    """The files of tests that these patterns name, from the repository's root."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        files = sorted((REPOSITORY / "tests").glob(pattern.lstrip("!")))
+        if not files:
+            raise SystemExit(f"no file is tests/{pattern.lstrip('!')}")
+        for file in files:
+            name = file.relative_to(REPOSITORY).as_posix()
+            if pattern.startswith("!"):
+                found.pop(name, None)
+            else:
+                found[name] = None
+    return list(found)
+
+
+def _run(
+    drawn: dict[str, Place], rows: dict[str, dict[str, Any]], out: Path, patterns: str
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
         mutant_tests.copy_to(copy)
         for area in dict.fromkeys(place.area for place in drawn.values()):
-            files = [t for t in AREAS[area].tests if (REPOSITORY / t).exists()]
-            tests = mutant_tests.noted(copy, files, _cache(area, files))
+            files = _tests(tuple(patterns.split(",")) if patterns else AREAS[area].tests)
             own = {i: place for i, place in drawn.items() if place.area == area}
+            marks = {mark: n for n, mark in enumerate({m for p in own.values() for m in p.marks})}
+            tests = mutant_tests.noted(copy, files, list(marks))
+            sizes = Counter(test.file for test in tests)
+            large = {file for file, size in sizes.items() if size > MANY}
             print(f"{area}: {len(own)} mutants, {len(tests)} tests", flush=True)
             for number, (i, place) in enumerate(own.items(), 1):
-                rows[i] = _outcome(copy, place, _guards(place, tests))
+                rows[i] = _outcome(
+                    copy, place, _guards({marks[m] for m in place.marks}, tests), large
+                )
                 _write(out, rows)
                 said = " ".join(str(rows[i][k]) for k in ("file", "line", "outcome", "by"))
                 print(f"{area} {number}/{len(own)} {i} {said}", flush=True)
 
 
-def _cache(area: str, files: list[str]) -> Path:
-    """Where the lines of an area's tests are noted, for the sources and tests as they are."""
-    digest = hashlib.sha1()
-    for path in (
-        *sorted((REPOSITORY / "mesa_train").rglob("*.py")),
-        *map(REPOSITORY.joinpath, files),
-    ):
-        digest.update(path.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mesa_train"
-    return folder / f"mutations-{area}-{digest.hexdigest()[:12]}.json"
-
-
-def _guards(place: Place, tests: list[Test]) -> list[Test]:
-    """The tests that run the statement, or the file where it runs on import; the shortest first, at
-    most a minute of them."""
-    mutant, ran = place.mutant, []
-    for test in sorted(tests, key=lambda t: t.seconds):
-        lines = test.lines.get(place.file, set())
-        first, last = mutant.first, mutant.last
-        if lines and (first is None or any(n in lines for n in range(first, last + 1))):
-            ran.append(test)
+def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
+    """The tests that execute one of these marks, for a file of constants all of them; the shortest
+    first, at most MOST_S of them."""
+    ran = sorted((t for t in tests if not marks or t.marks & marks), key=lambda t: t.seconds)
     total = itertools.accumulate(test.seconds for test in ran)
     return [test for test, so_far in zip(ran, total, strict=True) if so_far <= MOST_S]
 
 
-def _outcome(copy: Path, place: Place, tests: list[Test]) -> dict[str, Any]:
-    """The row of a mutant."""
+def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str]) -> dict[str, Any]:
+    """The row of a mutant. large: files of tests that come last."""
     mutant, path = place.mutant, copy / "mesa_train" / place.file
     by, seconds = None, 0.0
-    if tests:
-        limit_s = 60 + 5 * sum(test.seconds for test in tests)
-        with mutant_tests.changed(path, mutant.source):
-            by, seconds = mutant_tests.first_failure(copy, path, tests, limit_s)
+    # To collect a file of a thousand tests takes longer than most mutants live.
+    parts = [[t for t in tests if (t.file in large) == last] for last in (False, True)]
+    with mutant_tests.changed(path, mutant.source):
+        for part in filter(None, parts):
+            limit_s = 60 + 5 * sum(test.seconds for test in part)
+            by, taken = mutant_tests.first_failure(copy, part, limit_s)
+            seconds += taken
+            if by:
+                break
     return {
         "id": place.id,
         "area": place.area,

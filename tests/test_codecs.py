@@ -4,7 +4,9 @@ and the shapes that are told beforehand are those of the codes."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from mesa_train.codecs import bitmask, placeholder
 from mesa_train.codecs.affine import Affine, group_shape
 from mesa_train.codecs.lossless import Lossless
 from mesa_train.codecs.running import Running
@@ -150,3 +152,20 @@ def test_a_codec_says_what_it_is_and_what_it_refuses():
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         Affine(8, 0)
     assert Affine(8, 1).group_size == 1
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 100])
+def test_a_placeholder_of_a_bitmask_has_its_shape(size):
+    mask = torch.arange(size) % 3 == 0
+    codes, instead = bitmask.encode(mask), placeholder.bits(mask)
+    assert (instead.shape, instead.dtype) == (codes.shape, codes.dtype)
+
+
+def test_a_selective_checkpoint_is_put_aside_and_put_back():
+    first_pass, _ = create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+    with first_pass:
+        assert placeholder.selective()
+        with placeholder.unseen():
+            assert not placeholder.selective()
+        assert placeholder.selective()
+    assert not placeholder.selective()

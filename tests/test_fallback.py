@@ -15,6 +15,7 @@ import mesa_train
 from mesa_train import Policy, compress
 from mesa_train.functions import function_name
 from mesa_train.ops.coded import CODED
+from mesa_train.ops.fallback import _is_weight
 
 SHAPE = (96, 64)  # 24 KiB: above the size from which the stock preset codes
 
@@ -316,6 +317,15 @@ def test_a_write_to_what_is_kept_whole_is_reported():
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_copy_of_a_weight_in_another_dtype_is_a_weight():
+    """Autocast makes one, and so may a view of it be kept."""
+    weight = nn.Parameter(torch.ones(2, 3))
+    narrow = weight.bfloat16()
+    assert [_is_weight(t) for t in (weight, weight.t(), narrow, narrow.t())] == [True] * 4
+    assert not _is_weight((weight * 2).bfloat16())
+    assert not _is_weight(weight * 2)
 
 
 def test_the_decisions_are_what_was_measured(monkeypatch):

@@ -7,6 +7,7 @@ from stashed import COLS, LOSSLESS, ROWS, activation, assert_equal, both, codes,
 from torch import nn
 
 from mesa_train import Policy, compress
+from mesa_train.stash import Lineage
 
 
 def overwritten(write):
@@ -184,3 +185,24 @@ def test_views_that_need_the_layout_they_had():
         return F.linear(h.permute(0, 2, 3, 1).view(-1, 8), w)
 
     assert_equal(*both(normed, (2, 8, 3, 5), (4, 8)))
+
+
+class PreBackwardFunctionForModule(torch.autograd.Function):
+    """Has the name of the function that ZeRO-3 passes the inputs of a module through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("relays", [False, True])
+def test_a_lineage_knows_a_tensor_that_was_passed_on_if_it_is_told_to(relays):
+    x = torch.ones(3, requires_grad=True) * 2
+    lineage = Lineage(relays=True) if relays else Lineage()
+    lineage.set(x, "the stash of x")
+    found = lineage.get(PreBackwardFunctionForModule.apply(x))
+    assert found == ("the stash of x" if relays else None)

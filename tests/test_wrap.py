@@ -213,3 +213,18 @@ def test_shared_modules_and_weights():
     assert close(gradients(model, batch()), plain, 1e-5)
     mesa_train.unwrap(model)
     assert type(model[0]) is Block
+
+
+def test_the_report_names_the_module_of_a_relu_and_counts_its_bits():
+    model = mesa_train.wrap(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), "mesa8")
+    model(torch.randn(64, 16))
+    assert report_of(model).rows["1", "activation", "input", "1 bit"] == (1, 64 * 16 // 8)
+
+
+def test_a_small_input_is_kept_in_the_dtype_of_autocast():
+    x, model = torch.randn(3, 4), nn.Linear(4, 4)
+    plain = copy.deepcopy(model)
+    mesa_train.wrap(model, "mesa8")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(gradients(model, x), gradients(plain, x))
+    assert [size for _, size in report_of(model).rows.values()] == [2 * x.numel()]

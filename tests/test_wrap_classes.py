@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import types
 import typing
 
 import pytest
@@ -335,6 +336,19 @@ def test_whoever_reads_a_forward_reads_the_same(kind):
         return model.forward(*args, **kwargs)
 
     assert inspect.signature(around) == inspect.signature(plain.forward)
+
+
+def test_a_forward_whose_parameter_is_a_keyword_keeps_its_name_and_docstring():
+    def written(self, x):
+        """Documented."""
+        return x * 2
+
+    code = written.__code__.replace(co_varnames=("self", "class"))
+    forward = types.FunctionType(code, {}, "forward")
+    forward.__doc__, forward.__qualname__ = "Documented.", "Kind.forward"
+    model = mesa_train.wrap(type("Kind", (nn.Module,), {"forward": forward})(), EIGHT)
+    assert torch.equal(model(X), X * 2)
+    assert (model.forward.__qualname__, model.forward.__doc__) == ("Kind.forward", "Documented.")
 
 
 def test_arguments_arrive_as_they_were_given():

@@ -1,6 +1,7 @@
 """What makes a program of a model gets the plain model's: the program equals it and passes gradients on."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -199,6 +200,24 @@ def test_a_class_of_ones_own_is_scripted_after_a_wrapped_one():
     model = mesa_train.wrap(copy.deepcopy(plain), EIGHT)
     for module in (model, plain, model):
         assert torch.equal(torch.jit.script(module)(X), plain(X))
+
+
+def test_a_forward_that_calls_a_local_function_is_scripted():
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    class Local(nn.Module):
+        def forward(self, x):
+            return shifted(doubled(F.gelu(x)))
+
+    plain = Local()
+    model = mesa_train.wrap(Local(), EIGHT)
+    assert torch.equal(torch.jit.script(model)(X), plain(X))
+    found, expected = (inspect.getclosurevars(m.forward).nonlocals for m in (model, plain))
+    assert found.items() >= expected.items()
 
 
 def kinds(model):

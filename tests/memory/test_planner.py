@@ -16,9 +16,10 @@ from mesa_train.intercept import innermost
 from mesa_train.memory.compare import Runs
 from mesa_train.memory.costs import Costs
 from mesa_train.memory.footprint import footprint
-from mesa_train.memory.gradients import relative_error
+from mesa_train.memory.gradients import default_loss, relative_error
 from mesa_train.memory.planner import Planner
 from mesa_train.memory.plans import OverBudget, Plan, Prediction
+from mesa_train.memory.prospect import Prospect
 from mesa_train.memory.sites import KEEP, MOVED
 from mesa_train.memory.timeline import timeline
 from mesa_train.policy import Policy
@@ -179,6 +180,8 @@ def test_an_error_of_5_percent_costs_as_much_as_10_percent_of_the_step():
 
     assert cost(1.0, 0.05) == pytest.approx(cost(1.1, 0.0))
     assert cost(1.0, 0.10) == pytest.approx(cost(1.4, 0.0))
+    # Where no step was timed, the error alone is compared.
+    assert cost(None, 0.05) == pytest.approx(cost(1.0, 0.05) - 1)
 
 
 def test_where_nothing_helps():
@@ -217,6 +220,15 @@ def test_where_plain_does_not_fit():
 def test_nothing_to_choose():
     with pytest.raises(ValueError, match="nothing to choose"):
         mesa_train.plan(nn.Linear(4, 4), torch.randn(2, 4), 1000)
+
+
+def test_progress_counts_four_steps():
+    told = []
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.empty(128, 64)
+    Planner(model, x, progress=lambda *step: told.append(step))
+    steps = [step for step in told if not step[0].startswith("gradient:")]
+    assert steps == [("stashes", 0, 4), ("times", 1, 4), ("gradients", 2, 4), ("choosing", 3, 4)]
 
 
 @pytest.mark.slow
@@ -259,6 +271,18 @@ class Mixer(nn.Module):
 
     def forward(self, x):
         return x + self.fc2(self.act(self.fc1(self.norm(x))))
+
+
+def test_a_checkpointed_block_keeps_its_input_unless_that_is_moved():
+    with torch.device("meta"):
+        model, x = nn.Sequential(*[Mixer() for _ in range(3)]), torch.empty(1024, 4096)
+    prospect = Prospect(model, x, None, default_loss)
+    assert prospect.plays.blocks == ["0", "1", "2"]
+    for block in ("1", "2"):  # The user holds the input of the first.
+        kept = {name: prospect.order.kept[block, name] for name in prospect.modes}
+        assert kept["checkpoint"] == kept["checkpoint of codes"] == 4 * x.numel()
+        assert x.numel() < kept["checkpoint, input 8 bits"] < 1.1 * x.numel()
+        assert kept["checkpoint, input 8 bits, moved"] == 0
 
 
 @pytest.fixture(scope="module")

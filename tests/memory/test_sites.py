@@ -2,16 +2,21 @@
 and what choices cost together."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from mesa_train.memory.blocks import BLOCK, MODES, STASHES, Block, Way, block_of, with_blocks
+from mesa_train.memory.pace import CHECKPOINT, CHECKPOINT_CODES
+from mesa_train.memory.planner import Planner
 from mesa_train.memory.sites import (
     KEEP,
     MOVE,
     MOVE8,
     REBUILD,
     Site,
+    Watch,
     also_moved,
     under_way,
 )
@@ -148,3 +153,51 @@ def test_costs_of_choices_by_hand():
     assert not waited.within(13.9, None)
     assert not waited.within(None, 0.5)
     assert waited.within(None, None)
+
+
+def test_a_watch_knows_the_module_of_each_weight():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    watch = Watch()
+    watch.installed(model)
+    weight = model[0].weight
+    assert watch.modules == {id(weight): (weight, "0")}
+
+
+def test_what_a_block_takes_in_each_mode_by_hand():
+    """The variance of a mode is that of 8-bit codes inside, if there are any, plus that of its input's codes."""
+    one, taken = site(block="b"), Site(("b", "checkpoint", "input"), 0)
+    other = site(Q)
+    modes = {name: MODES[name] for name in MODES if name.startswith("checkpoint")}
+    planner = SimpleNamespace(
+        plays=SimpleNamespace(blocks=["b"]),
+        sites=[one, other],
+        sensitivity=SimpleNamespace(
+            variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
+        ),
+        pace=SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0}),
+        prospect=SimpleNamespace(
+            modes={"PyTorch": MODES["PyTorch"], **modes},
+            block_inputs={"b": taken},
+            order=SimpleNamespace(kept={("b", name): len(name) for name in MODES}),
+            input_bytes=lambda block, bits: 10 * bits,
+        ),
+    )
+    (found,) = Planner._blocks(planner)
+    assert found.name == "b"
+    assert {name: way.kept_bytes for name, way in found.ways.items()} == {n: len(n) for n in MODES}
+    assert {name: way.seconds for name, way in found.ways.items()} == {
+        "PyTorch": 0.0, **{name: 5.0 if "codes" in name else 3.0 for name in modes},
+    }  # fmt: skip
+    assert {name: way.variance for name, way in found.ways.items()} == {
+        "PyTorch": 0.0,
+        "checkpoint": 0.0,
+        "checkpoint, input 8 bits": 0.25,
+        "checkpoint, input 4 bits": 0.5,
+        "checkpoint of codes": 1.0,
+        "checkpoint of codes, input 8 bits": 1.25,
+        "checkpoint of codes, input 4 bits": 1.5,
+        "checkpoint, input 8 bits, moved": 0.25,
+        "checkpoint of codes, input 8 bits, moved": 1.25,
+    }
+    moved = {name for name, way in found.ways.items() if way.moved_bytes == 80}
+    assert moved == {name for name in MODES if "moved" in name}

@@ -64,6 +64,12 @@ def _attention():
         (activation(3, 7, 8), activation(3, 5, 8), activation(3, 5, 8)),
         **loose,
     )
+    yield Case(
+        "attention 3-D with a mask for each row",
+        lambda q, k, v, m: sdpa(q, k, v, m),
+        (activation(3, 7, 8), activation(3, 5, 8), activation(3, 5, 8), parameter(3, 7, 5)),
+        **loose,
+    )
     yield Case("attention 5-D", sdpa, (activation(2, 2, 3, 4, 8),) * 3, **loose)
     yield Case(
         "attention values of another width",

@@ -1,5 +1,6 @@
 """Every operator by every property: one test body a property, tried on the table in operator_cases.py."""
 
+import inspect
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from operator_case import (
 from operator_cases import CASES
 
 from mesa_train import Policy
+from mesa_train.ops import table
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -257,3 +259,19 @@ def test_first_derivative_with_create_graph(case):
         [g.detach() for g in gradients(call(case, made, EIGHT), made.leaves, create_graph=True)],
         expected,
     )
+
+
+def defaults(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+ROWS = [function for function in table.ROWS if inspect.isfunction(function)]
+
+
+@pytest.mark.parametrize("function", ROWS, ids=lambda f: f.__name__)
+def test_the_defaults_of_a_row_are_pytorchs(function):
+    own, torchs = defaults(table.ROWS[function]), defaults(function)
+    assert {name: own[name] for name in own if name in torchs} == {
+        name: torchs[name] for name in own if name in torchs
+    }
