@@ -26,6 +26,15 @@ def build(batch_size):
 """
 
 
+MLP = """
+import torch
+from torch import nn
+
+def build(batch_size):
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8)), torch.randn(batch_size, 64)
+"""
+
+
 @pytest.fixture
 def shallow(tmp_path, monkeypatch):
     """Arguments that name a ViT of two blocks with a batch of 32."""
@@ -153,6 +162,17 @@ def test_plan(tmp_path, shallow):
     assert found["with_policy"]["saved_bytes"] < least["plain"]["kept_bytes"]
 
 
+def test_a_budget_below_every_plan(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    (tmp_path / "an_mlp.py").write_text(MLP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("plan", "python:an_mlp.build", "--batch-size", "8", "--fake", "--budget", "1KiB")
+    assert result.exit_code == 2
+    assert "the smallest peak within reach is" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_estimate(tmp_path, shallow):
     path = tmp_path / "accelerate.yaml"
     size = [*shallow, "--policies", "plain,mesa8"]
@@ -266,7 +286,6 @@ def test_dtypes(dtype):
         (["profile", *VIT, "--diff", "mesa9"], "unknown method 'mesa9'"),
         (["compare", *VIT, "--memory", "lots"], "a size is a number with a unit"),
         (["plan", *VIT, "--fake", "--budget", "lots"], "a size is a number with a unit"),
-        (["plan", *VIT, "--fake", "--budget", "1MiB"], "the smallest peak within reach is"),
         (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "do not spread evenly"),
         (["estimate", *VIT, "--policies", "mesa9"], "unknown method 'mesa9'"),
         (["estimate", *VIT, "--gpu-memory", "24"], "--gpu-memory: 24 bytes? Give a unit: 24GiB"),

@@ -201,6 +201,8 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in the background with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     child = tmp_path / "child"
     while running.poll() is None and not (child.exists() and child.read_text()):

@@ -18,19 +18,19 @@ TIMM = {
     "deit3_small_patch16_224": {"depth": 4},
     "beit_base_patch16_224": {"depth": 2},
     "eva02_tiny_patch14_224": {"depth": 4},
-    "swin_tiny_patch4_window7_224": {"depths": (2, 2, 2, 2)},
-    "swinv2_tiny_window8_256": {"depths": (2, 2, 2, 2)},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 1, 1, 1)},
+    "swinv2_tiny_window8_256": {"depths": (2, 1, 1, 1)},
     "pvt_v2_b0": {},
-    "twins_svt_small": {"depths": (2, 2, 2, 2)},
+    "twins_svt_small": {"depths": (2, 2, 1, 1)},
     "cait_xxs24_224": {"depth": 4},
     "xcit_nano_12_p16_224": {"depth": 4},
-    "mvitv2_tiny": {},
-    "maxvit_rmlp_pico_rw_256": {},
-    "volo_d1_224": {},
-    "hiera_tiny_224": {},
-    "tiny_vit_5m_224": {},
+    "mvitv2_tiny": {"depths": (1, 1, 2, 1)},
+    "maxvit_rmlp_pico_rw_256": {"depths": (1, 1, 1, 1)},
+    "volo_d1_224": {"layers": (1, 1, 2, 1)},
+    "hiera_tiny_224": {"stages": (1, 1, 2, 1)},
+    "tiny_vit_5m_224": {"depths": (1, 1, 2, 1)},
     "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 224},
-    "samvit_base_patch16_224": {"depth": 3},
+    "samvit_base_patch16_224": {"depth": 2, "global_attn_indexes": (1,)},
     "vit_base_patch16_xp_224": {"depth": 2},
 }
 WITHOUT_ATTENTION = {"convnext_atto": {}, "mixer_s32_224": {}, "resnet18": {}}
@@ -39,7 +39,7 @@ TRANSFORMERS = {
     "deit": {"num_hidden_layers": 2},
     "dinov2": {"num_hidden_layers": 2, "image_size": 224},
     "beit": {"num_hidden_layers": 2},
-    "swin": {"depths": [2, 2, 2, 2]},
+    "swin": {"depths": [2, 1, 1, 1]},
 }
 TORCHVISION = ["vit_b_16", "swin_t", "maxvit_t"]
 
