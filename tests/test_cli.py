@@ -167,10 +167,9 @@ def test_a_budget_below_every_plan(tmp_path, monkeypatch):
     (tmp_path / "an_mlp.py").write_text(MLP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    result = run("plan", "python:an_mlp.build", "--batch-size", "8", "--fake", "--budget", "1KiB")
+    result = run("plan", "python:an_mlp.build", "--batch-size", "256", "--fake", "--budget", "1KiB")
     assert result.exit_code == 2
-    assert "the smallest peak within reach is" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert "the smallest peak within reach is" in result.stderr.splitlines()[-1]
 
 
 def test_estimate(tmp_path, shallow):
