@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,26 @@ def accelerator(config: Config, plan: Plan) -> Any:
         )
     except ValueError as error:
         raise ConfigError(f"train.precision={train.precision}: {error}") from None
+    _tell_of_what_is_ignored(made)
     deepspeed = getattr(made.state, "deepspeed_plugin", None)
     if deepspeed is not None:
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch
         deepspeed.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
         deepspeed.deepspeed_config["gradient_clipping"] = config.optim.clip
     return made
+
+
+def _tell_of_what_is_ignored(accelerator: Any) -> None:
+    """Accelerate shards nothing on CPUs and says nothing of it."""
+    used = str(accelerator.distributed_type).rpartition(".")[2]
+    for name in ("DEEPSPEED", "FSDP"):
+        asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        if asked and used != name and accelerator.is_main_process:
+            _log.warning(
+                "the launcher's configuration asks for %s, which Accelerate does not use on %s: "
+                "nothing is sharded",
+                *(name, accelerator.device.type),
+            )
 
 
 @contextlib.contextmanager

@@ -351,3 +351,17 @@ def test_a_damaged_optimizer_state(tmp_path):
         checkpoints.CheckpointError, match=r"step-00000000 cannot be read, it is dam"
     ):
         run.resume(checkpoint, json.loads((checkpoint / "state.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_a_launcher_that_asks_for_shards_on_a_cpu_is_answered(tmp_path, monkeypatch, caplog, name):
+    """Accelerate ignores DeepSpeed and FSDP there, without a word."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with caplog.at_level("WARNING", "mesa_train"):
+        recipe.prepare(configured(tmp_path, model=SMALL))
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("mesa_train")]
+    assert told == [
+        f"the launcher's configuration asks for {name}, which Accelerate does not use on cpu: "
+        "nothing is sharded"
+    ]
