@@ -78,8 +78,8 @@ def mutants(source: str) -> list[Mutant]:
         end = starts[node.end_lineno - 1] + node.end_col_offset
         before = text[begin:end].decode()
         changed = (text[:begin] + after.encode() + text[end:]).decode()
-        line = statements.get(id(node))
-        marks = begins if line is None else (line,)
+        statement = statements.get(id(node))
+        marks = begins if statement is None else (statement,)
         found.append(Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, marks))
     return sorted(found, key=lambda m: (m.line, m.column, m.kind))
 
