@@ -11,6 +11,7 @@ second run goes on where the first one stopped.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,18 +82,28 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     for fields in ({**SMALL}, {k: v for k, v in SMALL.items() if k != "image_size"}):
         made = shrunk(transformers.AutoConfig.for_model(kind), fields)
         size = getattr(made, "image_size", None) or 64
-        size = size if isinstance(size, int) else list(size)[-1]
-        shape: tuple[int, ...] = (2, getattr(config, "num_channels", None) or 3, size, size)
+        sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        shape: tuple[int, ...] = (2, getattr(config, "num_channels", None) or 3, *sides)
         if auto == "AutoModelForVideoClassification":
-            frames = getattr(made, "num_frames", None) or 4
-            shape = (2, frames, 3, size, size)
+            frames = (
+                getattr(made, "num_frames", None) or getattr(made, "frames_per_clip", None) or 4
+            )
+            shape = (2, frames, 3, *sides)
         try:
             with torch.device("meta"):
-                getattr(transformers, auto).from_config(made)(pixel_values=torch.empty(shape))
+                model = getattr(transformers, auto).from_config(made)
+                model(**{_images(model): torch.empty(shape)})
         except Exception:  # each model says it in its own way; some cannot run without data
             continue
-        return getattr(transformers, auto).from_config(made), {"pixel_values": torch.randn(shape)}
-    return getattr(transformers, auto).from_config(made), {"pixel_values": torch.randn(shape)}
+        break
+    model = getattr(transformers, auto).from_config(made)
+    return model, {_images(model): torch.randn(shape)}
+
+
+def _images(model: nn.Module) -> str:
+    """The name of the argument that takes images or videos."""
+    takes = inspect.signature(model.forward).parameters
+    return "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"
 
 
 def shrunk(config: Any, fields: dict[str, Any]) -> Any:
@@ -107,6 +118,14 @@ def shrunk(config: Any, fields: dict[str, Any]) -> Any:
         old = getattr(config, name, None)
         if isinstance(old, (int, bool)) and name in config.to_dict():
             setattr(config, name, type(old)(min(value, old)) if old else old)
+    stages, layers = (
+        getattr(config, "stage_names", None),
+        getattr(config, "num_hidden_layers", None),
+    )
+    if stages and layers and len(stages) > layers + 1:
+        # A backbone's last stage is one of those that are left.
+        config.stage_names = stages[: layers + 1]
+        config._out_features, config._out_indices = config.stage_names[-1:], [layers]
     return config
 
 
