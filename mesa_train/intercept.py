@@ -323,8 +323,7 @@ class Interception(Mode):
         codec = codec.codec if isinstance(codec, Unseen) else codec
         moved = None
         if self.site.rules[operator, operand].offload:
-            own = not isinstance(codec, Lossless) or operand == "normalized"
-            tensors, moved = self._moved(tensors, own)
+            tensors, moved = self._moved(tensors, own=not isinstance(codec, Lossless))
         stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
         if not torch.compiler.is_compiling():
             size = sum([t.numel() * t.element_size() for t in tensors])

@@ -242,6 +242,31 @@ def test_an_output_and_a_view_of_it(kind):
     assert (results[1] - results[0]).norm() <= 1e-5 * results[0].norm()
 
 
+TWICE = {
+    "mul": lambda h: h * h,
+    "matmul": lambda h: h @ h.mT @ h,
+    "einsum": lambda h: torch.einsum("bij,bkj->bik", h, h),
+    "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
+    "masked attention": lambda h: F.scaled_dot_product_attention(h, h, h, h @ h.mT),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_an_operator_of_one_tensor_twice(kind):
+    """Dynamo traces no autograd function that is given a tensor twice."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(16, 16), torch.randn(2, 9, 16)
+
+    def function(x):
+        return TWICE[kind](linear(x))
+
+    def inside(x):
+        with compress(LOSSLESS):
+            return function(x)
+
+    assert_equal_steps(step(compiled(inside, fullgraph=True), linear, x), step(function, linear, x))
+
+
 def test_breaks_between_blocks():
     """Dynamo gives up a frame that breaks in a loop, and compiles the blocks that it calls."""
     model, x = Blocks(pause=branch), torch.randn(4, 9, 32)

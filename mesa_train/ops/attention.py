@@ -21,7 +21,7 @@ from mesa_train.stash import Saved, of_parameter, whole
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
-from .base import Operator, autocasts, derivative, kept_first, sum_to
+from .base import Operator, autocasts, derivative, distinct, kept_first, sum_to
 from .packed import keep_each
 from .views import view
 
@@ -205,7 +205,7 @@ def _flash_cpu(call: Call) -> Any:
         scale=call.scale,
     )
     if _short(q, k, mask, call.causal):
-        return Short.apply(result, call.stashes, _factor(call), *call.inputs[:3])
+        return Short.apply(result, call.stashes, _factor(call), *distinct(*call.inputs[:3]))
     out = mode.keep(result, "attention", "out", WITHIN)
     kept = (*call.stashes, out, whole(logsumexp), None if mask is None else whole(mask))
     static = (call.causal, call.scale)
@@ -240,7 +240,11 @@ def _unfused(call: Call) -> Any:
     trained = mask if mask is not None and mask.is_floating_point() else None
     static = (q.dtype, _factor(call), None if trained is None else tuple(trained.shape))
     return Unfused.apply(
-        result, kept, static, *call.inputs[:3], None if trained is None else call.inputs[3]
+        result,
+        kept,
+        static,
+        *distinct(*call.inputs[:3]),
+        None if trained is None else call.inputs[3],
     )
 
 
@@ -272,7 +276,9 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
     kept = kept_first(call.mode, *call.stashes, None if mask is None else whole(mask))
     result = call.mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
-    return Recomputed.apply(result, kept, (q.dtype, keywords, state), *call.inputs[:3], trained)
+    return Recomputed.apply(
+        result, kept, (q.dtype, keywords, state), *distinct(*call.inputs[:3], trained)
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

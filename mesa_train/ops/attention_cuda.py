@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mesa_train.stash import Saved, Stash, whole
 
-from .base import Operator, derivative
+from .base import Operator, derivative, distinct
 
 if TYPE_CHECKING:
     from mesa_train.intercept import Interception
@@ -173,7 +173,7 @@ def recorded(
     mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
 ) -> Any:
     """Attach an operator to a result; the output's stash stands for it from now on."""
-    output = node.apply(result, kept, static, *inputs)
+    output = node.apply(result, kept, static, *distinct(*inputs))
     mode.lineage.set(output, out)
     return output
 

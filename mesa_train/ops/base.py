@@ -125,6 +125,17 @@ def _saved(ctx: Any, grad: Tensor) -> Saved:
     return Saved(tensors, ctx.kept, grad)
 
 
+def distinct(*tensors: Any) -> tuple[Any, ...]:
+    """An operator's inputs, each its own tensor: Dynamo traces no operator that is given a tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any([tensor is t for t in found])
+        found.append(tensor.view_as(tensor) if again else tensor)
+    return tuple(found)
+
+
 def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Sum a gradient over the dims that broadcasting added to `shape`."""
     return grad if grad.shape == torch.Size(shape) else grad.sum_to_size(shape)

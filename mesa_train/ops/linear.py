@@ -23,7 +23,7 @@ from mesa_train.neighbours import neighbours
 from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
 
 from .activation import Activated
-from .base import Operator, derivative, kept_first
+from .base import Operator, derivative, distinct, kept_first
 from .folding import folded
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def linear(
     x = mode.keep(input, "linear", "input") if weight.requires_grad else None
     kept = kept_first(mode, x, mode.weight(weight, viewed=True) if input.requires_grad else None)
     result = folded(mode, func, input, weight, bias, transposed=True)
-    output = Linear.apply(result, kept, None, input, weight, bias)
+    output = Linear.apply(result, kept, None, *distinct(input, weight, bias))
     if x is not None:
         mode.linears.set(output, (input, _version(input), x, weight, bias))
     # A frozen weight needs no input, but a stash that the input has already still gives the product.

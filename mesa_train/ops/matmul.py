@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mesa_train.stash import Saved
 
-from .base import Kept, Operator, derivative, kept_first, sum_to
+from .base import Kept, Operator, derivative, distinct, kept_first, sum_to
 from .folding import folded
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def matmul(
         return NotImplemented
     stashes = _operands(mode, input, other)
     result = folded(mode, func, input, other)
-    return MatMul.apply(result, stashes, (tuple(input.shape), tuple(other.shape)), input, other)
+    return MatMul.apply(
+        result, stashes, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
+    )
 
 
 def reversed_matmul(mode: Interception, func: Any, /, other: Tensor, input: Tensor) -> Any:
@@ -120,7 +122,7 @@ def add_matmul(
     stashes = _operands(mode, left, right)
     result = mode.exactly(func, input, left, right, **kwargs)
     static = (tuple(input.shape), kwargs.get("beta", 1), kwargs.get("alpha", 1))
-    return AddMatMul.apply(result, stashes, static, input, left, right)
+    return AddMatMul.apply(result, stashes, static, *distinct(input, left, right))
 
 
 def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> Any:
@@ -134,7 +136,7 @@ def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> A
         return NotImplemented
     stashes = _operands(mode, *operands)
     result = mode.exactly(func, equation, *operands)
-    return Einsum.apply(result, stashes, subscripts, *operands)
+    return Einsum.apply(result, stashes, subscripts, *distinct(*operands))
 
 
 def _operands(mode: Interception, left: Tensor, right: Tensor) -> Kept:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mesa_train.stash import CHEAP, MATMUL, Recompute, Saved, Spec, Stash
 
-from .base import Operator, derivative, kept_first, sum_to
+from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any)
     left, right = mode.keep(input, "mul", "left"), mode.keep(other, "mul", "right")
     kept = kept_first(mode, left, right)
     result = mode.exactly(func, input, other)
-    output = Mul.apply(result, kept, (tuple(input.shape), tuple(other.shape)), input, other)
+    output = Mul.apply(
+        result, kept, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
+    )
     if max(left.cost, right.cost) < MATMUL:
         mode.lineage.set(
             output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype)

@@ -245,11 +245,10 @@ def keeps_input(mode: Interception, operator: str, input: Tensor, dtype: torch.d
     """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
     a parameter (weight standardization), or x_hat is not coded. Then its `dtype` may be wider, and
     another operator may keep the input too."""
-    rule = mode.site.rules[operator, "normalized"]
     base = None if torch.compiler.is_compiling() else input._base
     if isinstance(input, torch.nn.Parameter) or isinstance(base, torch.nn.Parameter):
         return True
-    if rule.offload or not mode.lossless(operator, "normalized"):
+    if not mode.lossless(operator, "normalized"):
         return False
     return input.dtype.itemsize < dtype.itemsize or not (
         torch.compiler.is_compiling() or narrowed(input)
