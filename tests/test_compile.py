@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compile_models import kept
 from torch import nn
 
 import mesa_train
@@ -102,21 +103,6 @@ def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     assert distance(found, expected) < (
         1e-5 if policy.bits == 32 else 5e-3 if policy.bits == 8 else 5e-2
     )
-
-
-def kept(function, *inputs):
-    """Bytes that one call keeps, other than parameters."""
-    storages = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    function(*inputs)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(s.nbytes() for s in storages.values())
 
 
 def test_a_compiled_model_keeps_codes(model):
