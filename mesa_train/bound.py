@@ -35,7 +35,7 @@ class Entry:
     """What a wrapped module has more than a plain one.
 
     installed: shared with the other modules. site: its name and rules. own: the `forward` that the module had in
-    its `__dict__` before. forward: the one that is there now; None where a module cannot have one.
+    its `__dict__` before. forward: the one that is there now; None where a module cannot have one, or needs none.
     """
 
     def __init__(self, installed: Installed, site: Site, own: Any = ABSENT) -> None:
@@ -61,7 +61,7 @@ class Entry:
 
     def prepare(self) -> None:
         """Make the `forward`. Changes nothing yet; raises what the class of the module raises."""
-        if enterable(self.module, self.own):
+        if enterable(self.module, self.own) and not _idle(self.module, self.own):
             self.forward = _forward_of(self.module, self.own)
 
     def take_off(self) -> None:
@@ -116,6 +116,13 @@ def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
         return not _optimized(module)
     found = inspect.getattr_static(type(module), _FORWARD)
     return not hasattr(type(found), "__set__")
+
+
+def _idle(module: nn.Module, own: Any) -> bool:
+    """Whether the `forward` of `module` returns its argument: models have many of these modules, and to enter one
+    takes 5 us."""
+    found = inspect.getattr_static(type(module), _FORWARD)
+    return own is ABSENT and found is nn.Identity.__dict__[_FORWARD]
 
 
 def _other(found: Any) -> bool:

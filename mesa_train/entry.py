@@ -22,7 +22,6 @@ from .intercept import Interception, Report, Site, active, hookable, saved_hooks
 from .modes import aside, exchange, put_aside, tracer, untraced
 from .ops.checkpoint_inputs import InputHooks
 from .policy import Policy
-from .stash import Lineage
 from .steps import Steps
 
 ATTRIBUTE = "_mesa_train"
@@ -91,19 +90,26 @@ def enter(
         with Interception(site, installed, installed.report, installed.steps.count):
             return call(*args, **kwargs)
     outside, mode.site = mode.site, site
-    scope, hooks = (mode.hooks, mode.lineage, mode.linears), saved_hooks()
-    kind: Any = type(module)
-    apart = hooks is not mode.hooks or (not compiling and sharded.unit(kind))
-    if apart:
-        # A checkpoint began since, or parameters inside are freed apart from those outside. What
-        # is kept inside must not depend on what was kept outside.
-        mode.hooks, mode.lineage, mode.linears = hooks, Lineage(mode.relays), Lineage()
+    if compiling:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            mode.site = outside
+    hooks = saved_hooks()
+    if hooks is mode.hooks and not sharded.unit(type(module)):
+        try:
+            return call(*args, **kwargs)
+        finally:
+            mode.site = outside
+    # A checkpoint began since, or parameters inside are freed apart from those outside. What is kept inside
+    # must not depend on what was kept outside.
+    scope = mode.hooks, mode.lineage, mode.linears
+    mode.begin(hooks)
     try:
         return call(*args, **kwargs)
     finally:
         mode.site = outside
-        if apart:
-            mode.hooks, mode.lineage, mode.linears = scope
+        mode.hooks, mode.lineage, mode.linears = scope
 
 
 def _checkpointed(
@@ -169,6 +175,9 @@ def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     elsewhere is found by the module inside that gets it."""
     # Under a mode, even `requires_grad` is a call that the mode sees.
     with torch._C.DisableTorchFunction():
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
         return (
             _any_tracked(args, module) or _any_tracked(kwargs.values(), module) or _trains(module)
         )

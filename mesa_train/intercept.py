@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .codecs import bitmask
@@ -32,13 +33,12 @@ from .ops.checkpoint_inputs import InputHooks, beneath
 from .policy import Policy, Rule, Rules
 from .sharded import relays, see_linear
 from .stash import (
-    CHEAP,
-    MATMUL,
     VIEW,
     Geometry,
     Leaf,
     Lineage,
     Stash,
+    TracedLineage,
     held,
     narrowed,
     of_parameter,
@@ -71,11 +71,8 @@ class Interception(Mode):
             table.link()
         self.site, self.owner = site, owner
         self.report = report if report is not None else Report()
-        self.relays = not torch.compiler.is_compiling() and relays(site.module)
-        self.lineage: Lineage[Stash] = Lineage(self.relays)
-        # What a Linear's output was computed from, for a layer scale that follows it.
-        self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]] = Lineage()
-        self.hooks = saved_hooks()
+        self.relays = not self.traced and relays(site.module)
+        self.begin(saved_hooks())
         self.outer: list[Any] = []
         # The modes that were on before, if this one is alone while it is on.
         self.before: list[Any] = []
@@ -85,6 +82,14 @@ class Interception(Mode):
         self.uses: dict[tuple[str, str, str], int] = {}
         # What was moved to main memory.
         self.order: Order = []
+
+    def begin(self, hooks: Any) -> None:
+        """Know no tensor yet. hooks: the pack hook that is on from now on."""
+        self.hooks = hooks
+        self.lineage: Lineage[Stash] = TracedLineage() if self.traced else Lineage(self.relays)
+        # What a Linear's output was computed from, for a layer scale that follows it.
+        self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
+        self.linears = TracedLineage() if self.traced else Lineage()
 
     def __enter__(self) -> Interception:
         if torch.compiler.is_compiling():
@@ -121,16 +126,21 @@ class Interception(Mode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() and any([arrays.is_array(a) for a in args[:2]]):
-            return arrays.call(func, args, kwargs)
-        if torch.compiler.is_compiling() and not self.traced:
-            # Nothing may be written to this one, so each operator keeps what it needs by itself.
-            return Interception(self.site, self.owner).__torch_function__(func, types, args, kwargs)
-        if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
-            return func(*args, **kwargs)
-        row = table.ROWS.get(func)
-        if row is None and not torch.compiler.is_compiling():
-            row = table.EAGER.get(func)
+        if torch.compiler.is_compiling():
+            for arg in args[:2]:
+                if arrays.is_array(arg):
+                    return arrays.call(func, args, kwargs)
+            if not self.traced:
+                # Nothing may be written to this one, so each operator keeps what it needs by itself.
+                apart = Interception(self.site, self.owner)
+                return apart.__torch_function__(func, types, args, kwargs)
+            if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+                return func(*args, **kwargs)
+            row = table.ROWS.get(func)
+        else:
+            if not torch.is_grad_enabled() or _transformed() or saved_hooks() is not self.hooks:
+                return func(*args, **kwargs)
+            row = table.ROWS.get(func) or table.EAGER.get(func)
         if row is not None:
             result = row(self, func, *args, **kwargs)
             if result is not NotImplemented:
@@ -146,11 +156,7 @@ class Interception(Mode):
         for tensor in tensors:
             if tensor is None:
                 continue
-            if (
-                not isinstance(tensor, Tensor)
-                or not tensor.is_floating_point()
-                or not _plain(tensor)
-            ):
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and _plain(tensor)):
                 return False
             gradient = gradient or tensor.requires_grad
         return gradient
@@ -158,13 +164,19 @@ class Interception(Mode):
     def exactly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What PyTorch would compute, without recording. Autocast must not cache the casts it makes
         here: a later call would find a copy of the weight that leads to no gradient."""
-        with torch.no_grad():
-            if torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
+        if self.traced:
+            with torch.no_grad():
                 return func(*args, **kwargs)
+        cached = torch._C._is_any_autocast_enabled() and torch.is_autocast_cache_enabled()
+        # `torch.no_grad()` takes 4 us.
+        torch._C._set_grad_enabled(False)
+        if cached:
             torch.set_autocast_cache_enabled(False)
-            try:
-                return func(*args, **kwargs)
-            finally:
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
+            if cached:
                 torch.set_autocast_cache_enabled(True)
 
     def keep(
@@ -182,14 +194,15 @@ class Interception(Mode):
             name in reports.
         """
         label = label or operator
-        rule = self.site.rules[operator, operand]
-        known = self.known(tensor, operator, operand)
-        if known is not None:
-            how = "shared" if known.cost == VIEW else "rebuilt"
-            self.report.add(self.site.name, label, operand, how, 0, known)
+        rule = self.site.rules.table[operator, operand]
+        known = self.lineage.get(tensor)
+        if known is not None and rule.enabled and known.cost <= rule.limit:
+            if not self.traced:
+                how = "shared" if known.cost == VIEW else "rebuilt"
+                self.report.add(self.site.name, label, operand, how, 0, known)
             return known
         reason = why_whole(tensor, rule)
-        if operator in _AUTOCAST and (reason or self.lossless(operator, operand)):
+        if operator in _AUTOCAST and (reason or rule.lossless):
             dtype = _autocast(tensor)
             if dtype is not None:
                 return self._keep_cast(tensor, dtype, operator, operand, within, label)
@@ -199,17 +212,17 @@ class Interception(Mode):
             )
             cast = operator in _AUTOCAST and autocasts(tensor.device.type)
             return whole(held(tensor) if cast else tensor)
-        if self.lossless(operator, operand) and not rule.offload and _kept_with_its_base(tensor):
+        if rule.lossless and not rule.offload and _kept_with_its_base(tensor):
             self.report.add(self.site.name, label, operand, "shared", 0)
             leaf = whole(tensor)
             self.lineage.set(tensor, leaf)
             return leaf
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
-        with torch.no_grad():
-            geometry, matrix = Geometry.of(tensor.detach(), dims)
-            codes = codec.encode(matrix)
-            leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
+        # Detached, so that nothing of this is recorded.
+        geometry, matrix = Geometry.of(tensor.detach(), dims)
+        codes = codec.encode(matrix)
+        leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
         self.lineage.set(tensor, leaf)
         return leaf
 
@@ -219,8 +232,7 @@ class Interception(Mode):
         cast, the parameter itself otherwise."""
         dtype = _autocast(tensor)
         if dtype is None:
-            viewed = viewed or autocasts(tensor.device.type)
-            return whole(held(tensor) if viewed else tensor)
+            return whole(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
         stash = self.lineage.cast(tensor, dtype)
         if stash is None:
             with torch.no_grad():
@@ -255,11 +267,11 @@ class Interception(Mode):
 
     def known(self, tensor: Tensor, operator: str, operand: str) -> Stash | None:
         """The stash that stands for `tensor` already, if `operand` may be rebuilt from it."""
-        rule = self.site.rules[operator, operand]
         known = self.lineage.get(tensor)
-        if known is None or not rule.enabled or known.cost > _limit(rule):
+        if known is None:
             return None
-        return known
+        rule = self.site.rules.table[operator, operand]
+        return known if rule.enabled and known.cost <= rule.limit else None
 
     def fused(
         self, operator: str, operand: str, dtype: torch.dtype, tensor: Tensor | None = None
@@ -294,7 +306,7 @@ class Interception(Mode):
 
     def lossless(self, operator: str, operand: str) -> bool:
         """Whether an operand is kept as it is."""
-        return isinstance(self.site.rules[operator, operand].codec, Lossless)
+        return self.site.rules.table[operator, operand].lossless
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
         """One bit per element of a mask, coded by `encode`."""
@@ -325,8 +337,8 @@ class Interception(Mode):
         if self.site.rules[operator, operand].offload:
             tensors, moved = self._moved(tensors, own=not isinstance(codec, Lossless))
         stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
-        if not torch.compiler.is_compiling():
-            size = sum([t.numel() * t.element_size() for t in tensors])
+        if not self.traced:
+            size = sum([t.nbytes for t in tensors])
             how = str(codec) if moved is None else f"{codec}, moved"
             self.report.add(self.site.name, label or operator, operand, how, size, stash)
         return stash
@@ -375,8 +387,8 @@ class Report:
         if torch.compiler.is_compiling():
             return
         key = (module, operator, operand, how)
-        calls, total = self.rows.get(key, (0, 0))
-        self.rows[key] = calls + 1, total + size
+        row = self.rows.get(key)
+        self.rows[key] = (1, size) if row is None else (row[0] + 1, row[1] + size)
 
 
 def active(owner: object) -> Interception | None:
@@ -425,14 +437,14 @@ _NOTHING = Site("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode differentiation, which have other means than the
-    autograd graph; and where torch.export or torch.jit.trace makes a program of PyTorch's operators."""
-    if torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and (
+    """Outside of a traced frame: inside torch.func's transforms or forward-mode differentiation, which have other
+    means than the autograd graph; and where torch.export or torch.jit.trace makes a program of PyTorch's
+    operators."""
+    return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
     )
 
 
@@ -440,13 +452,9 @@ def _plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     kind = type(tensor)
-    if kind is Tensor or kind is torch.nn.Parameter:
-        return True
-    return not is_traceable_wrapper_subclass(tensor)
-
-
-def _limit(rule: Rule) -> int:
-    return MATMUL if rule.rebuild_linear else CHEAP if rule.rebuild_cheap else VIEW
+    return (
+        kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
+    )
 
 
 # Operators that autocast runs in its low precision.

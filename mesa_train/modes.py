@@ -42,10 +42,10 @@ class Owner(Protocol):
 def innermost() -> Any:
     """The innermost interception that is on in this thread, or None. In a traced frame, one that was
     entered outside of it does not count."""
-    compiling = torch.compiler.is_compiling()
-    for mode in reversed(_get_current_function_mode_stack()):
+    for place in range(torch._C._len_torch_function_stack() - 1, -1, -1):
+        mode = torch._C._get_function_stack_at(place)
         if isinstance(mode, Mode):
-            return mode if mode.traced is compiling else None
+            return mode if mode.traced is torch.compiler.is_compiling() else None
     return None
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import codecs, yaml_text
+from .codecs.lossless import Lossless
 from .functions import checked, is_function, plain_name
+from .stash import CHEAP, MATMUL, VIEW
 
 BITS = (8, 4, 2, 32)
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -227,6 +229,9 @@ class Policy:
                 changes = list(self.overrides.values())
                 shared[hits] = Rules(self, [(*matched[i][1:], changes[i]) for i in hits])
             resolved[name] = shared[hits]
+        rebuilds = any([r.rebuild_linear for rules in shared.values() for r in rules.table.values()])
+        for rules in shared.values():
+            rules.rebuilds_matmuls = rebuilds
         return resolved
 
     def checkpointed(self, modules: Iterable[str]) -> set[str]:
@@ -254,7 +259,7 @@ _TEXTS = ("preset", "checkpoint", *(f.name for f in dataclasses.fields(Policy) i
 
 class Rules:
     """One module's policy: `rules[operator, operand]` is the `Rule` for what that operator
-    keeps."""
+    keeps. rebuilds_matmuls: whether a rule of any module of the model rebuilds the results of matmuls."""
 
     def __init__(
         self,
@@ -262,6 +267,7 @@ class Rules:
         changes: Iterable[tuple[str | None, str | None, Mapping[str, Any]]] = (),
     ) -> None:
         changes = list(changes)
+        self.rebuilds_matmuls = False
         self.table: dict[tuple[str, str], Rule] = {}
         self.operators: dict[str, bool] = {}
         # The functions without a row that an override names: each is an operand of "fallback".
@@ -291,7 +297,10 @@ class Rules:
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How one operand is kept: by which codec (None: running ranges, bound at each use), what may be
-    rebuilt, whether the forward may make its codes, and whether they wait in main memory."""
+    rebuilt, whether the forward may make its codes, and whether they wait in main memory.
+
+    limit: the dearest step of a stash that the operand may be rebuilt from (see `stash.Stash`). lossless: the
+        operand is kept as it is."""
 
     enabled: bool
     codec: Any
@@ -301,6 +310,8 @@ class Rule:
     min_bytes: int
     fused: bool
     offload: bool
+    limit: int
+    lossless: bool
 
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
@@ -310,15 +321,18 @@ class Rule:
         stochastic = policy.rounding == "stochastic" or (
             policy.rounding == "auto" and policy.bits < 8 and not nearest
         )
+        codec = codecs.of(policy.bits, policy.group_size, stochastic, policy.ranges == "running")
         return cls(
             enabled=policy.enabled,
-            codec=codecs.of(policy.bits, policy.group_size, stochastic, policy.ranges == "running"),
+            codec=codec,
             group_size=policy.group_size,
             rebuild_cheap=policy.recompute in ("cheap", "linear"),
             rebuild_linear=policy.recompute == "linear",
             min_bytes=policy.min_bytes,
             fused=policy.forward == "fused",
             offload=policy.offload,
+            limit={"cheap": CHEAP, "linear": MATMUL}.get(policy.recompute, VIEW),
+            lossless=isinstance(codec, Lossless),
         )
 
 

@@ -53,8 +53,10 @@ def see_linear() -> None:
 
 def partitioned(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """The ZeRO-3 parameters among `tensors`, None for the others; () if there are none."""
-    found = tuple([t if hasattr(t, "ds_status") else None for t in tensors])
-    return found if any([p is not None for p in found]) else ()
+    for tensor in tensors:
+        if hasattr(tensor, "ds_status"):
+            return tuple([t if hasattr(t, "ds_status") else None for t in tensors])
+    return ()
 
 
 def present(tensor: Tensor, parameter: Any) -> Tensor:

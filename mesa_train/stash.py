@@ -84,7 +84,10 @@ class Stash:
     ) -> None:
         self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
         self.moved = moved
-        self.cost = max([cost, *[s.cost for s in sources]])
+        for source in sources:
+            if source.cost > cost:
+                cost = source.cost
+        self.cost = cost
         # A matmul's result is shared by the operators that rebuild it in one backward; this counts
         # them.
         self.uses = Uses() if cost == MATMUL else None
@@ -121,31 +124,40 @@ def save(ctx: Any, *stashes: Stash | None) -> None:
     """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
     the same order. Shared parts go once."""
     tensors: list[Tensor] = []
-    slots: dict[Any, int] = {}
+    slots: dict[int, int] = {}
     specs: dict[int, Spec] = {}
     ctx.kept = tuple([None if s is None else strip(s, tensors, slots, specs) for s in stashes])
     ctx.save_for_backward(*tensors)
 
 
 def strip(
-    stash: Stash, tensors: list[Tensor], slots: dict[Any, int], specs: dict[int, Spec]
+    stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
 ) -> Spec:
     """A stash's structure; its tensors are appended to `tensors`, each once."""
     known = specs.get(id(stash))
     if known is not None:
         return known
-    sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
+    sources: tuple[Spec, ...] = ()
+    if stash.sources:
+        sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
+    away = partitioned(stash.tensors) if stash.tensors else ()
+    if torch.compiler.is_compiling():
+        # A graph keeps a tensor once, however often it is saved.
+        first = len(tensors)
+        tensors.extend(stash.tensors)
+        spec = Spec(
+            stash.recipe, tuple(range(first, len(tensors))), sources, stash.dtype, None, away
+        )
+        specs[id(stash)] = spec
+        return spec
     own = []
     for tensor in stash.tensors:
-        # Dynamo would guard on the id of a parameter, and trace each block of a model again.
-        key = tensor if torch.compiler.is_compiling() else id(tensor)
-        if key not in slots:
-            slots[key] = len(tensors)
+        slot = slots.get(id(tensor))
+        if slot is None:
+            slot = slots[id(tensor)] = len(tensors)
             tensors.append(tensor)
-        own.append(slots[key])
-    uses = None if torch.compiler.is_compiling() else stash.uses
-    user = None if uses is None else User(uses)
-    away = partitioned(stash.tensors)
+        own.append(slot)
+    user = None if stash.uses is None else User(stash.uses)
     reader = None if stash.moved is None else Reader(stash.moved)
     spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away, reader)
     specs[id(stash)] = spec
@@ -305,7 +317,7 @@ _WHOLE = Whole()
 def whole(tensor: Tensor) -> Stash:
     """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it
     again)."""
-    if not isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+    if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
         tensor = tensor.detach()
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
 
@@ -381,8 +393,7 @@ class Lineage(Generic[Entry]):
     """Which stash stands for which live tensor. Valid for that very tensor and only while its
     version is unchanged.
 
-    Tensors are held weakly: an entry goes with its tensor. While torch.compile traces there are no
-    weak references and no versions to ask for; there whoever writes in place clears everything.
+    Tensors are held weakly: an entry goes with its tensor.
 
     relays: also know a tensor after ZeRO-3 has passed it on (see `sharded.relayed`): the same memory
         at the same version, under a new name.
@@ -390,14 +401,10 @@ class Lineage(Generic[Entry]):
 
     def __init__(self, relays: bool = False) -> None:
         self._entries: dict[Any, tuple[Any, int, Entry]] = {}
-        self._traced: dict[Tensor, Entry] = {}
-        self._traced_casts: dict[tuple[Tensor, torch.dtype], Entry] = {}
         self._placed: dict[int, tuple[Any, int, Tensor, Entry]] | None = {} if relays else None
 
     def get(self, tensor: Tensor) -> Entry | None:
         """The tensor's stash, or None if it has none or was written to since."""
-        if torch.compiler.is_compiling():
-            return self._traced.get(tensor)
         entry = self._entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return self._relayed(tensor) if self._placed else None
@@ -421,9 +428,6 @@ class Lineage(Generic[Entry]):
 
     def set(self, tensor: Tensor, stash: Entry) -> None:
         """Let `stash` stand for `tensor` as it is now."""
-        if torch.compiler.is_compiling():
-            self._traced[tensor] = stash
-            return
         if tensor.is_inference():
             return  # it has no version
         if self._placed is not None:
@@ -436,8 +440,6 @@ class Lineage(Generic[Entry]):
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Entry | None:
         """The stash of `tensor` rounded to `dtype`, which cannot stand for the tensor itself."""
-        if torch.compiler.is_compiling():
-            return self._traced_casts.get((tensor, dtype))
         entry = self._entries.get((id(tensor), dtype))
         if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
             return None
@@ -445,9 +447,7 @@ class Lineage(Generic[Entry]):
 
     def set_cast(self, tensor: Tensor, dtype: torch.dtype, stash: Entry) -> None:
         """Let `stash` stand for `tensor` as it is now, rounded to `dtype`."""
-        if torch.compiler.is_compiling():
-            self._traced_casts[tensor, dtype] = stash
-        elif not tensor.is_inference():
+        if not tensor.is_inference():
             self._enter((id(tensor), dtype), tensor, stash)
 
     def _enter(self, key: Any, tensor: Tensor, stash: Entry) -> None:
@@ -457,7 +457,31 @@ class Lineage(Generic[Entry]):
     def clear(self) -> None:
         """Drop all that is known."""
         self._entries.clear()
-        self._traced.clear()
-        self._traced_casts.clear()
         if self._placed is not None:
             self._placed.clear()
+
+
+class TracedLineage(Lineage[Entry]):
+    """The lineage of a frame that torch.compile traces. There are no weak references and no versions to ask
+    for; whoever writes in place clears everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._traced: dict[Tensor, Entry] = {}
+        self._casts: dict[tuple[Tensor, torch.dtype], Entry] = {}
+
+    def get(self, tensor: Tensor) -> Entry | None:
+        return self._traced.get(tensor)
+
+    def set(self, tensor: Tensor, stash: Entry) -> None:
+        self._traced[tensor] = stash
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Entry | None:
+        return self._casts.get((tensor, dtype))
+
+    def set_cast(self, tensor: Tensor, dtype: torch.dtype, stash: Entry) -> None:
+        self._casts[tensor, dtype] = stash
+
+    def clear(self) -> None:
+        self._traced.clear()
+        self._casts.clear()

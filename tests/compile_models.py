@@ -63,8 +63,14 @@ def _encoder():
     return first, nn.Linear(32, 5), torch.randn(4, 17, 32)
 
 
+def _mlp():
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU()), nn.Linear(64, 5), torch.randn(4, 17, 32)
+
+
 _KINDS = {"vit": _vit, "convnet": _convnet, "functional": _functional, "encoder": _encoder}
 KINDS = list(_KINDS)
+# Traced in a fifth of the others' time, for what does not depend on the model.
+_KINDS["mlp"] = _mlp
 
 
 class Parts(nn.Module):

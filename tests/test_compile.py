@@ -59,7 +59,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 48, 4, 4)
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(Block())
         self.head = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 5))
 
     def forward(self, images):

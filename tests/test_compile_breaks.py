@@ -123,7 +123,7 @@ PAUSES = [
 
 @pytest.mark.parametrize("pause", PAUSES, ids=lambda p: p.__name__)
 def test_kinds_of_breaks(pause):
-    model, x = made("functional", pause)
+    model, x = made("mlp", pause)
     expected = step(model, model, x)
     mesa_train.wrap(model, LOSSLESS)
     for _ in range(2):
@@ -279,7 +279,7 @@ def test_breaks_between_blocks():
 
 
 def test_a_break_inside_a_compiled_block_of_an_eager_model():
-    model, x = made("functional", branch)
+    model, x = made("mlp", branch)
     outer = nn.Sequential(nn.Linear(32, 32), model)
     expected = step(outer, outer, x)
     mesa_train.wrap(outer, EIGHT)
@@ -289,7 +289,7 @@ def test_a_break_inside_a_compiled_block_of_an_eager_model():
 
 
 def test_compiled_before_it_is_wrapped():
-    model, x = made("functional", branch)
+    model, x = made("mlp", branch)
     expected = step(model, model, x)
     function = compiled(model)
     step(function, model, x)
@@ -298,7 +298,7 @@ def test_compiled_before_it_is_wrapped():
 
 
 def test_a_failed_compilation_leaves_no_mode():
-    model, x = made("functional", branch)
+    model, x = made("mlp", branch)
     mesa_train.wrap(model, EIGHT)
     with pytest.raises(Exception, match=r"[Dd]ata-dependent"):
         compiled(model, fullgraph=True)(x)

@@ -92,9 +92,9 @@ def recomputes(pack: Any) -> bool:
 
 def selective() -> bool:
     """Whether a selective checkpoint is watching, in either of its passes."""
-    return not torch.compiler.is_compiling() and any(
-        [isinstance(m, _SELECTIVE) for m in _get_current_dispatch_mode_stack()]
-    )
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any([isinstance(m, _SELECTIVE) for m in _get_current_dispatch_mode_stack()])
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ def linear(
     output = Linear.apply(result, kept, None, *distinct(input, weight, bias))
     if x is not None:
         mode.linears.set(output, (input, _version(input), x, weight, bias))
+    if not mode.site.rules.rebuilds_matmuls:
+        return output
     # A frozen weight needs no input, but a stash that the input has already still gives the product.
     source = mode.known(input, "linear", "input") if x is None else x
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
