@@ -91,7 +91,17 @@ def distance(found, expected):
 
 @pytest.mark.parametrize(
     "policy",
-    [EIGHT, Policy(bits=4, min_bytes=0), Policy(min_bytes=0, recompute="linear"), Policy(bits=32)],
+    [
+        EIGHT,
+        *[
+            pytest.param(policy, marks=pytest.mark.slow)
+            for policy in (
+                Policy(bits=4, min_bytes=0),
+                Policy(min_bytes=0, recompute="linear"),
+                Policy(bits=32),
+            )
+        ],
+    ],
 )
 def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     mesa_train.wrap(model, policy)
@@ -105,6 +115,7 @@ def test_the_whole_graph_gives_the_eager_gradients(model, policy):
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_codes(model):
     plain = kept(torch.compile(model, backend="aot_eager", fullgraph=True), images())
     torch._dynamo.reset()
@@ -122,6 +133,7 @@ class ScaledMLP(nn.Module):
         return x + self.mlp(x) * self.scale
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_scale_keeps_no_copy_of_the_weight_either():
     model = mesa_train.wrap(nn.Sequential(ScaledMLP(), ScaledMLP()), EIGHT)
     x = torch.randn(4, 50, 48)

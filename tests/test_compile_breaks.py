@@ -23,6 +23,7 @@ LOSSLESS = Policy(bits=32, min_bytes=0)
 EIGHT = Policy(min_bytes=0)
 
 pytestmark = [
+    pytest.mark.slow,
     # Dynamo reads deprecated attributes of torch while it traces.
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -385,7 +386,6 @@ for n in (4, 3):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_the_first_compile_of_a_process(wrapped):
     """Nothing has been loaded yet, and shapes are dynamic."""
@@ -397,7 +397,6 @@ def test_the_first_compile_of_a_process(wrapped):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_inductor_with_a_break_and_other_batches():
     model, x = made("vit", branch)
     plain = copy.deepcopy(model)
