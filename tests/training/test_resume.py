@@ -5,6 +5,7 @@ import types
 import pytest
 
 from mesa_train.training import checkpoints, recipe, records
+from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config import of_dict
 
 
@@ -54,3 +55,13 @@ def test_the_first_process_alone_drops_rows(run, checkpoint):
     run.accelerator.is_main_process = False
     assert recipe.resume(run, "auto")
     assert steps(run) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_folder_that_was_removed_is_not_made_again(run, tmp_path):
+    """It may be a disk that is no longer mounted: the checkpoints would fill the one below."""
+    run.out = tmp_path / "unmounted"
+    run.last_good = lambda: "no checkpoint is there yet"
+    removed = pytest.raises(CheckpointError, match="unmounted: the run's folder was removed; no ch")
+    with removed, recipe._written(run):
+        recipe._append(run.out / "metrics.jsonl", {"kind": "step", "step": 8})
+    assert not run.out.exists()
