@@ -85,7 +85,8 @@ AREAS = {
     ),
     "memory": _area(
         "memory/*.py",
-        "memory/test_*.py !memory/test_report.py !memory/test_planner.py !memory/test_processes.py",
+        "memory/test_*.py test_offload.py !memory/test_report.py !memory/test_planner.py "
+        "!memory/test_processes.py",
     ),
     "training": _area("training/*.py", "training/test_*.py !training/test_scripts.py"),
 }

@@ -47,6 +47,11 @@ SMALL: dict[str, Any] = {
     "num_frames": 4,
     "use_pretrained_backbone": False,
 }
+# A head may take the outputs of certain layers, more than two.
+LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+# Take videos, of a task whose others take images.
+VIDEOS = ("videomt",)
+LARGEST = 130_000_000  # parameters
 
 
 def main(
@@ -77,27 +82,42 @@ def kinds() -> Iterator[tuple[str, str]]:
 
 
 def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A small model of a kind, and a batch of images for it."""
-    config = transformers.AutoConfig.for_model(kind)
-    for fields in ({**SMALL}, {k: v for k, v in SMALL.items() if k != "image_size"}):
-        made = shrunk(transformers.AutoConfig.for_model(kind), fields)
-        size = getattr(made, "image_size", None) or 64
-        sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        shape: tuple[int, ...] = (2, getattr(config, "num_channels", None) or 3, *sides)
-        if auto == "AutoModelForVideoClassification":
-            frames = (
-                getattr(made, "num_frames", None) or getattr(made, "frames_per_clip", None) or 4
-            )
-            shape = (2, frames, 3, *sides)
+    """A small model of a kind, and a batch of images for it.
+
+    ValueError if no model of the kind has at most LARGEST parameters.
+    """
+    # Some cannot run without data; they take small layers and images of their own size.
+    chosen = _shrunk(kind, auto, ("image_size",))
+    for whole in ((), ("image_size",), LAYERS):
+        made, shape = _shrunk(kind, auto, whole)
         try:
             with torch.device("meta"):
                 model = getattr(transformers, auto).from_config(made)
                 model(**{_images(model): torch.empty(shape)})
-        except Exception:  # each model says it in its own way; some cannot run without data
+        except Exception:  # each model says it in its own way
             continue
+        chosen = made, shape
         break
+    made, shape = chosen
+    with torch.device("meta"):
+        size = sum(p.numel() for p in getattr(transformers, auto).from_config(made).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{kind} has {size:,} parameters")
     model = getattr(transformers, auto).from_config(made)
     return model, {_images(model): torch.randn(shape)}
+
+
+def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
+    """(configuration, shape of images or videos); the fields `whole` are as the model has them."""
+    made = shrunk(
+        transformers.AutoConfig.for_model(kind), {k: v for k, v in SMALL.items() if k not in whole}
+    )
+    size = getattr(made, "image_size", None) or 64
+    sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    if auto == "AutoModelForVideoClassification" or kind in VIDEOS:
+        frames = getattr(made, "num_frames", None) or getattr(made, "frames_per_clip", None) or 4
+        return made, (2, frames, 3, *sides)
+    return made, (2, getattr(made, "num_channels", None) or 3, *sides)
 
 
 def _images(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import types
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import mesa_train
+from mesa_train import offload as module
 from mesa_train.memory.footprint import footprint
 from mesa_train.memory.gradients import relative_error
 from mesa_train.memory.timeline import timeline
@@ -372,3 +374,15 @@ class TestOnAGpu:
                 for c in copies
                 for k in kernels
             )
+
+
+def test_a_gpu_has_one_lane(monkeypatch):
+    """Else copies of one device would not wait for one another."""
+    monkeypatch.setattr(module, "_lanes", {})
+    monkeypatch.setattr(module, "CudaLane", lambda device: types.SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    first, second = (module.lane_of(torch.device("cuda", index)) for index in (0, 1))
+    assert (first.device.index, second.device.index) == (0, 1)
+    assert module.lane_of(torch.device("cuda", 0)) is first
+    assert module.lane_of(torch.device("cuda")) is second
+    assert module.lane_of(torch.device("cpu")) is None

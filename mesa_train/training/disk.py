@@ -92,16 +92,36 @@ def together(
     Raises:
         CheckpointError: names `path`, the reason, and the last good checkpoint.
     """
+    if faults := _faults(writing(path), step, gather):
+        remove(partial)
+        raise CheckpointError(f"{faults[0]}; {last_good(folder or path.parent)}")
+
+
+def read_together(step: Callable[[], None], path: Path, gather: Gather) -> None:
+    """Run a step of reading on every rank; if it fails on one, all raise.
+
+    Args:
+        step: reads this rank's part. It must not wait for another rank.
+        path: what is read.
+        gather: as for `together`.
+    Raises:
+        CheckpointError: names `path` and the reason.
+    """
+    if faults := _faults(reading(path), step, gather):
+        raise CheckpointError(faults[0])
+
+
+def _faults(
+    context: contextlib.AbstractContextManager[None], step: Callable[[], None], gather: Gather
+) -> list[str]:
+    """The errors of all ranks that fail in a step."""
     fault = ""
     try:
-        with writing(path):
+        with context:
             step()
     except CheckpointError as error:
         fault = str(error)
-    faults = [text for text in gather([fault]) if text]
-    if faults:
-        remove(partial)
-        raise CheckpointError(f"{faults[0]}; {last_good(folder or path.parent)}")
+    return [text for text in gather([fault]) if text]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ files, `best.safetensors`, and `checkpoints/last`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -138,6 +139,9 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
     config, made, main = run.config, run.plan, run.accelerator.is_main_process
     metrics = run.out / METRICS
     scores = None
+    if main:
+        with _written(run):
+            run.out.mkdir(parents=True, exist_ok=True)
     with _written(run), _view(run, kept_bytes) as view, trackers(run) as track:
 
         def report(result: StepResult) -> None:
@@ -150,7 +154,7 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
             } | _peak(run)
             track(row, result.step)
             if main:
-                records.append(metrics, {"kind": "step", "step": result.step} | row)
+                _append(metrics, {"kind": "step", "step": result.step} | row)
                 event = StepEvent(config.train.policy, result.step, result.loss, result.step_ms)
                 view.on_step(event, result.steps)
 
@@ -177,7 +181,7 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
                 line = {"kind": "epoch", "step": run.position.step, **named, **row}
                 line |= {"step_ms": step_ms, "kept_bytes": kept_bytes}
                 line |= {"skipped": run.position.skipped} if run.position.skipped else {}
-                records.append(metrics, line)
+                _append(metrics, line)
                 view.on_epoch(
                     EpochResult(
                         config.train.policy, epoch, row["train_loss"], scores.loss, scores.top1,
@@ -191,6 +195,14 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
         with _written(run):
             draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
     return scores
+
+
+def _append(metrics: Path, row: records.Row) -> None:
+    """Append a row. OSError if the run's folder was removed: it may be a disk that is no longer mounted,
+    so it is not made again."""
+    if not metrics.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed", str(metrics.parent))
+    records.append(metrics, row)
 
 
 @contextlib.contextmanager

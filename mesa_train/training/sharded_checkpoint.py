@@ -72,7 +72,7 @@ def written(
 
     # Each waits for all ranks.
     for step in (begin, lambda: shards(partial), end):
-        disk.together(step, final, partial, _gather)
+        disk.together(step, final, partial, gather)
     return final
 
 
@@ -191,13 +191,13 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
             if main:
                 save_file(members, beside / file)
 
-        disk.together(save, folder / file, beside, _gather, folder.parent)
+        disk.together(save, folder / file, beside, gather, folder.parent)
         return sum([value.nbytes for value in members.values()])
 
-    disk.together(begin, folder, beside, _gather)
+    disk.together(begin, folder, beside, gather)
     for number, unit in enumerate(units, 1):
         size += write(unit, f"model-{number:05d}-of-{len(units):05d}.safetensors")
-    disk.together(end, folder, beside, _gather)
+    disk.together(end, folder, beside, gather)
     return folder
 
 
@@ -326,16 +326,10 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _gather(texts: list[str]) -> list[str]:
+def gather(texts: list[str]) -> list[str]:
     """The lists of all ranks in one; each rank waits for the others."""
     if not dist.is_initialized():
         return texts
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, texts)
     return [text for own in gathered for text in own]
-
-
-def barrier() -> None:
-    """Wait for all ranks; nothing in a single process."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -16,7 +16,7 @@ import torch
 
 from . import disk
 from .disk import CheckpointError
-from .sharded_checkpoint import barrier, state_of, written
+from .sharded_checkpoint import gather, state_of, written
 
 _TAG, _UNIVERSAL = "zero", "universal"
 
@@ -60,9 +60,9 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
     tag = _TAG
     if universal:
         tag = _UNIVERSAL
-        if run.rank == 0:
-            _convert(checkpoint)
-        barrier()
+        disk.read_together(
+            lambda: _convert(checkpoint) if run.rank == 0 else None, checkpoint, gather
+        )
     before = run.engine._config.load_universal_checkpoint
     run.engine._config.load_universal_checkpoint = universal
     # From the universal format DeepSpeed gives every group the first group's decay, and all states
@@ -71,8 +71,7 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
     ]
     try:
-        with disk.reading(checkpoint):
-            path, _ = run.engine.load_checkpoint(str(checkpoint), tag=tag)
+        _load(run.engine, checkpoint, tag)
     finally:
         run.engine._config.load_universal_checkpoint = before
     for group, own in zip(run.optimizer.param_groups, owned, strict=True):
@@ -80,9 +79,27 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
     for moments in run.engine.optimizer.optimizer.state.values():
         if torch.is_tensor(moments.get("step")):
             moments["step"] = moments["step"].clone()
-    if path is None:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to read in it")
     return state
+
+
+def _load(engine: Any, checkpoint: Path, tag: str) -> None:
+    """Read this rank's shards; if one rank cannot, all raise.
+
+    DeepSpeed's load ends with its one collective, the gathering of small parameters. A rank that cannot
+    read would never come to it, so it waits until all ranks have read.
+    """
+    optimizer, epilogue = engine.optimizer, engine.optimizer.checkpoint_event_epilogue
+
+    def read() -> None:
+        if engine.load_checkpoint(str(checkpoint), tag=tag)[0] is None:
+            raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to read in it")
+
+    optimizer.checkpoint_event_epilogue = lambda: None
+    try:
+        disk.read_together(read, checkpoint, gather)
+    finally:
+        del optimizer.checkpoint_event_epilogue
+    epilogue()
 
 
 def _convert(checkpoint: Path) -> None:

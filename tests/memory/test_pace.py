@@ -1,7 +1,9 @@
 """What whole steps took comes back from the parts that it was shared out over."""
 
 import pytest
+import torch
 
+from mesa_train.memory.costs import Costs
 from mesa_train.memory.pace import CHECKPOINT, CHECKPOINT_CODES, pace
 from mesa_train.memory.sites import KEEP, REBUILD, Site
 
@@ -58,3 +60,12 @@ def test_checkpoints_by_their_arithmetic():
     # A measurement that says a second forward takes nothing is noise.
     noisy = pace(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, {**STEPS, CHECKPOINT: -4.0})
     assert sum(noisy.blocks[b, CHECKPOINT] for b in FORWARDS) == pytest.approx(12)
+
+
+@pytest.mark.parametrize("set_by_user", [True, False])
+def test_costs_are_kept_in_the_users_cache_folder(tmp_path, monkeypatch, set_by_user):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if set_by_user else "")
+    folder = tmp_path / "cache" if set_by_user else tmp_path / "home/.cache"
+    costs = Costs(torch.device("meta"), torch.float32)
+    assert costs.path == folder / "mesa_train/costs.json"

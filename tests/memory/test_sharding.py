@@ -99,6 +99,11 @@ class TestStates:
         assert sizes == sorted(sizes, reverse=True)
         assert len(set(sizes)) == 3
 
+    def test_zero1_keeps_whole_gradients_and_spreads_what_is_float32(self):
+        found = states("zero1", "none", self.own, Cluster(4, GIB, GIB))
+        # 2 bytes an element, 2 and a fourth of 4, a fourth of 4 and 8.
+        assert (found.weights, found.gradients, found.optimizer) == (2000, 3000, 3000)
+
     def test_eight_bit_moments(self):
         less = dataclasses.replace(self.own, moments_bytes=2000)
         for strategy, ranks in itertools.product(

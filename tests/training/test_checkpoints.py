@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there, and what is damaged is named and passed over."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,22 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["step-00000002", "step-00000010"]
     assert (tmp_path / "last").resolve() == final.resolve()
     assert checkpoints.newest(tmp_path) == (final, {"step": 10})
+
+
+def test_every_file_reaches_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    """Else a loss of power may leave a checkpoint with its name and without its contents."""
+    synced, named, rename = set(), [], Path.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+
+    def renamed(path, target):
+        named.append({p.name for p in path.iterdir() if p.stat().st_ino in synced})
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    written(tmp_path, 1)
+    assert named == [{"weights.bin", "state.json", "manifest.json"}]
+    # The folder too, which holds the names.
+    assert tmp_path.stat().st_ino in synced
 
 
 def test_one_that_was_cut_short_is_not_used(tmp_path, caplog):

@@ -234,3 +234,8 @@ def test_merged_sections_are_yamls_own(tmp_path):
     (tmp_path / "c.yaml").write_text("train: {<<: {seed: 1, out: no}, seed: 2}\n")
     train = load(tmp_path / "c.yaml").train
     assert (train.seed, train.out) == (2, "no")
+
+
+def test_an_odd_batch_is_fine_where_no_images_are_mixed(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {micro_batch: 7}\n")
+    assert load(tmp_path / "c.yaml", ["augment.mixup=0", "augment.cutmix=0"]).train.micro_batch == 7

@@ -48,6 +48,11 @@ def test_training_images_are_normalised(digits):
     assert abs(images.std() - 1) < 1e-4
 
 
+def test_images_are_bytes_from_black_to_white(digits):
+    images = digits.train.images
+    assert (images.dtype, images.min(), images.max()) == (torch.uint8, 0, 255)
+
+
 def test_unknown_set_names_the_choices():
     with pytest.raises(ValueError, match=r"'cifar10'.*mnist5k, digits"):
         load("cifar10")

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from mesa_train.training import accelerated, disk, recipe, sharded_checkpoint, sources
+from mesa_train.training import (
+    accelerated,
+    disk,
+    recipe,
+    sharded_checkpoint,
+    sharded_zero,
+    sources,
+)
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config import ConfigError
 
@@ -116,7 +123,7 @@ def test_other_files_name_the_folder_of_checkpoints(tmp_path):
 def test_consolidated_weights_that_another_rank_could_not_write(tmp_path, monkeypatch):
     (tmp_path / "step-00000003").mkdir()
     fault = f"{tmp_path}/weights could not be written (No space left on device)"
-    monkeypatch.setattr(sharded_checkpoint, "_gather", lambda own: [fault, *own])
+    monkeypatch.setattr(sharded_checkpoint, "gather", lambda own: [fault, *own])
     with pytest.raises(CheckpointError) as error:
         sharded_checkpoint.export(tmp_path / "weights", nn.Linear(2, 2))
     assert str(error.value) == f"{fault}; the last good checkpoint is {tmp_path}/step-00000003"
@@ -188,3 +195,47 @@ def test_the_group_of_processes_outlives_a_failure(fails):
         with accelerated.trackers(run):
             pass
     assert ended == ["tracker" if fails else "trackers and group"]
+
+
+class Shards:
+    """DeepSpeed's engine and its optimizer: a load ends with a wait for all ranks, the epilogue."""
+
+    def __init__(self, fails):
+        self.optimizer, self.fails, self.order = self, fails, []
+
+    def checkpoint_event_epilogue(self):
+        self.order.append("all ranks gather")
+
+    def load_checkpoint(self, folder, tag):
+        if self.fails:
+            raise RuntimeError("failed finding central directory\nat zip.cc")
+        self.order.append("read")
+        self.optimizer.checkpoint_event_epilogue()
+        return folder, {}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_shards_that_one_rank_cannot_read(fails, monkeypatch):
+    """Either rank of two, the one that fails and the other: both raise, and none gathers."""
+    engine, theirs = Shards(fails), "c cannot be read, it is damaged"
+    monkeypatch.setattr(sharded_zero, "gather", lambda own: own if fails else [*own, theirs])
+    with pytest.raises(CheckpointError, match=r"^c cannot be read, it is damaged") as error:
+        sharded_zero._load(engine, Path("c"), "zero")
+    assert "\n" not in str(error.value)
+    assert engine.order == ([] if fails else ["read"])
+
+
+def test_shards_that_all_ranks_can_read(monkeypatch):
+    engine = Shards(fails=False)
+    monkeypatch.setattr(sharded_zero, "gather", lambda own: engine.order.append("told") or own)
+    sharded_zero._load(engine, Path("c"), "zero")
+    assert engine.order == ["read", "told", "all ranks gather"]
+    assert "checkpoint_event_epilogue" not in vars(engine)
+
+
+def test_nothing_to_read_is_a_mistake_of_the_folder(monkeypatch):
+    engine = Shards(fails=False)
+    monkeypatch.setattr(engine, "load_checkpoint", lambda folder, tag: (None, {}))
+    monkeypatch.setattr(sharded_zero, "gather", lambda own: own)
+    with pytest.raises(CheckpointError, match="c: DeepSpeed found nothing to read in it"):
+        sharded_zero._load(engine, Path("c"), "zero")

@@ -69,6 +69,13 @@ def test_the_probe_finds_what_is_linear():
     assert features.nearest_neighbours((train[0][:20], train[1][:20]), test) > 0.5
 
 
+@pytest.mark.parametrize(("images", "batch"), [(400, 16), (1000, 20)])
+def test_a_small_set_is_probed_in_500_steps_and_batches_of_16_at_the_least(images, batch):
+    train, test = clusters(images), clusters(40, 0.5)
+    given = features.linear_probe([train], test, rates=[0.1], batch_size=batch)
+    assert torch.equal(features.linear_probe([train], test, rates=[0.1]).weight, given.weight)
+
+
 NAMES, THEIRS = ["tench", "tabby", "tiger cat", "ox"], ["fish", "cat", "boat"]
 
 
@@ -99,3 +106,6 @@ def test_calibration_error_by_hand():
     right = torch.tensor([True, True, True, False])
     assert calibration_error(confidence, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05, abs=1e-6)
     assert calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1.0
+    # The lowest bins of 15 end at 0.067 and 0.133; one is too modest and one too sure.
+    low = calibration_error(torch.tensor([0.05, 0.1]), torch.tensor([True, False]))
+    assert low == pytest.approx(0.5 * 0.95 + 0.5 * 0.1, abs=1e-6)

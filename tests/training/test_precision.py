@@ -84,6 +84,16 @@ def test_a_card_that_is_not_here_is_taken_for_a_current_one(monkeypatch):
     assert choose("auto", "cuda").name == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("version", "name"), [((13, 6), "fp16"), ((14, 0), "bf16"), ((15, 1), "bf16")]
+)
+def test_apples_gpu_has_bfloat16_from_macos_14_on(version, name, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: version >= (major, minor)
+    )
+    assert choose("auto", "mps").name == name
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
 def test_this_processor_as_the_system_describes_it():
     with open("/proc/cpuinfo") as file:  # noqa: PTH123

@@ -1,6 +1,7 @@
 """The dashboard: a redrawn table on a terminal, a line per epoch elsewhere."""
 
 import io
+import threading
 import time
 
 from rich.console import Console
@@ -76,3 +77,11 @@ def test_waiting_speaks_until_it_is_over(monkeypatch):
     assert lines[:2] == ["building", "building: 0:00"]
     time.sleep(0.05)
     assert console.file.getvalue().splitlines() == lines
+
+
+def test_no_thread_redraws_beside_the_training():
+    """A loader forks its workers, and a fork of a process with threads may hang."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, _environ={})
+    before = threading.active_count()
+    with Dashboard("t", {"mesa8": 2**20}, total_steps=2, batch_size=64, console=console):
+        assert threading.active_count() == before

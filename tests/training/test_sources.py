@@ -341,3 +341,25 @@ def test_when_no_image_can_be_decoded_the_error_says_why():
         sources.CorruptImage, match=r"none of 3 images can be decoded: image 1 cannot be decoded \("
     ):
         samples(records, "skip")[0, 2]
+
+
+def test_ranks_share_the_validation_images_of_a_stream():
+    """Also after a restart: validation begins with the first image whatever the step."""
+    rows = Rows((encoded(20 * i), i) for i in range(9))
+    records = sources.Records(lambda row: (*row, f"image {row[1]}"), len(rows), rows)
+    config = of_dict(
+        {
+            "data": {"source": "parquet", "path": ".", "image_size": 16, "workers": 0,
+                     "train_images": 9, "streaming": True, "pin_memory": False},
+            "augment": {"mixup": 0, "cutmix": 0},
+            "train": {"global_batch": 8, "micro_batch": 4, "device": "cpu"},
+        }
+    )  # fmt: skip
+    transforms = sources.transforms(config.data, config.augment)
+    plan = Plan(world=2, accumulation=1, steps_per_epoch=1, steps=1)
+    found = sources.Sources(records, records, 9)
+    seen = [
+        [label for _, own, _ in Loader(config, found, plan, rank, transforms).validation() for label in own.tolist()]
+        for rank in range(2)
+    ]  # fmt: skip
+    assert seen == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
