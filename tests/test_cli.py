@@ -49,14 +49,15 @@ def run(*arguments, columns=80):
 
 
 @pytest.mark.slow
-def test_compare_in_a_terminal(tmp_path):
+def test_compare_in_a_terminal(tmp_path, shallow):
     pytest.importorskip("matplotlib")
     chosen = ["--methods", "plain,mesa8,vit_has_no_such.yaml"]
-    assert run("compare", *VIT, *chosen).exit_code == 2
+    assert run("compare", *shallow, *chosen).exit_code == 2
     policy = tmp_path / "mine.yaml"
     policy.write_text("preset: mesa4\n")
     chosen = ["--methods", f"plain,mesa8,{policy}", "--rounds", "2", "--memory", "1GiB"]
-    result = run("compare", *VIT, *chosen, "--out", str(tmp_path / "out"), columns=100)
+    size = [shallow[0], "--batch-size", "4"]
+    result = run("compare", *size, *chosen, "--out", str(tmp_path / "out"), columns=100)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     arithmetic = "bf16 autocast" if choose("auto", "cpu").name == "bf16" else "float32"
@@ -98,46 +99,54 @@ def test_compare_says_what_quick_cannot(shallow):
     assert "compile: its bytes show in a real run alone" in result.stdout
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_profile_in_a_terminal(columns):
-    result = run("profile", *VIT, "--fake", columns=columns)
+def test_profile_in_a_terminal():
+    result = run("profile", *VIT, "--fake")
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.stdout.splitlines())) <= columns
+    assert max(map(len, result.stdout.splitlines())) <= 80
     for text in ("scaled_dot_product_attention", "kept for backward", "0-11  x12", "└ head"):
         assert text in result.stdout
     assert "…" not in result.stdout
-    shallow = run("profile", *VIT, "--fake", "--depth", "1")
-    assert "attn" not in shallow.stdout
 
 
-def test_profile_with_a_policy_from_a_file(tmp_path):
-    path = tmp_path / "policy.yaml"
-    path.write_text("preset: mesa4\nmin_bytes: 0\n")
-    result = run("profile", *VIT, "--fake", "--json", "--policy", str(path))
+def test_profile_in_a_wide_terminal(shallow):
+    result = run("profile", *shallow, "--fake", columns=120)
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["with_policy"]["saved_bytes"] < found["plain"]["saved_bytes"] / 4
-
-
-def test_profile_says_what_is_stored_how():
-    result = run("profile", *VIT, "--fake", columns=100)
+    assert 100 < max(map(len, result.stdout.splitlines())) <= 120
+    for text in ("scaled_dot_product_attention", "kept for backward", "0-1  x2", "└ head", "attn"):
+        assert text in result.stdout
+    assert "…" not in result.stdout
     assert "What mesa8 stores, how and why:" in result.stdout
     assert "8 bits in groups of 128, nearest" in result.stdout
     assert "rebuilt" in result.stdout
 
 
-def test_profile_of_two_policies():
-    result = run("profile", *VIT, "--fake", "--policy", "mesa8", "--diff", "mesa4")
+def test_profile_of_one_level(shallow):
+    result = run("profile", *shallow, "--fake", "--depth", "1")
+    assert "blocks" in result.stdout
+    assert "attn" not in result.stdout
+
+
+def test_profile_with_a_policy_from_a_file(tmp_path, shallow):
+    path = tmp_path / "policy.yaml"
+    path.write_text("preset: mesa4\nmin_bytes: 0\n")
+    result = run("profile", *shallow, "--fake", "--json", "--policy", str(path))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["with_policy"]["saved_bytes"] < found["plain"]["saved_bytes"] / 4
+
+
+def test_profile_of_two_policies(shallow):
+    result = run("profile", *shallow, "--fake", "--policy", "mesa8", "--diff", "mesa4")
     assert result.exit_code == 0, result.output
     head = next(line for line in result.stdout.splitlines() if "operator" in line)
     assert head.split() == ["operator", "mesa8", "share", "mesa4", "less"]
-    found = json.loads(run("profile", *VIT, "--fake", "--diff", "mesa4", "--json").stdout)
+    found = json.loads(run("profile", *shallow, "--fake", "--diff", "mesa4", "--json").stdout)
     assert found["with_policy"]["saved_bytes"] > 1.2 * found["with_diff"]["saved_bytes"]
     assert found["with_diff"]["stored"]
 
 
-def test_profile_beyond_this_machine():
-    model = ["vit_giant_patch14_224", "--batch-size", "1024"]
+def test_profile_beyond_this_machine(shallow):
+    model = [shallow[0], "--batch-size", "1000000"]
     found = json.loads(run("profile", *model, "--fake", "--json").stdout)
     assert found["plain"]["saved_bytes"] > 500 * 2**30
 
@@ -220,12 +229,15 @@ def test_a_model_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "users_model.py").write_text(USERS_MODEL)
     monkeypatch.chdir(tmp_path)
     name = ["python:users_model.build", "--batch-size", "6", "--image-size", "96"]
-    found = json.loads(run("compare", *name, "--quick", "--json", "--memory", "1GiB").stdout)
+    found = json.loads(run("compare", *name, "--quick", "--json").stdout)
     assert found["inputs"] == [[6, 3, 96, 96], [6, 12]]
     rows = {row["method"]: row for row in found["rows"]}
     assert rows["mesa8"]["kept_bytes"] < rows["plain"]["kept_bytes"] / 2
-    assert rows["mesa8"]["largest_batch"] > rows["plain"]["largest_batch"]
-    chosen = ["--methods", "plain,mesa8", "--rounds", "1"]
+    chosen = ["--methods", "plain,mesa8"]
+    limit = ["--quick", "--json", "--memory", "1GiB"]
+    fitting = json.loads(run("compare", *name, *chosen, *limit).stdout)["rows"]
+    assert fitting[1]["largest_batch"] > fitting[0]["largest_batch"]
+    chosen += ["--rounds", "1"]
     real = json.loads(run("compare", *name, *chosen, "--json").stdout)["rows"]
     assert [row.get("note") for row in real] == [None, None]
     assert [row["kept_bytes"] for row in real] == [

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from compose_models import POLICIES, Net, batch
@@ -83,11 +84,12 @@ def test_an_exception_leaves_nothing_behind(where, preset):
 # A run that dies and goes on: every random stream, stochastic rounding, running ranges, a scaler and a
 # schedule. Stochastic rounding is a hash of the data, so there is nothing of it to save.
 LOOP = """
-import os, sys, random
+import os, sys, warnings
 import torch
 from compose_models import Net, batch
 import mesa_train
 
+warnings.simplefilter("ignore")
 path, steps, preset, log = sys.argv[1], int(sys.argv[2]), sys.argv[3], open(sys.argv[4], "a")
 policies = {
     "stochastic": mesa_train.Policy(bits=4, rounding="stochastic", min_bytes=0),
@@ -126,28 +128,18 @@ def run_loop(folder, name, preset, steps, kill_after=None):
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.log"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        LOOP,
-        str(checkpoint),
-        str(steps),
-        preset,
-        str(log),
-    ]
-    process = subprocess.Popen(command, env=environment)
+    process = forked.start(["-c", LOOP, checkpoint, steps, preset, log], env=environment)
     if kill_after is not None:
         deadline = time.monotonic() + HUNG_S
         while not log.exists() or len(log.read_text().splitlines()) < kill_after:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(HUNG_S) == -signal.SIGKILL
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.result(HUNG_S).returncode == -signal.SIGKILL
     else:
-        assert process.wait(HUNG_S) == 0
+        done = process.result(HUNG_S)
+        assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in log.read_text().splitlines())
 
 
@@ -166,7 +158,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, preset):
 @pytest.mark.slow
 @pytest.mark.compatibility("Failures", "a dying rank and a restart")
 def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tmp_path):
-    launch("dying_worker.py", tmp_path, "die", expected=1)
+    launch("dying_worker.py", tmp_path, "die", expected=1, as_a_user=True)
     results = launch("dying_worker.py", tmp_path, "go on")
     for result in results:
         assert "error" not in result["resumed"], result["resumed"]["error"]

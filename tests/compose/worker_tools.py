@@ -1,8 +1,8 @@
 """What a worker of the distributed tests runs: named checks on two CPU processes, results as JSON.
 
-A worker is launched once by torchrun for many checks (starting is what takes time); the tests read the
-results. A check returns values to compare; one that fails leaves its traceback. All processes end by
-`os._exit` after a barrier: gloo's threads may otherwise abort the interpreter on its way out.
+A worker is launched once for many checks; the tests read the results. torchrun's ranks are forked from a process
+that has imported PyTorch (`forked.py`). A check returns values to compare; one that fails leaves its traceback.
+All processes end by `os._exit` after a barrier: gloo's threads may otherwise abort the interpreter on its way out.
 """
 
 import contextlib
@@ -26,9 +26,11 @@ STEPS = 3
 ROWS = 4  # of the global batch, over two processes
 
 
-def launch(worker, folder, *arguments, expected=0):
-    """Run a worker file on two processes; its results, one dict per process."""
-    from limits import HUNG_S  # not there in a worker
+def launch(worker, folder, *arguments, expected=0, as_a_user=False):
+    """Run a worker file on two processes; its results, one dict per process. `as_a_user`: by processes that begin
+    with their imports, and torch's own agent."""
+    import forked  # neither is there in a worker
+    from limits import HUNG_S
 
     here = Path(__file__).parent
     root = here.parents[1]
@@ -40,18 +42,13 @@ def launch(worker, folder, *arguments, expected=0):
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(here / worker), str(folder), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment, timeout=HUNG_S, capture_output=True, text=True, check=False
-    )
+    where = {"env": environment, "timeout": HUNG_S}
+    if as_a_user:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **where)
+    else:
+        done = forked.run(command, **where)
     output = done.stdout[-6000:] + done.stderr[-6000:]
     assert (done.returncode == 0) == (expected == 0), f"exit {done.returncode}\n{output}"
     if expected:

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 
+from mesa_train.memory import estimate
 from mesa_train.memory.estimate import Estimator, Setup, activations_of, best, estimates
 from mesa_train.memory.launch import accelerate_config, command
 from mesa_train.memory.load import Loaded
@@ -26,6 +27,26 @@ def make(batch=4):
         model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
         images = torch.empty(batch, 3, 64, 64)
     return Loaded("vit", model.train(), images)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _counted_once(monkeypatch, known):
+    """Count the activations of a setup once for the tests of what an estimate makes of them. The tests of the count
+    call `activations_of` itself."""
+
+    def counted(loaded, *asked):
+        weights = [(p.requires_grad, p.dtype) for p in loaded.model.parameters()]
+        key = repr((loaded.name, loaded.shapes(), weights, asked))
+        if key not in known:
+            known[key] = activations_of(loaded, *asked)
+        return known[key]
+
+    monkeypatch.setattr(estimate, "activations_of", counted)
 
 
 def test_activations_lie_on_their_line():

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -28,7 +29,7 @@ SMALL = [
 
 def command(launch, out, *changes, script="train.py", options=()):
     parts = [
-        sys.executable, "-m", "accelerate.commands.launch",
+        "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "recipes/accelerate" / launch), "--main_process_port", "0",
         str(RECIPE / script), "--config", str(RECIPE / "quickstart.yaml"), *options,
     ]  # fmt: skip
@@ -41,10 +42,12 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments, **keywords):
-    return subprocess.run(
-        command(*arguments, **keywords), env=environment(), capture_output=True, text=True
-    )
+def run(command, as_a_user=False):
+    """`python COMMAND...`. `as_a_user`: by processes that begin with their imports, and torch's own agent."""
+    if as_a_user:
+        command = [sys.executable, *command]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return forked.run(command, env=environment())
 
 
 def rows(out):
@@ -56,31 +59,26 @@ def rows(out):
 def test_two_processes_killed_and_continued(tmp_path):
     """SIGKILL in the middle of an epoch: the end is the same to the last bit."""
     steps = ["train.epochs=2", "optim.warmup_epochs=0", "train.save_every=5"]
-    whole = run("cpu_2_processes.yaml", tmp_path / "whole", *steps)
+    whole = run(command("cpu_2_processes.yaml", tmp_path / "whole", *steps), as_a_user=True)
     assert whole.returncode == 0, whole.stderr
     # The file's micro-batch of 64 is more than a process's part.
     assert "64 = 32 x 1 accumulated x 2 processes" in whole.stdout
 
     cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        command("cpu_2_processes.yaml", cut, *steps),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = forked.start(command("cpu_2_processes.yaml", cut, *steps), env=environment())
     deadline = time.monotonic() + HUNG_S
     while not any(row["step"] >= 28 for row in rows(cut)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    # torchrun starts its workers in sessions of their own.
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+    launcher = psutil.Process(process.pid)
+    for each in [*launcher.children(recursive=True), launcher]:
         each.send_signal(signal.SIGKILL)
-    process.wait()
+    process.result(HUNG_S)
     reached = max(row["step"] for row in rows(cut))
     assert reached < 44
 
-    again = run("cpu_2_processes.yaml", cut, *steps, options=("--resume", "auto"))
+    again = run(command("cpu_2_processes.yaml", cut, *steps, options=("--resume", "auto")))
     assert again.returncode == 0, again.stderr
     resumed = int(re.search(r"continues after step (\d+)", again.stdout)[1])
     assert 25 <= resumed <= reached
@@ -97,12 +95,7 @@ def test_two_processes_killed_and_continued(tmp_path):
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
-    scored = subprocess.run(
-        [sys.executable, str(RECIPE / "evaluate.py"), "--run", str(cut)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    scored = run([RECIPE / "evaluate.py", "--run", cut])
     best = max(row["top1"] for row in expected if "top1" in row)
     assert json.loads(scored.stdout)["top1"] == best
     assert best > 0.5
@@ -110,11 +103,8 @@ def test_two_processes_killed_and_continued(tmp_path):
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(RECIPE / "train.py"), "--config", str(RECIPE / "quickstart.yaml"),
-         "--set", "train.polcy=mesa8"],
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    quickstart = RECIPE / "quickstart.yaml"
+    done = run([RECIPE / "train.py", "--config", quickstart, "--set", "train.polcy=mesa8"])
     assert done.returncode == 1
     assert done.stderr == "litv2: unknown key train.polcy; did you mean policy?\n"
     assert done.stdout == ""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from limits import HUNG_S
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.slow
 EXACT, CODED = 2e-5, 2e-3
 
 
-def launch(*arguments, cwd=REPOSITORY):
-    """Run a command in the repository and return it; fails the test if it did not end well."""
+def launch(*arguments, as_a_user=False):
+    """Run `python ARGUMENTS...` in the repository; fails the test if it did not end well. `as_a_user`: by processes
+    that begin with their imports, and torch's own agent."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,25 +40,21 @@ def launch(*arguments, cwd=REPOSITORY):
         "OMP_NUM_THREADS": "1",
     }
     command = [str(a).replace("PORT", str(port)) for a in arguments]
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HUNG_S,
-        check=False,
-    )
+    where = {"cwd": REPOSITORY, "env": environment, "timeout": HUNG_S}
+    if as_a_user:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **where)
+    else:
+        done = forked.run(command, **where)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
 
 
-def accelerate(config, *arguments, processes=2):
-    return launch(
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "PORT"),
+def accelerate(config, *arguments, processes=2, as_a_user=False):
+    launch(
+        *("-m", "accelerate.commands.launch", "--main_process_port", "PORT"),
         *("--config_file", f"recipes/vit22b/accelerate/{config}.yaml"),
         *("--num_processes", processes, "recipes/vit22b/train.py", TINY),
         *arguments,
+        as_a_user=as_a_user,
     )
 
 
@@ -94,7 +92,7 @@ def single(folder):
 
 def work(folder, processes):
     launch(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes),
+        *("-m", "torch.distributed.run", "--nproc_per_node", processes),
         *("--master_port", "PORT", REPOSITORY / "tests/recipes_vit22b/worker.py", TINY, folder),
     )
 
@@ -208,7 +206,7 @@ def test_consolidated_weights_come_back(worker, folder, single):
 
 def test_fsdp2_as_the_readme_says(folder, single):
     out = folder / "fsdp2 launched"
-    accelerate("fsdp2", *settings(out, policy="mesa8", tensor_parallel=2))
+    accelerate("fsdp2", *settings(out, policy="mesa8", tensor_parallel=2), as_a_user=True)
     assert losses(out) == pytest.approx(single, abs=CODED)
     assert (out / "weights/model.safetensors.index.json").is_file()
 
@@ -220,7 +218,8 @@ deepspeed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def zero3(folder):
-    accelerate("zero3", *settings(folder / "zero3", policy="plain", save_every=3), "--no-weights")
+    out = settings(folder / "zero3", policy="plain", save_every=3)
+    accelerate("zero3", *out, "--no-weights", as_a_user=True)
     return folder / "zero3"
 
 
