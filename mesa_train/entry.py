@@ -96,7 +96,8 @@ def enter(
         finally:
             mode.site = outside
     hooks = saved_hooks()
-    if hooks is mode.hooks and not sharded.unit(type(module)):
+    kind: Any = type(module)
+    if hooks is mode.hooks and not sharded.unit(kind):
         try:
             return call(*args, **kwargs)
         finally:

@@ -452,9 +452,7 @@ def _plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     kind = type(tensor)
-    return (
-        kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
-    )
+    return kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
 
 
 # Operators that autocast runs in its low precision.

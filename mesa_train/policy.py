@@ -229,7 +229,9 @@ class Policy:
                 changes = list(self.overrides.values())
                 shared[hits] = Rules(self, [(*matched[i][1:], changes[i]) for i in hits])
             resolved[name] = shared[hits]
-        rebuilds = any([r.rebuild_linear for rules in shared.values() for r in rules.table.values()])
+        rebuilds = any(
+            [r.rebuild_linear for rules in shared.values() for r in rules.table.values()]
+        )
         for rules in shared.values():
             rules.rebuilds_matmuls = rebuilds
         return resolved

@@ -64,7 +64,11 @@ def _encoder():
 
 
 def _mlp():
-    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU()), nn.Linear(64, 5), torch.randn(4, 17, 32)
+    return (
+        nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU()),
+        nn.Linear(64, 5),
+        torch.randn(4, 17, 32),
+    )
 
 
 _KINDS = {"vit": _vit, "convnet": _convnet, "functional": _functional, "encoder": _encoder}
