@@ -77,6 +77,7 @@ def test_compare_in_a_terminal(tmp_path, shallow):
     assert rows[2]["kept_bytes"] < rows[1]["kept_bytes"]
 
 
+@pytest.mark.slow
 def test_compare_json_is_json_alone(shallow):
     chosen = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,mesa8+offload,plain+adamw8bit"
     result = run("compare", *shallow, "--quick", "--json", "--methods", chosen)
@@ -151,6 +152,7 @@ def test_profile_beyond_this_machine(shallow):
     assert found["plain"]["saved_bytes"] > 500 * 2**30
 
 
+@pytest.mark.slow
 def test_plan(tmp_path, shallow):
     pytest.importorskip("scipy")
     # More is chosen between under autocast; no arithmetic is done.
@@ -181,6 +183,7 @@ def test_a_budget_below_every_plan(tmp_path, monkeypatch):
     assert "the smallest peak within reach is" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_estimate(tmp_path, shallow):
     path = tmp_path / "accelerate.yaml"
     size = [*shallow, "--policies", "plain,mesa8"]
@@ -248,6 +251,7 @@ def test_a_model_of_their_own(tmp_path, monkeypatch):
     assert planned["prediction"]["peak_bytes"] < planned["plain"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_the_dtype_is_what_the_device_computes_in():
     """By default; a line on stderr says so where it is not bf16, and one of an emulated dtype."""
     expected = choose("auto", "cpu")
@@ -277,6 +281,7 @@ def test_half_weights_need_no_autocast(tmp_path, monkeypatch):
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
 def test_dtypes(dtype):
     result = run("compare", *VIT, "--quick", "--json", "--dtype", dtype, "--methods", "plain")
@@ -390,6 +395,7 @@ def test_rivals_of_another_batch(tmp_path):
     assert f"rows of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
 
 
+@pytest.mark.slow
 def test_as_a_module():
     command = [
         sys.executable,

@@ -190,6 +190,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES)
 def test_a_stale_lineage_is_not_used_while_tracing_either(write):
     torch.manual_seed(0)

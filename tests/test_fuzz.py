@@ -167,6 +167,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @SETTINGS
 @hypothesis.given(layouts(), policies(), st.sampled_from(DTYPES))

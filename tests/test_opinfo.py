@@ -137,6 +137,7 @@ def freed(call, sample, policy):
     return all(mark() is None for mark in marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPERATORS, ids=map(name_of, OPERATORS))
 @pytest.mark.filterwarnings("ignore")
 def test_function(op):
@@ -156,6 +157,7 @@ def test_function(op):
 IN_PLACE = [op for op in OPERATORS if op.inplace_variant is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", IN_PLACE, ids=map(name_of, IN_PLACE))
 @pytest.mark.filterwarnings("ignore")
 def test_in_place(op):

@@ -195,6 +195,7 @@ def flops(model, x):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lossless", "mesa8", "paper"])
 @pytest.mark.parametrize("route", ["timm", "policy", *ROUTES])
 @pytest.mark.compatibility("Activation checkpointing", "the recompute stops early, {route}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from float_dtypes import FLOATS
 
 from mesa_train.kernels import reference
 
@@ -54,7 +55,7 @@ def test_values(ops, kind, bits):
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_slopes(ops, kind, dtype):
     coded = coded_inputs(8)
     x = reference._decode(*coded, 8, 130).double().requires_grad_()
@@ -67,6 +68,7 @@ def test_slopes(ops, kind, dtype):
         torch.testing.assert_close(actual.double(), expected, rtol=eps, atol=eps)
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_pair_is_both(ops, kind, bits):

@@ -54,6 +54,7 @@ def expected():
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
 def test_a_broken_compiler_gives_one_warning_and_right_results(tmp_path, expected, compiler):
     native, result, err = finish(start(ENCODE, CXX=compiler, MESA_TRAIN_CACHE=str(tmp_path)))
@@ -64,6 +65,7 @@ def test_a_broken_compiler_gives_one_warning_and_right_results(tmp_path, expecte
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_an_unusable_cache_gives_one_warning(tmp_path, expected):
     file = tmp_path / "file"
     file.touch()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from float_dtypes import BITS, FLOATS
 
 from mesa_train.kernels import reference
 
@@ -27,8 +28,8 @@ def autograd(grad, codes, scales, rstd, weight, bits, centered):
     return dx * rstd, (grad * xhat).sum(0), grad.sum(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_formula(ops, dtype, bits, centered, weighted):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from float_dtypes import FLOATS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32])
 def test_formula(ops, dtype, to):
     for rows, cols in ((1, 1), (37, 130), (700, 33), (3, 2500)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from float_dtypes import FLOATS
 
 from mesa_train.kernels import reference
 
@@ -12,7 +13,7 @@ def case(rows, cols, dtype, bits=8):
     return grad, *reference.affine_encode(y, bits, 64, False, 0), bits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_formula(ops, dtype, bits):
     for rows, cols in ((1, 1), (37, 130), (70, 33), (3, 2500)):

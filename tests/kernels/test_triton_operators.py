@@ -28,6 +28,7 @@ def test_every_kernel_is_registered_and_tested():
     assert expected == triton_load.OPERATORS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "group_size"), SHAPES)
 def test_codes_equal_the_reference(triton, rows, cols, group_size, stochastic):

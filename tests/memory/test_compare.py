@@ -32,6 +32,7 @@ def images():
     return torch.randn(4, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_all_columns(vit, images):
     seen = []
     rows = compare(

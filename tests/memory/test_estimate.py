@@ -49,6 +49,7 @@ def _counted_once(monkeypatch, known):
     monkeypatch.setattr(estimate, "activations_of", counted)
 
 
+@pytest.mark.slow
 def test_activations_lie_on_their_line():
     found = activations_of(make(8), 8, "mesa8", autocast=True)
     model = make().model
@@ -101,6 +102,7 @@ def test_rms_norm_keeps_what_a_gpu_keeps():
     assert keeps(3) - keeps(2) == 10 * (2 * 256 + 4)
 
 
+@pytest.mark.slow
 def test_one_card_configurations():
     """The same functions count what steps in the backward, what is frozen, and 16-bit weights."""
     one = Cluster(1, GIB, GIB)
@@ -201,6 +203,7 @@ def test_accelerate_takes_the_configuration(setup, tensor_parallel, tmp_path):
             assert fields["deepspeed_config"]["offload_param_device"] == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mesa8", "plain", "checkpoint", "mesa8+offload"])
 def test_the_recipe_takes_the_command(policy):
     (found,) = estimates(

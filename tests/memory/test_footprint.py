@@ -149,6 +149,7 @@ class TestFirstPrinciples:
 
 
 class TestFakes:
+    @pytest.mark.slow
     @pytest.mark.parametrize("policy", ["plain", "mesa8", "mesa4-recompute", "checkpoint"])
     @pytest.mark.parametrize(
         ("name", "options"),
@@ -209,6 +210,7 @@ class TestFakes:
         assert "math kernel" in footprint(vit, images, device="cuda", fake=True).notes[1]
 
 
+@pytest.mark.slow
 class TestLargestModels:
     def test_vit_22b_in_seconds(self):
         """Parallel blocks of width 6144, 48 deep: 159 GiB plain under bf16 autocast at batch 64."""

@@ -36,6 +36,7 @@ def test_schemes(name, kind, shape):
         assert loaded.shapes() == [shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "torchvision:vit_b_16", "torchvision:maxvit_t", "hf:vit"]
 )

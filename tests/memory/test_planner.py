@@ -57,6 +57,7 @@ def planner(vit, images):
     return Planner(vit, images)
 
 
+@pytest.mark.slow
 class TestPlans:
     @pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
     def test_predictions_hold(self, planner, vit, images, share):
@@ -295,6 +296,7 @@ def moving():
     return planner, budget, planner.plan(budget)
 
 
+@pytest.mark.slow
 class TestMoving:
     """What is kept may wait in main memory, on a GPU."""
 

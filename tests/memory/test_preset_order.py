@@ -188,6 +188,7 @@ def saved(model, x, policy, autocast=None):
     return footprint(model, x, policy=policy, fake=True, autocast=autocast).saved_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_no_preset_keeps_more_than_a_weaker_one(build, autocast):

@@ -24,6 +24,7 @@ def images():
     return torch.randn(16, 3, 64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["plain", "mesa8", "mesa4", "mesa8-recompute", "lossless", "checkpoint", "mesa8+checkpoint"],

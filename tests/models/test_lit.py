@@ -65,6 +65,7 @@ def test_attention_is_swins_in_one_window():
     torch.testing.assert_close(ours(x).flatten(1, 2), theirs(x.flatten(1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small, tiny])
 @pytest.mark.parametrize("policy", ["mesa8", "mesa4-recompute"])
 def test_it_trains_in_less_memory(make, policy):

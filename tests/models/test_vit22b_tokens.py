@@ -34,6 +34,7 @@ def shard(mesh):
     return shard_heads(model, mesh, sequence=True).blocks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="the compiler's pass needs NCCL")
 @pytest.mark.parametrize("policy", [None, "mesa8"])
 def test_the_compiler_joins_gathers_and_scatters_to_matmuls(mesh, policy):

@@ -151,6 +151,7 @@ class Narrowed(nn.Module):
         return x + self.second(F.gelu(hidden).to(brain).to(single))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lossless", "mesa8", "mesa8-recompute"])
 def test_a_compiled_model_rounds_alike(policy):
     torch._dynamo.reset()

@@ -101,6 +101,7 @@ def test_a_block_keeps_the_same_bytes(recompute, autocast):
     assert (fused_gradient - gradient).norm() <= 0.02 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_a_fused_model_compiles_whole():
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -98,6 +98,7 @@ def test_lossless_gradients_are_torchs(case):
     assert error(found, expected) < case.rounding
 
 
+@pytest.mark.slow
 @every_case
 def test_lossless_gradients_without_lineage(case):
     policy = Policy(bits=32, min_bytes=0, recompute="none")
@@ -144,6 +145,7 @@ def test_coded_gradients_are_close(case, bits):
     assert error(found, expected) < bound
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("layout", [transposed, strided, channels_last])
 def test_other_layouts(case, layout):
@@ -205,6 +207,7 @@ def test_nothing_is_recorded_without_gradients(case):
     assert_same(unrecorded, expected_unrecorded)
 
 
+@pytest.mark.slow
 @every_case
 def test_second_derivative_is_right_or_an_error_with_a_remedy(case):
     def second(policy):
@@ -250,6 +253,7 @@ def test_second_derivative_is_right_or_an_error_with_a_remedy(case):
         torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 @every_case
 def test_first_derivative_with_create_graph(case):
     made = tensors(case, torch.float32)

@@ -112,6 +112,7 @@ BY_NAME = {case.name: case for case in CASES}
 NAMES = ROWS.replace("\n", ";").split(";")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_fake_gpu(name):
     case = BY_NAME[name]

@@ -19,6 +19,7 @@ def digits():
     return load("digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "train", "held_out", "size", "first_labels"),
     [

@@ -30,6 +30,7 @@ def shallow(batch=8, depth=2):
         return Loaded("vit_22b", model.train(), torch.empty(batch, 3, 224, 224))
 
 
+@pytest.mark.slow
 def test_model_states():
     of = estimator("vit_22b", 224)
     alone = Cluster(1, GIB, GIB)
@@ -49,6 +50,7 @@ def test_model_states():
     assert found["nf4"].weights / GIB == pytest.approx(22.2e9 * 4.127 / 8 / GIB + 0.28, abs=0.2)
 
 
+@pytest.mark.slow
 def test_kept_for_an_image_of_a_block():
     one, two = (
         {m: kept_of(m, depth) for m in ("plain", "mesa8", "mesa8-recompute", CODED)}
@@ -75,6 +77,7 @@ def kept_of(method, depth):
     return sizes[1] - sizes[0]
 
 
+@pytest.mark.slow
 def test_what_fits():
     of = Estimator(shallow, 8)
     rows = fits(of, ("mesa8",))
@@ -90,6 +93,7 @@ def test_what_fits():
     assert images["8x80", "fsdp2"]["mesa8"] > images["8x24", "fsdp2"]["mesa8"] > 0
 
 
+@pytest.mark.slow
 def test_one_card_is_the_estimate_at_one_batch():
     found = one_card("vit_22b_tiny", "factored", 56, 16, CODED)
     parts = components(found)

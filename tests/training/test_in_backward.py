@@ -126,6 +126,7 @@ def model_of(dtype):
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", in_backward.METHODS)
 @pytest.mark.parametrize("policy", [None, "mesa8", "mesa8-recompute"])
 def test_a_model_in_bfloat16_learns_and_no_gradients_pile_up(method, policy):

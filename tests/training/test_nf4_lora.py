@@ -62,6 +62,7 @@ def test_without_a_step_it_is_the_model_at_its_decoded_weights():
     torch.testing.assert_close(logits(model, images), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, "mesa8", "mesa4", "mesa8-recompute"])
 def test_adapters_learn(policy):
     model = trial()

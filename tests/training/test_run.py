@@ -99,6 +99,7 @@ def test_accumulation_is_a_larger_batch(tmp_path):
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit", "lion8bit"])
 # bitsandbytes says so: there is no paging between a CPU's memory and itself.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 def test_eight_bit_optimizers_train_and_continue_exactly(tmp_path, name):
     pytest.importorskip("bitsandbytes")
@@ -288,6 +289,7 @@ def test_the_dry_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line_and_the_run_goes_on_from_the_checkpoint_before(
     tmp_path,
 ):
