@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,6 +34,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Forget Accelerate's state of the process after each test: the next test's precision may differ."""
+    yield
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None:
+        for name in ("AcceleratorState", "GradientState", "PartialState"):
+            getattr(accelerate, name)._reset_state()
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ from mesa_train.integrations.accelerate import enable  # noqa: E402
 
 @pytest.fixture
 def accelerator():
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    yield accelerate.Accelerator(cpu=True)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    return accelerate.Accelerator(cpu=True)
 
 
 GIVEN = {

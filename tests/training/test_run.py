@@ -11,15 +11,6 @@ from mesa_train.training import checkpoints, plan, recipe
 from mesa_train.training.config import ConfigError, of_dict
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def configured(out, **sections):
     values = {
         "model": {"name": "litv2_tiny", "drop_path": 0.2},
