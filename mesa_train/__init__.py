@@ -7,16 +7,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import checkpoint
-from .intercept import compress
+from .api import unwrap, wrap
+from .engine.checkpoint import checkpoint
+from .engine.intercept import compress
 from .policy import PRESETS, Policy
-from .wrap import unwrap, wrap
 
 if TYPE_CHECKING:
-    from .memory.coverage import Coverage, coverage
-    from .memory.footprint import Footprint, footprint
-    from .memory.planner import plan
-    from .memory.plans import OverBudget, Plan
+    from .measure.coverage import Coverage, coverage
+    from .measure.footprint import Footprint, footprint
+    from .planner.plan import OverBudget, Plan
+    from .planner.planner import plan
 
 __version__ = "0.1.0"
 
@@ -38,13 +38,13 @@ __all__ = [
 
 # Imported on first use: they are tools, and a training run needs neither.
 _LATER = {
-    "Coverage": "coverage",
-    "coverage": "coverage",
-    "Footprint": "footprint",
-    "footprint": "footprint",
-    "OverBudget": "plans",
-    "Plan": "plans",
-    "plan": "planner",
+    "Coverage": "measure.coverage",
+    "coverage": "measure.coverage",
+    "Footprint": "measure.footprint",
+    "footprint": "measure.footprint",
+    "OverBudget": "planner.plan",
+    "Plan": "planner.plan",
+    "plan": "planner.planner",
 }
 
 
@@ -53,4 +53,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mesa_train' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f".memory.{_LATER[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)

@@ -15,12 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import codecs, yaml_text
+from . import codecs
 from .codecs.lossless import Lossless
-from .functions import checked, is_function, plain_name
-from .stash import CHEAP, MATMUL, VIEW
+from .utils import yaml_text
+from .utils.torch_functions import checked, is_function, plain_name
 
 BITS = (8, 4, 2, 32)
+# What rebuilding a stash costs, in rising order; a rule says how far up it may go.
+VIEW, CHEAP, MATMUL = 0, 1, 2
 ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")

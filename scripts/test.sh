@@ -34,7 +34,7 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== tables"
-python scripts/make_tables.py --check
+python scripts/bench/make_tables.py --check
 echo "== pytest"
 # As many processes as cores, each with one thread: threads of two processes on one core wait for
 # each other far longer than they work.

@@ -347,7 +347,7 @@ def test_a_failed_wrap_leaves_the_policy_before():
     model = mesa_train.wrap(Model(), "mesa4")
     with pytest.raises(ValueError):
         mesa_train.wrap(model, Policy(overrides={"nothing": {"bits": 4}}))
-    from mesa_train.wrap import policy_of
+    from mesa_train.engine.wrap import policy_of
 
     assert policy_of(model) == PRESETS["mesa4"]
 

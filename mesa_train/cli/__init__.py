@@ -16,10 +16,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mesa_train.cli.compare import compare
-from mesa_train.cli.estimate import estimate
-from mesa_train.cli.plan import plan
-from mesa_train.cli.profile import profile
+from .compare import compare
+from .estimate import estimate
+from .plan import plan
+from .profile import profile
 
 # Before PyTorch is imported: its profiler tells stderr of the GPUs that it does not find.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,6 +1,6 @@
 """`python -m mesa_train.cli`."""
 
-from mesa_train.cli import app
+from . import app
 
 if __name__ == "__main__":
     app()

@@ -18,7 +18,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from mesa_train.memory.load import Loaded
+    from mesa_train.loading.model import Loaded
 
 
 class DType(str, enum.Enum):
@@ -82,7 +82,7 @@ def loading(
 ) -> tuple[Loaded, str]:
     """The model (on meta for --fake) and the device that it is measured on or counted for. With
     `tell`, stderr hears of inputs that are not as many as asked for."""
-    from mesa_train.memory.load import load
+    from mesa_train.loading.model import load
 
     where = device_name(device, fake)
     with quiet():
@@ -103,7 +103,7 @@ def loading(
 def resolved(loaded: Loaded, dtype: DType, where: str, fake: bool) -> DType:
     """The dtype that `auto` means on a device; stderr hears if it is not bf16, or if the device only
     emulates the dtype that was asked for. Weights in half precision need no autocast."""
-    from mesa_train.training.precision import choose
+    from mesa_train.utils.precision import choose
 
     if dtype is DType.auto and _weights(loaded) not in ("float32", "mixed"):
         return DType.float32
@@ -159,7 +159,7 @@ def setting_of(loaded: Loaded, dtype: DType, device: str, fake: bool) -> dict[st
 
 def title_of(loaded: Loaded, dtype: DType, device: str) -> str:
     """The line above a table."""
-    from mesa_train.memory.text import format_precision, format_shapes
+    from mesa_train.utils.formatting import format_precision, format_shapes
 
     shapes, precision = (
         format_shapes(loaded.shapes()),
@@ -232,7 +232,7 @@ def one_line_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:  # a user's own model may raise anything
-        from mesa_train.memory.errors import one_line
+        from mesa_train.utils.errors import one_line
 
         logging.getLogger("mesa_train").debug("the error in full", exc_info=True)
         typer.echo(f"mesa-train: {one_line(error)}", err=True)

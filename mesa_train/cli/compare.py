@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mesa_train.cli import common
+from . import common
 
 if TYPE_CHECKING:
-    from mesa_train.memory.processes import Request
-    from mesa_train.memory.results import Results
+    from mesa_train.compare.scheduler import Request
+    from mesa_train.report.results import Results
 
 
 def compare(
@@ -52,9 +52,9 @@ def compare(
     """Methods side by side, and a report. Bytes kept, peak of the step, gradient error, step time,
     largest batch; each method in a process of its own. Ctrl-C keeps what is done so far."""
     with common.one_line_errors():
-        from mesa_train.memory.processes import Request, measure
-        from mesa_train.memory.results import Results
-        from mesa_train.memory.text import parse_bytes
+        from mesa_train.compare.scheduler import Request, measure
+        from mesa_train.report.results import Results
+        from mesa_train.utils.formatting import parse_bytes
 
         names = _methods(methods, quick)
         memory_bytes = None if memory is None else parse_bytes(memory, "--memory")
@@ -118,7 +118,7 @@ def _read(
 
 
 def _show(title: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
-    from mesa_train.memory import terminal
+    from mesa_train.report import terminal
 
     common.show(title, terminal.comparison(rows, common.console_width()), *terminal.notes_of(rows))
     if out is not None:
@@ -142,7 +142,7 @@ def _stoppable() -> Iterator[None]:
 def _methods(asked: str | None, quick: bool) -> list[str]:
     """The methods of a comma-separated list, or all that can be measured; ValueError for a name
     that is none."""
-    from mesa_train.memory.contenders import DEFAULT, Contender
+    from mesa_train.methods.spec import DEFAULT, Contender
 
     names = list(DEFAULT)
     if asked is not None:
@@ -163,7 +163,7 @@ def _counted(
     """Rows of bytes alone."""
     import torch
 
-    from mesa_train.memory.quick import count
+    from mesa_train.compare.counted import count
 
     def make() -> Any:
         batch, size = request.batch_size, request.image_size

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mesa_train.cli.common import (
+from .common import (
     BatchSize,
     ImageSize,
     Json,
@@ -55,13 +55,13 @@ def estimate(
     """What sharded training takes on every GPU. Weights, gradients, optimizer states and activations
     with DDP, ZeRO, FSDP2, offload and LoRA: what fits, and how to start the simplest."""
     with one_line_errors():
-        from mesa_train.memory.checkpointing import find_blocks
-        from mesa_train.memory.estimate import POLICIES, SETUPS, best, estimates
-        from mesa_train.memory.inputs import side_of
-        from mesa_train.memory.launch import accelerate_config, command
-        from mesa_train.memory.methods import check_method
-        from mesa_train.memory.sharding import Cluster
-        from mesa_train.memory.text import parse_bytes
+        from mesa_train.estimate.estimator import POLICIES, SETUPS, best, estimates
+        from mesa_train.estimate.launch import accelerate_config, command
+        from mesa_train.estimate.model_states import Cluster
+        from mesa_train.loading.inputs import side_of
+        from mesa_train.methods.apply import check_method
+        from mesa_train.methods.checkpointing import find_blocks
+        from mesa_train.utils.formatting import parse_bytes
 
         names = list(POLICIES) if policies is None else [p.strip() for p in policies.split(",")]
         for name in names:
@@ -103,9 +103,9 @@ def estimate(
 
 
 def _show(title: str, rows: list[Any]) -> None:
-    from mesa_train.memory import terminal
-    from mesa_train.memory.estimate import RESERVE
-    from mesa_train.memory.text import format_gib
+    from mesa_train.estimate.estimator import RESERVE
+    from mesa_train.report import terminal
+    from mesa_train.utils.formatting import format_gib
 
     reserve = format_gib(RESERVE)
     show(title, *(terminal.estimates(rows) if rows else []))

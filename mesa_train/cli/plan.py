@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mesa_train.cli import common
+from . import common
 
 if TYPE_CHECKING:
-    from mesa_train.memory.load import Loaded
-    from mesa_train.memory.plans import Plan
+    from mesa_train.loading.model import Loaded
+    from mesa_train.planner.plan import Plan
 
 
 def plan(
@@ -48,9 +48,9 @@ def plan(
     2 bits, rebuilt, or, on a GPU, moved to main memory, for every block whether to checkpoint it; says
     what a step will take."""
     with common.one_line_errors():
-        from mesa_train.memory import terminal
-        from mesa_train.memory.planner import Planner
-        from mesa_train.memory.text import parse_bytes
+        from mesa_train.planner.planner import Planner
+        from mesa_train.report import terminal
+        from mesa_train.utils.formatting import parse_bytes
 
         if budget is not None:
             parse_bytes(budget, "--budget")
@@ -74,8 +74,8 @@ def plan(
         if out is not None:
             found.policy.to_yaml(out)
         if frontier is not None:
-            from mesa_train.memory.charts import save_png
-            from mesa_train.memory.frontier import draw
+            from mesa_train.report.charts import save_png
+            from mesa_train.report.frontier import draw
 
             save_png(draw(plans, points, common.title_of(loaded, dtype, where)), frontier)
         if as_json:
@@ -109,7 +109,7 @@ def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded)
     for row in rows:
         own = row.get("model"), row.get("shapes", row.get("inputs"))
         if own != (loaded.name, loaded.shapes()):
-            from mesa_train.memory.text import format_shapes
+            from mesa_train.utils.formatting import format_shapes
 
             theirs, ours = format_shapes(own[1] or []), format_shapes(loaded.shapes())
             raise ValueError(
@@ -119,7 +119,7 @@ def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded)
 
 def _rivals(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]:
     """The rows of a comparison; ValueError where they cannot be drawn."""
-    from mesa_train.training import records
+    from mesa_train.utils import records
 
     if path is None:
         return []

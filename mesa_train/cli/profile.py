@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mesa_train.cli import common
+from . import common
 
 if TYPE_CHECKING:
     from mesa_train.policy import Policy
@@ -33,7 +33,7 @@ def profile(
     """Where the bytes are, by operator and module. Plain against a policy, or two policies, and what
     is stored how and why."""
     with common.one_line_errors():
-        from mesa_train.memory.footprint import footprint
+        from mesa_train.measure.footprint import footprint
 
         names = ("plain", policy) if diff is None else (policy, diff)
         methods = [_method(name) for name in names]
@@ -60,7 +60,7 @@ def profile(
             both = dict(zip(keys, (one.to_dict(), other.to_dict()), strict=True))
             common.show_json({**setting, "policy": policy, "diff": diff, **both})
             return
-        from mesa_train.memory import terminal
+        from mesa_train.report import terminal
 
         labels = (_label(names[0]), _label(names[1]))
         common.show(
@@ -78,7 +78,7 @@ def profile(
 
 def _method(name: str) -> Policy | str:
     """A policy from its file, or a method's name; ValueError with the choices for another."""
-    from mesa_train.memory.methods import check_method
+    from mesa_train.methods.apply import check_method
     from mesa_train.policy import Policy
 
     if name.endswith((".yaml", ".yml")):

@@ -13,7 +13,6 @@ the ranges are the tensor's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from torch import Tensor
 from mesa_train.kernels.reference import draws
 
 from .affine import group_shape
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 DECAY = 0.9
 _LEVELS = 255
@@ -40,16 +36,6 @@ class Running:
 
     def __str__(self) -> str:
         return "8 bits, running ranges"
-
-    @classmethod
-    def at(cls, mode: Interception, operator: str, operand: str, group_size: int) -> Running:
-        """The codec of the operand's next use in this module's forward."""
-        site = mode.site
-        key = (site.name, operator, operand)
-        use = mode.uses.get(key, 0)
-        mode.uses[key] = use + 1
-        ranges = None if site.module is None else site.ranges
-        return cls(ranges, f"{operator}.{operand}.{use}", mode.step, group_size)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32

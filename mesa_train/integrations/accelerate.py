@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mesa_train.engine.wrap import wrap
 from mesa_train.policy import Policy
-from mesa_train.wrap import wrap
 
 AnyAccelerator = TypeVar("AnyAccelerator")
 

@@ -8,9 +8,9 @@ names the Triton kernels for GPUs, which are imported by the first call with a t
 
 import threading
 
-from mesa_train.kernels import schemas as schemas
-from mesa_train.kernels import short_attention as short_attention
-from mesa_train.kernels import triton_schemas as triton_schemas
+from . import schemas as schemas
+from . import short_attention as short_attention
+from .triton import schemas as _triton_schemas  # noqa: F401 - defines its operators
 
 _lock = threading.Lock()
 _loaded = False
@@ -23,7 +23,8 @@ def load() -> None:
         return
     with _lock:
         if not _loaded:
-            from mesa_train.kernels import cpu_build, triton_load
+            from .cpu import build as cpu_build
+            from .triton import load as triton_load
 
             cpu_build.load()
             triton_load.load()

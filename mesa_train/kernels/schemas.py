@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesa_train.kernels import reference
+from . import reference
 
 BITS = (8, 4, 2)
 

@@ -12,7 +12,7 @@ logsumexp it would not be; the gradients are closer for it.
 import torch
 from torch import Tensor
 
-from mesa_train.kernels import schemas
+from . import schemas
 
 _aten = torch.ops.aten
 

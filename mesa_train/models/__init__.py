@@ -4,5 +4,4 @@ Needs timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
 from . import lit as lit
-from . import litv2 as litv2
 from . import vit22b as vit22b

@@ -9,7 +9,7 @@ values and keep one bit. sigmoid and tanh keep the codes of their output. glu ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,12 @@ from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
-from mesa_train.neighbours import neighbours
-from mesa_train.stash import (
-    CHEAP,
-    Geometry,
-    Leaf,
-    Recompute,
-    Saved,
-    Spec,
-    Stash,
-    once,
-    whole,
-)
+from mesa_train.policy import CHEAP
+from mesa_train.stash.backward_cache import neighbours
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Geometry, Leaf, Recompute, Saved, Spec, Stash, once, whole
 
 from .base import Kept, Operator, aliases, cast_like_autocast, derivative, kept_first, put
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 _aten = torch.ops.aten
 
@@ -213,7 +202,7 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
     """Row of an activation that keeps its input; `overwrites` for the variants named with a
     trailing underscore."""
 
-    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         which = kind
         if kind == "gelu" and kwargs.get("approximate", "none") in ("none", "tanh"):
             which = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else kind
@@ -225,16 +214,16 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
             args[1:]
             or kwargs
             or (args and not isinstance(args[0], bool))
-            or not mode.covers("activation", input)
+            or not recorder.covers("activation", input)
         ):
             return NotImplemented
         function = SMOOTH[which][0]
         # CUDA's autocast computes softplus alone in float32; the fused pass keeps the input's dtype.
         widens = which == "softplus" and cast_like_autocast(input) is not input
-        codec = None if widens else mode.fused("activation", "input", input.dtype, input)
-        if codec is not None and not inplace and not mode.known(input, "activation", "input"):
-            return _fused(mode, codec, which, input)
-        x = mode.keep(input, "activation", "input")
+        codec = None if widens else recorder.fused("activation", "input", input.dtype, input)
+        if codec is not None and not inplace and not recorder.known(input, "activation", "input"):
+            return _fused(recorder, codec, which, input)
+        x = recorder.keep(input, "activation", "input")
         if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
             # The tensor's next version is another tensor: what is kept has to be a copy of this
             # one.
@@ -245,76 +234,80 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
                 cost=x.cost,
                 dtype=x.dtype,
             )
-        kept = kept_first(mode, x, *_side(mode, which, x, input))
+        kept = kept_first(recorder, x, *_side(recorder, which, x, input))
         if inplace and _writable(input):
             return SmoothInPlace.apply(lambda t: t.copy_(function(t)), kept, which, input)
-        result = mode.exactly(function, input)
+        result = recorder.exactly(function, input)
         output = Smooth.apply(result, kept, which, input)
         if inplace:
-            return _written(mode, input, output)
-        mode.lineage.set(output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype))
+            return _written(recorder, input, output)
+        recorder.lineage.set(
+            output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype)
+        )
         return output
 
     return row
 
 
-def _fused(mode: Interception, codec: Affine, kind: str, input: Tensor) -> Tensor:
+def _fused(recorder: Recorder, codec: Affine, kind: str, input: Tensor) -> Tensor:
     """The activation and its input's codes in one pass."""
     with torch.no_grad():
         geometry, matrix = Geometry.of(input.detach(), (input.dim() - 1,))
         result, codes = codec.activation(matrix, kind)
         result = geometry.restore(result)
-    x = mode.leaf(codec, codes, geometry, input.dtype, "activation", "input")
-    mode.lineage.set(input, x)
-    output = Smooth.apply(result, (x, *_side(mode, kind, x, input)), kind, input)
-    mode.lineage.set(output, Stash(Activated(kind), (), (x,), cost=CHEAP, dtype=result.dtype))
+    x = recorder.leaf(codec, codes, geometry, input.dtype, "activation", "input")
+    recorder.lineage.set(input, x)
+    output = Smooth.apply(result, (x, *_side(recorder, kind, x, input)), kind, input)
+    recorder.lineage.set(output, Stash(Activated(kind), (), (x,), cost=CHEAP, dtype=result.dtype))
     return output
 
 
-def _side(mode: Interception, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
+def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
     """For a kind in `BOUNDED` whose x is not exact: whether x lies between the bounds, one bit per
     element."""
     if kind not in BOUNDED or x.exact():
         return ()
     low, high = BOUNDED[kind]
     with torch.no_grad():
-        bits = mode.bits((input > low) & (input < high))
-    mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+        bits = recorder.bits((input > low) & (input < high))
+    recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
     return (whole(bits),)
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:
     """Row of an activation that keeps one bit per element."""
 
-    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
         slope = [a for a in (*args, *kwargs.values()) if not isinstance(a, bool)]
-        if not mode.covers("activation", input) or (slope and kind != "leaky_relu"):
+        if not recorder.covers("activation", input) or (slope and kind != "leaky_relu"):
             return NotImplemented
-        if mode.lossless("activation", "input"):
+        if recorder.lossless("activation", "input"):
             return NotImplemented  # PyTorch saves a tensor that its neighbours save as well
         if inplace and not _writable(input):
-            return _written(mode, input, stepped(kind)(mode, getattr(F, kind), input, *slope))
+            return _written(
+                recorder, input, stepped(kind)(recorder, getattr(F, kind), input, *slope)
+            )
         above, on, off = STEPPED[kind]
         off = slope[0] if slope else off
         with torch.no_grad():
             bits = (
-                mode.bits(input, bitmask.encode_positive)
+                recorder.bits(input, bitmask.encode_positive)
                 if kind == "relu"
-                else mode.bits(above(input))
+                else recorder.bits(above(input))
             )
-        mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
-        kept = kept_first(mode, whole(bits))
+        recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
+        kept = kept_first(recorder, whole(bits))
         if inplace:
             return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), kept, (on, off), input)
-        result = mode.exactly(func, input, *args, **kwargs)
+        result = recorder.exactly(func, input, *args, **kwargs)
         return Stepped.apply(result, kept, (on, off), input)
 
     return row
 
 
 def clamp(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -323,44 +316,44 @@ def clamp(
 ) -> Any:
     """Row of torch.clamp between numbers: one bit per element, whether it lies inside the bounds."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
-    if not numbers or (min is None and max is None) or not mode.covers("activation", input):
+    if not numbers or (min is None and max is None) or not recorder.covers("activation", input):
         return NotImplemented
-    if mode.lossless("activation", "input"):
+    if recorder.lossless("activation", "input"):
         return NotImplemented
-    result = mode.exactly(func, input, min, max)
+    result = recorder.exactly(func, input, min, max)
     with torch.no_grad():
         # As PyTorch's own: the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
         sides = [] if min is None else [input > min]
         sides += [] if max is None else [input < max]
-        bits = mode.bits(sides[0] & sides[-1])
-    mode.report.add(mode.site.name, "activation", "input", "1 bit", bits.numel())
+        bits = recorder.bits(sides[0] & sides[-1])
+    recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
     return Stepped.apply(result, (whole(bits),), (1.0, 0.0), input)
 
 
 def from_output(kind: str) -> Any:
     """Row of an activation whose derivative reads its output."""
 
-    def row(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not mode.covers("activation", input):
+    def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not recorder.covers("activation", input):
             return NotImplemented
-        result = mode.exactly(func, input)
-        y = mode.keep(result, "activation", "output")
+        result = recorder.exactly(func, input)
+        y = recorder.keep(result, "activation", "output")
         output = FromOutput.apply(result, (y,), kind, input)
-        mode.lineage.set(output, y)
+        recorder.lineage.set(output, y)
         return output
 
     return row
 
 
-def glu(mode: Interception, func: Any, /, input: Tensor, dim: int = -1) -> Any:
+def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
     """Row of torch.nn.functional.glu."""
-    if not mode.covers("activation", input):
+    if not recorder.covers("activation", input):
         return NotImplemented
-    x = mode.keep(input, "activation", "input")
-    kept = kept_first(mode, x)
-    result = mode.exactly(func, input, dim)
+    x = recorder.keep(input, "activation", "input")
+    kept = kept_first(recorder, x)
+    result = recorder.exactly(func, input, dim)
     output = Gated.apply(result, kept, dim, input)
-    mode.lineage.set(
+    recorder.lineage.set(
         output, Stash(Recompute(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
     )
     return output
@@ -372,9 +365,9 @@ def _writable(input: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 
-def _written(mode: Interception, input: Tensor, output: Tensor) -> Tensor:
+def _written(recorder: Recorder, input: Tensor, output: Tensor) -> Tensor:
     """`output` written to `input` by autograd's own copy."""
     if torch.compiler.is_compiling():
-        mode.lineage.clear()
-        mode.linears.clear()
+        recorder.lineage.clear()
+        recorder.linears.clear()
     return input.copy_(output)

@@ -8,17 +8,16 @@ costs two lookups there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import CHEAP, MATMUL, Saved, Spec, Stash
+from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash
 
 from .fallback import fallback
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Sum:
@@ -32,17 +31,17 @@ class Sum:
 _SUM = Sum()
 
 
-def add(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
+def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.add, Tensor.add, `+` and `+=`."""
-    left, right = _matmul(mode, input), _matmul(mode, other)
-    output = fallback(mode, func, (input, other), kwargs)
+    left, right = _matmul(recorder, input), _matmul(recorder, other)
+    output = fallback(recorder, func, (input, other), kwargs)
     if left is None or right is None or kwargs or input.shape != other.shape:
         return output
-    mode.lineage.set(output, Stash(_SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    recorder.lineage.set(output, Stash(_SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
     return output
 
 
-def _matmul(mode: Interception, term: Any) -> Stash | None:
+def _matmul(recorder: Recorder, term: Any) -> Stash | None:
     """The stash of a term that a matmul rebuilds."""
-    stash = mode.lineage.get(term) if isinstance(term, Tensor) else None
+    stash = recorder.lineage.get(term) if isinstance(term, Tensor) else None
     return stash if stash is not None and stash.cost == MATMUL else None

@@ -10,23 +10,21 @@ instead, from the same random numbers. A mask that takes more memory than the co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import Saved, of_parameter, whole
+from mesa_train.stash.recorder import Recorder, autocasts
+from mesa_train.stash.stash import Saved, of_parameter, whole
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
-from .base import Operator, autocasts, derivative, distinct, kept_first, sum_to
-from .packed import keep_each
+from .base import Operator, derivative, distinct, kept_first, sum_to
+from .packed_qkv import keep_each
 from .views import view
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 _aten = torch.ops.aten
 
@@ -116,7 +114,7 @@ class Recomputed(Operator):
 
 
 def attention(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     query: Tensor,
@@ -129,16 +127,16 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Row of torch.nn.functional.scaled_dot_product_attention."""
-    if not mode.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
+    if not recorder.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
         return NotImplemented
     if query.dim() == key.dim() == value.dim() == 3:
         # As PyTorch does: the batch as heads.
-        q, k, v = [view(mode, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
+        q, k, v = [view(recorder, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(0)
         rest = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        output = attention(mode, func, q, k, v, *rest)
-        return output if output is NotImplemented else view(mode, Tensor.squeeze, output, 0)
+        output = attention(recorder, func, q, k, v, *rest)
+        return output if output is NotImplemented else view(recorder, Tensor.squeeze, output, 0)
     device = query.device.type
     q, k, v = query, key, value
     mask = attn_mask
@@ -151,10 +149,10 @@ def attention(
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
         choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
-    first, second, third = keep_each(mode, (query, key, value), "attention", "qkv", WITHIN)
+    first, second, third = keep_each(recorder, (query, key, value), "attention", "qkv", WITHIN)
     stashes, cast = (first, second, third), (q, k, v, mask)
     inputs = (query, key, value, attn_mask)
-    call = Call(mode, stashes, cast, inputs, dropout_p, is_causal, scale)
+    call = Call(recorder, stashes, cast, inputs, dropout_p, is_causal, scale)
     if choice == _FLASH and device == "cpu" and dropout_p == 0:
         return _flash_cpu(call)
     if choice == _FLASH and device == "cuda" and q.shape[-1] % 8 == 0:
@@ -163,8 +161,8 @@ def attention(
         return attention_cuda.efficient(call)
     if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
         return attention_cuda.cudnn(call)
-    rebuild = mode.site.rules["attention", "q"].rebuild_linear
-    rebuild = rebuild and not _mask_costs_more(mode, q, k, mask)
+    rebuild = recorder.site.rules["attention", "q"].rebuild_linear
+    rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask)
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(call)
     return _recomputed(func, call, enable_gqa)
@@ -196,9 +194,9 @@ def _backend(
 
 
 def _flash_cpu(call: Call) -> Any:
-    mode, (q, k, v, mask) = call.mode, call.cast
+    recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
-    result, logsumexp = mode.exactly(
+    result, logsumexp = recorder.exactly(
         _aten._scaled_dot_product_flash_attention_for_cpu,
         *(q, k, v, 0.0, call.causal),
         attn_mask=mask,
@@ -206,10 +204,10 @@ def _flash_cpu(call: Call) -> Any:
     )
     if _short(q, k, mask, call.causal):
         return Short.apply(result, call.stashes, _factor(call), *distinct(*call.inputs[:3]))
-    out = mode.keep(result, "attention", "out", WITHIN)
+    out = recorder.keep(result, "attention", "out", WITHIN)
     kept = (*call.stashes, out, whole(logsumexp), None if mask is None else whole(mask))
     static = (call.causal, call.scale)
-    return recorded(mode, FlashCPU, result, out, kept, static, call.inputs[:3])
+    return recorded(recorder, FlashCPU, result, out, kept, static, call.inputs[:3])
 
 
 def _factor(call: Call) -> float:
@@ -228,15 +226,15 @@ def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
 
 
 def _unfused(call: Call) -> Any:
-    mode, (q, k, v, mask) = call.mode, call.cast
+    recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        result, weights = mode.exactly(
+        result, weights = recorder.exactly(
             _aten._scaled_dot_product_attention_math,
             *(q, k, v, mask, 0.0, call.causal),
             scale=call.scale,
         )
-    kept = (*call.stashes, mode.keep(weights, "softmax", "output"))
+    kept = (*call.stashes, recorder.keep(weights, "softmax", "output"))
     trained = mask if mask is not None and mask.is_floating_point() else None
     static = (q.dtype, _factor(call), None if trained is None else tuple(trained.shape))
     return Unfused.apply(
@@ -248,7 +246,7 @@ def _unfused(call: Call) -> Any:
     )
 
 
-def _mask_costs_more(mode: Interception, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether a mask, from which the attention weights are computed again, takes more memory than the
     weights' codes: a mask for every image, as relative positions make it."""
     if mask is None or of_parameter(mask):
@@ -258,7 +256,7 @@ def _mask_costs_more(mode: Interception, q: Tensor, k: Tensor, mask: Tensor | No
     else:
         size = mask.untyped_storage().nbytes()
     rows, cols = q.numel() // q.shape[-1], k.shape[-2]
-    rule = mode.site.rules["softmax", "output"]
+    rule = recorder.site.rules["softmax", "output"]
     if isinstance(rule.codec, Affine) and rows * cols * q.element_size() >= rule.min_bytes:
         return size > rule.codec.bytes(rows, cols)
     return size > rows * cols * q.element_size()
@@ -273,8 +271,8 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
         "enable_gqa": enable_gqa,
     }
     state = _generator(q.device).get_state() if call.dropout_p > 0 else None
-    kept = kept_first(call.mode, *call.stashes, None if mask is None else whole(mask))
-    result = call.mode.exactly(func, q, k, v, attn_mask=mask, **keywords)
+    kept = kept_first(call.recorder, *call.stashes, None if mask is None else whole(mask))
+    result = call.recorder.exactly(func, q, k, v, attn_mask=mask, **keywords)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(
         result, kept, (q.dtype, keywords, state), *distinct(*call.inputs[:3], trained)

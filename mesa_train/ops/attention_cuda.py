@@ -6,17 +6,15 @@ exact logsumexp, and calls its own backward on the decoded tensors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, Stash, whole
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Stash, whole
 
 from .base import Operator, derivative, distinct
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 _aten = torch.ops.aten
 
@@ -28,7 +26,7 @@ class Call(NamedTuple):
     """One call of attention. `stashes` are those of q, k, v; `cast` q, k, v and the mask as autocast
     casts them, `inputs` the same as they were given."""
 
-    mode: Interception
+    recorder: Recorder
     stashes: tuple[Stash, Stash, Stash]
     cast: tuple[Tensor, Tensor, Tensor, Tensor | None]
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -125,56 +123,56 @@ class CuDNN(Operator):
 
 def flash(call: Call) -> Any:
     """Record flash attention: no mask."""
-    mode, q, k, v = call.mode, *call.cast[:3]
-    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+    recorder, q, k, v = call.recorder, *call.cast[:3]
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_flash_attention,
         *(q, k, v, call.dropout_p, call.causal, False),
         scale=call.scale,
     )
-    out = mode.keep(result, "attention", "out", WITHIN)
+    out = recorder.keep(result, "attention", "out", WITHIN)
     kept = (*call.stashes, out, whole(logsumexp), whole(seed), whole(offset))
     static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
-    return recorded(mode, FlashCUDA, result, out, kept, static, call.inputs[:3])
+    return recorded(recorder, FlashCUDA, result, out, kept, static, call.inputs[:3])
 
 
 def efficient(call: Call) -> Any:
     """Record memory-efficient attention: any mask."""
-    mode, (q, k, v, mask) = call.mode, call.cast
+    recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
     bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    result, logsumexp, seed, offset = mode.exactly(
+    result, logsumexp, seed, offset = recorder.exactly(
         _aten._scaled_dot_product_efficient_attention,
         *(q, k, v, bias, True, call.dropout_p, call.causal),
         scale=call.scale,
     )
-    out = mode.keep(result, "attention", "out", WITHIN)
+    out = recorder.keep(result, "attention", "out", WITHIN)
     statistics = (whole(logsumexp), whole(seed), whole(offset))
     kept = (*call.stashes, out, *statistics, None if bias is None else whole(bias))
     static = (call.dropout_p, call.causal, call.scale)
-    return recorded(mode, Efficient, result, out, kept, static, call.inputs)
+    return recorded(recorder, Efficient, result, out, kept, static, call.inputs)
 
 
 def cudnn(call: Call) -> Any:
     """Record cuDNN's attention: no mask or an additive one."""
-    mode, (q, k, v, mask) = call.mode, call.cast
-    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = mode.exactly(
+    recorder, (q, k, v, mask) = call.recorder, call.cast
+    result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_cudnn_attention,
         *(q, k, v, mask, True, call.dropout_p, call.causal, False),
         scale=call.scale,
     )
-    out = mode.keep(result, "attention", "out", WITHIN)
+    out = recorder.keep(result, "attention", "out", WITHIN)
     statistics = (whole(logsumexp), whole(seed), whole(offset))
     kept = (*call.stashes, out, *statistics, None if mask is None else whole(mask))
     static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
-    return recorded(mode, CuDNN, result, out, kept, static, call.inputs[:3])
+    return recorded(recorder, CuDNN, result, out, kept, static, call.inputs[:3])
 
 
 def recorded(
-    mode: Interception, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
+    recorder: Recorder, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
 ) -> Any:
     """Attach an operator to a result; the output's stash stands for it from now on."""
     output = node.apply(result, kept, static, *distinct(*inputs))
-    mode.lineage.set(output, out)
+    recorder.lineage.set(output, out)
     return output
 
 

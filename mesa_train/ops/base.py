@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mesa_train.codecs.placeholder import recomputes
-from mesa_train.stash import Saved, Spec, Stash, save, strip
-
-from .checkpoint_inputs import beneath
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
+from mesa_train.stash.recorder import Recorder, autocasts, beneath
+from mesa_train.stash.stash import Saved, Spec, Stash, save, strip
 
 
 class Packed:
@@ -44,13 +40,17 @@ class Packed:
 Kept = tuple[Stash | None, ...] | Packed
 
 
-def kept_first(mode: Interception, *stashes: Stash | None) -> Kept:
+def kept_first(recorder: Recorder, *stashes: Stash | None) -> Kept:
     """Stashes for `apply`, from a row that has not computed its output yet.
 
     A non-reentrant checkpoint ends its recompute when the last tensor is saved. So the stashes are
     saved here in a recompute, and the row's computation is skipped where they are the last ones.
     """
-    if mode.hooks is None or torch.compiler.is_compiling() or not recomputes(beneath(mode.hooks)):
+    if (
+        recorder.hooks is None
+        or torch.compiler.is_compiling()
+        or not recomputes(beneath(recorder.hooks))
+    ):
         return stashes
     return Packed(stashes, *torch._C._autograd._top_saved_tensors_default_hooks(False))
 
@@ -139,11 +139,6 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
 def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Sum a gradient over the dims that broadcasting added to `shape`."""
     return grad if grad.shape == torch.Size(shape) else grad.sum_to_size(shape)
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device. The meta device has none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def cast_like_autocast(tensor: Any) -> Any:

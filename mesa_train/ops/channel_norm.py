@@ -6,20 +6,19 @@ reciprocal standard deviations are kept, and the output is rebuilt from the same
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from mesa_train.codecs.lossless import Lossless
-from mesa_train.stash import CHEAP, Geometry, Leaf, Saved, Spec, Stash, held, whole
+from mesa_train.policy import CHEAP
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Geometry, Leaf, Saved, Spec, Stash, held, whole
 
 from .base import Operator, cast_like_autocast, derivative
 from .norm import Scaled, keeps_input
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class ChannelNorm(Operator):
@@ -92,7 +91,7 @@ class GroupNorm(ChannelNorm):
 
 
 def group_norm(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -103,7 +102,7 @@ def group_norm(
 ) -> Any:
     """Row of torch.nn.functional.group_norm."""
     if (
-        not mode.covers("group_norm", input, weight, bias)
+        not recorder.covers("group_norm", input, weight, bias)
         or not input.numel()
         or input.shape[1] % num_groups
     ):
@@ -113,7 +112,7 @@ def group_norm(
     x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
     # As PyTorch does before it calls this function.
     layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
-    result, mean, rstd = mode.exactly(
+    result, mean, rstd = recorder.exactly(
         torch.native_group_norm,
         x.contiguous(memory_format=layout),
         *parameters,
@@ -126,12 +125,12 @@ def group_norm(
     shape = (batch, num_groups, channels // num_groups, positions)
     statistics = mean.view(batch, num_groups, 1, 1), rstd.view(batch, num_groups, 1, 1)
     return _channel_norm(
-        mode, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3)
+        recorder, "group_norm", x, result, statistics, (input, weight, bias), shape, (2, 3)
     )
 
 
 def batch_norm(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -146,11 +145,11 @@ def batch_norm(
     """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves
     them."""
     channels = input.shape[1] if input.dim() >= 2 else 0
-    if not mode.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
+    if not recorder.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
         return NotImplemented
     if training and input.numel() == channels:
         return NotImplemented  # PyTorch's own error says what is wrong
-    result, mean, rstd, *_ = mode.exactly(
+    result, mean, rstd, *_ = recorder.exactly(
         torch._batch_norm_impl_index,
         *(
             input,
@@ -175,12 +174,12 @@ def batch_norm(
     statistics = mean.view(1, 1, channels, 1), rstd.view(1, 1, channels, 1)
     averaged = (0, 3) if training else ()
     return _channel_norm(
-        mode, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged
+        recorder, "batch_norm", input, result, statistics, (input, weight, bias), shape, averaged
     )
 
 
 def _channel_norm(
-    mode: Interception,
+    recorder: Recorder,
     operator: str,
     x: Tensor,
     result: Tensor,
@@ -191,23 +190,25 @@ def _channel_norm(
 ) -> Any:
     _, weight, bias = inputs
     mean, rstd = statistics
-    if keeps_input(mode, operator, inputs[0], rstd.dtype):
-        kept = mode.keep(inputs[0], operator, "normalized")
+    if keeps_input(recorder, operator, inputs[0], rstd.dtype):
+        kept = recorder.keep(inputs[0], operator, "normalized")
         recipe = ChannelNormalized(shape)
         x_hat = Stash(recipe, (mean, rstd), (kept,), cost=CHEAP, dtype=result.dtype)
     else:
-        x_hat = _coded(mode, operator, x, result.dtype, statistics, shape)
+        x_hat = _coded(recorder, operator, x, result.dtype, statistics, shape)
     stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
     node = GroupNorm if operator == "group_norm" else ChannelNorm
     output = node.apply(result, stashes, (shape, averaged), *inputs)
     parameters = tuple([held(p) for p in (weight, bias) if p is not None])
     scaled = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
-    mode.lineage.set(output, Stash(scaled, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    recorder.lineage.set(
+        output, Stash(scaled, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype)
+    )
     return output
 
 
 def _coded(
-    mode: Interception,
+    recorder: Recorder,
     operator: str,
     x: Tensor,
     dtype: torch.dtype,
@@ -216,7 +217,7 @@ def _coded(
 ) -> Stash:
     """A leaf of x_hat."""
     mean, rstd = statistics
-    codec = mode.codec(operator, "normalized")
+    codec = recorder.codec(operator, "normalized")
     with torch.no_grad():
         if x.is_contiguous() and shape[3] > 1:
             geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
@@ -230,4 +231,4 @@ def _coded(
             within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
             geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
             tensors = codec.encode(matrix)
-    return mode.leaf(codec, tensors, geometry, dtype, operator, "normalized")
+    return recorder.leaf(codec, tensors, geometry, dtype, operator, "normalized")

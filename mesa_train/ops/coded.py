@@ -3,7 +3,7 @@
 Some functions save a tensor whose size alone the backward reads (pooling, padding, gather): the
 size is kept. A saved tensor may be coded if it enters the gradient linearly (products), or if measured
 gradients tolerate codes (`lstm`).
-scripts/bench_fallback.py measures the gradient error of every differentiable function with codes, for
+scripts/bench/fallback.py measures the gradient error of every differentiable function with codes, for
 large arguments, offsets, coordinates and poles; docs/fallback.md lists the decisions. A function
 that is not measured is not in this table: its saved tensors are the user's data, and nothing is known
 of how its backward uses them.

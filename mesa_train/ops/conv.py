@@ -9,17 +9,16 @@ as a Linear's is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import MATMUL, Saved, Spec, Stash
+from mesa_train.policy import MATMUL
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash
 
 from .base import Operator, derivative, kept_first
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Conv(Operator):
@@ -52,7 +51,7 @@ class Pointwise:
 
 
 def conv(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -66,7 +65,7 @@ def conv(
     """Row of torch.nn.functional.conv1d, conv2d and conv3d."""
     spatial = weight.dim() - 2
     if (
-        not mode.covers("conv", input, weight, bias)
+        not recorder.covers("conv", input, weight, bias)
         or input.dim() != weight.dim()
         or not input.numel()
     ):
@@ -83,21 +82,21 @@ def conv(
     else:
         paddings = _each(padding, spatial)
     within = tuple(range(2, input.dim()))
-    x = mode.keep(input, "conv", "input", within) if weight.requires_grad else None
-    kept = kept_first(mode, x, mode.weight(weight) if input.requires_grad else None)
-    result = mode.exactly(func, input, weight, bias, stride, padding, dilation, groups)
+    x = recorder.keep(input, "conv", "input", within) if weight.requires_grad else None
+    kept = kept_first(recorder, x, recorder.weight(weight) if input.requires_grad else None)
+    result = recorder.exactly(func, input, weight, bias, stride, padding, dilation, groups)
     numbers = (strides, paddings, dilations, False, [0] * spatial, groups)
     bias_size = None if bias is None else [bias.shape[0]]
     static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
     output = Conv.apply(result, kept, static, input, weight, bias)
-    if not mode.site.rules.rebuilds_matmuls:
+    if not recorder.site.rules.rebuilds_matmuls:
         return output
     if set(kernel) == set(strides) == {1} and groups == 1 and not any(paddings):
-        source = mode.known(input, "conv", "input") if x is None else x
+        source = recorder.known(input, "conv", "input") if x is None else x
         if source is not None and source.cost < MATMUL:
-            parameters = mode.parameters(weight, bias)
+            parameters = recorder.parameters(weight, bias)
             recipe = Stash(Pointwise(func), parameters, (source,), cost=MATMUL, dtype=result.dtype)
-            mode.lineage.set(output, recipe)
+            recorder.lineage.set(output, recipe)
     return output
 
 

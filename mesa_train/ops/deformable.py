@@ -7,17 +7,15 @@ position, and the derivative jumps where a sampling point crosses a pixel, so co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, whole
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, whole
 
 from .base import Operator, derivative, kept_first
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class DeformConv(Operator):
@@ -34,7 +32,7 @@ class DeformConv(Operator):
 
 
 def deform_conv(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -46,9 +44,9 @@ def deform_conv(
 ) -> Any:
     """Row of torch.ops.torchvision.deform_conv2d, which torchvision.ops.deform_conv2d calls."""
     tensors = (input, weight, offset, mask, bias)
-    if not mode.covers("conv", *tensors) or not input.numel():
+    if not recorder.covers("conv", *tensors) or not input.numel():
         return NotImplemented
-    x = mode.keep(input, "conv", "input", (2, 3), label="deform_conv2d")
-    kept = kept_first(mode, x, *[whole(t) for t in tensors[1:]])
-    result = mode.exactly(func, *tensors, *numbers)
+    x = recorder.keep(input, "conv", "input", (2, 3), label="deform_conv2d")
+    kept = kept_first(recorder, x, *[whole(t) for t in tensors[1:]])
+    result = recorder.exactly(func, *tensors, *numbers)
     return DeformConv.apply(result, kept, numbers, *tensors)

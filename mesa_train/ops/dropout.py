@@ -5,19 +5,18 @@ so a Linear behind it keeps nothing."""
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mesa_train.codecs import bitmask
-from mesa_train.stash import CHEAP, Saved, Spec, Stash, whole
+from mesa_train.policy import CHEAP
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash, whole
 
 from .base import Operator, derivative
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Dropout(Operator):
@@ -42,7 +41,7 @@ class Dropped:
 
 
 def dropout(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -55,7 +54,7 @@ def dropout(
     training = kwargs.pop("train", training)
     if not training or p == 0:
         return func(input, p, training)
-    if inplace or not 0 < p < 1 or not mode.covers("dropout", input) or not input.numel():
+    if inplace or not 0 < p < 1 or not recorder.covers("dropout", input) or not input.numel():
         return NotImplemented
     scale = 1 / (1 - p)
     with torch.no_grad():
@@ -69,12 +68,12 @@ def dropout(
             result = input * noise.div_(1 - p)
         else:
             result, mask = torch.native_dropout(input, p, True)
-        bits = mode.bits(mask)
-    mode.report.add(mode.site.name, "dropout", "mask", "1 bit", bits.numel())
+        bits = recorder.bits(mask)
+    recorder.report.add(recorder.site.name, "dropout", "mask", "1 bit", bits.numel())
     output = Dropout.apply(result, (whole(bits),), scale, input)
-    source = mode.lineage.get(input)
+    source = recorder.lineage.get(input)
     if source is not None:
-        mode.lineage.set(
+        recorder.lineage.set(
             output, Stash(Dropped(scale), (bits,), (source,), cost=CHEAP, dtype=result.dtype)
         )
     return output

@@ -4,18 +4,16 @@ derivative compares the two."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mesa_train.codecs import bitmask
-from mesa_train.stash import Saved, whole
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, whole
 
 from .base import Operator, derivative
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Extremum(Operator):
@@ -35,7 +33,7 @@ class Extremum(Operator):
 
 
 def extremum(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -44,17 +42,20 @@ def extremum(
     **kwargs: Any,
 ) -> Any:
     """Row of torch.amax and torch.amin."""
-    if kwargs or not mode.covers("extremum", input) or not input.numel() or not input.dim():
+    if kwargs or not recorder.covers("extremum", input) or not input.numel() or not input.dim():
         return NotImplemented
     dims = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
-    result = mode.exactly(func, input, dims, keepdim)
+    result = recorder.exactly(func, input, dims, keepdim)
     with torch.no_grad():
         best = result if keepdim else func(input, dims, True)
         mask = input == best
         count = mask.sum(dims, keepdim=True).to(input.dtype)
         # No element equals a NaN: PyTorch divides by this 0 and gives each of them NaN.
-        bits, count = mode.bits(mask | best.isnan()), count.masked_fill_(best.isnan(), float("nan"))
-    mode.report.add(mode.site.name, "extremum", "mask", "1 bit", bits.numel())
+        bits, count = (
+            recorder.bits(mask | best.isnan()),
+            count.masked_fill_(best.isnan(), float("nan")),
+        )
+    recorder.report.add(recorder.site.name, "extremum", "mask", "1 bit", bits.numel())
     return Extremum.apply(
         result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input
     )

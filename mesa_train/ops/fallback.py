@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mesa_train.codecs import bitmask
-from mesa_train.functions import function_name
-from mesa_train.stash import VIEW, Saved, Spec, Stash, strip, value
+from mesa_train.policy import VIEW
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash, strip, value
+from mesa_train.utils.torch_functions import function_name
 
 from .coded import CODED
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 # Functions that save nothing of size: called without hooks, to save time.
 _NOTHING = frozenset(
@@ -51,14 +50,14 @@ _NOTHING = frozenset(
 _PRODUCTS = frozenset(["mul", "mul_", "multiply", "multiply_"])
 
 
-def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
+def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
     """Call `func` with the hooks on, unless it saves nothing of size."""
     if torch.compiler.is_compiling():
         if _writes(func, args, kwargs):
-            mode.lineage.clear()
-            mode.linears.clear()
+            recorder.lineage.clear()
+            recorder.linears.clear()
         return func(*args, **kwargs)
-    rules = mode.site.rules
+    rules = recorder.site.rules
     if not rules.operators["fallback"] and not rules.functions:
         return func(*args, **kwargs)
     name = getattr(func, "__name__", "")
@@ -68,26 +67,26 @@ def fallback(mode: Interception, func: Any, /, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     way = CODED.get(func)
     known = way is not None or (rules.functions and function_name(func) in rules.functions)
-    looked_at = hasattr(mode.hooks, "mesa_train_onlooker")
+    looked_at = hasattr(recorder.hooks, "mesa_train_onlooker")
     if (
         not (known or looked_at)
         or isinstance(func, torch._ops.HigherOrderOperator)
         or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     ):
-        return _left_alone(mode, func, args, kwargs)
-    hooks = _Hooks(mode, func, args, kwargs)
+        return _left_alone(recorder, func, args, kwargs)
+    hooks = _Hooks(recorder, func, args, kwargs)
     if hooks.operand is None and not (looked_at or hooks.masks):
-        return _left_alone(mode, func, args, kwargs)
+        return _left_alone(recorder, func, args, kwargs)
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         return func(*args, **kwargs)
 
 
-def _left_alone(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+def _left_alone(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Call `func` as PyTorch would, and report what its nodes save.
 
     Hooks that are on are not to be asked for what they packed: a checkpoint's would recompute.
     """
-    if mode.hooks is not None:
+    if recorder.hooks is not None:
         return func(*args, **kwargs)
     start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     result = func(*args, **kwargs)
@@ -109,7 +108,9 @@ def _left_alone(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         seen.update(made)
         todo += made
     if size:
-        mode.report.add(mode.site.name, function_name(func), "saved", "kept whole: exact", size)
+        recorder.report.add(
+            recorder.site.name, function_name(func), "saved", "kept whole: exact", size
+        )
     return result
 
 
@@ -126,15 +127,15 @@ def _saved_by(kind: type) -> tuple[str, ...]:
 class _Hooks:
     """The pack hook of one call."""
 
-    def __init__(self, mode: Interception, func: Any, args: Any, kwargs: Any) -> None:
-        self.mode, self.name = mode, function_name(func)
+    def __init__(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> None:
+        self.recorder, self.name = recorder, function_name(func)
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
         # The operand of "fallback" whose rule says how float tensors are kept; None: whole.
         self.operand: str | None = None
         # The tensors that may be coded, None for all; whether their sizes alone are kept.
         self.among: list[Tensor] | None = None
         self.sizes = False
-        rules, coded = mode.site.rules, CODED.get(func)
+        rules, coded = recorder.site.rules, CODED.get(func)
         # Whether the call has a mask worth packing and is otherwise left alone.
         self.masks = coded is not None and coded.masks and any([self._is_mask(a) for a in args])
         if self.name in rules.functions:
@@ -161,7 +162,7 @@ class _Hooks:
 
     def _kept(self, tensor: Tensor) -> Stash | Tensor:
         """A stash, or the tensor itself."""
-        mode, weight = self.mode, _is_weight(tensor)
+        recorder, weight = self.recorder, _is_weight(tensor)
         if tensor.dtype is torch.bool and _plain(tensor):
             stash = self._mask(tensor)
             if stash is not None:
@@ -175,15 +176,17 @@ class _Hooks:
             and (self.among is None or any([_same(tensor, other) for other in self.among]))
         ):
             if self.sizes and tensor.device.type in ("cpu", "cuda"):
-                mode.report.add(mode.site.name, self.name, "saved", "its size", 0)
+                recorder.report.add(recorder.site.name, self.name, "saved", "its size", 0)
                 return Stash(_Size(tensor), (), cost=VIEW, dtype=tensor.dtype)
-            return mode.keep(tensor, "fallback", self.operand, label=self.name)
+            return recorder.keep(tensor, "fallback", self.operand, label=self.name)
         if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
             return tensor
         how = "exact"
         if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
-        mode.report.add(mode.site.name, self.name, "saved", f"kept whole: {how}", _bytes(tensor))
+        recorder.report.add(
+            recorder.site.name, self.name, "saved", f"kept whole: {how}", _bytes(tensor)
+        )
         # Detached: an output that its own node keeps would hold the node, which holds the output.
         return tensor.detach()
 
@@ -192,22 +195,22 @@ class _Hooks:
         if not isinstance(argument, Tensor) or argument.dtype is not torch.bool:
             return False
         size = argument.numel()
-        least = self.mode.site.rules["fallback", "saved"].min_bytes
+        least = self.recorder.site.rules["fallback", "saved"].min_bytes
         return size >= least and argument.untyped_storage().nbytes() > size // 8 + 1
 
     def _mask(self, mask: Tensor) -> Stash | None:
         """A mask's bits, made once while the mask lives; None where the mask itself is no larger."""
-        mode = self.mode
+        recorder = self.recorder
         if not self._is_mask(mask):
             return None
-        known = mode.lineage.get(mask)
+        known = recorder.lineage.get(mask)
         if known is not None:
-            mode.report.add(mode.site.name, self.name, "mask", "shared", 0)
+            recorder.report.add(recorder.site.name, self.name, "mask", "shared", 0)
             return known
-        bits = mode.bits(mask)
-        mode.report.add(mode.site.name, self.name, "mask", "1 bit", bits.numel())
+        bits = recorder.bits(mask)
+        recorder.report.add(recorder.site.name, self.name, "mask", "1 bit", bits.numel())
         stash = Stash(_Bits(tuple(mask.shape)), (bits,), cost=VIEW, dtype=torch.bool)
-        mode.lineage.set(mask, stash)
+        recorder.lineage.set(mask, stash)
         return stash
 
 

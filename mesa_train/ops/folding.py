@@ -9,19 +9,16 @@ That costs about 20 us a call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import autocasts
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
+from mesa_train.stash.recorder import Recorder, autocasts
 
 
 def folded(
-    mode: Interception, func: Any, left: Tensor, right: Tensor, *rest: Any, transposed: bool = False
+    recorder: Recorder, func: Any, left: Tensor, right: Tensor, *rest: Any, transposed: bool = False
 ) -> Tensor:
     """func(left, right, *rest) without a record. transposed: `right` is the weight of a Linear."""
     if (
@@ -29,8 +26,8 @@ def folded(
         or not _depends(left, right, transposed)
         or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     ):
-        return mode.exactly(func, left, right, *rest)
-    return mode.exactly(_recorded, func, left, right, *rest)
+        return recorder.exactly(func, left, right, *rest)
+    return recorder.exactly(_recorded, func, left, right, *rest)
 
 
 def _depends(left: Tensor, right: Tensor, transposed: bool) -> bool:

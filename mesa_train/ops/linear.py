@@ -12,22 +12,21 @@ is never kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train import kernels
-from mesa_train.neighbours import neighbours
-from mesa_train.stash import MATMUL, Saved, Spec, Stash, whole
+from mesa_train.policy import MATMUL
+from mesa_train.stash.backward_cache import neighbours
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash, whole
 
 from .activation import Activated
 from .base import Operator, derivative, distinct, kept_first
 from .folding import folded
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Linear(Operator):
@@ -78,25 +77,31 @@ _PRODUCT = Product()
 
 
 def linear(
-    mode: Interception, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    recorder: Recorder, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Any:
     """Row of torch.nn.functional.linear."""
-    if not mode.covers("linear", input, weight, bias) or weight.dim() != 2 or not weight.numel():
+    if (
+        not recorder.covers("linear", input, weight, bias)
+        or weight.dim() != 2
+        or not weight.numel()
+    ):
         return NotImplemented
-    x = mode.keep(input, "linear", "input") if weight.requires_grad else None
-    kept = kept_first(mode, x, mode.weight(weight, viewed=True) if input.requires_grad else None)
-    result = folded(mode, func, input, weight, bias, transposed=True)
+    x = recorder.keep(input, "linear", "input") if weight.requires_grad else None
+    kept = kept_first(
+        recorder, x, recorder.weight(weight, viewed=True) if input.requires_grad else None
+    )
+    result = folded(recorder, func, input, weight, bias, transposed=True)
     output = Linear.apply(result, kept, None, *distinct(input, weight, bias))
     if x is not None:
-        mode.linears.set(output, (input, _version(input), x, weight, bias))
-    if not mode.site.rules.rebuilds_matmuls:
+        recorder.linears.set(output, (input, _version(input), x, weight, bias))
+    if not recorder.site.rules.rebuilds_matmuls:
         return output
     # A frozen weight needs no input, but a stash that the input has already still gives the product.
-    source = mode.known(input, "linear", "input") if x is None else x
+    source = recorder.known(input, "linear", "input") if x is None else x
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
-        parameters = mode.parameters(weight, bias)
+        parameters = recorder.parameters(weight, bias)
         recipe = Stash(_PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)
-        mode.lineage.set(output, recipe)
+        recorder.lineage.set(output, recipe)
     return output
 
 
@@ -106,10 +111,10 @@ def _narrow(weight: Tensor) -> bool:
     return 4 * weight.shape[1] <= weight.shape[0]
 
 
-def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> Any:
+def scaled(recorder: Recorder, func: Any, /, product: Tensor, scale: Tensor) -> Any:
     """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is
     what this is."""
-    made = mode.linears.get(product)
+    made = recorder.linears.get(product)
     if (
         made is None
         or scale.dim() != 1
@@ -120,10 +125,10 @@ def scaled(mode: Interception, func: Any, /, product: Tensor, scale: Tensor) -> 
     input, version, x, weight, bias = made
     if version != _version(input) or _watched(product):
         return NotImplemented
-    w = mode.weight(weight, viewed=True)
-    b = None if bias is None else mode.weight(bias, viewed=True)
-    kept = kept_first(mode, x, w, whole(scale), b)
-    result = mode.exactly(func, product, scale)
+    w = recorder.weight(weight, viewed=True)
+    b = None if bias is None else recorder.weight(bias, viewed=True)
+    kept = kept_first(recorder, x, w, whole(scale), b)
+    result = recorder.exactly(func, product, scale)
     return ScaledLinear.apply(result, kept, product.dtype, input, weight, bias, scale)
 
 

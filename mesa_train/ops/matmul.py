@@ -7,18 +7,16 @@ or a norm's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved
 
 from .base import Kept, Operator, derivative, distinct, kept_first, sum_to
 from .folding import folded
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class MatMul(Operator):
@@ -84,66 +82,70 @@ class Einsum(Operator):
 
 
 def matmul(
-    mode: Interception, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any
+    recorder: Recorder, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Row of torch.matmul, mm, bmm and the operator @."""
     if (
         kwargs
         or other is None
-        or not mode.covers("matmul", input, other)
+        or not recorder.covers("matmul", input, other)
         or input.dim() < 2
         or other.dim() < 2
         or not other.numel()
     ):
         return NotImplemented
-    stashes = _operands(mode, input, other)
-    result = folded(mode, func, input, other)
+    stashes = _operands(recorder, input, other)
+    result = folded(recorder, func, input, other)
     return MatMul.apply(
         result, stashes, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
     )
 
 
-def reversed_matmul(mode: Interception, func: Any, /, other: Tensor, input: Tensor) -> Any:
+def reversed_matmul(recorder: Recorder, func: Any, /, other: Tensor, input: Tensor) -> Any:
     """Row of Tensor.__rmatmul__."""
-    return matmul(mode, torch.matmul, input, other)
+    return matmul(recorder, torch.matmul, input, other)
 
 
 def add_matmul(
-    mode: Interception, func: Any, /, input: Tensor, *factors: Tensor, **kwargs: Any
+    recorder: Recorder, func: Any, /, input: Tensor, *factors: Tensor, **kwargs: Any
 ) -> Any:
     """Row of addmm and baddbmm."""
     if (
         kwargs.keys() - {"beta", "alpha"}
         or len(factors) != 2
-        or not mode.covers("matmul", input, *factors)
+        or not recorder.covers("matmul", input, *factors)
     ):
         return NotImplemented
     left, right = factors
-    stashes = _operands(mode, left, right)
-    result = mode.exactly(func, input, left, right, **kwargs)
+    stashes = _operands(recorder, left, right)
+    result = recorder.exactly(func, input, left, right, **kwargs)
     static = (tuple(input.shape), kwargs.get("beta", 1), kwargs.get("alpha", 1))
     return AddMatMul.apply(result, stashes, static, *distinct(input, left, right))
 
 
-def einsum(mode: Interception, func: Any, /, equation: Any, *operands: Any) -> Any:
+def einsum(recorder: Recorder, func: Any, /, equation: Any, *operands: Any) -> Any:
     """Row of torch.einsum for two operands whose indices all survive or are contracted."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or not mode.covers("matmul", *operands):
+    if (
+        not isinstance(equation, str)
+        or len(operands) != 2
+        or not recorder.covers("matmul", *operands)
+    ):
         return NotImplemented
     subscripts = _subscripts(equation, *operands)
     if subscripts is None:
         return NotImplemented
-    stashes = _operands(mode, *operands)
-    result = mode.exactly(func, equation, *operands)
+    stashes = _operands(recorder, *operands)
+    result = recorder.exactly(func, equation, *operands)
     return Einsum.apply(result, stashes, subscripts, *distinct(*operands))
 
 
-def _operands(mode: Interception, left: Tensor, right: Tensor) -> Kept:
+def _operands(recorder: Recorder, left: Tensor, right: Tensor) -> Kept:
     return kept_first(
-        mode,
-        mode.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
-        mode.keep(right, "matmul", "right", _within(right)) if left.requires_grad else None,
+        recorder,
+        recorder.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
+        recorder.keep(right, "matmul", "right", _within(right)) if left.requires_grad else None,
     )
 
 

@@ -7,18 +7,17 @@ constant keeps what PyTorch keeps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import CHEAP, MATMUL, Recompute, Saved, Spec, Stash
+from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Recompute, Saved, Spec, Stash
 
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Mul(Operator):
@@ -42,50 +41,52 @@ class Multiplied:
         return (left * right).to(dtype)
 
 
-def mul(mode: Interception, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
+def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.mul, Tensor.mul and `*`."""
     if kwargs:
         return NotImplemented
     if not isinstance(other, Tensor) or not isinstance(input, Tensor):
         output = func(input, other)
         tensor, number = (input, other) if isinstance(input, Tensor) else (other, input)
-        source = mode.lineage.get(tensor)
+        source = recorder.lineage.get(tensor)
         if source is not None and isinstance(number, (int, float)) and output.is_floating_point():
             replay = Recompute(torch.mul, (number,), {})
-            mode.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
+            recorder.lineage.set(
+                output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype)
+            )
         return output
     if not (input.requires_grad and other.requires_grad):
         return func(input, other)
-    if not mode.covers("mul", input, other):
+    if not recorder.covers("mul", input, other):
         return NotImplemented
     for product, scale in ((input, other), (other, input)):
-        output = scaled(mode, func, product, scale)
+        output = scaled(recorder, func, product, scale)
         if output is not NotImplemented:
             return output
-    left, right = mode.keep(input, "mul", "left"), mode.keep(other, "mul", "right")
-    kept = kept_first(mode, left, right)
-    result = mode.exactly(func, input, other)
+    left, right = recorder.keep(input, "mul", "left"), recorder.keep(other, "mul", "right")
+    kept = kept_first(recorder, left, right)
+    result = recorder.exactly(func, input, other)
     output = Mul.apply(
         result, kept, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
     )
     if max(left.cost, right.cost) < MATMUL:
-        mode.lineage.set(
+        recorder.lineage.set(
             output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype)
         )
     return output
 
 
-def mul_(mode: Interception, func: Any, /, input: Tensor, other: Any) -> Any:
+def mul_(recorder: Recorder, func: Any, /, input: Tensor, other: Any) -> Any:
     """Row of Tensor.mul_: computed apart and written back through autograd's own copy."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return NotImplemented
-    made = mode.linears.get(input)
+    made = recorder.linears.get(input)
     if made is None:
         return NotImplemented
-    product = scaled(mode, torch.mul, input, other)
+    product = scaled(recorder, torch.mul, input, other)
     if product is NotImplemented:
         return NotImplemented
     if torch.compiler.is_compiling():
-        mode.lineage.clear()
-        mode.linears.clear()
+        recorder.lineage.clear()
+        recorder.linears.clear()
     return input.copy_(product)

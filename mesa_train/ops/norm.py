@@ -12,30 +12,17 @@ A layer or RMS norm of a matmul's output (queries and keys) keeps no codes where
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import (
-    CHEAP,
-    MATMUL,
-    Geometry,
-    Leaf,
-    Saved,
-    Spec,
-    Stash,
-    held,
-    narrowed,
-    once,
-    whole,
-)
+from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Geometry, Leaf, Saved, Spec, Stash, held, narrowed, once, whole
 
 from .base import Operator, cast_like_autocast, derivative
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class TokenNorm(Operator):
@@ -122,7 +109,7 @@ class Normalized:
 
 
 def layer_norm(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -133,21 +120,21 @@ def layer_norm(
     *args: Any,
 ) -> Any:
     """Row of torch.nn.functional.layer_norm."""
-    if not mode.covers("layer_norm", input, weight, bias) or not input.numel():
+    if not recorder.covers("layer_norm", input, weight, bias) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
     x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
-    codec = mode.fused("layer_norm", "normalized", x.dtype)
+    codec = recorder.fused("layer_norm", "normalized", x.dtype)
     # PyTorch raises an error for other mixtures of dtypes.
     mixed = any([p is not None and p.dtype not in (x.dtype, torch.float32) for p in parameters])
-    if codec is not None and not mixed and _rebuildable(mode, "layer_norm", input) is None:
-        return _fused(mode, "layer_norm", codec, x, (input, weight, bias), shape, eps)
-    result, mean, rstd = mode.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
-    return _token_norm(mode, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
+    if codec is not None and not mixed and _rebuildable(recorder, "layer_norm", input) is None:
+        return _fused(recorder, "layer_norm", codec, x, (input, weight, bias), shape, eps)
+    result, mean, rstd = recorder.exactly(torch.native_layer_norm, x, shape, *parameters, eps)
+    return _token_norm(recorder, "layer_norm", x, result, mean, rstd, (input, weight, bias), shape)
 
 
 def rms_norm(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -156,22 +143,24 @@ def rms_norm(
     eps: float | None = None,
 ) -> Any:
     """Row of torch.nn.functional.rms_norm."""
-    if not mode.covers("rms_norm", input, weight) or not input.numel():
+    if not recorder.covers("rms_norm", input, weight) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
     # PyTorch computes in float32 at least; the epsilon that it chooses is that dtype's.
     wide = torch.promote_types(input.dtype, torch.float32)
     least = torch.finfo(wide).eps if eps is None else eps
-    codec = mode.fused("rms_norm", "normalized", wide)
-    if codec is not None and _rebuildable(mode, "rms_norm", input) is None:
+    codec = recorder.fused("rms_norm", "normalized", wide)
+    if codec is not None and _rebuildable(recorder, "rms_norm", input) is None:
         x, scale = cast_like_autocast(input), cast_like_autocast(weight)
         if scale is None or scale.dtype is x.dtype:
-            return _fused(mode, "rms_norm", codec, x, (input, weight, None), shape, least)
-    result = mode.exactly(func, input, list(shape), weight, eps)
+            return _fused(recorder, "rms_norm", codec, x, (input, weight, None), shape, least)
+    result = recorder.exactly(func, input, list(shape), weight, eps)
     with torch.no_grad():
         rows = input.to(wide).flatten(-len(shape))
         rstd = (rows.square().mean(-1) + least).rsqrt()
-    return _token_norm(mode, "rms_norm", input, result, None, rstd, (input, weight, None), shape)
+    return _token_norm(
+        recorder, "rms_norm", input, result, None, rstd, (input, weight, None), shape
+    )
 
 
 def token_norm_gradients(
@@ -190,7 +179,7 @@ def token_norm_gradients(
 
 
 def _token_norm(
-    mode: Interception,
+    recorder: Recorder,
     operator: str,
     x: Tensor,
     result: Tensor,
@@ -200,27 +189,27 @@ def _token_norm(
     shape: tuple[int, ...],
 ) -> Any:
     centred, rstd = mean is not None, rstd.reshape(-1)
-    source = _rebuildable(mode, operator, inputs[0])
+    source = _rebuildable(recorder, operator, inputs[0])
     if source is not None:
         recipe = Normalized(len(shape), centred)
         x_hat = Stash(recipe, (rstd,), (source,), cost=CHEAP, dtype=result.dtype)
-        mode.report.add(mode.site.name, operator, "normalized", "rebuilt", 0)
-    elif keeps_input(mode, operator, inputs[0], rstd.dtype):
-        kept = mode.keep(inputs[0], operator, "normalized")
+        recorder.report.add(recorder.site.name, operator, "normalized", "rebuilt", 0)
+    elif keeps_input(recorder, operator, inputs[0], rstd.dtype):
+        kept = recorder.keep(inputs[0], operator, "normalized")
         recipe = Normalized(len(shape), centred)
         x_hat = Stash(recipe, (rstd,), (kept,), cost=CHEAP, dtype=result.dtype)
     else:
-        codec = mode.codec(operator, "normalized")
+        codec = recorder.codec(operator, "normalized")
         with torch.no_grad():
             matrix = x.detach().reshape(-1, math.prod(shape))
             centre = None if mean is None else mean.reshape(-1)
             codes = codec.encode_normalized(matrix, centre, rstd)
-        x_hat = _leaf(mode, operator, codec, codes, result, shape)
-    return _recorded(mode, x_hat, result, rstd, inputs, shape, centred)
+        x_hat = _leaf(recorder, operator, codec, codes, result, shape)
+    return _recorded(recorder, x_hat, result, rstd, inputs, shape, centred)
 
 
 def _fused(
-    mode: Interception,
+    recorder: Recorder,
     operator: str,
     codec: Affine,
     x: Tensor,
@@ -237,33 +226,33 @@ def _fused(
         shift = None if bias is None else bias.reshape(-1)
         result, rstd, codes = codec.norm(matrix, scale, shift, eps, centred, x.dtype)
     result = result.view(x.shape)
-    x_hat = _leaf(mode, operator, codec, codes, result, shape)
-    return _recorded(mode, x_hat, result, rstd, inputs, shape, centred)
+    x_hat = _leaf(recorder, operator, codec, codes, result, shape)
+    return _recorded(recorder, x_hat, result, rstd, inputs, shape, centred)
 
 
-def keeps_input(mode: Interception, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
+def keeps_input(recorder: Recorder, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
     """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
     a parameter (weight standardization), or x_hat is not coded. Then its `dtype` may be wider, and
     another operator may keep the input too."""
     base = None if torch.compiler.is_compiling() else input._base
     if isinstance(input, torch.nn.Parameter) or isinstance(base, torch.nn.Parameter):
         return True
-    if not mode.lossless(operator, "normalized"):
+    if not recorder.lossless(operator, "normalized"):
         return False
     return input.dtype.itemsize < dtype.itemsize or not (
         torch.compiler.is_compiling() or narrowed(input)
     )
 
 
-def _rebuildable(mode: Interception, operator: str, input: Tensor) -> Stash | None:
+def _rebuildable(recorder: Recorder, operator: str, input: Tensor) -> Stash | None:
     """The stash of a norm's input that a matmul rebuilds, where the policy has it rebuilt."""
-    source = mode.lineage.get(input)
-    rebuilt = mode.site.rules[operator, "normalized"].rebuild_linear
+    source = recorder.lineage.get(input)
+    rebuilt = recorder.site.rules[operator, "normalized"].rebuild_linear
     return source if source is not None and source.cost == MATMUL and rebuilt else None
 
 
 def _leaf(
-    mode: Interception,
+    recorder: Recorder,
     operator: str,
     codec: Any,
     codes: tuple[Tensor, ...],
@@ -272,11 +261,11 @@ def _leaf(
 ) -> Stash:
     dims = tuple(range(result.dim()))
     geometry = Geometry(tuple(result.shape), dims, math.prod(shape))
-    return mode.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
+    return recorder.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
 
 
 def _recorded(
-    mode: Interception,
+    recorder: Recorder,
     x_hat: Stash,
     result: Tensor,
     rstd: Tensor,
@@ -292,5 +281,7 @@ def _recorded(
     recipe = Scaled(
         weight is not None, bias is not None, None if isinstance(x_hat.recipe, Leaf) else shape
     )
-    mode.lineage.set(output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype))
+    recorder.lineage.set(
+        output, Stash(recipe, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype)
+    )
     return output

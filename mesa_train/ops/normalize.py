@@ -3,17 +3,15 @@ matmul behind it shares, and the clamped lengths."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import Saved, whole
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, whole
 
 from .base import Operator, aliases, derivative
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Normalize(Operator):
@@ -31,7 +29,7 @@ class Normalize(Operator):
 
 
 def normalize(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -41,13 +39,18 @@ def normalize(
     out: Tensor | None = None,
 ) -> Any:
     """Row of torch.nn.functional.normalize with p=2 along one dim."""
-    if p != 2 or out is not None or not isinstance(dim, int) or not mode.covers("normalize", input):
+    if (
+        p != 2
+        or out is not None
+        or not isinstance(dim, int)
+        or not recorder.covers("normalize", input)
+    ):
         return NotImplemented
-    result = mode.exactly(func, input, p, dim, eps)
-    norm = mode.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
-    y = mode.keep(result, "normalize", "output")
+    result = recorder.exactly(func, input, p, dim, eps)
+    norm = recorder.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
+    y = recorder.keep(result, "normalize", "output")
     if not torch.compiler.is_compiling() and aliases(y, result):
         result = result.clone()  # PyTorch does not keep its output, so it may be written to
     output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
-    mode.lineage.set(output, y)
+    recorder.lineage.set(output, y)
     return output

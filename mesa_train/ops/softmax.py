@@ -3,18 +3,16 @@ which the matmul behind it shares; never its input."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash import Geometry, Leaf, Saved
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Geometry, Leaf, Saved
 
 from .base import Operator, derivative
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 
 class Softmax(Operator):
@@ -41,7 +39,7 @@ class Softmax(Operator):
 
 
 def softmax(
-    mode: Interception,
+    recorder: Recorder,
     func: Any,
     /,
     input: Tensor,
@@ -50,25 +48,25 @@ def softmax(
     **kwargs: Any,
 ) -> Any:
     """Row of torch.softmax, Tensor.softmax and torch.nn.functional.softmax."""
-    if dim is None or not mode.covers("softmax", input):
+    if dim is None or not recorder.covers("softmax", input):
         return NotImplemented
     last = input.dim() > 0 and dim % input.dim() == input.dim() - 1
     dtype = None if args or not last else _dtype(input, kwargs)
     codec = None
     if dtype is not None:
         weights = input.detach().new_empty(input.shape, dtype=dtype, device="meta")
-        codec = mode.fused("softmax", "output", dtype, weights)
+        codec = recorder.fused("softmax", "output", dtype, weights)
     if codec is not None and dtype is not None:
         with torch.no_grad():
             result, codes = codec.softmax(input.detach().reshape(-1, input.shape[-1]), dtype)
         geometry = Geometry(tuple(input.shape), tuple(range(input.dim())), input.shape[-1])
-        stash = mode.leaf(codec, codes, geometry, dtype, "softmax", "output")
+        stash = recorder.leaf(codec, codes, geometry, dtype, "softmax", "output")
         result = geometry.restore(result)
     else:
-        result = mode.exactly(func, input, dim, *args, **kwargs)
-        stash = mode.keep(result, "softmax", "output")
+        result = recorder.exactly(func, input, dim, *args, **kwargs)
+        stash = recorder.keep(result, "softmax", "output")
     output = Softmax.apply(result, (stash,), dim, input)
-    mode.lineage.set(output, stash)
+    recorder.lineage.set(output, stash)
     return output
 
 

@@ -8,32 +8,31 @@ the stashes of the parts, so one matmul behind attention and an activation keeps
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mesa_train.stash import VIEW, Cast, Replay, Saved, Spec, Stash
+from mesa_train.policy import VIEW
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Cast, Replay, Saved, Spec, Stash
 
 from .fallback import fallback
-
-if TYPE_CHECKING:
-    from mesa_train.intercept import Interception
 
 _CAST = Cast()
 
 
-def view(mode: Interception, func: Any, /, input: Any, *args: Any, **kwargs: Any) -> Any:
+def view(recorder: Recorder, func: Any, /, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Row of views and of copies of views."""
     output = func(input, *args, **kwargs)
-    source = mode.lineage.get(input) if isinstance(input, Tensor) else None
+    source = recorder.lineage.get(input) if isinstance(input, Tensor) else None
     if source is None or _has_tensor(args) or _has_tensor(kwargs.values()):
         return output
     if isinstance(output, Tensor):
-        _derive(mode, output, source, Replay(func, args, kwargs))
+        _derive(recorder, output, source, Replay(func, args, kwargs))
     elif isinstance(output, (tuple, list)):
         for index, part in enumerate(output):
-            _derive(mode, part, source, Replay(func, args, kwargs, index))
+            _derive(recorder, part, source, Replay(func, args, kwargs, index))
     return output
 
 
@@ -47,47 +46,47 @@ class Joined:
         return torch.cat([saved.value(source, dtype) for source in spec.sources], self.dim)
 
 
-def cat(mode: Interception, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
+def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
     """Row of torch.cat. Where the parts that have a stash are the larger share, the others get one
     now: coding the whole for the operator behind it would code the known parts a second time."""
     parts = tuple(tensors)
-    if kwargs or not mode.covers("linear", *parts):
+    if kwargs or not recorder.covers("linear", *parts):
         return NotImplemented
     output = func(parts, dim)
-    sources = [mode.lineage.get(part) for part in parts]
+    sources = [recorder.lineage.get(part) for part in parts]
     known = sum([p.numel() for p, s in zip(parts, sources, strict=True) if s is not None])
     if (
         2 * known <= output.numel()
         or any([part.dtype is not output.dtype for part in parts])
-        or not mode.site.rules["linear", "input"].rebuild_cheap
+        or not recorder.site.rules["linear", "input"].rebuild_cheap
     ):
         return output
     stashes = [
-        mode.keep(part, "linear", "input", label="cat") if source is None else source
+        recorder.keep(part, "linear", "input", label="cat") if source is None else source
         for part, source in zip(parts, sources, strict=True)
     ]
     stash = Stash(Joined(dim), (), tuple(stashes), cost=VIEW, dtype=output.dtype)
-    mode.lineage.set(output, stash)
+    recorder.lineage.set(output, stash)
     return output
 
 
-def pad(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def pad(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Row of F.pad. For every mode but "constant" PyTorch saves the input, to the hooks of the
     fallback."""
-    output = fallback(mode, func, (input, *args), kwargs)
-    source = mode.lineage.get(input)
+    output = fallback(recorder, func, (input, *args), kwargs)
+    source = recorder.lineage.get(input)
     if source is not None and not _has_tensor(args) and not _has_tensor(kwargs.values()):
-        _derive(mode, output, source, Replay(func, args, kwargs))
+        _derive(recorder, output, source, Replay(func, args, kwargs))
     return output
 
 
-def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def cast(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Row of dtype conversions (and moves to the device a tensor is on)."""
     if "memory_format" in kwargs:
         # A view behind it may rely on the new layout, which a cast of codes does not have.
         return NotImplemented
     output = func(input, *args, **kwargs)
-    source = mode.lineage.get(input)
+    source = recorder.lineage.get(input)
     if (
         source is not None
         and output is not input
@@ -95,14 +94,14 @@ def cast(mode: Interception, func: Any, /, input: Tensor, *args: Any, **kwargs: 
         and output.device == input.device
     ):
         stash = Stash(_CAST, (), (source,), cost=VIEW, dtype=output.dtype)
-        mode.lineage.set(output, stash)
+        recorder.lineage.set(output, stash)
     return output
 
 
-def _derive(mode: Interception, output: Tensor, source: Stash, recipe: Replay) -> None:
+def _derive(recorder: Recorder, output: Tensor, source: Stash, recipe: Replay) -> None:
     # A view in another dtype reads bits, which codes do not have.
-    if mode.lineage.get(output) is None and output.dtype is source.dtype:
-        mode.lineage.set(output, Stash(recipe, (), (source,), cost=VIEW, dtype=source.dtype))
+    if recorder.lineage.get(output) is None and output.dtype is source.dtype:
+        recorder.lineage.set(output, Stash(recipe, (), (source,), cost=VIEW, dtype=source.dtype))
 
 
 def _has_tensor(values: Any) -> bool:

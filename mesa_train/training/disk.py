@@ -204,7 +204,7 @@ def peer_ended(error: BaseException) -> bool:
 
 def _room(path: Path) -> str:
     """How much room is left where `path` was to be, in words; "" where that is unknown."""
-    from mesa_train.memory.text import format_bytes
+    from mesa_train.utils.formatting import format_bytes
 
     there: Any = next((p for p in path.absolute().parents if p.exists()), None)
     try:

@@ -29,9 +29,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mesa_train.memory.text import format_bytes
+from mesa_train.utils.formatting import format_bytes
 
-from .engine import EpochResult, StepEvent
+from .trainer import EpochResult, StepEvent
 
 # Seconds between two lines where there is no terminal.
 EVERY_S = 5.0

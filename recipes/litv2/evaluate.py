@@ -14,8 +14,9 @@ from typing import Annotated
 
 import typer
 
-from mesa_train.training import recipe
-from mesa_train.training.config import ConfigError, load, of_dict
+from mesa_train.training.classification import fit as recipe
+from mesa_train.training.classification.config import load, of_dict
+from mesa_train.training.config_schema import ConfigError
 
 
 def main(

@@ -14,8 +14,10 @@ from typing import Annotated
 
 import typer
 
-from mesa_train.training import disk, plan, recipe
-from mesa_train.training.config import load
+from mesa_train.training import disk
+from mesa_train.training.classification import dry_run as plan
+from mesa_train.training.classification import fit as recipe
+from mesa_train.training.classification.config import load
 
 
 def main(

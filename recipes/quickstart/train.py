@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import mesa_train
-from mesa_train.memory.text import format_bytes
-from mesa_train.training import models, plots, records
-from mesa_train.training.data import light_augmentation, load
-from mesa_train.training.engine import EpochResult, TrainConfig, Trainer, fit
-from mesa_train.training.precision import choose
+from mesa_train.report import figures as plots
+from mesa_train.training import small_models as models
+from mesa_train.training.data.packaged import light_augmentation, load
 from mesa_train.training.progress import Dashboard, waiting
+from mesa_train.training.trainer import EpochResult, TrainConfig, Trainer, fit
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.precision import choose
 
 
 def main(

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mesa_train.memory.text import format_bytes, format_table
-from mesa_train.training import estimates, records
-from mesa_train.training.estimates import CODED, SCHEMES
+from mesa_train.training.vit22b import estimates
+from mesa_train.training.vit22b.estimates import CODED, SCHEMES
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes, format_table
 
 ONE_CARD = ("nf4", "lion", "factored")
 

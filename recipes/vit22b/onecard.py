@@ -6,7 +6,7 @@
 
 Says first what memory it expects, part by part, and refuses if the card has less; then trains a few
 steps on images in the model's resolution and says what it took: peak, images/s, and the share of the
-card's peak arithmetic that the model itself needed (mfu). scripts/bench_gpu_22b.sh runs all three.
+card's peak arithmetic that the model itself needed (mfu). scripts/bench/gpu_22b.sh runs all three.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ import torch
 import typer
 
 import mesa_train.models  # noqa: F401  registers them with timm
-from mesa_train.memory.text import format_bytes
-from mesa_train.models.vit22b import SIZES, sigmoid_loss
+from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
 from mesa_train.policy import OFFLOADED, PRESETS
-from mesa_train.training import data, estimates, nf4_lora, records, sharded_loop
-from mesa_train.training.in_backward import METHODS as IN_BACKWARD
-from mesa_train.training.in_backward import InBackward
+from mesa_train.training.config_schema import one_of
+from mesa_train.training.data import packaged as data
+from mesa_train.training.optim.optimizer_in_backward import METHODS as IN_BACKWARD
+from mesa_train.training.optim.optimizer_in_backward import InBackward
 from mesa_train.training.progress import Every
-from mesa_train.training.schedule_rsqrt import groups
-from mesa_train.training.schema import one_of
-from mesa_train.training.sharded_checkpoint import CheckpointError, check_export, load_export
-from mesa_train.training.sharded_config import CHECKPOINTING, ConfigError
-from mesa_train.training.sharded_engines import check_precision, install
-from mesa_train.training.sharded_plan import method_of
+from mesa_train.training.vit22b import estimates
+from mesa_train.training.vit22b import loop as sharded_loop
+from mesa_train.training.vit22b import qlora as nf4_lora
+from mesa_train.training.vit22b.backend import check_precision, install
+from mesa_train.training.vit22b.checkpoint import CheckpointError, check_export, load_export
+from mesa_train.training.vit22b.config import CHECKPOINTING, ConfigError
+from mesa_train.training.vit22b.dry_run import method_of
+from mesa_train.training.vit22b.schedule import groups
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes
 
 METHODS = ("nf4", *IN_BACKWARD)
 RANDOM = "random"

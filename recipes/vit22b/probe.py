@@ -22,18 +22,22 @@ from PIL import Image
 from torch import Tensor
 
 import mesa_train.models  # noqa: F401  registers them with timm
-from mesa_train.memory.text import format_bytes
-from mesa_train.models.vit22b import SIZES
-from mesa_train.models.vit22b_init import initialise
-from mesa_train.training import data, estimates, features, folder, robustness
-from mesa_train.training.config import DataConfig
-from mesa_train.training.decode import decode
+from mesa_train.models.vit22b.init import initialise
+from mesa_train.models.vit22b.model import SIZES
+from mesa_train.training.config_schema import one_of
+from mesa_train.training.data import folder
+from mesa_train.training.data import packaged as data
+from mesa_train.training.data.config import DataConfig
+from mesa_train.training.data.decode import decode
+from mesa_train.training.data.sources import keeping_random_state, seed_all
+from mesa_train.training.evaluation import linear_probe as features
+from mesa_train.training.evaluation import robustness
 from mesa_train.training.progress import Every
-from mesa_train.training.schema import one_of
-from mesa_train.training.sharded_checkpoint import CheckpointError, load_export
-from mesa_train.training.sharded_config import CropConfig
-from mesa_train.training.sharded_data import transforms
-from mesa_train.training.sources import keeping_random_state, seed_all
+from mesa_train.training.vit22b import estimates
+from mesa_train.training.vit22b.checkpoint import CheckpointError, load_export
+from mesa_train.training.vit22b.config import CropConfig
+from mesa_train.training.vit22b.data import transforms
+from mesa_train.utils.formatting import format_bytes
 
 
 def main(

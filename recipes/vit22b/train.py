@@ -16,11 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mesa_train.training import sharded_config, sharded_loop, sharded_plan, sources
+from mesa_train.training.data import sources
 from mesa_train.training.disk import last_good, peer_ended
-from mesa_train.training.sharded_checkpoint import CheckpointError, export
-from mesa_train.training.sharded_config import precision_of
-from mesa_train.training.stability import DivergenceError
+from mesa_train.training.vit22b import config as sharded_config
+from mesa_train.training.vit22b import dry_run as sharded_plan
+from mesa_train.training.vit22b import loop as sharded_loop
+from mesa_train.training.vit22b.checkpoint import CheckpointError, export
+from mesa_train.training.vit22b.config import precision_of
+from mesa_train.training.vit22b.stability import DivergenceError
 
 
 def main(

@@ -5,7 +5,8 @@ import conftest
 import torch
 
 from mesa_train import kernels
-from mesa_train.kernels import reference, triton_schemas
+from mesa_train.kernels import reference
+from mesa_train.kernels.triton import schemas as triton_schemas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, cols, group_size): groups below, at and above a block of every width, bytes that groups share.

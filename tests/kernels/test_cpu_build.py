@@ -10,7 +10,7 @@ import pytest
 from limits import HUNG_S
 
 from mesa_train import kernels
-from mesa_train.kernels import cpu_build
+from mesa_train.kernels.cpu import build as cpu_build
 
 ENCODE = """
 import logging, torch
@@ -98,7 +98,7 @@ import sys, torch
 before = set(sys.modules)
 import mesa_train.kernels
 new = set(sys.modules) - before
-assert "mesa_train.kernels.cpu_build" not in new
+assert "mesa_train.kernels.cpu.build" not in new
 assert not any(name.startswith(("torch._dynamo", "torch._inductor", "triton")) for name in new)
 print(torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode", "CPU"))
 """

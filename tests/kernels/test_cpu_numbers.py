@@ -64,7 +64,7 @@ def test_every_rounding_to_bfloat16_is_pytorchs(native, low):
 
 @pytest.mark.parametrize(
     ("dtype", "of_value", "of_slope"),
-    # What cpu_activations.h states of its polynomials (of the value: over max(1, |x|)), and then half
+    # What activations.h states of its polynomials (of the value: over max(1, |x|)), and then half
     # a rounding to dtype.
     [(torch.float32, 1e-6, 1.2e-6), (torch.bfloat16, 1e-4, 4.5e-4)],
 )

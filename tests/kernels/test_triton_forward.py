@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 import triton_interpreter
 
-from mesa_train.kernels import reference, schemas, triton_schemas
+from mesa_train.kernels import reference, schemas
+from mesa_train.kernels.triton import schemas as triton_schemas
 
 SHAPES = ((1, 1, 1), (9, 1, 64), (12, 33, 7), (5, 197, 128), (9, 384, 128), (7, 768, 128))
 OPERATORS = ("norm_encode", "activation_encode", "softmax_encode")

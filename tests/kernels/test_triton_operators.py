@@ -12,7 +12,8 @@ import triton_interpreter
 from limits import HUNG_S
 
 from mesa_train import kernels
-from mesa_train.kernels import reference, schemas, triton_load
+from mesa_train.kernels import reference, schemas
+from mesa_train.kernels.triton import load as triton_load
 
 # (rows, cols, group_size): empty, single, groups that share a byte, a short last group, one group a
 # row, a tile of one unit, and lengths that ViTs have.
@@ -99,7 +100,7 @@ def test_scales_of_another_matrix_are_refused(triton):
 @pytest.mark.parametrize("cols", [1, 7, 64, 197, 1000])
 @pytest.mark.parametrize("bits", schemas.BITS)
 def test_units_start_on_whole_bytes_and_cover_the_row(triton, cols, groups, bits):
-    from mesa_train.kernels.triton_tiles import tiles
+    from mesa_train.kernels.triton.tiles import tiles
 
     size = -(-cols // min(groups, cols))
     groups = -(-cols // size)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton_interpreter
 
-from mesa_train.kernels import reference, schemas, triton_schemas
+from mesa_train.kernels import reference, schemas
+from mesa_train.kernels.triton import schemas as triton_schemas
 
 SHAPES = ((1, 1, 1), (9, 1, 64), (12, 33, 7), (5, 197, 128), (70, 384, 128))
 

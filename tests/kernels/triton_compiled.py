@@ -11,17 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mesa_train.kernels import (
-    reference,
-    triton_bitmask,
-    triton_decode,
-    triton_encode,
-    triton_forward,
-    triton_norm,
-    triton_pair,
-    triton_scale,
-    triton_softmax,
-)
+from mesa_train.kernels import reference
+from mesa_train.kernels.triton import bitmask, decode, encode, forward, norm, pair, scale, softmax
 
 compiled = []
 run = JITFunction.run
@@ -62,54 +53,54 @@ def main() -> None:
     for bits in (8, 4, 2):
         for x in (qkv[:, :384], qkv.bfloat16()[:, 384:768]):
             for stochastic in (False, True):
-                text = ptx(triton_encode.affine_encode, x, bits, 128, stochastic, 0)
+                text = ptx(encode.affine_encode, x, bits, 128, stochastic, 0)
                 assert "fma" not in text
                 assert "ld.global.v4.b32" in text
                 assert f"st.global.v{2 if bits == 2 else 4}.b32" in text
                 assert "st.global.b8" not in text
-        text = ptx(triton_encode.normalized_encode, qkv[:, :384], rows, rows, bits, 128, False, 0)
+        text = ptx(encode.normalized_encode, qkv[:, :384], rows, rows, bits, 128, False, 0)
         assert "fma" not in text
         coded = reference.affine_encode(qkv[:, :384], bits, 128, False, 0)
         for affine in ((None, None), (qkv[0, :384], qkv[1, :384])):
-            text = ptx(triton_decode.affine_decode, *coded, bits, 384, torch.bfloat16, *affine)
+            text = ptx(decode.affine_decode, *coded, bits, 384, torch.bfloat16, *affine)
             assert "fma" not in text
             assert "st.global.v4.b32" in text
             assert "ld.global.b8" not in text
         for grad in (qkv[:, :384], qkv.bfloat16()[:, :384]):
             args = (grad, *coded, rows, qkv[0, :384], bits, True, grad.dtype)
-            assert "atom" not in ptx(triton_norm.norm_backward, *args)
+            assert "atom" not in ptx(norm.norm_backward, *args)
     for kind in reference.ACTIVATIONS:
-        text = ptx(triton_decode.activation_decode, *coded, 2, 384, torch.bfloat16, kind)
+        text = ptx(decode.activation_decode, *coded, 2, 384, torch.bfloat16, kind)
         assert "st.global.v4.b32" in text
         grad = qkv.bfloat16()[:, :384]
-        ptx(triton_decode.activation_backward, grad, *coded, 2, kind)
-        ptx(triton_decode.activation_pair, grad, *coded, 2, kind)
-        text = ptx(triton_pair.activation_pair_sum, grad, *coded, 2, kind)
+        ptx(decode.activation_backward, grad, *coded, 2, kind)
+        ptx(decode.activation_pair, grad, *coded, 2, kind)
+        text = ptx(pair.activation_pair_sum, grad, *coded, 2, kind)
         assert "atom" not in text
         assert "st.global.v4.b32" in text
-        text = ptx(triton_forward.activation_encode, qkv.bfloat16(), kind, 8, 128, False, 0)
+        text = ptx(forward.activation_encode, qkv.bfloat16(), kind, 8, 128, False, 0)
         assert "st.global.v4.b32" in text
     for dtype in (torch.float32, torch.bfloat16):
         args = (qkv.to(dtype)[:, :384], qkv[0, :384], qkv[1, :384], 1e-5, True, torch.bfloat16)
         for stochastic in (False, True):
-            text = ptx(triton_forward.norm_encode, *args, 4, 128, stochastic, 0)
+            text = ptx(forward.norm_encode, *args, 4, 128, stochastic, 0)
             assert "ld.global.v4.b32" in text
             assert "st.global.v4.b32" in text
             scores = qkv.to(dtype)[:, :384]
-            text = ptx(triton_softmax.softmax_encode, scores, dtype, 8, 128, stochastic, 0)
+            text = ptx(softmax.softmax_encode, scores, dtype, 8, 128, stochastic, 0)
             assert "ld.global.v4.b32" in text
             assert "st.global.v4.b32" in text
-        text = ptx(triton_scale.scale_backward, qkv[:, :384], qkv[0, :384], torch.bfloat16)
+        text = ptx(scale.scale_backward, qkv[:, :384], qkv[0, :384], torch.bfloat16)
         assert "atom" not in text
         assert "ld.global.v4.b32" in text
-        ptx(triton_softmax.softmax_backward, qkv.to(dtype)[:, :384], *coded, 2)
+        ptx(softmax.softmax_backward, qkv.to(dtype)[:, :384], *coded, 2)
     # Groups that share a byte, and a short last one.
-    ptx(triton_encode.affine_encode, qkv[:, :197], 4, 128, True, 0)
+    ptx(encode.affine_encode, qkv[:, :197], 4, 128, True, 0)
     bits = reference.bitmask_positive(qkv)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert "ld.global.v4.b32" in ptx(triton_bitmask.bitmask_positive, qkv.to(dtype))
-        ptx(triton_bitmask.bitmask_apply, qkv.to(dtype), bits, 2.0)
-    ptx(triton_bitmask.bitmask_encode, qkv > 0)
+        assert "ld.global.v4.b32" in ptx(bitmask.bitmask_positive, qkv.to(dtype))
+        ptx(bitmask.bitmask_apply, qkv.to(dtype), bits, 2.0)
+    ptx(bitmask.bitmask_encode, qkv > 0)
 
 
 if __name__ == "__main__":

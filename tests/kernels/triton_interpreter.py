@@ -17,22 +17,22 @@ import numpy as np
 import torch
 
 MODULES = {
-    "triton_encode": ("affine_encode", "normalized_encode"),
-    "triton_decode": (
+    "encode": ("affine_encode", "normalized_encode"),
+    "decode": (
         "affine_decode",
         "activation_decode",
         "activation_backward",
         "activation_pair",
     ),
-    "triton_norm": ("norm_backward",),
-    "triton_softmax": ("softmax_backward",),
-    "triton_scale": ("scale_backward",),
-    "triton_bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
+    "norm": ("norm_backward",),
+    "softmax": ("softmax_backward",),
+    "scale": ("scale_backward",),
+    "bitmask": ("bitmask_encode", "bitmask_positive", "bitmask_apply"),
 }
 APART = {
-    "triton_forward": ("norm_encode", "activation_encode"),
-    "triton_softmax": ("softmax_encode",),
-    "triton_pair": ("activation_pair_sum",),
+    "forward": ("norm_encode", "activation_encode"),
+    "softmax": ("softmax_encode",),
+    "pair": ("activation_pair_sum",),
 }
 Modules = dict[str, tuple[str, ...]]
 
@@ -43,7 +43,7 @@ def bodies(modules: Modules = MODULES) -> SimpleNamespace:
 
 
 def apart() -> SimpleNamespace:
-    """Those of `triton_schemas`: fused forwards, and the pair with its sum."""
+    """Those of `kernels.triton.schemas`: fused forwards, and the pair with its sum."""
     return bodies(APART)
 
 
@@ -81,7 +81,7 @@ def interpreted(modules: Modules) -> SimpleNamespace:
         _interpret_library()
         found = {}
         for module, names in modules.items():
-            loaded = importlib.import_module(f"mesa_train.kernels.{module}")
+            loaded = importlib.import_module(f"mesa_train.kernels.triton.{module}")
             found.update({name: getattr(loaded, name) for name in names})
         return SimpleNamespace(**found)
     finally:

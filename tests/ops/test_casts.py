@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mesa_train import Policy, compress, wrap
+from mesa_train import Policy, compress
+from mesa_train.engine import wrap
 
 half, brain, single = torch.float16, torch.bfloat16, torch.float32
 LOSSLESS = Policy(bits=32, min_bytes=0)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train import Policy, compress
-from mesa_train.intercept import Interception
+from mesa_train.engine.intercept import CompressionMode
 
 B, H, N, D = 2, 3, 17, 16
 
@@ -43,7 +43,7 @@ def attend(policy, change=lambda q, k, v: (q, k, v)):
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(Interception, "new_codes", lambda *args: None)
+    monkeypatch.setattr(CompressionMode, "new_codes", lambda *args: None)
 
 
 QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}

@@ -9,8 +9,8 @@ from operator_case import call, error, gradients, tensors
 from operator_cases import CASES
 
 from mesa_train import Policy, compress
-from mesa_train.memory.fakes import Fakes
-from mesa_train.stash import strip, value
+from mesa_train.measure.fake_tensors import Fakes
+from mesa_train.stash.stash import strip, value
 
 half, brain, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mesa_train.training import run, sharded_engines
+from mesa_train.training.classification import run
+from mesa_train.training.vit22b import backend as sharded_engines
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RANK = int(os.environ["RANK"])

@@ -15,8 +15,8 @@ import pytest
 import torch
 from limits import HUNG_S
 
-from mesa_train.training import plan
-from mesa_train.training.config import load
+from mesa_train.training.classification import dry_run as plan
+from mesa_train.training.classification.config import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/litv2"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from mesa_train.training import checkpoints, disk, records, sharded_checkpoint
+from mesa_train.training import checkpoints, disk
 from mesa_train.training.checkpoints import CheckpointError
+from mesa_train.training.vit22b import checkpoint as sharded_checkpoint
+from mesa_train.utils import records
 
 
 @contextlib.contextmanager

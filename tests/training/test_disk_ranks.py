@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from mesa_train.training import (
-    accelerated,
-    disk,
-    recipe,
-    sharded_checkpoint,
-    sharded_zero,
-    sources,
-)
+from mesa_train.training import disk
 from mesa_train.training.checkpoints import CheckpointError
-from mesa_train.training.config import ConfigError
+from mesa_train.training.classification import accelerated
+from mesa_train.training.classification import fit as recipe
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data import sources
+from mesa_train.training.vit22b import checkpoint as sharded_checkpoint
+from mesa_train.training.vit22b import zero3_checkpoint as sharded_zero
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -189,10 +187,13 @@ def test_the_group_of_processes_outlives_a_failure(fails):
     config = types.SimpleNamespace(to_dict=dict)
     run = types.SimpleNamespace(accelerator=accelerator, config=config)
     if fails:
-        with pytest.raises(OSError, match="No space"), accelerated.trackers(run):
+        with (
+            pytest.raises(OSError, match="No space"),
+            accelerated.trackers(run.config, run.accelerator),
+        ):
             raise FULL
     else:
-        with accelerated.trackers(run):
+        with accelerated.trackers(run.config, run.accelerator):
             pass
     assert ended == ["tracker" if fails else "trackers and group"]
 

@@ -7,8 +7,8 @@ import time
 from rich.console import Console
 
 from mesa_train.training import progress
-from mesa_train.training.engine import EpochResult, StepEvent
 from mesa_train.training.progress import Dashboard
+from mesa_train.training.trainer import EpochResult, StepEvent
 
 
 def shown(*, terminal):

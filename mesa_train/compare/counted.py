@@ -1,0 +1,107 @@
+"""A comparison by counting alone: kept bytes, peak of the step, largest batch, on tensors without
+data. Any model and batch, in seconds; no times and no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mesa_train.estimate.optimizer_states import adamw_bytes
+from mesa_train.loading.inputs import NO_BATCH, resized
+from mesa_train.loading.model import Loaded
+from mesa_train.measure.footprint import footprint
+from mesa_train.measure.gradients import default_loss
+from mesa_train.measure.module_tree import forward_order
+from mesa_train.measure.timeline import timeline
+from mesa_train.methods.checkpointing import NoBlocks
+from mesa_train.methods.spec import Contender
+
+from .batch_size_finder import largest_batch_on_a_line
+
+Row = dict[str, Any]
+
+
+def count(
+    make: Callable[[], Loaded],
+    methods: Sequence[str],
+    *,
+    dtype: torch.dtype | None,
+    memory_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Generator[Row, None, None]:
+    """A row a method with what can be counted; what needs a real run has its reason as "note".
+
+    make: loads the model, on the meta device.
+
+    Raises ValueError for an unknown method or none at all, and what counting raises.
+    """
+    if not methods:
+        raise ValueError("a comparison needs a method, such as plain or mesa8")
+    contenders = [Contender.of(method) for method in methods]
+    for number, contender in enumerate(contenders):
+        if progress is not None:
+            progress(contender.name, number, len(contenders))
+        row: Row = {"method": contender.name, "caveats": list(contender.caveats)}
+        if contender.countable:
+            try:
+                row |= _counted(make(), contender, dtype, memory_bytes)
+            except NoBlocks as reason:
+                row["note"] = str(reason)
+        else:
+            row["note"] = "its bytes show in a real run alone: leave --quick out"
+        yield row
+
+
+def _counted(
+    loaded: Loaded,
+    contender: Contender,
+    dtype: torch.dtype | None,
+    memory_bytes: int | None,
+) -> Row:
+    model, inputs = contender.cast(loaded.model, loaded.inputs)
+    autocast = contender.autocast(dtype)
+    found = footprint(model, inputs, policy=contender.variant, autocast=autocast, loss=default_loss)
+    step = timeline(model, inputs, policy=contender.variant, autocast=autocast)
+    weights = found.parameter_bytes + found.buffer_bytes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = sum(adamw_bytes(p.numel(), p.element_size(), contender.eight_bit) for p in trained)
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    standing = weights + optimizer + sum(t.nbytes for t in tensors)
+    row: Row = {
+        "kept_bytes": found.saved_bytes,
+        "moved_bytes": found.moved_bytes or None,
+        "by_operator": found.by_operator,
+        "by_module": forward_order(found),
+        "weight_bytes": weights,
+        "gradient_bytes": step.gradient_bytes,
+        "optimizer_bytes": optimizer,
+        "step_bytes": step.peak_bytes,
+        "peak_bytes": standing + step.peak_bytes,
+    }
+
+    own = loaded.batch or 1
+
+    def images(batch: int) -> Any:
+        other = resized(inputs, own, batch, data=False, make=loaded.make)
+        return None if other is None else contender.narrowed(other)
+
+    if memory_bytes is not None and images(1) is None:
+        row["note"] = NO_BATCH
+    elif memory_bytes is not None:
+        room = memory_bytes - standing
+
+        def peak(batch: int) -> int:
+            return timeline(
+                model, images(batch), policy=contender.variant, autocast=autocast
+            ).peak_bytes
+
+        per_image = found.saved_bytes / own
+        guess = max(1, int(room / max(per_image, 1)))
+        row["largest_batch"] = largest_batch_on_a_line(
+            peak, room, guess, per_image, step.gradient_bytes
+        )
+    return row

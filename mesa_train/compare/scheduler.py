@@ -1,0 +1,272 @@
+"""Contenders side by side, each measured in a process of its own.
+
+A method that runs out of memory, crashes or takes too long becomes a row with its reason, and the
+next one starts clean. A server process imports PyTorch once and forks a child a method (see
+`fork_server.py` and `worker.py`).
+
+Compiling takes most of the time of a method that compiles, and one core. So on a CPU of several cores
+these methods have a lane of their own: they compile and count their bytes while the others count
+theirs, with half of the threads, since two jobs with all of them wait for each other's barriers. The
+peak is taken and steps are timed alone: whoever is ready has its turn, and the other lane is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import queue
+import tempfile
+import threading
+import time as clock
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mesa_train.methods.apply import PLAIN
+from mesa_train.methods.spec import FLOAT32, Contender
+
+from .fork_server import Server
+
+Row = dict[str, Any]
+
+_MEMINFO = Path("/proc/meminfo")
+# Of the seconds that a method has where all are to be done in time, the share for timed steps.
+_TIMING = 0.4
+# A lane of its own for what compiles needs this many times what the first method took.
+_ROOM = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is measured.
+
+    model, batch_size, image_size, device: as for `load`. dtype: autocast's, "bfloat16", "float16"
+    or None. rounds: timed steps of every method, 0 for no times. memory_bytes: what the largest
+    batch has to fit, or None. limit_s: most seconds for one method, total_s: for all of them.
+    threads: None for torch's own.
+    """
+
+    model: str
+    batch_size: int = 8
+    image_size: int | None = None
+    device: str = "cpu"
+    dtype: str | None = "bfloat16"
+    rounds: int = 5
+    memory_bytes: int | None = None
+    limit_s: float = 300.0
+    total_s: float = math.inf
+    threads: int | None = None
+
+
+def measure(
+    request: Request,
+    methods: Sequence[str],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Generator[Row, None, None]:
+    """A row a method as they are done, which may not be their order; "note" holds the reason where
+    one failed.
+
+    The first process also writes the float32 gradient that all are compared with.
+
+    Raises ValueError for an unknown method or none at all, and where the model fails by itself, so
+    that no method could do better.
+    """
+    if not methods:
+        raise ValueError(f"a comparison needs a method; choose from {FLOAT32}, plain, or a preset")
+    for method in methods:
+        Contender.of(method)
+    tell = progress or (lambda *_: None)
+    with (
+        tempfile.TemporaryDirectory(prefix="mesa_train_") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        servers = [stack.enter_context(Server(_inductor(request.device))) for _ in range(2)]
+        bench = _Bench(request, methods, Path(folder), servers)
+        stack.callback(bench.close)
+        bench.start()
+        measured = False
+        for done in range(len(methods)):
+            row = bench.next(functools.partial(_told, tell, done, len(methods)))
+            broken = row.pop("broken", False)
+            if broken and not measured and Contender.of(row["method"]).variant == PLAIN:
+                raise ValueError(
+                    f"{request.model} fails by itself, without any method: {row['note']}"
+                )
+            measured = measured or not broken
+            yield row
+        tell("done", len(methods), len(methods))
+
+
+def _told(tell: Callable[[str, int, int], None], done: int, total: int, running: str) -> None:
+    tell(running, done, total)
+
+
+class _Bench:
+    """The rows of one comparison, made in one or two lanes."""
+
+    def __init__(
+        self, request: Request, methods: Sequence[str], folder: Path, servers: Sequence[Server]
+    ) -> None:
+        self.request, self.methods, self.folder, self.servers = request, methods, folder, servers
+        self.reference = folder / "reference.pt"
+        self.end = clock.monotonic() + request.total_s
+        self.two = request.device == "cpu" and (os.cpu_count() or 1) > 1
+        numbers = range(len(methods))
+        compiled = [n for n in numbers if self.two and Contender.of(methods[n]).compiled]
+        # What has to be done by the one lane, and what either may do.
+        self.own = [n for n in numbers if n not in compiled]
+        self.either = compiled
+        self.running: dict[Server, str] = {}
+        self.rows: queue.Queue[Row | BaseException] = queue.Queue()
+        self.taking, self.timing = threading.Lock(), threading.Lock()
+        self.closed = False
+        self.first: Row | None = None
+
+    def start(self) -> None:
+        """Begin. The servers start here: Linux would end them with the thread that starts them."""
+        lanes = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
+        for number, server in enumerate(lanes):
+            server.start()
+            threading.Thread(target=self._lane, args=(server, number == 0), daemon=True).start()
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self.closed = True
+
+    def next(self, tell: Callable[[str], None]) -> Row:
+        """The next row that is done; until then `tell` hears what is running."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                row = self.rows.get(timeout=0.1)
+                if isinstance(row, BaseException):
+                    raise row
+                return row
+            tell(", ".join(list(self.running.values())))
+
+    def _lane(self, server: Server, first: bool) -> None:
+        try:
+            if not first:
+                self._until_there_is_room()
+            while (number := self._take(first)) is not None:
+                row = self._measured(server, number)
+                self.first = self.first or row
+                self.rows.put(row)
+        except BaseException as error:  # to be raised where the rows are read
+            if not self.closed:
+                self.rows.put(error)
+
+    def _until_there_is_room(self) -> None:
+        """Wait for the first row, which writes the reference, and for memory to spare."""
+        while not self.closed and (self.first is None or not self.reference.exists()):
+            clock.sleep(0.05)
+            with self.taking:
+                if not self.own and not self.either:
+                    return
+        needed = _ROOM * (self.first or {}).get("resident_bytes", 0)
+        while not self.closed and _available() < needed and self.either:
+            clock.sleep(0.5)
+
+    def _take(self, first: bool) -> int | None:
+        with self.taking:
+            if self.closed:
+                return None
+            waiting = self.own if first and self.own else self.either
+            return waiting.pop(0) if waiting else None
+
+    def _measured(self, server: Server, number: int) -> Row:
+        """The row of a method, from a process of its own."""
+        method = self.methods[number]
+        why_not = Contender.of(method).why_not(self.request.device)
+        if why_not is not None:
+            return self._row(method, None, why_not)
+        left = self.end - clock.monotonic()
+        over = f"{self.request.total_s:.0f} s for all methods were over"
+        if left <= 0:
+            return self._row(method, None, f"not begun: {over}")
+        job = self._job(method, number)
+        # What compiles has most of the other core; where both ask for all of them, both wait.
+        job["shares"] = bool(self.either or self.running) and self.first is not None
+        waiting = 1 + len(self.own) + len(self.either)
+        # Two steps at least, whatever they take; None for no bound, which JSON does not have.
+        job["timing_s"] = None if math.isinf(left) else _TIMING * left / waiting
+        self.running[server] = method
+        server.begin(job, self.request.limit_s)
+        ended, timed, reason = False, False, None
+        while not ended:
+            if not timed and Path(job["ready"]).exists():
+                timed = True
+                self._time(server, job)
+            ended, reason = server.outcome(0.05)
+            if not ended and clock.monotonic() >= self.end:
+                server.end()
+                ended, reason = True, f"stopped after {left:.0f} s: {over}"
+        self.running.pop(server, None)
+        return self._row(method, Path(job["result"]), reason)
+
+    def _time(self, server: Server, job: Row) -> None:
+        """Let a job take its peak and time its steps while the other lane is held."""
+        others = [s for s in self.servers if s is not server]
+        asked = clock.monotonic()
+        with self.timing:
+            server.extend(clock.monotonic() - asked)
+            for other in others:
+                other.pause()
+            try:
+                Path(job["go"]).touch()
+                while server.busy() and not Path(job["timed"]).exists():
+                    clock.sleep(0.02)
+                    if clock.monotonic() >= self.end or self.closed:
+                        break
+            finally:
+                for other in others:
+                    other.resume()
+
+    def _job(self, method: str, number: int) -> Row:
+        gates = {gate: str(self.folder / f"{number}.{gate}") for gate in ("ready", "go", "timed")}
+        return {
+            **dataclasses.asdict(self.request),
+            "method": method,
+            "reference": str(self.reference),
+            "writes_reference": not self.reference.exists(),
+            "result": str(self.folder / f"{number}.json"),
+            "packages": _packages(self.request, method),
+            **gates,
+        }
+
+    @staticmethod
+    def _row(method: str, result: Path | None, reason: str | None) -> Row:
+        row: Row = {"method": method, "caveats": list(Contender.of(method).caveats)}
+        if result is not None and result.exists():
+            row |= json.loads(result.read_text())
+        return row if reason is None else {**row, "note": reason}
+
+
+def _packages(request: Request, method: str) -> list[str]:
+    """What is imported before the fork, so that it is imported once."""
+    scheme, colon, _ = request.model.partition(":")
+    known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
+    own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
+    # On a GPU a compiler that looks for it would spoil the fork.
+    compiles = request.device == "cpu" and Contender.of(method).compiled
+    return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
+
+
+def _inductor(device: str) -> dict[str, str]:
+    """On a CPU two methods may compile side by side: each has its share of the cores."""
+    if device != "cpu":
+        return {}
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "TORCH_WARM_POOL": "0"}
+
+
+def _available() -> float:
+    """Bytes of main memory that are free or can be freed; infinite where the system does not tell."""
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return math.inf

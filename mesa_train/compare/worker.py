@@ -1,0 +1,365 @@
+"""One contender measured in a process of its own: bytes, peak, gradient error, step time.
+
+`python -m mesa_train.compare.worker` imports what all of them need once and forks a child for every
+job line on stdin, so that a comparison of twenty methods imports PyTorch once, and whatever a
+method breaks (an out-of-memory kill, a compiler's patches, allocator state) ends with its child.
+`scheduler.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import statistics
+import sys
+import time as clock
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mesa_train.loading.inputs import NO_BATCH, resized
+from mesa_train.loading.model import load
+from mesa_train.measure.footprint import arguments, autocasting, footprint
+from mesa_train.measure.gradients import cosine, default_loss, relative_error
+from mesa_train.measure.module_tree import forward_order
+from mesa_train.measure.peak import Peak, peak_of, resident
+from mesa_train.measure.timeline import timeline
+from mesa_train.methods.checkpointing import NoBlocks
+from mesa_train.methods.spec import Contender, optimizer_bytes
+from mesa_train.methods.variants import Variant
+from mesa_train.utils.errors import one_line
+
+from .batch_size_finder import largest_batch_by_trying, largest_batch_on_a_line
+
+Row = dict[str, Any]
+
+# From linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
+
+
+class Bench:
+    """One contender on one model and one batch.
+
+    job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
+    memory_bytes (or None), the path of the reference, which the first job writes, the paths "ready",
+    "go" and "timed" (see `alone`), timing_s (see `times`) and shares (see `sharing`).
+    """
+
+    def __init__(self, job: Row) -> None:
+        self.job = job
+        self.contender = Contender.of(job["method"])
+        self.device = torch.device(job["device"])
+        asked = None if job["dtype"] is None else getattr(torch, job["dtype"])
+        self.autocast = self.contender.autocast(asked)
+        self.before = resident()
+        loaded = load(
+            job["model"],
+            batch_size=job["batch_size"],
+            image_size=job["image_size"],
+            device=job["device"],
+        )
+        reference = Path(job["reference"])
+        self.exact: list[Tensor | None] | None = None
+        inputs = loaded.inputs
+        if reference.exists():
+            # Also the weights and inputs: a factory may draw others each time.
+            kept = torch.load(reference, weights_only=False, map_location=self.device)
+            loaded.model.load_state_dict(kept["state"])
+            inputs, self.exact = kept["inputs"], kept["gradients"]
+        elif job["writes_reference"]:
+            self._write_reference(loaded.model, inputs, reference)
+        self.batch, self.make = loaded.batch or job["batch_size"], loaded.make
+        self.model, self.inputs = self.contender.cast(loaded.model, inputs)
+        self.variant = Variant(self.model, self.contender.variant)
+        self.optimizer = self.contender.optimizer(self.model)
+
+    def row(self, report: Callable[[Row], None]) -> Row:
+        """All columns. `report` is given what there is so far, should a later step fail."""
+        row: Row = {"method": self.contender.name, "caveats": list(self.contender.caveats)}
+        with self.sharing():
+            row |= self.counted()
+        report(row)
+        with self.alone():
+            peak = self.peak()
+            row["peak_bytes"] = self.standing() + peak.allocated_bytes
+            row["step_bytes"] = peak.allocated_bytes
+            if peak.resident_bytes is not None and self.before is not None:
+                row["resident_bytes"] = peak.resident_bytes - self.before
+            report(row)
+            row |= self.times()
+        report(row)
+        if self.job["memory_bytes"] is not None:
+            row["largest_batch"], how = self.largest_batch(peak, row)
+            if row["largest_batch"] is None:
+                row["note"] = how
+            else:
+                row["caveats"].append(how)
+        return row
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within the context half of the threads, where another job has the others. Not for compiled
+        code, whose threads are compiled into it, and not for what is timed or whose scratch memory
+        is counted."""
+        threads = torch.get_num_threads()
+        if self.job["shares"] and not self.contender.compiled:
+            torch.set_num_threads(max(1, threads // 2))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context no other job runs: says when it is ready, waits for the word to go, and
+        says when it is done."""
+        Path(self.job["ready"]).touch()
+        while not Path(self.job["go"]).exists():
+            clock.sleep(0.02)
+        try:
+            yield
+        finally:
+            Path(self.job["timed"]).touch()
+
+    def counted(self) -> Row:
+        """Gradient error, and bytes of what is kept and of weights, gradients and optimizer."""
+        row: Row = {}
+        self.forward_backward()
+        if self.exact is not None:
+            gradients = [p.grad for p in self.model.parameters()]
+            row["gradient_error"] = relative_error(gradients, self.exact)
+            row["gradient_cosine"] = cosine(gradients, self.exact)
+            self.exact = None
+        row["gradient_bytes"] = sum(
+            p.grad.nbytes for p in self.model.parameters() if p.grad is not None
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        row["weight_bytes"] = sum(
+            t.nbytes for t in (*self.model.parameters(), *self.model.buffers())
+        )
+        row["optimizer_bytes"] = optimizer_bytes(self.optimizer)
+        return row | self.kept()
+
+    def loss(self, module: nn.Module, inputs: Any) -> Tensor:
+        """The loss, with the same random numbers each time."""
+        args, kwargs = arguments(inputs)
+        torch.manual_seed(0)
+        with autocasting(self.device, self.autocast):
+            return default_loss(module(*args, **kwargs))
+
+    def forward_backward(self, inputs: Any = None) -> None:
+        """Gradients of one batch; float16's are scaled as a GradScaler would, and scaled back."""
+        scale = 2.0**12 if self.autocast is torch.float16 else 1.0
+        with self.variant.active() as module:
+            loss = self.loss(module, self.inputs if inputs is None else inputs)
+            (loss if scale == 1 else loss * scale).backward()
+        if scale != 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+
+    def step(self, inputs: Any = None) -> None:
+        """One whole training step."""
+        self.forward_backward(inputs)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def kept(self) -> Row:
+        """Bytes kept for the backward, and by operator and module where they have names."""
+        if not self.contender.countable:
+            kept = self.variant.kept_bytes(lambda module: self.loss(module, self.inputs))
+            what = "compiled graph" if self.contender.compiled else "copies in main memory"
+            return {"kept_bytes": kept, "by_operator": {what: kept}}
+        found = footprint(
+            self.model,
+            self.inputs,
+            policy=self.contender.variant,
+            autocast=self.autocast,
+            loss=default_loss,
+        )
+        return {
+            "kept_bytes": found.saved_bytes,
+            "moved_bytes": found.moved_bytes or None,
+            "by_operator": found.by_operator,
+            "by_module": forward_order(found),
+        }
+
+    def standing(self) -> int:
+        """Bytes that are there before and after a step."""
+        tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
+        own = [*self.model.parameters(), *self.model.buffers(), *tensors]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
+        return sum(storages.values()) + optimizer_bytes(self.optimizer)
+
+    def peak(self) -> Peak:
+        """The peak of one step."""
+        gc.collect()
+        return peak_of(self.step, self.device)
+
+    def times(self) -> Row:
+        """Whole steps after those that the other columns took: median, quartiles, images per second.
+        Fewer than asked for, but two, where they take longer than "timing_s"."""
+        if not self.job["rounds"]:
+            return {}
+        taken: list[float] = []
+        enough = self.job["timing_s"]
+        for _ in range(self.job["rounds"]):
+            self._synchronize()
+            start = clock.perf_counter()
+            self.step()
+            self._synchronize()
+            taken.append(1e3 * (clock.perf_counter() - start))
+            if enough is not None and len(taken) > 1 and sum(taken) > 1e3 * enough:
+                break
+        median = statistics.median(taken)
+        return {
+            "step_ms": median,
+            "step_ms_quartiles": quartiles(taken),
+            "images_per_s": self.batch / median * 1e3,
+            "times_ms": [round(time, 3) for time in taken],
+        }
+
+    def largest_batch(self, peak: Peak, row: Row) -> tuple[int | None, str]:
+        """The largest batch whose step fits, and how that was found; None, and why it was not."""
+        batch, memory = self.batch, self.job["memory_bytes"]
+        on_gpu = self.device.type == "cuda"
+        if (on_gpu or self.contender.countable) and self.resized(1) is None:
+            return None, NO_BATCH
+        if on_gpu:
+            return largest_batch_by_trying(self, memory), "largest batch: tried on the device"
+        room = memory - self.standing()
+        per_image = max(1, peak.allocated_bytes // batch)
+        guess = max(1, room // per_image)
+        if not self.contender.countable:
+            return guess, f"largest batch: in proportion to the peak of batch {batch}"
+        count = functools.partial(
+            timeline, self.model, policy=self.contender.variant, autocast=self.autocast
+        )
+        found = largest_batch_on_a_line(
+            lambda n: count(self.resized(n)).peak_bytes,
+            room,
+            guess,
+            row["kept_bytes"] / batch,
+            row["gradient_bytes"],
+        )
+        return found, "largest batch: computed on tensors without data"
+
+    def resized(self, batch: int) -> Any:
+        """Inputs of another batch size: on a GPU with data, else without. None where an input has no
+        batch dimension."""
+        on_gpu = self.device.type == "cuda"
+        other = resized(self.inputs, self.batch, batch, on_gpu, self.make)
+        return None if other is None else self.contender.narrowed(other)
+
+    def _write_reference(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+        own = copy.deepcopy(model) if narrow else model
+        wide, wide_inputs = Contender.of("float32").cast(own, inputs)
+        args, kwargs = arguments(wide_inputs)
+        torch.manual_seed(0)
+        default_loss(wide(*args, **kwargs)).backward()
+        self.exact = [p.grad for p in wide.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = None
+        for name, value in model.state_dict().items():
+            value.copy_(state[name])
+        kept = {"state": state, "inputs": inputs, "gradients": self.exact}
+        partial = path.with_suffix(".part")
+        torch.save(kept, partial)
+        partial.rename(path)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """First and third; of fewer than four values the least and the greatest."""
+    if len(values) < 4:
+        return [min(values), max(values)]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def run(job: Row) -> None:
+    """Do one job and write its row to the path it names; a failure is a row with its reason."""
+    result = Path(job["result"])
+
+    def report(row: Row) -> None:
+        partial = result.with_suffix(".part")
+        partial.write_text(json.dumps(row))
+        partial.rename(result)
+
+    row: Row = {"method": job["method"]}
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    try:
+        bench = Bench(job)
+        row = bench.row(report)
+    except torch.OutOfMemoryError as error:
+        row = _so_far(result, row) | {"note": f"out of memory: {_own(error)}"}
+    except NoBlocks as error:
+        row = _so_far(result, row) | {"note": _own(error)}
+    except Exception as error:  # whatever a rival raises is its row's reason
+        traceback.print_exc()
+        note = f"{type(error).__name__}: {_own(error)}"
+        row = _so_far(result, row) | {"note": note[:400]}
+        # Nothing at all was measured: for plain, the model's own fault.
+        row["broken"] = "kept_bytes" not in row
+    report(row)
+
+
+def _so_far(result: Path, row: Row) -> Row:
+    return json.loads(result.read_text()) if result.exists() else row
+
+
+def _own(error: BaseException) -> str:
+    """The line of an error without its type."""
+    return one_line(error).removeprefix(f"{type(error).__name__}: ")
+
+
+def _end_with_parent() -> None:
+    """On Linux: be killed when the parent process ends, however it ends. Elsewhere a job that is
+    left alone runs to its end."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def serve() -> None:
+    """Fork a child for every job line on stdin; print its process id, then its exit status."""
+    _end_with_parent()
+    jobs = sys.stdin
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    # Whatever libraries print goes to stderr.
+    os.dup2(2, 1)
+    for line in jobs:
+        job = json.loads(line)
+        for package in job["packages"]:
+            importlib.import_module(package)
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            _end_with_parent()
+            run(job)
+            os._exit(0)
+        answers.write(f"{child}\n")
+        _, status = os.waitpid(child, 0)
+        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+
+
+if __name__ == "__main__":
+    serve()

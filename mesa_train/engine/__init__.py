@@ -1,0 +1,1 @@
+"""The engine: `wrap`, the mode that intercepts torch functions, and checkpointing with coded inputs."""

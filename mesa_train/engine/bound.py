@@ -1,0 +1,299 @@
+"""What a wrapped module has more than a plain one: an entry, and a `forward` that is bound to it.
+
+`nn.Module.__call__` finds a `forward` in the module's `__dict__` before the class's. The class, the Parameters,
+buffers, hooks, state_dict keys and submodules are left as they are. Two more methods in the `__dict__` keep copies
+right: what is bound to a module would compute with it, not with its copy. Costs about 1 kB a module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mesa_train.stash.recorder import Site
+
+from .entry import ATTRIBUTE, Installed, enter
+from .mirror import mirror, mirrors_for
+
+_FORWARD = "forward"
+# No `forward` in the `__dict__`.
+ABSENT: Any = inspect.Parameter.empty
+
+
+# A module's attributes, also where its class has a property of that name.
+attributes_of: Callable[[nn.Module], dict[str, Any]] = nn.Module.__dict__["__dict__"].__get__
+
+
+class Entry:
+    """What a wrapped module has more than a plain one.
+
+    installed: shared with the other modules. site: its name and rules. own: the `forward` that the module had in
+    its `__dict__` before. forward: the one that is there now; None where a module cannot have one, or needs none.
+    """
+
+    def __init__(self, installed: Installed, site: Site, own: Any = ABSENT) -> None:
+        self.installed, self.site, self.own = installed, site, own
+        self.forward: Callable[..., Any] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.site.module is not None
+        return self.site.module
+
+    def put_on(self) -> None:
+        """Give the module its attributes."""
+        module, attributes = self.module, attributes_of(self.module)
+        if self.site.name == "":
+            self.installed.model = weakref.ref(module)
+        attributes[ATTRIBUTE] = self
+        if self.forward is None:
+            return
+        attributes[_FORWARD] = self.forward
+        for name, method in _methods(module):
+            attributes[name] = types.MethodType(method, module)
+
+    def prepare(self) -> None:
+        """Make the `forward`. Changes nothing yet; raises what the class of the module raises."""
+        if enterable(self.module, self.own) and not _idle(self.module, self.own):
+            self.forward = _forward_of(self.module, self.own)
+
+    def take_off(self) -> None:
+        """Give the module its own attributes back. One that was exchanged since stays."""
+        attributes = attributes_of(self.module)
+        attributes.pop(ATTRIBUTE, None)
+        if self.forward is None:
+            return
+        for name, method in _METHODS.items():
+            if getattr(attributes.get(name), "__func__", None) is method:
+                del attributes[name]
+        if mirrors_for(attributes.get(_FORWARD)) is self.module:
+            if self.own is ABSENT:
+                del attributes[_FORWARD]
+            else:
+                attributes[_FORWARD] = self.own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revived, (self.installed, self.site, *(() if self.own is ABSENT else (self.own,)))
+
+
+def _revived(installed: Installed, site: Site, *own: Any) -> Entry:
+    """The entry of a module that is being unpickled or deep-copied; its other attributes come later."""
+    entry = Entry(installed, site, *own)
+    entry.prepare()
+    entry.put_on()
+    return entry
+
+
+def entry_of(module: nn.Module) -> Entry | None:
+    """The entry of a wrapped module. A shallow copy of one is not wrapped itself, only its parts are."""
+    entry = attributes_of(module).get(ATTRIBUTE)
+    return entry if entry is not None and entry.module is module else None
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The `forward` in the `__dict__` of a module, or ABSENT.
+
+    A `functools.cached_property` is asked here, as the first call would: it puts the forward into the `__dict__`, and
+    returns later what it finds there.
+    """
+    attributes = attributes_of(module)
+    if _FORWARD not in attributes and _other(inspect.getattr_static(type(module), _FORWARD)):
+        _found(module)
+    return attributes.get(_FORWARD, ABSENT)
+
+
+def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
+    """Whether a `forward` in the `__dict__` of `module` would be called. A property would be called instead, and
+    torch.compile's module has one in its `__dict__` that runs compiled code of the module inside."""
+    if own is not ABSENT:
+        return not _optimized(module)
+    found = inspect.getattr_static(type(module), _FORWARD)
+    return not hasattr(type(found), "__set__")
+
+
+def _idle(module: nn.Module, own: Any) -> bool:
+    """Whether the `forward` of `module` returns its argument: models have many of these modules, and to enter one
+    takes 5 us."""
+    found = inspect.getattr_static(type(module), _FORWARD)
+    return own is ABSENT and found is nn.Identity.__dict__[_FORWARD]
+
+
+def _other(found: Any) -> bool:
+    """Whether the `forward` of a class is a descriptor of another kind than methods and properties."""
+    method = (types.FunctionType, functools.partialmethod, staticmethod, classmethod)
+    kind = type(found)
+    return (
+        not isinstance(found, method) and hasattr(kind, "__get__") and not hasattr(kind, "__set__")
+    )
+
+
+def _optimized(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _forward_of(module: nn.Module, own: Any) -> Callable[..., Any]:
+    """The `forward` for the `__dict__` of `module`: a method where it stands for a method of the module, whose
+    function is one per class; else a function that knows the module."""
+    if own is ABSENT:
+        kind, found = type(module), inspect.getattr_static(type(module), _FORWARD)
+        if isinstance(found, types.FunctionType):
+            return types.MethodType(_of_class(found), module)
+        if isinstance(found, functools.partialmethod):
+            return types.MethodType(mirror(kind.forward, _enter_named, None), module)
+        if isinstance(found, (staticmethod, classmethod)) or not hasattr(type(found), "__get__"):
+            return mirror(kind.forward, _enter_named, None, module)
+        return mirror(_found(module), _enter_found, None, module)
+    if isinstance(own, types.MethodType) and isinstance(own.__func__, types.FunctionType):
+        return types.MethodType(mirror(own.__func__, _enter_bound, own), module)
+    return mirror(own, enter, own, module)
+
+
+@functools.cache
+def _of_class(forward: Any) -> Callable[..., Any]:
+    return mirror(forward, _enter_class, forward)
+
+
+def _enter_class(module: Any, mirrored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with the forward of the module's class, looked up now: a lazy module's class is exchanged, and a class
+    may get another forward."""
+    call = type(module).forward
+    if call is not mirrored and isinstance(call, types.FunctionType):
+        args, kwargs = _without_defaults(mirrored, args, kwargs)
+    return enter(module, call, args, kwargs)
+
+
+def _enter_bound(module: Any, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with a bound method, whose first argument is not `module`."""
+    return enter(module, own, args[1:], kwargs)
+
+
+def _enter_named(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with what the class has by the name: the function of a static, class or partial method, or a callable
+    object."""
+    return enter(module, type(module).forward, args, kwargs)
+
+
+def _enter_found(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Enter with what another descriptor in the class makes for the module."""
+    return enter(module, _found(module), args, kwargs)
+
+
+def _found(module: Any) -> Any:
+    return inspect.getattr_static(type(module), _FORWARD).__get__(module, type(module))
+
+
+def _without_defaults(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `function` that are not its defaults, which another function may not have."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    needed = code.co_argcount - len(defaults)
+    if len(args) > code.co_argcount or needed < code.co_posonlyargcount:
+        return args, kwargs
+    names = code.co_varnames[needed : code.co_argcount]
+    given = {n: v for n, v, d in zip(names, args[needed:], defaults, strict=True) if v is not d}
+    own = function.__kwdefaults__ or {}
+    named = {n: v for n, v in kwargs.items() if n not in own or v is not own[n]}
+    return args[:needed], {**given, **named}
+
+
+def _getstate(module: Any) -> Any:
+    """`__getstate__` of a wrapped module."""
+    return _freed(module, type(module).__getstate__(module))
+
+
+def _freed(module: Any, state: Any) -> Any:
+    """A state of a wrapped module without what is bound to it, which would compute with it instead of a copy. The
+    entry, which stays, makes that again for the copy."""
+    if isinstance(state, tuple) and state:
+        return (_freed(module, state[0]), *state[1:])
+    entry = attributes_of(module).get(ATTRIBUTE)
+    if not isinstance(state, dict) or entry is None:
+        return state
+    state = {k: v for k, v in state.items() if k not in _METHODS}
+    if mirrors_for(state.get(_FORWARD)) is module:
+        del state[_FORWARD]
+        if entry.own is not ABSENT:
+            state[_FORWARD] = _Own(entry)
+    return state
+
+
+def _reduce(module: Any) -> Any:
+    """`__reduce__` of a wrapped module whose class has one. Among the arguments of what makes the copy there may be
+    all attributes, as for `torch.fx.GraphModule`; the copy is wrapped when it is there."""
+    kind: Any = type(module)
+    reduced = kind.__reduce__(module)
+    entry = attributes_of(module).get(ATTRIBUTE)
+    if not isinstance(reduced, tuple) or entry is None:
+        return reduced
+    make, args, *rest = reduced
+    if rest:
+        rest[0] = _freed(module, rest[0])
+    if any([isinstance(a, dict) and ATTRIBUTE in a for a in args]):
+        args = tuple([_freed(module, a) for a in args])
+        for attributes in args:
+            if isinstance(attributes, dict):
+                attributes.pop(ATTRIBUTE, None)
+        args = make, args, entry.installed, dataclasses.replace(entry.site, module=None)
+        make = _again
+    return (make, args, *rest)
+
+
+def _again(make: Any, args: tuple[Any, ...], installed: Installed, site: Site) -> Any:
+    """A module made by `make(*args)`, wrapped."""
+    module = make(*args)
+    _revived(installed, dataclasses.replace(site, module=module))
+    return module
+
+
+class _Own:
+    """A module's own `forward` in a state of it: that itself in a shallow copy, which is not wrapped; the one that
+    enters in a deep copy and a pickle."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.entry.own(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forward, (self.entry,)
+
+
+def _forward(entry: Entry) -> Any:
+    return entry.forward
+
+
+def _replicate(module: Any) -> nn.Module:
+    """`_replicate_for_data_parallel` of a wrapped module: the replica's forward is bound to the replica."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+    attributes = attributes_of(replica)
+    entry = attributes.get(ATTRIBUTE)
+    if entry is not None and mirrors_for(attributes.get(_FORWARD)) is module:
+        attributes[_FORWARD] = _forward_of(replica, entry.own)
+    for name, method in _methods(replica):
+        attributes[name] = types.MethodType(method, replica)
+    return replica
+
+
+_METHODS = {
+    "__getstate__": _getstate,
+    "_replicate_for_data_parallel": _replicate,
+    "__reduce__": _reduce,
+}
+for _name, _method in _METHODS.items():
+    _method.__name__ = _name  # by which a bound method is pickled
+
+
+def _methods(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    own = type(module).__reduce__ is not object.__reduce__
+    return [(n, m) for n, m in _METHODS.items() if own or n != "__reduce__"]

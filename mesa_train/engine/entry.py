@@ -1,0 +1,220 @@
+"""How a wrapped module's forward enters the interception.
+
+Every module enters it, so a checkpoint's recompute, which runs a block on its own in the backward, meets the same
+policy. Where nothing inside needs a gradient, nothing is entered and nothing kept. A tracer gets the plain model.
+Costs two Python frames and about 5 us a call of a module.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from mesa_train.policy import Policy
+from mesa_train.stash import sharded_parameters
+from mesa_train.stash.recorder import Report, Site, saved_hooks
+
+from .checkpoint_inputs import InputHooks
+from .intercept import CompressionMode, active, hookable
+from .modes import aside, exchange, put_aside, tracer, untraced
+from .step_counter import Steps
+
+ATTRIBUTE = "_mesa_train"
+
+
+class Installed:
+    """What all modules of one wrapped model share: the policy and the report of the last
+    forward."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.report = Report()
+        self.steps = Steps()
+        self.broken = False
+        self.model: weakref.ref[nn.Module] | None = None
+        changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
+        self._running = "running" in changes
+
+    def begins(self, site: Site) -> None:
+        """A forward from outside, of the whole model or of a part: see whether the weights have moved. That
+        of the whole model clears the report."""
+        if site.name == "":
+            self.report.rows.clear()
+        # A checkpoint's recompute, which belongs to a step that has been seen, runs within a backward.
+        if self._running and torch._C._current_graph_task_id() == -1:
+            model = self.model() if self.model is not None else None
+            self.steps.look(model if model is not None else site.module)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "report": Report(), "model": None}
+
+
+def enter(
+    module: Any,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    again: bool = False,
+) -> Any:
+    """Call a wrapped module's plain forward `call` within the interception. `again`: inside the module's
+    checkpoint."""
+    entry = module.__dict__.get(ATTRIBUTE)
+    if entry is None:
+        return call(*args, **kwargs)
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() or not (compiling or _differentiable(module, args, kwargs)):
+        if compiling or not torch._C._len_torch_function_stack():
+            return call(*args, **kwargs)
+        with aside():
+            return call(*args, **kwargs)
+    installed, site = entry.installed, entry.site
+    if site.checkpointed and not again:
+        return _checkpointed(module, entry, call, args, kwargs)
+    if not compiling and callable(tracer()):
+        modes = put_aside(installed, site.name, site.module)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            exchange(modes)
+    mode = active(installed)
+    if mode is None:
+        if _traced():
+            return call(*args, **kwargs)
+        if not compiling:
+            installed.begins(site)
+        with CompressionMode(site, installed, installed.report, installed.steps.count):
+            return call(*args, **kwargs)
+    recorder = mode.recorder
+    outside, recorder.site = recorder.site, site
+    if compiling:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            recorder.site = outside
+    hooks = saved_hooks()
+    kind: Any = type(module)
+    if hooks is recorder.hooks and not sharded_parameters.unit(kind):
+        try:
+            return call(*args, **kwargs)
+        finally:
+            recorder.site = outside
+    # A checkpoint began since, or parameters inside are freed apart from those outside. What is kept inside
+    # must not depend on what was kept outside.
+    scope = recorder.hooks, recorder.lineage, recorder.linears
+    recorder.begin(hooks)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        recorder.site = outside
+        recorder.hooks, recorder.lineage, recorder.linears = scope
+
+
+def _checkpointed(
+    module: Any,
+    entry: Any,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A module's forward that keeps its inputs alone, and runs again in the backward."""
+    installed, site = entry.installed, entry.site
+    mode = active(installed)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return enter(module, call, args, kwargs, again=True)
+
+    run = functools.partial(
+        torch.utils.checkpoint.checkpoint, forward, *args, use_reentrant=False, **kwargs
+    )
+    if mode is None:
+        # The model itself, or a module called by itself.
+        if _traced():
+            return call(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            installed.begins(site)
+        with CompressionMode(site, installed, installed.report, installed.steps.count):
+            return run()
+    recorder = mode.recorder
+    outside, recorder.site = recorder.site, site
+    try:
+        # Inside the hooks of a checkpoint of the user's own, this one's inputs are not kept at all.
+        if mode.inputs is None and site.rules.operators["checkpoint"] and hookable():
+            with InputHooks(recorder):
+                return run()
+        return run()
+    finally:
+        recorder.site = outside
+
+
+# The frames of wrapped modules are traced, those in between are not.
+for _frame in (enter, _checkpointed):
+    untraced(_frame, inside=False)
+
+
+def _traced() -> bool:
+    """Whether a program is being made of the model by torch.export, torch.jit.trace, torch.fx or make_fx. They get
+    the plain model, whose operators they can differentiate."""
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None:
+        return True
+    symbolic = sys.modules.get("torch.fx._symbolic_trace")
+    if symbolic is not None and symbolic.is_fx_symbolic_tracing():
+        return True
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+@untraced
+def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient may be needed inside: of an argument, or of a parameter. A tensor that comes from
+    elsewhere is found by the module inside that gets it."""
+    # Under a mode, even `requires_grad` is a call that the mode sees.
+    with torch._C.DisableTorchFunction():
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+        return (
+            _any_tracked(args, module) or _any_tracked(kwargs.values(), module) or _trains(module)
+        )
+
+
+# Types without tensors inside.
+_ATOMS = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
+
+
+def _any_tracked(values: Any, module: nn.Module) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif value is module or isinstance(value, _ATOMS):
+            continue
+        elif isinstance(value, dict):
+            if _any_tracked(value.values(), module):
+                return True
+        elif not isinstance(value, (list, tuple)) or _any_tracked(value, module):
+            return True  # an object that may hold anything
+    return False
+
+
+def _trains(module: nn.Module) -> bool:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    for child in module._modules.values():
+        if child is not None and _trains(child):
+            return True
+    if module._parameters:
+        return False
+    # Tensors that FSDP1 and DataParallel put in the place of parameters.
+    return any([isinstance(v, Tensor) and v.requires_grad for v in vars(module).values()])

@@ -1,0 +1,1 @@
+"""The memory of sharded training before it runs: model states, activations, LoRA and launch files."""

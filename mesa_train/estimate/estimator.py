@@ -1,0 +1,336 @@
+"""Estimate: what training of a model takes on every GPU, sharded or on one card, and what fits.
+
+Activations and the working set of the backward come from the model's own forward and backward on
+tensors without data, at three batch sizes; model states from `sharding.py`. Nothing is trained, and
+no GPU is needed. `mesa-train estimate` and the recipes' predictions are both made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mesa_train.loading.inputs import NO_BATCH, resized
+from mesa_train.loading.model import Loaded
+from mesa_train.measure.footprint import footprint
+from mesa_train.measure.gradients import default_loss
+from mesa_train.measure.on_gpu import gpu_norms
+from mesa_train.measure.timeline import timeline
+from mesa_train.methods.checkpointing import NoBlocks, find_blocks
+from mesa_train.policy import Policy
+
+from .lora import with_lora
+from .model_states import Cluster, Parameters, States, states
+from .optimizer_states import IN_BACKWARD, OPTIMIZERS, adamw_bytes, in_backward_bytes
+
+# CUDA's context, NCCL's buffers and what the caching allocator cannot use.
+RESERVE = 2 << 30
+POLICIES = (
+    "plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint", "mesa8+coded",
+    "mesa8+offload",
+)  # fmt: skip
+# From the simplest to run to the slowest.
+SETUPS = (
+    ("ddp", "none"),
+    ("zero1", "none"),
+    ("zero2", "none"),
+    ("fsdp2", "none"),
+    ("zero3", "none"),
+    ("zero2", "cpu"),
+    ("fsdp2", "cpu"),
+    ("zero3", "optimizer"),
+    ("zero3", "cpu"),
+    ("zero3", "nvme"),
+)
+# Operators on whole tokens, which tensor parallelism does not split.
+_ON_TOKENS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm", "checkpoint"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A way to train. strategy, offload: of `sharding.states`. optimizer: of `OPTIMIZERS`; those that
+    step in the backward belong to the strategy of that name. lora: rank of LoRA on a model frozen in
+    NF4, 0 for training all of it. half: weights in bfloat16 without float32 copies.
+
+    Raises ValueError for an optimizer that is unknown or does not fit the strategy.
+    """
+
+    strategy: str = "ddp"
+    offload: str = "none"
+    optimizer: str = "adamw"
+    lora: int = 0
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            choices = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer must be one of {choices}, got {self.optimizer!r}")
+        if (self.optimizer in IN_BACKWARD) != (self.strategy == "in_backward"):
+            raise ValueError(
+                f"{', '.join(IN_BACKWARD)} step in the backward and no others do, got "
+                f"optimizer={self.optimizer!r} with strategy={self.strategy!r}"
+            )
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 weights are on the GPU whole, so that autocast keeps copies of them."""
+        return self.strategy == "ddp" and not self.half and not self.lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes of a step beside the model states. points: (batch, bytes) at rising batch sizes; between
+    them and beyond, on a line (from nothing, if there is one point). kept_per_image: what waits for
+    the backward, moved_per_image: in main memory. split: the share that tensor parallelism spreads."""
+
+    points: tuple[tuple[int, int], ...]
+    kept_per_image: int
+    split: float
+    moved_per_image: int = 0
+
+    def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
+        """Bytes for a batch on one GPU."""
+        (low, base), (high, top) = self._segment(lambda point: point[0] >= batch)
+        whole = base + (top - base) * (batch - low) / (high - low)
+        return int(whole * self._factor(tensor_parallel)) if batch else 0
+
+    def largest(self, room: int, tensor_parallel: int = 1) -> int:
+        """The largest batch that fits `room` bytes; 0 if none does."""
+        room = int(room / self._factor(tensor_parallel))
+        (low, base), (high, top) = self._segment(lambda point: point[1] > room)
+        return max(0, int(low + (room - base) * (high - low) / max(1, top - base)))
+
+    def _factor(self, tensor_parallel: int) -> float:
+        return 1 - self.split + self.split / tensor_parallel
+
+    def _segment(self, beyond: Callable[[tuple[int, int]], bool]) -> Sequence[tuple[int, int]]:
+        """The two points whose line holds up to the first that is `beyond`."""
+        points = self.points if len(self.points) > 1 else ((0, 0), *self.points)
+        end = next((i for i, point in enumerate(points) if beyond(point)), len(points) - 1)
+        return points[max(0, end - 1) :][:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One way to train: what lies on each GPU at `batch` images a GPU, and the largest batch."""
+
+    strategy: str
+    offload: str
+    policy: str
+    optimizer: str
+    lora: int
+    half: bool
+    states: States
+    activations: int
+    batch: int
+    largest_batch: int
+    gpu_bytes: int
+    fits: bool
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return dataclasses.asdict(self)
+
+
+class Estimator:
+    """Estimates of one model; what they share is counted once.
+
+    make: loads the model, with inputs of `batch` images, on the meta device, anew with every call.
+    sizes: batches to count at; more of them make `largest_batch` better.
+    """
+
+    def __init__(
+        self, make: Callable[[], Loaded], batch: int, sizes: Sequence[int] | None = None
+    ) -> None:
+        self.make, self.batch = make, batch
+        self.sizes = sorted({1, batch, 2 * batch} if sizes is None else set(sizes))
+        self._parameters: dict[Any, Parameters] = {}
+        self._activations: dict[Any, Activations] = {}
+
+    def parameters(self, setup: Setup) -> Parameters:
+        """Counts of the model's parameters as `setup` trains them."""
+        key = (setup.optimizer, setup.lora, setup.half)
+        if key not in self._parameters:
+            self._parameters[key] = parameters_of(
+                self.make().model, setup.optimizer, setup.lora, setup.half
+            )
+        return self._parameters[key]
+
+    def activations(self, setup: Setup, policy: str | Policy) -> Activations:
+        """What a step takes beside the model states. Raises NoBlocks where `policy` wants some."""
+        frozen = setup.strategy == "frozen"
+        key = ("" if frozen else policy, setup.autocast, setup.lora, frozen)
+        if key not in self._activations:
+            loaded = self.make()
+            if frozen:
+                self._activations[key] = _forward_alone(loaded, self.batch, self.sizes)
+            else:
+                self._activations[key] = activations_of(
+                    loaded, self.batch, policy, setup.autocast, setup.lora, self.sizes
+                )
+        return self._activations[key]
+
+    def estimate(
+        self,
+        setup: Setup,
+        policy: str | Policy,
+        cluster: Cluster,
+        reserve: int = RESERVE,
+    ) -> Estimate:
+        """One way to train on `cluster`, of whose GPUs `reserve` bytes are not to be had."""
+        held = states(setup.strategy, setup.offload, self.parameters(setup), cluster)
+        found = self.activations(setup, policy)
+        split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
+        taken = found.bytes(self.batch, split)
+        moved = found.moved_per_image * cluster.per_node // split
+        waiting = cluster.cpu_memory - held.cpu
+        held = dataclasses.replace(held, cpu=held.cpu + moved * self.batch)
+        whole = held.gpu + taken + reserve
+        reason = ""
+        if held.cpu > cluster.cpu_memory:
+            reason = "main memory"
+        elif whole > cluster.gpu_memory:
+            reason = "GPU memory"
+        room = cluster.gpu_memory - reserve - held.gpu
+        largest = found.largest(room, split)
+        if moved:
+            largest = min(largest, max(0, waiting // moved))
+        elif reason == "main memory":
+            largest = 0
+        name = policy if isinstance(policy, str) else "policy"
+        return Estimate(
+            setup.strategy, setup.offload, name, setup.optimizer, setup.lora, setup.half, held,
+            taken, self.batch, largest, whole, not reason, reason,
+        )  # fmt: skip
+
+
+def estimates(
+    make: Callable[[], Loaded],
+    cluster: Cluster,
+    *,
+    batch: int,
+    policies: Sequence[str | Policy] = POLICIES,
+    optimizer: str = "adamw",
+    lora: int = 0,
+    half: bool = False,
+    setups: Sequence[tuple[str, str]] = SETUPS,
+    reserve: int = RESERVE,
+) -> Iterator[Estimate]:
+    """Every setup with every policy, the simplest setup first.
+
+    make, batch: as for `Estimator`. setups: strategies and offloads; of no matter for an optimizer
+    that steps in the backward. The rest as for `Setup`.
+
+    Raises ValueError for an unknown optimizer, and what loading and counting raise.
+    """
+    if optimizer in IN_BACKWARD:
+        setups = [("in_backward", "none")]
+    estimator = Estimator(make, batch)
+    for strategy, offload in setups:
+        setup = Setup(strategy, offload, optimizer, lora, half)
+        for policy in policies:
+            with contextlib.suppress(NoBlocks):
+                yield estimator.estimate(setup, policy, cluster, reserve)
+
+
+def parameters_of(
+    model: nn.Module, optimizer: str = "adamw", lora: int = 0, half: bool = False
+) -> Parameters:
+    """Counts of a model's parameters; `lora` changes the model as `with_lora` does."""
+    frozen_bytes = with_lora(model, lora) if lora else None
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}.values()
+    if frozen_bytes is None:
+        frozen_bytes = 2 * sum(p.numel() for p in frozen)
+    if optimizer in IN_BACKWARD:
+        moments = sum(in_backward_bytes(p.shape, optimizer) for p in trained)
+    elif optimizer == "adamw8bit":
+        moments = sum(adamw_bytes(p.numel(), 4, True) for p in trained)
+    else:
+        # torch keeps moments in the weights' own precision.
+        moments = (4 if half else 8) * sum(p.numel() for p in trained)
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    blocks = list(find_blocks(model).values()) or [model]
+    return Parameters(
+        trained=sum(p.numel() for p in trained),
+        frozen=sum(p.numel() for p in frozen),
+        largest=largest,
+        block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        frozen_bytes=frozen_bytes,
+        moments_bytes=moments,
+        buffers_bytes=sum(b.nbytes for b in model.buffers()),
+        tensor=max((p.numel() for p in trained), default=0),
+        half=half,
+    )
+
+
+def activations_of(
+    loaded: Loaded,
+    batch: int,
+    policy: str | Policy,
+    autocast: bool,
+    lora: int = 0,
+    sizes: Sequence[int] = (),
+) -> Activations:
+    """What a step takes beside weights, gradients and optimizer states, at `sizes` images (one,
+    `batch` and twice as many). The gradients of the module whose turn it is are in it."""
+    model = loaded.model
+    if lora:
+        with_lora(model, lora)
+    dtype = torch.bfloat16 if autocast else None
+    if not autocast:
+        model = model.to(torch.bfloat16)
+    points = {}
+    with gpu_norms():
+        for size in sizes or sorted({1, batch, 2 * batch}):
+            images = _images(loaded, batch, size, not autocast)
+            points[size] = timeline(model, images, policy=policy, autocast=dtype).working_bytes
+        images = _images(loaded, batch, batch, not autocast)
+        found = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
+    on_tokens = sum(size for name, size in found.by_operator.items() if name in _ON_TOKENS)
+    return Activations(
+        points=tuple(points.items()),
+        kept_per_image=found.saved_bytes // batch,
+        split=1 - on_tokens / max(1, found.saved_bytes),
+        moved_per_image=found.moved_bytes // batch,
+    )
+
+
+def _forward_alone(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Activations:
+    """What a forward in bfloat16 takes that no backward follows."""
+    model = loaded.model.eval().to(torch.bfloat16)
+    points = []
+    with gpu_norms():
+        for size in sizes:
+            step = timeline(model, _images(loaded, batch, size, True), backward=False)
+            points.append((size, step.peak_bytes))
+    return Activations(tuple(points), 0, 1.0)
+
+
+def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
+    """The inputs of another batch size, without data."""
+    images = resized(loaded.inputs, loaded.batch or own, size, data=False, make=loaded.make)
+    if images is None:
+        raise ValueError(f"{loaded.name}: {NO_BATCH}")
+    return _narrow(images) if narrow else images
+
+
+def best(found: Sequence[Estimate]) -> Estimate | None:
+    """The simplest way that fits: the first setup and, in it, the first policy; None if none."""
+    return next((e for e in found if e.fits), None)
+
+
+def _narrow(inputs: Any) -> Any:
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t,
+        inputs,
+    )

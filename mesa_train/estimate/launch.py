@@ -1,0 +1,141 @@
+"""How to start what was estimated: accelerate's configuration file and the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mesa_train.methods.apply import CHECKPOINT
+from mesa_train.policy import OFFLOADED
+
+from .estimator import Estimate
+from .model_states import Cluster
+
+# Trains any model of timm's, whatever its name says.
+_RECIPE = "recipes/litv2"
+# Trains ViT-22B and its siblings, sharded with tensor parallelism, or on one card.
+_VIT22B = "recipes/vit22b"
+_OFFLOAD = {"optimizer": "cpu"}
+
+
+def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
+    """The YAML file for `accelerate launch --config_file`.
+
+    blocks: class names of the modules that FSDP shards one by one; none: by size.
+    """
+    import yaml
+
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "mixed_precision": "bf16",
+        "num_machines": cluster.nodes,
+        "machine_rank": 0,
+        "num_processes": cluster.gpus,
+        "use_cpu": False,
+    }
+    if cluster.nodes > 1:
+        # The file of each machine has its own machine_rank.
+        config |= {"main_process_ip": "ADDRESS_OF_MACHINE_0", "main_process_port": 29500}
+    if cluster.gpus == 1 and found.strategy in ("ddp", "in_backward"):
+        config["distributed_type"] = "NO"
+    if found.strategy.startswith("zero"):
+        config["distributed_type"] = "DEEPSPEED"
+        stage = int(found.strategy[-1])
+        deepspeed: dict[str, Any] = {
+            "zero_stage": stage,
+            "gradient_accumulation_steps": 1,
+            "offload_optimizer_device": _OFFLOAD.get(found.offload, found.offload),
+            "offload_param_device": (
+                found.offload if stage == 3 and found.offload != "optimizer" else "none"
+            ),
+        }
+        if found.offload == "nvme":
+            paths = ("offload_optimizer_nvme_path", "offload_param_nvme_path")
+            deepspeed |= dict.fromkeys(paths, "/FOLDER/ON/NVME")
+        if stage == 3:
+            deepspeed |= {"zero3_init_flag": True, "zero3_save_16bit_model": True}
+        config["deepspeed_config"] = deepspeed
+    elif found.strategy == "fsdp2":
+        config["distributed_type"] = "FSDP"
+        config["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if blocks else "SIZE_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_offload_params": found.offload == "cpu",
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+            "fsdp_activation_checkpointing": found.policy == "checkpoint",
+        }
+        if blocks:
+            config["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = ",".join(blocks)
+        else:
+            config["fsdp_config"]["fsdp_min_num_params"] = 1_000_000
+        if cluster.tensor_parallel > 1:
+            config["parallelism_config"] = {
+                "parallelism_config_tp_size": cluster.tensor_parallel,
+                "parallelism_config_dp_shard_size": cluster.gpus // cluster.tensor_parallel,
+            }
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def command(
+    found: Estimate, model: str, path: str, gpus: int, image_size: int | None = None
+) -> str:
+    """The command that trains with it: the recipe for a model of timm's, else a script to be named.
+
+    path: of accelerate's configuration. image_size: of the images, None for the recipe's own.
+    """
+    start = f"accelerate launch --config_file {path}"
+    scheme, colon, rest = model.partition(":")
+    if colon and scheme != "timm":
+        return f"{start} YOUR_TRAINING_SCRIPT.py"
+    name = rest if colon else model
+    if name.startswith("vit_22b"):
+        return _vit22b(found, name, start, gpus)
+    if found.strategy == "in_backward" or found.lora or found.half or "+coded" in found.policy:
+        return f"{start} YOUR_TRAINING_SCRIPT.py"  # The recipe for timm's models has none of these.
+    preset, checkpointed = _parts(found.policy)
+    settings = {
+        "model.name": name,
+        "train.micro_batch": found.batch,
+        "train.global_batch": found.batch * gpus,
+        "train.policy": preset,
+        "optim.name": found.optimizer,
+    }
+    if image_size is not None:
+        settings["data.image_size"] = image_size
+    if checkpointed:
+        settings["model.grad_checkpointing"] = "true"
+    return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {_set(settings)}"
+
+
+def _vit22b(found: Estimate, model: str, start: str, gpus: int) -> str:
+    """The command of the ViT-22B recipes."""
+    preset, checkpointed = _parts(found.policy)
+    kind = "coded" if found.policy.endswith("+coded") else "block" if checkpointed else "none"
+    if found.strategy == "in_backward" or found.lora:
+        method = "nf4" if found.lora else found.optimizer
+        options = f"--model {model} --batch-size {found.batch} --policy {preset}"
+        return f"python {_VIT22B}/onecard.py {method} {options} --checkpointing {kind}"
+    settings = {
+        "model.name": model,
+        "train.micro_batch": found.batch,
+        "train.global_batch": found.batch * gpus,
+        "train.policy": preset,
+        "train.checkpointing": kind,
+        "train.precision": "pure_bf16" if found.half else "bf16",
+        "optim.name": found.optimizer,
+    }
+    return f"{start} {_VIT22B}/train.py {_VIT22B}/large.yaml {_set(settings)}"
+
+
+def _parts(policy: str) -> tuple[str, bool]:
+    """(the preset or "plain", whether blocks are checkpointed)."""
+    if policy in OFFLOADED:
+        return policy, False
+    preset, plus, _ = policy.partition("+")
+    return ("plain", True) if preset == CHECKPOINT else (preset, bool(plus))
+
+
+def _set(settings: dict[str, Any]) -> str:
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())

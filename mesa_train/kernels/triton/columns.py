@@ -1,0 +1,72 @@
+"""Triton: sums over the rows of a matrix, beside what else is done to the rows, in two launches.
+
+In the first a program walks its share of the rows and writes its own column sums (parts). The
+second, here, adds the parts in order. There are no atomics, so the same input gives the same bits
+again on the same device.
+"""
+# ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import launch
+
+# Elements of a tile and programs a multiprocessor: together they keep enough loads in flight, and
+# the parts stay a few percent of the traffic.
+_TILE = 2048
+_PROGRAMS = 4
+# Columns and parts that a program of the second launch reads at once.
+_COLUMNS, _PARTS = 32, 64
+
+
+@triton.jit
+def _add(
+    partial, first, second, parts, cols,
+    SUMS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    which = tl.program_id(1)
+    total = tl.zeros((PARTS, COLUMNS), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (c < cols)[None, :]
+        at = (part * SUMS + which).to(tl.int64)[:, None] * cols + c[None, :]
+        total += tl.load(partial + at, mask, other=0)
+    out = tl.sum(total, 0)
+    if which == 0:
+        tl.store(first + c, out, c < cols)
+    elif SUMS == 2:
+        tl.store(second + c, out, c < cols)
+
+
+def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Adds the parts (parts, 1 or 2, cols) of one or two sums into vectors (cols,)."""
+    parts, sums, cols = partial.shape
+    grid = (triton.cdiv(cols, _COLUMNS), sums)
+    launch(_add, grid, 4, (partial, first, second), (parts, cols), (sums, _COLUMNS, _PARTS))
+
+
+@lru_cache(maxsize=4096)
+def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, int]:
+    """(rows of a tile, columns of a tile, programs, tiles that a program walks)."""
+    width = max(triton.next_power_of_2(cols), 16)
+    height = max(1, min(_TILE // width, 16))
+    count = triton.cdiv(rows, height)
+    share = triton.cdiv(count, _PROGRAMS * multiprocessors(device))
+    return height, width, triton.cdiv(count, share), share
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side."""
+    if device.type == "cpu":  # the interpreter
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count

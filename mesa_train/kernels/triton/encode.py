@@ -1,0 +1,191 @@
+"""Triton: tensors to affine codes in one pass, rounded as `reference.py` says, bit for bit.
+
+The input may have any strides: the rows of q, k and v are read where they lie in the packed qkv. A
+normalised input is computed on the way, so a norm's x_hat never exists in memory.
+"""
+# ruff: noqa: ANN001, ANN201, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mesa_train.kernels import reference, schemas
+
+from .tiles import code_place, handles, launch, locate, tiles, value_mask
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float in an order where integers compare like the numbers: NaN and infinity are at
+    the ends, and one test a group finds them. Its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def make_grid(low, high, LEVELS: tl.constexpr):
+    """From the ordered ends of groups: stored pair (int32), zero and 1 / scale (float32, both 0 for
+    a group with a NaN or infinity)."""
+    LARGEST: tl.constexpr = 3.4028234663852886e38
+    finite = (low > -0x7F800001) & (high < 0x7F800000)
+    least = _ordered(low)
+    down = least & -65536
+    down = tl.where((low < 0) & (down != least), down + 65536, down)
+    down = tl.where(down == -0x80000000, 0, down)  # -0.0
+    down = tl.where(down == -0x800000, -0x810000, down)  # -infinity: the lowest bfloat16
+    down = tl.where(finite, down, 0)
+    zero = down.to(tl.float32, bitcast=True)
+
+    most = tl.where(finite, _ordered(high), 0).to(tl.float32, bitcast=True)
+    span = most - zero
+    span = tl.where(span < LARGEST, span, LARGEST)
+    step = tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32))
+    up = (step.to(tl.int32, bitcast=True) + 0xFFFF) & -65536
+    top = up.to(tl.float32, bitcast=True) * LEVELS + zero
+    up = tl.where(tl.abs(top) <= LARGEST, up, up - 65536)
+    up = tl.where(up < 0x00800000, 0, up)  # below the smallest normal number
+    usable = finite & (up > 0)
+    scale = tl.where(usable, up.to(tl.float32, bitcast=True), 1.0)
+    inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
+    return tl.where(finite, (up >> 16) | down, 0x7FC07FC0), zero, inverse
+
+
+@triton.jit
+def mix(x):
+    """lowbias32 of uint32s, https://nullprogram.com/blog/2018/07/31/."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def encode_tile(
+    value, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes and scales of (U, W) float32 values."""
+    LEVELS: tl.constexpr = 2**BITS - 1
+    PER: tl.constexpr = 8 // BITS
+    i = tl.arange(0, W)[None, :]
+    ordered = _ordered(value.to(tl.int32, bitcast=True))
+    zero = tl.zeros((U, W), tl.float32)
+    inverse = tl.zeros((U, W), tl.float32)
+    keys = tl.zeros((U, W), tl.uint32)
+    element = tl.zeros((U, W), tl.int32) + i
+    pairs = scales.to(tl.pointer_type(tl.int32), bitcast=True)
+    first = place * P
+    index = row.to(tl.int64) * groups + first
+    for p in tl.static_range(P):
+        inside = mask
+        if P > 1:
+            inside = mask & (i >= p * size) & (i < (p + 1) * size)
+        low = tl.min(tl.where(inside, ordered, 0x7FFFFFFF), 1)
+        high = tl.max(tl.where(inside, ordered, -0x80000000), 1)
+        stored, group_zero, group_inverse = make_grid(low, high, LEVELS)
+        tl.store(pairs + index + p, stored, live & (first + p < groups))
+        zero = tl.where(inside, group_zero[:, None], zero)
+        inverse = tl.where(inside, group_inverse[:, None], inverse)
+        if STOCHASTIC:
+            which = (index + p).to(tl.uint32) ^ seed.to(tl.uint32)
+            key = mix(stored.to(tl.uint32, bitcast=True) ^ mix(which))
+            keys = tl.where(inside, key[:, None], keys)
+            element = tl.where(inside, i - p * size, element)
+
+    v = (value - zero) * inverse
+    TOP: tl.constexpr = 65535 if STOCHASTIC else LEVELS
+    if STOCHASTIC:
+        v = v * 2.0 ** (16 - BITS)
+    # A NaN becomes 0.
+    v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.NONE)
+    v = tl.minimum(v, TOP * 1.0, propagate_nan=tl.PropagateNan.NONE)
+    # 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
+    q = (v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF
+    if STOCHASTIC:
+        drawn = (mix(element.to(tl.uint32)) >> 16) * (keys & 0xFFFF | 1) + (keys >> 16)
+        q = tl.minimum(q + ((drawn & 0xFFFF) >> BITS).to(tl.int32), 65535) >> (16 - BITS)
+
+    if BITS != 8:
+        parts = tl.reshape(tl.where(mask, q, 0), (U, W // PER, PER))
+        q = tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, :], 2)
+    at, there = code_place(row, place, live, code_bytes, unit_bytes, RAGGED, W // PER)
+    tl.store(codes + at, q.to(tl.uint8), there)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _encode(
+    x, mean, rstd, codes, scales,
+    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, seed,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    row, place, live = locate(units, per_row, U)
+    mask = value_mask(place, live, size, cols, P, RAGGED, W)
+    i = tl.arange(0, W)[None, :].to(tl.int64)
+    begin = row.to(tl.int64) * row_stride + (place * (P * size)).to(tl.int64) * col_stride
+    value = tl.load(x + begin[:, None] + i * col_stride, mask, other=0).to(tl.float32)
+    if mean is not None:
+        value = value - tl.load(mean + row, live, other=0).to(tl.float32)[:, None]
+    if rstd is not None:
+        value = value * tl.load(rstd + row, live, other=0).to(tl.float32)[:, None]
+    encode_tile(
+        value, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        BITS, P, RAGGED, U, W, STOCHASTIC,
+    )  # fmt: skip
+
+
+def signed(seed: int) -> int:
+    """The low 32 bits of a seed as an int32: one type for all seeds, so one kernel."""
+    return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def affine_encode(
+    x: Tensor, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(rows, cols) to codes (rows, bytes) uint8 and scales (rows, groups, 2) bfloat16."""
+    return normalized_encode(x, None, None, bits, group_size, stochastic, seed)
+
+
+def normalized_encode(
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes of (x - mean) * rstd, one mean and rstd a row; without either, of x."""
+    if rstd is None:
+        codes, scales = schemas._affine_encode(x, bits, group_size, stochastic, seed)
+    else:
+        codes, scales = schemas._normalized_encode(
+            x, mean, rstd, bits, group_size, stochastic, seed
+        )
+    if x.numel() == 0:
+        return codes, scales
+    rows, cols = x.shape
+    cut = tiles(rows, cols, scales.shape[1], bits)
+    if cut is None or not handles(x, mean, rstd):
+        if rstd is None:
+            return reference.affine_encode(x, bits, group_size, stochastic, seed)
+        return reference.normalized_encode(x, mean, rstd, bits, group_size, stochastic, seed)
+    launch(
+        _encode,
+        cut.grid,
+        cut.num_warps,
+        (
+            x,
+            None if mean is None else mean.contiguous(),
+            None if rstd is None else rstd.contiguous(),
+            codes,
+            scales,
+        ),
+        (*cut.numbers, *x.stride(), signed(seed) if stochastic else 0),
+        (*cut.constants, stochastic),
+    )
+    return codes, scales

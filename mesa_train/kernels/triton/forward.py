@@ -1,0 +1,128 @@
+"""Triton: norms and activations whose codes are made in the pass that computes them
+(`schemas.py`)."""
+# ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import schemas as triton_schemas
+from .activations import value
+from .encode import encode_tile, signed
+from .tiles import handles, launch, locate, locate_rows, row_sum, row_tiles, tiles, value_mask
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _activation(
+    x, y, codes, scales,
+    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, seed,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
+    STOCHASTIC: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    row, place, live = locate(units, per_row, U)
+    mask = value_mask(place, live, size, cols, P, RAGGED, W)
+    i = tl.arange(0, W)[None, :].to(tl.int64)
+    start = (place * (P * size)).to(tl.int64)
+    begin = row.to(tl.int64) * row_stride + start * col_stride
+    v = tl.load(x + begin[:, None] + i * col_stride, mask, other=0).to(tl.float32)
+    at = (row.to(tl.int64) * cols + start)[:, None] + i
+    tl.store(y + at, value(v, KIND).to(y.dtype.element_ty), mask)
+    encode_tile(
+        v, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        BITS, P, RAGGED, U, W, STOCHASTIC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _norm(
+    x, weight, bias, y, rstds, codes, scales,
+    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, eps, seed,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
+    UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    row, place, live = locate_rows(rows, per_row, R, UNITS)
+    mask = value_mask(place, live, size, cols, P, RAGGED, W)
+    i = tl.arange(0, W)[None, :]
+    start = place * (P * size)
+    begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
+    at = x + begin[:, None] + i.to(tl.int64) * col_stride
+    v = tl.load(at, mask, other=0).to(tl.float32)
+    if CENTERED:
+        v = tl.where(mask, v - (row_sum(v, R, UNITS) / cols)[:, None], 0.0)
+    rstd = tl.rsqrt(row_sum(v * v, R, UNITS) / cols + eps)
+    v = v * rstd[:, None]
+    tl.store(rstds + row, rstd, live & (place == 0))
+    encode_tile(
+        v, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        BITS, P, RAGGED, R * UNITS, W, STOCHASTIC,
+    )  # fmt: skip
+    column = start[:, None] + i
+    if weight is not None:
+        v = v * tl.load(weight + column, mask, other=0).to(tl.float32)
+    if bias is not None:
+        v = v + tl.load(bias + column, mask, other=0).to(tl.float32)
+    to = (row.to(tl.int64) * cols + start)[:, None] + i
+    tl.store(y + to, v.to(y.dtype.element_ty), mask)
+
+
+def activation_encode(
+    x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kind(x), (rows, cols) in x's dtype; codes and scales of x."""
+    y, codes, scales = triton_schemas._activation_encode(
+        x, kind, bits, group_size, stochastic, seed
+    )
+    if x.numel() == 0:
+        return y, codes, scales
+    cut = tiles(*x.shape, scales.shape[1], bits)
+    if cut is None or not handles(x):
+        return triton_schemas.activation_encode(x, kind, bits, group_size, stochastic, seed)
+    launch(
+        _activation,
+        cut.grid,
+        cut.num_warps,
+        (x, y, codes, scales),
+        (*cut.numbers, *x.stride(), signed(seed) if stochastic else 0),
+        (*cut.constants, stochastic, kind),
+    )
+    return y, codes, scales
+
+
+def norm_encode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm (centered) or RMSNorm of (rows, cols) in `dtype`; rstd (rows,); codes and scales of
+    the normalised rows."""
+    code = bits, group_size, stochastic, seed
+    y, rstd, codes, scales = triton_schemas._norm_encode(
+        x, weight, bias, eps, centered, dtype, *code
+    )
+    if x.numel() == 0:
+        return y, rstd.fill_(eps**-0.5), codes, scales
+    cut = row_tiles(*x.shape, scales.shape[1], bits)
+    if cut is None or not handles(x, weight, bias, y):
+        return triton_schemas.norm_encode(x, weight, bias, eps, centered, dtype, *code)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    launch(
+        _norm,
+        cut.grid,
+        cut.num_warps,
+        (x, weight, bias, y, rstd, codes, scales),
+        (*cut.numbers, *x.stride(), eps, signed(seed) if stochastic else 0),
+        (*cut.constants, stochastic, centered),
+    )
+    return y, rstd, codes, scales

@@ -1,0 +1,119 @@
+"""Registers the Triton kernels for GPUs without importing Triton.
+
+What is registered is a door: the first call with a tensor on a GPU imports the kernels, and Triton
+compiles each for the shapes it meets (about a second each, kept in Triton's cache on disk).
+
+Environment:
+    MESA_TRAIN_TRITON=0  use the plain-torch reference
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mesa_train.kernels import reference, schemas
+
+from . import schemas as triton_schemas
+
+# operator: the file its launcher is in, under the operator's name.
+OPERATORS = {
+    "affine_encode": "encode",
+    "normalized_encode": "encode",
+    "affine_decode": "decode",
+    "activation_decode": "decode",
+    "activation_backward": "decode",
+    "activation_pair": "decode",
+    "activation_pair_sum": "pair",
+    "norm_backward": "norm",
+    "softmax_backward": "softmax",
+    "scale_backward": "scale",
+    "bitmask_encode": "bitmask",
+    "bitmask_positive": "bitmask",
+    "bitmask_apply": "bitmask",
+    "norm_encode": "forward",
+    "activation_encode": "forward",
+    "softmax_encode": "softmax",
+}
+# NVIDIA's and AMD's GPUs share the first key.
+_KEYS = ("CUDA", "XPU")
+# The oldest NVIDIA GPUs that Triton compiles for.
+_OLDEST = (8, 0)
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def load() -> None:
+    """Put the Triton kernels in front on GPUs; once a process, however often it is called."""
+    if os.environ.get("MESA_TRAIN_TRITON", "1") == "0":
+        return
+    for name in OPERATORS:
+        for key in _KEYS:
+            schemas._library.impl(name, _door(name), key)
+
+
+def _door(name: str) -> Callable[..., Any]:
+    bodies: dict[torch.device, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        here = args[0].device
+        body = bodies.get(here)
+        if body is None:
+            body = bodies.setdefault(here, _body(name, here))
+        # A kernel runs on the current device, which need not be the tensors' own.
+        if here.index == torch.accelerator.current_device_index():
+            return body(*args)
+        with torch.accelerator.device_index(here.index):
+            return body(*args)
+
+    return call
+
+
+def _body(name: str, device: torch.device) -> Callable[..., Any]:
+    """The launcher of an operator, or its checked reference where Triton cannot run."""
+    reason = _obstacle(device)
+    if reason is None:
+        module = importlib.import_module(f"mesa_train.kernels.triton.{OPERATORS[name]}")
+        launcher: Callable[..., Any] = getattr(module, name)
+        return launcher
+    apart = hasattr(triton_schemas, f"_{name}")
+    fake = getattr(triton_schemas if apart else schemas, f"_{name}")
+    plain = getattr(triton_schemas if apart else reference, name)
+
+    def checked(*args: Any) -> Any:
+        fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        return plain(*args)
+
+    return checked
+
+
+@lru_cache
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device, told once in the log; None if it can."""
+    reason = None
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            major, minor = capability
+            reason = f"{device} has compute capability {major}.{minor}, below 8.0"
+    if reason is None:
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            reason = str(error)
+    if reason is not None:
+        logger.warning(
+            "mesa_train runs without its Triton kernels on %s: the plain-torch reference gives the "
+            "same results about ten times slower. To fix it, install triton (pip install triton); "
+            "to silence this, set MESA_TRAIN_TRITON=0. The reason: %s",
+            device,
+            reason,
+        )
+    return reason

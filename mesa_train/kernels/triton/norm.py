@@ -1,0 +1,95 @@
+"""Triton: a norm's backward from codes of its normalised input: grad and codes are read once."""
+# ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mesa_train.kernels import reference, schemas
+
+from .columns import add_parts, split
+from .tiles import WIDEST, as_scale, as_zero, handles, launch, unpack, warps
+
+
+@triton.jit
+def _rows(
+    grad, codes, scales, rstd, weight, dx, partial,
+    rows, cols, groups, code_bytes, row_stride, col_stride, share,
+    size: tl.constexpr, CENTERED: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    PER: tl.constexpr = 8 // BITS
+    program = tl.program_id(0)
+    c = tl.arange(0, C)[None, :]
+    b = tl.arange(0, C // PER)[None, :]
+    inside = c < cols
+    group = c // size
+    w = tl.full((1, C), 1.0, tl.float32)
+    if weight is not None:
+        w = tl.load(weight + c, inside, other=0).to(tl.float32)
+    pairs = scales.to(tl.pointer_type(tl.int32), bitcast=True)
+    dweight = tl.zeros((R, C), tl.float32)
+    dbias = tl.zeros((R, C), tl.float32)
+    for turn in range(share):
+        row = ((program * share + turn) * R + tl.arange(0, R)).to(tl.int64)
+        live = row < rows
+        mask = live[:, None] & inside
+        at = row[:, None] * row_stride + c.to(tl.int64) * col_stride
+        g = tl.load(grad + at, mask, other=0).to(tl.float32)
+        here = live[:, None] & (b < code_bytes)
+        q = unpack(tl.load(codes + row[:, None] * code_bytes + b, here, other=0), BITS)
+        stored = tl.load(pairs + row[:, None] * groups + group, mask, other=0)
+        x_hat = q.to(tl.float32) * as_scale(stored) + as_zero(stored)
+
+        d = g * w
+        along = tl.sum(d * x_hat, 1) / cols
+        out = tl.fma(-along[:, None], x_hat, d)
+        if CENTERED:
+            out = out - (tl.sum(d, 1) / cols)[:, None]
+        out = out * tl.load(rstd + row, live, other=0).to(tl.float32)[:, None]
+        tl.store(dx + row[:, None] * cols + c, out.to(dx.dtype.element_ty), mask)
+        dweight = tl.fma(g, x_hat, dweight)
+        dbias += g
+    to = partial + program.to(tl.int64) * 2 * cols + tl.arange(0, C)
+    columns = tl.arange(0, C) < cols
+    tl.store(to, tl.sum(dweight, 0), columns)
+    tl.store(to + cols, tl.sum(dbias, 0), columns)
+
+
+def norm_backward(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bits: int,
+    centered: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm (centered) or RMSNorm at the decoded normalised input: dx, dweight, dbias."""
+    dx, dweight, dbias = schemas._norm_backward(
+        grad, codes, scales, rstd, weight, bits, centered, dtype
+    )
+    rows, cols = grad.shape
+    if dx.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    if cols > WIDEST // 2 or not handles(grad, rstd, weight, dx):
+        return reference.norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
+    height, width, programs, share = split(rows, cols, grad.device)
+    groups = scales.shape[1]
+    partial = grad.new_empty((programs, 2, cols), dtype=torch.float32)
+    weight = None if weight is None else weight.contiguous()
+    launch(
+        _rows,
+        (programs,),
+        warps(2 * height * width),
+        (grad, codes.contiguous(), scales.contiguous(), rstd.contiguous(), weight, dx, partial),
+        (rows, cols, groups, codes.shape[1], *grad.stride(), share),
+        (-(-cols // groups), centered, bits, height, width),
+    )
+    add_parts(partial, dweight, dbias)
+    return dx, dweight, dbias

@@ -1,0 +1,93 @@
+"""Triton: an activation and its gradient from codes, and the sum of that gradient over the rows: the
+gradient of the bias in front of the activation, which would read it all again."""
+# ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import schemas as triton_schemas
+from .activations import slope, value
+from .columns import add_parts, multiprocessors
+from .decode import cut
+from .tiles import decode_tile, handles, launch, value_mask
+
+# Programs a multiprocessor: as many loads in flight as when every tile has a program of its own.
+_PROGRAMS = 8
+
+
+@triton.jit
+def _pair(
+    grad, codes, scales, dx, y, partial,
+    rows, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, share,
+    BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    # A program walks rows of one unit, so that its sums stay in registers.
+    place = tl.zeros((R,), tl.int32) + tl.program_id(0)
+    program = tl.program_id(1)
+    start = place * (P * size)
+    i = tl.arange(0, W)[None, :]
+    total = tl.zeros((R, W), tl.float32)
+    for turn in range(share):
+        row = (program * share + turn) * R + tl.arange(0, R)
+        live = row < rows
+        mask = value_mask(place, live, size, cols, P, RAGGED, W)
+        x = decode_tile(
+            codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
+            BITS, P, RAGGED, W,
+        )  # fmt: skip
+        begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
+        at = grad + begin[:, None] + i.to(tl.int64) * col_stride
+        g = tl.load(at, mask, other=0).to(tl.float32)
+        out = (g * slope(x, KIND)).to(dx.dtype.element_ty)
+        to = (row.to(tl.int64) * cols + start)[:, None] + i
+        tl.store(dx + to, out, mask)
+        tl.store(y + to, value(x, KIND).to(y.dtype.element_ty), mask)
+        total += tl.where(mask, out.to(tl.float32), 0.0)
+    column = tl.program_id(0) * (P * size) + tl.arange(0, W)
+    inside = (tl.arange(0, W) < P * size) & (column < cols)
+    tl.store(partial + program.to(tl.int64) * cols + column, tl.sum(total, 0), inside)
+
+
+def activation_pair_sum(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype, and the column sums
+    of the first in float32."""
+    dx, y, total = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
+    rows, cols = grad.shape
+    if dx.numel() == 0:
+        return dx, y, total.zero_()
+    tiles = cut(codes, scales, bits, cols)
+    if tiles is None or not handles(grad):
+        return triton_schemas.activation_pair_sum(grad, codes, scales, bits, kind)
+    _, per_row, *numbers = tiles.numbers
+    bits, joined, ragged, height, width = tiles.constants
+    programs, share = _split(rows, per_row, height, grad.device)
+    partial = grad.new_empty((programs, 1, cols), dtype=torch.float32)
+    launch(
+        _pair,
+        (per_row, programs),
+        tiles.num_warps,
+        (grad, codes.contiguous(), scales.contiguous(), dx, y, partial),
+        (rows, *numbers, *grad.stride(), share),
+        (bits, joined, ragged, height, width, kind),
+    )
+    add_parts(partial, total)
+    return dx, y, total
+
+
+@lru_cache(maxsize=4096)
+def _split(rows: int, per_row: int, height: int, device: torch.device) -> tuple[int, int]:
+    """(programs a unit, tiles that a program walks)."""
+    count = triton.cdiv(rows, height)
+    wanted = max(1, triton.cdiv(_PROGRAMS * multiprocessors(device), per_row))
+    share = triton.cdiv(count, wanted)
+    return triton.cdiv(count, share), share

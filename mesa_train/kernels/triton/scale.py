@@ -1,0 +1,63 @@
+"""Triton: the gradient behind a layer scale, read once for the three things that are made of it."""
+# ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mesa_train.kernels import reference, schemas
+
+from .columns import add_parts, split
+from .tiles import WIDEST, handles, launch, warps
+
+
+@triton.jit
+def _rows(
+    grad, scale, scaled, cast, partial,
+    rows, cols, row_stride, col_stride, share,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    c = tl.arange(0, C)[None, :]
+    inside = c < cols
+    s = tl.load(scale + c, inside, other=0).to(tl.float32)
+    total = tl.zeros((R, C), tl.float32)
+    for turn in range(share):
+        row = ((program * share + turn) * R + tl.arange(0, R)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside
+        at = row[:, None] * row_stride + c.to(tl.int64) * col_stride
+        g = tl.load(grad + at, mask, other=0).to(tl.float32)
+        to = row[:, None] * cols + c
+        tl.store(scaled + to, (g * s).to(scaled.dtype.element_ty), mask)
+        tl.store(cast + to, g.to(cast.dtype.element_ty), mask)
+        total += g
+    columns = tl.arange(0, C) < cols
+    tl.store(partial + program.to(tl.int64) * cols + tl.arange(0, C), tl.sum(total, 0), columns)
+
+
+def scale_backward(
+    grad: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad * scale and grad, both in `dtype`, and grad's column sums in float32."""
+    scaled, cast, total = schemas._scale_backward(grad, scale, dtype)
+    rows, cols = grad.shape
+    if grad.numel() == 0:
+        return scaled, cast, total.zero_()
+    if cols > WIDEST // 2 or not handles(grad, scale, scaled):
+        return reference.scale_backward(grad, scale, dtype)
+    height, width, programs, share = split(rows, cols, grad.device)
+    partial = grad.new_empty((programs, 1, cols), dtype=torch.float32)
+    launch(
+        _rows,
+        (programs,),
+        warps(2 * height * width),
+        (grad, scale.contiguous(), scaled, cast, partial),
+        (rows, cols, *grad.stride(), share),
+        (height, width),
+    )
+    add_parts(partial, total)
+    return scaled, cast, total

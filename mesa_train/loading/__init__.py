@@ -1,0 +1,1 @@
+"""A model with inputs from a name or a user's factory."""

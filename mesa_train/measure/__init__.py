@@ -1,0 +1,1 @@
+"""Measure a model: saved tensors, coverage, peak memory, a timeline of one step, and its time."""

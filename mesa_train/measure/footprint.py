@@ -1,0 +1,267 @@
+"""Footprint: the bytes a model keeps between its forward and its backward, to the byte and by name.
+
+One forward is run, on the real tensors or on fakes of them (no data, no memory, the same kernels
+chosen), and whatever autograd holds at its end is counted: each storage once and whole, with
+parameters and buffers apart because they are there anyway. Autocast's low-precision weight copies
+do count: they live until the backward, as "weight cast".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesa_train.engine.wrap import report_of
+from mesa_train.methods.apply import applied
+from mesa_train.policy import Policy
+from mesa_train.stash.offload import CountedLane, through
+from mesa_train.utils.formatting import format_bytes, format_table
+
+from .coverage import Coverage, coverage
+from .fake_tensors import Fakes
+from .isolation import standing_in
+from .saved_tensors import Kept, Recorder, by_address
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What one forward keeps for its backward. All sizes in bytes, every storage counted once.
+
+    saved_bytes: kept for the backward on the model's device, beyond parameters and buffers.
+    parameter_bytes, buffer_bytes: the model's own, there with or without a backward.
+    rows: one `Kept(operator, module, dtype, shape, saved_bytes)` a storage, in forward order.
+    notes: what a reader should know about how it was counted.
+    stored: under a policy, what was stored how and why (see `coverage`).
+    moved_bytes: kept for the backward in main memory, by a policy that offloads; not in the sums by
+    operator, dtype and module.
+    """
+
+    saved_bytes: int
+    parameter_bytes: int
+    buffer_bytes: int
+    rows: tuple[Kept, ...]
+    notes: tuple[str, ...] = ()
+    stored: Coverage | None = None
+    moved_bytes: int = 0
+
+    @property
+    def by_operator(self) -> dict[str, int]:
+        """Bytes by torch function, largest first."""
+        return _sums((row.operator, row.saved_bytes) for row in self._here)
+
+    @property
+    def by_dtype(self) -> dict[str, int]:
+        """Bytes by dtype as kept (codes are uint8), largest first."""
+        return _sums((row.dtype, row.saved_bytes) for row in self._here)
+
+    @property
+    def by_module(self) -> dict[str, int]:
+        """Bytes by qualified module name without submodules, "" for the model, largest first."""
+        return _sums((row.module, row.saved_bytes) for row in self._here)
+
+    @property
+    def _here(self) -> list[Kept]:
+        return [row for row in self.rows if not row.moved]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values."""
+        return {
+            "saved_bytes": self.saved_bytes,
+            "moved_bytes": self.moved_bytes,
+            "parameter_bytes": self.parameter_bytes,
+            "buffer_bytes": self.buffer_bytes,
+            "by_operator": self.by_operator,
+            "by_dtype": self.by_dtype,
+            "by_module": self.by_module,
+            "rows": [{**row._asdict(), "shape": list(row.shape)} for row in self.rows],
+            "notes": list(self.notes),
+            "stored": None if self.stored is None else self.stored.to_dict()["rows"],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def table(self, by: str = "operator") -> str:
+        """An aligned plain-text table of the bytes by "operator", "dtype" or "module"."""
+        groups = {"operator": self.by_operator, "dtype": self.by_dtype, "module": self.by_module}
+        if by not in groups:
+            raise ValueError(f"table(by={by!r}): choose from {', '.join(groups)}")
+        counts = _sums((getattr(row, by), 1) for row in self._here)
+        whole = self.saved_bytes or 1
+        lines = [
+            [name or "(model)", str(counts[name]), format_bytes(size), f"{size / whole:.1%}"]
+            for name, size in groups[by].items()
+        ]
+        here = str(len(self._here))
+        lines.append(["kept for backward", here, format_bytes(self.saved_bytes), ""])
+        if self.moved_bytes:
+            away = str(len(self.rows) - len(self._here))
+            lines.append(["in main memory", away, format_bytes(self.moved_bytes), ""])
+        lines.append(["parameters", "", format_bytes(self.parameter_bytes), ""])
+        lines.append(["buffers", "", format_bytes(self.buffer_bytes), ""])
+        rule = len(groups[by])
+        table = format_table([by, "tensors", "size", "share"], lines, rule_before=rule)
+        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def footprint(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    policy: Policy | str | None = None,
+    autocast: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    fake: bool = False,
+    loss: Callable[[Any], Any] | None = None,
+) -> Footprint:
+    """Count what `model(inputs)` keeps for its backward; model and random state stay untouched.
+
+    inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    policy: None counts the model as it is, wrapped or not; "plain" counts it without mesa_train, a
+        Policy or a preset's name with that policy, "checkpoint" with every block checkpointed.
+    autocast: torch.bfloat16 or torch.float16 runs the forward under `torch.autocast` with it.
+    fake: count on fake tensors: no memory, no arithmetic, the same bytes. A model on the meta
+        device always is.
+    device: what the fakes stand for, "cpu" or "cuda"; default: the model's, "cpu" if on meta. What a
+        policy offloads is moved as on a GPU where the fakes stand for one or the model is on meta.
+    loss: called with the output inside the measurement, so that what a loss keeps counts too.
+
+    Raises ValueError if no output requires grad, if the forward needs values that fakes do not
+    have, or if an argument is out of range; TypeError if `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"footprint() counts an nn.Module, got {type(model).__name__}")
+    args, kwargs = arguments(inputs)
+    own = device_of(model)
+    target, fakes, notes = _target(model, device, fake, autocast)
+    if fakes is not None:
+        args, kwargs = fakes.of(args), fakes.of(kwargs)
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(applied(model, policy))
+        parameter_bytes = _storage_bytes(model.parameters())
+        buffer_bytes = _storage_bytes(model.buffers())
+        stack.enter_context(standing_in(model, fakes))
+        if fakes is not None:
+            stack.enter_context(through(counted(own, target)))
+        with recorder.watching(model), autocasting(target, autocast):
+            output = model(*args, **kwargs)
+            if loss is not None:
+                output = loss(output)
+        rows = tuple(recorder.kept())
+        report = report_of(model)
+        stored = coverage(model) if report is not None and report.rows else None
+    if not rows and not any(t.requires_grad for t in tensors_in(output)):
+        raise ValueError(
+            f"nothing is kept for a backward: no output of {type(model).__name__} requires grad "
+            "(are all parameters frozen, or is the forward decorated with no_grad?)"
+        )
+    if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
+        notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
+    saved_bytes = sum(row.saved_bytes for row in rows if not row.moved)
+    moved_bytes = sum(row.saved_bytes for row in rows if row.moved)
+    if moved_bytes and target.type == "cpu":
+        notes.append("what is offloaded is counted as moved to main memory, as on a GPU")
+    return Footprint(
+        saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored, moved_bytes
+    )
+
+
+def counted(own: torch.device, fakes: torch.device) -> CountedLane | None:
+    """How what is offloaded is counted on fakes on the device `fakes` of a model on `own`: moved as on
+    a GPU, unless it is a CPU's model."""
+    return CountedLane(fakes) if own.type in ("meta", "cuda") or fakes.type == "cuda" else None
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs): a mapping is keyword arguments, a tuple or list positional ones."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def autocasting(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[Any]:
+    """`torch.autocast` with `dtype` on `device`; nothing for None; ValueError for another dtype."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {dtype}")
+    return torch.autocast(device.type, dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: meta if any part is, else its first tensor's device, else the CPU."""
+    devices = [t.device for t in (*model.parameters(), *model.buffers())]
+    meta = [d for d in devices if d.type == "meta"]
+    return (meta or devices or [torch.device("cpu")])[0]
+
+
+def _target(
+    model: nn.Module,
+    device: str | torch.device | None,
+    fake: bool,
+    autocast: torch.dtype | None,
+) -> tuple[torch.device, Fakes | None, list[str]]:
+    """(device that the forward sees, fakes if it runs on them, notes)."""
+    own = device_of(model)
+    on_meta = own.type == "meta"
+    wanted = torch.device(device) if device is not None else torch.device("cpu") if on_meta else own
+    if wanted.type == "meta":
+        raise ValueError("device='meta' names no kernels; name the device that the fakes stand for")
+    if not (fake or on_meta):
+        if device is not None and wanted.type != own.type:
+            raise ValueError(
+                f"the model is on {own}, not on {wanted}: move it there, or count with fake=True"
+            )
+        return own, None, []
+    notes = [f"counted on fake {wanted.type} tensors"]
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        if autocast is not None:
+            raise ValueError(
+                "PyTorch ignores CUDA autocast where it sees no CUDA device, so the bytes of a GPU "
+                "cannot be counted here; device='cpu' comes close"
+            )
+        notes.append(
+            "no CUDA device here: PyTorch then takes attention's math kernel, which keeps the "
+            "attention matrix; device='cpu' comes closer to a GPU"
+        )
+    return wanted, Fakes(wanted), notes
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(storage.nbytes() for storage in by_address(tensors).values())
+
+
+def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for name, size in pairs:
+        totals[name] = totals.get(name, 0) + size
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in an output: containers, dataclasses and plain objects are looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))

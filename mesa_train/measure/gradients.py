@@ -1,0 +1,66 @@
+"""Gradients of one step: the loss that seeds them where the caller has none, and how far two lists
+of them are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .footprint import tensors_in
+
+
+def default_loss(output: Any) -> Tensor:
+    """A float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
+
+    Scores are a first output of shape (batch, classes); the targets are fixed and spread over the
+    classes. Raises ValueError if no floating-point tensor of the output requires grad.
+    """
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.requires_grad:
+        return own.float()
+    outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    if not outputs:
+        raise ValueError(
+            "no output of the model requires grad (are all parameters frozen, or does it return "
+            "none?), so there is no gradient to compare"
+        )
+    scores = outputs[0].float()
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        targets = (torch.arange(len(scores), device=scores.device) * 7919) % scores.shape[1]
+        return F.cross_entropy(scores, targets)
+    return scores.square().mean()
+
+
+def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
+    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
+    distance = norm = 0.0
+    for own, exact in zip(gradients, reference, strict=True):
+        if exact is not None:
+            norm += exact.double().square().sum().item()
+        if own is None and exact is None:
+            continue
+        difference = (0 if own is None else own.double()) - (0 if exact is None else exact.double())
+        distance += torch.as_tensor(difference).square().sum().item()
+    if norm == 0:
+        return 0.0 if distance == 0 else math.inf
+    return math.sqrt(distance / norm)
+
+
+def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
+    """The cosine of the angle between two lists of tensors as vectors; 1 where both are zero."""
+    product = own_norm = norm = 0.0
+    for own, exact in zip(gradients, reference, strict=True):
+        if own is not None:
+            own_norm += own.double().square().sum().item()
+        if exact is not None:
+            norm += exact.double().square().sum().item()
+        if own is not None and exact is not None:
+            product += (own.double() * exact.double()).sum().item()
+    if own_norm == norm == 0:
+        return 1.0
+    return product / math.sqrt(own_norm * norm) if own_norm and norm else 0.0

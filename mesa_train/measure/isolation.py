@@ -1,0 +1,86 @@
+"""Run a model without leaving a trace in it, and without memory if need be.
+
+Inside `standing_in` every buffer is a copy, so BatchNorm's running statistics are written to the
+copy; or, with `fakes`, every parameter, buffer and tensor attribute is a fake, and a model of any
+size runs in seconds. On the way out every module's attributes are what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mesa_train.utils.errors import place
+
+from .fake_tensors import FAKES_CANNOT, NUMPY, Fakes
+
+# nn.Module's own tables: parameters and buffers are replaced one by one, modules have their own.
+_TABLES = {"_parameters", "_buffers", "_modules"}
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, fakes: Fakes | None = None) -> Iterator[None]:
+    """Within the context `model` has copies of its buffers, or `fakes`; afterwards it is as it was.
+
+    The random generators of the CPU and of the model's devices are put back too.
+    """
+    before = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for module in model.modules()
+    ]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    copies: dict[int, Tensor] = {}
+    try:
+        for module, attributes, parameters, buffers in before:
+            if fakes is None:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                        module._buffers[name] = copy
+                continue
+            module._parameters.update({k: fakes.of(v) for k, v in parameters.items()})
+            module._buffers.update({k: fakes.of(v) for k, v in buffers.items()})
+            for name, value in attributes.items():
+                if name not in _TABLES and _holds_tensor(value):
+                    vars(module)[name] = fakes.of(value)
+        with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
+            if fakes is None:
+                yield
+            else:
+                with _no_values(model), fakes.on():
+                    yield
+    finally:
+        for module, attributes, parameters, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def _no_values(model: nn.Module) -> Iterator[None]:
+    """Within the context a model that reads values, which fakes do not have, is a ValueError that says
+    where and what measures it all the same."""
+    try:
+        yield
+    except (*FAKES_CANNOT, RuntimeError) as error:
+        if not isinstance(error, FAKES_CANNOT) and NUMPY not in str(error):
+            raise
+        where = place(error)
+        raise ValueError(
+            f"{type(model).__name__} reads values, which tensors without data do not have "
+            f"({where + ': ' if where else ''}{error}); what measures it with data: "
+            "`mesa-train compare` without --quick, `mesa-train profile` without --fake, or footprint "
+            "with fake=False and the model on a real device"
+        ) from error
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

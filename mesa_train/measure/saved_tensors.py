@@ -1,0 +1,226 @@
+"""Watches one forward and knows, at its end, which storages autograd holds and for whom.
+
+Everything kept goes through the pack hook of `torch.autograd.graph.saved_tensors_hooks`; what the
+hook returns lives exactly as long as the graph node that keeps it. So a token is handed out per
+saved tensor, and only tokens still alive when the output is there count: a branch of the graph that
+was dropped on the way costs nothing. A token holds the storage, hence no address is used twice and
+each storage is counted once, whole, for the first that saved it.
+
+Cost: the forward itself plus a Python call per torch call; no memory beyond what training keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from mesa_train.stash.offload import onlooker
+
+WEIGHT_CAST = "weight cast"
+_UNNAMED = "other"
+
+
+class Kept(NamedTuple):
+    """One storage kept for the backward: who saved it first, as what, and its whole size; whether it
+    waits in main memory."""
+
+    operator: str
+    module: str
+    dtype: str
+    shape: tuple[int, ...]
+    saved_bytes: int
+    moved: bool = False
+
+
+class _Token:
+    """Lives as long as the graph node that saved a tensor.
+
+    Holds storages, not the tensor: that may be the node's own output, and a cycle would live on.
+    """
+
+    __slots__ = ("__weakref__", "module", "operator", "parts")
+
+    def __init__(self, operator: str, module: str, tensor: Tensor) -> None:
+        self.operator = operator
+        self.module = module
+        self.parts = [
+            (
+                t.untyped_storage(),
+                str(t.dtype).removeprefix("torch."),
+                # A nested tensor has no shape, but a number of elements.
+                (t.numel(),) if t.is_nested else tuple(t.shape),
+                t.device.type,
+            )
+            for t in _plain_tensors(tensor)
+        ]
+
+
+class Recorder:
+    """`with recorder.watching(model): output = model(x)`, then `kept()` while `output` lives."""
+
+    def __init__(self) -> None:
+        self.operator: str | None = None
+        self._modules: list[str] = []
+        self._tokens: list[weakref.ref[_Token]] = []
+        self._weights: dict[int, torch.UntypedStorage] = {}
+        self._ignored: dict[int, torch.UntypedStorage] = {}
+        self._casts: dict[int, torch.UntypedStorage] = {}
+        self._devices: set[str] = set()
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Record every tensor saved for the backward while the context is open."""
+        self._weights = by_address(model.parameters())
+        self._ignored = {**self._weights, **by_address(model.buffers())}
+        self._devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+        with contextlib.ExitStack() as stack:
+            for name, module in model.named_modules():
+                enter, leave = self._module_hooks(name)
+                stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _no_backward))
+            stack.enter_context(_Operators(self))
+            # Under a dispatch mode compiled code would not run compiled: such models go without.
+            if not any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+                stack.enter_context(_WeightCasts(self._weights, self._casts))
+            yield
+
+    def kept(self) -> list[Kept]:
+        """What is held right now, each storage once, in the order of the forward."""
+        seen: set[int] = set()
+        rows = []
+        for reference in self._tokens:
+            token = reference()
+            if token is None:
+                continue
+            for storage, dtype, shape, device in token.parts:
+                address, size = storage._cdata, storage.nbytes()
+                if address in seen or address in self._ignored or not size:
+                    continue
+                seen.add(address)
+                operator = WEIGHT_CAST if address in self._casts else token.operator
+                # Fakes that stand for a GPU's tensors, and are a CPU's, are moved to the meta device.
+                away = bool(self._devices) and device not in self._devices
+                moved = away and device in ("cpu", "meta")
+                rows.append(Kept(operator, token.module, dtype, shape, size, moved))
+        return rows
+
+    @onlooker
+    def _pack(self, tensor: Tensor) -> _Token:
+        module = self._modules[-1] if self._modules else ""
+        token = _Token(self.operator or _operator_on_stack(), module, tensor)
+        self._tokens.append(weakref.ref(token))
+        return token
+
+    def _module_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(*_: Any) -> None:
+            self._modules.append(name)
+
+        def leave(*_: Any) -> None:
+            self._modules.pop()
+
+        return enter, leave
+
+
+class _Operators(TorchFunctionMode):
+    """Keeps the name of the torch function that runs, the outermost where one calls another."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        outer, self.recorder.operator = self.recorder.operator, operator_name(func)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.recorder.operator = outer
+
+
+class _WeightCasts(TorchDispatchMode):
+    """Marks the copies that autocast makes of parameters, out of a torch function mode's sight."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile may run under this mode, as eager `flex_attention` does."""
+        return True
+
+    def __init__(
+        self, weights: dict[int, torch.UntypedStorage], casts: dict[int, torch.UntypedStorage]
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.casts = casts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and not is_traceable_wrapper_subclass(args[0]):
+            source, made = args[0].untyped_storage(), output.untyped_storage()
+            if source._cdata in self.weights:
+                self.casts[made._cdata] = made
+        return output
+
+
+def operator_name(func: Callable[..., Any]) -> str:
+    """A torch function's plain name: `linear`, `mul` for `Tensor.__rmul__`, `relu` for `relu_`."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name in ("__get__", "__set__"):  # a property such as Tensor.T
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    name = name.strip("_")
+    arithmetic = re.fullmatch(r"[ri]?(add|sub|mul|truediv|div|matmul|pow)", name)
+    return {"truediv": "div"}.get(arithmetic[1], arithmetic[1]) if arithmetic else name
+
+
+def _operator_on_stack() -> str:
+    """Who saves, when no torch function runs that the mode here was asked about.
+
+    mesa_train's own mode, entered later, is asked first and saves from inside; checkpointing saves
+    from plain Python. Both stand on the stack, this side of the module that called them. Somebody
+    else's autograd Function does not.
+    """
+    name = _UNNAMED
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return "checkpoint"
+        if frame.f_code.co_name == "__torch_function__" and callable(frame.f_locals.get("func")):
+            name = operator_name(frame.f_locals["func"])
+        frame = frame.f_back
+    return name
+
+
+def _plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the data: those inside a wrapper subclass or a sparse one, else it."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [inner for name in names for inner in _plain_tensors(getattr(tensor, name))]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout is not torch.strided:
+        return []
+    return [tensor]
+
+
+def by_address(tensors: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of tensors (and of what wrapper subclasses hold), each once."""
+    storages = [inner.untyped_storage() for t in tensors for inner in _plain_tensors(t)]
+    return {storage._cdata: storage for storage in storages}
+
+
+def _no_backward(_: _Token) -> Tensor:
+    raise RuntimeError("a forward that is being measured keeps no tensors: it has no backward")

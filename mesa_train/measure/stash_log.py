@@ -1,0 +1,103 @@
+"""The stash log: the stashes of one forward in order, for the planner and the timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mesa_train.policy import OPERATORS
+from mesa_train.stash.recorder import Report
+from mesa_train.stash.stash import Leaf, Stash
+
+# (module, operator, operand).
+Key = tuple[str, str, str]
+
+# In the place of an operator in a key: (block, BLOCK, "") is the block itself.
+BLOCK = "block"
+
+
+@dataclasses.dataclass
+class CheckpointInput:
+    """What a checkpointed block saves of its inputs: the (rows, cols) of every tensor, and the bytes of all
+    as whole tensors."""
+
+    matrices: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    kept_bytes: int = 0
+
+
+class StashLog(Report):
+    """A report that also lists the stored stashes in the order of the forward, and where each of the
+    `blocks` begins and ends among them.
+
+    holding: keeps the stashes themselves, to look into what is rebuilt from what; they are not freed
+    in the backward then, so such a timeline's peak is none.
+    """
+
+    def __init__(self, holding: bool = False, blocks: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.holding, self.blocks = holding, frozenset(blocks)
+        # Set when the backward begins: what a checkpoint makes again is not there before.
+        self.closed = False
+        self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
+        # What checkpointed blocks keep of their inputs.
+        self.inputs: dict[str, CheckpointInput] = {}
+        self.rebuilt: dict[Key, Stash] = {}
+        self.leaves: dict[int, tuple[Stash, Key]] = {}
+        # By the id of a weight, which is held: the name of its module.
+        self.modules: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def installed(self, model: nn.Module) -> None:
+        """Take the place of a wrapped model's report."""
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor):
+                self.modules[id(weight)] = weight, name
+        entry = vars(model).get("_mesa_train")
+        if entry is not None:
+            entry.installed.report = self
+
+    def begins(self, module: str) -> None:
+        """A module's forward begins."""
+        if module in self.blocks:
+            self.stored.append(((module, BLOCK, "begin"), 0, None))
+
+    def ends(self, module: str) -> None:
+        """A module's forward ends."""
+        if module in self.blocks:
+            self.stored.append(((module, BLOCK, "end"), 0, None))
+
+    def add(
+        self,
+        module: str,
+        operator: str,
+        operand: str,
+        how: str,
+        size: int,
+        stash: Stash | None = None,
+    ) -> None:
+        """As `Report.add`; called once an operand and call."""
+        super().add(module, operator, operand, how, size)
+        if self.closed:
+            return
+        key = (module, operator, operand)
+        if operand == "saved" or operator not in OPERATORS:
+            key = (module, "fallback", "saved")
+        if stash is None:
+            return
+        if how == "rebuilt" and self.holding:
+            self.rebuilt.setdefault(key, stash)
+        elif isinstance(stash.recipe, Leaf) and how != "shared":
+            cols = stash.recipe.geometry.cols
+            codes = stash.tensors[0]
+            rows = codes.shape[0] if codes.dim() == 2 else codes.numel() // max(cols, 1)
+            if operator == "checkpoint":
+                inputs = self.inputs.setdefault(module, CheckpointInput())
+                inputs.matrices.append((rows, cols))
+                inputs.kept_bytes += rows * cols * stash.dtype.itemsize
+                return
+            self.stored.append((key, size, (rows, cols)))
+            if self.holding:
+                self.leaves[id(stash)] = (stash, key)

@@ -1,0 +1,202 @@
+"""Timeline: how many bytes are live at every moment of a step, without running it.
+
+Forward, loss and backward run on fake tensors (no data, no memory), and every storage that an
+operator makes is counted from its birth to its death. So the peak contains the working set of the
+backward: decoded copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients
+that have come so far. What stays there all the time (parameters, buffers, inputs, optimizer states)
+is not counted, nor what a kernel allocates inside itself and frees before it returns, nor what a policy
+moved to main memory.
+
+Cost: one to a few seconds for a ViT, whatever its size and batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mesa_train.kernels.short_attention import scratch_bytes
+from mesa_train.methods.apply import applied
+from mesa_train.policy import Policy
+from mesa_train.stash.offload import through
+
+from .fake_tensors import Fakes
+from .footprint import arguments, autocasting, counted, device_of, tensors_in
+from .gradients import default_loss
+from .isolation import standing_in
+from .marks import BACKWARD, FORWARD, marking
+from .stash_log import StashLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """From a module's forward or backward on until the next moment: most bytes live in it.
+
+    stored: how many stashes stand then, of those that the forward made in order (see `StashLog`).
+    gradient_bytes: of the parameters' gradients that are there when it begins.
+    """
+
+    phase: str
+    module: str
+    peak_bytes: int
+    stored: int = 0
+    gradient_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The moments of one step in order, and the bytes of gradients that it leaves."""
+
+    moments: tuple[Moment, ...]
+    gradient_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes live at once, beyond what is there before and after the step."""
+        return max(moment.peak_bytes for moment in self.moments)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most bytes live at once beside the parameters' gradients."""
+        return max(moment.peak_bytes - moment.gradient_bytes for moment in self.moments)
+
+    @property
+    def peak(self) -> Moment:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda moment: moment.peak_bytes)
+
+
+def timeline(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    policy: Policy | str | None = None,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    log: StashLog | None = None,
+    backward: bool = True,
+) -> Timeline:
+    """The timeline of a step of `model(inputs)` with `policy`; the model stays as it was.
+
+    log: takes the place of the report of the wrapped model, and counts the stashes.
+    backward: False runs the forward alone, without a graph.
+
+    The fakes stand for CPU tensors: the autograd engine would want a real GPU for those of one.
+    Arguments and errors as for `footprint`.
+    """
+    args, kwargs = arguments(inputs)
+    fakes = Fakes(torch.device("cpu"))
+    args, kwargs = fakes.of(args), fakes.of(kwargs)
+    lane = counted(device_of(model), fakes.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(applied(model, policy))
+        stack.enter_context(standing_in(model, fakes))
+        stack.enter_context(through(lane))
+        if log is not None:
+            log.installed(model)
+        known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
+        live = _Live(known, log, list(model.parameters()))
+        stack.enter_context(marking(model, live))
+        stack.enter_context(torch.set_grad_enabled(backward))
+        with live:
+            with autocasting(torch.device("cpu"), autocast):
+                value = model(*args, **kwargs)
+                value = (loss or default_loss)(value) if backward else value
+            if backward:
+                live.arrive("", live.stored())
+                # Not value.backward(): the fakes' function mode would be off inside.
+                torch.autograd.backward(value)
+        del value
+        live.close()
+        gradients = {
+            p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes()
+            for p in model.parameters()
+            if p.grad is not None
+        }
+    return Timeline(tuple(live.moments), sum(gradients.values()))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operators make while it is on; `known` ones are not its business."""
+
+    def __init__(
+        self, known: tuple[Tensor, ...], log: StashLog | None, parameters: list[nn.Parameter]
+    ) -> None:
+        super().__init__()
+        self._parameters, self._gradients = parameters, 0
+        self.bytes = self.highest = 0
+        self.moments: list[Moment] = []
+        self._now = (FORWARD, "", 0)
+        self._backward = False
+        self._log = log
+        # Held, so that no address is used twice.
+        self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        if func.name() == "mesa_train::short_attention_backward":
+            self.highest = max(self.highest, self.bytes + scratch_bytes(*args[:4]))
+        return output
+
+    def stored(self) -> int:
+        """How many stashes stand: those made so far in the forward, fewer and fewer in the
+        backward."""
+        if self._backward or self._log is None:
+            return self._now[2]
+        return len(self._log.stored)
+
+    def enter(self, module: str) -> None:
+        if self._log is not None and not self._backward:
+            self._log.begins(module)
+        self._mark(FORWARD, module, self.stored())
+
+    def leave(self, module: str) -> int:
+        if self._log is not None and not self._backward:
+            self._log.ends(module)
+        return self.stored()
+
+    def arrive(self, module: str, left: int) -> None:
+        self._mark(BACKWARD, module, left)
+        self._backward = True
+        if self._log is not None:
+            self._log.closed = True
+
+    def _mark(self, phase: str, module: str, stored: int) -> None:
+        self.close()
+        self._now = phase, module, stored
+
+    def close(self) -> None:
+        """The moment that is on ends. In a forward moment stashes come while it lasts."""
+        phase, module, _ = self._now
+        self.moments.append(Moment(phase, module, self.highest, self.stored(), self._gradients))
+        self.highest = self.bytes
+        if self._backward:
+            there = [p.grad for p in self._parameters if p.grad is not None]
+            self._gradients = sum(g.nbytes for g in there)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known or address in self._alive or tensor.device.type == "meta":
+            return  # On the meta device is what was moved to main memory.
+        size = storage.nbytes()
+        self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
+        self.bytes += size
+        self.highest = max(self.highest, self.bytes)
+
+    def _gone(self, address: int, size: int, _: Any) -> None:
+        del self._alive[address]
+        self.bytes -= size

@@ -1,1 +1,0 @@
-"""Where the memory goes: what a forward keeps for its backward, counted and compared."""

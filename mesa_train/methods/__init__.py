@@ -1,0 +1,1 @@
+"""The methods that are compared: their names, and how each is put on a model."""

@@ -1,0 +1,164 @@
+"""Contenders: what a name in `mesa-train compare --methods` stands for, and what to know about it.
+
+A contender is a variant of the model (`plain`, a preset, checkpointing, a compiler...), an
+arithmetic and an optimizer. Names are joined with "+": `mesa8+checkpoint`, `mesa8+adamw8bit`. A
+policy's YAML file is a name too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from mesa_train.policy import OFFLOADED, PRESETS, Policy
+
+from . import approx_bp
+from .apply import APPROX_BP, CHECKPOINT, PLAIN
+from .variants import COMPILE, SAVE_ON_CPU, check_variant
+
+FLOAT32, PURE_BF16, ADAMW8BIT, OFFLOAD = "float32", "bf16", "adamw8bit", "offload"
+
+DEFAULT = (
+    FLOAT32,
+    PLAIN,
+    PURE_BF16,
+    *PRESETS,
+    CHECKPOINT,
+    f"mesa8+{CHECKPOINT}",
+    f"mesa8+{OFFLOAD}",
+    SAVE_ON_CPU,
+    APPROX_BP,
+    f"{PLAIN}+{ADAMW8BIT}",
+    f"mesa8+{ADAMW8BIT}",
+    # Compiling takes longest: what a limit of time cuts off should be the last of these.
+    COMPILE,
+    "compile-budget-0.5",
+    "compile-fp8",
+    "compile:mesa8",
+    "compile-budget-0.2",
+)
+
+_REDRAWS = (
+    "budgets that repeat matmuls draw dropout and stochastic-depth masks anew in the backward: a "
+    "wrong gradient (pytorch#190758)"
+)
+_CAVEATS = {
+    FLOAT32: "float32 throughout: the reference of the gradient",
+    PURE_BF16: "bfloat16 weights, gradients and optimizer states: small updates are rounded away",
+    CHECKPOINT: "exact; runs every block's forward twice",
+    SAVE_ON_CPU: "exact; what is kept lies in main memory",
+    APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
+    OFFLOAD: "what is kept lies in main memory; kept for the backward: what stays on the GPU",
+    "paper": "running ranges: the first steps' ranges are those of the data seen so far",
+    "lossless": "exact; the engine without codes, for comparison",
+    COMPILE: "exact but for the order of rounding; PyTorch's default partitioner",
+    "compile-budget-0.5": "exact for masks that it keeps; recomputes elementwise operations",
+    "compile-budget-0.2": _REDRAWS,
+    "compile-fp8": "an undocumented pass of PyTorch: what is kept in 8-bit floats (e4m3)",
+    ADAMW8BIT: "optimizer states in 8 bits, but for weights of fewer than 4096 elements",
+}
+_CODES = "forward exact; the gradient is taken from codes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """name: as asked. variant: for `Variant`. pure: weights and inputs in that dtype and no
+    autocast, or None for autocast as asked. eight_bit: AdamW with 8-bit states."""
+
+    name: str
+    variant: str | Policy
+    pure: torch.dtype | None = None
+    eight_bit: bool = False
+
+    @classmethod
+    def of(cls, name: str) -> Contender:
+        """ValueError with the choices if `name` is none; OSError if its file is not there."""
+        rest, plus, last = name.rpartition("+")
+        base = rest if last == ADAMW8BIT and plus else name
+        pure = {FLOAT32: torch.float32, PURE_BF16: torch.bfloat16}.get(base)
+        variant: str | Policy = PLAIN if pure is not None else base
+        if base.endswith((".yaml", ".yml")):
+            variant = Policy.from_yaml(base)
+        elif pure is None:
+            try:
+                check_variant(base)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; or {FLOAT32}, {PURE_BF16}, a policy's .yaml, METHOD+{ADAMW8BIT}"
+                ) from None
+        return cls(name, variant, pure, base != name)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader of its numbers should know."""
+        parts = (self.name, *self.name.split("+"), self.name.partition(":")[0])
+        found = dict.fromkeys(_CAVEATS[part] for part in parts if part in _CAVEATS)
+        coded = isinstance(self.variant, Policy) or any(
+            p in self.variant for p in ("mesa", "paper")
+        )
+        return ((_CODES,) if coded else ()) + tuple(found)
+
+    def why_not(self, device: str) -> str | None:
+        """Why it would say nothing on a device, None where it does."""
+        if (
+            isinstance(self.variant, str)
+            and self.variant in OFFLOADED
+            and not device.startswith("cuda")
+        ):
+            return "needs a GPU: on a CPU what is kept lies in main memory already"
+        return None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is part of it."""
+        return isinstance(self.variant, str) and self.variant.startswith(COMPILE)
+
+    @property
+    def countable(self) -> bool:
+        """Whether its bytes can be counted on tensors without data."""
+        return not self.compiled and self.variant != SAVE_ON_CPU
+
+    def autocast(self, asked: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of autocast for this contender, of a comparison that `asked` for one."""
+        return None if self.pure is not None else asked
+
+    def cast(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+        """Model (in place) and inputs in the contender's own dtype."""
+        moved = self.narrowed(inputs)
+        return (model if self.pure is None else model.to(self.pure)), moved
+
+    def narrowed(self, inputs: Any) -> Any:
+        """Inputs in the contender's own dtype."""
+        dtype = self.pure
+        if dtype is None:
+            return inputs
+        return pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs
+        )
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW at learning rate 0, which does all of its work and leaves the weights.
+
+        ImportError, saying what to install, where the 8-bit one is missing.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.eight_bit:
+            # Fused, so that no temporary of the optimizer is the peak of the step.
+            return torch.optim.AdamW(parameters, lr=0.0, fused=True)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ImportError(
+                "8-bit optimizers need bitsandbytes: pip install 'mesa_train[bitsandbytes]'"
+            ) from error
+        return AdamW8bit(parameters, lr=0.0)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's states."""
+    states = pytree.tree_leaves(list(optimizer.state.values()))
+    return sum(t.nbytes for t in states if isinstance(t, torch.Tensor))

@@ -1,0 +1,162 @@
+"""Variants: one model made ready once for each method, all on the same Parameters.
+
+`torch.compile` is asked for once per model, so a method that compiles cannot be put on and taken
+off around every step as `applied` does. A variant is a copy of the modules that shares parameters
+and buffers with the original: the copies cost no memory to speak of, one optimizer serves them all,
+and they can take turns within a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesa_train.engine.wrap import unwrap, wrap
+from mesa_train.policy import OFFLOADED, PRESETS, Policy
+from mesa_train.stash.offload import onlooker
+
+from .apply import APPROX_BP, BOTH, CHECKPOINT, CODED, PLAIN, check_method, parts
+from .approx_bp import ApproxBP
+from .checkpointing import checkpointed
+
+SAVE_ON_CPU = "save_on_cpu"
+COMPILE = "compile"
+
+# PyTorch's own pass that casts what the compiled backward reads to 8-bit floats; undocumented, so
+# the options stand here. No size threshold: the default of 100 MB would pass by a small ViT.
+_FP8 = {
+    "activation_quantization_aten_pass": {
+        "quant_type": "torch.float8_e4m3fn",
+        "size_in_mb": 0,
+        "use_scaling": True,
+        "exclude_primals": True,
+        "allowed_dtypes": "torch.bfloat16;torch.float32",
+    }
+}
+
+# method: activation_memory_budget, inductor's post_grad_fusion_options. A budget of 0.5 is as far
+# down as a ViT recomputes elementwise operations alone; 0.2 repeats matmuls.
+_COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
+    COMPILE: (1.0, {}),
+    "compile-budget-0.5": (0.5, {}),
+    "compile-budget-0.2": (0.2, {}),
+    "compile-fp8": (0.9, _FP8),
+    **{f"{COMPILE}:{preset}": (1.0, {}) for preset in PRESETS if preset != "paper"},
+}
+
+CHOICES = (
+    PLAIN, CHECKPOINT, SAVE_ON_CPU, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *_COMPILED,
+)  # fmt: skip
+
+
+def check_variant(method: str) -> None:
+    """ValueError with the choices and the closest name if `method` is none."""
+    check_method(method, (SAVE_ON_CPU, *_COMPILED))
+
+
+class Variant:
+    """`model` for one method: call it within `active()`.
+
+    model: stays as it is; its parameters and buffers are the variant's too.
+    method: one of `CHOICES`, or a Policy.
+
+    Raises ValueError for another name, NoBlocks where checkpointing finds nothing.
+    """
+
+    def __init__(self, model: nn.Module, method: str | Policy) -> None:
+        if isinstance(method, str):
+            check_variant(method)
+        self.method = method
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.module = unwrap(copy.deepcopy(model, shared))
+        named = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
+        policy, blocks = parts(named)
+        if isinstance(policy, Policy) or policy in {**PRESETS, **OFFLOADED}:
+            wrap(self.module, policy)
+        if blocks:
+            # Held and never left: the copy is checkpointed for good.
+            self._checkpointed = checkpointed(self.module)
+            self._checkpointed.__enter__()
+        if method in _COMPILED:
+            self.module.compile(backend=_backend(*_COMPILED[method]), dynamic=False)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The module, ready to run forward and backward."""
+        with contextlib.ExitStack() as stack:
+            if self.method == SAVE_ON_CPU:
+                on_gpu = next(self.module.parameters()).is_cuda
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=on_gpu))
+            if self.method == APPROX_BP:
+                stack.enter_context(ApproxBP())
+            yield self.module
+
+    def kept_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:
+        """Bytes kept between forward and backward, each storage once, parameters and buffers apart.
+
+        run: from the module to the loss; called twice, since what compiles does so first.
+        """
+        weights = {
+            t.untyped_storage().data_ptr()
+            for t in (*self.module.parameters(), *self.module.buffers())
+        }
+        tokens: list[weakref.ref[_Token]] = []
+        copies = 0
+
+        @onlooker
+        def pack(tensor: Tensor) -> _Token:
+            nonlocal copies
+            copies += tensor.nbytes
+            token = _Token(tensor)
+            tokens.append(weakref.ref(token))
+            return token
+
+        with self.active() as module:
+            run(module).backward()
+            for parameter in module.parameters():
+                parameter.grad = None
+            with torch.autograd.graph.saved_tensors_hooks(pack, _no_backward):
+                loss = run(module)
+        alive = [token for token in (reference() for reference in tokens) if token is not None]
+        del loss
+        if self.method == SAVE_ON_CPU:
+            return copies  # It copies whatever is saved, as often as it is saved.
+        storages = {token.storage.data_ptr(): token.storage.nbytes() for token in alive}
+        return sum(size for address, size in storages.items() if address not in weights)
+
+
+class _Token:
+    """Lives as long as the graph node that saved a tensor, and holds its storage."""
+
+    __slots__ = ("__weakref__", "storage")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = tensor.untyped_storage()
+
+
+def _no_backward(_: _Token) -> Tensor:
+    raise RuntimeError("this forward was run to count what it keeps; it has no backward")
+
+
+def _backend(budget: float, fusion: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor with these options. A function of its own each time: what was compiled for another
+    variant of the same code is not taken for this one."""
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._functorch import config as functorch
+        from torch._inductor import config as inductor
+        from torch._inductor.compile_fx import compile_fx
+
+        with (
+            functorch.patch(activation_memory_budget=budget),
+            inductor.patch(post_grad_fusion_options=fusion),
+        ):
+            return compile_fx(graph, inputs)
+
+    return compile_graph

@@ -1,0 +1,4 @@
+"""LITv1, LITv2 and their parts: HiLo attention, deformable token merging, the authors' checkpoints."""
+
+from . import litv1 as litv1
+from . import litv2 as litv2

@@ -1,0 +1,98 @@
+"""Checkpoints of LITv2's and LIT's authors, read without running what they might contain.
+
+Their files hold `{"model": weights, ...}` or the weights alone. Those that their trainer wrote carry
+its configuration, a yacs object, in the same pickle. Only tensors and plain containers are ever
+unpickled; with `allow_config` that one class is read as a plain dictionary as well, and dropped.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lit_ti import LITTi, resize_positions
+from .litv1 import resize_biases
+
+
+class _Config:
+    """Stands for yacs.config.CfgNode: its entries, none of its code."""
+
+    def __new__(cls) -> Any:
+        # The unpickler that reads only weights fills this very type.
+        return OrderedDict()
+
+
+def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, on the CPU.
+
+    Raises ValueError for a file that is no checkpoint, and for one that holds objects other than
+    tensors, with the remedy where there is a safe one.
+    """
+    allowed: list[Any] = [(_Config, "yacs.config.CfgNode")] if allow_config else []
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "yacs.config.CfgNode" in str(error) and not allow_config:
+            raise ValueError(
+                f"{path} holds its trainer's configuration besides weights; allow_config=True reads "
+                "it as plain data and drops it"
+            ) from None
+        raise ValueError(
+            f"{path} is no checkpoint or holds objects other than tensors, which are not loaded"
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is empty or no checkpoint") from error
+    weights = found.get("model", found) if isinstance(found, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    ):
+        raise ValueError(f"{path} holds no weights: expected a state dict, alone or under 'model'")
+    return dict(weights)
+
+
+def load_official(
+    model: nn.Module, path: str | Path, *, allow_config: bool = False, head: bool = True
+) -> None:
+    """Load a checkpoint into a model of the same variant, of any image size.
+
+    head: False leaves the model's own classifier, for another number of classes. Raises ValueError
+    naming keys that are missing, unexpected or of another shape; the model is then as it was.
+    """
+    weights = adapted(read_official(path, allow_config=allow_config), model)
+    own = model.state_dict()
+    if not head:
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+        weights |= {key: value for key, value in own.items() if key.startswith("head.")}
+    problems = {
+        "missing": [key for key in own if key not in weights],
+        "unexpected": [key for key in weights if key not in own],
+        "of another shape": [
+            f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in weights and weights[key].shape != value.shape
+        ],
+    }
+    told = [
+        f"{kind}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if told:
+        raise ValueError(
+            f"{path} is of another model than {type(model).__name__}; {'; '.join(told)}"
+        )
+    model.load_state_dict(weights)
+
+
+def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights for the image size of `model`: position biases and embeddings are interpolated."""
+    if isinstance(model, LITTi):
+        return resize_positions(weights, model)
+    return resize_biases(weights, model)

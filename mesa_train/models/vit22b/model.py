@@ -1,0 +1,381 @@
+"""ViT-22B (arXiv 2302.05442): attention and MLP in parallel behind one norm, two matmuls a block.
+
+    y = norm(x);  x + W_out [attention(qn(q), kn(k), v), gelu(m)] + b_out,  (q, k, v, m) = W_in y + (0, 0, 0, b_m)
+
+The rows of W_in lie head by head, [q | k | v | the head's share of the MLP], and so do the columns
+of W_out, [attention | MLP]: any cut between heads is a valid tensor-parallel shard, and a sharded
+block needs one sum over the ranks. The MLP's bias is part of the first matmul, so the four parts are
+views of one product and nothing is added to them.
+
+What a block keeps between forward and backward, per token, with width D, H heads of d = D / H, an
+MLP of M = 4D, in units of elements (mesa8 needs 1 byte for each, 4 for every 128, and 4 for the
+reciprocal deviation of each norm):
+
+    x_hat of the block's norm          D    serves the norm and, as norm(x), the first matmul
+    x_hat of q's and k's norms        2D    serves the norms and, as qn(q) and kn(k), attention
+    v, attention's output             2D    the output serves attention and the second matmul
+    the MLP's hidden, before GELU     4D    serves GELU and, as gelu(m), the second matmul
+
+q and k are kept before their norm's gain: x_hat is what the norm's derivative reads, and the gain
+is a product away, while the input would need the statistics and the output a division.
+9D elements, 9D + 36D/128 + 4 + 8H bytes with mesa8 (57,412 for ViT-22B: 14.0 MiB an image), half the
+codes with mesa4. `recompute="linear"` repeats the first matmul and keeps x_hat, attention's output
+and the deviations: 2D + 8D/128 + 4 + 8H bytes (13,060: 3.2 MiB), and 14D a block for the bias.
+Kernels that need the logsumexp add 4H bytes (flash on a GPU; on a CPU none up to 512 tokens in half
+precision). PyTorch keeps 17D elements of two bytes (51 MiB), and 21D with a separate bias.
+
+Sources disagree on three points, which are switches: queries and keys are normalised without
+centring, as the paper says (`qk_norm="rms"`), or with, as Flax does (`"layer"`); GELU is the tanh
+form, Flax's default, or exact; the pooling head's queries, keys and values have biases, as in
+big_vision, or none (`pool_bias=False`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from .init import initialise
+from .sequence_parallel import cut, gathered, joined, scattered
+
+QK_NORMS = ("rms", "layer", "none")
+GELUS = ("tanh", "none")
+EPS = 1e-6
+
+# name: patch, width, depth, heads. MLP 4 x width throughout. With bf16 weights and 8-bit Adam
+# vit_22b_3b fills one card of 24 GB and vit_22b_11b one of 80 (recipes/vit22b).
+SIZES = {
+    "vit_22b_tiny": (14, 64, 3, 4),
+    "vit_22b_small": (14, 384, 12, 6),
+    "vit_22b_large": (14, 1024, 24, 16),
+    "vit_22b_3b": (14, 2560, 36, 20),
+    "vit_22b_11b": (14, 4608, 44, 36),
+    "vit_22b": (14, 6144, 48, 48),
+}
+
+
+class GroupedInput(nn.Module):
+    """The projections of queries, keys, values and the MLP's hidden in one matmul.
+
+    weight: (heads * (3 head_dim + share), dim), grouped per head; mlp_bias: (heads * share,).
+    A shard of whole heads may stand in for either. Input (..., dim); returns q, k, v
+    (..., heads, head_dim) and m (..., heads, share), views of one product.
+    mesh: the tensor-parallel ranks that share the heads, or None. sequence: whether y is cut over
+    them along the tokens (`vit22b_tokens`).
+    adapted: computes the product in the weight's place, from y and the bias, or None.
+    """
+
+    mesh: DeviceMesh | None = None
+    sequence = False
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, **made: Any) -> None:
+        super().__init__()
+        self.adapted: nn.Module | None = None
+        self.head_dim, self.share = dim // num_heads, hidden // num_heads
+        self.weight = nn.Parameter(torch.empty(3 * dim + hidden, dim, **made))
+        self.mlp_bias = nn.Parameter(torch.empty(hidden, **made))
+
+    def forward(self, y: Tensor) -> tuple[Tensor, ...]:
+        mlp_bias = local(self.mlp_bias)
+        if self.mesh is not None and self.sequence:
+            y = gathered(y, self.mesh)
+        elif self.mesh is not None and y.requires_grad:
+            # Each rank knows the gradient through its own heads. A hook, not a function of y: y
+            # stays the norm's output, whose stash the matmul shares.
+            y.register_hook(partial(summed, mesh=self.mesh))
+        # q, k and v have no bias: zeros, which cost one row of the output.
+        bias = F.pad(mlp_bias.view(-1, self.share), (3 * self.head_dim, 0)).flatten()
+        if self.adapted is not None:
+            product = self.adapted(y, bias)
+        elif self.sequence and torch.compiler.is_compiling():
+            # The compiler joins a gather to a product without a bias, and this sum to what reads it.
+            product = F.linear(y, local(self.weight)) + bias
+        else:
+            product = F.linear(y, local(self.weight), bias)
+        parts = product.view(*product.shape[:-1], -1, 3 * self.head_dim + self.share)
+        return parts.split([self.head_dim] * 3 + [self.share], dim=-1)
+
+
+class GroupedOutput(nn.Module):
+    """The output projections of attention and MLP in one matmul.
+
+    weight: (dim, heads * (head_dim + share)), columns grouped per head; bias: (dim,).
+    Input: attention's output (..., heads, head_dim) and the activated hidden (..., heads, share).
+    mesh, sequence, adapted: as for `GroupedInput`.
+    """
+
+    mesh: DeviceMesh | None = None
+    sequence = False
+
+    def __init__(self, dim: int, hidden: int, **made: Any) -> None:
+        super().__init__()
+        self.adapted: nn.Module | None = None
+        self.weight = nn.Parameter(torch.empty(dim, dim + hidden, **made))
+        self.bias = nn.Parameter(torch.empty(dim, **made))
+
+    def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        both = torch.cat([attended, hidden], -1).flatten(-2)
+        if self.adapted is not None:
+            return self.adapted(both, self.bias)
+        if self.mesh is None:
+            return F.linear(both, self.weight, self.bias)
+        part = F.linear(both, local(self.weight))
+        total = scattered(part, self.mesh) if self.sequence else _Sum.apply(part, self.mesh)
+        return total + self.bias
+
+
+class ParallelBlock(nn.Module):
+    """One block of ViT-22B. x: (B, N, dim) to (B, N, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        qk_norm: str = "rms",
+        gelu: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _choice("qk_norm", qk_norm, QK_NORMS)
+        _choice("gelu", gelu, GELUS)
+        hidden = int(dim * mlp_ratio)
+        if dim % num_heads or hidden % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} must divide the width {dim} and the MLP's {hidden}"
+            )
+        made = {"device": device, "dtype": dtype}
+        self.in_norm = nn.RMSNorm(dim, eps=EPS, **made)
+        self.in_proj = GroupedInput(dim, num_heads, hidden, **made)
+        self.q_norm = _head_norm(qk_norm, dim // num_heads, made)
+        self.k_norm = _head_norm(qk_norm, dim // num_heads, made)
+        self.act = nn.GELU(approximate=gelu)
+        self.out_proj = GroupedOutput(dim, hidden, **made)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, hidden = self.in_proj(self.in_norm(x))
+        q, k = self.q_norm(q), self.k_norm(k)
+        attended = F.scaled_dot_product_attention(*[t.transpose(-3, -2) for t in (q, k, v)])
+        y = self.out_proj(attended.transpose(-3, -2), self.act(hidden))
+        return x + self.drop_path(y)
+
+
+class ViT22B(VisionTransformer):
+    """timm's VisionTransformer around `ParallelBlock`s, with attention pooling and no class token.
+
+    Images (B, 3, H, W) of any multiple of the patch; the position embedding, learned on the grid of
+    `img_size`, is resampled to theirs. Returns logits (B, num_classes), meant for
+    `F.binary_cross_entropy_with_logits` (see `sigmoid_loss`).
+
+    qk_norm: "rms", "layer" or "none". gelu: "tanh" or "none" (exact). pool_bias: whether queries, keys
+    and values of the pooling head have biases. On the meta device nothing is
+    initialised; see `vit22b_init.initialise`.
+    tokens: the ranks that tokens are cut over between the matmuls, or None.
+    """
+
+    tokens: DeviceMesh | None = None
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 14,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 6144,
+        depth: int = 48,
+        num_heads: int = 48,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        qk_norm: str = "rms",
+        gelu: str = "tanh",
+        pool_bias: bool = True,
+        **made: Any,
+    ) -> None:
+        def block(**given: Any) -> ParallelBlock:
+            own = {k: given[k] for k in ("dim", "num_heads", "mlp_ratio", "drop_path")}
+            return ParallelBlock(**own, qk_norm=qk_norm, gelu=gelu, **made)
+
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            global_pool="map",
+            class_token=False,
+            dynamic_img_size=True,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_layer=partial(nn.RMSNorm, eps=EPS),
+            act_layer=partial(nn.GELU, approximate=gelu),
+            block_fn=block,
+            **made,
+        )
+
+        if not pool_bias:
+            for projection in (self.attn_pool.q, self.attn_pool.kv):
+                projection.register_parameter("bias", None)
+        # The one pooled token is taken in `pool`: FSDP wants no views out of its units.
+        self.attn_pool.pool = "none"
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens (B, N, D) to the features (B, D) that the classifier reads."""
+        pooled = super().pool(x, pool_type)
+        return pooled if self.attn_pool is None else pooled.flatten(1)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:  # noqa: ARG002
+        """Draw all weights from torch's global stream; on the meta device nothing happens."""
+        if not any(p.is_meta for p in self.parameters()):
+            initialise(self, int(torch.randint(2**62, (), device="cpu")))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """x (B, h, w, D) to tokens (B, h * w, D), the position embedding added."""
+        grid = (x.shape[1], x.shape[2])
+        position = resampled(self.pos_embed, self.patch_embed.grid_size, grid)
+        tokens = self.pos_drop(x.flatten(1, 2) + position)
+        return tokens if self.tokens is None else cut(tokens, self.tokens)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """All tokens (B, N, D) behind the last norm."""
+        tokens = super().forward_features(x, *args, **kwargs)
+        return tokens if self.tokens is None else joined(tokens, self.tokens)
+
+    def no_weight_decay(self) -> set[str]:
+        """What decays in no recipe; biases and norms are left out by their dimension."""
+        return {"pos_embed", "attn_pool.latent"}
+
+
+def resampled(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A position embedding (1, h * w, D) on another grid: bilinear, corners on corners, as
+    big_vision's `resample_posemb` does with scipy's zoom."""
+    if old == new:
+        return position
+    grid = position.float().unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
+    return grid.flatten(2).mT.to(position.dtype)
+
+
+def sigmoid_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Sigmoid cross-entropy summed over classes, averaged over images, in float32.
+
+    logits: (B, classes). targets: labels (B,) or a share for each class (B, classes).
+    z_loss: weight of log(sum(exp(logits)))^2, which keeps the logits from drifting.
+    """
+    logits = logits.float()
+    if targets.dim() == 1:
+        targets = F.one_hot(targets, logits.shape[-1])
+    loss = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="sum")
+    loss = loss / len(logits)
+    return loss + z_loss * logits.logsumexp(-1).square().mean() if z_loss else loss
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of `mesh`; every rank needs, and passes on, the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh) -> Tensor:  # noqa: ARG004
+        return summed(part, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def summed(part: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A new tensor: the sum of `part` over the ranks of a one-dimensional mesh."""
+    total = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=mesh.get_group())
+    return total
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a tensor-parallel weight; any other weight itself."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _head_norm(kind: str, head_dim: int, made: dict[str, Any]) -> nn.Module:
+    if kind == "rms":
+        return nn.RMSNorm(head_dim, eps=EPS, **made)
+    return nn.LayerNorm(head_dim, EPS, bias=False, **made) if kind == "layer" else nn.Identity()
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+# Pixels from -1 to 1, as in big_vision's preprocessing. No weights are public.
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name in SIZES
+    }
+)
+
+
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> ViT22B:
+    patch, width, depth, heads = SIZES[name]
+    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return build_model_with_cfg(ViT22B, name, pretrained, **{**sizes, **options})
+
+
+@register_model
+def vit_22b_tiny(pretrained: bool = False, **options: Any) -> ViT22B:
+    """0.3 million parameters: for tests and two CPU processes."""
+    return _create("vit_22b_tiny", pretrained, options)
+
+
+@register_model
+def vit_22b_small(pretrained: bool = False, **options: Any) -> ViT22B:
+    """24 million parameters, the size of ViT-S."""
+    return _create("vit_22b_small", pretrained, options)
+
+
+@register_model
+def vit_22b_large(pretrained: bool = False, **options: Any) -> ViT22B:
+    """0.3 billion parameters, the size of ViT-L."""
+    return _create("vit_22b_large", pretrained, options)
+
+
+@register_model
+def vit_22b_3b(pretrained: bool = False, **options: Any) -> ViT22B:
+    """2.9 billion parameters."""
+    return _create("vit_22b_3b", pretrained, options)
+
+
+@register_model
+def vit_22b_11b(pretrained: bool = False, **options: Any) -> ViT22B:
+    """11.5 billion parameters."""
+    return _create("vit_22b_11b", pretrained, options)
+
+
+@register_model
+def vit_22b(pretrained: bool = False, **options: Any) -> ViT22B:
+    """ViT-22B: 22.2 billion parameters with the pooling head and 1,000 classes."""
+    return _create("vit_22b", pretrained, options)

@@ -1,0 +1,203 @@
+"""How much each site's codes add to the gradient's error: a few backward passes, and theory.
+
+With a quantiser of 2^b - 1 steps the error's variance adds up over tensors, Var = sum of
+c_l / (2^b - 1)^2 (ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357). So c_l is not asked for tensor
+by tensor: one pass codes all sites of a kind (an operand of an operator) in the blocks at 4 bits, and one
+at 2 bits, everything else kept; the kind's variance is shared out over its sites by where the gradient
+was off. 8 bits follow from 4 by the formula. For a ViT that makes about fifteen passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mesa_train.measure.gradients import relative_error
+from mesa_train.measure.stash_log import Key
+from mesa_train.policy import Policy
+
+from .candidates import KEEP, REBUILD, Site, as_policy
+
+# (2^4 - 1)^2 / (2^8 - 1)^2, and for 2 bits.
+_EIGHT = (15 / 255) ** 2
+_TWO = (15 / 3) ** 2
+
+# Variance of a kind's 4-bit codes relative to the squared gradient, where there is no data to ask:
+# a ViT of width 192 (docs/design.md has the study).
+_TYPICAL = {
+    ("attention", "q"): 3e-3,
+    ("attention", "k"): 3e-3,
+    ("attention", "v"): 1e-3,
+    ("attention", "out"): 3e-4,
+    ("activation", "input"): 1e-4,
+    ("checkpoint", "input"): 1e-2,
+}
+_OTHERWISE = 1e-3
+# Sites outside of blocks that get passes of their own.
+_FEW = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Squares of relative errors of the gradient.
+
+    variance: that each site adds, by choice; also the inputs of checkpointed blocks, as sites.
+    coupled: that a source's choice adds if a product is rebuilt from it. floor: of keeping
+    everything, against float32. passes: forwards with backwards that were run.
+    """
+
+    variance: dict[tuple[Key, int | str], float]
+    coupled: dict[tuple[Key, int | str], float]
+    floor: float
+    passes: int
+
+
+def calibrate(
+    sites: Sequence[Site],
+    base: Policy,
+    gradients: Callable[[Policy | str | None], list[Tensor | None]],
+    names: Sequence[str],
+    progress: Callable[[str], None] = lambda _: None,
+    inputs: Sequence[Site] = (),
+    checkpointing: Mapping[int | None, Policy] | None = None,
+) -> Sensitivity:
+    """Measure with `gradients`, which runs one pass with a policy ("plain" without, None in
+    float32) and returns the gradient of the parameters called `names`.
+
+    inputs: what blocks keep when they are checkpointed. checkpointing: policies that checkpoint all
+    of them, by the bits of these inputs, None first.
+    """
+    everything: dict[Key, int | str] = {s.key: KEEP for s in sites}
+    progress("float32")
+    exact = gradients(None)
+    progress("all kept")
+    reference = gradients(as_policy(base, list(sites), everything))
+    floor = relative_error(reference, exact) ** 2
+    passes = 2
+    variance: dict[tuple[Key, int | str], float] = {
+        (s.key, c): 0.0 for s in sites for c in (KEEP, REBUILD)
+    }
+    coupled: dict[tuple[Key, int | str], float] = {}
+    sources = {s.source for s in sites if s.source is not None}
+    for own in _groups(sites):
+        kind = own[0].kind if len(own) > 1 else (*filter(None, own[0].key),)
+        low: list[int] = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
+        for bits in low:
+            progress(f"{'.'.join(kind)} at {bits} bits")
+            choices = {**everything, **{s.key: bits for s in own}}
+            shares = _shares(
+                own, names, gradients(as_policy(base, list(sites), choices)), reference
+            )
+            variance |= {(key, bits): value for key, value in shares.items()}
+            passes += 1
+            if any(s.key in sources for s in own):
+                progress(f"{'.'.join(kind)} at {bits} bits, rebuilding")
+                # A site that something is rebuilt from: its noise enters there too.
+                again = {
+                    **choices,
+                    **{s.key: REBUILD for s in sites if s.source in choices and s.product},
+                }
+                found = _shares(
+                    own, names, gradients(as_policy(base, list(sites), again)), reference
+                )
+                coupled |= {
+                    (key, bits): max(0.0, value - shares[key])
+                    for key, value in found.items()
+                    if key in sources
+                }
+                passes += 1
+        if 4 in low:
+            for site in own:
+                variance[site.key, 8] = variance[site.key, 4] * _EIGHT
+                if (site.key, 4) in coupled:
+                    coupled[site.key, 8] = coupled[site.key, 4] * _EIGHT
+    for input_bits, policy in (checkpointing or {}).items():
+        progress(f"checkpoints' inputs at {input_bits or 'all'} bits")
+        coded = gradients(policy)
+        passes += 1
+        if input_bits is None:
+            reference = coded
+            continue
+        shares = _shares(inputs, names, coded, reference)
+        variance |= {(key, input_bits): value for key, value in shares.items()}
+    return Sensitivity(variance, coupled, floor, passes)
+
+
+def typical(sites: Sequence[Site]) -> Sensitivity:
+    """From theory and a study of a small ViT, for a model without data."""
+    variance: dict[tuple[Key, int | str], float] = {}
+    coupled: dict[tuple[Key, int | str], float] = {}
+    for kind in dict.fromkeys(s.kind for s in sites):
+        own = [s for s in sites if s.kind == kind]
+        total = sum(s.elements for s in own) or 1
+        for site in own:
+            four = _TYPICAL.get(kind, _OTHERWISE) * site.elements / total
+            variance |= {
+                (site.key, 8): four * _EIGHT,
+                (site.key, 4): four,
+                (site.key, 2): four * _TWO,
+                (site.key, KEEP): 0.0,
+                (site.key, REBUILD): 0.0,
+            }
+    for site in sites:
+        if site.source is not None:
+            for bits, factor in ((8, _EIGHT), (4, 1.0), (2, _TWO)):
+                more = variance.get((site.key, 4), 0.0) * factor
+                coupled[site.source, bits] = coupled.get((site.source, bits), 0.0) + more
+    return Sensitivity(variance, coupled, 0.0, 0)
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites that one pass codes together: those of a kind that stand in blocks. One outside, such
+    as the norm before the classifier, enters the gradient in its own way: it is alone, unless there
+    are many."""
+    inside = [s for s in sites if s.block is not None]
+    outside = [s for s in sites if s.block is None]
+    alone = [[s] for s in outside] if inside and len(outside) <= _FEW else []
+    rest = inside if alone else list(sites)
+    kinds = dict.fromkeys(s.kind for s in rest)
+    return [*([s for s in rest if s.kind == kind] for kind in kinds), *alone]
+
+
+def _shares(
+    own: Sequence[Site],
+    names: Sequence[str],
+    gradients: Sequence[Tensor | None],
+    reference: Sequence[Tensor | None],
+) -> dict[Key, float]:
+    """The squared relative error of a pass, shared out over the sites that were coded: in
+    proportion to the squared error of the parameters around each, and to its elements."""
+    norm = sum(_square(r) for r in reference) or 1.0
+    errors: dict[str, float] = {}
+    for name, gradient, exact in zip(names, gradients, reference, strict=True):
+        if gradient is None or exact is None:
+            continue
+        errors[name] = _square(gradient.double() - exact.double())
+    total = sum(errors.values())
+    if not math.isfinite(total):
+        return {s.key: math.inf for s in own}
+    weights = {s.key: _around(s.key[0], errors) + 1e-3 * total for s in own}
+    weights = {s.key: weights[s.key] * s.elements for s in own}
+    whole = sum(weights.values()) or 1.0
+    return {key: total / norm * weight / whole for key, weight in weights.items()}
+
+
+def _around(module: str, errors: dict[str, float]) -> float:
+    """The squared error of the parameters in the block that a module stands in: the innermost
+    numbered one, else the module itself."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    prefix = ".".join(parts[: numbers[-1] + 1]) if numbers else module
+    return sum(e for name, e in errors.items() if not prefix or name.startswith(prefix + "."))
+
+
+def _square(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(tensor.double().square().sum())
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Names of the trained parameters, in the order of their gradients."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]

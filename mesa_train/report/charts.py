@@ -1,0 +1,251 @@
+"""Charts of a comparison: memory against time with the Pareto front, and where the bytes are.
+
+Drawn with matplotlib, as PNG files and as SVG for the report, where text and axes take the page's
+colour. ImportError, naming the extra, without matplotlib.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesa_train.methods.spec import ADAMW8BIT
+from mesa_train.utils.formatting import format_bytes
+
+from .figures import figure
+from .labels import place
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's colours, told apart with any colour vision; by family of methods.
+FAMILIES = {
+    "plain": "#7A7A7A",
+    "mesa_train": "#0072B2",
+    "checkpointing": "#D55E00",
+    "torch.compile": "#009E73",
+    "other": "#CC79A7",
+}
+_OPERATORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Stands for the page's own text colour until the SVG is written.
+INK = "#010203"
+_FEW = 7
+# Methods whose gradient is further off are drawn hollow: they do not do the same work.
+COARSE = 0.05
+
+
+def check() -> None:
+    """ImportError, naming the extra, without matplotlib."""
+    figure(1, "")
+
+
+def family(method: str) -> str:
+    """The family that a method is drawn as."""
+    if method.startswith("compile"):
+        return "torch.compile"
+    base = method.removesuffix(f"+{ADAMW8BIT}")
+    if base in ("plain", "float32", "bf16"):
+        return "plain"
+    if base == "checkpoint":
+        return "checkpointing"
+    mesa = base.startswith("mesa") or base in ("paper", "lossless") or base.endswith("ml")
+    return "mesa_train" if mesa or base.startswith("plan") else "other"
+
+
+def coarse(row: Row) -> bool:
+    """Whether a method's gradient is far off."""
+    return (row.get("gradient_error") or 0.0) > COARSE
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates, by the first; both smaller is
+    better."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[index][1] < points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
+    """Kept bytes against step time, a labelled point a method; None if fewer than two have both."""
+    shown = [row for row in rows if row.get("kept_bytes") and row.get("step_ms")]
+    if len(shown) < 2:
+        return None
+    canvas, (axis,) = figure(1, "")
+    canvas.set_size_inches(7.6, 5.0)
+    points = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in shown]
+    front = [points[i] for i in pareto(points)]
+    for name, colour in FAMILIES.items():
+        own = [
+            (p, row) for p, row in zip(points, shown, strict=True) if family(row["method"]) == name
+        ]
+        if own:
+            xs, ys = zip(*[p for p, _ in own], strict=True)
+            faces = ["none" if coarse(row) else colour for _, row in own]
+            axis.scatter(
+                xs, ys, facecolors=faces, edgecolors=colour, linewidths=1.6, s=38, zorder=3
+            )
+            axis.scatter([], [], color=colour, s=38, label=name)
+    if any(coarse(row) for row in shown):
+        said = f"gradient error over {COARSE:.0%}"
+        axis.scatter([], [], facecolors="none", edgecolors=INK, linewidths=1.6, s=38, label=said)
+    axis.plot(
+        *zip(*front, strict=True), color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1,
+        label="no method is better in both",
+    )  # fmt: skip
+    axis.set_xscale("log")
+    _plain_ticks(axis, [x for x, _ in points])
+    axis.margins(x=0.16, y=0.14)
+    axis.set_xlabel("kept for the backward, MiB (log scale)")
+    axis.set_ylabel("training step, ms")
+    titled(axis, title)
+    canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=5)
+    label_points(canvas, axis, [row["method"] for row in shown], points, front)
+    return inked(canvas)
+
+
+def where(rows: Sequence[Row], title: str) -> Figure | None:
+    """Stacked bars of kept bytes by operator, a bar a method; None if none has any."""
+    shown = [row for row in rows if row.get("by_operator")]
+    if not shown:
+        return None
+    totals: dict[str, int] = {}
+    for row in shown:
+        for operator, size in row["by_operator"].items():
+            totals[operator] = totals.get(operator, 0) + size
+    whole = {"compiled graph", "copies in main memory"}
+    named = sorted((o for o in totals if o not in whole), key=lambda o: -totals[o])[:_FEW]
+    canvas, (axis,) = figure(1, "")
+    canvas.set_size_inches(7.6, 1.4 + 0.32 * len(shown))
+    left = [0.0] * len(shown)
+    parts = [
+        (operator, [row["by_operator"].get(operator, 0) for row in shown]) for operator in named
+    ]
+    rest = [
+        sum(size for o, size in row["by_operator"].items() if o not in named and o not in whole)
+        for row in shown
+    ]
+    opaque = [sum(row["by_operator"].get(o, 0) for o in whole) for row in shown]
+    parts += [("other operators", rest), ("not told apart", opaque)]
+    colours = [*_OPERATORS[: len(named)], "#999999", "#C8C8C8"]
+    names = [row["method"] for row in shown]
+    for (operator, sizes), colour in zip(parts, colours, strict=True):
+        if any(sizes):
+            widths = [size / 2**20 for size in sizes]
+            axis.barh(names, widths, left=left, color=colour, height=0.68, label=operator)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    for position, row in enumerate(shown):
+        axis.annotate(
+            format_bytes(row["kept_bytes"]),
+            (left[position], position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axis.set_xlim(0, 1.16 * max(left))
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("kept for the backward, MiB")
+    titled(axis, title)
+    canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=4)
+    axis.set_axisbelow(True)
+    return inked(canvas)
+
+
+def titled(axis: Axes, title: str) -> None:
+    """A title of as many lines as it needs."""
+    if title:
+        axis.set_title(textwrap.fill(title, 92), fontsize=10, loc="left")
+
+
+def save_png(canvas: Figure, path: Path) -> None:
+    """Black on white, for slides and papers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, facecolor="white")
+
+
+def as_svg(canvas: Figure, name: str, description: str) -> str:
+    """An `<svg>` element to stand in a page: transparent, in the page's text colour, with a text
+    alternative. `name` keeps its ids apart from another chart's."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'id="(?!p[0-9a-f]{10})([^"]*)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'xlink:href="#(?!p[0-9a-f]{10})([^"]*)"', rf'xlink:href="#{name}-\1"', text)
+    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = text.replace(INK, "currentColor")
+    head, _, rest = text.partition(">")
+    return f'{head} role="img" aria-label="{html.escape(description)}">{rest}'
+
+
+def label_points(
+    canvas: Figure,
+    axis: Axes,
+    names: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, float]],
+) -> None:
+    """Names beside points, none over another, with a line where a name had to move away."""
+    canvas.draw_without_rendering()
+    renderer = canvas.canvas.get_renderer()  # type: ignore[attr-defined]
+    pixels = [tuple(axis.transData.transform(point)) for point in points]
+    texts = [axis.text(0, 0, name, fontsize=8, zorder=4) for name in names]
+    extents = [text.get_window_extent(renderer) for text in texts]
+    sizes = [(extent.width + 4, extent.height + 3) for extent in extents]
+    box = axis.get_window_extent(renderer)
+    path = [tuple(axis.transData.transform(point)) for point in front]
+    corners = place(pixels, sizes, (box.x0, box.y0, box.x1, box.y1), gap=9, lines=path)
+    back = axis.transData.inverted()
+    for text, pixel, size, corner in zip(texts, pixels, sizes, corners, strict=True):
+        text.set_position(tuple(back.transform((corner[0] + 2, corner[1] + 3))))
+        nearest = [
+            min(max(p, low), low + length)
+            for p, low, length in zip(pixel, corner, size, strict=True)
+        ]
+        if sum((a - b) ** 2 for a, b in zip(pixel, nearest, strict=True)) > 16**2:
+            ends = [back.transform(end) for end in (pixel, nearest)]
+            axis.plot(*zip(*ends, strict=True), color=INK, alpha=0.4, linewidth=0.7, zorder=1)
+
+
+def _plain_ticks(axis: Axes, values: Sequence[float]) -> None:
+    """Round numbers at 1, 2 and 5 times powers of ten, written out."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ticks = [m * 10**e for e in range(-3, 8) for m in (1, 2, 5)]
+    inside = [t for t in ticks if min(values) / 2.1 <= t <= 2.1 * max(values)]
+    axis.xaxis.set_major_locator(FixedLocator(inside))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def inked(canvas: Figure) -> Figure:
+    """Everything that is black by default in the ink that the SVG turns into the page's colour."""
+    from matplotlib.text import Text
+
+    for text in canvas.findobj(Text):
+        text.set_color(INK)
+    for axis in canvas.axes:
+        for spine in axis.spines.values():
+            spine.set_edgecolor(INK)
+        axis.tick_params(colors=INK)
+        for line in (axis.xaxis, axis.yaxis):
+            for grid in line.get_gridlines():
+                grid.set_color(INK)
+                grid.set_alpha(0.15)
+    return canvas

@@ -1,0 +1,83 @@
+"""Columns of a comparison: what follows from other columns, and how a value is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mesa_train.policy import PRESETS
+from mesa_train.utils.formatting import format_bytes
+
+Row = Mapping[str, Any]
+
+# Behind plain is a step this many times as long, or a gradient error this many times as large.
+TIME_MARGIN, ERROR_MARGIN = 1.05, 2.0
+
+
+def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with how many times less than plain each keeps, and how many times slower it is."""
+    plain = next((row for row in rows if row["method"] == "plain"), {})
+    found = []
+    for row in rows:
+        extra: dict[str, Any] = {}
+        if plain.get("kept_bytes") and row.get("kept_bytes"):
+            extra["kept_ratio"] = plain["kept_bytes"] / row["kept_bytes"]
+        if plain.get("step_ms") and row.get("step_ms"):
+            extra["step_ratio"] = row["step_ms"] / plain["step_ms"]
+        found.append({**row, **extra})
+    return found
+
+
+def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
+    """Whether a value is behind plain's by more than noise."""
+    own, base = row.get(key), plain.get(key)
+    if row is plain or own is None or base is None:
+        return False
+    if key in ("kept_bytes", "peak_bytes"):
+        return bool(own > base)
+    if key == "kept_ratio":
+        return bool(own < 1)
+    if key in ("step_ms", "step_ratio"):
+        return bool(own > TIME_MARGIN * base)
+    return bool(key == "gradient_error" and own > ERROR_MARGIN * base)
+
+
+def notes(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Why rows are not complete: the methods by their note."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("note"):
+            found.setdefault(row["note"], []).append(row["method"])
+    return found
+
+
+def cell(key: str, row: Row) -> str:
+    """A value as it is written in a table, "" where there is none."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    if key == "kept_ratio":
+        return f"{value:.2f}x"
+    if key == "step_ratio":
+        return f"{value:.2f}"
+    if key == "step_ms":
+        low, high = row.get("step_ms_quartiles", (value, value))
+        return f"{value:,.0f} ({low:,.0f} to {high:,.0f})"
+    if key == "gradient_error":
+        return f"{value:.2%}"
+    if key == "gradient_cosine":
+        return f"{value:.5f}"
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a `name` sorted as readers expect: plain, the presets, then any other name.
+
+    Runs may have finished in any order; rows of one name keep theirs.
+    """
+    known = ["plain", *PRESETS]
+    return sorted(
+        rows, key=lambda row: known.index(row["name"]) if row["name"] in known else len(known)
+    )

@@ -1,0 +1,91 @@
+"""The frontier of a planner: what every budget costs in time and error, with rivals beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .charts import COARSE, FAMILIES, INK, coarse, family, inked, label_points, titled
+from .figures import figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mesa_train.planner.plan import Plan
+
+Row = Mapping[str, Any]
+_PLANNED, _RIVAL = 34, 30
+
+
+def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
+    """Peak of the step against time, or against gradient error where nothing was timed.
+
+    plans: as `Planner.frontier` gives them. rivals: rows of a comparison of the same model and
+    batch; their times are set against its "plain", so that another machine or load cancels out.
+    """
+    timed = all(p.prediction.time_ratio is not None for p in plans)
+    canvas, (axis,) = figure(1, "")
+    canvas.set_size_inches(7.6, 5.0)
+    ordered = sorted(plans, key=lambda p: p.prediction.peak_bytes)
+    errors = [p.prediction.gradient_error for p in ordered]
+    xs = [p.prediction.peak_bytes / 2**20 for p in ordered]
+    ys = [
+        (p.prediction.time_ratio or 0.0) if timed else 100 * p.prediction.gradient_error
+        for p in ordered
+    ]
+    blue = FAMILIES["mesa_train"]
+    axis.plot(xs, ys, color=blue, linewidth=1.6, zorder=2)
+    faces = ["white" if timed and error > COARSE else blue for error in errors]
+    axis.scatter(xs, ys, facecolors=faces, edgecolors=blue, linewidths=1.6, s=_PLANNED, zorder=3)
+    what = "planned: predicted, with gradient error" if timed else "planned: predicted"
+    axis.plot([], [], color=blue, linewidth=1.6, marker="o", label=what)
+    points, names = [*zip(xs, ys, strict=True)], [f"{e:.1%}" if timed else "" for e in errors]
+    shown = _comparable(rivals, timed)
+    plain = next((row for row, _, _ in shown if row["method"] == "plain"), None)
+    for row, x, y in shown:
+        colour = FAMILIES[family(row["method"])]
+        hollow = timed and coarse(row)
+        axis.scatter(
+            [x], [y], marker="D", s=_RIVAL, zorder=3,
+            facecolors="white" if hollow else colour, edgecolors=colour, linewidths=1.4,
+        )  # fmt: skip
+        points.append((x, y))
+        names.append(row["method"])
+    axis.margins(x=0.14, y=0.16)
+    axis.set_xlabel("peak of the step with weights and optimizer states, MiB")
+    axis.set_ylabel("step time, plain = 1" if timed else "gradient error, %")
+    titled(axis, title)
+    _legend(canvas, axis, [family(row["method"]) for row, _, _ in shown], timed)
+    label_points(canvas, axis, names, points, points[: len(plans)])
+    if timed and (plain is not None or not shown):
+        axis.axhline(1.0, color=INK, linewidth=0.6, alpha=0.4)
+    return inked(canvas)
+
+
+def _comparable(rivals: Sequence[Row], timed: bool) -> list[tuple[Row, float, float]]:
+    """(row, peak in MiB, time or error) of the rivals that meet the same budget: other weights and
+    optimizer states are another one."""
+    plain: Row = next((r for r in rivals if r["method"] == "plain"), {})
+    found = []
+    for row in rivals:
+        if not row.get("peak_bytes") or "adamw8bit" in row["method"] or row["method"] == "bf16":
+            continue
+        if timed and not (plain.get("step_ms") and row.get("step_ms")):
+            continue
+        error = 100 * (row.get("gradient_error") or 0.0)
+        y = row["step_ms"] / plain["step_ms"] if timed else error
+        found.append((row, row["peak_bytes"] / 2**20, y))
+    return found
+
+
+def _legend(canvas: Figure, axis: Axes, families: Sequence[str], timed: bool) -> None:
+    for name in FAMILIES:
+        if name in families:
+            axis.scatter(
+                [], [], color=FAMILIES[name], s=_RIVAL, marker="D", label=f"{name}, measured"
+            )
+    if timed:
+        said = f"hollow: gradient error over {COARSE:.0%}"
+        axis.scatter([], [], facecolors="none", edgecolors=INK, s=_RIVAL, marker="D", label=said)
+    canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=3)

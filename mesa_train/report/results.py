@@ -1,0 +1,68 @@
+"""A comparison on disk: rows as they come, then all of them in order, the charts and the page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mesa_train.utils import records
+from mesa_train.utils.formatting import describe
+
+from . import charts
+from .html import write_report
+
+
+class Results:
+    """The folder of one comparison. setting: what was measured, as the commands print it in JSON."""
+
+    def __init__(self, folder: Path, setting: Mapping[str, Any], device: str, command: str) -> None:
+        charts.check()  # Now, and not when all is measured.
+        self.folder = folder
+        source = records.provenance(device)
+        self.told = {
+            **setting,
+            "shapes": setting["inputs"],
+            "command": command,
+            "device_name": source["device"],
+            "versions": {**source["versions"], **_versions(setting["model"])},
+            **{key: source[key] for key in ("threads", "commit", "date")},
+        }
+        self._write([])
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row, so that whatever happens next does not lose it."""
+        records.append(self.folder / "rows.jsonl", {**self.told, **row})
+
+    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """All rows in their order, the charts and the page."""
+        self._write(rows)
+        title = describe(self.told)
+        for name, chart in (
+            ("compare", charts.tradeoff(rows, title)),
+            ("where", charts.where(rows, title)),
+        ):
+            path = self.folder / f"{name}.png"
+            # What another comparison left would be taken for this one's.
+            path.unlink(missing_ok=True)
+            if chart is not None:
+                charts.save_png(chart, path)
+        write_report(self.folder / "report.html", rows, self.told)
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        path = self.folder / "rows.jsonl"
+        path.unlink(missing_ok=True)
+        records.append(path, *({**self.told, **row} for row in rows))
+
+
+def _versions(model: str) -> dict[str, str]:
+    """Of what else the rows depend on."""
+    packages = {"hf": "transformers", "torchvision": "torchvision"}
+    wanted = ["bitsandbytes", *filter(None, [packages.get(model.partition(":")[0])])]
+    found = {}
+    for package in wanted:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

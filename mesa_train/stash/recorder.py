@@ -1,0 +1,396 @@
+"""The recorder: what the operators of one forward save for their backward, and under which rules.
+
+An operator gives the recorder a tensor (`keep`). The recorder returns the stash that stands for it: a
+stash that the lineage knows already, new codes, or the tensor itself. The operators see the recorder
+and never the policy or the torch function mode above it (`engine/intercept.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mesa_train.codecs import bitmask
+from mesa_train.codecs.affine import Affine
+from mesa_train.codecs.lossless import Lossless
+from mesa_train.codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
+from mesa_train.codecs.running import Running
+from mesa_train.policy import VIEW, Rule, Rules
+
+from .lineage import Lineage, TracedLineage
+from .offload import Moved, Order, lane_of, passes
+from .sharded_parameters import relays
+from .stash import Geometry, Leaf, Stash, held, narrowed, of_parameter, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a call comes from: the module's qualified name, its rules, and whether its forward is
+    checkpointed."""
+
+    name: str
+    rules: Rules
+    module: nn.Module | None = None
+    checkpointed: bool = False
+    # Of running ranges (see `codecs/running.py`), by operator, operand and use.
+    ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
+
+
+class Recorder:
+    """Saves tensors for the backward as `site` says.
+
+    report: what is saved is counted in it. step: the optimisation step, for running ranges. traced: whether
+    it was made in a frame that torch.compile traces.
+    """
+
+    def __init__(self, site: Site, report: Report | None = None, step: int = 0) -> None:
+        self.traced = torch.compiler.is_compiling()
+        self.site = site
+        self.report = report if report is not None else Report()
+        self.relays = not self.traced and relays(site.module)
+        # For running ranges: the optimisation step, how often each operand was met.
+        self.step = step
+        self.uses: dict[tuple[str, str, str], int] = {}
+        # What was moved to main memory.
+        self.order: Order = []
+        self.begin(saved_hooks())
+
+    def begin(self, hooks: Any) -> None:
+        """Know no tensor yet. hooks: the pack hook that is on from now on."""
+        self.hooks = hooks
+        self.lineage: Lineage[Stash] = TracedLineage() if self.traced else Lineage(self.relays)
+        # What a Linear's output was computed from, for a layer scale that follows it.
+        self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
+        self.linears = TracedLineage() if self.traced else Lineage()
+
+    def covers(self, operator: str, *tensors: Tensor | None) -> bool:
+        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors
+        are plain floats."""
+        if not self.site.rules.operators[operator]:
+            return False
+        gradient = False
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and _plain(tensor)):
+                return False
+            gradient = gradient or tensor.requires_grad
+        return gradient
+
+    def exactly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What PyTorch would compute, without recording. Autocast must not cache the casts it makes
+        here: a later call would find a copy of the weight that leads to no gradient."""
+        if self.traced:
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        cached = torch._C._is_any_autocast_enabled() and torch.is_autocast_cache_enabled()
+        # `torch.no_grad()` takes 4 us.
+        torch._C._set_grad_enabled(False)
+        if cached:
+            torch.set_autocast_cache_enabled(False)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
+            if cached:
+                torch.set_autocast_cache_enabled(True)
+
+    def keep(
+        self,
+        tensor: Tensor,
+        operator: str,
+        operand: str,
+        within: tuple[int, ...] = (-1,),
+        label: str = "",
+    ) -> Stash:
+        """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf,
+        or the tensor.
+
+        within: the dims that one group of codes may span (see `Geometry`). label: the operator's
+            name in reports.
+        """
+        label = label or operator
+        rule = self.site.rules.table[operator, operand]
+        known = self.lineage.get(tensor)
+        if known is not None and rule.enabled and known.cost <= rule.limit:
+            if not self.traced:
+                how = "shared" if known.cost == VIEW else "rebuilt"
+                self.report.add(self.site.name, label, operand, how, 0, known)
+            return known
+        reason = why_whole(tensor, rule)
+        if operator in _AUTOCAST and (reason or rule.lossless):
+            dtype = _autocast(tensor)
+            if dtype is not None:
+                return self._keep_cast(tensor, dtype, operator, operand, within, label)
+        if reason:
+            self.report.add(
+                self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
+            )
+            cast = operator in _AUTOCAST and autocasts(tensor.device.type)
+            return whole(held(tensor) if cast else tensor)
+        if rule.lossless and not rule.offload and _kept_with_its_base(tensor):
+            self.report.add(self.site.name, label, operand, "shared", 0)
+            leaf = whole(tensor)
+            self.lineage.set(tensor, leaf)
+            return leaf
+        codec = self.codec(operator, operand)
+        dims = tuple([d % tensor.dim() for d in within])
+        # Detached, so that nothing of this is recorded.
+        geometry, matrix = Geometry.of(tensor.detach(), dims)
+        codes = codec.encode(matrix)
+        leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
+        self.lineage.set(tensor, leaf)
+        return leaf
+
+    def weight(self, tensor: Tensor, viewed: bool = False) -> Stash:
+        """The stash of a weight or bias, as PyTorch saves it: autocast's cast of a tensor that the model
+        computed, the data of a parameter that is `viewed` (a Linear saves its weight's transpose) or
+        cast, the parameter itself otherwise."""
+        dtype = _autocast(tensor)
+        if dtype is None:
+            return whole(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
+        stash = self.lineage.cast(tensor, dtype)
+        if stash is None:
+            with torch.no_grad():
+                stash = whole(tensor.to(dtype))
+            self.lineage.set_cast(tensor, dtype, stash)
+        return stash
+
+    def parameters(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Weight and bias for a recipe that computes an output again."""
+        return tuple([self.weight(t, viewed=True).tensors[0] for t in tensors if t is not None])
+
+    def _keep_cast(
+        self,
+        tensor: Tensor,
+        dtype: torch.dtype,
+        operator: str,
+        operand: str,
+        within: tuple[int, ...],
+        label: str,
+    ) -> Stash:
+        """`keep` of an operand that stays a tensor, in the dtype that autocast computes in. PyTorch saves
+        that cast too; the operand itself may be twice as large."""
+        stash = self.lineage.cast(tensor, dtype)
+        if stash is not None:
+            self.report.add(self.site.name, label, operand, "shared", 0, stash)
+            return stash
+        with torch.no_grad():
+            narrow = tensor.to(dtype)
+        stash = self.keep(narrow, operator, operand, within, label)
+        self.lineage.set_cast(tensor, dtype, stash)
+        return stash
+
+    def known(self, tensor: Tensor, operator: str, operand: str) -> Stash | None:
+        """The stash that stands for `tensor` already, if `operand` may be rebuilt from it."""
+        known = self.lineage.get(tensor)
+        if known is None:
+            return None
+        rule = self.site.rules.table[operator, operand]
+        return known if rule.enabled and known.cost <= rule.limit else None
+
+    def fused(
+        self, operator: str, operand: str, dtype: torch.dtype, tensor: Tensor | None = None
+    ) -> Affine | None:
+        """The codec of a forward that is to make the codes of `operand` in the pass that computes its
+        output, which works in float32; None where PyTorch's own function is called. `tensor` is
+        what would be coded, if it has to be worth it."""
+        rule = self.site.rules[operator, operand]
+        if not rule.fused or dtype is torch.float64:
+            return None
+        return self._affine(rule, tensor)
+
+    def new_codes(self, tensor: Tensor, operator: str, operand: str) -> Affine | None:
+        """The codec with which `keep` would make affine codes of `tensor`; None where it would keep
+        another thing, or nothing new."""
+        if self.known(tensor, operator, operand) is not None:
+            return None
+        return self._affine(self.site.rules[operator, operand], tensor)
+
+    def _affine(self, rule: Rule, tensor: Tensor | None) -> Affine | None:
+        if not isinstance(rule.codec, Affine) or self.discards() or selective():
+            return None
+        return None if tensor is not None and why_whole(tensor, rule) else rule.codec
+
+    def codec(self, operator: str, operand: str) -> Any:
+        """The codec for an operand's next use here."""
+        rule = self.site.rules[operator, operand]
+        codec = rule.codec or self._running(operator, operand, rule.group_size)
+        if self.discards():
+            return Placeholder(codec)
+        return Unseen(codec) if selective() else codec
+
+    def lossless(self, operator: str, operand: str) -> bool:
+        """Whether an operand is kept as it is."""
+        return self.site.rules.table[operator, operand].lossless
+
+    def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
+        """One bit per element of a mask, coded by `encode`."""
+        if self.discards():
+            return bits(mask)
+        with unseen() if selective() else contextlib.nullcontext():
+            return encode(mask)
+
+    def discards(self) -> bool:
+        """Whether what is saved here is thrown away: in the first pass of a checkpoint."""
+        return self.hooks is not None and discards(beneath(self.hooks))
+
+    def leaf(
+        self,
+        codec: Any,
+        tensors: tuple[Tensor, ...],
+        geometry: Geometry,
+        dtype: torch.dtype,
+        operator: str,
+        operand: str,
+        label: str = "",
+    ) -> Stash:
+        """A leaf of codes that exist already, reported. label: as for `keep`."""
+        if isinstance(codec, Placeholder):
+            return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
+        codec = codec.codec if isinstance(codec, Unseen) else codec
+        moved = None
+        if self.site.rules[operator, operand].offload:
+            tensors, moved = self._moved(tensors, own=not isinstance(codec, Lossless))
+        stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
+        if not self.traced:
+            size = sum([t.nbytes for t in tensors])
+            how = str(codec) if moved is None else f"{codec}, moved"
+            self.report.add(self.site.name, label or operator, operand, how, size, stash)
+        return stash
+
+    def _moved(
+        self, tensors: tuple[Tensor, ...], own: bool
+    ) -> tuple[tuple[Tensor, ...], Moved | None]:
+        """A leaf's tensors in main memory, where they may go there. `own`: nobody else has them."""
+        # In a backward, a checkpoint's recompute is about to use what it keeps.
+        lane = lane_of(tensors[0].device)
+        if lane is None or torch._C._current_graph_task_id() != -1:
+            return tensors, None
+        if not passes(beneath(self.hooks)):
+            return tensors, None
+        if not own:
+            # The caller may write to it before the copy has been made.
+            with torch.no_grad():
+                tensors = tuple([t.clone(memory_format=torch.contiguous_format) for t in tensors])
+        if self.order and self.order[-1]() is None:
+            # A forward that is through: under `compress` one list would grow with every step.
+            self.order = []
+        return lane.send(tensors, self.order)
+
+    def _running(self, operator: str, operand: str, group_size: int) -> Running:
+        """The codec of running ranges of an operand's next use in this module's forward."""
+        site = self.site
+        key = (site.name, operator, operand)
+        use = self.uses.get(key, 0)
+        self.uses[key] = use + 1
+        ranges = None if site.module is None else site.ranges
+        return Running(ranges, f"{operator}.{operand}.{use}", self.step, group_size)
+
+
+class Report:
+    """What one forward kept, by module, operator and operand: `rows[key] = (how, calls, bytes)`."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+
+    def add(
+        self,
+        module: str,
+        operator: str,
+        operand: str,
+        how: str,
+        size: int,
+        stash: Stash | None = None,  # noqa: ARG002 - for reports that look closer
+    ) -> None:
+        """Count one operand of one call; `size` is in bytes that nobody else keeps already."""
+        if torch.compiler.is_compiling():
+            return
+        key = (module, operator, operand, how)
+        row = self.rows.get(key)
+        self.rows[key] = (1, size) if row is None else (row[0] + 1, row[1] + size)
+
+
+def saved_hooks() -> Any:
+    """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one
+    that began since the interception did, torch calls are left alone: a checkpoint's recompute
+    would not find it on there either."""
+    top = (
+        None
+        if torch.compiler.is_compiling()
+        else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    )
+    return None if top is None else top[0]
+
+
+def beneath(pack: Any) -> Any:
+    """The pack hook that `pack` passes on to, if its object has `mesa_train_outer` (see
+    `engine/checkpoint_inputs.py`); else `pack` itself."""
+    while True:
+        owner: Any = getattr(pack, "__self__", None)
+        if not hasattr(owner, "mesa_train_outer"):
+            return pack
+        outer = owner.mesa_train_outer
+        pack = None if outer is None else outer[0]
+
+
+def _plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    kind = type(tensor)
+    return kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
+
+
+# Operators that autocast runs in its low precision.
+_AUTOCAST = frozenset(["linear", "matmul", "conv"])
+
+
+def _autocast(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts an operand to, where that is a narrower one. None for parameters,
+    which are saved as they are."""
+    device = tensor.device.type
+    if tensor.dtype is not torch.float32 or not autocasts(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype.itemsize < tensor.dtype.itemsize and not of_parameter(tensor) else None
+
+
+def why_whole(tensor: Tensor, rule: Rule) -> str:
+    """Why a tensor is kept as it is, or "" if it is to be coded."""
+    if not rule.enabled:
+        return "disabled"
+    if parameter := of_parameter(tensor):
+        return parameter
+    if tensor.dtype.itemsize < 2 or not tensor.is_floating_point():
+        return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.numel() * tensor.element_size() < rule.min_bytes:
+        return f"under {rule.min_bytes} bytes"
+    if tensor.dim() == 0 or tensor.shape[-1] == 1:
+        return "one element per token"
+    return ""
+
+
+def _kept_with_its_base(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of an output that PyTorch's own node saves. A copy of the part would be
+    kept beside it."""
+    if torch.compiler.is_compiling() or not narrowed(tensor):
+        return False
+    base = tensor._base
+    return base is not None and hasattr(type(base.grad_fn), "_saved_result")
+
+
+def _new_bytes(tensor: Tensor) -> int:
+    if torch.compiler.is_compiling() or (tensor.is_leaf and tensor.requires_grad):
+        return 0
+    return tensor.numel() * tensor.element_size()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. The meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)

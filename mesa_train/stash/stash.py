@@ -1,0 +1,384 @@
+"""Stashes: what is kept of a tensor for the backward, and the lineage that lets several operators
+share it.
+
+A `Stash` is a recipe with the tensors and the source stashes it reads. A leaf's recipe decodes
+codes; a derived one applies a cheap deterministic function to its sources: a norm's affine part, an
+activation, a view, a cast. A leaf is made once per tensor and shared by everybody who needs that
+tensor, so a norm's x_hat serves the norm's own backward and, through a derived stash, the weight
+gradient of the Linear behind it.
+
+An operator keeps stashes with `save`: every tensor goes through `ctx.save_for_backward`, where
+saved-tensor hooks, checkpointing and offloading see it, and only the tensor-free structure (`Spec`)
+stays on ctx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mesa_train.codecs.lossless import Lossless
+from mesa_train.policy import MATMUL, VIEW
+
+from .backward_cache import User, Uses, neighbours
+from .offload import Moved, Reader
+from .sharded_parameters import partitioned, present
+
+
+class Codec(Protocol):
+    """Turns a (rows, cols) matrix into a few small tensors and back."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(
+        self,
+        tensors: Sequence[Tensor],
+        cols: int,
+        dtype: torch.dtype,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class Recipe(Protocol):
+    """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through
+    `saved`.
+
+    The tensor in another dtype is the forward's tensor, cast: a recipe that computes rounds to the
+    dtype of the forward (`spec.dtype`) first. A later cast may show that rounding, or an overflow.
+    """
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
+
+
+def once(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a recipe which computes in float32 rounds to, for a tensor of the dtype `own` that
+    is asked for in `dtype`: at once to `dtype`, unless `own` is narrow and has its own rounding."""
+    return dtype if own.itemsize >= 4 and dtype.itemsize <= own.itemsize else own
+
+
+class Stash:
+    """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the
+    tensor's own. `moved`: its tensors are in main memory, and this is their way home."""
+
+    __slots__ = ("cost", "dtype", "moved", "recipe", "sources", "tensors", "uses")
+    cost: int
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tensors: tuple[Tensor, ...],
+        sources: tuple[Stash, ...] = (),
+        *,
+        cost: int,
+        dtype: torch.dtype,
+        moved: Moved | None = None,
+    ) -> None:
+        self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
+        self.moved = moved
+        for source in sources:
+            if source.cost > cost:
+                cost = source.cost
+        self.cost = cost
+        # A matmul's result is shared by the operators that rebuild it in one backward; this counts
+        # them.
+        self.uses = Uses() if cost == MATMUL else None
+
+    def exact(self) -> bool:
+        """Whether no codes are read for it: it is equal to the tensor up to rounding."""
+        recipe = self.recipe
+        coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
+        return not coded and all([source.exact() for source in self.sources])
+
+
+class Spec:
+    """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
+    parameters among them (None elsewhere), which may be away when they are read; `reader` is there if
+    the tensors were moved."""
+
+    __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user")
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        slots: tuple[int, ...],
+        sources: tuple[Spec, ...],
+        dtype: torch.dtype,
+        user: User | None,
+        partitioned: tuple[Any, ...] = (),
+        reader: Reader | None = None,
+    ) -> None:
+        self.recipe, self.slots, self.sources, self.dtype = recipe, slots, sources, dtype
+        self.user, self.partitioned, self.reader = user, partitioned, reader
+
+
+def save(ctx: Any, *stashes: Stash | None) -> None:
+    """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
+    the same order. Shared parts go once."""
+    tensors: list[Tensor] = []
+    slots: dict[int, int] = {}
+    specs: dict[int, Spec] = {}
+    ctx.kept = tuple([None if s is None else strip(s, tensors, slots, specs) for s in stashes])
+    ctx.save_for_backward(*tensors)
+
+
+def strip(
+    stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
+) -> Spec:
+    """A stash's structure; its tensors are appended to `tensors`, each once."""
+    known = specs.get(id(stash))
+    if known is not None:
+        return known
+    sources: tuple[Spec, ...] = ()
+    if stash.sources:
+        sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
+    away = partitioned(stash.tensors) if stash.tensors else ()
+    if torch.compiler.is_compiling():
+        # A graph keeps a tensor once, however often it is saved.
+        first = len(tensors)
+        tensors.extend(stash.tensors)
+        spec = Spec(
+            stash.recipe, tuple(range(first, len(tensors))), sources, stash.dtype, None, away
+        )
+        specs[id(stash)] = spec
+        return spec
+    own = []
+    for tensor in stash.tensors:
+        slot = slots.get(id(tensor))
+        if slot is None:
+            slot = slots[id(tensor)] = len(tensors)
+            tensors.append(tensor)
+        own.append(slot)
+    user = None if stash.uses is None else User(stash.uses)
+    reader = None if stash.moved is None else Reader(stash.moved)
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away, reader)
+    specs[id(stash)] = spec
+    return spec
+
+
+def value(spec: Spec, tensors: Sequence[Tensor]) -> Tensor:
+    """Rebuild one stash from its structure and the tensors that `strip` listed."""
+    return Saved(tensors, (spec,))[0]
+
+
+class Saved:
+    """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in
+    another dtype."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        specs: tuple[Spec | None, ...],
+        grad: Tensor | None = None,
+    ) -> None:
+        self.tensors, self.specs, self.grad = tensors, specs, grad
+        self._memo: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._home: dict[int, list[Tensor]] = {}
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.get(index)
+
+    def get(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Stash `index` as a tensor of `dtype` (default: its own)."""
+        spec = self.specs[index]
+        assert spec is not None, "asked for a stash that was not kept"
+        return self.value(spec, dtype)
+
+    def value(self, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of one node, rebuilt at most once per backward of an operator."""
+        dtype = dtype or spec.dtype
+        key = (id(spec), dtype)
+        value = self._memo.get(key)
+        if value is None:
+            uses = spec.user.uses if spec.user is not None and spec.user.uses.count > 1 else None
+            value = None if uses is None else neighbours.take(uses, dtype)
+            if value is None:
+                value = spec.recipe.load(self, spec, dtype)
+                if uses is not None:
+                    neighbours.offer(uses, dtype, value)
+            self._memo[key] = value
+        return value
+
+    def own(self, spec: Spec) -> list[Tensor]:
+        """The saved tensors that a node itself reads."""
+        tensors = [self.tensors[slot] for slot in spec.slots]
+        if spec.reader is not None:
+            if id(spec) not in self._home:
+                moved = spec.reader.moved
+                self._home[id(spec)] = list(moved.lane.fetch(moved, tensors))
+            return self._home[id(spec)]
+        if not spec.partitioned:
+            return tensors
+        return [
+            tensor if parameter is None else present(tensor, parameter)
+            for tensor, parameter in zip(tensors, spec.partitioned, strict=True)
+        ]
+
+
+class Geometry:
+    """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form
+    has its layout.
+
+    `order` lists the tensor's dims from the slowest to the fastest in memory; the last of them, as
+    far as they are among `within`, form the columns. Groups live inside a row, so they never cross
+    the other dims.
+    """
+
+    __slots__ = ("cols", "order", "shape")
+
+    def __init__(self, shape: tuple[int, ...], order: tuple[int, ...], cols: int) -> None:
+        self.shape, self.order, self.cols = shape, order, cols
+
+    @classmethod
+    def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[Geometry, Tensor]:
+        """The geometry of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow
+        it."""
+        dims = x.dim()
+        if dims == 0:
+            return cls((), (), 1), x.reshape(1, 1)
+        order = tuple(range(dims))
+        if not x.is_contiguous():
+            strides = x.stride()
+            if 0 in strides:
+                x = x.contiguous()
+            else:
+                order = _descending(strides)
+        inner = 0
+        while inner < dims and order[dims - 1 - inner] in within:
+            inner += 1
+        inner = max(inner, 1)
+        permuted = x.permute(order)
+        rows, cols = 1, 1
+        for size in permuted.shape[: dims - inner]:
+            rows *= size
+        for size in permuted.shape[dims - inner :]:
+            cols *= size
+        return cls(tuple(x.shape), order, cols), permuted.reshape(rows, cols)
+
+    def restore(self, matrix: Tensor) -> Tensor:
+        """A decoded (rows, cols) matrix as a tensor of the original shape and memory order."""
+        if not self.shape:
+            return matrix.reshape(())
+        inverse = [0] * len(self.order)
+        for position, dim in enumerate(self.order):
+            inverse[dim] = position
+        return matrix.reshape([self.shape[d] for d in self.order]).permute(inverse)
+
+
+def _descending(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims by falling stride. By comparisons, since Dynamo sorts constants alone."""
+    order: list[int] = []
+    for dim in range(len(strides)):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < strides[dim]:
+            place -= 1
+        order.insert(place, dim)
+    return tuple(order)
+
+
+class Leaf:
+    """Recipe: decode codes."""
+
+    def __init__(self, codec: Codec, geometry: Geometry) -> None:
+        self.codec, self.geometry = codec, geometry
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return self.geometry.restore(self.codec.decode(saved.own(spec), self.geometry.cols, dtype))
+
+
+class Whole:
+    """Recipe: the tensor itself. For weights, statistics, and what is too small to code."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        tensor, grad = saved.own(spec)[0], saved.grad
+        if (
+            torch.compiler.is_compiling()
+            and grad is not None
+            and grad.dtype is dtype
+            and tensor.dtype is not dtype
+        ):
+            # The partitioner would find autocast's cast of the weight in the forward and keep that
+            # copy. What depends on the gradient has to wait for the backward.
+            return torch.ops.mesa_train.cast_like(tensor, grad)
+        return tensor.to(dtype)
+
+
+_WHOLE = Whole()
+
+
+def whole(tensor: Tensor) -> Stash:
+    """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it
+    again)."""
+    if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
+        tensor = tensor.detach()
+    return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
+
+
+def of_parameter(tensor: Tensor) -> str:
+    """Why a tensor's memory is a parameter's, or ""."""
+    if tensor.is_leaf and tensor.requires_grad:
+        return "a parameter"
+    base = tensor._base if not torch.compiler.is_compiling() else None
+    if base is not None and base.is_leaf and base.requires_grad:
+        return "a view of a parameter"
+    return ""
+
+
+def narrowed(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of a part of its storage: to keep it keeps the rest as well."""
+    own = tensor.numel() * tensor.element_size()
+    return tensor._is_view() and tensor.untyped_storage().nbytes() > own
+
+
+def held(tensor: Tensor) -> Tensor:
+    """A parameter's data as they are now. An alias keeps them if `parameter.data` is exchanged before the
+    backward, as PyTorch's saved view or cast of the parameter does. ZeRO-3 frees and gathers a parameter
+    by such exchanges, so that its parameters stay themselves; FSDP resizes the storage, which an alias
+    shares."""
+    if torch.compiler.is_compiling() or hasattr(tensor, "ds_status"):
+        return tensor
+    # A Parameter again, since hooks that move or count saved tensors pass parameters by.
+    if type(tensor) is torch.nn.Parameter:
+        return Tensor._make_subclass(torch.nn.Parameter, tensor, False)
+    alias = tensor.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        alias._is_param = True
+    return alias
+
+
+class Replay:
+    """Recipe: call a view of one source again, with constant arguments."""
+
+    def __init__(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
+    ) -> None:
+        self.function, self.args, self.kwargs, self.index = function, args, kwargs, index
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        value = self.function(saved.value(spec.sources[0], dtype), *self.args, **self.kwargs)
+        return value if self.index is None else value[self.index]
+
+
+class Recompute(Replay):
+    """Recipe: call a function of one source again that computes: in the dtype of the forward."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        return super().load(saved, spec, spec.sources[0].dtype).to(dtype)
+
+
+# What codes are decoded to. Any other dtype is a cast of one of these.
+_DECODED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Cast:
+    """Recipe: the source in another dtype, rounded as the forward's cast was."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        source, own = spec.sources[0], spec.dtype
+        if own.itemsize >= 4 and own.itemsize > source.dtype.itemsize:
+            return saved.value(source, dtype)  # A cast to a wider dtype changes no value.
+        value = saved.value(source, own if own in _DECODED else source.dtype)
+        return value.to(own).to(dtype)

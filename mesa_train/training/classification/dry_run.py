@@ -1,0 +1,206 @@
+"""What a recipe will do before it does it: batches, steps, parameter groups, memory on a device.
+
+Memory is counted on the meta device: the activations that the loss keeps (bf16 autocast included)
+to the byte, and weights, gradients and optimizer state by their sizes. Working memory of kernels,
+the allocator's slack and the CUDA context (about 1 to 2 GiB together) come on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.methods.apply import PLAIN
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.precision import Choice, choose
+
+from . import optimizers
+from .config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batches and steps of a run on `world` processes."""
+
+    world: int
+    accumulation: int
+    steps_per_epoch: int
+    steps: int
+
+
+def shared(config: Config, world: int) -> Config:
+    """The configuration for `world` processes: a micro-batch is no more than one's part of the batch.
+
+    ConfigError, with one that would fit, if micro-batches do not make up that part.
+    """
+    train, even = config.train, config.augment.mixup + config.augment.cutmix > 0
+    part, rest = divmod(train.global_batch, world)
+    if rest:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} cannot be shared by {world} processes"
+        )
+    micro = min(train.micro_batch, part)
+    fit = [m for m in range(1, micro + 1) if part % m == 0 and not (even and m % 2)]
+    if micro not in fit:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={micro} "
+            f"on {_processes(world)}" + (f"; {fit[-1]} would fit" if fit else " (even, for mixup)")
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, micro_batch=micro))
+
+
+def plan(config: Config, images: int, world: int) -> Plan:
+    """ConfigError if the images do not fill a batch; `config` is one that `shared` returned."""
+    train = config.train
+    steps = images // train.global_batch
+    if not steps:
+        raise ConfigError(f"train.global_batch={train.global_batch} exceeds the {images} images")
+    accumulation = train.global_batch // (train.micro_batch * world)
+    return Plan(world, accumulation, steps, steps * train.epochs)
+
+
+def use_cpu(config: Config) -> bool:
+    """Whether the run leaves GPUs alone, or finds none."""
+    return config.train.device == "cpu" or not torch.cuda.is_available()
+
+
+def precision(config: Config) -> Choice:
+    """The precision that a configuration means on this machine."""
+    return choose(config.train.precision, "cpu" if use_cpu(config) else "cuda")
+
+
+def check_machine(config: Config) -> None:
+    """ConfigError for what this machine or its packages cannot do."""
+    on_cpu = use_cpu(config)
+    if on_cpu and config.train.precision == "fp16":
+        raise ConfigError(
+            "train.precision=fp16 needs a GPU; auto, bf16 and no work on a CPU as well"
+        )
+    if on_cpu and config.model.sync_batch_norm:
+        raise ConfigError("model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only")
+    optimizers.check(config.optim.name, "cpu" if on_cpu else "cuda")
+
+
+def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
+    """The model, unwrapped. ConfigError for an unknown name or an image size it refuses."""
+    import difflib
+
+    import timm
+
+    from mesa_train.models.lit.early_attention import without_early_attention
+
+    model, size = config.model, config.data.image_size
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
+        raise ConfigError(
+            f"model.name: no model {model.name!r}" + (f"; {', '.join(near)}?" if near else "")
+        )
+    options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": model.drop_path}
+    try:
+        with torch.device(device):
+            try:
+                built = timm.create_model(model.name, img_size=size, **options)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+                built = timm.create_model(model.name, **options)
+        if model.early_stages_without_attention:
+            without_early_attention(built, model.early_stages_without_attention)
+        if model.grad_checkpointing:
+            built.set_grad_checkpointing(True)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{model.name} refuses data.image_size={size}: {reason}") from None
+    return built
+
+
+def check_model(config: Config, classes: int) -> None:
+    """ConfigError if the model is unknown or refuses the image size; no memory is taken."""
+    size = config.data.image_size
+    model = build_model(config, classes, "meta").eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.empty(1, 3, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{config.model.name} refuses data.image_size={size}: {reason}") from None
+    if tuple(logits.shape) != (1, classes):
+        raise ConfigError(f"model.name: {config.model.name} is no classifier of images")
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """The dtype that a configuration's precision computes in; None for float32 throughout."""
+    return precision(config).dtype
+
+
+def memory(config: Config, classes: int) -> dict[str, int]:
+    """Predicted bytes on one device that holds the whole model, by what they are for."""
+    model = build_model(config, classes, "meta").train()
+    size = config.data.image_size
+    images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
+
+    def loss(logits: Tensor) -> Tensor:
+        return -logits.float().log_softmax(dim=-1).mean()
+
+    kept = mesa_train.footprint(
+        model,
+        images,
+        policy=PLAIN if config.train.policy == "plain" else config.train.policy,
+        autocast=autocast_dtype(config),
+        loss=loss,
+    )
+    return {
+        "weights": kept.parameter_bytes + kept.buffer_bytes,
+        "gradients": kept.parameter_bytes,
+        "optimizer": optimizers.state_bytes(config.optim.name, model.parameters()),
+        "activations": kept.saved_bytes,
+        "images": images.numel() * 4,
+    }
+
+
+def batches(config: Config, made: Plan) -> str:
+    """How a global batch is made up, in words."""
+    train = config.train
+    return (
+        f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
+        f"{_processes(made.world)}"
+    )
+
+
+def _processes(world: int) -> str:
+    return "1 process" if world == 1 else f"{world} processes"
+
+
+def report(config: Config, classes: int, images: int, world: int) -> str:
+    """The dry run's text."""
+    config = shared(config, world)
+    made = plan(config, images, world)
+    model = build_model(config, classes, "meta")
+    train = config.train
+    lines = [
+        f"{config.model.name} at {config.data.image_size} px, {images} images, {classes} classes",
+        batches(config, made),
+        f"{made.steps} steps = {train.epochs} epochs of {made.steps_per_epoch}",
+        f"policy {train.policy}, optimizer {config.optim.name}",
+        precision(config).line,
+    ]
+    for group in optimizers.groups(model, config.optim, train.global_batch):
+        count = sum(p.numel() for p in group["params"])
+        rate = group["lr"] * group.get("lr_scale", 1)
+        lines.append(
+            f"group {group['name']:<9} {len(group['params']):>4} tensors {count:>12,} values  "
+            f"lr {rate:.3g}  decay {group['weight_decay']:g}"
+        )
+    sizes = memory(config, classes)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    lines.append(f"predicted memory {format_bytes(sum(sizes.values()))}: {parts}")
+    plain = dataclasses.replace(config, train=dataclasses.replace(train, policy="plain"))
+    if train.policy != "plain":
+        lines.append(f"plain would need {format_bytes(sum(memory(plain, classes).values()))}")
+    return "\n".join(lines)

@@ -1,0 +1,354 @@
+"""A recipe from its configuration to its curves: everything is checked, then built, then trained.
+
+A run's folder holds `metrics.jsonl` (rows of kind "step" and "epoch"), `curves.png`, the trackers'
+files, `best.safetensors`, and `checkpoints/last`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from mesa_train.report import figures as plots
+from mesa_train.training import checkpoints, disk
+from mesa_train.training.config_schema import ConfigError, changed
+from mesa_train.training.data import sources
+from mesa_train.training.data.loader import Batch, Loader
+from mesa_train.training.progress import Dashboard, waiting
+from mesa_train.training.trainer import EpochResult, StepEvent
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes
+
+from . import dry_run as plan
+from .accelerated import trackers
+from .config import Config, check_files, of_dict
+from .run import CHECKPOINTS, Run, Scores, StepResult
+
+_log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+
+# What a recipe's script tells in one line; anything else is a fault of ours and shows its traceback.
+MISTAKES = (
+    ConfigError,
+    checkpoints.CheckpointError,
+    sources.CorruptImage,
+    FloatingPointError,
+    ImportError,
+)
+
+
+def dry_run(config: Config, world: int) -> str:
+    """What the run would be, as text. The data set is opened only to learn what is not given."""
+    classes, images = config.model.classes, config.data.train_images
+    if classes is None or images is None:
+        check_files(config)
+        found = sources.load(config.data, classes)
+        classes, images = found.classes, found.train.count
+    plan.check_model(config, classes)
+    return plan.report(config, classes, images, world)
+
+
+def prepare(config: Config) -> Run:
+    """A run that is ready to start. ConfigError for whatever does not fit together."""
+    from accelerate import PartialState
+
+    check_files(config)
+    plan.check_machine(config)
+    transforms = sources.transforms(config.data, config.augment)
+    plan.check_model(config, config.model.classes or 2)
+    state = PartialState(cpu=plan.use_cpu(config))
+    config = plan.shared(config, state.num_processes)
+    with state.main_process_first():
+        data = sources.load(config.data, config.model.classes)
+    made = plan.plan(config, data.train.count, state.num_processes)
+    torch.manual_seed(config.train.seed)
+    model = plan.build_model(config, data.classes)
+    if config.model.weights:
+        start_from(model, Path(config.model.weights), config.model.allow_config)
+    loader = Loader(
+        data,
+        transforms,
+        config.data,
+        batch_size=config.train.micro_batch,
+        seed=config.train.seed,
+        steps_per_epoch=made.steps_per_epoch,
+        accumulation=made.accumulation,
+        rank=state.process_index,
+        world=made.world,
+        pin_memory=config.data.pin_memory and not plan.use_cpu(config),
+    )
+    return Run(config, model, made, loader, data.classes)
+
+
+def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None:
+    """Load weights to fine-tune: a head of other classes stays as it is, all else must fit."""
+    from safetensors.torch import load_file
+
+    from mesa_train.models.lit.official import adapted, read_official
+
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = read_official(path, allow_config=allow_config)
+    except Exception as error:
+        raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
+    own = model.state_dict()
+    weights = adapted(found, model)
+    heads = [key for key in own if key.startswith("head.")]
+    if any(key in weights and weights[key].shape != own[key].shape for key in heads):
+        _log.warning("%s has a head of other classes; it starts anew", path)
+        weights |= {key: own[key] for key in heads}
+    checkpoints.check_keys(
+        path, {k: v.shape for k, v in weights.items()}, checkpoints.shapes(model)
+    )
+    model.load_state_dict(weights)
+
+
+def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its state, None for a new run.
+
+    how: "auto" for the newest that is whole, "" for none, or a checkpoint's path. ConfigError if
+    there is no such checkpoint or a new run would overwrite another.
+    """
+    if how not in ("", "auto"):
+        if not Path(how).is_dir():
+            raise ConfigError(f"--resume: no such checkpoint {how}")
+        return Path(how), checkpoints.verify(Path(how))
+    found = checkpoints.newest(Path(config.train.out) / CHECKPOINTS)
+    if found is not None and not how:
+        raise ConfigError(
+            f"train.out={config.train.out} holds a run already: --resume auto continues it, or "
+            "choose another folder"
+        )
+    return found
+
+
+def resume(run: Run, how: str) -> bool:
+    """Continue as `how` says (see `beginning`). True if the run goes on, False if it starts."""
+    found, metrics = beginning(run.config, how), run.out / METRICS
+    if found is not None:
+        run.resume(*found)
+    if run.accelerator.is_main_process:
+        if found is None:
+            metrics.unlink(missing_ok=True)
+        elif metrics.exists():
+            _forget_after(metrics, run.position.step)
+    return found is not None
+
+
+def fit(run: Run, kept_bytes: int) -> Scores | None:
+    """Train to the end; returns the last epoch's scores, None if there was nothing left to do."""
+    config, made, main = run.config, run.plan, run.accelerator.is_main_process
+    metrics = run.out / METRICS
+    scores = None
+    if main:
+        with _written(run):
+            run.out.mkdir(parents=True, exist_ok=True)
+    with _written(run), _view(run, kept_bytes) as view, trackers(config, run.accelerator) as track:
+
+        def report(result: StepResult) -> None:
+            rate = 1e3 * config.train.global_batch / result.step_ms
+            row = {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "images_per_s": rate,
+            } | _peak(run)
+            track(row, result.step)
+            if main:
+                _append(metrics, {"kind": "step", "step": result.step} | row)
+                event = StepEvent(config.train.policy, result.step, result.loss, result.step_ms)
+                view.on_step(event, result.steps)
+
+        while run.position.step < made.steps:
+            epoch, start = run.epoch + 1, time.perf_counter()
+            before = run.position.step
+            run.train_epoch(report, lambda further: view.alive("training", further))
+            step_ms = (time.perf_counter() - start) * 1e3 / (run.position.step - before)
+            scores = run.evaluate(tick=lambda: view.alive("evaluating"))
+            row = {
+                "train_loss": run.position.loss / run.position.losses,
+                "val_loss": scores.loss,
+                "top1": scores.top1,
+                "top5": scores.top5,
+            }
+            if run.ema is not None:
+                row["ema_top1"] = (
+                    averaged := run.evaluate(averaged=True, tick=lambda: view.alive("evaluating"))
+                ).top1
+            run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
+            track(row, run.position.step)
+            if main:
+                named = {"name": config.train.policy, "seed": config.train.seed, "epoch": epoch}
+                line = {"kind": "epoch", "step": run.position.step, **named, **row}
+                line |= {"step_ms": step_ms, "kept_bytes": kept_bytes}
+                line |= {"skipped": run.position.skipped} if run.position.skipped else {}
+                _append(metrics, line)
+                view.on_epoch(
+                    EpochResult(
+                        config.train.policy, epoch, row["train_loss"], scores.loss, scores.top1,
+                        step_ms, run.lr,
+                    )
+                )  # fmt: skip
+            # Last, so that a kill before it repeats the epoch's end, rows included.
+            run.position.loss, run.position.losses = 0.0, 0
+            run.save()
+    if main:
+        with _written(run):
+            draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
+    return scores
+
+
+def _append(metrics: Path, row: records.Row) -> None:
+    """Append a row. OSError if the run's folder was removed: it may be a disk that is no longer mounted,
+    so it is not made again."""
+    if not metrics.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed", str(metrics.parent))
+    records.append(metrics, row)
+
+
+@contextlib.contextmanager
+def _written(run: Run) -> Iterator[None]:
+    """A failure to write a run's metrics, trackers' files or curves is one line, with the checkpoint
+    to go on from."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run.out
+        raise checkpoints.CheckpointError(
+            f"{where}: {error.strerror or error}; {run.last_good()}"
+        ) from None
+
+
+def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]:
+    """Images per second and median step time on made-up images; nothing is saved."""
+    data, train = run.config.data, run.config.train
+    images = torch.randn(train.micro_batch, 3, data.image_size, data.image_size)
+    labels = torch.arange(train.micro_batch) % run.classes
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            yield images, labels, []
+
+    run.model.train()
+    times = []
+    for _ in range(warm_up + steps):
+        start = time.perf_counter()
+        loss, _ = run.step(batches())
+        loss.item()
+        times.append(1e3 * (time.perf_counter() - start))
+    step_ms = statistics.median(times[warm_up:])
+    rate = 1e3 * train.global_batch / step_ms
+    return {"images_per_s": rate, "step_ms": step_ms} | _peak(run)
+
+
+def draw(metrics: Path, picture: Path, title: str) -> None:
+    """Curves of a metrics file; said, not raised, where matplotlib is missing."""
+    rows = [row for row in records.read(metrics) if row["kind"] == "epoch"]
+    try:
+        figure, (loss, held_out, accuracy) = plots.figure(3, title)
+    except ImportError as error:
+        _log.warning("no curves: %s", error)
+        return
+    plots.curves(loss, rows, "train_loss", "training loss")
+    plots.curves(held_out, rows, "val_loss", "validation loss")
+    plots.curves(accuracy, rows, "top1", "top-1 (%)", scale=100)
+    plots.save(figure, picture)
+
+
+def describe(run: Run, kept_bytes: int) -> str:
+    """One line about a run that starts or goes on."""
+    train, made = run.config.train, run.plan
+    return (
+        f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
+        f"{plan.precision(run.config).name}: {plan.batches(run.config, made)}, steps {run.position.step} to "
+        f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
+    )
+
+
+class _Silent:
+    """Stands for the dashboard on all ranks but the first."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def on_step(self, event: StepEvent, steps: int = 1) -> None:
+        pass
+
+    def on_epoch(self, result: EpochResult) -> None:
+        pass
+
+    def alive(self, what: str, further: int = 0) -> None:
+        pass
+
+
+def preparing(run: Run, what: str) -> contextlib.AbstractContextManager[None]:
+    """Says on the first rank what is waited for."""
+    if not run.accelerator.is_main_process:
+        return contextlib.nullcontext()
+    return waiting(what, Console(stderr=True))
+
+
+def _view(run: Run, kept_bytes: int) -> Any:
+    if not run.accelerator.is_main_process:
+        return _Silent()
+    view = Dashboard(
+        describe(run, kept_bytes),
+        {run.config.train.policy: kept_bytes},
+        total_steps=run.plan.steps,
+        batch_size=run.config.train.global_batch,
+    )
+    view.start_at(run.position.step)
+    return view
+
+
+def _peak(run: Run) -> dict[str, float]:
+    """The most memory that was allocated on this rank's GPU, in bytes."""
+    if run.accelerator.device.type != "cuda":
+        return {}
+    return {"peak_bytes": float(torch.cuda.max_memory_allocated(run.accelerator.device))}
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop rows of steps that will be done again."""
+    beside = metrics.with_suffix(".partial")
+    with disk.reading(metrics):
+        rows = [row for row in records.read(metrics) if row["step"] <= step]
+    with disk.writing(metrics, beside):
+        beside.unlink(missing_ok=True)
+        records.append(beside, *rows)
+        beside.replace(metrics)
+
+
+def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
+    """The configuration that a run's newest checkpoint was trained with, changed."""
+    found = checkpoints.newest(folder / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"{folder} holds no checkpoint")
+    with disk.reading(found[0]):
+        config = found[1]["config"]
+    return of_dict(changed(config, [f"train.out={json.dumps(str(folder))}", *changes]))
+
+
+def told_once(error: Exception) -> str | int:
+    """What to leave a script with: the line from the first process, the status alone from others, which
+    have the same line. An image that cannot be decoded is the mistake of one process, which says it."""
+    line = " ".join(str(error).split())
+    alone = isinstance(error, sources.CorruptImage)
+    return f"litv2: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1

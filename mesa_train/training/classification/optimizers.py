@@ -1,0 +1,122 @@
+"""Parameter groups, optimizers and the schedule of LITv2's recipe.
+
+Three groups: weights, tensors of one dimension without decay, and the offset convolutions' weights
+at a hundredth of the rate (their biases are one-dimensional and keep the full rate, as officially).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mesa_train.estimate.optimizer_states import LEAST_8BIT, adamw_bytes
+from mesa_train.training.config_schema import ConfigError
+
+from .config import OptimConfig
+
+Groups = list[dict[str, Any]]
+
+
+def scaled(config: OptimConfig, value: float, global_batch: int) -> float:
+    """A rate for the global batch, by the linear rule."""
+    return value * global_batch / config.lr_batch if config.lr_batch else value
+
+
+def groups(model: nn.Module, config: OptimConfig, global_batch: int) -> Groups:
+    """Parameter groups "weights", "no_decay" and "offsets"; empty ones are left out."""
+    lr = scaled(config, config.lr, global_batch)
+    offsets: dict[str, Any] = {"name": "offsets", "weight_decay": config.weight_decay}
+    if config.offset_floor == "scaled":
+        offsets |= {"lr": lr, "lr_scale": config.offset_scale}
+    else:
+        offsets |= {"lr": lr * config.offset_scale}
+    found: Groups = [
+        {"name": "weights", "lr": lr, "weight_decay": config.weight_decay},
+        {"name": "no_decay", "lr": lr, "weight_decay": 0.0},
+        offsets,
+    ]
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    members: list[list[nn.Parameter]] = [[], [], []]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            offset = name.endswith("conv_offset.weight")
+            members[1 if plain else 2 if offset else 0].append(parameter)
+    return [{**g, "params": own} for g, own in zip(found, members, strict=True) if own]
+
+
+def check(name: str, device_type: str) -> None:
+    """ConfigError, before anything is built, if the optimizer cannot run there."""
+    if name == "adamw":
+        return
+    _bitsandbytes(name)
+    if device_type == "cpu":
+        probe = nn.Parameter(torch.zeros(LEAST_8BIT))
+        probe.grad = torch.ones_like(probe)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                build(OptimConfig(name=name), [{"params": [probe], "lr": 1.0}]).step()
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"optim.name={name}: this bitsandbytes cannot step on a CPU ({reason}); a newer "
+                "one may, adamw can"
+            ) from None
+
+
+def build(config: OptimConfig, parameter_groups: Groups) -> torch.optim.Optimizer:
+    """The optimizer by name; ConfigError without bitsandbytes where it is needed."""
+    common = {"lr": parameter_groups[0]["lr"], "betas": config.betas}
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameter_groups, eps=config.eps, **common)
+    bnb = _bitsandbytes(config.name).optim
+    if config.name == "lion8bit":
+        return bnb.Lion8bit(parameter_groups, **common)
+    kind = bnb.AdamW8bit if config.name == "adamw8bit" else bnb.PagedAdamW8bit
+    return kind(parameter_groups, eps=config.eps, **common)
+
+
+def state_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of optimizer state on the device; paged states are counted, as they may be resident."""
+    if name == "adamw":
+        return sum(adamw_bytes(p.numel(), p.element_size()) for p in parameters)
+    two = sum(adamw_bytes(p.numel(), p.element_size(), eight_bit=True) for p in parameters)
+    # Lion has one moment where Adam has two.
+    return two // 2 if name == "lion8bit" else two
+
+
+def _bitsandbytes(name: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError(
+            f"optim.name={name} needs: pip install 'mesa_train[bitsandbytes]'"
+        ) from None
+    return bitsandbytes
+
+
+class Schedule:
+    """timm's cosine over optimizer steps, the warm-up inside the cosine's time; no state."""
+
+    def __init__(
+        self, optimizer: Any, config: OptimConfig, global_batch: int, epochs: int, steps: int
+    ) -> None:
+        from timm.scheduler import CosineLRScheduler
+
+        self._cosine = CosineLRScheduler(
+            optimizer,
+            t_initial=epochs * steps,
+            lr_min=scaled(config, config.min_lr, global_batch),
+            warmup_t=round(config.warmup_epochs * steps),
+            warmup_lr_init=scaled(config, config.warmup_lr, global_batch),
+            t_in_epochs=False,
+        )
+
+    def at(self, step: int) -> None:
+        """Sets the rates for the optimizer step that comes after `step` steps."""
+        self._cosine.step_update(step)

@@ -1,0 +1,375 @@
+"""One training run on any number of processes, through Accelerate: steps, evaluation, checkpoints.
+
+Everything random in a step is seeded from (seed, step, rank), and a checkpoint holds the rest, so a
+run that was killed continues exactly. Gradients are clipped once per optimizer step. Evaluation uses
+the first rank's batch norm statistics, as its checkpoint will.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.methods.apply import PLAIN
+from mesa_train.training import checkpoints, disk
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data.loader import Batch, Loader
+from mesa_train.training.data.sources import IGNORED, keeping_random_state, seed_all
+
+from . import optimizers
+from .accelerated import accelerator, gather
+from .config import Config
+from .dry_run import Plan
+
+_log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: optimizer steps done, the best accuracy, and the current epoch's sums."""
+
+    step: int = 0
+    best: float = -1.0
+    loss: float = 0.0
+    losses: int = 0
+    skipped: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """The mean over the steps since the last report; `step` counts from 1."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_ms: float
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of the validation images: mean loss, shares of right answers (0 to 1), how many images."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+
+
+class Run:
+    """A model in training. `model` is the bare one, wrapped by mesa_train here if the policy says so."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, plan: Plan, loader: Loader, classes: int
+    ) -> None:
+        self.config, self.plan, self.loader, self.classes = config, plan, loader, classes
+        self.position = Position()
+        self.accelerator = accelerator(config, plan)
+        self.out = Path(config.train.out)
+        self.images = loader.sources.train.count
+        self.shapes = checkpoints.shapes(model)
+        if config.model.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.train.policy != PLAIN:
+            mesa_train.wrap(model, config.train.policy)
+        groups = optimizers.groups(model, config.optim, config.train.global_batch)
+        optimizer = optimizers.build(config.optim, groups)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = optimizers.Schedule(
+            self.optimizer,
+            config.optim,
+            config.train.global_batch,
+            config.train.epochs,
+            plan.steps_per_epoch,
+        )
+        self.mixup = _mixup(config, classes)
+        self.ema = self._averaged() if config.train.ema else None
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step, from 0."""
+        return self.position.step // self.plan.steps_per_epoch
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model without what Accelerate put around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train_epoch(
+        self, report: Callable[[StepResult], None], tick: Callable[[int], None] | None = None
+    ) -> None:
+        """Train to the end of the current epoch, saving every `save_every` steps.
+
+        report: called every `log_every` steps. tick: called after every step with the steps since the
+        last report; reads nothing from the device.
+        """
+        config, plan, position = self.config.train, self.plan, self.position
+        epoch, first = divmod(position.step, plan.steps_per_epoch)
+        batches = self.loader.training(epoch, first)
+        self.model.train()
+        window = _Window(self.accelerator.device)
+        for _ in range(first, plan.steps_per_epoch):
+            window.add(*self.step(batches))
+            if tick is not None:
+                tick(window.steps)
+            done = position.step - epoch * plan.steps_per_epoch
+            saving = bool(config.save_every) and position.step % config.save_every == 0
+            if position.step % config.log_every == 0 or saving or done == plan.steps_per_epoch:
+                loss, grad_norm = self._mean(window)
+                position.loss += loss * window.steps
+                position.losses += window.steps
+                report(
+                    StepResult(
+                        position.step, loss, grad_norm, self.lr, window.time_ms(), window.steps
+                    )
+                )
+                window = _Window(self.accelerator.device)
+            if saving and done < plan.steps_per_epoch:
+                self.save()
+
+    def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step of `accumulation` micro-batches: (mean loss, gradient norm)."""
+        clip, position, total = self.config.optim.clip, self.position, None
+        norm = torch.zeros((), device=self.accelerator.device)
+        self.schedule.at(position.step)
+        for turn in range(self.plan.accumulation):
+            images, labels, skipped = next(batches)
+            if skipped:
+                position.skipped += len(skipped)
+                _log.warning("skipped %s", ", ".join(skipped))
+            # Mixup, drop path and dropout draw from these.
+            seed_all(self.config.train.seed, position.step, turn, self.rank)
+            with self.accelerator.accumulate(self.model):
+                loss = self.loss(images, labels)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+                    norm = norm if clipped is None else torch.as_tensor(clipped).to(norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        position.step += 1
+        if self.ema is not None:
+            self.ema.update(self.bare, step=position.step)
+        return total / self.plan.accumulation, norm
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy in float32, of soft targets with mixup."""
+        device, smoothing = self.accelerator.device, self.config.augment.label_smoothing
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+            return F.cross_entropy(self.model(images).float(), targets.float())
+        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the first group."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def evaluate(self, averaged: bool = False, tick: Callable[[], None] | None = None) -> Scores:
+        """Scores of the model, or of its averaged weights, on all validation images. `tick` is called
+        after every batch."""
+        model: Any = self.ema.module if averaged and self.ema is not None else self.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._same_buffers(model.module)
+            model = model.module
+        with keeping_random_state():
+            return score(model, self.loader.validation(), self.accelerator, tick)
+
+    def save(self) -> Path:
+        """Write a checkpoint; all ranks take part. Returns where it is.
+
+        Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+        """
+        folder, main = self.out / CHECKPOINTS, self.accelerator.is_main_process
+        written = checkpoints.partial(folder, self.position.step)
+        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        def write() -> None:
+            with disk.to_the_end(self.model):
+                self.accelerator.save_state(str(written))
+            if self.ema is not None and main:
+                averaged = self.ema.module.state_dict()
+                checkpoints.save_weights(written / "ema.safetensors", averaged, {})
+
+        def commit() -> None:
+            state = {
+                "position": dataclasses.asdict(self.position),
+                "config": self.config.to_dict(),
+                "shapes": self.shapes,
+                "images": self.images,
+            }
+            checkpoints.commit(written, state, self.config.train.keep)
+
+        # Each waits for all ranks.
+        disk.together(lambda: checkpoints.clear(written) if main else None, final, written, gather)
+        disk.together(write, final, written, gather)
+        disk.together(lambda: commit() if main else None, final, written, gather)
+        return final
+
+    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint that `checkpoints.verify` has passed.
+
+        Raises CheckpointError if it is of another model, ConfigError if its run was cut into other
+        steps, which could not be continued.
+        """
+        with disk.reading(checkpoint):
+            position = Position(**state["position"])
+            before: dict[str, Any] = {
+                f"train.{key}": state["config"]["train"][key]
+                for key in ("global_batch", "epochs", "seed")
+            }
+            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
+        for name, then in before.items():
+            now = getattr(self.config.train, name.removeprefix("train."))
+            if then != now:
+                raise ConfigError(
+                    f"{name}={now}, but {checkpoint} was trained with {then}; "
+                    "keep it or choose another train.out"
+                )
+        # Older checkpoints do not say.
+        if state.get("images", self.images) != self.images:
+            raise ConfigError(
+                f"data: {self.images} training images, but {checkpoint} was trained on "
+                f"{state['images']}; its epochs cannot be continued on another data set: choose "
+                "another train.out, and model.weights to start from its weights"
+            )
+        with disk.reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                if (checkpoint / "ema.safetensors").is_file():
+                    checkpoints.load_weights(self.ema.module, checkpoint / "ema.safetensors")
+                else:
+                    self.ema.set(self.bare)
+        self.position = position
+
+    def save_best(self, scores: Scores, averaged: bool) -> bool:
+        """Keep the weights as `best.safetensors` if no scores before were better.
+
+        Raises CheckpointError on all ranks, with the last good checkpoint, if they cannot be written.
+        """
+        if scores.top1 <= self.position.best:
+            return False
+        self.position.best = scores.top1
+        if averaged and self.ema is not None:
+            weights = self.ema.module.state_dict()
+        else:
+            weights = self.accelerator.get_state_dict(self.model)
+        about = {
+            "model": self.config.model.name,
+            "classes": str(self.classes),
+            "top1": f"{scores.top1:.4f}",
+            "step": str(self.position.step),
+        }
+        path, main = self.out / "best.safetensors", self.accelerator.is_main_process
+
+        def write() -> None:
+            if main:
+                checkpoints.save_weights(path, weights, about)
+
+        disk.together(write, path, checkpoints.beside(path), gather, self.out / CHECKPOINTS)
+        return True
+
+    def last_good(self) -> str:
+        """The checkpoint that a failed run can go on from, in words."""
+        return disk.last_good(self.out / CHECKPOINTS)
+
+    def _mean(self, window: _Window) -> tuple[float, float]:
+        loss = self.accelerator.reduce(window.loss, reduction="mean")
+        value, norm = (loss / window.steps).item(), (window.norm / window.steps).item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} after step {self.position.step}; a lower optim.lr, or "
+                "train.precision=bf16 or no instead of fp16, usually helps"
+            )
+        return value, norm
+
+    def _same_buffers(self, module: nn.Module) -> None:
+        from accelerate.utils import broadcast
+
+        for buffer in module.buffers():
+            buffer.copy_(broadcast(buffer.detach().clone()))
+
+    def _averaged(self) -> Any:
+        from timm.utils import ModelEmaV3
+
+        if not isinstance(self.model, (type(self.bare), nn.parallel.DistributedDataParallel)):
+            raise ConfigError("train.ema needs the whole model on every device, not FSDP or ZeRO")
+        # Without a warm-up the average of a short run would hardly leave its start.
+        return ModelEmaV3(self.bare, decay=self.config.train.ema, use_warmup=True)
+
+
+class _Window:
+    """Sums since the last report, left on the device until then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.steps, self.start = 0, time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
+
+    def time_ms(self) -> float:
+        return (time.perf_counter() - self.start) * 1e3 / max(self.steps, 1)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    accelerator: Any,
+    tick: Callable[[], None] | None = None,
+) -> Scores:
+    """Evaluate on every rank's batches; what is labelled `IGNORED` does not count."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for images, labels, _ in batches:
+        labels = labels.to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(images.to(accelerator.device))
+        valid = labels != IGNORED
+        logits, labels = logits.float()[valid], labels[valid]
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        counts = [loss, ranked[:, 0].sum(), ranked.sum(), valid.sum()]
+        sums += torch.stack([c.to(sums.dtype) for c in counts])
+        if tick is not None:
+            tick()
+    model.train(was_training)
+    loss, top1, top5, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
+    if not images_seen:
+        raise ConfigError("there is no validation image that can be decoded")
+    return Scores(loss / images_seen, top1 / images_seen, top5 / images_seen, int(images_seen))
+
+
+def _mixup(config: Config, classes: int) -> Any:
+    from timm.data import Mixup
+
+    augment = config.augment
+    if augment.mixup <= 0 and augment.cutmix <= 0:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        label_smoothing=augment.label_smoothing,
+        num_classes=classes,
+    )

@@ -1,0 +1,167 @@
+"""Recipes' configurations: frozen dataclasses read from YAML, changed by `section.key=value`.
+
+A value is read by its field's type, and an unquoted one counts as it is written (`yaml_text.py`): in a
+text field `no`, `off`, `2024` and `1:30` are text. A mistake is one line that names the key, the value
+and the choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mesa_train.utils import yaml_text
+from mesa_train.utils.yaml_text import Plain
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe's configuration, told in one line."""
+
+
+def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a YAML file after `section.key=value` changes. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    import yaml
+
+    try:
+        values = yaml_text.read(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if values is None or (isinstance(values, Plain) and yaml_text.is_null(values)):
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(values).__name__}")
+    return changed(values, changes)
+
+
+def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Nested values after `section.key=value` changes. ConfigError for one that is not of that
+    form."""
+    import yaml
+
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise ConfigError(f"--set takes section.key=value, got {change!r}")
+        try:
+            value = yaml_text.read(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"--set {name}: {text!r} is not a YAML value; put text in quotes"
+            ) from None
+        if value is None or isinstance(value, Plain):
+            # No document, or a scalar. A command line has no comments and no anchors: `a #1` is a folder.
+            value = Plain(text.strip())
+        within = values.setdefault(section, {})
+        if isinstance(within, Plain) and yaml_text.is_null(within):
+            within = values[section] = {}
+        if not isinstance(within, dict):
+            raise ConfigError(f"{section} must be a section of keys, got {_shown(within)}")
+        within[key] = value
+    return values
+
+
+def of_values(schema: Any, values: Any, prefix: str = "") -> Any:
+    """A dataclass, its sections dataclasses themselves, of nested plain values. Raises ConfigError."""
+    if isinstance(values, Plain) and yaml_text.is_null(values):
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {_shown(values)}")
+    hints = typing.get_type_hints(schema)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=3)
+            rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key}; {rest}")
+    return schema(
+        **{
+            key: of_values(hints[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(hints[key])
+            else _typed(hints[key], value, prefix + key)
+            for key, value in values.items()
+        }
+    )
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value`, from YAML or plain Python, as `kind`. ConfigError if it is none."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kind = options[0]
+    # The empty text is null where a field may be, and "" in a text field.
+    null = value is None or (isinstance(value, Plain) and yaml_text.is_null(value))
+    if null and type(None) in options:
+        return None
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        if isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(_typed(p, v, name) for p, v in zip(parts, value, strict=True))
+        raise ConfigError(f"{name} must be a list of {len(parts)} numbers, got {_shown(value)}")
+    if isinstance(value, Plain):
+        found = _of_text(kind, value)
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        found = yaml_text.to_float(value) if isinstance(value, str) else float(value)
+    else:
+        right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        found = value if right else None
+    if found is None:
+        raise ConfigError(
+            f"{name} must be {kind.__name__}, got {_shown(value)}{_remedy(kind, value)}"
+        )
+    return found
+
+
+def _of_text(kind: Any, text: Plain) -> Any:
+    """An unquoted scalar as a field's type, None if it is not of it. In a text field `null` is
+    refused, since it is more often meant than written."""
+    if kind is str:
+        return None if text and yaml_text.is_null(text) else str(text)
+    readers: dict[Any, Any] = {
+        bool: yaml_text.to_bool, int: yaml_text.to_int, float: yaml_text.to_float,
+    }  # fmt: skip
+    return readers[kind](text)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: numbers, booleans and null as Python writes them, text in quotes."""
+    plain = yaml_text.resolved(value)
+    if isinstance(value, Plain) and isinstance(plain, int | float) and not isinstance(plain, bool):
+        return str(value)
+    return repr(plain)
+
+
+def _remedy(kind: Any, value: Any) -> str:
+    """What to write instead, where that is not plain from the type."""
+    if kind is str and (value is None or isinstance(value, Plain)):
+        return '; write "" for none, or the word in quotes'
+    if kind in (int, float) and isinstance(value, str):
+        text = str(value)
+        if not isinstance(value, Plain) and yaml_text.to_float(text) is not None:
+            return "; a number is written without quotes"
+        if text.lstrip("+-").isdigit() and len(text) > 1:
+            return "; a number has no leading zeros"
+    return ""
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """ConfigError, with the closest choice, if `value` is none of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(value, list(choices), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def positive(name: str, value: float) -> None:
+    """ConfigError unless value is above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be positive, got {value}")

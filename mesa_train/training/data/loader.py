@@ -1,0 +1,171 @@
+"""Batches of a data set for one rank: shuffled for training, from any step on, or in order.
+
+What a step sees depends on (seed, step) alone. Streams are shuffled through a buffer, dealt out to
+the ranks, and wound forward on a resume.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from .config import DataConfig
+from .sources import (
+    MISTAKES,
+    CorruptImage,
+    Sample,
+    Samples,
+    Sources,
+    collate,
+    train_order,
+    val_order,
+)
+
+Batch = tuple[Tensor, Tensor, list[str]]
+_SHUFFLE_BUFFER = 10_000
+
+
+class Loader:
+    """Batches of `sources` on one rank; a batch is (images, labels, paths that were skipped).
+
+    transforms: (for training, for validation) of PIL images. batch_size: images of a micro-batch on this rank.
+    accumulation: micro-batches of a rank in an optimizer step. steps_per_epoch: optimizer steps.
+    pin_memory: overrides the configuration's.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        transforms: tuple[Any, Any],
+        data: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        steps_per_epoch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool | None = None,
+    ) -> None:
+        self.sources, self.batch_size, self.seed = sources, batch_size, seed
+        self.steps_per_epoch, self.accumulation = steps_per_epoch, accumulation
+        self.rank, self.world = rank, world
+        self.workers = data.workers
+        self.pin_memory = data.pin_memory if pin_memory is None else pin_memory
+        common = (data.image_size, seed, data.on_corrupt)
+        self.train = Samples(sources.train, transforms[0], *common, replace=True)
+        self.val = Samples(sources.val, transforms[1], *common, replace=False)
+
+    def training(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Micro-batches of an epoch from its optimizer step `first` on."""
+        micro = self.batch_size
+        if self.sources.train.stream is not None:
+            stream = Stream(
+                self.train, epoch, self.rank, self.world, first * self.accumulation * micro
+            )
+            count = (self.steps_per_epoch - first) * self.accumulation
+            batches = self._loader(_Told(stream), batch_size=micro)
+            yield from (batch for _, batch in zip(range(count), batches, strict=False))
+            return
+        order = train_order(
+            self.sources.train.count,
+            seed=self.seed,
+            epoch=epoch,
+            first=first,
+            rank=self.rank,
+            world=self.world,
+            micro=micro,
+            accum=self.accumulation,
+        )
+        yield from self._loader(self.train, batch_sampler=list(order))
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's share of the validation images, padded with ignored ones."""
+        batch = self.batch_size
+        if self.sources.val.stream is not None:
+            stream = Stream(self.val, 0, self.rank, self.world, 0)
+            yield from self._loader(_Told(stream), batch_size=batch)
+            return
+        order = val_order(self.sources.val.count, rank=self.rank, world=self.world, batch=batch)
+        yield from self._loader(self.val, batch_sampler=list(order))
+
+    def _loader(self, dataset: Any, **options: Any) -> Iterator[Batch]:
+        """Batches of a data set; a mistake that a worker found is raised here, in one line."""
+        # A stream has one reader: several would have to agree on who reads what.
+        workers = min(self.workers, 1) if isinstance(dataset, IterableDataset) else self.workers
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            **options,
+        )
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _Told(IterableDataset["Sample | Exception"]):
+    """A stream whose mistakes are yielded instead of raised, as `Samples.__getitems__` returns them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Sample | Exception]:
+        try:
+            yield from self.stream
+        except MISTAKES as error:
+            yield error
+
+
+class Stream(IterableDataset[Sample]):
+    """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on.
+
+    In training an image that cannot be decoded gives way to the next that can, and a stream that
+    ends before the epoch does starts again, in another order: every place of the epoch is filled.
+    """
+
+    def __init__(self, samples: Samples, epoch: int, rank: int, world: int, first: int) -> None:
+        self.samples, self.epoch, self.rank, self.world = samples, epoch, rank, world
+        self.first = first
+
+    def __iter__(self) -> Iterator[Sample]:
+        places, owed, skipped = itertools.count(), list[int](), list[str]()
+        for turn in itertools.count():
+            rows = own = decoded = 0
+            for row in self._rows(turn):
+                position, rows = next(places), rows + 1
+                if position % self.world != self.rank or position < self.first * self.world:
+                    continue
+                own += 1
+                image, label, missing = self.samples.of_record(self.epoch, position, row)
+                skipped += missing
+                if image is None:
+                    owed.append(position)
+                    continue
+                decoded += 1
+                for place in owed if self.samples.replace else ():
+                    stand_in, _, _ = self.samples.of_record(self.epoch, place, row)
+                    assert stand_in is not None
+                    yield stand_in, label, []
+                yield image, label, skipped
+                owed, skipped = [], []
+            if not self.samples.replace:
+                return
+            if not rows or own > decoded == 0:
+                raise CorruptImage(
+                    f"none of {own} images of the stream can be decoded: {self.samples.reason}"
+                )
+
+    def _rows(self, turn: int) -> Any:
+        stream = self.samples.records.stream
+        assert stream is not None
+        if not self.samples.replace:
+            return stream
+        seed = self.samples.seed * 1_000_003 + self.epoch + 7_919 * turn
+        return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)

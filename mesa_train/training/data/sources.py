@@ -1,0 +1,234 @@
+"""Images by index from a folder, through `datasets` or from a package, with their paths, and what to
+do when one cannot be decoded.
+
+A sample depends on (seed, epoch, index) alone: its random augmentation is drawn from a stream of
+its own, so that neither the number of workers nor a resume in the middle of an epoch changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mesa_train.training.config_schema import ConfigError
+
+from . import folder, hub
+from . import packaged as builtin
+from .config import AugmentConfig, DataConfig
+from .decode import decode as _decode
+from .image_records import CorruptImage as CorruptImage
+from .image_records import Records as Records
+from .image_records import Sources as Sources
+
+IGNORED = -1
+Sample = tuple[Tensor, int, list[str]]
+# A data set's mistakes, each told in one line.
+MISTAKES = (CorruptImage, ConfigError)
+
+
+def load(config: DataConfig, classes: int | None) -> Sources:
+    """Open a data set. ConfigError if a split, a column or the class count does not fit."""
+    if config.source in builtin.BUILTIN:
+        found = _builtin(config)
+    elif config.source == "imagefolder":
+        found = _folder(config)
+    else:
+        found = hub.load(config, classes)
+    if classes is not None and classes != found.classes:
+        raise ConfigError(f"model.classes={classes} but {config.source} has {found.classes}")
+    return found
+
+
+def _builtin(config: DataConfig) -> Sources:
+    images = builtin.load(config.source)
+
+    def records(split: builtin.Split, name: str) -> Records:
+        pixels, labels = split.images.squeeze(1).numpy(), split.labels.tolist()
+        return Records(lambda i: (pixels[i], labels[i], f"{name}[{i}]"), len(labels))
+
+    return Sources(
+        records(images.train, f"{config.source}/train"),
+        records(images.held_out, f"{config.source}/validation"),
+        images.num_classes,
+    )
+
+
+def _folder(config: DataConfig) -> Sources:
+    columns = (("image_key", config.image_key, "image"), ("label_key", config.label_key, "label"))
+    for field, asked, own in columns:
+        if asked != own:
+            raise ConfigError(f"data.{field}: imagefolder has no column {asked!r}; image, label")
+    path = Path(str(config.path))
+    train, val, classes = folder.load(str(path / config.train_split), str(path / config.val_split))
+
+    def records(split: folder.Rows, count: int) -> Records:
+        if config.streaming:
+            return Records(lambda row: _of_path(row["image"]["path"], row["label"]), count, split)
+        return Records(lambda i: _of_path(split.paths[i], split.labels[i]), len(split))
+
+    return Sources(records(train, config.train_images or 0), records(val, 0), len(classes))
+
+
+def _of_path(path: str, label: int) -> tuple[str, int, str]:
+    return path, label, folder.shown(path)
+
+
+def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
+    """timm's transforms for training and for testing (resize to 256/224 of the size, then crop).
+
+    ConfigError for a `rand_augment` that timm does not read.
+    """
+    from timm.data import create_transform
+
+    common = {"input_size": (3, config.image_size, config.image_size), "interpolation": "bicubic"}
+    try:
+        train = create_transform(
+            **common,
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.rand_augment or None,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            re_count=1,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"augment.rand_augment={augment.rand_augment!r} is no policy of timm's: {error}"
+        ) from None
+    test = create_transform(
+        **common,
+        crop_pct=224 / 256 if config.crop else 1.0,
+        crop_mode="center" if config.crop else "squash",
+    )
+    return train, test
+
+
+class Samples(Dataset[Sample]):
+    """(image, label, paths that could not be decoded) of an (epoch, index) pair.
+
+    An index of -1 is padding: a black image with the label `IGNORED`. With `on_corrupt="skip"` a
+    training image that fails gives way to the next index, a test image (`replace=False`) is ignored.
+    """
+
+    def __init__(
+        self, records: Records, transform: Any, size: int, seed: int, on_corrupt: str, replace: bool
+    ) -> None:
+        self.records, self.transform, self.size = records, transform, size
+        self.seed, self.on_corrupt, self.replace = seed, on_corrupt, replace
+        self.reason = ""
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | Exception]:
+        """A batch's samples, as PyTorch's loader asks for them. A mistake of the data set is returned
+        for the loader to raise: a worker process would put its traceback into the message."""
+        try:
+            return [self[key] for key in keys]
+        except MISTAKES as error:
+            return [error]
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        empty = torch.zeros(3, self.size, self.size)
+        if index < 0:
+            return empty, IGNORED, []
+        skipped: list[str] = []
+        for offset in range(self.records.count):
+            position = (index + offset) % self.records.count
+            image, label, missing = self.of_record(epoch, position, position)
+            skipped += missing
+            if image is not None:
+                return image, label, skipped
+            if not self.replace:
+                return empty, IGNORED, skipped
+        raise CorruptImage(f"none of {self.records.count} images can be decoded: {self.reason}")
+
+    def of_record(
+        self, epoch: int, position: int, key: Any
+    ) -> tuple[Tensor | None, int, list[str]]:
+        """(image, label, no paths) of one record, or (None, IGNORED, its path) if it is corrupt.
+
+        Any error of reading, decoding or transforming is the image's: Pillow and its plugins raise
+        errors of many types, for too large pictures (decompression bombs) among them.
+        """
+        path = f"image {position}"
+        try:
+            encoded, label, path = self.records.read(key)
+            image = _decode(encoded)
+            with keeping_random_state():
+                seed_all(self.seed, epoch, position)
+                return self.transform(image), label, []
+        except ConfigError:  # a wrong label
+            raise
+        except Exception as error:
+            self.reason = f"{path} cannot be decoded ({_in_a_line(error)})"
+            if self.on_corrupt == "raise":
+                raise CorruptImage(
+                    f"{self.reason}; data.on_corrupt=skip trains without such images"
+                ) from None
+            return None, IGNORED, [path]
+
+
+def _in_a_line(error: Exception) -> str:
+    text = folder.shown(" ".join(str(error).split()))
+    return text or type(error).__name__
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """What is drawn inside leaves python's, numpy's and torch's streams as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed python's, numpy's and torch's streams from several numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's mixup draws from the global stream
+    torch.manual_seed(seed)
+
+
+def train_order(
+    count: int, *, seed: int, epoch: int, first: int, rank: int, world: int, micro: int, accum: int
+) -> Iterator[list[tuple[int, int]]]:
+    """One rank's micro-batches of an epoch from optimizer step `first` on, incomplete ones dropped.
+
+    Step, micro-step and rank cut the same permutation whatever the number of ranks.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    batch = micro * accum * world
+    for step in range(first, count // batch):
+        for turn in range(accum):
+            start = step * batch + (turn * world + rank) * micro
+            yield [(epoch, int(i)) for i in order[start : start + micro]]
+
+
+def val_order(count: int, *, rank: int, world: int, batch: int) -> Iterator[list[tuple[int, int]]]:
+    """One rank's share in order; padded so that every rank makes equally many batches."""
+    for start in range(0, count, batch * world):
+        own = range(start + rank * batch, start + (rank + 1) * batch)
+        yield [(0, i if i < count else -1) for i in own]
+
+
+def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[str]] | Exception:
+    """Images (N, 3, H, W), labels (N,), paths that were skipped; or the first sample's mistake."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    images, labels, skipped = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [path for paths in skipped for path in paths]

@@ -1,0 +1,334 @@
+"""Checkpoints of sharded models: every rank writes its shards, any number of ranks reads them.
+
+`save` and `load` are torch.distributed.checkpoint with a state file beside it, in a folder
+`step-00000120` that appears whole: it is written under another name and renamed. `export` writes
+plain safetensors, one file a block as on the hub, gathering one parameter at a time, so no rank
+ever holds more than a block; `load_export` reads from such files only what a rank's shards need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
+
+from mesa_train.models.vit22b.model import resampled
+from mesa_train.training import disk
+from mesa_train.training.disk import CheckpointError as CheckpointError
+
+STATE, INDEX = "state.json", "model.safetensors.index.json"
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write `folder/step-N` from all ranks (N is state["step"]); returns it.
+
+    Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+    """
+
+    def shards(partial: Path) -> None:
+        weights, moments = get_state_dict(model, optimizer)
+        with _alone():
+            save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+
+    return written(folder, dict(state), shards)
+
+
+def written(
+    folder: Path, state: Mapping[str, Any], shards: Callable[[Path], None], note: Any = dict
+) -> Path:
+    """Write `folder/step-N`: `shards` writes on all ranks, into a folder that is renamed at the end.
+
+    note: gives what the state file holds besides, when the shards are written.
+    """
+    final = folder / f"step-{state['step']:08d}"
+    partial = folder / f".partial-{final.name}"
+
+    def begin() -> None:
+        if _rank() == 0:
+            disk.remove(partial)
+            partial.mkdir(parents=True)
+
+    def end() -> None:
+        if _rank() == 0:
+            (partial / STATE).write_text(json.dumps({**state, **note()}))
+            disk.remove(final)
+            partial.rename(final)
+
+    # Each waits for all ranks.
+    for step in (begin, lambda: shards(partial), end):
+        disk.together(step, final, partial, gather)
+    return final
+
+
+def load(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint into a model and its optimizer, sharded in any way; returns the state.
+
+    Raises CheckpointError, before anything is read, if parameters are missing or of other shapes.
+    """
+    check(checkpoint, model)
+    optimizers = () if optimizer is None else optimizer
+    weights, moments = get_state_dict(model, optimizers)
+    wanted: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        wanted["optimizer"] = moments
+    with disk.reading(checkpoint), _alone():
+        load_shards(wanted, checkpoint_id=checkpoint)
+        moments = wanted.get("optimizer", {})
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    return state_of(checkpoint)
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The state file of a checkpoint. CheckpointError if it is missing or damaged."""
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
+    with disk.reading(checkpoint / STATE):
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+        int(state["step"])
+    return state
+
+
+def check(checkpoint: Path, model: nn.Module) -> None:
+    """CheckpointError if a checkpoint is incomplete or its parameters are not the model's, which may be
+    on the meta device. Reads no weights."""
+    state = state_of(checkpoint)
+    if (checkpoint / ".metadata").is_file():
+        with disk.reading(checkpoint / ".metadata"):
+            entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        found = {
+            key.removeprefix("model."): tuple(entry.size)
+            for key, entry in entries.items()
+            if key.startswith("model.") and hasattr(entry, "size")
+        }
+    else:  # DeepSpeed's, whose shapes `sharded_zero` notes beside it
+        with disk.reading(checkpoint / STATE):
+            found = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
+    compare(checkpoint, found, model)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder."""
+    found = sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
+    return found[-1] if found else None
+
+
+def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """CheckpointError where names or (global) shapes differ from the model's, naming some."""
+    wanted = {
+        name: tuple(getattr(value, "ds_shape", value.shape))
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+    problems = []
+    for label, names in (
+        ("missing", [n for n in wanted if n not in found]),
+        ("unexpected", [n for n in found if n not in wanted]),
+        ("of another shape", [n for n in wanted if n in found and found[n] != wanted[n]]),
+    ):
+        if names:
+            shown = ", ".join(
+                f"{n} {found[n]} instead of {wanted[n]}" if label == "of another shape" else n
+                for n in names[:3]
+            )
+            problems.append(
+                f"{label}: {shown}" + (f" and {len(names) - 3} more" if names[3:] else "")
+            )
+    if problems:
+        raise CheckpointError(f"{source} is of another model; {'; '.join(problems)}")
+
+
+def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
+    """Write consolidated safetensors, one file for each block and one for the rest, and the index
+    that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks. The folder
+    appears whole, in the place of an older one; CheckpointError on all ranks, with the last good
+    checkpoint beside it, if it cannot be written."""
+    from safetensors.torch import save_file
+
+    names = list(model.state_dict())
+    units = sorted({_unit(name) for name in names}, key=lambda u: (u < 0, u))
+    index: dict[str, str] = {}
+    size, main = 0, _rank() == 0
+    beside = folder.with_name(f".partial-{folder.name}")
+
+    def begin() -> None:
+        if main:
+            disk.remove(beside)
+            beside.mkdir(parents=True)
+
+    def end() -> None:
+        if main:
+            table = {"metadata": {"total_size": size}, "weight_map": index}
+            (beside / INDEX).write_text(json.dumps(table, indent=1))
+            disk.remove(folder)
+            beside.rename(folder)
+
+    def write(unit: int, file: str) -> int:
+        """Write a unit's parameters; returns their bytes."""
+        members: dict[str, Tensor] = {}
+        for name, value in _values(model, [n for n in names if _unit(n) == unit]):
+            if main:
+                members[name] = value.to(dtype or value.dtype).contiguous()
+                index[name] = file
+
+        def save() -> None:
+            if main:
+                save_file(members, beside / file)
+
+        disk.together(save, folder / file, beside, gather, folder.parent)
+        return sum([value.nbytes for value in members.values()])
+
+    disk.together(begin, folder, beside, gather)
+    for number, unit in enumerate(units, 1):
+        size += write(unit, f"model-{number:05d}-of-{len(units):05d}.safetensors")
+    disk.together(end, folder, beside, gather)
+    return folder
+
+
+def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
+    """Read safetensors (a file, or a folder with an index) into a model: for each parameter only
+    this rank's rows and columns, straight from disk. A position embedding of another square grid is
+    resampled.
+
+    fresh_head: leave the model's classifier as it is, and the file's unread.
+    Raises CheckpointError, before anything is read, if names or shapes differ.
+    """
+    opened, grid = _opened(source, model, fresh_head)
+    with torch.no_grad():
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            if fresh_head and name.startswith("head."):
+                continue
+            with disk.reading(source):
+                part = opened[name].get_slice(name)
+                if grid and name == "pos_embed":
+                    part = resampled(part[:], *grid)
+                if hasattr(parameter, "ds_id"):
+                    _into_partitioned(parameter, part)
+                elif isinstance(parameter, DTensor):
+                    parameter.to_local().copy_(part[_slices(parameter)])
+                else:
+                    parameter.copy_(part[:])
+
+
+def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
+    """What `load_export` raises, without reading weights; the model may be on the meta device."""
+    _opened(source, model, fresh_head)
+
+
+def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any], Any]:
+    """(the open file of each parameter, the grids that its position embedding is resampled between)."""
+    from safetensors import safe_open
+
+    files = files_of(source)
+    opened: dict[str, Any] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values()) if files else [source]):
+        try:
+            here = safe_open(file, "pt")
+        except Exception as error:  # SafetensorError, OSError, and what torch makes of the bytes
+            raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
+        for name in here.keys():  # noqa: SIM118  not a mapping
+            found[name], opened[name] = tuple(here.get_slice(name).get_shape()), here
+    own = dict(model.state_dict(keep_vars=True))
+    wanted = {n: tuple(getattr(v, "ds_shape", v.shape)) for n, v in own.items()}
+    if fresh_head:
+        found = {n: s for n, s in found.items() if not n.startswith("head.")}
+        found |= {n: s for n, s in wanted.items() if n.startswith("head.")}
+    grid = _resampled(found, wanted)
+    compare(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, model)
+    return opened, grid
+
+
+def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
+    """(old grid, new grid) if the position embeddings differ in nothing else, or None."""
+    old, new = found.get("pos_embed"), wanted.get("pos_embed")
+    if old is None or new is None or old == new or old[2] != new[2]:
+        return None
+    sides = [math.isqrt(shape[1]) for shape in (old, new)]
+    if any(side**2 != shape[1] for side, shape in zip(sides, (old, new), strict=True)):
+        return None
+    return tuple((side, side) for side in sides)
+
+
+def _into_partitioned(parameter: Any, part: Any) -> None:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if _rank() == 0:
+            parameter.data.copy_(part[:])
+
+
+def _slices(parameter: DTensor) -> tuple[slice, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def files_of(source: Path) -> dict[str, Path]:
+    """The file of each parameter, empty for a single file."""
+    if source.is_file():
+        return {}
+    if not (source / INDEX).is_file():
+        raise CheckpointError(f"{source} is neither a safetensors file nor a folder with {INDEX}")
+    with disk.reading(source / INDEX):
+        table = json.loads((source / INDEX).read_text())["weight_map"]
+        return {name: source / file for name, file in table.items()}
+
+
+def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters on the CPU, one at a time; all ranks must take part."""
+    state = model.state_dict(keep_vars=True)
+    for name in names:
+        value: Any = state[name]
+        if hasattr(value, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([value]):
+                yield name, value.detach().cpu().clone()
+        elif isinstance(value, DTensor):
+            yield name, value.full_tensor().detach().cpu()
+        else:
+            yield name, value.detach().cpu()
+
+
+def _unit(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """PyTorch warns of a single process, which is what is meant where there is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(texts: list[str]) -> list[str]:
+    """The lists of all ranks in one; each rank waits for the others."""
+    if not dist.is_initialized():
+        return texts
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, texts)
+    return [text for own in gathered for text in own]

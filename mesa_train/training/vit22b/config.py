@@ -1,0 +1,239 @@
+"""Configuration of the ViT-22B recipes: a strict schema, read from YAML, changed by
+`section.key=value`. A mistake is one line that names the key, the value and the choices, said
+before any model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesa_train.policy import OFFLOADED, PRESETS
+from mesa_train.training.config_schema import ConfigError as ConfigError
+from mesa_train.training.config_schema import of_values, one_of, positive, read_yaml
+from mesa_train.training.data.config import DataConfig, check_data, check_path
+
+if TYPE_CHECKING:
+    from mesa_train.utils.precision import Choice
+
+BACKENDS = ("auto", "single", "fsdp2", "zero3")
+PRECISIONS = ("no", "bf16", "pure_bf16", "auto")
+CHECKPOINTING = ("none", "block", "coded")
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model of mesa_train.models.vit22b.
+
+    classes: must match the data if given; a stream needs it. weights: safetensors file or folder to
+    start from. fresh_head: but for the classifier.
+    """
+
+    name: str = "vit_22b_tiny"
+    image_size: int = 224
+    classes: int | None = None
+    qk_norm: str = "rms"
+    gelu: str = "tanh"
+    pool_bias: bool = True
+    drop_path: float = 0.0
+    head_bias: float = -10.0
+    weights: str | None = None
+    fresh_head: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The paper's values by default, but for the length of the run."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    warmup: int = 10_000
+    cooldown: int = 30_000
+    timescale: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.03
+    head_decay: float = 3.0
+    clip: float = 1.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """The paper's augmentation: random crops of a share and a ratio, and mirror images."""
+
+    scale: tuple[float, float] = (0.05, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. global_batch / (micro_batch * data-parallel ranks) micro-batches are accumulated.
+
+    backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
+    precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
+        weights (and loses small updates: see recipes/vit22b/README.md); "auto" is bf16 where the
+        device computes in it, else "no" (`precision.py`).
+    sequence_parallel: cut tokens too over the tensor-parallel ranks. async_tensor_parallel: and pass
+        them on while the matmuls run (CUDA devices with peer access; compiles the blocks).
+    offload: keep FSDP2's shards in main memory. nvme_path: folder that takes the place of the one in
+        DeepSpeed's configuration, where that offloads to NVMe.
+    policy: "plain" or a preset of mesa_train.
+    checkpointing: "block" keeps each block's input, "coded" its 8-bit codes; both run it again in
+        the backward, where one block's stashes are kept at a time.
+    """
+
+    backend: str = "auto"
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    async_tensor_parallel: bool = False
+    reshard: bool = True
+    offload: bool = False
+    nvme_path: str | None = None
+    precision: str = "auto"
+    policy: str = "mesa8"
+    checkpointing: str = "none"
+    global_batch: int = 64
+    micro_batch: int = 64
+    steps: int = 100
+    seed: int = 0
+    save_every: int = 0
+    resume: str | None = None
+    watch_every: int = 0
+    peak_tflops: float = 0.0
+    out: str = "runs/vit22b"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A recipe: one section for each concern."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: CropConfig = field(default_factory=CropConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
+    values = read_yaml(path, changes)
+    config: Config = of_values(Config, values)
+    if "image_size" in (values.get("data") or {}):
+        raise ConfigError("data.image_size is model.image_size in these recipes; set that")
+    data = dataclasses.replace(config.data, image_size=config.model.image_size)
+    config = dataclasses.replace(config, data=data)
+    _check(config)
+    check_data(data)
+    check_path(data)
+    _check_crop(config.augment)
+    return config
+
+
+def _check(config: Config) -> None:
+    from mesa_train.models.vit22b.model import GELUS, QK_NORMS, SIZES
+
+    model, optim, train = config.model, config.optim, config.train
+    if train.precision == "fp16":
+        raise ConfigError(
+            "train.precision=fp16 needs loss scaling, which these recipes do without, as ViT-22B did "
+            f"in bfloat16; take one of {', '.join(PRECISIONS)}"
+        )
+    for name, value, choices in (
+        ("model.name", model.name, SIZES),
+        ("model.qk_norm", model.qk_norm, QK_NORMS),
+        ("model.gelu", model.gelu, GELUS),
+        ("optim.name", optim.name, OPTIMIZERS),
+        ("train.backend", train.backend, BACKENDS),
+        ("train.precision", train.precision, PRECISIONS),
+        ("train.checkpointing", train.checkpointing, CHECKPOINTING),
+        ("train.policy", train.policy, ("plain", *PRESETS, *OFFLOADED)),
+    ):
+        one_of(name, value, choices)
+    if train.checkpointing == "coded" and train.policy == "plain":
+        raise ConfigError("train.checkpointing=coded needs a train.policy other than plain")
+    patch = SIZES[model.name][0]
+    if model.image_size <= 0 or model.image_size % patch:
+        raise ConfigError(
+            f"model.image_size must be a multiple of the patch, {patch}; got {model.image_size}"
+        )
+    for name, number in (
+        ("optim.lr", optim.lr),
+        ("optim.clip", optim.clip),
+        ("train.global_batch", train.global_batch),
+        ("train.micro_batch", train.micro_batch),
+        ("train.steps", train.steps),
+        ("train.tensor_parallel", train.tensor_parallel),
+    ):
+        positive(name, number)
+    if optim.warmup + optim.cooldown > train.steps:
+        raise ConfigError(
+            f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "
+            f"train.steps={train.steps}"
+        )
+    heads = SIZES[model.name][3]
+    if heads % train.tensor_parallel:
+        raise ConfigError(
+            f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
+            f"{model.name}"
+        )
+    _check_tokens(model, train)
+
+
+def _check_tokens(model: ModelConfig, train: TrainConfig) -> None:
+    """ConfigError for tokens that cannot be cut."""
+    from mesa_train.models.vit22b.model import SIZES
+
+    if train.async_tensor_parallel and not train.sequence_parallel:
+        raise ConfigError("train.async_tensor_parallel needs train.sequence_parallel=true")
+    if not train.sequence_parallel:
+        return
+    if train.tensor_parallel == 1:
+        raise ConfigError("train.sequence_parallel needs a train.tensor_parallel above 1")
+    tokens = (model.image_size // SIZES[model.name][0]) ** 2
+    if tokens % train.tensor_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel: train.tensor_parallel={train.tensor_parallel} must divide the "
+            f"{tokens} tokens of {model.image_size} px"
+        )
+
+
+def _check_crop(crop: CropConfig) -> None:
+    """ConfigError for a crop that cannot be."""
+    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+        raise ConfigError(f"augment.scale must be a range within 0 and 1, got {list(crop.scale)}")
+    if not 0 <= crop.hflip <= 1:
+        raise ConfigError(f"augment.hflip must lie in [0, 1], got {crop.hflip}")
+
+
+def accumulation(train: TrainConfig, ranks: int) -> int:
+    """Micro-batches that a data-parallel rank accumulates. ConfigError if the batch does not
+    divide."""
+    if train.global_batch % (train.micro_batch * ranks):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of "
+            f"train.micro_batch={train.micro_batch} on {ranks} data-parallel ranks"
+        )
+    return train.global_batch // (train.micro_batch * ranks)
+
+
+def precision_of(config: Config) -> Choice:
+    """The precision that a configuration means on this machine. These recipes do without loss scaling,
+    so a GPU without bfloat16 computes in float32."""
+    import torch
+
+    from mesa_train.utils.precision import choose
+
+    asked, kind = config.train.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    found = choose(asked.removeprefix("pure_"), kind, fp16=False)
+    if asked.startswith("pure_"):
+        return dataclasses.replace(found, name=asked, line=found.line.replace("bf16", asked, 1))
+    return found

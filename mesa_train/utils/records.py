@@ -1,0 +1,137 @@
+"""Measurements as JSON lines: one row a measurement, complete enough to be read years later.
+
+A row carries the versions, the commit and the machine it came from. Tables and plots in the docs
+are made from these files and from nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .precision import probe
+
+Row = dict[str, Any]
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def append(path: Path, *rows: Mapping[str, Any]) -> None:
+    """Append rows to a JSON-lines file, making its folder.
+
+    A last line that an interrupted run cut short is dropped first. OSError names the path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        with path.open("a+b") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write(text.encode())
+    except OSError as error:
+        # Writing to an open file leaves its name out.
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a JSON-lines file; none if there is no such file.
+
+    A last line cut short by an interrupted run is left out; any other broken line raises
+    ValueError.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return rows
+
+
+def provenance(device: str | torch.device = "cpu") -> Row:
+    """Where and with what a row was measured: device, a CPU's widest arithmetic, threads, versions, commit,
+    UTC date."""
+    device = torch.device(device)
+    return {
+        "device": _device_name(device.type),
+        **({"arithmetic": _arithmetic()} if device.type == "cpu" else {}),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "versions": _versions(("mesa_train", "torch", "timm", "triton")),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def group_by(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of `keys`, groups and rows in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+@cache
+def _arithmetic() -> str:
+    """A CPU's vector instructions, and whether it computes in bfloat16: "AVX2, no bfloat16"."""
+    native = probe("cpu").bf16
+    return f"{torch.backends.cpu.get_cpu_capability()}, {'' if native else 'no '}bfloat16"
+
+
+@cache
+def _device_name(device_type: str) -> str:
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@cache
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def _commit() -> str:
+    """Short hash of the checkout, with `-dirty` where tracked files differ; `unknown` without."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "mesa_train")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,173 @@
+"""Which saved tensors tolerate codes: the gradient error of every differentiable function of torch.
+
+Each call runs twice: in plain PyTorch, and with 8-bit codes of every float tensor that the call saves,
+whatever the library itself would do. A third run puts NaN in their place, which shows whether the
+backward reads more than their size. One row per call goes to docs/results/fallback.jsonl; docs/fallback.md
+is made of the rows. Functions come from PyTorch's own list of tested operators and from fallback_cases.
+
+    python scripts/bench/fallback.py
+    python scripts/bench/fallback.py --functions sin,grid_sample
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from fallback_cases import Call, full_name, named, pointwise
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo
+from torch.utils._pytree import tree_leaves
+
+from mesa_train import codecs
+from mesa_train.stash.stash import Geometry
+from mesa_train.utils import records
+from mesa_train.utils.records import Row
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/fallback.jsonl"
+SAMPLES = 4  # of PyTorch's own, per function
+FAILED = 1e9  # the error where codes make the backward fail, or where the plain gradient is 0
+# Calls that read a saved float as an index would read anywhere if it were NaN.
+INDEXED = ("grid_sample", "grid_sampler_2d", "grid_sampler_3d", "roi", "deform_conv2d")
+
+
+def main(
+    functions: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Measure every call."""
+    warnings.simplefilter("ignore")
+    wanted = {f.strip() for f in functions.split(",") if f.strip()}
+    origin = records.provenance()
+    torch.manual_seed(0)
+    for call in calls():
+        if not wanted or call.function in wanted:
+            row = measured(call)
+            if row is not None:
+                records.append(out, {**row, **origin})
+
+
+def calls() -> Iterator[Call]:
+    """The calls written by hand, then PyTorch's functions on large tensors and on its own samples."""
+    yield from named()
+    for op in op_db:
+        if op.supports_autograd and torch.float32 in op.supported_backward_dtypes("cpu"):
+            yield from pointwise(op)
+            yield from _samples(op)
+
+
+def _samples(op: OpInfo) -> Iterator[Call]:
+    samples = op.sample_inputs("cpu", torch.float32, requires_grad=True)
+    for number, sample in enumerate(itertools.islice(samples, SAMPLES)):
+        given = (sample.input, *sample.args, *sample.kwargs.values())
+        leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
+
+        def call(*_: Tensor, sample: Any = sample) -> Any:
+            return op(sample.input, *sample.args, **sample.kwargs)
+
+        yield Call(full_name(op), f"PyTorch's sample {number}", call, leaves)
+
+
+def measured(call: Call) -> Row | None:
+    """The row of a call; None if it fails in plain PyTorch, saves no floats, or has no finite gradient."""
+    leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in call.tensors]
+    if any(t.layout is not torch.strided for t in leaves) or not leaves:
+        return None
+    keep: list[int] = []
+    try:
+        plain = _gradients(call, leaves, lambda t: t, keep)
+    except Exception:  # an input outside of a function's domain
+        return None
+    if not keep or not plain or not all(bool(g.isfinite().all()) for g in plain if g is not None):
+        return None
+    only_input = "input alone" in call.function
+    first = leaves[0].untyped_storage()._cdata
+
+    def chosen(t: Tensor) -> bool:
+        return not only_input or t.untyped_storage()._cdata == first
+
+    try:
+        coded = _gradients(call, leaves, lambda t: _coded(t) if chosen(t) else t)
+        error = max(_error(a, b) for a, b in zip(coded, plain, strict=True))
+    except Exception:  # an index out of range, a matrix that is no longer positive
+        error = FAILED
+    sizes = bool(keep) and not any(word in call.function for word in INDEXED)
+    if sizes:
+        try:
+            blank = _gradients(call, leaves, lambda t: torch.full_like(t, math.nan))
+            sizes = all(_same(a, b) for a, b in zip(plain, blank, strict=True))
+        except Exception:
+            sizes = False
+    return {
+        "function": call.function,
+        "inputs": call.inputs,
+        "saved_bytes": sum(keep),
+        "sizes_alone": sizes,
+        # Of the gradient that is furthest off.
+        "error": error,
+    }
+
+
+def _gradients(
+    call: Call,
+    leaves: list[Tensor],
+    kept: Callable[[Tensor], Tensor],
+    sizes: list[int] | None = None,
+) -> list[Tensor | None]:
+    """The gradients of the leaves where `kept` takes the place of every float tensor that is saved."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (
+            not tensor.is_floating_point()
+            or tensor.layout is not torch.strided
+            or tensor.dim() == 0
+        ):
+            return tensor.detach()
+        if sizes is not None:
+            sizes.append(tensor.numel() * tensor.element_size())
+        with torch.no_grad():
+            return kept(tensor.detach())
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = call.call(*leaves)
+    outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    if not outputs:
+        return []
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
+
+
+def _coded(tensor: Tensor) -> Tensor:
+    """A tensor as its 8-bit codes give it back; one element per group is kept whole."""
+    if not tensor.numel() or tensor.shape[-1] == 1:
+        return tensor
+    geometry, matrix = Geometry.of(tensor, (tensor.dim() - 1,))
+    codec = codecs.of(8, 128, False, False)
+    codes = codec.encode(matrix)
+    return geometry.restore(codec.decode(codes, geometry.cols, tensor.dtype))
+
+
+def _error(found: Tensor | None, exact: Tensor | None) -> float:
+    if found is None or exact is None or not exact.numel():
+        return 0.0
+    distance, size = (found - exact).double().norm().item(), exact.double().norm().item()
+    return 0.0 if distance == 0 else min(distance / size, FAILED) if size else FAILED
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

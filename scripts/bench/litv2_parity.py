@@ -1,0 +1,89 @@
+"""Does LITv2 train as well under mesa_train? The quickstart recipe, several seeds, plain and coded.
+
+Every run is the recipe itself under `accelerate launch`. A row per epoch goes to
+docs/results/litv2_parity.jsonl; a seed and policy that the file has already is not repeated. The
+row's `minutes` are the launch's on the clock, `processor_minutes` what all its processes computed,
+which other work on the machine hardly changes; both are null for a run that was cut and continued.
+
+    python scripts/bench/litv2_parity.py
+    python scripts/bench/litv2_parity.py --processes 2 --seeds 0
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.utils import records
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results/litv2_parity.jsonl"
+LAUNCH = {1: "cpu.yaml", 2: "cpu_2_processes.yaml"}
+
+
+def main(
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = "plain,mesa8",
+    seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
+    processes: Annotated[int, typer.Option(min=1, max=2)] = 1,
+    set: Annotated[list[str], typer.Option(help="section.key=value for the recipe.")] = [],  # noqa: B006
+    work: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/litv2_parity"),
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Train every policy with every seed through the recipe."""
+    settings = {"processes": processes, "changes": sorted(set)}
+    done = {(r["name"], r["seed"]) for r in records.read(out) if r["settings"] == settings}
+    for seed in seeds.split(","):
+        for policy in policies.split(","):
+            if (policy, int(seed)) in done:
+                continue
+            folder = work / f"{policy}-{seed}-{processes}"
+            about: records.Row = {"settings": settings, **records.provenance()}
+            about |= launch(
+                folder, processes, [f"train.policy={policy}", f"train.seed={seed}", *set]
+            )
+            rows = [r for r in records.read(folder / "metrics.jsonl") if r["kind"] == "epoch"]
+            records.append(out, *[{**row, **about} for row in rows])
+            spent = f"{about['minutes']:.1f} min" if about["minutes"] else "a run that was cut"
+            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {spent}", flush=True)
+
+
+def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float | None]:
+    """One run of the recipe: what it took. Raises CalledProcessError if it fails."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(ROOT / "recipes/accelerate" / LAUNCH[processes]),
+        "--main_process_port", "0",
+        str(ROOT / "recipes/litv2/train.py"),
+        "--config", str(ROOT / "recipes/litv2/quickstart.yaml"), "--resume", "auto",
+    ]  # fmt: skip
+    for change in (f"train.out={folder}", *changes):
+        command += ["--set", change]
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    fresh = not (folder / "checkpoints").exists()
+    start, computed = time.perf_counter(), _processor_seconds()
+    subprocess.run(command, check=True, env=environment)
+    spent = {
+        "minutes": (time.perf_counter() - start) / 60,
+        "processor_minutes": (_processor_seconds() - computed) / 60,
+    }
+    return {key: value if fresh else None for key, value in spent.items()}
+
+
+def _processor_seconds() -> float:
+    """What the processes that this one has started and seen end have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,0 +1,82 @@
+"""Puts measured rows into the tables of README.md, docs and recipes.
+
+A table stands between two markers, and everything between them is written by this script:
+
+    <!-- table:step vit_small_patch16_224 -->
+    <!-- /table -->
+
+    python scripts/bench/make_tables.py            rewrites the files
+    python scripts/bench/make_tables.py --check    fails if a file is not what the rows say
+
+The first word names a decorated function in scripts/tables, the others the value of its column.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tables import engine, fallback, recipes
+from tables.text import Table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MARKED = re.compile(
+    r"(?P<open><!-- table:(?P<words>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)",
+    re.DOTALL,
+)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if stale.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder with README.md and docs.")] = REPOSITORY,
+) -> None:
+    """Rewrite every marked table from docs/results/*.jsonl."""
+    stale = []
+    folders = [path for name in ("docs", "recipes") for path in sorted((root / name).rglob("*.md"))]
+    for path in [root / "README.md", *folders]:
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        try:
+            renewed = renew(text, root / "docs/results")
+        except ValueError as error:
+            raise SystemExit(f"make_tables: {path.relative_to(root)}: {error}") from None
+        if renewed == text:
+            continue
+        stale.append(str(path.relative_to(root)))
+        if not check:
+            path.write_text(renewed, encoding="utf-8")
+    if check and stale:
+        raise SystemExit(
+            f"make_tables: {', '.join(stale)} differ from the rows; run scripts/bench/make_tables.py"
+        )
+
+
+def renew(text: str, results: Path) -> str:
+    """`text` with the body of every marked table made anew. ValueError for an unknown table."""
+
+    def table(found: re.Match[str]) -> str:
+        name, *words = found["words"].split()
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; choose from {', '.join(TABLES)}")
+        return found["open"] + TABLES[name].markdown(results, words) + found["close"]
+
+    if text.count("<!-- table:") != len(MARKED.findall(text)):
+        raise ValueError("a table marker is not closed by <!-- /table -->")
+    return MARKED.sub(table, text)
+
+
+TABLES: dict[str, Table] = {
+    name: table
+    for module in (engine, fallback, recipes)
+    for name, table in vars(module).items()
+    if isinstance(table, Table)
+}
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

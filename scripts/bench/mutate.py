@@ -1,0 +1,283 @@
+"""Mutation testing: makes random wrong changes of the package, one at a time, and runs the fast tests of
+their area. A mutant that no test notices shows a line that no test guards.
+
+    python scripts/bench/mutate.py --count 200 --seed 0
+    python scripts/bench/mutate.py --areas ops --count 40       more of one area
+    python scripts/bench/mutate.py --survivors                  those that survived, once more
+    python scripts/bench/mutate.py --survivors --tests stash/test_stash.py
+    python scripts/bench/mutate.py --equivalent ID "the reason"
+    python scripts/bench/mutate.py --summary
+
+Mutants are drawn without repetition; what has a row already is not run again, so a run may be cut and
+continued, and a larger count adds to a smaller one. The package and its tests are copied to a temporary
+folder and changed there. A mutant is met by those tests of its area that execute its statement; it counts
+as killed too if they take five times as long as without it, and a minute.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Container
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import mutant_tests
+import typer
+from mutant_tests import REPOSITORY, Test
+from mutants import Mutant, mutants
+
+RESULTS = REPOSITORY / "docs" / "results" / "mutations.jsonl"
+MANY = 500  # tests of one file
+MOST_S = 30.0  # of the tests that meet one mutant
+
+
+class Area(NamedTuple):
+    """sources: patterns of files below mesa_train. tests: patterns of what guards them; after `!`, of
+    what does not."""
+
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+def _area(sources: str, tests: str) -> Area:
+    return Area(tuple(sources.split()), tuple(tests.split()))
+
+
+# A file belongs to the first area with a pattern for it.
+AREAS = {
+    "policy": _area(
+        "policy.py utils/yaml_text.py",
+        "test_policy.py test_bad_input.py engine/test_wrap.py training/classification/test_config.py",
+    ),
+    "offload": _area("stash/offload.py", "stash/test_offload.py"),
+    "stash": _area(
+        "stash/*.py engine/*.py api.py utils/torch_functions.py",
+        "stash/test_*.py engine/test_*.py ops/test_fallback.py codecs/test_running.py test_bad_input.py "
+        "ops/test_handed_gradient.py ops/test_packed.py ops/test_strides.py ops/test_casts.py "
+        "!stash/test_offload.py !engine/test_fuzz.py !engine/test_module_info.py",
+    ),
+    "ops": _area(
+        "ops/*.py",
+        "ops/test_*.py stash/test_stash.py stash/test_lineage.py engine/test_checkpoint_policy.py "
+        "engine/test_exchanged_data.py engine/test_wrap_frozen.py test_bad_input.py codecs/test_running.py "
+        "!ops/test_opinfo.py",
+    ),
+    "codecs": _area(
+        "codecs/*.py",
+        "codecs/test_*.py kernels/test_affine_operators.py kernels/test_bitmask_operators.py test_policy.py "
+        "stash/test_stash.py engine/test_checkpoint_policy.py ops/test_permuted_gradients.py "
+        "integration/test_selective_checkpoints.py",
+    ),
+    "kernels": _area(
+        "kernels/*.py kernels/*/*.py", "kernels/test_*.py ops/test_short_attention.py"
+    ),
+    "planner": _area("planner/*.py", "planner/test_*.py"),
+    "memory": _area(
+        "measure/*.py methods/*.py loading/*.py estimate/*.py compare/*.py report/*.py utils/*.py",
+        "measure/test_*.py methods/test_*.py loading/test_*.py estimate/test_*.py report/test_*.py "
+        "utils/test_*.py stash/test_offload.py !report/test_html.py",
+    ),
+    "training": _area(
+        "training/*.py training/*/*.py", "training/test_*.py training/*/test_*.py utils/test_*.py"
+    ),
+}
+# No area: files that need a GPU, run in processes of their own, draw, or hold no part of the method.
+APART = (
+    "ops/attention_cuda.py",
+    *("compare/worker.py", "compare/fork_server.py", "compare/scheduler.py", "measure/on_gpu.py"),
+    *("report/charts.py", "report/html.py", "report/figures.py"),
+    *("training/vit22b/*.py", "training/optim/sharded_adamw8bit.py"),
+    "training/classification/accelerated.py",
+    *("__init__.py", "*/__init__.py", "cli/*.py", "integrations/*.py", "models/*.py"),
+)
+
+
+class Place(NamedTuple):
+    """A mutant and where it is."""
+
+    area: str
+    file: str
+    mutant: Mutant
+
+    @property
+    def id(self) -> str:
+        """The same for the same change of the same line, wherever in the file it stands."""
+        line = self.mutant.source.splitlines()[self.mutant.line - 1]
+        said = "|".join((self.file, str(self.mutant.column), self.mutant.kind, line))
+        return hashlib.sha1(said.encode()).hexdigest()[:10]
+
+    @property
+    def marks(self) -> set[tuple[str, int]]:
+        """(file, line) of its statement; of every function of the file, where it runs on import."""
+        return {(self.file, line) for line in self.mutant.marks}
+
+
+def main(
+    count: Annotated[int, typer.Option(min=1, help="Mutants in all, with those in rows.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    areas: Annotated[str, typer.Option(help="Which of: " + ", ".join(AREAS))] = ",".join(AREAS),
+    out: Annotated[Path, typer.Option(help="Rows of outcomes.")] = RESULTS,
+    survivors: Annotated[bool, typer.Option("--survivors", help="Run these again.")] = False,
+    tests: Annotated[str, typer.Option(help="Files below tests instead of the area's.")] = "",
+    equivalent: Annotated[
+        tuple[str, str] | None, typer.Option(help="ID and reason: no test can notice it.")
+    ] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Only count the rows.")] = False,
+) -> None:
+    """Run mutants that have no row yet, and append their rows."""
+    rows = _read(out)
+    if equivalent is not None:
+        _mark(rows, *equivalent)
+        _write(out, rows)
+    if equivalent is None and not summary:
+        names = areas.split(",")
+        if unknown := [name for name in names if name not in AREAS]:
+            raise SystemExit(f"no area {unknown[0]!r}; choose from {', '.join(AREAS)}")
+        places = [place for name, own in _places().items() if name in names for place in own]
+        random.Random(seed).shuffle(places)
+        every = {place.id: place for place in places}
+        left = max(0, count - sum(row["area"] in names for row in rows.values()))
+        drawn = {i: every[i] for i in [i for i in every if i not in rows][:left]}
+        if survivors:
+            again = [i for i, row in rows.items() if row["outcome"] == "survived"]
+            drawn = {i: every[i] for i in again if i in every}
+        _run(dict(sorted(drawn.items(), key=lambda d: names.index(d[1].area))), rows, out, tests)
+    _tell(rows)
+
+
+def _places() -> dict[str, list[Place]]:
+    """All mutants of the package, by area."""
+    package = REPOSITORY / "mesa_train"
+    found: dict[str, list[Place]] = {name: [] for name in AREAS}
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        if _matches(file, APART):
+            continue
+        own = [name for name, area in AREAS.items() if _matches(file, area.sources)]
+        if not own:
+            raise SystemExit(f"mesa_train/{file} is in no area, and not apart")
+        found[own[0]] += [Place(own[0], file, mutant) for mutant in mutants(path.read_text())]
+    return found
+
+
+def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+
+
+def _tests(patterns: tuple[str, ...]) -> list[str]:
+    """The files of tests that these patterns name, from the repository's root."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        files = sorted((REPOSITORY / "tests").glob(pattern.lstrip("!")))
+        if not files:
+            raise SystemExit(f"no file is tests/{pattern.lstrip('!')}")
+        for file in files:
+            name = file.relative_to(REPOSITORY).as_posix()
+            if pattern.startswith("!"):
+                found.pop(name, None)
+            else:
+                found[name] = None
+    return list(found)
+
+
+def _run(
+    drawn: dict[str, Place], rows: dict[str, dict[str, Any]], out: Path, patterns: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        mutant_tests.copy_to(copy)
+        for area in dict.fromkeys(place.area for place in drawn.values()):
+            files = _tests(tuple(patterns.split(",")) if patterns else AREAS[area].tests)
+            own = {i: place for i, place in drawn.items() if place.area == area}
+            marks = {mark: n for n, mark in enumerate({m for p in own.values() for m in p.marks})}
+            tests = mutant_tests.noted(copy, files, list(marks))
+            sizes = Counter(test.file for test in tests)
+            large = {file for file, size in sizes.items() if size > MANY}
+            print(f"{area}: {len(own)} mutants, {len(tests)} tests", flush=True)
+            for number, (i, place) in enumerate(own.items(), 1):
+                rows[i] = _outcome(
+                    copy, place, _guards({marks[m] for m in place.marks}, tests), large
+                )
+                _write(out, rows)
+                said = " ".join(str(rows[i][k]) for k in ("file", "line", "outcome", "by"))
+                print(f"{area} {number}/{len(own)} {i} {said}", flush=True)
+
+
+def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
+    """The tests that execute one of these marks, for a file of constants all of them; the shortest
+    first, at most MOST_S of them."""
+    ran = sorted((t for t in tests if not marks or t.marks & marks), key=lambda t: t.seconds)
+    total = itertools.accumulate(test.seconds for test in ran)
+    return [test for test, so_far in zip(ran, total, strict=True) if so_far <= MOST_S]
+
+
+def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str]) -> dict[str, Any]:
+    """The row of a mutant. large: files of tests that come last."""
+    mutant, path = place.mutant, copy / "mesa_train" / place.file
+    by, seconds = None, 0.0
+    # To collect a file of a thousand tests takes longer than most mutants live.
+    parts = [[t for t in tests if (t.file in large) == last] for last in (False, True)]
+    with mutant_tests.changed(path, mutant.source):
+        for part in filter(None, parts):
+            limit_s = 60 + 5 * sum(test.seconds for test in part)
+            by, taken = mutant_tests.first_failure(copy, part, limit_s)
+            seconds += taken
+            if by:
+                break
+    return {
+        "id": place.id,
+        "area": place.area,
+        "file": f"mesa_train/{place.file}",
+        "line": mutant.line,
+        "kind": mutant.kind,
+        "before": mutant.before[:200],
+        "after": mutant.after[:200],
+        "outcome": "killed" if by else "survived",
+        "by": by,
+        "tests": len(tests),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    partial.replace(path)
+
+
+def _mark(rows: dict[str, dict[str, Any]], which: str, reason: str) -> None:
+    if which not in rows:
+        raise SystemExit(f"no row has the id {which!r}")
+    rows[which] |= {"outcome": "equivalent", "by": None, "reason": reason}
+
+
+def _tell(rows: dict[str, dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["area"] for row in rows.values()):
+        counts = Counter(row["outcome"] for row in rows.values() if row["area"] == name)
+        print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+    for row in rows.values():
+        if row["outcome"] == "survived":
+            print(f"{row['id']} {row['file']}:{row['line']} {row['before']} -> {row['after']}")
+    outcomes = Counter(row["outcome"] for row in rows.values())
+    judged = outcomes["killed"] + outcomes["survived"]
+    if judged:
+        share = outcomes["survived"] / judged
+        print(f"{sum(outcomes.values())} mutants, {outcomes['survived']} survived: {share:.1%}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,127 @@
+"""Plans against measurement: for models of several families and several budgets, what `plan`
+predicts and what a real step then takes.
+
+One row per model and budget goes to docs/results/plans.jsonl. A budget is given as a share of the
+way from the smallest reachable peak (0) to plain's (1). Times are forward plus backward, of plain
+and the plan in turns.
+
+    python scripts/bench/planner.py
+    python scripts/bench/planner.py --models swin_tiny_patch4_window7_224 --batch-size 4
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from mesa_train.loading.model import load
+from mesa_train.measure.footprint import footprint
+from mesa_train.measure.gradients import relative_error
+from mesa_train.measure.runner import Runs
+from mesa_train.methods.apply import PLAIN
+from mesa_train.planner.plan import Plan
+from mesa_train.planner.planner import Planner
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/plans.jsonl"
+MODELS = (
+    "vit_tiny_patch16_224,deit3_small_patch16_224,swin_tiny_patch4_window7_224,pvt_v2_b0,"
+    "convnext_atto,hf:vit"
+)
+BF16 = torch.bfloat16
+
+
+def main(
+    models: Annotated[
+        str, typer.Option(help="Comma-separated, as for mesa-train compare.")
+    ] = MODELS,
+    shares: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0,0.1,0.3,0.6",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Plan, run and compare."""
+    console = Console()
+    for name in models.split(","):
+        loaded = load(name, batch_size=batch_size)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+
+            def tell(what: str, done: int, total: int, task: object = task) -> None:
+                progress.update(task, description=what, completed=done, total=total)  # type: ignore[arg-type]
+
+            planner = Planner(loaded.model, loaded.inputs, autocast=BF16, progress=tell)
+            runs = Runs(loaded.model, loaded.inputs, BF16, planner.loss)
+            exact = runs.reference()
+            low, high = None, planner.plain.peak_bytes
+            for share in map(float, shares.split(",")):
+                if low is None or share == 0:
+                    smallest = planner.plan()
+                    low = smallest.prediction.peak_bytes
+                budget = int(low + share * (high - low))
+                found = smallest if share == 0 else planner.plan(budget)
+                row = measured(planner, runs, found, exact, rounds)
+                setting = {
+                    "model": name,
+                    "batch_size": batch_size,
+                    "share": share,
+                    "rounds": rounds,
+                }
+                records.append(out, {**setting, "budget": budget, **row, **records.provenance()})
+                console.print(_line(name, share, row), highlight=False, soft_wrap=True)
+
+
+def measured(
+    planner: Planner,
+    runs: Runs,
+    found: Plan,
+    exact: list[torch.Tensor | None],
+    rounds: int,
+) -> records.Row:
+    """Predictions and measurements of one plan."""
+    policy = found.policy
+    kept = footprint(
+        planner.model, planner.inputs, policy=policy, autocast=BF16, loss=planner.loss
+    ).saved_bytes
+    peak = planner.standing + runs.peak(policy)
+    error = relative_error(runs.gradients(policy), exact)
+    plain, own = runs.times([PLAIN, policy], rounds)
+    ratios = [a / b for a, b in zip(own, plain, strict=True)]
+    return {
+        "predicted": found.prediction.to_dict(),
+        "measured": {
+            "kept_bytes": kept,
+            "peak_bytes": peak,
+            "time_ratio": statistics.median(ratios),
+            "time_ratios": [round(ratio, 4) for ratio in ratios],
+            "gradient_error": error,
+        },
+        "plain_peak_bytes": found.plain.peak_bytes,
+        "standing_bytes": planner.standing,
+        "gap": found.gap,
+        "passes": planner.sensitivity.passes,
+        "choices": [list(line) for line in found.summary()],
+    }
+
+
+def _line(name: str, share: float, row: records.Row) -> str:
+    said, seen = row["predicted"], row["measured"]
+    return (
+        f"{name} {share:.0%}: kept {format_bytes(said['kept_bytes'])} ({format_bytes(seen['kept_bytes'])}), "
+        f"peak {format_bytes(said['peak_bytes'])} ({format_bytes(seen['peak_bytes'])}), "
+        f"time {said['time_ratio']:.2f} ({seen['time_ratio']:.2f}), "
+        f"error {said['gradient_error']:.2%} ({seen['gradient_error']:.2%})"
+    )
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

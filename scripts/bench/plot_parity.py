@@ -1,0 +1,54 @@
+"""Draws docs/results/train_parity.png from the rows that train_parity.py wrote.
+
+    python scripts/bench/plot_parity.py [ROWS.jsonl] [PICTURE.png]
+
+Rows of other settings than those of the newest row are left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesa_train.report import figures as plots
+from mesa_train.report.columns import in_order
+from mesa_train.utils import records
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
+
+
+def main(
+    rows: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.jsonl",
+    picture: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.png",
+) -> None:
+    """Draw loss, held-out accuracy, and every seed's final accuracy, per policy."""
+    recorded = records.read(rows)
+    if not recorded:
+        raise SystemExit(f"plot_parity: no rows in {rows}; run scripts/bench/train_parity.py first")
+    settings = recorded[-1]["settings"]
+    recorded = in_order(row for row in recorded if row["settings"] == settings)
+    final = [row for row in recorded if row["epoch"] == settings["epochs"]]
+    seeds = len(records.group_by(final, "seed"))
+    figure, (loss, accuracy, last) = plots.figure(
+        3,
+        f"{settings['model']} from scratch on {settings['train_images']:,} images of "
+        f"{settings['data']}"
+        + (f": mean of {seeds} seeds (bold) and each seed (thin)" if seeds > 1 else ""),
+    )
+    plots.curves(loss, recorded, "train_loss", "training loss")
+    plots.curves(accuracy, recorded, "val_accuracy", "held-out accuracy (%)", scale=100)
+    # The first epochs would squeeze the differences at the end out of sight.
+    worst = 100 * min(row["val_accuracy"] for row in final)
+    accuracy.set_ylim(max(0, 100 - 4 * (100 - worst)), 100)
+    plots.dots(last, final, "val_accuracy", "final held-out accuracy (%)", scale=100)
+    # Three points at least, so that a handful of images does not look like a difference.
+    low, high = last.get_ylim()
+    margin = max(0, 3 - (high - low)) / 2
+    last.set_ylim(low - margin, high + margin)
+    plots.save(figure, picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""Rounding, group size and bits: the gradient error of each choice behind the presets, and its bytes.
+
+One row per variant goes to docs/results/rounding.jsonl. One batch, one random initialisation: it shows
+noise, not bias, so it is no proof that a choice trains as well; train_parity.py is.
+
+    python scripts/bench/rounding.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train import PRESETS, Policy
+from mesa_train.utils import records
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/rounding.jsonl"
+
+CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
+    "mesa8": ({}, {"rounding": "stochastic"}, {"group_size": 64}),
+    "mesa4": (
+        {},
+        {"rounding": "nearest"},
+        {"rounding": "stochastic"},
+        {"group_size": 64},
+        {"overrides": {}},
+        {"overrides": {**PRESETS["mesa4"].overrides, "activation": {"bits": 8}}},
+        {"overrides": {**PRESETS["mesa4"].overrides, "layer_norm": {"bits": 8}}},
+    ),
+    "mesa8-recompute": ({},),
+    "mesa4-recompute": ({}, {"rounding": "stochastic"}, {"group_size": 64}, {"group_size": 128}),
+}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A timm model.")] = "vit_small_patch16_224",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Measure every variant on one model and batch."""
+    torch.manual_seed(0)
+    network = timm.create_model(model, num_classes=10).train()
+    config = network.default_cfg
+    x = torch.randn(batch_size, *config["input_size"])
+    y = torch.randint(0, 10, (batch_size,))
+    exact = gradient(network, x, y, autocast=False)
+    common = {"model": model, "batch_size": batch_size, **records.provenance()}
+
+    def measure(preset: str, changes: dict[str, Any], policy: Policy | None) -> records.Row:
+        kept = mesa_train.footprint(network, x, policy=policy or "plain", autocast=torch.bfloat16)
+        if policy is not None:
+            mesa_train.wrap(network, policy)
+        found = gradient(network, x, y, autocast=True)
+        mesa_train.unwrap(network)
+        error = float((found - exact).norm() / exact.norm())
+        sizes = {"kept_bytes": kept.saved_bytes, "gradient_error": error}
+        return {"preset": preset, "changes": changes, **sizes, **common}
+
+    rows = [measure("plain", {}, None)]
+    variants = [(preset, change) for preset, changes in CHANGES.items() for change in changes]
+    for preset, changes in track(variants, description="rounding"):
+        policy = dataclasses.replace(PRESETS[preset], **changes)
+        rows.append(measure(preset, changes, policy))
+    records.append(out, *rows)
+
+
+def gradient(network: nn.Module, x: Tensor, y: Tensor, autocast: bool) -> Tensor:
+    """The flattened gradient of the cross entropy over all parameters."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = nn.functional.cross_entropy(network(x).float(), y)
+    found = torch.autograd.grad(loss, list(network.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

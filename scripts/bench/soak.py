@@ -1,0 +1,195 @@
+"""Trains a small model for thousands of steps with every preset, and with fused forwards, and watches what
+stays: resident memory, and the tensors that were kept for the backward.
+
+Two steps of ten raise, one in the forward and one in the backward, as a training run's bad batch would.
+Appends a row per policy to docs/results/soak.jsonl, with the slope of resident memory over the second half
+of its steps, and prints it; fails if a slope exceeds `--limit` bytes per step, or if anything that was kept
+outlives its step. A leak of one stash a step would be 8 KiB or more; what an allocator does is noise of
+tens of bytes per step over 2,000 steps. Steps are under bfloat16 autocast. A processor that only emulates
+bfloat16 takes it in one step of three, and float32 in the others.
+
+    python scripts/bench/soak.py                         2,000 steps of each policy
+    python scripts/bench/soak.py --steps 300 --out ''    a short look
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import mesa_train
+from mesa_train.utils import records
+from mesa_train.utils.precision import choose
+
+PAGE = 4096
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/soak.jsonl"
+POLICIES = {
+    **mesa_train.PRESETS,
+    "mesa8, fused forward": dataclasses.replace(mesa_train.PRESETS["mesa8"], forward="fused"),
+}
+
+
+class _Fails(torch.autograd.Function):
+    """Raises in its backward."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # noqa: ARG004
+        raise ArithmeticError("backward")
+
+
+class Kept:
+    """Context manager: notes what is saved for the backward inside. `left()` is how many of those
+    storages still live, Parameters apart."""
+
+    def __init__(self) -> None:
+        self.storages: list[StorageWeakRef] = []
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            self.storages.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    def left(self) -> int:
+        return len([s for s in self.storages if not s.expired()])
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=300, help="Steps with each policy.")] = 2000,
+    limit: Annotated[float, typer.Option(help="Most bytes per step a policy may grow by.")] = 500.0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    out: Annotated[str, typer.Option(help="File for the rows; '' for none.")] = str(RESULTS),
+) -> None:
+    """Resident memory over many steps of every policy."""
+    torch.manual_seed(0)
+    grown = []
+    for name, policy in POLICIES.items():
+        found = soak(policy, steps, batch_size)
+        print(
+            f"{name:22} {steps} steps   {found['slope_bytes_per_step']:+10.1f} bytes per step   "
+            f"now {found['resident_bytes'] / 2**20:.1f} MiB   left behind {found['left']}",
+            flush=True,
+        )
+        if out:
+            size = {"model": "a ViT of two blocks, width 64", "batch_size": batch_size}
+            row = {"policy": name, "steps": steps, **size, **found, **records.provenance()}
+            records.append(Path(out), row)
+        if found["slope_bytes_per_step"] > limit or found["left"]:
+            grown.append(name)
+    if grown:
+        raise SystemExit(f"soak: memory grows with {', '.join(grown)}")
+
+
+def soak(policy: mesa_train.Policy, steps: int, batch_size: int) -> records.Row:
+    """The slope of resident memory over the second half of the steps, the memory at the end, how many
+    steps failed, and how many storages outlived their step."""
+    model = mesa_train.wrap(_small_vit(), policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    seen: list[tuple[int, int]] = []
+    failed = left = 0
+    every = 3 if choose("bf16", "cpu").emulated else 1
+    # Collections are of what the steps leave, not of all that was imported.
+    gc.freeze()
+    before = Kept()
+    for step in range(steps):
+        kept = Kept()
+        half = step % every == 0
+        failed += not _step(model, optimizer, torch.randn(batch_size, 3, 32, 32), step, kept, half)
+        if step % 50 in (14, 15, 18):
+            # What a failed backward handed on goes with the next one that works.
+            gc.collect()
+            left += kept.left() + before.left()
+        if step % 50 == 15 and step >= steps // 2:
+            seen.append((step, resident()))
+        before = kept
+    return {
+        "slope_bytes_per_step": round(slope_of(seen), 1),
+        "resident_bytes": resident(),
+        "failed": failed,
+        "left": left,
+    }
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    step: int,
+    kept: Kept,
+    half: bool,
+) -> bool:
+    """One step of training, `half` under bfloat16 autocast; whether it came to its end."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), kept:
+            loss = _run(model, images, step)
+        loss.backward()
+        optimizer.step()
+    except ArithmeticError:
+        return False
+    finally:
+        optimizer.zero_grad()
+    return True
+
+
+def _small_vit() -> nn.Module:
+    import timm
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, drop_rate=0.1, **size)
+
+
+def _run(model: nn.Module, images: Tensor, step: int) -> Tensor:
+    """The loss; now and then a hook in the middle of the model fails."""
+    if step % 10 not in (3, 7):
+        return model(images).float().square().mean()
+
+    def fail(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
+        if step % 10 == 3:
+            raise ArithmeticError("forward")
+        return (_Fails.apply(arguments[0]), *arguments[1:])
+
+    middle = [m for m in model.modules() if isinstance(m, nn.Linear)][-2]
+    handle = middle.register_forward_pre_hook(fail)
+    try:
+        return model(images).float().square().mean()
+    finally:
+        handle.remove()
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes."""
+    with open("/proc/self/statm") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) * PAGE
+
+
+def slope_of(points: list[tuple[int, int]]) -> float:
+    """The least-squares slope of (step, bytes)."""
+    steps = torch.tensor([s for s, _ in points], dtype=torch.float64)
+    sizes = torch.tensor([b for _, b in points], dtype=torch.float64)
+    steps = steps - steps.mean()
+    return float((steps * (sizes - sizes.mean())).sum() / steps.square().sum())
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,0 +1,126 @@
+"""Every sample of every differentiable function of PyTorch's own test list, under the interception.
+
+One row per function goes to docs/results/sweep_opinfo.jsonl: samples run, samples whose outputs differ, the
+largest lossless and 8-bit error of a gradient, and the failures. tests/ops/test_opinfo.py runs a few samples
+of each.
+
+    python scripts/bench/sweep_opinfo.py
+    python scripts/bench/sweep_opinfo.py --functions exp,nn.functional.conv2d
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mesa_train import Policy, compress
+from mesa_train.utils import records
+from mesa_train.utils.records import Row
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_opinfo.jsonl"
+POLICIES = {"lossless": Policy(bits=32, min_bytes=0), "mesa8": Policy(min_bytes=0)}
+
+
+def main(
+    functions: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    most: Annotated[int, typer.Option(min=1, help="Samples of a function.")] = 100,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Run every function's samples in plain PyTorch, lossless and with 8 bits."""
+    warnings.simplefilter("ignore")
+    wanted = {f.strip() for f in functions.split(",") if f.strip()}
+    origin = records.provenance()
+    for op in op_db:
+        if not op.supports_autograd or torch.float64 not in op.supported_backward_dtypes("cpu"):
+            continue
+        if not wanted or op.name in wanted:
+            records.append(out, {**row_of(op, most), **origin})
+
+
+def row_of(op: OpInfo, most: int) -> Row:
+    """The row of a function."""
+    name = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+    row: Row = {"function": name, "samples": 0, "outputs_differ": 0, "failures": []}
+    row.update({f"{policy}_error": 0.0 for policy in POLICIES})
+    for number, sample in enumerate(op.sample_inputs("cpu", torch.float64, requires_grad=True)):
+        if number == most:
+            break
+        try:
+            outputs, gradients = _run(op, sample, None)
+        except Exception:  # PyTorch refuses it too
+            continue
+        row["samples"] += 1
+        for policy, given in POLICIES.items():
+            try:
+                found, coded = _run(op, sample, given)
+            except Exception as error:  # whatever a row or the fallback raises
+                row["failures"].append(f"{policy}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            row["outputs_differ"] += not all(map(_same, found, outputs))
+            errors = [_error(f, e) for f, e in zip(coded, gradients, strict=True)]
+            row[f"{policy}_error"] = max([row[f"{policy}_error"], *errors])
+    return row
+
+
+def _run(
+    op: OpInfo, sample: Any, policy: Policy | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    torch.manual_seed(0)
+    given = (sample.input, sample.args, sample.kwargs)
+    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
+    # No leaves: a leaf that needs a gradient would be taken for a parameter, which is never coded.
+    input, args, kwargs = tree_map(_activation, given)
+    if policy is None:
+        output = op(input, *args, **kwargs)
+    else:
+        with compress(policy):
+            output = op(input, *args, **kwargs)
+    outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    tracked = [t for t in outputs if t.requires_grad]
+    if not tracked:
+        return outputs, []
+    weights = [torch.ones_like(t) for t in tracked]
+    return outputs, list(torch.autograd.grad(tracked, leaves, weights, allow_unused=True))
+
+
+def _activation(value: Any) -> Any:
+    """A copy with the same strides, no leaf and no view of one."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    if value.layout is not torch.strided or 0 in value.stride():
+        return value.clone()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    found, expected = found.detach(), expected.detach()
+    if found.layout is not torch.strided:
+        found, expected = found.to_dense(), expected.to_dense()
+    if found.is_complex() and expected.is_complex():
+        # Of complex half numbers PyTorch replaces no NaN.
+        found, expected = (torch.view_as_real(t.resolve_conj()) for t in (found, expected))
+    return torch.equal(torch.nan_to_num(found, 7e7), torch.nan_to_num(expected, 7e7))
+
+
+def _error(found: Tensor | None, exact: Tensor | None) -> float:
+    """Relative L2; absolute for a gradient smaller than 0.1 per element."""
+    if found is None or exact is None or exact.layout is not torch.strided or not exact.numel():
+        return 0.0 if (found is None) == (exact is None) else 1e9
+    if not bool(exact.isfinite().all()):
+        return 0.0
+    distance = (found - exact).norm().item()
+    return distance / max(exact.norm().item(), 0.1 * exact.numel() ** 0.5)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

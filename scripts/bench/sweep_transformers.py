@@ -1,0 +1,155 @@
+"""Every vision model of transformers, made small: outputs, gradients and kept bytes against plain.
+
+The configurations are each model's own, with two layers a stage, small images and few queries; random
+weights, batch 2, float32. One row per model and task goes to docs/results/sweep_transformers.jsonl; a
+second run goes on where the first one stopped.
+
+    python scripts/bench/sweep_transformers.py
+    python scripts/bench/sweep_transformers.py --models vit,segformer --again
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from sweeping import Make, sweep
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_transformers.jsonl"
+# Name of the auto class, and of its table of models.
+TASKS = {
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForUniversalSegmentation": "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "AutoModelForDepthEstimation": "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForMaskedImageModeling": "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES",
+    "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForImageToImage": "MODEL_FOR_IMAGE_TO_IMAGE_MAPPING_NAMES",
+    "AutoBackbone": "MODEL_FOR_BACKBONE_MAPPING_NAMES",
+    "AutoModel": "MODEL_FOR_IMAGE_MAPPING_NAMES",
+}
+# Fields of configurations that make a model small, where it has them.
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_queries": 20,
+    "image_size": 64,
+    "num_frames": 4,
+    "use_pretrained_backbone": False,
+}
+# A head may take the outputs of certain layers, more than two.
+LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+# Take videos, of a task whose others take images.
+VIDEOS = ("videomt",)
+LARGEST = 130_000_000  # parameters
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    seconds: Annotated[int, typer.Option(min=1, help="Limit per model.")] = 90,
+    again: Annotated[bool, typer.Option("--again", help="Also what has a row.")] = False,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Compare every model with the first task that it has."""
+    transformers.utils.logging.set_verbosity_error()
+    known = dict(kinds())
+    wanted = [m.strip() for m in models.split(",") if m.strip()] or list(known)
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise SystemExit(f"sweep_transformers: no vision model {', '.join(unknown)}")
+    makers: list[tuple[str, Make]] = [(n, functools.partial(small, n, known[n])) for n in wanted]
+    sweep(makers, out, seconds, again)
+
+
+def kinds() -> Iterator[tuple[str, str]]:
+    """(kind of model, its auto class), each kind once."""
+    seen = set()
+    for auto, table in TASKS.items():
+        for kind in getattr(modeling_auto, table, {}):
+            if kind not in seen and kind != "timm_wrapper":
+                seen.add(kind)
+                yield kind, auto
+
+
+def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A small model of a kind, and a batch of images for it.
+
+    ValueError if no model of the kind has at most LARGEST parameters.
+    """
+    # Some cannot run without data; they take small layers and images of their own size.
+    chosen = _shrunk(kind, auto, ("image_size",))
+    for whole in ((), ("image_size",), LAYERS):
+        made, shape = _shrunk(kind, auto, whole)
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, auto).from_config(made)
+                model(**{_images(model): torch.empty(shape)})
+        except Exception:  # each model says it in its own way
+            continue
+        chosen = made, shape
+        break
+    made, shape = chosen
+    with torch.device("meta"):
+        size = sum(p.numel() for p in getattr(transformers, auto).from_config(made).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{kind} has {size:,} parameters")
+    model = getattr(transformers, auto).from_config(made)
+    return model, {_images(model): torch.randn(shape)}
+
+
+def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
+    """(configuration, shape of images or videos); the fields `whole` are as the model has them."""
+    made = shrunk(
+        transformers.AutoConfig.for_model(kind), {k: v for k, v in SMALL.items() if k not in whole}
+    )
+    size = getattr(made, "image_size", None) or 64
+    sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    if auto == "AutoModelForVideoClassification" or kind in VIDEOS:
+        frames = getattr(made, "num_frames", None) or getattr(made, "frames_per_clip", None) or 4
+        return made, (2, frames, 3, *sides)
+    return made, (2, getattr(made, "num_channels", None) or 3, *sides)
+
+
+def _images(model: nn.Module) -> str:
+    """The name of the argument that takes images or videos."""
+    takes = inspect.signature(model.forward).parameters
+    return "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"
+
+
+def shrunk(config: Any, fields: dict[str, Any]) -> Any:
+    """The configuration with small values in every field that it has, also in parts of it."""
+    config.architectures = []  # an auto class of DeiT's asks for this list
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            shrunk(value, fields)
+        elif name == "depths" and isinstance(value, (list, tuple)):
+            setattr(config, name, type(value)([1] * len(value)))
+    for name, value in fields.items():
+        old = getattr(config, name, None)
+        if isinstance(old, (int, bool)) and name in config.to_dict():
+            setattr(config, name, type(old)(min(value, old)) if old else old)
+    stages, layers = (
+        getattr(config, "stage_names", None),
+        getattr(config, "num_hidden_layers", None),
+    )
+    if stages and layers and len(stages) > layers + 1:
+        # A backbone's last stage is one of those that are left.
+        config.stage_names = stages[: layers + 1]
+        config._out_features, config._out_indices = config.stage_names[-1:], [layers]
+    return config
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,0 +1,138 @@
+"""What the sweeps share: one model in plain PyTorch and under presets, as one row.
+
+A row says whether the outputs are equal bit for bit, how far the gradients are from plain PyTorch's,
+and how many bytes each policy keeps. A failure of plain PyTorch is a row too: such a model cannot be
+compared. float32 on a CPU, random weights, in training mode, with the same random stream in each run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.measure.footprint import arguments, tensors_in
+from mesa_train.measure.gradients import relative_error
+from mesa_train.utils import records
+from mesa_train.utils.records import Row
+
+POLICIES = ("plain", "lossless", "mesa8", "mesa8-recompute")
+# Of these only the bytes are counted.
+COUNTED = ("mesa4", "mesa4-recompute")
+# Makes a model and its inputs: a tensor, or a mapping of keyword arguments.
+Make = Callable[[], tuple[nn.Module, Any]]
+
+
+class TooLongError(Exception):
+    """A model took longer than the sweep allows."""
+
+
+def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bool) -> None:
+    """Append a row per model to `out`; models with a row already are left out unless `again`.
+
+    seconds: after which a model is given up and its row says so.
+    """
+    done = set() if again else {row["model"] for row in records.read(out)}
+    for name, make in makers:
+        if name in done:
+            continue
+        row = {"model": name, **limited(make, seconds)}
+        records.append(out, {**row, **records.provenance()})
+        kept = row.get("kept_bytes", {})
+        print(f"{name}: {row['failure'] or row['mesa8_error']} {kept}", flush=True)
+        gc.collect()
+
+
+def limited(make: Make, seconds: int) -> Row:
+    """`row_of` with a limit of time; every error becomes the row's failure."""
+
+    def stop(*_: object) -> None:
+        raise TooLongError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    row: Row = {"failure": ""}
+    try:
+        row_of(make, row)
+    except Exception as error:  # whatever a stranger's model raises
+        row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return row
+
+
+def row_of(make: Make, row: Row) -> None:
+    """Fill in `row` step by step, so that it says how far it came; `failed_in` is the step under way."""
+    row["failed_in"] = "making"
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.train()
+    state = copy.deepcopy(dict(model.named_buffers()))
+    args, kwargs = arguments(inputs)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
+    runs: dict[str, tuple[list[Tensor], list[Tensor | None]]] = {}
+    row["kept_bytes"] = {}
+    for policy in POLICIES:
+        row["failed_in"] = policy
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                # A buffer that a forward makes anew has another shape.
+                if name in state and state[name].shape == buffer.shape:
+                    buffer.copy_(state[name])
+        if policy != "plain":
+            mesa_train.wrap(model, policy)
+        try:
+            runs[policy] = _run(model, args, kwargs)
+        finally:
+            mesa_train.unwrap(model)
+        row["kept_bytes"][policy] = _kept(model, inputs, policy)
+    for policy in COUNTED:
+        row["failed_in"] = policy
+        row["kept_bytes"][policy] = _kept(model, inputs, policy)
+    outputs, gradients = runs["plain"]
+    row["outputs_equal"] = all(
+        torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
+        for policy in POLICIES
+        for a, b in zip(runs[policy][0], outputs, strict=True)
+    )
+    for policy in POLICIES[1:]:
+        row[f"{policy}_error"] = relative_error(runs[policy][1], gradients)
+    del row["failed_in"]
+
+
+def _kept(model: nn.Module, inputs: Any, policy: str) -> int:
+    """Bytes that a policy keeps; on real tensors if the forward reads values."""
+    for fake in (True, False):
+        torch.manual_seed(1)
+        try:
+            return mesa_train.footprint(model, inputs, policy=policy, fake=fake).saved_bytes
+        except ValueError:
+            if not fake:
+                raise
+    raise AssertionError
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs, and the parameters' gradients of a fixed weighting of every output."""
+    torch.manual_seed(1)
+    model.zero_grad(set_to_none=True)
+    output = model(*args, **kwargs)
+    tracked = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
+    if not tracked:
+        raise ValueError("no output needs a gradient")
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(t.shape, generator=generator) / t.numel() ** 0.5 for t in tracked]
+    torch.autograd.backward([t.float() for t in tracked], weights)
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [t.detach() for t in tensors_in(output)], gradients

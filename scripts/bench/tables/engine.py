@@ -1,0 +1,242 @@
+"""Tables about the library: steps, operators, parity, families of models, rounding, plans,
+compatibility, soak."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from mesa_train.report.columns import in_order
+from mesa_train.utils import records
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.records import Row
+from tables.text import markdown, newest_run, origin, table
+
+
+@table("bench_step.jsonl", "python scripts/bench/step.py", by="model dtype")
+def step(rows: Sequence[Row]) -> str:
+    """The newest run on a model, a line per method."""
+    newest = newest_run(rows)
+    head = [
+        *("method", "kept for the backward", "less", "peak of the step", "gradient error"),
+        *("step", "step vs. plain", "largest batch in 24 GiB"),
+    ]
+    lines = []
+    for row in newest:
+        if "note" in row:
+            lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
+            continue
+        low, high = row["step_ratio_quartiles"]
+        lines.append(
+            [
+                row["method"],
+                format_bytes(row["kept_bytes"]),
+                f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
+                f"{row['gradient_error']:.2%}",
+                f"{row['step_ms']:.0f} ms",
+                f"{row['step_ratio']:.2f} ({low:.2f} to {high:.2f})",
+                str(row.get("largest_batch", "")),
+            ]
+        )
+    any_row = newest[0]
+    remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
+    return markdown(head, lines) + (
+        f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
+        "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
+        "AdamW's states; largest batch: what is kept and those; step: forward, backward "
+        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets."
+        f"{remarks} {origin(any_row)}\n"
+    )
+
+
+@table("bench_step.jsonl", "python scripts/bench/step.py", by="device_type dtype")
+def steps(rows: Sequence[Row]) -> str:
+    """The newest run on every model on a kind of device, "less memory, step" a method."""
+    newest: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        last = newest.setdefault(row["model"], {})
+        if last and next(iter(last.values()))["date"] != row["date"]:
+            last.clear()
+        last[row["method"]] = row
+    methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
+    lines = []
+    for model, found in newest.items():
+        plain = found["plain"]
+        size = plain["shapes"][0][-1]
+        cells = [
+            f"{found[m]['kept_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
+            for m in methods
+        ]
+        about = f"{plain['batch_size']} x {size} px"
+        lines.append([model, about, format_bytes(plain["kept_bytes"]), *cells])
+    head = ["model", "batch", "plain keeps", *methods]
+    return markdown(head, lines) + (
+        "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
+        f"medians of rounds that take turns); {_computed(rows[-1])}. {origin(rows[-1])}\n"
+    )
+
+
+def _computed(row: Row) -> str:
+    return row["dtype"] if row["dtype"] == "float32" else f"{row['dtype']} autocast"
+
+
+@table("ops.jsonl", "python scripts/bench/ops.py", by="device_type")
+def ops(rows: Sequence[Row]) -> str:
+    """The newest run on a kind of device, 8 and 4 bits."""
+    newest = newest_run(rows)
+    head = ["operator", "on", "time", "a copy takes", "share"]
+    lines = [
+        [
+            row["operator"],
+            row["variant"],
+            f"{row['time_us'] / 1e3:.2f} ms",
+            f"{row['copy_us'] / 1e3:.2f} ms",
+            f"{row['share']:.0%}",
+        ]
+        for row in newest
+        if "2 bits" not in row["variant"]
+    ]
+    return markdown(head, lines) + (
+        "\nAgainst a copy that reads and writes as many bytes, from rows that lie as the input's do; in "
+        "turns, caches flushed and code warm before "
+        f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
+    )
+
+
+@table("train_parity.jsonl", "python scripts/bench/train_parity.py")
+def parity(rows: Sequence[Row]) -> str:
+    """Final accuracies of the newest settings."""
+    settings = rows[-1]["settings"]
+    final = in_order(
+        row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
+    )
+    head = ["policy", "kept for the backward", "final training loss", "held-out accuracy", "seeds"]
+    lines = []
+    for (name,), own in records.group_by(final, "name").items():
+        own.sort(key=lambda row: row["seed"])
+        accuracies = [100 * row["val_accuracy"] for row in own]
+        spread = statistics.stdev(accuracies) if len(own) > 1 else 0.0
+        lines.append(
+            [
+                name,
+                format_bytes(own[0]["kept_bytes"]),
+                f"{statistics.fmean(row['train_loss'] for row in own):.4f}",
+                f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
+                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+            ]
+        )
+    return markdown(head, lines) + (
+        f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
+        f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{settings['autocast']} autocast; mean and standard deviation over seeds. "
+        f"{origin(final[-1])}\n"
+    )
+
+
+@table("families.jsonl", "python scripts/bench/families.py")
+def families(rows: Sequence[Row]) -> str:
+    """The newest rows, a line per model."""
+    newest = {(row["model"], row["method"]): row for row in rows}
+    methods = list(dict.fromkeys(method for _, method in newest))
+    presets = [method for method in methods if method != "plain"]
+    head = ["model", "plain keeps", *[f"{p} keeps" for p in presets]]
+    head += ["plain's gradient error", *[f"{p}'s" for p in presets]]
+    lines = []
+    for model in dict.fromkeys(model for model, _ in newest):
+        own = {m: newest[model, m] for m in methods if (model, m) in newest}
+        kept = [
+            f"{format_bytes(row['saved_bytes'])}"
+            + (f" ({row['saved_ratio']:.2f}x less)" if method != "plain" else "")
+            for method, row in own.items()
+        ]
+        lines.append([model, *kept, *[f"{row['gradient_error']:.2%}" for row in own.values()]])
+    return markdown(head, lines) + (
+        f"\nBatch {rows[-1]['batch_size']}, {rows[-1]['dtype']}, random weights; gradient error: "
+        "relative L2 distance from the plain float32 gradient over all parameters. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
+@table("rounding.jsonl", "python scripts/bench/rounding.py")
+def rounding(rows: Sequence[Row]) -> str:
+    """The newest run."""
+    lines = []
+    for row in newest_run(rows):
+        changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
+        kept = format_bytes(row["kept_bytes"])
+        lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
+    return markdown(["preset", "changed", "kept for the backward", "gradient error"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
+        "initialisation; relative L2 distance from the plain float32 gradient over all "
+        f"parameters. {origin(rows[-1])}\n"
+    )
+
+
+@table("plans.jsonl", "python scripts/bench/planner.py")
+def plans(rows: Sequence[Row]) -> str:
+    """The newest rows: predictions, with measurements in brackets."""
+    newest = {(row["model"], row["share"]): row for row in rows}
+    head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
+    lines, off = [], {"kept_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
+    for (model, share), row in sorted(newest.items()):
+        said, seen = row["predicted"], row["measured"]
+        off = {k: max(v, abs(said[k] / seen[k] - 1)) for k, v in off.items()}
+        kept, peak = (
+            f"{format_bytes(said[k])} ({format_bytes(seen[k])})"
+            for k in ("kept_bytes", "peak_bytes")
+        )
+        lines.append(
+            [
+                model if share == min(s for m, s in newest if m == model) else "",
+                "least possible" if share == 0 else format_bytes(row["budget"]),
+                kept,
+                peak,
+                f"{said['time_ratio']:.2f} ({seen['time_ratio']:.2f})",
+                f"{said['gradient_error']:.2%} ({seen['gradient_error']:.2%})",
+            ]
+        )
+    worst = ", ".join(f"{name} {off[key]:.1%}" for key, name in _PREDICTED.items())
+    return markdown(head, lines) + (
+        "\nPredicted, and measured in brackets; bf16 autocast, random weights; the peak is that of "
+        "a whole training step with weights and AdamW's states. Furthest off: "
+        f"{worst}. {origin(rows[-1])}\n"
+    )
+
+
+_PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
+
+
+@table(
+    "compatibility.jsonl",
+    "MESA_TRAIN_COMPATIBILITY=docs/results/compatibility.jsonl pytest tests/integration",
+    by="setup",
+)
+def compatibility(rows: Sequence[Row]) -> str:
+    """The outcomes of tests/integration for one setup, a line per feature."""
+    lines = [[row["feature"], row["outcome"], row["note"], str(row["tests"])] for row in rows]
+    versions = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items())
+    return markdown(["feature", "outcome", "note", "tests"], lines) + f"\n{versions}.\n"
+
+
+@table("soak.jsonl", "python scripts/bench/soak.py")
+def soak(rows: Sequence[Row]) -> str:
+    """The newest row of every policy."""
+    newest = {row["policy"]: row for row in rows}
+    lines = [
+        [
+            policy,
+            f"{row['steps']:,}",
+            str(row["failed"]),
+            f"{row['slope_bytes_per_step']:+.1f} bytes",
+            format_bytes(row["resident_bytes"]),
+            str(row["left"]),
+        ]
+        for policy, row in newest.items()
+    ]
+    head = ["policy", "steps", "of them failed", "growth per step", "resident at the end"]
+    return markdown([*head, "stashes left behind"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}; growth: slope of resident memory "
+        "over the second half of the steps; one process, policies in this order. "
+        f"{origin(rows[-1])}\n"
+    )

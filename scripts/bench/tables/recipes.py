@@ -1,0 +1,121 @@
+"""Tables about the recipes: LITv2's parity and attention, ViT-22B's estimates."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.records import Row
+from tables.text import Table, markdown, origin, table
+
+
+@table("litv2_parity.jsonl", "python scripts/bench/litv2_parity.py")
+def litv2_parity(rows: Sequence[Row]) -> str:
+    """Last epochs, a line per policy and number of processes."""
+    last: dict[tuple[str, int, int], Row] = {}
+    for row in rows:
+        last[row["name"], row["settings"]["processes"], row["seed"]] = row
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for (name, processes, _), row in last.items():
+        groups.setdefault((name, processes), []).append(row)
+    lines = []
+    for (name, processes), own in groups.items():
+        accuracies = [100 * row["top1"] for row in own]
+        whole = [row for row in own if row["minutes"]]  # those cut and continued have none
+        lines.append(
+            [
+                name,
+                str(processes),
+                format_bytes(own[0]["kept_bytes"]),
+                f"{statistics.fmean(accuracies):.2f} %",
+                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+                *[
+                    f"{min(row[key] for row in whole):.1f}" if whole else "-"
+                    for key in ("minutes", "processor_minutes")
+                ],
+            ]
+        )
+    head = ["policy", "processes", "kept for the backward", "held-out top-1", "seeds"]
+    head += ["minutes, at best", "processor minutes, at best"]
+    return markdown(head, lines) + (
+        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
+        "a micro-batch of one process. Other work shared the machine and paused some runs, hence "
+        "the least of the minutes; processor minutes are those of all processes together. "
+        f"{origin(rows[-1])}\n"
+    )
+
+
+@table("bench_attention.jsonl", "python scripts/bench/attention.py")
+def attention(rows: Sequence[Row]) -> str:
+    """The newest run for every size of map."""
+    newest = {(row["side"], row["device_type"], row["layer"]): row for row in rows}
+    lines = [
+        [
+            f"{row['layer']}, {row['side']}x{row['side']}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['macs'] / 1e9:.3f} G",
+            *[
+                f"{row[key] / row['batch']:.1f} ms"
+                for key in ("forward_ms", "train_ms", "mesa8_train_ms")
+            ],
+            format_bytes(row["kept_bytes"]),
+            format_bytes(row["mesa8_kept_bytes"]),
+        ]
+        for row in newest.values()
+    ]
+    head = ["layer, tokens", "parameters", "multiply-adds", "forward", "training", "with mesa8"]
+    head += ["keeps", "with mesa8"]
+    one = rows[-1]
+    return markdown(head, lines) + (
+        f"\nOne layer of {one['dim']} channels and {one['heads']} heads behind a layer norm, bf16 "
+        "autocast. Times per image, medians of rounds that take turns, after warm-up; bytes of "
+        f"{one['count_batch']} images. {origin(one)}\n"
+    )
+
+
+def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Table:
+    """A table of the newest row of ViT-22B's estimates, from its head and lines."""
+
+    @functools.wraps(render)
+    def whole(rows: Sequence[Row]) -> str:
+        row = rows[-1]
+        about = (
+            f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
+        )
+        return markdown(*render(row)) + f"\n{about} {origin(row)}\n"
+
+    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
+
+
+@_estimates
+def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
+    """What is kept for one image under every policy."""
+    lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
+    return ["policy", "kept for one image"], lines
+
+
+@_estimates
+def vit22b_one_card(row: Row) -> tuple[list[str], list[list[str]]]:
+    """The parts of a step on one card."""
+    keys = ("weights", "gradients", "optimizer", "activations")
+    lines = [[e["scheme"], *[format_bytes(e[k]) for k in keys]] for e in row["one_card"].values()]
+    return ["8 images, coded inputs", *keys], lines
+
+
+@_estimates
+def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
+    """Images that fit on every machine under every policy."""
+    policies = list(row["fits"][0]["images"])
+    lines = [
+        [
+            f"{fit['machine']} GB",
+            fit["scheme"],
+            format_bytes(fit["states_bytes"]),
+            format_bytes(fit["host_bytes"]) if fit["host_bytes"] else "",
+            *[str(fit["images"].get(policy, "")) for policy in policies],
+        ]
+        for fit in row["fits"]
+    ]
+    return ["machine", "scheme", "states / card", "on the host", *policies], lines

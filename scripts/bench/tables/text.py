@@ -1,0 +1,66 @@
+"""What the tables share: where their rows lie, Markdown, and where a row comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mesa_train.utils import records
+from mesa_train.utils.records import Row
+
+
+class Table(NamedTuple):
+    """A kind of table: what makes Markdown of the rows that `script` left in `file`.
+
+    by: the columns that the marker's words name values of, in order; the first is needed. Empty for a
+        table without words.
+    """
+
+    render: Callable[[Sequence[Row]], str]
+    file: str
+    script: str
+    by: tuple[str, ...]
+
+    def markdown(self, results: Path, words: Sequence[str]) -> str:
+        """The table from the folder of rows. ValueError for words too many or missing."""
+        name = self.render.__name__
+        if len(self.by) == 1 and words:
+            words = [" ".join(words)]
+        if bool(words) != bool(self.by) or len(words) > len(self.by):
+            more = "".join(f" and maybe a {column}" for column in self.by[1:])
+            wanted = f"a {self.by[0]}{more}" if self.by else "no words"
+            raise ValueError(f"the table {name!r} takes {wanted}, got {' '.join(words) or 'none'}")
+        given = dict(zip(self.by, words, strict=False))
+        rows = [
+            row
+            for row in records.read(results / self.file)
+            if all(row.get(column) == word for column, word in given.items())
+        ]
+        return self.render(rows) if rows else f"No rows yet: `{self.script}` makes them.\n"
+
+
+def table(file: str, script: str, by: str = "") -> Callable[..., Table]:
+    """Decorates a function from rows, never none, to Markdown. by: columns, with spaces between."""
+    return lambda render: Table(render, file, script, tuple(by.split()))
+
+
+def newest_run(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the date of the last one."""
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def origin(row: Row) -> str:
+    """Where a row was measured, in one sentence."""
+    threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
+    device = f"{row['device']} ({row['arithmetic']})" if row.get("arithmetic") else row["device"]
+    return (
+        f"{device}{threads}, PyTorch {row['versions']['torch']}, "
+        f"commit {row['commit']}, {row['date'][:10]}."
+    )
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *lines])

@@ -1,0 +1,134 @@
+"""Does it train as well? A small ViT from scratch, several seeds, plain against policies.
+
+All runs of one seed start from the same weights and take turns step by step over the same
+batches, so times compare too. A row per epoch goes to docs/results/train_parity.jsonl when its
+seed is done; a seed and policy that the file already has, with the same settings, is not run
+again.
+
+    python scripts/bench/train_parity.py
+    python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+import mesa_train
+from mesa_train.methods.apply import PLAIN
+from mesa_train.training import small_models as models
+from mesa_train.training.data.packaged import ImageSet, light_augmentation, load
+from mesa_train.training.progress import Dashboard
+from mesa_train.training.trainer import EpochResult, TrainConfig, Trainer, fit
+from mesa_train.utils import records
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/train_parity.jsonl"
+
+
+def main(
+    policies: Annotated[
+        str, typer.Option(help="Comma-separated; plain or a preset.")
+    ] = "plain,mesa8,mesa4,paper",
+    seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
+    model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
+    data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    float32: Annotated[bool, typer.Option("--float32", help="No bf16 autocast.")] = False,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Train every policy with every seed and record each epoch."""
+    try:
+        names = [name.strip() for name in policies.split(",")]
+        numbers = [int(seed) for seed in seeds.split(",")]
+        images = load(data)
+        config = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            autocast=None if float32 else torch.bfloat16,
+        )
+        images.steps_per_epoch(batch_size)
+        kept = {name: kept_bytes(model, images, config, name) for name in names}
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"train_parity: {error}") from None
+
+    settings = describe(model, images, config)
+    finished = {
+        (row["name"], row["seed"])
+        for row in records.read(out)
+        if row["settings"] == settings and row["epoch"] == epochs
+    }
+    due = {seed: [name for name in names if (name, seed) not in finished] for seed in numbers}
+    runs = sum(map(len, due.values()))
+    console = Console()
+    console.print(f"{runs} runs to do, {len(names) * len(numbers) - runs} done before")
+    total = runs * epochs * images.steps_per_epoch(batch_size)
+    with Dashboard(
+        model, kept, total_steps=total, batch_size=batch_size, console=console
+    ) as dashboard:
+        for seed, missing in due.items():
+            if not missing:
+                continue
+            dashboard.restart(f"{model} on {images.name}, seed {seed}")
+            rows = []
+            for result in train(missing, model, images, config, seed, dashboard):
+                dashboard.on_epoch(result)
+                row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
+                rows.append({**row, "settings": settings, **records.provenance()})
+            records.append(out, *rows)
+    rows_at = os.path.relpath(out)
+    console.print(f"rows in {rows_at}; draw them with scripts/bench/plot_parity.py", soft_wrap=True)
+
+
+def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module, ImageSet]:
+    """The model of one run, wrapped unless it is plain."""
+    module, images = models.build(model, images, seed=seed)
+    return module if name == PLAIN else mesa_train.wrap(module, name), images
+
+
+def kept_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
+    """What one run's forward keeps for its backward, for a whole batch."""
+    module, images = build(name, model, images, seed=0)
+    batch = images.normalise(images.train.images[: config.batch_size].float() / 255)
+    return mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
+
+
+def train(
+    names: list[str],
+    model: str,
+    images: ImageSet,
+    config: TrainConfig,
+    seed: int,
+    dashboard: Dashboard,
+) -> Iterator[EpochResult]:
+    """Every name's run with one seed, together. Yields what `fit` yields."""
+    config = dataclasses.replace(config, seed=seed)
+    trainers = {}
+    for name in names:
+        module, resized = build(name, model, images, seed)
+        trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
+    return fit(trainers, resized, config, transform=light_augmentation(), watch=dashboard.on_step)
+
+
+def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
+    """What must agree for two runs to be comparable; the seed may differ."""
+    settings = dataclasses.asdict(config)
+    del settings["seed"]
+    settings["autocast"] = str(config.autocast).removeprefix("torch.")
+    return {"model": model, "data": images.name, "train_images": len(images.train), **settings}
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,2 +1,0 @@
-"""Tables of the rows in docs/results: each a function from the folder of rows and the words of a marker to
-Markdown. `scripts/make_tables.py` puts them where they belong."""

@@ -1,0 +1,174 @@
+"""The entry points end to end, small: quickstart, parity experiment, benchmark, tables."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+from limits import HUNG_S
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(script, *arguments, cwd, as_a_user=False):
+    """What a call of a script in the repository printed and returned. `as_a_user`: by a process that begins with its
+    imports."""
+    command = [str(REPOSITORY / script), *map(str, arguments)]
+    where = {
+        "cwd": cwd,
+        "env": {**os.environ, "TERM": "dumb", "COLUMNS": "120"},
+        "timeout": HUNG_S,
+    }
+    if as_a_user:
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, **where)
+    return forked.run(command, **where)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_quickstart_trains_both_and_says_where_the_results_are(tmp_path):
+    given = ["--data", "digits", "--epochs", 1]
+    done = run("recipes/quickstart/train.py", *given, cwd=tmp_path, as_a_user=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "quickstart"
+    rows = rows_of(out / "metrics.jsonl")
+    assert [row["name"] for row in rows] == ["plain", "mesa8"]
+    plain, ours = rows
+    assert ours["kept_bytes"] < plain["kept_bytes"] / 2.5
+    # One epoch from the same start: what 8-bit codes change is far below what training changes.
+    assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "runs/quickstart/curves.png" in done.stdout
+    assert "Summary" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--polcy", "mesa8"], "--policy"),
+        (["--policy", "mesa9"], "mesa8"),
+        (["--model", "no_such_vit"], "no model 'no_such_vit'"),
+        (["--batch-size", "5000"], "batch_size=5000"),
+    ],
+)
+def test_quickstart_refuses_mistakes_in_a_line(tmp_path, arguments, said):
+    done = run("recipes/quickstart/train.py", *arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_parity_resumes_and_is_drawn(tmp_path):
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "parity.png"
+    arguments = ["--data", "digits", "--epochs", 1, "--policies", "plain,mesa4", "--float32"]
+    arguments += ["--out", rows]
+    first = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0,1", cwd=tmp_path)
+    assert "2 runs to do, 2 done before" in again.stdout
+    found = [(row["name"], row["seed"]) for row in rows_of(rows)]
+    assert found == [("plain", 0), ("mesa4", 0), ("plain", 1), ("mesa4", 1)]
+    drawn = run("scripts/bench/plot_parity.py", rows, picture, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_benchmark_writes_complete_rows(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    done = run(
+        "scripts/bench/step.py", "--quick", "--models", "test_vit", "--batch-size", 2,
+        "--methods", "mesa8,checkpoint,save_on_cpu", "--out", out, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in rows_of(out)}
+    assert list(rows) == ["plain", "mesa8", "checkpoint", "save_on_cpu"]
+    assert rows["plain"]["step_ratio"] == 1
+    assert rows["checkpoint"]["gradient_error"] == pytest.approx(rows["plain"]["gradient_error"])
+    for row in rows.values():
+        assert len(row["times_ms"]) == row["rounds"] == 3
+        assert {"device", "versions", "commit", "threads", "date", "command"} <= set(row)
+
+
+@pytest.fixture
+def make_tables(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts/bench")
+    path = REPOSITORY / "scripts/bench/make_tables.py"
+    spec = importlib.util.spec_from_file_location("make_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+STEP_ROW = {
+    "model": "a_vit", "method": "plain", "batch_size": 2, "dtype": "bf16", "rounds": 3,
+    "kept_bytes": 2**20, "kept_ratio": 1.0, "gradient_error": 0.0123, "step_ms": 41.6,
+    "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0], "peak_bytes": 2**21,
+    "largest_batch": 9, "device": "a CPU",
+    "device_type": "cpu", "threads": 2, "versions": {"torch": "2.15.0"}, "commit": "abc",
+    "date": "2030-01-02T03:04:05+00:00",
+}  # fmt: skip
+
+
+def test_tables_are_made_of_the_newest_rows_and_checked(tmp_path, make_tables):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table:step a_vit -->\nold\n<!-- /table -->\nafter\n")
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    older = {**STEP_ROW, "step_ms": 99.0, "date": "2029-01-01T00:00:00+00:00"}
+    lossy = {**STEP_ROW, "method": "checkpoint", "note": "has no blocks"}
+    lines = [json.dumps(row) for row in (older, STEP_ROW, lossy)]
+    (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(SystemExit, match=r"README\.md differ"):
+        make_tables.main(check=True, root=tmp_path)
+    make_tables.main(check=False, root=tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table:step a_vit -->\n| method |")
+    assert text.endswith("<!-- /table -->\nafter\n")
+    assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 1.23% | 42 ms | 1.00 (1.00 to 1.00) | 9 |" in text
+    assert "| checkpoint | has no blocks |" in text
+    assert "99 ms" not in text
+    assert "a CPU, 2 threads, PyTorch 2.15.0, commit abc, 2030-01-02." in text
+    make_tables.main(check=True, root=tmp_path)
+
+
+def test_rows_of_one_dtype(tmp_path, make_tables):
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    lines = [
+        json.dumps({**STEP_ROW, "dtype": dtype, "step_ratio": ratio, "arithmetic": "AVX2"})
+        for dtype, ratio in (("bf16", 1.25), ("float32", 1.5))
+    ]
+    (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:step a_vit float32 -->\n<!-- /table -->\n")
+    make_tables.main(check=False, root=tmp_path)
+    text = readme.read_text()
+    assert "1.50 (" in text
+    assert "1.25 (" not in text
+    assert "a CPU (AVX2), 2 threads" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("<!-- table:stp x -->\n<!-- /table -->", "no table 'stp'"),
+        ("<!-- table:step -->\n<!-- /table -->", "takes a model and maybe a dtype, got none"),
+        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "maybe a dtype, got x bf16 y"),
+        ("<!-- table:vit22b_kept x -->\n<!-- /table -->", "'vit22b_kept' takes no words, got x"),
+        ("<!-- table:step x -->\n", "not closed"),
+    ],
+)
+def test_a_wrong_marker_is_named(tmp_path, make_tables, body, said):
+    (tmp_path / "README.md").write_text(body)
+    with pytest.raises(SystemExit, match=rf"README\.md: .*{said}"):
+        make_tables.main(check=False, root=tmp_path)

@@ -1,0 +1,195 @@
+"""What the planner chooses from, by hand: bytes of a site's choices, what a block's mode becomes in a policy,
+and what choices cost together."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from mesa_train.measure.stash_log import BLOCK, StashLog
+from mesa_train.planner.blocks import MODES, STASHES, Block, Way, block_of, with_blocks
+from mesa_train.planner.candidates import KEEP, MOVE, MOVE8, REBUILD, Site, also_moved, under_way
+from mesa_train.planner.planner import Planner
+from mesa_train.planner.solver import Bus, Moment, Problem, score
+from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES
+from mesa_train.policy import Policy
+from mesa_train.stash.offload import WINDOW
+
+ROWS, COLS = 1000, 256
+NORM, Q = ("0", "layer_norm", "normalized"), ("0", "attention", "q")
+# Codes, and four bytes for each group of 128, 64 or 32 elements.
+BYTES = {8: ROWS * (256 + 4 * 2), 4: ROWS * (128 + 4 * 4), 2: ROWS * (64 + 4 * 8)}
+WHOLE = 4 * ROWS * COLS
+
+
+def site(key=NORM, order=0, **fields):
+    return Site(key, order, [(ROWS, COLS)], WHOLE, **fields)
+
+
+def test_bytes_of_a_sites_choices():
+    one = site(product="qkv", movable=True)
+    assert one.choices() == [8, 4, 2, KEEP, MOVE8, MOVE, REBUILD]
+    assert {c: one.bytes(c) for c in one.choices()} == {
+        **BYTES, KEEP: WHOLE, MOVE8: 0, MOVE: 0, REBUILD: 0,
+    }  # fmt: skip
+    moved = {c: one.moved_bytes(c) for c in one.choices()}
+    assert moved == dict.fromkeys(one.choices(), 0) | {MOVE8: BYTES[8], MOVE: WHOLE}
+    assert one.elements == ROWS * COLS
+    twice = Site(NORM, 0, [(ROWS, COLS), (2 * ROWS, COLS)])
+    assert twice.bytes(4) == 3 * BYTES[4]
+    assert site().choices() == [8, 4, 2, KEEP]
+    assert site(("0", "fallback", "saved")).choices() == [8, KEEP]
+
+
+def test_what_is_on_its_way_is_on_the_device():
+    """The last WINDOW stashes; a block's begin and end are none."""
+    order = [((str(n), "linear", "input"), 1.0) for n in range(WINDOW + 2)]
+    assert under_way(order, WINDOW + 2) == 2
+    assert under_way(order, WINDOW + 1) == 1
+    assert under_way(order, WINDOW) == 0
+    assert under_way(order, 1) == 0
+    assert under_way(order, 0) == 0
+    begun = [*order[:2], (("b", BLOCK, "begin"), 0.0), *order[2:]]
+    assert under_way(begun, WINDOW + 3) == 3
+    assert under_way(begun, WINDOW + 2) == 1
+
+
+def test_what_is_moved_costs_as_much():
+    table = {(NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0}
+    also_moved(table, [site(movable=True), site(Q)])
+    assert table == {
+        (NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0, (NORM, MOVE8): 1.0, (NORM, MOVE): 2.0,
+    }  # fmt: skip
+
+
+def test_the_block_of_a_module():
+    blocks = ["blocks.1", "blocks.10"]
+    assert block_of("blocks.1", blocks) == "blocks.1"
+    assert block_of("blocks.1.mlp", blocks) == "blocks.1"
+    assert block_of("blocks.10.mlp", blocks) == "blocks.10"
+    assert block_of("blocks.2", blocks) is None
+    assert block_of("head", blocks) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_blocks_mode_in_a_policy(mode):
+    checkpointed = mode.startswith("checkpoint")
+    policy = with_blocks(Policy(bits=4, recompute="linear"), {"a.0": mode, "b": STASHES}, {})
+    assert policy.checkpoint == (("a.0",) if checkpointed else ())
+    rules = policy.rules(["a", "a.0", "a.0.fc", "b"])
+    assert rules["b"]["linear", "input"] == rules["a"]["linear", "input"]
+    inside = rules["a.0.fc"]["linear", "input"]
+    assert inside.enabled == ("of codes" in mode)
+    if inside.enabled:
+        assert (inside.codec.bits, inside.group_size, inside.rebuild_linear) == (8, 128, False)
+    kept = rules["a.0"]["checkpoint", "input"]
+    bits = next((n for n in (8, 4) if f"input {n} bits" in mode), None)
+    assert kept.enabled == (bits is not None)
+    assert kept.offload == ("moved" in mode)
+    if bits is not None:
+        assert (kept.codec.bits, kept.group_size) == (bits, {8: 128, 4: 64}[bits])
+
+
+def test_blocks_in_a_row_are_one_pattern():
+    def patterns(modes, rows):
+        return list(with_blocks(Policy(), modes, rows).checkpoint)
+
+    kept = "checkpoint"
+    assert patterns({"a.0": kept, "a.1": kept}, {"a": 2}) == ["a.*"]
+    # Not all that stand there, not of one mode, alone, or in the model itself.
+    assert patterns({"a.0": kept, "a.1": kept}, {"a": 3}) == ["a.0", "a.1"]
+    assert patterns({"a.0": kept, "a.1": "PyTorch"}, {"a": 2}) == ["a.0"]
+    assert patterns({"a.0": kept}, {"a": 1}) == ["a.0"]
+    assert patterns({"0": kept, "1": kept}, {"": 2}) == ["0", "1"]
+    assert patterns({"a.0": kept, "b.0": kept, "a.1": kept}, {"a": 2}) == ["a.*", "b.0"]
+
+
+def test_costs_of_choices_by_hand():
+    """Two sites, of which one has two stashes, and a block; q is rebuilt from the norm."""
+    norm, q = site(), site(Q, 1, product="qkv", source=NORM)
+    seconds = {(NORM, 8): 1.0, (NORM, 4): 2.0, (Q, 8): 3.0, (Q, 4): 4.0, (Q, REBUILD): 0.5}
+    variance = {name: 0.01 * value for name, value in seconds.items()}
+    way = Way(300_000, 7.0, 0.5, 2_000)
+    problem = Problem(
+        [norm, q],
+        seconds,
+        variance,
+        {"qkv": 10.0},
+        {(NORM, 8): 0.2, (NORM, 4): 0.3},
+        # The higher of two at one place counts.
+        [Moment(100, 4), Moment(900_000, 2), Moment(500, 2), Moment(50, 4, "1", "checkpoint")],
+        [(NORM, 1.0), (Q, 0.5), (Q, 0.5), (("1", BLOCK, "begin"), 0.0)],
+        [Block("1", {"checkpoint": way})],
+    )
+    stored = {NORM: 8, Q: 4, ("1", BLOCK, ""): STASHES}
+    found = score(problem, stored)
+    assert (found.seconds, found.variance) == pytest.approx((5.0, 0.05))
+    assert found.peak_bytes == 900_000 + BYTES[8] + BYTES[4] / 2
+    rebuilt = score(problem, stored | {Q: REBUILD})
+    assert (rebuilt.seconds, rebuilt.variance) == pytest.approx((11.5, 0.015 + 0.2))
+    assert rebuilt.peak_bytes == 900_000 + BYTES[8]
+    checkpointed = score(problem, stored | {("1", BLOCK, ""): "checkpoint"})
+    assert (checkpointed.seconds, checkpointed.variance) == pytest.approx((12.0, 0.55))
+    # At the last moment its input is there, and its own 50 bytes.
+    last = [Moment(100, 4), Moment(50, 4, "1", "checkpoint")]
+    ended = dataclasses.replace(problem, moments=last)
+    checkpointed = score(ended, stored | {("1", BLOCK, ""): "checkpoint"})
+    assert checkpointed.peak_bytes == BYTES[8] + BYTES[4] + 300_000 + 100
+    moving = dataclasses.replace(problem, bus=Bus(1000.0, 1.5, 0.5))
+    waited = score(moving, stored | {("1", BLOCK, ""): "checkpoint"})
+    # 2,000 bytes take 2 s each way, of which 1.5 and 0.5 s are hidden.
+    assert waited.seconds == pytest.approx(12.0 + 0.5 + 1.5)
+    assert waited.cost(2.0) == pytest.approx(14.0 + 2 * 0.55)
+    assert waited.within(14.0, 0.55)
+    assert not waited.within(13.9, None)
+    assert not waited.within(None, 0.5)
+    assert waited.within(None, None)
+
+
+def test_a_watch_knows_the_module_of_each_weight():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    watch = StashLog()
+    watch.installed(model)
+    weight = model[0].weight
+    assert watch.modules == {id(weight): (weight, "0")}
+
+
+def test_what_a_block_takes_in_each_mode_by_hand():
+    """The variance of a mode is that of 8-bit codes inside, if there are any, plus that of its input's codes."""
+    one, taken = site(block="b"), Site(("b", "checkpoint", "input"), 0)
+    other = site(Q)
+    modes = {name: MODES[name] for name in MODES if name.startswith("checkpoint")}
+    planner = SimpleNamespace(
+        plays=SimpleNamespace(blocks=["b"]),
+        sites=[one, other],
+        sensitivity=SimpleNamespace(
+            variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
+        ),
+        pace=SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0}),
+        prospect=SimpleNamespace(
+            modes={"PyTorch": MODES["PyTorch"], **modes},
+            block_inputs={"b": taken},
+            order=SimpleNamespace(kept={("b", name): len(name) for name in MODES}),
+            input_bytes=lambda block, bits: 10 * bits,
+        ),
+    )
+    (found,) = Planner._blocks(planner)
+    assert found.name == "b"
+    assert {name: way.kept_bytes for name, way in found.ways.items()} == {n: len(n) for n in MODES}
+    assert {name: way.seconds for name, way in found.ways.items()} == {
+        "PyTorch": 0.0, **{name: 5.0 if "codes" in name else 3.0 for name in modes},
+    }  # fmt: skip
+    assert {name: way.variance for name, way in found.ways.items()} == {
+        "PyTorch": 0.0,
+        "checkpoint": 0.0,
+        "checkpoint, input 8 bits": 0.25,
+        "checkpoint, input 4 bits": 0.5,
+        "checkpoint of codes": 1.0,
+        "checkpoint of codes, input 8 bits": 1.25,
+        "checkpoint of codes, input 4 bits": 1.5,
+        "checkpoint, input 8 bits, moved": 0.25,
+        "checkpoint of codes, input 8 bits, moved": 1.25,
+    }
+    moved = {name for name, way in found.ways.items() if way.moved_bytes == 80}
+    assert moved == {name for name in MODES if "moved" in name}

@@ -1,0 +1,195 @@
+"""The report in a real browser: no errors, no network, sortable, readable on a phone, dark, in print."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from limits import HUNG_S
+
+from mesa_train.report.html import render, write_report
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+SETTING = {
+    "model": "my_model<b>",
+    "shapes": [[4, 3, 64, 64]],
+    "dtype": "bf16",
+    "device": "cpu",
+    "command": "mesa-train compare 'my model' --batch-size 4",
+    "versions": {"torch": "2.15.0"},
+    "date": "2026-01-01",
+}
+
+
+def made(method, kept, step, error, **more):
+    blocks = {f"blocks.{i}.mlp": kept // 5 for i in range(4)}
+    return {
+        "method": method,
+        "kept_bytes": kept,
+        "peak_bytes": 3 * kept,
+        "step_ms": step,
+        "step_ms_quartiles": [0.9 * step, 1.1 * step],
+        "gradient_error": error,
+        "by_operator": {"linear": kept // 2, "gelu": kept // 2},
+        "by_module": {"stem": kept // 5, **blocks},
+        "caveats": ["exact"],
+        **more,
+    }
+
+
+ROWS = [
+    made("plain", 500 << 20, 100.0, 0.01),
+    made("mesa8", 150 << 20, 107.0, 0.012),
+    made("checkpoint", 60 << 20, 130.0, 0.01),
+    made("compile", 499 << 20, 80.0, 0.01, by_module=None),
+    {"method": "compile-fp8", "note": "RuntimeError: <refused>"},
+]
+
+# Runs in the page; what it finds is read from the dumped document.
+PROBE = """
+<script>
+const found = { errors: window.errors, resources: performance.getEntriesByType("resource").length };
+const table = document.querySelector("table.sortable");
+const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
+found.first = names();
+const head = [...table.tHead.rows[0].cells].find((cell) => cell.dataset.key === "step_ms");
+head.querySelector("button").click();
+found.ascending = names();
+found.sort = head.getAttribute("aria-sort");
+head.querySelector("button").click();
+found.descending = names();
+head.querySelector("button").click();
+found.last = names();
+const nodes = [...document.querySelectorAll(".tree details")];
+document.querySelector('[data-open="0"]').click();
+found.closed = nodes.filter((node) => node.open).length;
+document.querySelector('[data-open="1"]').click();
+found.open = nodes.filter((node) => node.open).length;
+found.nodes = nodes.length;
+document.querySelector('[data-open="0"]').click();
+dispatchEvent(new Event("beforeprint"));
+found.printed = nodes.filter((node) => node.open).length;
+dispatchEvent(new Event("afterprint"));
+found.after = nodes.filter((node) => node.open).length;
+found.overflow = document.documentElement.scrollWidth - innerWidth;
+found.background = getComputedStyle(document.body).backgroundColor;
+found.charts = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().width);
+found.ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
+document.body.append(Object.assign(document.createElement("pre"), {
+  id: "found", textContent: JSON.stringify(found),
+}));
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def page():
+    pytest.importorskip("matplotlib")
+    return render(ROWS, SETTING)
+
+
+def browse(folder, page, *options):
+    """What PROBE finds in `page`."""
+    catch = '<script>window.errors = []; addEventListener("error", (e) => errors.push(e.message));</script>'
+    path = folder / "page.html"
+    path.write_text(
+        page.replace("<head>", "<head>" + catch).replace("</body>", PROBE + "</body>"),
+        encoding="utf-8",
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"--user-data-dir={folder}/profile",
+    ]
+    done = subprocess.run(
+        [BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=HUNG_S
+    )
+    text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert text, done.stderr
+    return json.loads(html.unescape(text[1]))
+
+
+def test_one_file_without_a_network(page):
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page.replace("xlink:href", "href"))
+    assert "url(http" not in page
+    assert "@import" not in page
+    for said in (
+        "my_model&lt;b&gt;",
+        "&lt;refused&gt;",
+        SETTING["command"].replace("'", "&#x27;"),
+        "torch 2.15.0",
+    ):
+        assert said in page
+    assert "<b>" not in page
+    assert "mesa8 keeps 3.33 times less than plain at 1.07 times its step time" in page
+    assert "a gradient error of 1.20% (plain: 1.00%)" in page
+    assert "Checkpointing every block keeps 8.33 times less at 1.30 times the step time." in page
+
+
+def test_what_is_behind_plain_is_marked():
+    rows = [*ROWS, made("mesa4", 90 << 20, 104.0, 0.12), made("float32", 800 << 20, 90.0, 0.0)]
+    page = render(rows, SETTING)
+    cells = re.findall(r'<td class="number( best| worse)?" data-value="([^"]*)">', page)
+    worse = {float(value) for kind, value in cells if kind == " worse"}
+    # A step 4 % longer may be noise, one 7 % longer is not; an error of 1.2 % is near plain's.
+    assert {107.0, 130.0, 0.12, float(800 << 20)} <= worse
+    assert not {104.0, 100.0, 0.012, float(500 << 20)} & worse
+    (base,) = re.findall(r'<tr class="base"><th scope="row">(\w+)', page)
+    assert base == "plain"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium: apt-get install chromium")
+class TestInABrowser:
+    def test_works(self, page, tmp_path):
+        found = browse(tmp_path, page, "--window-size=1280,900")
+        assert found["errors"] == []
+        assert found["resources"] == 0
+        assert found["first"] == found["last"] == [row["method"] for row in ROWS]
+        # What has no value stays at the end, whichever way.
+        assert found["ascending"] == ["compile", "plain", "mesa8", "checkpoint", "compile-fp8"]
+        assert found["descending"] == ["checkpoint", "mesa8", "plain", "compile", "compile-fp8"]
+        assert found["sort"] == "ascending"
+        assert found["nodes"] == 2  # the model, and its row of blocks
+        assert (found["closed"], found["open"]) == (0, 2)
+        assert (found["printed"], found["after"]) == (2, 0)
+        assert len(found["charts"]) == 2
+        assert len(found["ids"]) == len(set(found["ids"]))
+
+    def test_on_a_phone(self, page, tmp_path):
+        found = browse(tmp_path, page, "--window-size=390,800")
+        assert found["overflow"] <= 0
+        assert found["errors"] == []
+
+    def test_light_and_dark(self, page, tmp_path):
+        seen = {
+            scheme: browse(tmp_path, page, f"--blink-settings=preferredColorScheme={number}")[
+                "background"
+            ]
+            for scheme, number in (("dark", 0), ("light", 1))
+        }
+        assert seen == {"dark": "rgb(20, 24, 28)", "light": "rgb(255, 255, 255)"}
+
+    def test_prints(self, page, tmp_path):
+        source, target = tmp_path / "page.html", tmp_path / "page.pdf"
+        source.write_text(page, encoding="utf-8")
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/profile",
+        ]
+        command = [BROWSER, *flags, f"--print-to-pdf={target}", source.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=HUNG_S)
+        assert target.read_bytes().startswith(b"%PDF")
+
+
+def test_nothing_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path / "a" / "r.html", [{"method": "plain", "note": "out of memory"}], SETTING)
+    assert "out of memory" in (tmp_path / "a" / "r.html").read_text()
