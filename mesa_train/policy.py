@@ -1,4 +1,4 @@
-"""Policy: what is kept for the backward, in how many bits, and what is rebuilt instead.
+"""Policy: what is saved for the backward, in how many bits, and what is rebuilt instead.
 
 A `Policy` is a frozen value: it holds no tensor and no model. `wrap` resolves it once per module
 into `Rules`, which the operators consult by operator and operand name. An operator sees a codec and
@@ -81,7 +81,7 @@ class Policy:
     forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
         lets norms, activations and softmax run in kernels that make the codes in the same pass,
         equal to PyTorch's to rounding. For GPUs: on a CPU a step takes as long either way.
-    offload: on a GPU, what is stored waits in main memory until the backward: the codes, or with
+    offload: on a GPU, what is stored waits in CPU memory until the backward: the codes, or with
         bits=32 the tensors (see `offload.py`). On a CPU nothing is moved, nor copied.
     checkpoint: names of modules, with `*` for any part, whose forward keeps its inputs alone and
         runs again in the backward; inside another one that is checkpointed, nothing more happens.
@@ -301,7 +301,7 @@ class Rules:
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How one operand is kept: by which codec (None: running ranges, bound at each use), what may be
-    rebuilt, whether the forward may make its codes, and whether they wait in main memory.
+    rebuilt, whether the forward may make its codes, and whether they wait in CPU memory.
 
     limit: the dearest step of a stash that the operand may be rebuilt from (see `stash.Stash`). lossless: the
         operand is kept as it is."""
@@ -428,7 +428,7 @@ PRESETS: dict[str, Policy] = {
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }
 
-# By the name of a preset with "+offload": the same, waiting in main memory.
+# By the name of a preset with "+offload": the same, waiting in CPU memory.
 OFFLOADED: dict[str, Policy] = {
     f"{name}+offload": dataclasses.replace(policy, offload=True) for name, policy in PRESETS.items()
 }

@@ -1,4 +1,4 @@
-"""What a policy accepts, what it says of what it does not, and what its fields do to the bytes kept."""
+"""What a policy accepts, what it says of what it does not, and what its fields do to the bytes saved."""
 
 import dataclasses
 import pickle
@@ -34,7 +34,7 @@ class Model(nn.Module):
         return self.head(self.blocks(x).softmax(-1))
 
 
-def kept_bytes(policy, model=None):
+def saved_bytes(policy, model=None):
     model = mesa_train.wrap(Model() if model is None else model, policy)
     known = {p.untyped_storage()._cdata for p in model.parameters()}
     storages = {}
@@ -306,18 +306,18 @@ BASE = {"min_bytes": 0}
     ],
 )
 def test_overrides_change_the_bytes_they_say(overrides, blocks, softmax):
-    assert kept_bytes(Policy(**BASE, overrides=overrides)) == expected_bytes(blocks, softmax)
+    assert saved_bytes(Policy(**BASE, overrides=overrides)) == expected_bytes(blocks, softmax)
 
 
 def test_disabled_parts_keep_what_pytorch_keeps():
-    all_ours = kept_bytes(Policy(**BASE))
-    head = kept_bytes(Policy(**BASE, overrides={"head": {"enabled": False}}))
+    all_ours = saved_bytes(Policy(**BASE))
+    head = saved_bytes(Policy(**BASE, overrides={"head": {"enabled": False}}))
     # The head's input, a softmax's output, is already kept in codes; PyTorch keeps it whole.
     assert head == all_ours + ROWS * COLS * 4
-    everything = kept_bytes(Policy(**BASE, overrides={"*": {"enabled": False}}))
-    assert everything == kept_bytes(Policy(enabled=False))
+    everything = saved_bytes(Policy(**BASE, overrides={"*": {"enabled": False}}))
+    assert everything == saved_bytes(Policy(enabled=False))
     plain = Model()
-    assert everything == kept_bytes(Policy(bits=32, enabled=False), plain)
+    assert everything == saved_bytes(Policy(bits=32, enabled=False), plain)
 
 
 @pytest.mark.parametrize(
@@ -363,11 +363,11 @@ def test_module_names_that_are_operators_too():
 
     # The operator wins; the module is reached by a pattern that is no operator's name.
     linear = codes(COLS, 8)
-    assert kept_bytes(Policy(**BASE, overrides={"attention": {"bits": 4}}), Named()) == linear
-    assert kept_bytes(Policy(**BASE, overrides={"attentio[n]": {"bits": 4}}), Named()) == codes(
+    assert saved_bytes(Policy(**BASE, overrides={"attention": {"bits": 4}}), Named()) == linear
+    assert saved_bytes(Policy(**BASE, overrides={"attentio[n]": {"bits": 4}}), Named()) == codes(
         COLS, 4
     )
-    assert kept_bytes(
+    assert saved_bytes(
         Policy(**BASE, overrides={"attention:linear": {"bits": 4}}), Named()
     ) == codes(COLS, 4)
 

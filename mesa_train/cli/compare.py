@@ -31,17 +31,23 @@ def compare(
             "compile:PRESET, PRESET+checkpoint, METHOD+adamw8bit, a policy's YAML file; default: all."
         ),
     ] = None,
-    quick: Annotated[
+    fake: Annotated[
         bool,
-        typer.Option("--quick", "--fake", help="Bytes alone, on tensors without data, in seconds."),
+        typer.Option("--fake", "--quick", help="Bytes alone, on tensors without data, in seconds."),
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Timed steps of every method.")] = 4,
     memory: Annotated[
         str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds for one method.")] = 240.0,
-    total: Annotated[
-        float, typer.Option(min=1, help="Most seconds for all; what is left then is not begun.")
+    method_timeout: Annotated[
+        float,
+        typer.Option("--method-timeout", "--limit", min=1, help="Most seconds for one method."),
+    ] = 240.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", "--total", min=1, help="Most seconds for all; later methods are not begun."
+        ),
     ] = 340.0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for rows.jsonl, charts and report.html.")
@@ -56,20 +62,20 @@ def compare(
         from mesa_train.report.results import Results
         from mesa_train.utils.formatting import parse_bytes
 
-        names = _methods(methods, quick)
+        names = _methods(methods, fake)
         memory_bytes = None if memory is None else parse_bytes(memory, "--memory")
-        where = common.device_name(device, quick)
+        where = common.device_name(device, fake)
         if out is not None:
             # Here, and not when all is measured.
             common.writable_folder(out, "--out")
         # Also where every method runs elsewhere: what is wrong with the model shows here, at once. On
         # the CPU, so that nothing of this process lies on the GPU that is measured.
-        loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=quick)
-        dtype = common.resolved(loaded, dtype, where, quick)
-        common.check_precision(loaded, dtype, where, quick)
-        setting = common.setting_of(loaded, dtype, where, quick)
+        loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=fake)
+        dtype = common.resolved(loaded, dtype, where, fake)
+        common.check_precision(loaded, dtype, where, fake)
+        setting = common.setting_of(loaded, dtype, where, fake)
         title = common.title_of(loaded, dtype, where)
-        if not quick:
+        if not fake:
             del loaded
         asked = common.autocast_of(dtype)
         request = Request(
@@ -80,13 +86,13 @@ def compare(
             dtype=None if asked is None else str(asked).removeprefix("torch."),
             rounds=rounds,
             memory_bytes=memory_bytes,
-            limit_s=limit,
-            total_s=total,
+            limit_s=method_timeout,
+            total_s=timeout,
         )
         results = None if out is None else Results(out, setting, where, common.command_line())
         with common.progress_bar() as progress:
             counted = functools.partial(_counted, device=device)
-            made = (counted if quick else measure)(request, names, progress)
+            made = (counted if fake else measure)(request, names, progress)
             rows, stopped = _read(made, results)
         rows.sort(key=lambda row: names.index(row["method"]))
         if rows and results is not None:
@@ -139,18 +145,18 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _methods(asked: str | None, quick: bool) -> list[str]:
+def _methods(asked: str | None, fake: bool) -> list[str]:
     """The methods of a comma-separated list, or all that can be measured; ValueError for a name
     that is none."""
-    from mesa_train.methods.spec import DEFAULT, Contender
+    from mesa_train.methods.spec import DEFAULT, MethodSpec
 
     names = list(DEFAULT)
     if asked is not None:
         names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
-    elif quick:
-        names = [name for name in names if Contender.of(name).countable]
+    elif fake:
+        names = [name for name in names if MethodSpec.of(name).countable]
     for name in names:
-        Contender.of(name)
+        MethodSpec.of(name)
     return names
 
 

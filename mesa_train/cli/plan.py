@@ -28,13 +28,18 @@ def plan(
         float | None, typer.Option(help="Most gradient error that codes may add: 0.02 for 2 %.")
     ] = None,
     cpu_memory: Annotated[
-        str | None, typer.Option(help="Most main memory for what is moved there, such as 64GiB.")
+        str | None, typer.Option(help="Most CPU memory for what is moved there, such as 64GiB.")
     ] = None,
     frontier: Annotated[
         Path | None, typer.Option(help="Draw what every budget costs to this PNG file.")
     ] = None,
-    rivals: Annotated[
-        Path | None, typer.Option(help="rows.jsonl of a comparison, to draw beside the frontier.")
+    baselines: Annotated[
+        Path | None,
+        typer.Option(
+            "--baselines",
+            "--rivals",
+            help="rows.jsonl of a comparison, to draw beside the frontier.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the policy to this YAML file.")] = None,
     batch_size: common.BatchSize = 8,
@@ -44,8 +49,8 @@ def plan(
     fake: common.Fake = False,
     as_json: common.Json = False,
 ) -> None:
-    """A policy that fits a memory budget. Chooses for every stash whether it is kept whole, in 8, 4 or
-    2 bits, rebuilt, or, on a GPU, moved to main memory, for every block whether to checkpoint it; says
+    """A policy that fits a memory budget. Chooses for every stash whether it is saved uncompressed, in 8, 4 or
+    2 bits, rebuilt, or, on a GPU, moved to CPU memory, for every block whether to checkpoint it; says
     what a step will take."""
     with common.one_line_errors():
         from mesa_train.planner.planner import Planner
@@ -54,13 +59,13 @@ def plan(
 
         if budget is not None:
             parse_bytes(budget, "--budget")
-        points = _rivals(rivals, frontier)
+        points = _baselines(baselines, frontier)
         common.writable_file(out, "--out", ".yaml .yml")
         common.writable_file(frontier, "--frontier", ".png")
         loaded, where = common.loading(model, batch_size, image_size, device, fake)
         dtype = common.resolved(loaded, dtype, where, fake)
         common.check_precision(loaded, dtype, where, fake)
-        _check_rivals(rivals, points, loaded)
+        _check_baselines(baselines, points, loaded)
         with common.progress_bar() as progress:
             planner = Planner(
                 loaded.model,
@@ -104,7 +109,7 @@ def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
     }
 
 
-def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:
+def _check_baselines(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:
     """ValueError if the rows are of another model or batch."""
     for row in rows:
         own = row.get("model"), row.get("shapes", row.get("inputs"))
@@ -113,23 +118,23 @@ def _check_rivals(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded)
 
             theirs, ours = format_shapes(own[1] or []), format_shapes(loaded.shapes())
             raise ValueError(
-                f"--rivals {path}: rows of {own[0]} with {theirs}, not of {loaded.name} with {ours}"
+                f"--baselines {path}: rows of {own[0]} with {theirs}, not of {loaded.name} with {ours}"
             )
 
 
-def _rivals(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]:
+def _baselines(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]:
     """The rows of a comparison; ValueError where they cannot be drawn."""
     from mesa_train.utils import records
 
     if path is None:
         return []
     if frontier is None:
-        raise ValueError("--rivals are drawn beside a frontier: give --frontier chart.png too")
+        raise ValueError("--baselines are drawn beside a frontier: give --frontier chart.png too")
     if path.is_dir():
         path = path / "rows.jsonl"
     if not path.is_file():
-        raise ValueError(f"--rivals {path}: no such file; `mesa-train compare --out` writes one")
+        raise ValueError(f"--baselines {path}: no such file; `mesa-train compare --out` writes one")
     rows = records.read(path)
     if not any("method" in row for row in rows):
-        raise ValueError(f"--rivals {path}: no rows of a comparison")
+        raise ValueError(f"--baselines {path}: no rows of a comparison")
     return rows

@@ -33,7 +33,7 @@ _SELECTIVE: tuple[type, ...] = (
 )
 
 
-class Unseen:
+class SACHiddenCodec:
     """`codec`, its operations out of a selective checkpoint's sight. `codec` itself goes into the recipe."""
 
     def __init__(self, codec: Any) -> None:
@@ -48,7 +48,7 @@ class Unseen:
             return self.codec.encode_normalized(x, mean, rstd)
 
 
-class Placeholder:
+class PlaceholderCodec:
     """`codec`, with tensors of the right shapes for codes. `codec` itself goes into the recipe."""
 
     def __init__(self, codec: Any) -> None:

@@ -5,7 +5,7 @@ stochastic rounding.
 Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both
 ends, a leaf keeps the range it was coded with (a later forward cannot corrupt it), and the averages
 move once per optimisation step, never in a recompute. The averages belong to the wrapped module's
-site and are no buffers: `to_empty`, `half` and `state_dict` leave them alone, and they follow what
+context and are no buffers: `to_empty`, `half` and `state_dict` leave them alone, and they follow what
 they code between devices. Under `compress`, which has no module, and while torch.compile traces,
 the ranges are the tensor's own.
 """

@@ -1,4 +1,4 @@
-"""A comparison by counting alone: kept bytes, peak of the step, largest batch, on tensors without
+"""A comparison by counting alone: saved bytes, peak of the step, largest batch, on tensors without
 data. Any model and batch, in seconds; no times and no gradients."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.module_tree import forward_order
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks
-from mesa_train.methods.spec import Contender
+from mesa_train.methods.spec import MethodSpec
 
 from .batch_size_finder import largest_batch_on_a_line
 
@@ -41,39 +41,39 @@ def count(
     """
     if not methods:
         raise ValueError("a comparison needs a method, such as plain or mesa8")
-    contenders = [Contender.of(method) for method in methods]
-    for number, contender in enumerate(contenders):
+    specs = [MethodSpec.of(method) for method in methods]
+    for number, spec in enumerate(specs):
         if progress is not None:
-            progress(contender.name, number, len(contenders))
-        row: Row = {"method": contender.name, "caveats": list(contender.caveats)}
-        if contender.countable:
+            progress(spec.name, number, len(specs))
+        row: Row = {"method": spec.name, "caveats": list(spec.caveats)}
+        if spec.countable:
             try:
-                row |= _counted(make(), contender, dtype, memory_bytes)
+                row |= _counted(make(), spec, dtype, memory_bytes)
             except NoBlocks as reason:
                 row["note"] = str(reason)
         else:
-            row["note"] = "its bytes show in a real run alone: leave --quick out"
+            row["note"] = "its bytes show in a real run alone: leave --fake out"
         yield row
 
 
 def _counted(
     loaded: Loaded,
-    contender: Contender,
+    spec: MethodSpec,
     dtype: torch.dtype | None,
     memory_bytes: int | None,
 ) -> Row:
-    model, inputs = contender.cast(loaded.model, loaded.inputs)
-    autocast = contender.autocast(dtype)
-    found = footprint(model, inputs, policy=contender.variant, autocast=autocast, loss=default_loss)
-    step = timeline(model, inputs, policy=contender.variant, autocast=autocast)
+    model, inputs = spec.cast(loaded.model, loaded.inputs)
+    autocast = spec.autocast(dtype)
+    found = footprint(model, inputs, policy=spec.variant, autocast=autocast, loss=default_loss)
+    step = timeline(model, inputs, policy=spec.variant, autocast=autocast)
     weights = found.parameter_bytes + found.buffer_bytes
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = sum(adamw_bytes(p.numel(), p.element_size(), contender.eight_bit) for p in trained)
+    optimizer = sum(adamw_bytes(p.numel(), p.element_size(), spec.eight_bit) for p in trained)
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     standing = weights + optimizer + sum(t.nbytes for t in tensors)
     row: Row = {
-        "kept_bytes": found.saved_bytes,
-        "moved_bytes": found.moved_bytes or None,
+        "saved_bytes": found.saved_bytes,
+        "offloaded_bytes": found.offloaded_bytes or None,
         "by_operator": found.by_operator,
         "by_module": forward_order(found),
         "weight_bytes": weights,
@@ -87,7 +87,7 @@ def _counted(
 
     def images(batch: int) -> Any:
         other = resized(inputs, own, batch, data=False, make=loaded.make)
-        return None if other is None else contender.narrowed(other)
+        return None if other is None else spec.narrowed(other)
 
     if memory_bytes is not None and images(1) is None:
         row["note"] = NO_BATCH
@@ -95,9 +95,7 @@ def _counted(
         room = memory_bytes - standing
 
         def peak(batch: int) -> int:
-            return timeline(
-                model, images(batch), policy=contender.variant, autocast=autocast
-            ).peak_bytes
+            return timeline(model, images(batch), policy=spec.variant, autocast=autocast).peak_bytes
 
         per_image = found.saved_bytes / own
         guess = max(1, int(room / max(per_image, 1)))

@@ -5,9 +5,9 @@ next one starts clean. A server process imports PyTorch once and forks a child a
 `fork_server.py` and `worker.py`).
 
 Compiling takes most of the time of a method that compiles, and one core. So on a CPU of several cores
-these methods have a lane of their own: they compile and count their bytes while the others count
+these methods have a slot of their own: they compile and count their bytes while the others count
 theirs, with half of the threads, since two jobs with all of them wait for each other's barriers. The
-peak is taken and steps are timed alone: whoever is ready has its turn, and the other lane is held.
+peak is taken and steps are timed alone: whoever is ready has its turn, and the other slot is held.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.methods.apply import PLAIN
-from mesa_train.methods.spec import FLOAT32, Contender
+from mesa_train.methods.spec import FLOAT32, MethodSpec
 
 from .fork_server import Server
 
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 _MEMINFO = Path("/proc/meminfo")
 # Of the seconds that a method has where all are to be done in time, the share for timed steps.
 _TIMING = 0.4
-# A lane of its own for what compiles needs this many times what the first method took.
+# A slot of its own for what compiles needs this many times what the first method took.
 _ROOM = 3
 
 
@@ -78,7 +78,7 @@ def measure(
     if not methods:
         raise ValueError(f"a comparison needs a method; choose from {FLOAT32}, plain, or a preset")
     for method in methods:
-        Contender.of(method)
+        MethodSpec.of(method)
     tell = progress or (lambda *_: None)
     with (
         tempfile.TemporaryDirectory(prefix="mesa_train_") as folder,
@@ -92,7 +92,7 @@ def measure(
         for done in range(len(methods)):
             row = bench.next(functools.partial(_told, tell, done, len(methods)))
             broken = row.pop("broken", False)
-            if broken and not measured and Contender.of(row["method"]).variant == PLAIN:
+            if broken and not measured and MethodSpec.of(row["method"]).variant == PLAIN:
                 raise ValueError(
                     f"{request.model} fails by itself, without any method: {row['note']}"
                 )
@@ -106,7 +106,7 @@ def _told(tell: Callable[[str, int, int], None], done: int, total: int, running:
 
 
 class _Bench:
-    """The rows of one comparison, made in one or two lanes."""
+    """The rows of one comparison, made in one or two slots."""
 
     def __init__(
         self, request: Request, methods: Sequence[str], folder: Path, servers: Sequence[Server]
@@ -116,8 +116,8 @@ class _Bench:
         self.end = clock.monotonic() + request.total_s
         self.two = request.device == "cpu" and (os.cpu_count() or 1) > 1
         numbers = range(len(methods))
-        compiled = [n for n in numbers if self.two and Contender.of(methods[n]).compiled]
-        # What has to be done by the one lane, and what either may do.
+        compiled = [n for n in numbers if self.two and MethodSpec.of(methods[n]).compiled]
+        # What has to be done by the one slot, and what either may do.
         self.own = [n for n in numbers if n not in compiled]
         self.either = compiled
         self.running: dict[Server, str] = {}
@@ -128,10 +128,10 @@ class _Bench:
 
     def start(self) -> None:
         """Begin. The servers start here: Linux would end them with the thread that starts them."""
-        lanes = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
-        for number, server in enumerate(lanes):
+        slots = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
+        for number, server in enumerate(slots):
             server.start()
-            threading.Thread(target=self._lane, args=(server, number == 0), daemon=True).start()
+            threading.Thread(target=self._slot, args=(server, number == 0), daemon=True).start()
 
     def close(self) -> None:
         """Begin nothing more."""
@@ -147,7 +147,7 @@ class _Bench:
                 return row
             tell(", ".join(list(self.running.values())))
 
-    def _lane(self, server: Server, first: bool) -> None:
+    def _slot(self, server: Server, first: bool) -> None:
         try:
             if not first:
                 self._until_there_is_room()
@@ -180,7 +180,7 @@ class _Bench:
     def _measured(self, server: Server, number: int) -> Row:
         """The row of a method, from a process of its own."""
         method = self.methods[number]
-        why_not = Contender.of(method).why_not(self.request.device)
+        why_not = MethodSpec.of(method).why_not(self.request.device)
         if why_not is not None:
             return self._row(method, None, why_not)
         left = self.end - clock.monotonic()
@@ -208,7 +208,7 @@ class _Bench:
         return self._row(method, Path(job["result"]), reason)
 
     def _time(self, server: Server, job: Row) -> None:
-        """Let a job take its peak and time its steps while the other lane is held."""
+        """Let a job take its peak and time its steps while the other slot is held."""
         others = [s for s in self.servers if s is not server]
         asked = clock.monotonic()
         with self.timing:
@@ -239,7 +239,7 @@ class _Bench:
 
     @staticmethod
     def _row(method: str, result: Path | None, reason: str | None) -> Row:
-        row: Row = {"method": method, "caveats": list(Contender.of(method).caveats)}
+        row: Row = {"method": method, "caveats": list(MethodSpec.of(method).caveats)}
         if result is not None and result.exists():
             row |= json.loads(result.read_text())
         return row if reason is None else {**row, "note": reason}
@@ -251,7 +251,7 @@ def _packages(request: Request, method: str) -> list[str]:
     known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
     own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
     # On a GPU a compiler that looks for it would spoil the fork.
-    compiles = request.device == "cpu" and Contender.of(method).compiled
+    compiles = request.device == "cpu" and MethodSpec.of(method).compiled
     return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
 
 
@@ -264,7 +264,7 @@ def _inductor(device: str) -> dict[str, str]:
 
 
 def _available() -> float:
-    """Bytes of main memory that are free or can be freed; infinite where the system does not tell."""
+    """Bytes of CPU memory that are free or can be freed; infinite where the system does not tell."""
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

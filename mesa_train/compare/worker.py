@@ -1,4 +1,4 @@
-"""One contender measured in a process of its own: bytes, peak, gradient error, step time.
+"""One method measured in a process of its own: bytes, peak, gradient error, step time.
 
 `python -m mesa_train.compare.worker` imports what all of them need once and forks a child for every
 job line on stdin, so that a comparison of twenty methods imports PyTorch once, and whatever a
@@ -37,7 +37,7 @@ from mesa_train.measure.module_tree import forward_order
 from mesa_train.measure.peak import Peak, peak_of, resident
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks
-from mesa_train.methods.spec import Contender, optimizer_bytes
+from mesa_train.methods.spec import MethodSpec, optimizer_bytes
 from mesa_train.methods.variants import Variant
 from mesa_train.utils.errors import one_line
 
@@ -49,8 +49,8 @@ Row = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
 
 
-class Bench:
-    """One contender on one model and one batch.
+class MethodBenchmark:
+    """One method on one model and one batch.
 
     job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
     memory_bytes (or None), the path of the reference, which the first job writes, the paths "ready",
@@ -59,10 +59,10 @@ class Bench:
 
     def __init__(self, job: Row) -> None:
         self.job = job
-        self.contender = Contender.of(job["method"])
+        self.spec = MethodSpec.of(job["method"])
         self.device = torch.device(job["device"])
         asked = None if job["dtype"] is None else getattr(torch, job["dtype"])
-        self.autocast = self.contender.autocast(asked)
+        self.autocast = self.spec.autocast(asked)
         self.before = resident()
         loaded = load(
             job["model"],
@@ -81,13 +81,13 @@ class Bench:
         elif job["writes_reference"]:
             self._write_reference(loaded.model, inputs, reference)
         self.batch, self.make = loaded.batch or job["batch_size"], loaded.make
-        self.model, self.inputs = self.contender.cast(loaded.model, inputs)
-        self.variant = Variant(self.model, self.contender.variant)
-        self.optimizer = self.contender.optimizer(self.model)
+        self.model, self.inputs = self.spec.cast(loaded.model, inputs)
+        self.variant = Variant(self.model, self.spec.variant)
+        self.optimizer = self.spec.optimizer(self.model)
 
     def row(self, report: Callable[[Row], None]) -> Row:
         """All columns. `report` is given what there is so far, should a later step fail."""
-        row: Row = {"method": self.contender.name, "caveats": list(self.contender.caveats)}
+        row: Row = {"method": self.spec.name, "caveats": list(self.spec.caveats)}
         with self.sharing():
             row |= self.counted()
         report(row)
@@ -114,7 +114,7 @@ class Bench:
         code, whose threads are compiled into it, and not for what is timed or whose scratch memory
         is counted."""
         threads = torch.get_num_threads()
-        if self.job["shares"] and not self.contender.compiled:
+        if self.job["shares"] and not self.spec.compiled:
             torch.set_num_threads(max(1, threads // 2))
         try:
             yield
@@ -178,21 +178,21 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
     def kept(self) -> Row:
-        """Bytes kept for the backward, and by operator and module where they have names."""
-        if not self.contender.countable:
-            kept = self.variant.kept_bytes(lambda module: self.loss(module, self.inputs))
-            what = "compiled graph" if self.contender.compiled else "copies in main memory"
-            return {"kept_bytes": kept, "by_operator": {what: kept}}
+        """Bytes saved for the backward, and by operator and module where they have names."""
+        if not self.spec.countable:
+            kept = self.variant.saved_bytes(lambda module: self.loss(module, self.inputs))
+            what = "compiled graph" if self.spec.compiled else "copies in CPU memory"
+            return {"saved_bytes": kept, "by_operator": {what: kept}}
         found = footprint(
             self.model,
             self.inputs,
-            policy=self.contender.variant,
+            policy=self.spec.variant,
             autocast=self.autocast,
             loss=default_loss,
         )
         return {
-            "kept_bytes": found.saved_bytes,
-            "moved_bytes": found.moved_bytes or None,
+            "saved_bytes": found.saved_bytes,
+            "offloaded_bytes": found.offloaded_bytes or None,
             "by_operator": found.by_operator,
             "by_module": forward_order(found),
         }
@@ -236,23 +236,23 @@ class Bench:
         """The largest batch whose step fits, and how that was found; None, and why it was not."""
         batch, memory = self.batch, self.job["memory_bytes"]
         on_gpu = self.device.type == "cuda"
-        if (on_gpu or self.contender.countable) and self.resized(1) is None:
+        if (on_gpu or self.spec.countable) and self.resized(1) is None:
             return None, NO_BATCH
         if on_gpu:
             return largest_batch_by_trying(self, memory), "largest batch: tried on the device"
         room = memory - self.standing()
         per_image = max(1, peak.allocated_bytes // batch)
         guess = max(1, room // per_image)
-        if not self.contender.countable:
+        if not self.spec.countable:
             return guess, f"largest batch: in proportion to the peak of batch {batch}"
         count = functools.partial(
-            timeline, self.model, policy=self.contender.variant, autocast=self.autocast
+            timeline, self.model, policy=self.spec.variant, autocast=self.autocast
         )
         found = largest_batch_on_a_line(
             lambda n: count(self.resized(n)).peak_bytes,
             room,
             guess,
-            row["kept_bytes"] / batch,
+            row["saved_bytes"] / batch,
             row["gradient_bytes"],
         )
         return found, "largest batch: computed on tensors without data"
@@ -262,13 +262,13 @@ class Bench:
         batch dimension."""
         on_gpu = self.device.type == "cuda"
         other = resized(self.inputs, self.batch, batch, on_gpu, self.make)
-        return None if other is None else self.contender.narrowed(other)
+        return None if other is None else self.spec.narrowed(other)
 
     def _write_reference(self, model: nn.Module, inputs: Any, path: Path) -> None:
         state = {key: value.clone() for key, value in model.state_dict().items()}
         narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
         own = copy.deepcopy(model) if narrow else model
-        wide, wide_inputs = Contender.of("float32").cast(own, inputs)
+        wide, wide_inputs = MethodSpec.of("float32").cast(own, inputs)
         args, kwargs = arguments(wide_inputs)
         torch.manual_seed(0)
         default_loss(wide(*args, **kwargs)).backward()
@@ -308,18 +308,18 @@ def run(job: Row) -> None:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     try:
-        bench = Bench(job)
+        bench = MethodBenchmark(job)
         row = bench.row(report)
     except torch.OutOfMemoryError as error:
         row = _so_far(result, row) | {"note": f"out of memory: {_own(error)}"}
     except NoBlocks as error:
         row = _so_far(result, row) | {"note": _own(error)}
-    except Exception as error:  # whatever a rival raises is its row's reason
+    except Exception as error:  # whatever a baseline raises is its row's reason
         traceback.print_exc()
         note = f"{type(error).__name__}: {_own(error)}"
         row = _so_far(result, row) | {"note": note[:400]}
         # Nothing at all was measured: for plain, the model's own fault.
-        row["broken"] = "kept_bytes" not in row
+        row["broken"] = "saved_bytes" not in row
     report(row)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from mesa_train.stash.recorder import Site
+from mesa_train.stash.recorder import ModuleContext
 
 from .entry import ATTRIBUTE, Installed, enter
 from .mirror import mirror, mirrors_for
@@ -35,23 +35,23 @@ attributes_of: Callable[[nn.Module], dict[str, Any]] = nn.Module.__dict__["__dic
 class Entry:
     """What a wrapped module has more than a plain one.
 
-    installed: shared with the other modules. site: its name and rules. own: the `forward` that the module had in
+    installed: shared with the other modules. context: its name and rules. own: the `forward` that the module had in
     its `__dict__` before. forward: the one that is there now; None where a module cannot have one, or needs none.
     """
 
-    def __init__(self, installed: Installed, site: Site, own: Any = ABSENT) -> None:
-        self.installed, self.site, self.own = installed, site, own
+    def __init__(self, installed: Installed, context: ModuleContext, own: Any = ABSENT) -> None:
+        self.installed, self.context, self.own = installed, context, own
         self.forward: Callable[..., Any] | None = None
 
     @property
     def module(self) -> nn.Module:
-        assert self.site.module is not None
-        return self.site.module
+        assert self.context.module is not None
+        return self.context.module
 
     def put_on(self) -> None:
         """Give the module its attributes."""
         module, attributes = self.module, attributes_of(self.module)
-        if self.site.name == "":
+        if self.context.name == "":
             self.installed.model = weakref.ref(module)
         attributes[ATTRIBUTE] = self
         if self.forward is None:
@@ -81,12 +81,16 @@ class Entry:
                 attributes[_FORWARD] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revived, (self.installed, self.site, *(() if self.own is ABSENT else (self.own,)))
+        return _revived, (
+            self.installed,
+            self.context,
+            *(() if self.own is ABSENT else (self.own,)),
+        )
 
 
-def _revived(installed: Installed, site: Site, *own: Any) -> Entry:
+def _revived(installed: Installed, context: ModuleContext, *own: Any) -> Entry:
     """The entry of a module that is being unpickled or deep-copied; its other attributes come later."""
-    entry = Entry(installed, site, *own)
+    entry = Entry(installed, context, *own)
     entry.prepare()
     entry.put_on()
     return entry
@@ -243,15 +247,15 @@ def _reduce(module: Any) -> Any:
         for attributes in args:
             if isinstance(attributes, dict):
                 attributes.pop(ATTRIBUTE, None)
-        args = make, args, entry.installed, dataclasses.replace(entry.site, module=None)
+        args = make, args, entry.installed, dataclasses.replace(entry.context, module=None)
         make = _again
     return (make, args, *rest)
 
 
-def _again(make: Any, args: tuple[Any, ...], installed: Installed, site: Site) -> Any:
+def _again(make: Any, args: tuple[Any, ...], installed: Installed, context: ModuleContext) -> Any:
     """A module made by `make(*args)`, wrapped."""
     module = make(*args)
-    _revived(installed, dataclasses.replace(site, module=module))
+    _revived(installed, dataclasses.replace(context, module=module))
     return module
 
 

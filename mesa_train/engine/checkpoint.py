@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mesa_train.policy import PRESETS, Policy
-from mesa_train.stash.recorder import Recorder, Site
+from mesa_train.stash.recorder import ModuleContext, Recorder
 
 from .checkpoint_inputs import InputHooks
 from .modes import innermost
@@ -47,13 +47,13 @@ def checkpoint(
     if bits == 32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return run()
     around = innermost()
-    recorder = Recorder(_site(bits))
+    recorder = Recorder(_context(bits))
     if around is not None:
         recorder.lineage, recorder.report = around.recorder.lineage, around.recorder.report
     with InputHooks(recorder):
         return run()
 
 
-def _site(bits: int) -> Site:
+def _context(bits: int) -> ModuleContext:
     policy: Policy = dataclasses.replace(PRESETS["mesa8"], checkpoint_inputs=bits)
-    return Site("", policy.rules([""])[""])
+    return ModuleContext("", policy.rules([""])[""])

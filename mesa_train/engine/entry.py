@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from mesa_train.policy import Policy
 from mesa_train.stash import sharded_parameters
-from mesa_train.stash.recorder import Report, Site, saved_hooks
+from mesa_train.stash.recorder import ModuleContext, Report, saved_hooks
 
 from .checkpoint_inputs import InputHooks
 from .intercept import CompressionMode, active, hookable
 from .modes import aside, exchange, put_aside, tracer, untraced
-from .step_counter import Steps
+from .step_counter import StepCounter
 
 ATTRIBUTE = "_mesa_train"
 
@@ -36,21 +36,21 @@ class Installed:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.report = Report()
-        self.steps = Steps()
+        self.steps = StepCounter()
         self.broken = False
         self.model: weakref.ref[nn.Module] | None = None
         changes = [policy.ranges, *[o.get("ranges") for o in policy.overrides.values()]]
         self._running = "running" in changes
 
-    def begins(self, site: Site) -> None:
+    def begins(self, context: ModuleContext) -> None:
         """A forward from outside, of the whole model or of a part: see whether the weights have moved. That
         of the whole model clears the report."""
-        if site.name == "":
+        if context.name == "":
             self.report.rows.clear()
         # A checkpoint's recompute, which belongs to a step that has been seen, runs within a backward.
         if self._running and torch._C._current_graph_task_id() == -1:
             model = self.model() if self.model is not None else None
-            self.steps.look(model if model is not None else site.module)  # type: ignore[arg-type]
+            self.steps.update(model if model is not None else context.module)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report": Report(), "model": None}
@@ -74,11 +74,11 @@ def enter(
             return call(*args, **kwargs)
         with aside():
             return call(*args, **kwargs)
-    installed, site = entry.installed, entry.site
-    if site.checkpointed and not again:
+    installed, context = entry.installed, entry.context
+    if context.checkpointed and not again:
         return _checkpointed(module, entry, call, args, kwargs)
     if not compiling and callable(tracer()):
-        modes = put_aside(installed, site.name, site.module)
+        modes = put_aside(installed, context.name, context.module)
         try:
             return call(*args, **kwargs)
         finally:
@@ -88,23 +88,23 @@ def enter(
         if _traced():
             return call(*args, **kwargs)
         if not compiling:
-            installed.begins(site)
-        with CompressionMode(site, installed, installed.report, installed.steps.count):
+            installed.begins(context)
+        with CompressionMode(context, installed, installed.report, installed.steps.count):
             return call(*args, **kwargs)
     recorder = mode.recorder
-    outside, recorder.site = recorder.site, site
+    outside, recorder.context = recorder.context, context
     if compiling:
         try:
             return call(*args, **kwargs)
         finally:
-            recorder.site = outside
+            recorder.context = outside
     hooks = saved_hooks()
     kind: Any = type(module)
-    if hooks is recorder.hooks and not sharded_parameters.unit(kind):
+    if hooks is recorder.hooks and not sharded_parameters.is_fsdp_module(kind):
         try:
             return call(*args, **kwargs)
         finally:
-            recorder.site = outside
+            recorder.context = outside
     # A checkpoint began since, or parameters inside are freed apart from those outside. What is kept inside
     # must not depend on what was kept outside.
     scope = recorder.hooks, recorder.lineage, recorder.linears
@@ -112,7 +112,7 @@ def enter(
     try:
         return call(*args, **kwargs)
     finally:
-        recorder.site = outside
+        recorder.context = outside
         recorder.hooks, recorder.lineage, recorder.linears = scope
 
 
@@ -124,7 +124,7 @@ def _checkpointed(
     kwargs: dict[str, Any],
 ) -> Any:
     """A module's forward that keeps its inputs alone, and runs again in the backward."""
-    installed, site = entry.installed, entry.site
+    installed, context = entry.installed, entry.context
     mode = active(installed)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -138,19 +138,19 @@ def _checkpointed(
         if _traced():
             return call(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            installed.begins(site)
-        with CompressionMode(site, installed, installed.report, installed.steps.count):
+            installed.begins(context)
+        with CompressionMode(context, installed, installed.report, installed.steps.count):
             return run()
     recorder = mode.recorder
-    outside, recorder.site = recorder.site, site
+    outside, recorder.context = recorder.context, context
     try:
         # Inside the hooks of a checkpoint of the user's own, this one's inputs are not kept at all.
-        if mode.inputs is None and site.rules.operators["checkpoint"] and hookable():
+        if mode.inputs is None and context.rules.operators["checkpoint"] and hookable():
             with InputHooks(recorder):
                 return run()
         return run()
     finally:
-        recorder.site = outside
+        recorder.context = outside
 
 
 # The frames of wrapped modules are traced, those in between are not.

@@ -20,24 +20,24 @@ from torch.autograd import forward_ad
 
 from mesa_train.ops import arrays, table
 from mesa_train.policy import Policy
-from mesa_train.stash.recorder import Recorder, Report, Site, saved_hooks
+from mesa_train.stash.recorder import ModuleContext, Recorder, Report, saved_hooks
 
 from .checkpoint_inputs import InputHooks
 from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
 
 
 class CompressionMode(Mode):
-    """Context manager: torch calls inside keep stashes as `site` says. `owner` tells nested wraps
+    """Context manager: torch calls inside keep stashes as `context` says. `owner` tells nested wraps
     apart."""
 
     def __init__(
-        self, site: Site, owner: object, report: Report | None = None, step: int = 0
+        self, context: ModuleContext, owner: object, report: Report | None = None, step: int = 0
     ) -> None:
         super().__init__()
         if not self.traced:
             table.link()
         self.owner = owner
-        self.recorder = Recorder(site, report, step)
+        self.recorder = Recorder(context, report, step)
         self.outer: list[Any] = []
         # The modes that were on before, if this one is alone while it is on.
         self.before: list[Any] = []
@@ -54,10 +54,14 @@ class CompressionMode(Mode):
         other = innermost()
         if other is self:
             other = None
-        self.outer.append((other, other.recorder.site if other is not None else None))
+        self.outer.append((other, other.recorder.context if other is not None else None))
         if other is not None:
-            other.recorder.site = _NOTHING
-        if len(self.outer) == 1 and self.recorder.site.rules.operators["checkpoint"] and hookable():
+            other.recorder.context = _NOTHING
+        if (
+            len(self.outer) == 1
+            and self.recorder.context.rules.operators["checkpoint"]
+            and hookable()
+        ):
             self.inputs = InputHooks(self.recorder)
             self.inputs.__enter__()
             self.recorder.hooks = saved_hooks()
@@ -66,9 +70,9 @@ class CompressionMode(Mode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        other, site = self.outer.pop()
+        other, context = self.outer.pop()
         if other is not None:
-            other.recorder.site = site
+            other.recorder.context = context
         if not self.outer and self.inputs is not None:
             self.inputs.__exit__(*error)
             self.inputs = None
@@ -84,7 +88,7 @@ class CompressionMode(Mode):
                     return arrays.call(func, args, kwargs)
             if not self.traced:
                 # Nothing may be written to this one, so each operator keeps what it needs by itself.
-                apart = CompressionMode(self.recorder.site, self.owner)
+                apart = CompressionMode(self.recorder.context, self.owner)
                 return apart.__torch_function__(func, types, args, kwargs)
             if not torch.is_grad_enabled() or torch.compiler.is_exporting():
                 return func(*args, **kwargs)
@@ -129,7 +133,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
     resolved = Policy.of(policy)
     if not torch.compiler.is_compiling():
         table.prepare()
-    return CompressionMode(Site("", resolved.rules([""])[""]), owner=object())
+    return CompressionMode(ModuleContext("", resolved.rules([""])[""]), owner=object())
 
 
 def hookable() -> bool:
@@ -141,8 +145,8 @@ def hookable() -> bool:
     )
 
 
-# A site where every operator is PyTorch's.
-_NOTHING = Site("", Policy(enabled=False).rules([""])[""])
+# A context where every operator is PyTorch's.
+_NOTHING = ModuleContext("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:

@@ -15,27 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesa_train.stash.sharded_parameters import local
+from mesa_train.stash.sharded_parameters import local_shard
 
 _SAMPLES = 8
 
 
-class Steps:
-    """`count` is how many steps `look` has seen, the first look among them."""
+class StepCounter:
+    """`count` is how many steps `update` has seen, the first update among them."""
 
     def __init__(self) -> None:
         self.count = 0
         self._known: dict[tuple[str, torch.Size], _Trace] = {}
 
-    def look(self, model: nn.Module) -> None:
-        """Count a step if trained weights of `model` have changed since the last look. Waits for the
+    def update(self, model: nn.Module) -> None:
+        """Count a step if trained weights of `model` have changed since the last update. Waits for the
         device: a few elements of each are compared. Under a fake tensor mode nothing can be compared."""
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return
         found: dict[tuple[str, torch.Size], _Trace] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                held = local(parameter)
+                held = local_shard(parameter)
                 found[name, held.shape] = _Trace(parameter, held)
         moved = any(
             [key in self._known and trace.differs(self._known[key]) for key, trace in found.items()]

@@ -15,7 +15,7 @@ from torch import nn
 
 from mesa_train.ops import table
 from mesa_train.policy import Policy
-from mesa_train.stash.recorder import Report, Site
+from mesa_train.stash.recorder import ModuleContext, Report
 
 from .bound import Entry, attributes_of, entry_of, own_forward
 from .entry import ATTRIBUTE, Installed
@@ -40,7 +40,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     rules, checkpointed = resolved.rules(names), resolved.checkpointed(names)
     installed = Installed(resolved)
     entries = [
-        _entry(installed, Site(plain, rules[plain], module, plain in checkpointed))
+        _entry(installed, ModuleContext(plain, rules[plain], module, plain in checkpointed))
         for plain, module in modules
     ]
     unwrap(model)
@@ -81,20 +81,20 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _entry(installed: Installed, site: Site) -> Entry:
+def _entry(installed: Installed, context: ModuleContext) -> Entry:
     """What is to be put on a module, with the `forward` that it has now as its own."""
-    module = site.module
+    module = context.module
     assert module is not None
     before = entry_of(module)
     try:
         own = own_forward(module)
         if before is not None and mirrors_for(own) is module:
             own = before.own
-        entry = Entry(installed, site, own)
+        entry = Entry(installed, context, own)
         entry.prepare()
     except Exception as error:
         raise TypeError(
-            f"wrap cannot enter {site.name or 'the model'} ({type(module).__name__}): {error}"
+            f"wrap cannot enter {context.name or 'the model'} ({type(module).__name__}): {error}"
         ) from error
     return entry
 

@@ -85,13 +85,13 @@ class Setup:
 @dataclasses.dataclass(frozen=True)
 class Activations:
     """Bytes of a step beside the model states. points: (batch, bytes) at rising batch sizes; between
-    them and beyond, on a line (from nothing, if there is one point). kept_per_image: what waits for
-    the backward, moved_per_image: in main memory. split: the share that tensor parallelism spreads."""
+    them and beyond, on a line (from nothing, if there is one point). saved_per_image: what waits for
+    the backward, offloaded_per_image: in CPU memory. split: the share that tensor parallelism spreads."""
 
     points: tuple[tuple[int, int], ...]
-    kept_per_image: int
+    saved_per_image: int
     split: float
-    moved_per_image: int = 0
+    offloaded_per_image: int = 0
 
     def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
         """Bytes for a batch on one GPU."""
@@ -188,20 +188,20 @@ class Estimator:
         found = self.activations(setup, policy)
         split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
         taken = found.bytes(self.batch, split)
-        moved = found.moved_per_image * cluster.per_node // split
+        moved = found.offloaded_per_image * cluster.per_node // split
         waiting = cluster.cpu_memory - held.cpu
         held = dataclasses.replace(held, cpu=held.cpu + moved * self.batch)
         whole = held.gpu + taken + reserve
         reason = ""
         if held.cpu > cluster.cpu_memory:
-            reason = "main memory"
+            reason = "CPU memory"
         elif whole > cluster.gpu_memory:
             reason = "GPU memory"
         room = cluster.gpu_memory - reserve - held.gpu
         largest = found.largest(room, split)
         if moved:
             largest = min(largest, max(0, waiting // moved))
-        elif reason == "main memory":
+        elif reason == "CPU memory":
             largest = 0
         name = policy if isinstance(policy, str) else "policy"
         return Estimate(
@@ -296,9 +296,9 @@ def activations_of(
     on_tokens = sum(size for name, size in found.by_operator.items() if name in _ON_TOKENS)
     return Activations(
         points=tuple(points.items()),
-        kept_per_image=found.saved_bytes // batch,
+        saved_per_image=found.saved_bytes // batch,
         split=1 - on_tokens / max(1, found.saved_bytes),
-        moved_per_image=found.moved_bytes // batch,
+        offloaded_per_image=found.offloaded_bytes // batch,
     )
 
 

@@ -1,6 +1,6 @@
 """A model as NF4 + LoRA leaves it, for counting: frozen 4-bit Linears with small trained ones.
 
-For the meta device: the shapes and what is kept for the backward are those of QLoRA (arXiv
+For the meta device: the shapes and what is saved for the backward are those of QLoRA (arXiv
 2305.14314); there is nothing to run.
 """
 

@@ -1,5 +1,5 @@
 """Model states of sharded training, by arithmetic: weights, gradients and optimizer states of one
-GPU, and of one machine's main memory.
+GPU, and of one machine's CPU memory.
 
 DeepSpeed keeps 16-bit weights and gradients, and float32 gradients, weights and moments for the
 optimizer; what it adds up to is what its own `estimate_zero*_model_states_mem_needs` say. FSDP2
@@ -14,7 +14,7 @@ import dataclasses
 
 from .optimizer_states import UPDATE
 
-# DeepSpeed's own allowance for its buffers in main memory.
+# DeepSpeed's own allowance for its buffers in CPU memory.
 BUFFERS = 1.5
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "in_backward", "frozen")
 OFFLOADS = ("none", "optimizer", "cpu", "nvme")
@@ -74,7 +74,7 @@ class Parameters:
 @dataclasses.dataclass(frozen=True)
 class States:
     """Bytes on one GPU: weights, gradients, optimizer (master weights included), gathered (what a
-    sharded layer is put together in). cpu: bytes of one machine's main memory; disk: on its NVMe."""
+    sharded layer is put together in). cpu: bytes of one machine's CPU memory; disk: on its NVMe."""
 
     weights: int
     gradients: int
@@ -168,7 +168,7 @@ def _zero12(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> S
 
 def _zero3(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
     """As DeepSpeed's estimate_zero3_model_states_mem_needs with zero.Init: the optimizer on the GPUs
-    or in main memory, with the parameters in main memory or on NVMe."""
+    or in CPU memory, with the parameters in CPU memory or on NVMe."""
     ranks, trained = cluster.gpus, own.trained
     gathered = 4 * own.largest
     # Gradients are 16-bit with a float32 copy, the optimizer has float32 weights: neither is there

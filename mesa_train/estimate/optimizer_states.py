@@ -49,7 +49,7 @@ def in_backward_bytes(shape: Sequence[int], optimizer: str) -> int:
     return Affine(8, LION_GROUP).bytes(rows, columns)
 
 
-def standing_bytes(model: nn.Module, inputs: Any, optimizer_bytes: int | None = None) -> int:
+def static_bytes(model: nn.Module, inputs: Any, optimizer_bytes: int | None = None) -> int:
     """Bytes that are there all the time: parameters, buffers, inputs, and the optimizer's states, by
     default AdamW's of the trained parameters."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]

@@ -65,7 +65,7 @@ def short_attention_backward(
     return first, second, third
 
 
-def scratch_bytes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> int:
+def workspace_bytes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> int:
     """Most bytes that `short_attention_backward` allocates beside its results: for whoever counts
     memory on tensors without data, which do not show what happens inside an operator."""
     copies = sum(t.nbytes for t in (grad, q, k, v) if not t.is_contiguous())

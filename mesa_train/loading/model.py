@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mesa_train.measure.fake_tensors import Fakes
+from mesa_train.measure.fake_tensors import FakeModel
 from mesa_train.measure.footprint import arguments, device_of, tensors_in
-from mesa_train.measure.isolation import standing_in
+from mesa_train.measure.isolation import isolated
 from mesa_train.utils.errors import one_line
 
 from .factory import Fixed, check_inputs, from_factory, made, unknown
@@ -235,10 +235,10 @@ def _built(
 def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> None:
     """A forward on fakes: what it raises is the model's way to refuse the size."""
     own = device_of(model)
-    fakes = Fakes(torch.device("cpu") if own.type == "meta" else own)
+    fakes = FakeModel(torch.device("cpu") if own.type == "meta" else own)
     args, kwargs = arguments(inputs)
     try:
-        with standing_in(model, fakes), torch.no_grad():
+        with isolated(model, fakes), torch.no_grad():
             model(*fakes.of(args), **fakes.of(kwargs))
     except Exception as error:  # whatever a model's own check raises
         raise ValueError(

@@ -33,7 +33,7 @@ class CoverageRow:
 class Coverage:
     """What a forward stored. `how` of a row is a codec, "1 bit", "shared" (a stash that stood
     already), "rebuilt" (from other stashes), "its size" (of a tensor of which the backward reads no
-    element), or "kept whole" with the reason: "exact" for a function that is left to PyTorch."""
+    element), or "uncompressed" with the reason: "exact" for a function that is left to PyTorch."""
 
     rows: tuple[CoverageRow, ...]
 
@@ -52,7 +52,7 @@ class Coverage:
             (*key, str(calls), format_bytes(total))
             for key, (calls, total) in self.by_operator().items()
         ]
-        return format_table(("operator", "operand", "kept as", "calls", "size"), body)
+        return format_table(("operator", "operand", "saved as", "calls", "size"), body)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, one entry per row."""

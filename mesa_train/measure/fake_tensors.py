@@ -52,7 +52,7 @@ _NORMS = (
 )
 
 
-class Fakes:
+class FakeModel:
     """Makes fakes of tensors on `device`, one for each tensor, so that tied weights stay tied."""
 
     def __init__(self, device: torch.device) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from mesa_train.engine.wrap import report_of
 from mesa_train.methods.apply import applied
 from mesa_train.policy import Policy
-from mesa_train.stash.offload import CountedLane, through
+from mesa_train.stash.offload import CountedOffloadStream, through
 from mesa_train.utils.formatting import format_bytes, format_table
 
 from .coverage import Coverage, coverage
-from .fake_tensors import Fakes
-from .isolation import standing_in
+from .fake_tensors import FakeModel
+from .isolation import isolated
 from .saved_tensors import Kept, Recorder, by_address
 
 
@@ -33,12 +33,12 @@ from .saved_tensors import Kept, Recorder, by_address
 class Footprint:
     """What one forward keeps for its backward. All sizes in bytes, every storage counted once.
 
-    saved_bytes: kept for the backward on the model's device, beyond parameters and buffers.
+    saved_bytes: saved for the backward on the model's device, beyond parameters and buffers.
     parameter_bytes, buffer_bytes: the model's own, there with or without a backward.
     rows: one `Kept(operator, module, dtype, shape, saved_bytes)` a storage, in forward order.
     notes: what a reader should know about how it was counted.
     stored: under a policy, what was stored how and why (see `coverage`).
-    moved_bytes: kept for the backward in main memory, by a policy that offloads; not in the sums by
+    offloaded_bytes: saved for the backward in CPU memory, by a policy that offloads; not in the sums by
     operator, dtype and module.
     """
 
@@ -48,7 +48,7 @@ class Footprint:
     rows: tuple[Kept, ...]
     notes: tuple[str, ...] = ()
     stored: Coverage | None = None
-    moved_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def by_operator(self) -> dict[str, int]:
@@ -67,13 +67,13 @@ class Footprint:
 
     @property
     def _here(self) -> list[Kept]:
-        return [row for row in self.rows if not row.moved]
+        return [row for row in self.rows if not row.offloaded]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values."""
         return {
             "saved_bytes": self.saved_bytes,
-            "moved_bytes": self.moved_bytes,
+            "offloaded_bytes": self.offloaded_bytes,
             "parameter_bytes": self.parameter_bytes,
             "buffer_bytes": self.buffer_bytes,
             "by_operator": self.by_operator,
@@ -100,10 +100,10 @@ class Footprint:
             for name, size in groups[by].items()
         ]
         here = str(len(self._here))
-        lines.append(["kept for backward", here, format_bytes(self.saved_bytes), ""])
-        if self.moved_bytes:
+        lines.append(["saved for backward", here, format_bytes(self.saved_bytes), ""])
+        if self.offloaded_bytes:
             away = str(len(self.rows) - len(self._here))
-            lines.append(["in main memory", away, format_bytes(self.moved_bytes), ""])
+            lines.append(["in CPU memory", away, format_bytes(self.offloaded_bytes), ""])
         lines.append(["parameters", "", format_bytes(self.parameter_bytes), ""])
         lines.append(["buffers", "", format_bytes(self.buffer_bytes), ""])
         rule = len(groups[by])
@@ -133,7 +133,7 @@ def footprint(
     fake: count on fake tensors: no memory, no arithmetic, the same bytes. A model on the meta
         device always is.
     device: what the fakes stand for, "cpu" or "cuda"; default: the model's, "cpu" if on meta. What a
-        policy offloads is moved as on a GPU where the fakes stand for one or the model is on meta.
+        policy offloads is offloaded as on a GPU where the fakes stand for one or the model is on meta.
     loss: called with the output inside the measurement, so that what a loss keeps counts too.
 
     Raises ValueError if no output requires grad, if the forward needs values that fakes do not
@@ -151,7 +151,7 @@ def footprint(
         stack.enter_context(applied(model, policy))
         parameter_bytes = _storage_bytes(model.parameters())
         buffer_bytes = _storage_bytes(model.buffers())
-        stack.enter_context(standing_in(model, fakes))
+        stack.enter_context(isolated(model, fakes))
         if fakes is not None:
             stack.enter_context(through(counted(own, target)))
         with recorder.watching(model), autocasting(target, autocast):
@@ -168,19 +168,23 @@ def footprint(
         )
     if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
         notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
-    saved_bytes = sum(row.saved_bytes for row in rows if not row.moved)
-    moved_bytes = sum(row.saved_bytes for row in rows if row.moved)
-    if moved_bytes and target.type == "cpu":
-        notes.append("what is offloaded is counted as moved to main memory, as on a GPU")
+    saved_bytes = sum(row.saved_bytes for row in rows if not row.offloaded)
+    offloaded_bytes = sum(row.saved_bytes for row in rows if row.offloaded)
+    if offloaded_bytes and target.type == "cpu":
+        notes.append("what is offloaded is counted as offloaded to CPU memory, as on a GPU")
     return Footprint(
-        saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored, moved_bytes
+        saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored, offloaded_bytes
     )
 
 
-def counted(own: torch.device, fakes: torch.device) -> CountedLane | None:
-    """How what is offloaded is counted on fakes on the device `fakes` of a model on `own`: moved as on
+def counted(own: torch.device, fakes: torch.device) -> CountedOffloadStream | None:
+    """How what is offloaded is counted on fakes on the device `fakes` of a model on `own`: offloaded as on
     a GPU, unless it is a CPU's model."""
-    return CountedLane(fakes) if own.type in ("meta", "cuda") or fakes.type == "cuda" else None
+    return (
+        CountedOffloadStream(fakes)
+        if own.type in ("meta", "cuda") or fakes.type == "cuda"
+        else None
+    )
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -215,7 +219,7 @@ def _target(
     device: str | torch.device | None,
     fake: bool,
     autocast: torch.dtype | None,
-) -> tuple[torch.device, Fakes | None, list[str]]:
+) -> tuple[torch.device, FakeModel | None, list[str]]:
     """(device that the forward sees, fakes if it runs on them, notes)."""
     own = device_of(model)
     on_meta = own.type == "meta"
@@ -239,7 +243,7 @@ def _target(
             "no CUDA device here: PyTorch then takes attention's math kernel, which keeps the "
             "attention matrix; device='cpu' comes closer to a GPU"
         )
-    return wanted, Fakes(wanted), notes
+    return wanted, FakeModel(wanted), notes
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

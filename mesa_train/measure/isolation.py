@@ -1,6 +1,6 @@
 """Run a model without leaving a trace in it, and without memory if need be.
 
-Inside `standing_in` every buffer is a copy, so BatchNorm's running statistics are written to the
+Inside `isolated` every buffer is a copy, so BatchNorm's running statistics are written to the
 copy; or, with `fakes`, every parameter, buffer and tensor attribute is a fake, and a model of any
 size runs in seconds. On the way out every module's attributes are what they were.
 """
@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from mesa_train.utils.errors import place
 
-from .fake_tensors import FAKES_CANNOT, NUMPY, Fakes
+from .fake_tensors import FAKES_CANNOT, NUMPY, FakeModel
 
 # nn.Module's own tables: parameters and buffers are replaced one by one, modules have their own.
 _TABLES = {"_parameters", "_buffers", "_modules"}
 
 
 @contextlib.contextmanager
-def standing_in(model: nn.Module, fakes: Fakes | None = None) -> Iterator[None]:
+def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]:
     """Within the context `model` has copies of its buffers, or `fakes`; afterwards it is as it was.
 
     The random generators of the CPU and of the model's devices are put back too.
@@ -77,7 +77,7 @@ def _no_values(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(model).__name__} reads values, which tensors without data do not have "
             f"({where + ': ' if where else ''}{error}); what measures it with data: "
-            "`mesa-train compare` without --quick, `mesa-train profile` without --fake, or footprint "
+            "`mesa-train compare` and `mesa-train profile` without --fake, or footprint "
             "with fake=False and the model on a real device"
         ) from error
 

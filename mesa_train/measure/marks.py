@@ -17,7 +17,7 @@ from .footprint import tensors_in
 FORWARD, BACKWARD = "forward", "backward"
 
 
-class Marked(Protocol):
+class StepListener(Protocol):
     """What is told of the marks."""
 
     def enter(self, module: str) -> None:
@@ -31,7 +31,7 @@ class Marked(Protocol):
 
 
 @contextlib.contextmanager
-def marking(model: nn.Module, marked: Marked) -> Iterator[None]:
+def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
     """Within the context the forwards of `model`'s modules, and their backwards, are told."""
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
@@ -41,7 +41,7 @@ def marking(model: nn.Module, marked: Marked) -> Iterator[None]:
         yield
 
 
-def _hooks(marked: Marked, name: str) -> tuple[Any, Any]:
+def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
     def enter(*_: Any) -> None:
         marked.enter(name)
 

@@ -75,9 +75,9 @@ def _fold(node: Node) -> None:
 
 
 def forward_order(footprint: Footprint) -> dict[str, int]:
-    """Bytes by module without submodules, in the order of the forward; what was moved to main memory is
+    """Bytes by module without submodules, in the order of the forward; what was offloaded to CPU memory is
     none of them."""
     sizes: dict[str, int] = {}
     for row in footprint.rows:
-        sizes[row.module] = sizes.get(row.module, 0) + (0 if row.moved else row.saved_bytes)
+        sizes[row.module] = sizes.get(row.module, 0) + (0 if row.offloaded else row.saved_bytes)
     return sizes

@@ -1,4 +1,4 @@
-"""Compare: methods side by side on one model and one batch: bytes kept, gradient error, step time.
+"""Compare: methods side by side on one model and one batch: bytes saved, gradient error, step time.
 
 Bytes come from `footprint` and are exact. The gradient error is one real backward per method
 against the plain float32 gradient of the same batch and the same random numbers. Times are forward
@@ -27,17 +27,17 @@ from mesa_train.policy import Policy
 from .footprint import arguments, autocasting, device_of, footprint
 from .gradients import default_loss as default_loss
 from .gradients import relative_error as relative_error
-from .isolation import standing_in
+from .isolation import isolated
 from .peak import peak_of
 from .timeline import Timeline
-from .workspace import Scratch, scratch_of
+from .workspace import Workspace, workspace_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One method's measurements; None is what was not asked for or cannot be had (see `notes`).
 
-    saved_bytes: kept for the backward, each storage once.
+    saved_bytes: saved for the backward, each storage once.
     saved_ratio: how many times less than plain.
     gradient_error: relative L2 distance from the plain float32 gradient over all parameters.
     time_ms: median of forward plus backward.
@@ -152,20 +152,20 @@ class Runs:
 
     def gradients(self, method: Policy | str) -> list[Tensor | None]:
         """The gradient of all trainable parameters, None where the loss does not depend on one."""
-        with applied(self.model, method), standing_in(self.model):
+        with applied(self.model, method), isolated(self.model):
             return self._step()
 
     def peak(self, method: Policy | str) -> int:
         """Most bytes allocated at once in a step, beyond what was before it."""
         self.gradients(method)  # What is allocated once and stays is not the step's.
-        with applied(self.model, method), standing_in(self.model):
+        with applied(self.model, method), isolated(self.model):
             return peak_of(self._step, self.device).allocated_bytes
 
-    def scratch(self, method: Policy | str, counted: Timeline) -> Scratch:
+    def scratch(self, method: Policy | str, counted: Timeline) -> Workspace:
         """What a step allocates beyond what was counted, moment by moment."""
         self.gradients(method)
-        with applied(self.model, method), standing_in(self.model):
-            return scratch_of(self.model, self._step, self.device, counted)
+        with applied(self.model, method), isolated(self.model):
+            return workspace_of(self.model, self._step, self.device, counted)
 
     def times(
         self,
@@ -178,7 +178,7 @@ class Runs:
         for number in range(rounds + 1):
             tell(f"time: round {number} of {rounds}" if number else "time: warming up")
             for method, own in zip(methods, times, strict=True):
-                with applied(self.model, method), standing_in(self.model):
+                with applied(self.model, method), isolated(self.model):
                     self._synchronize()
                     start = clock.perf_counter()
                     self._step()

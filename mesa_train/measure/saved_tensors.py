@@ -31,15 +31,15 @@ _UNNAMED = "other"
 
 
 class Kept(NamedTuple):
-    """One storage kept for the backward: who saved it first, as what, and its whole size; whether it
-    waits in main memory."""
+    """One storage saved for the backward: who saved it first, as what, and its whole size; whether it
+    waits in CPU memory."""
 
     operator: str
     module: str
     dtype: str
     shape: tuple[int, ...]
     saved_bytes: int
-    moved: bool = False
+    offloaded: bool = False
 
 
 class _Token:
@@ -110,10 +110,10 @@ class Recorder:
                     continue
                 seen.add(address)
                 operator = WEIGHT_CAST if address in self._casts else token.operator
-                # Fakes that stand for a GPU's tensors, and are a CPU's, are moved to the meta device.
+                # Fakes that stand for a GPU's tensors, and are a CPU's, are offloaded to the meta device.
                 away = bool(self._devices) and device not in self._devices
-                moved = away and device in ("cpu", "meta")
-                rows.append(Kept(operator, token.module, dtype, shape, size, moved))
+                offloaded = away and device in ("cpu", "meta")
+                rows.append(Kept(operator, token.module, dtype, shape, size, offloaded))
         return rows
 
     @onlooker

@@ -25,7 +25,7 @@ class CheckpointInput:
     as whole tensors."""
 
     matrices: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    kept_bytes: int = 0
+    saved_bytes: int = 0
 
 
 class StashLog(Report):
@@ -90,13 +90,13 @@ class StashLog(Report):
         if how == "rebuilt" and self.holding:
             self.rebuilt.setdefault(key, stash)
         elif isinstance(stash.recipe, Leaf) and how != "shared":
-            cols = stash.recipe.geometry.cols
+            cols = stash.recipe.layout.cols
             codes = stash.tensors[0]
             rows = codes.shape[0] if codes.dim() == 2 else codes.numel() // max(cols, 1)
             if operator == "checkpoint":
                 inputs = self.inputs.setdefault(module, CheckpointInput())
                 inputs.matrices.append((rows, cols))
-                inputs.kept_bytes += rows * cols * stash.dtype.itemsize
+                inputs.saved_bytes += rows * cols * stash.dtype.itemsize
                 return
             self.stored.append((key, size, (rows, cols)))
             if self.holding:

@@ -5,7 +5,7 @@ operator makes is counted from its birth to its death. So the peak contains the 
 backward: decoded copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients
 that have come so far. What stays there all the time (parameters, buffers, inputs, optimizer states)
 is not counted, nor what a kernel allocates inside itself and frees before it returns, nor what a policy
-moved to main memory.
+offloaded to CPU memory.
 
 Cost: one to a few seconds for a ViT, whatever its size and batch.
 """
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mesa_train.kernels.short_attention import scratch_bytes
+from mesa_train.kernels.short_attention import workspace_bytes
 from mesa_train.methods.apply import applied
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import through
 
-from .fake_tensors import Fakes
+from .fake_tensors import FakeModel
 from .footprint import arguments, autocasting, counted, device_of, tensors_in
 from .gradients import default_loss
-from .isolation import standing_in
-from .marks import BACKWARD, FORWARD, marking
+from .isolation import isolated
+from .marks import BACKWARD, FORWARD, module_hooks
 from .stash_log import StashLog
 
 
@@ -94,18 +94,18 @@ def timeline(
     Arguments and errors as for `footprint`.
     """
     args, kwargs = arguments(inputs)
-    fakes = Fakes(torch.device("cpu"))
+    fakes = FakeModel(torch.device("cpu"))
     args, kwargs = fakes.of(args), fakes.of(kwargs)
-    lane = counted(device_of(model), fakes.device)
+    offload_stream = counted(device_of(model), fakes.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(applied(model, policy))
-        stack.enter_context(standing_in(model, fakes))
-        stack.enter_context(through(lane))
+        stack.enter_context(isolated(model, fakes))
+        stack.enter_context(through(offload_stream))
         if log is not None:
             log.installed(model)
         known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
         live = _Live(known, log, list(model.parameters()))
-        stack.enter_context(marking(model, live))
+        stack.enter_context(module_hooks(model, live))
         stack.enter_context(torch.set_grad_enabled(backward))
         with live:
             with autocasting(torch.device("cpu"), autocast):
@@ -148,7 +148,7 @@ class _Live(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         if func.name() == "mesa_train::short_attention_backward":
-            self.highest = max(self.highest, self.bytes + scratch_bytes(*args[:4]))
+            self.highest = max(self.highest, self.bytes + workspace_bytes(*args[:4]))
         return output
 
     def stored(self) -> int:
@@ -191,7 +191,7 @@ class _Live(TorchDispatchMode):
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known or address in self._alive or tensor.device.type == "meta":
-            return  # On the meta device is what was moved to main memory.
+            return  # On the meta device is what was offloaded to CPU memory.
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
         self.bytes += size

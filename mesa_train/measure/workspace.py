@@ -14,17 +14,17 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile, record_function
 
-from .marks import BACKWARD, FORWARD, marking
+from .marks import BACKWARD, FORWARD, module_hooks
 from .timeline import Timeline
 
 # Bytes by (phase, module).
-Scratch = Mapping[tuple[str, str], int]
+Workspace = Mapping[tuple[str, str], int]
 _MARK = "mesa_train mark "
 
 
-def scratch_of(
+def workspace_of(
     model: nn.Module, step: Callable[[], object], device: torch.device, counted: Timeline
-) -> Scratch:
+) -> Workspace:
     """What a real `step` of `model` allocates at once beyond what was `counted`, by moment."""
     real = _highest(real_moments(model, step, device))
     counts = _highest(((m.phase, m.module), m.peak_bytes) for m in counted.moments)
@@ -37,7 +37,7 @@ def real_moments(
     """((phase, module), most bytes allocated at once beyond what was there before) of the moments
     of one `step`."""
     marks = _CudaMarks(device) if device.type == "cuda" else _Marks()
-    with marking(model, marks):
+    with module_hooks(model, marks):
         return marks.run(step)
 
 

@@ -1,4 +1,4 @@
-"""Approx-BP, a rival to measure against: GELU and SiLU that keep two bits an element.
+"""Approx-BP, a baseline to measure against: GELU and SiLU that keep two bits an element.
 
 Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
 Backpropagation" (ICML 2024, arXiv 2406.16282). The forward is PyTorch's; the backward takes a

@@ -1,4 +1,4 @@
-"""Checkpointing of every block, the rival: keeps a block's input, computes the rest again.
+"""Checkpointing of every block, the baseline: keeps a block's input, computes the rest again.
 
 The blocks of a model are found, not named: the finest modules that stand in a row of their own
 class (`nn.ModuleList` or `nn.Sequential`) and hold at least two weight matrices. That is every

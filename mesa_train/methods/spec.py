@@ -1,6 +1,6 @@
 """Contenders: what a name in `mesa-train compare --methods` stands for, and what to know about it.
 
-A contender is a variant of the model (`plain`, a preset, checkpointing, a compiler...), an
+A method is a variant of the model (`plain`, a preset, checkpointing, a compiler...), an
 arithmetic and an optimizer. Names are joined with "+": `mesa8+checkpoint`, `mesa8+adamw8bit`. A
 policy's YAML file is a name too.
 """
@@ -50,9 +50,9 @@ _CAVEATS = {
     FLOAT32: "float32 throughout: the reference of the gradient",
     PURE_BF16: "bfloat16 weights, gradients and optimizer states: small updates are rounded away",
     CHECKPOINT: "exact; runs every block's forward twice",
-    SAVE_ON_CPU: "exact; what is kept lies in main memory",
+    SAVE_ON_CPU: "exact; what is kept lies in CPU memory",
     APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
-    OFFLOAD: "what is kept lies in main memory; kept for the backward: what stays on the GPU",
+    OFFLOAD: "what is kept lies in CPU memory; saved for the backward: what stays on the GPU",
     "paper": "running ranges: the first steps' ranges are those of the data seen so far",
     "lossless": "exact; the engine without codes, for comparison",
     COMPILE: "exact but for the order of rounding; PyTorch's default partitioner",
@@ -65,7 +65,7 @@ _CODES = "forward exact; the gradient is taken from codes"
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class MethodSpec:
     """name: as asked. variant: for `Variant`. pure: weights and inputs in that dtype and no
     autocast, or None for autocast as asked. eight_bit: AdamW with 8-bit states."""
 
@@ -75,7 +75,7 @@ class Contender:
     eight_bit: bool = False
 
     @classmethod
-    def of(cls, name: str) -> Contender:
+    def of(cls, name: str) -> MethodSpec:
         """ValueError with the choices if `name` is none; OSError if its file is not there."""
         rest, plus, last = name.rpartition("+")
         base = rest if last == ADAMW8BIT and plus else name
@@ -109,7 +109,7 @@ class Contender:
             and self.variant in OFFLOADED
             and not device.startswith("cuda")
         ):
-            return "needs a GPU: on a CPU what is kept lies in main memory already"
+            return "needs a GPU: on a CPU what is kept lies in CPU memory already"
         return None
 
     @property
@@ -123,16 +123,16 @@ class Contender:
         return not self.compiled and self.variant != SAVE_ON_CPU
 
     def autocast(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """The dtype of autocast for this contender, of a comparison that `asked` for one."""
+        """The dtype of autocast for this method, of a comparison that `asked` for one."""
         return None if self.pure is not None else asked
 
     def cast(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-        """Model (in place) and inputs in the contender's own dtype."""
+        """Model (in place) and inputs in the method's own dtype."""
         moved = self.narrowed(inputs)
         return (model if self.pure is None else model.to(self.pure)), moved
 
     def narrowed(self, inputs: Any) -> Any:
-        """Inputs in the contender's own dtype."""
+        """Inputs in the method's own dtype."""
         dtype = self.pure
         if dtype is None:
             return inputs

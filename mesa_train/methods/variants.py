@@ -97,7 +97,7 @@ class Variant:
                 stack.enter_context(ApproxBP())
             yield self.module
 
-    def kept_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:
+    def saved_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:
         """Bytes kept between forward and backward, each storage once, parameters and buffers apart.
 
         run: from the module to the loss; called twice, since what compiles does so first.

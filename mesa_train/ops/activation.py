@@ -18,9 +18,18 @@ from torch import Tensor
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
 from mesa_train.policy import CHEAP
-from mesa_train.stash.backward_cache import neighbours
+from mesa_train.stash.backward_cache import backward_cache
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Geometry, Leaf, Recompute, Saved, Spec, Stash, once, whole
+from mesa_train.stash.stash import (
+    Leaf,
+    MatrixLayout,
+    Recompute,
+    Saved,
+    Spec,
+    Stash,
+    once,
+    uncompressed,
+)
 
 from .base import Kept, Operator, aliases, cast_like_autocast, derivative, kept_first, put
 
@@ -76,13 +85,13 @@ class Smooth(Operator):
             return (SMOOTH[kind][1](grad, x),)
         leaf = spec.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
-            geometry, codes = leaf.geometry, saved.own(spec)
+            layout, codes = leaf.layout, saved.own(spec)
             if not torch.compiler.is_compiling():
-                handed = neighbours.take_gradient(codes[0], grad)
+                handed = backward_cache.take_gradient(codes[0], grad)
                 if handed is not None:
                     return (handed,)
-            flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
-            return (geometry.restore(leaf.codec.activation_backward(codes, flat, kind)),)
+            flat = grad.permute(layout.order).reshape(-1, layout.cols)
+            return (layout.restore(leaf.codec.activation_backward(codes, flat, kind)),)
         return (SMOOTH[kind][1](grad, saved.get(0, grad.dtype)),)
 
 
@@ -148,9 +157,9 @@ class Activated:
         leaf = source.recipe
         if isinstance(leaf, Leaf) and isinstance(leaf.codec, Affine):
             decoded = leaf.codec.activation_decode(
-                saved.own(source), leaf.geometry.cols, once(spec.dtype, dtype), self.kind
+                saved.own(source), leaf.layout.cols, once(spec.dtype, dtype), self.kind
             )
-            return leaf.geometry.restore(decoded).to(dtype)
+            return leaf.layout.restore(decoded).to(dtype)
         # In the dtype of the forward, where autocast may have widened the source.
         return SMOOTH[self.kind][0](saved.value(source, spec.dtype)).to(dtype)
 
@@ -165,28 +174,28 @@ class Activated:
             or self.kind in BOUNDED
         ):
             return saved.value(spec, grad.dtype)
-        geometry, codes = leaf.geometry, saved.own(source)
-        flat = grad.permute(geometry.order).reshape(-1, geometry.cols)
-        if not _sums(geometry, flat):
+        layout, codes = leaf.layout, saved.own(source)
+        flat = grad.permute(layout.order).reshape(-1, layout.cols)
+        if not _sums(layout, flat):
             dx, value = leaf.codec.activation_pair((codes[0], codes[1]), flat, self.kind)
-            neighbours.offer_gradient(codes[0], grad, geometry.restore(dx))
-            return geometry.restore(value)
+            backward_cache.offer_gradient(codes[0], grad, layout.restore(dx))
+            return layout.restore(value)
         dx, value, total = leaf.codec.activation_pair_sum((codes[0], codes[1]), flat, self.kind)
-        before = geometry.restore(dx)
-        neighbours.offer_gradient(codes[0], grad, before)
-        neighbours.offer_sum(before, total)
-        return geometry.restore(value)
+        before = layout.restore(dx)
+        backward_cache.offer_gradient(codes[0], grad, before)
+        backward_cache.offer_sum(before, total)
+        return layout.restore(value)
 
 
-def _sums(geometry: Geometry, grad: Tensor) -> bool:
+def _sums(layout: MatrixLayout, grad: Tensor) -> bool:
     """Whether the sum over the rows is made on the way, for the bias in front: on a GPU it saves
     reading the gradient again. On a CPU the sum takes a fifth of the pass that would make it."""
-    last = len(geometry.shape) - 1
+    last = len(layout.shape) - 1
     return (
         grad.device.type != "cpu"
         and grad.dtype.itemsize <= 4
-        and geometry.order[-1:] == (last,)
-        and geometry.cols == geometry.shape[last]
+        and layout.order[-1:] == (last,)
+        and layout.cols == layout.shape[last]
     )
 
 
@@ -252,10 +261,10 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
 def _fused(recorder: Recorder, codec: Affine, kind: str, input: Tensor) -> Tensor:
     """The activation and its input's codes in one pass."""
     with torch.no_grad():
-        geometry, matrix = Geometry.of(input.detach(), (input.dim() - 1,))
+        layout, matrix = MatrixLayout.of(input.detach(), (input.dim() - 1,))
         result, codes = codec.activation(matrix, kind)
-        result = geometry.restore(result)
-    x = recorder.leaf(codec, codes, geometry, input.dtype, "activation", "input")
+        result = layout.restore(result)
+    x = recorder.leaf(codec, codes, layout, input.dtype, "activation", "input")
     recorder.lineage.set(input, x)
     output = Smooth.apply(result, (x, *_side(recorder, kind, x, input)), kind, input)
     recorder.lineage.set(output, Stash(Activated(kind), (), (x,), cost=CHEAP, dtype=result.dtype))
@@ -270,8 +279,8 @@ def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash
     low, high = BOUNDED[kind]
     with torch.no_grad():
         bits = recorder.bits((input > low) & (input < high))
-    recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
-    return (whole(bits),)
+    recorder.report.add(recorder.context.name, "activation", "input", "1 bit", bits.numel())
+    return (uncompressed(bits),)
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:
@@ -296,8 +305,8 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
                 if kind == "relu"
                 else recorder.bits(above(input))
             )
-        recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
-        kept = kept_first(recorder, whole(bits))
+        recorder.report.add(recorder.context.name, "activation", "input", "1 bit", bits.numel())
+        kept = kept_first(recorder, uncompressed(bits))
         if inplace:
             return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), kept, (on, off), input)
         result = recorder.exactly(func, input, *args, **kwargs)
@@ -326,8 +335,8 @@ def clamp(
         sides = [] if min is None else [input > min]
         sides += [] if max is None else [input < max]
         bits = recorder.bits(sides[0] & sides[-1])
-    recorder.report.add(recorder.site.name, "activation", "input", "1 bit", bits.numel())
-    return Stepped.apply(result, (whole(bits),), (1.0, 0.0), input)
+    recorder.report.add(recorder.context.name, "activation", "input", "1 bit", bits.numel())
+    return Stepped.apply(result, (uncompressed(bits),), (1.0, 0.0), input)
 
 
 def from_output(kind: str) -> Any:

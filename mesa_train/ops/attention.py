@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.stash.recorder import Recorder, autocasts
-from mesa_train.stash.stash import Saved, of_parameter, whole
+from mesa_train.stash.stash import Saved, of_parameter, uncompressed
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded
@@ -161,7 +161,7 @@ def attention(
         return attention_cuda.efficient(call)
     if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
         return attention_cuda.cudnn(call)
-    rebuild = recorder.site.rules["attention", "q"].rebuild_linear
+    rebuild = recorder.context.rules["attention", "q"].rebuild_linear
     rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask)
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(call)
@@ -205,7 +205,12 @@ def _flash_cpu(call: Call) -> Any:
     if _short(q, k, mask, call.causal):
         return Short.apply(result, call.stashes, _factor(call), *distinct(*call.inputs[:3]))
     out = recorder.keep(result, "attention", "out", WITHIN)
-    kept = (*call.stashes, out, whole(logsumexp), None if mask is None else whole(mask))
+    kept = (
+        *call.stashes,
+        out,
+        uncompressed(logsumexp),
+        None if mask is None else uncompressed(mask),
+    )
     static = (call.causal, call.scale)
     return recorded(recorder, FlashCPU, result, out, kept, static, call.inputs[:3])
 
@@ -256,7 +261,7 @@ def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | No
     else:
         size = mask.untyped_storage().nbytes()
     rows, cols = q.numel() // q.shape[-1], k.shape[-2]
-    rule = recorder.site.rules["softmax", "output"]
+    rule = recorder.context.rules["softmax", "output"]
     if isinstance(rule.codec, Affine) and rows * cols * q.element_size() >= rule.min_bytes:
         return size > rule.codec.bytes(rows, cols)
     return size > rows * cols * q.element_size()
@@ -271,7 +276,7 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
         "enable_gqa": enable_gqa,
     }
     state = _generator(q.device).get_state() if call.dropout_p > 0 else None
-    kept = kept_first(call.recorder, *call.stashes, None if mask is None else whole(mask))
+    kept = kept_first(call.recorder, *call.stashes, None if mask is None else uncompressed(mask))
     result = call.recorder.exactly(func, q, k, v, attn_mask=mask, **keywords)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(

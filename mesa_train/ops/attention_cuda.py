@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Stash, whole
+from mesa_train.stash.stash import Saved, Stash, uncompressed
 
 from .base import Operator, derivative, distinct
 
@@ -130,7 +130,7 @@ def flash(call: Call) -> Any:
         scale=call.scale,
     )
     out = recorder.keep(result, "attention", "out", WITHIN)
-    kept = (*call.stashes, out, whole(logsumexp), whole(seed), whole(offset))
+    kept = (*call.stashes, out, uncompressed(logsumexp), uncompressed(seed), uncompressed(offset))
     static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
     return recorded(recorder, FlashCUDA, result, out, kept, static, call.inputs[:3])
 
@@ -146,8 +146,8 @@ def efficient(call: Call) -> Any:
         scale=call.scale,
     )
     out = recorder.keep(result, "attention", "out", WITHIN)
-    statistics = (whole(logsumexp), whole(seed), whole(offset))
-    kept = (*call.stashes, out, *statistics, None if bias is None else whole(bias))
+    statistics = (uncompressed(logsumexp), uncompressed(seed), uncompressed(offset))
+    kept = (*call.stashes, out, *statistics, None if bias is None else uncompressed(bias))
     static = (call.dropout_p, call.causal, call.scale)
     return recorded(recorder, Efficient, result, out, kept, static, call.inputs)
 
@@ -161,8 +161,8 @@ def cudnn(call: Call) -> Any:
         scale=call.scale,
     )
     out = recorder.keep(result, "attention", "out", WITHIN)
-    statistics = (whole(logsumexp), whole(seed), whole(offset))
-    kept = (*call.stashes, out, *statistics, None if mask is None else whole(mask))
+    statistics = (uncompressed(logsumexp), uncompressed(seed), uncompressed(offset))
+    kept = (*call.stashes, out, *statistics, None if mask is None else uncompressed(mask))
     static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
     return recorded(recorder, CuDNN, result, out, kept, static, call.inputs[:3])
 

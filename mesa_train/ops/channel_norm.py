@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format
 from mesa_train.codecs.lossless import Lossless
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Geometry, Leaf, Saved, Spec, Stash, held, whole
+from mesa_train.stash.stash import Leaf, MatrixLayout, Saved, Spec, Stash, held, uncompressed
 
 from .base import Operator, cast_like_autocast, derivative
 from .norm import Scaled, keeps_input
@@ -111,10 +111,10 @@ def group_norm(
     positions = input.numel() // (batch * channels)
     x, *parameters = [cast_like_autocast(t) for t in (input, weight, bias)]
     # As PyTorch does before it calls this function.
-    layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+    memory_format = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
     result, mean, rstd = recorder.exactly(
         torch.native_group_norm,
-        x.contiguous(memory_format=layout),
+        x.contiguous(memory_format=memory_format),
         *parameters,
         batch,
         channels,
@@ -196,7 +196,7 @@ def _channel_norm(
         x_hat = Stash(recipe, (mean, rstd), (kept,), cost=CHEAP, dtype=result.dtype)
     else:
         x_hat = _coded(recorder, operator, x, result.dtype, statistics, shape)
-    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    stashes = (x_hat, uncompressed(rstd), None if weight is None else uncompressed(weight))
     node = GroupNorm if operator == "group_norm" else ChannelNorm
     output = node.apply(result, stashes, (shape, averaged), *inputs)
     parameters = tuple([held(p) for p in (weight, bias) if p is not None])
@@ -220,7 +220,7 @@ def _coded(
     codec = recorder.codec(operator, "normalized")
     with torch.no_grad():
         if x.is_contiguous() and shape[3] > 1:
-            geometry = Geometry(tuple(x.shape), tuple(range(x.dim())), shape[3])
+            layout = MatrixLayout(tuple(x.shape), tuple(range(x.dim())), shape[3])
             rows = [s.expand(*shape[:3], 1).reshape(-1) for s in (mean, rstd)]
             tensors = codec.encode_normalized(x.detach().reshape(-1, shape[3]), *rows)
         else:
@@ -229,6 +229,6 @@ def _coded(
             aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
             # With one position a channel, groups run along the channels.
             within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
-            geometry, matrix = Geometry.of((wide - aligned[0]) * aligned[1], within)
+            layout, matrix = MatrixLayout.of((wide - aligned[0]) * aligned[1], within)
             tensors = codec.encode(matrix)
-    return recorder.leaf(codec, tensors, geometry, dtype, operator, "normalized")
+    return recorder.leaf(codec, tensors, layout, dtype, operator, "normalized")

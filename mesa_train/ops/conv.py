@@ -89,7 +89,7 @@ def conv(
     bias_size = None if bias is None else [bias.shape[0]]
     static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
     output = Conv.apply(result, kept, static, input, weight, bias)
-    if not recorder.site.rules.rebuilds_matmuls:
+    if not recorder.context.rules.rebuilds_matmuls:
         return output
     if set(kernel) == set(strides) == {1} and groups == 1 and not any(paddings):
         source = recorder.known(input, "conv", "input") if x is None else x

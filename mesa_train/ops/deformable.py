@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, whole
+from mesa_train.stash.stash import Saved, uncompressed
 
 from .base import Operator, derivative, kept_first
 
@@ -47,6 +47,6 @@ def deform_conv(
     if not recorder.covers("conv", *tensors) or not input.numel():
         return NotImplemented
     x = recorder.keep(input, "conv", "input", (2, 3), label="deform_conv2d")
-    kept = kept_first(recorder, x, *[whole(t) for t in tensors[1:]])
+    kept = kept_first(recorder, x, *[uncompressed(t) for t in tensors[1:]])
     result = recorder.exactly(func, *tensors, *numbers)
     return DeformConv.apply(result, kept, numbers, *tensors)

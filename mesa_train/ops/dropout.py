@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mesa_train.codecs import bitmask
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Spec, Stash, whole
+from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 
 from .base import Operator, derivative
 
@@ -69,8 +69,8 @@ def dropout(
         else:
             result, mask = torch.native_dropout(input, p, True)
         bits = recorder.bits(mask)
-    recorder.report.add(recorder.site.name, "dropout", "mask", "1 bit", bits.numel())
-    output = Dropout.apply(result, (whole(bits),), scale, input)
+    recorder.report.add(recorder.context.name, "dropout", "mask", "1 bit", bits.numel())
+    output = Dropout.apply(result, (uncompressed(bits),), scale, input)
     source = recorder.lineage.get(input)
     if source is not None:
         recorder.lineage.set(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, whole
+from mesa_train.stash.stash import Saved, uncompressed
 
 from .base import Operator, derivative
 
@@ -55,7 +55,10 @@ def extremum(
             recorder.bits(mask | best.isnan()),
             count.masked_fill_(best.isnan(), float("nan")),
         )
-    recorder.report.add(recorder.site.name, "extremum", "mask", "1 bit", bits.numel())
+    recorder.report.add(recorder.context.name, "extremum", "mask", "1 bit", bits.numel())
     return Extremum.apply(
-        result, (whole(bits), whole(count)), (tuple(input.shape), dims, keepdim), input
+        result,
+        (uncompressed(bits), uncompressed(count)),
+        (tuple(input.shape), dims, keepdim),
+        input,
     )

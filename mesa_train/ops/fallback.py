@@ -1,7 +1,7 @@
 """The generic fallback: what PyTorch saves for a function without a row.
 
 A function that is not known to tolerate codes (see `coded.py`) is left to PyTorch; what it saves is
-reported as "kept whole: exact". For the others a saved-tensor hook codes float tensors, never below
+reported as "uncompressed: exact". For the others a saved-tensor hook codes float tensors, never below
 8 bits, or keeps the size alone where the backward reads no more, and packs bools to bits, which is
 exact. Parameters, autocast's weight copies, constants and small tensors pass. A tensor whose stash is
 known shares it. If hooks are active already (offload, checkpointing, a byte counter), the codes go
@@ -57,7 +57,7 @@ def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
             recorder.lineage.clear()
             recorder.linears.clear()
         return func(*args, **kwargs)
-    rules = recorder.site.rules
+    rules = recorder.context.rules
     if not rules.operators["fallback"] and not rules.functions:
         return func(*args, **kwargs)
     name = getattr(func, "__name__", "")
@@ -109,7 +109,7 @@ def _left_alone(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         todo += made
     if size:
         recorder.report.add(
-            recorder.site.name, function_name(func), "saved", "kept whole: exact", size
+            recorder.context.name, function_name(func), "saved", "uncompressed: exact", size
         )
     return result
 
@@ -135,7 +135,7 @@ class _Hooks:
         # The tensors that may be coded, None for all; whether their sizes alone are kept.
         self.among: list[Tensor] | None = None
         self.sizes = False
-        rules, coded = recorder.site.rules, CODED.get(func)
+        rules, coded = recorder.context.rules, CODED.get(func)
         # Whether the call has a mask worth packing and is otherwise left alone.
         self.masks = coded is not None and coded.masks and any([self._is_mask(a) for a in args])
         if self.name in rules.functions:
@@ -176,7 +176,7 @@ class _Hooks:
             and (self.among is None or any([_same(tensor, other) for other in self.among]))
         ):
             if self.sizes and tensor.device.type in ("cpu", "cuda"):
-                recorder.report.add(recorder.site.name, self.name, "saved", "its size", 0)
+                recorder.report.add(recorder.context.name, self.name, "saved", "its size", 0)
                 return Stash(_Size(tensor), (), cost=VIEW, dtype=tensor.dtype)
             return recorder.keep(tensor, "fallback", self.operand, label=self.name)
         if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
@@ -185,7 +185,7 @@ class _Hooks:
         if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
         recorder.report.add(
-            recorder.site.name, self.name, "saved", f"kept whole: {how}", _bytes(tensor)
+            recorder.context.name, self.name, "saved", f"uncompressed: {how}", _bytes(tensor)
         )
         # Detached: an output that its own node keeps would hold the node, which holds the output.
         return tensor.detach()
@@ -195,7 +195,7 @@ class _Hooks:
         if not isinstance(argument, Tensor) or argument.dtype is not torch.bool:
             return False
         size = argument.numel()
-        least = self.recorder.site.rules["fallback", "saved"].min_bytes
+        least = self.recorder.context.rules["fallback", "saved"].min_bytes
         return size >= least and argument.untyped_storage().nbytes() > size // 8 + 1
 
     def _mask(self, mask: Tensor) -> Stash | None:
@@ -205,10 +205,10 @@ class _Hooks:
             return None
         known = recorder.lineage.get(mask)
         if known is not None:
-            recorder.report.add(recorder.site.name, self.name, "mask", "shared", 0)
+            recorder.report.add(recorder.context.name, self.name, "mask", "shared", 0)
             return known
         bits = recorder.bits(mask)
-        recorder.report.add(recorder.site.name, self.name, "mask", "1 bit", bits.numel())
+        recorder.report.add(recorder.context.name, self.name, "mask", "1 bit", bits.numel())
         stash = Stash(_Bits(tuple(mask.shape)), (bits,), cost=VIEW, dtype=torch.bool)
         recorder.lineage.set(mask, stash)
         return stash

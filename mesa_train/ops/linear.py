@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mesa_train import kernels
 from mesa_train.policy import MATMUL
-from mesa_train.stash.backward_cache import neighbours
+from mesa_train.stash.backward_cache import backward_cache
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Spec, Stash, whole
+from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 
 from .activation import Activated
 from .base import Operator, derivative, distinct, kept_first
@@ -65,7 +65,7 @@ class ScaledLinear(Operator):
         return dx, dweight if needs[1] else None, dbias, dscale if needs[3] else None
 
 
-class Product:
+class RecomputedLinear:
     """Recipe: the Linear again, from its input's stash."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ class Product:
         return F.linear(saved.value(spec.sources[0], spec.dtype), *parameters).to(dtype)
 
 
-_PRODUCT = Product()
+_PRODUCT = RecomputedLinear()
 
 
 def linear(
@@ -94,7 +94,7 @@ def linear(
     output = Linear.apply(result, kept, None, *distinct(input, weight, bias))
     if x is not None:
         recorder.linears.set(output, (input, _version(input), x, weight, bias))
-    if not recorder.site.rules.rebuilds_matmuls:
+    if not recorder.context.rules.rebuilds_matmuls:
         return output
     # A frozen weight needs no input, but a stash that the input has already still gives the product.
     source = recorder.known(input, "linear", "input") if x is None else x
@@ -127,7 +127,7 @@ def scaled(recorder: Recorder, func: Any, /, product: Tensor, scale: Tensor) -> 
         return NotImplemented
     w = recorder.weight(weight, viewed=True)
     b = None if bias is None else recorder.weight(bias, viewed=True)
-    kept = kept_first(recorder, x, w, whole(scale), b)
+    kept = kept_first(recorder, x, w, uncompressed(scale), b)
     result = recorder.exactly(func, product, scale)
     return ScaledLinear.apply(result, kept, product.dtype, input, weight, bias, scale)
 
@@ -182,6 +182,6 @@ def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any
         x = _input(saved, dx, grad.dtype)
         dweight = flat.t() @ x.reshape(-1, x.shape[-1])
     if needs[2]:
-        known = None if torch.compiler.is_compiling() else neighbours.take_sum(grad)
+        known = None if torch.compiler.is_compiling() else backward_cache.take_sum(grad)
         dbias = flat.sum(0) if known is None else known
     return dx, dweight, dbias

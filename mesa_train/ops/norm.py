@@ -20,7 +20,17 @@ from torch import Tensor
 from mesa_train.codecs.affine import Affine
 from mesa_train.policy import CHEAP, MATMUL
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Geometry, Leaf, Saved, Spec, Stash, held, narrowed, once, whole
+from mesa_train.stash.stash import (
+    Leaf,
+    MatrixLayout,
+    Saved,
+    Spec,
+    Stash,
+    held,
+    narrowed,
+    once,
+    uncompressed,
+)
 
 from .base import Operator, cast_like_autocast, derivative
 
@@ -81,8 +91,8 @@ class Scaled:
             leaf = source.recipe
             assert isinstance(leaf, Leaf)
             flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
-            decoded = leaf.codec.decode(saved.own(source), leaf.geometry.cols, dtype, *flat)
-            return leaf.geometry.restore(decoded).to(asked)
+            decoded = leaf.codec.decode(saved.own(source), leaf.layout.cols, dtype, *flat)
+            return leaf.layout.restore(decoded).to(asked)
         value = saved.value(source, torch.promote_types(dtype, torch.float32))
         if weight is not None:
             value = value * weight.view(self.per_channel)
@@ -193,7 +203,7 @@ def _token_norm(
     if source is not None:
         recipe = Normalized(len(shape), centred)
         x_hat = Stash(recipe, (rstd,), (source,), cost=CHEAP, dtype=result.dtype)
-        recorder.report.add(recorder.site.name, operator, "normalized", "rebuilt", 0)
+        recorder.report.add(recorder.context.name, operator, "normalized", "rebuilt", 0)
     elif keeps_input(recorder, operator, inputs[0], rstd.dtype):
         kept = recorder.keep(inputs[0], operator, "normalized")
         recipe = Normalized(len(shape), centred)
@@ -247,7 +257,7 @@ def keeps_input(recorder: Recorder, operator: str, input: Tensor, dtype: torch.d
 def _rebuildable(recorder: Recorder, operator: str, input: Tensor) -> Stash | None:
     """The stash of a norm's input that a matmul rebuilds, where the policy has it rebuilt."""
     source = recorder.lineage.get(input)
-    rebuilt = recorder.site.rules[operator, "normalized"].rebuild_linear
+    rebuilt = recorder.context.rules[operator, "normalized"].rebuild_linear
     return source if source is not None and source.cost == MATMUL and rebuilt else None
 
 
@@ -260,8 +270,8 @@ def _leaf(
     shape: tuple[int, ...],
 ) -> Stash:
     dims = tuple(range(result.dim()))
-    geometry = Geometry(tuple(result.shape), dims, math.prod(shape))
-    return recorder.leaf(codec, codes, geometry, result.dtype, operator, "normalized")
+    layout = MatrixLayout(tuple(result.shape), dims, math.prod(shape))
+    return recorder.leaf(codec, codes, layout, result.dtype, operator, "normalized")
 
 
 def _recorded(
@@ -274,7 +284,7 @@ def _recorded(
     centred: bool,
 ) -> Any:
     _, weight, bias = inputs
-    stashes = (x_hat, whole(rstd), None if weight is None else whole(weight))
+    stashes = (x_hat, uncompressed(rstd), None if weight is None else uncompressed(weight))
     node = TokenNorm if centred else RMSNorm
     output = node.apply(result, stashes, (centred, shape), *inputs)
     parameters = tuple([held(p) for p in (weight, bias) if p is not None])

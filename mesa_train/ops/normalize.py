@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, whole
+from mesa_train.stash.stash import Saved, uncompressed
 
 from .base import Operator, aliases, derivative
 
@@ -51,6 +51,6 @@ def normalize(
     y = recorder.keep(result, "normalize", "output")
     if not torch.compiler.is_compiling() and aliases(y, result):
         result = result.clone()  # PyTorch does not keep its output, so it may be written to
-    output = Normalize.apply(result, (y, whole(norm)), (dim, eps), input)
+    output = Normalize.apply(result, (y, uncompressed(norm)), (dim, eps), input)
     recorder.lineage.set(output, y)
     return output

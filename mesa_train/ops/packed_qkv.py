@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Geometry, Stash
+from mesa_train.stash.stash import MatrixLayout, Stash
 
 
 class _New(NamedTuple):
@@ -23,7 +23,7 @@ class _New(NamedTuple):
 
     place: int
     codec: Affine
-    geometry: Geometry
+    layout: MatrixLayout
     matrix: Tensor
 
 
@@ -40,9 +40,7 @@ def keep_each(
         for run in _runs(list(_new(recorder, tensors, operator, operands, within))):
             for new, codes in zip(run, _coded(run), strict=True):
                 tensor, operand = tensors[new.place], operands[new.place]
-                leaf = recorder.leaf(
-                    new.codec, codes, new.geometry, tensor.dtype, operator, operand
-                )
+                leaf = recorder.leaf(new.codec, codes, new.layout, tensor.dtype, operator, operand)
                 recorder.lineage.set(tensor, leaf)
                 leaves[new.place] = leaf
     return [
@@ -64,7 +62,7 @@ def _new(
         codec = None if tensor.is_contiguous() else recorder.new_codes(tensor, operator, operand)
         if codec is not None:
             dims = tuple([d % tensor.dim() for d in within])
-            yield _New(place, codec, *Geometry.of(tensor.detach(), dims))
+            yield _New(place, codec, *MatrixLayout.of(tensor.detach(), dims))
 
 
 def _runs(news: list[_New]) -> Iterator[list[_New]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Geometry, Leaf, Saved
+from mesa_train.stash.stash import Leaf, MatrixLayout, Saved
 
 from .base import Operator, derivative
 
@@ -28,12 +28,12 @@ class Softmax(Operator):
             and isinstance(leaf.codec, Affine)
             and grad.dtype != torch.float64
         ):
-            geometry = leaf.geometry
-            if geometry.cols == grad.shape[dim] and geometry.order[-1] == dim % grad.dim():
-                rows = grad.permute(geometry.order).reshape(-1, geometry.cols)
+            layout = leaf.layout
+            if layout.cols == grad.shape[dim] and layout.order[-1] == dim % grad.dim():
+                rows = grad.permute(layout.order).reshape(-1, layout.cols)
                 codes = saved.own(spec)
                 dx = leaf.codec.softmax_backward((codes[0], codes[1]), rows)
-                return (geometry.restore(dx),)
+                return (layout.restore(dx),)
         weighted = grad * saved.get(0, grad.dtype)
         return (weighted - saved.get(0, grad.dtype) * weighted.sum(dim, keepdim=True),)
 
@@ -59,9 +59,9 @@ def softmax(
     if codec is not None and dtype is not None:
         with torch.no_grad():
             result, codes = codec.softmax(input.detach().reshape(-1, input.shape[-1]), dtype)
-        geometry = Geometry(tuple(input.shape), tuple(range(input.dim())), input.shape[-1])
-        stash = recorder.leaf(codec, codes, geometry, dtype, "softmax", "output")
-        result = geometry.restore(result)
+        layout = MatrixLayout(tuple(input.shape), tuple(range(input.dim())), input.shape[-1])
+        stash = recorder.leaf(codec, codes, layout, dtype, "softmax", "output")
+        result = layout.restore(result)
     else:
         result = recorder.exactly(func, input, dim, *args, **kwargs)
         stash = recorder.keep(result, "softmax", "output")

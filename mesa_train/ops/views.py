@@ -58,7 +58,7 @@ def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: 
     if (
         2 * known <= output.numel()
         or any([part.dtype is not output.dtype for part in parts])
-        or not recorder.site.rules["linear", "input"].rebuild_cheap
+        or not recorder.context.rules["linear", "input"].rebuild_cheap
     ):
         return output
     stashes = [

@@ -21,38 +21,38 @@ GROUP = {8: 128, 4: 64, 2: 32}
 STASHES = "stash by stash"
 
 
-class Mode(NamedTuple):
+class BlockStrategy(NamedTuple):
     """checkpointed: keeps its input alone. bits: of the input, None for the tensor itself. codes: its
-    stashes are 8-bit codes, else PyTorch's own tensors. moved: the input waits in main memory."""
+    stashes are 8-bit codes, else PyTorch's own tensors. offloaded: the input waits in CPU memory."""
 
     checkpointed: bool
     bits: int | None = None
     codes: bool = False
-    moved: bool = False
+    offloaded: bool = False
 
 
-MODES: dict[str, Mode] = {
-    "PyTorch": Mode(False),
-    "checkpoint": Mode(True),
-    "checkpoint, input 8 bits": Mode(True, 8),
-    "checkpoint, input 4 bits": Mode(True, 4),
-    "checkpoint of codes": Mode(True, None, True),
-    "checkpoint of codes, input 8 bits": Mode(True, 8, True),
-    "checkpoint of codes, input 4 bits": Mode(True, 4, True),
-    "checkpoint, input 8 bits, moved": Mode(True, 8, False, True),
-    "checkpoint of codes, input 8 bits, moved": Mode(True, 8, True, True),
+STRATEGIES: dict[str, BlockStrategy] = {
+    "PyTorch": BlockStrategy(False),
+    "checkpoint": BlockStrategy(True),
+    "checkpoint, input 8 bits": BlockStrategy(True, 8),
+    "checkpoint, input 4 bits": BlockStrategy(True, 4),
+    "checkpoint of codes": BlockStrategy(True, None, True),
+    "checkpoint of codes, input 8 bits": BlockStrategy(True, 8, True),
+    "checkpoint of codes, input 4 bits": BlockStrategy(True, 4, True),
+    "checkpoint, input 8 bits, offloaded": BlockStrategy(True, 8, False, True),
+    "checkpoint of codes, input 8 bits, offloaded": BlockStrategy(True, 8, True, True),
 }
 PYTORCH = "PyTorch"
 
 
-class Way(NamedTuple):
-    """What a block takes in a mode: bytes kept until its backward, seconds beyond plain's, variance
-    of the gradient, bytes moved to main memory."""
+class BlockOption(NamedTuple):
+    """What a block takes in a mode: bytes saved until its backward, seconds beyond plain's, variance
+    of the gradient, bytes offloaded to CPU memory."""
 
-    kept_bytes: int
+    saved_bytes: int
     seconds: float
     variance: float
-    moved_bytes: int = 0
+    offloaded_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Block:
     """A block with what it takes in every mode but stash by stash."""
 
     name: str
-    ways: Mapping[str, Way]
+    options: Mapping[str, BlockOption]
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -84,7 +84,7 @@ def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int
     for pattern, name in _patterns(modes, rows):
         if name == STASHES:
             continue
-        mode = MODES[name]
+        mode = STRATEGIES[name]
         if mode.checkpointed:
             checkpointed.append(pattern)
         eight = {"bits": 8, "group_size": GROUP[8], "recompute": "cheap", "rounding": "auto"}
@@ -94,7 +94,7 @@ def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int
                 "enabled": True,
                 "checkpoint_inputs": mode.bits,
                 "group_size": GROUP[mode.bits],
-                **({"offload": True} if mode.moved else {}),
+                **({"offload": True} if mode.offloaded else {}),
             }
     return dataclasses.replace(policy, checkpoint=tuple(checkpointed), overrides=overrides)
 

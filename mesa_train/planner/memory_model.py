@@ -1,4 +1,4 @@
-"""Plays: a step with a policy on tensors without data, as rows of the planner's program.
+"""StepSimulator: a step with a policy on tensors without data, as rows of the planner's program.
 
 A policy's timeline says how many bytes are live at every moment. Those of the stashes that stand then
 are known by choice; what remains is the working set of that moment, which the program takes to be the
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mesa_train.measure.stash_log import BLOCK, Key, StashLog
 from mesa_train.measure.timeline import Timeline, timeline
-from mesa_train.measure.workspace import Scratch
+from mesa_train.measure.workspace import Workspace
 from mesa_train.policy import Policy
 
-from .blocks import MODES, STASHES, block_of
-from .candidates import Site, under_way
+from .blocks import STASHES, STRATEGIES, block_of
+from .candidates import Candidate, under_way
 
 Choices = Mapping[Key, int | str]
 # (block, mode), or (None, None) outside of blocks.
@@ -36,18 +36,18 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Order:
-    """entries: the sites of all stashes in the order of the forward, each with its share of its site's
-    bytes, and the keys of where blocks begin and end. sites: by key. kept: bytes of a block in a mode
+    """entries: the candidates of all stashes in the order of the forward, each with its share of its candidate's
+    bytes, and the keys of where blocks begin and end. candidates: by key. kept: bytes of a block in a mode
     other than stash by stash."""
 
     entries: list[tuple[Key, float]]
-    sites: Mapping[Key, Site]
+    candidates: Mapping[Key, Candidate]
     kept: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, watch: StashLog, sites: Sequence[Site]) -> Order:
+    def of(cls, watch: StashLog, candidates: Sequence[Candidate]) -> Order:
         """The order of a forward that stores all there is."""
-        by_key = {site.key: site for site in sites}
+        by_key = {candidate.key: candidate for candidate in candidates}
         entries = [
             (key, 0.0 if matrix is None else matrix[0] * matrix[1] / by_key[key].elements)
             for key, _, matrix in watch.stored
@@ -60,21 +60,23 @@ class Order:
 
     def bytes(self, choices: Choices) -> list[float]:
         """Bytes of the first 0, 1, 2... entries under these choices, with what is on its way to main
-        memory or home."""
-        sums, moved = [0.0], [0.0]
+        memory or back."""
+        sums, offloaded = [0.0], [0.0]
         for key, share in self.entries:
             size = 0.0
             if key[1] == BLOCK:
                 mode = str(choices.get((key[0], BLOCK, ""), STASHES))
                 size = self.kept.get((key[0], mode), 0) if key[2] == "begin" else 0
             elif key in choices:
-                size = share * self.sites[key].bytes(choices[key])
+                size = share * self.candidates[key].bytes(choices[key])
             sums.append(sums[-1] + size)
             away = key in choices and key[1] != BLOCK
-            moved.append(share * self.sites[key].moved_bytes(choices[key]) if away else 0.0)
+            offloaded.append(
+                share * self.candidates[key].offloaded_bytes(choices[key]) if away else 0.0
+            )
         begins = [under_way(self.entries, stored) for stored in range(len(sums))]
         return [
-            size + sum(moved[begin + 1 : stored + 1])
+            size + sum(offloaded[begin + 1 : stored + 1])
             for stored, (size, begin) in enumerate(zip(sums, begins, strict=True))
         ]
 
@@ -95,7 +97,7 @@ class Order:
         return [*found, len(self.entries)]
 
 
-class Play(NamedTuple):
+class SimulatedStep(NamedTuple):
     """Choices, the timeline of a step with them, and the stashes in the order that they were made."""
 
     choices: Choices
@@ -103,7 +105,7 @@ class Play(NamedTuple):
     order: list[Key]
 
 
-class Plays:
+class StepSimulator:
     """Steps of one model and batch.
 
     scratch: of blocks that keep codes, and of those that are left to PyTorch (False, True).
@@ -119,7 +121,7 @@ class Plays:
     ) -> None:
         self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
         self.blocks = list(blocks)
-        self.scratch: dict[bool, Scratch] = {}
+        self.scratch: dict[bool, Workspace] = {}
 
     def watch(self, policy: Policy, holding: bool = False) -> tuple[StashLog, Timeline]:
         """A step with `policy`, its stashes and its timeline as counted."""
@@ -134,10 +136,12 @@ class Plays:
         )
         return watch, played
 
-    def play(self, policy: Policy, choices: Choices) -> Play:
+    def simulated(self, policy: Policy, choices: Choices) -> SimulatedStep:
         """A step with the `policy` of these `choices`, scratch included."""
         watch, counted = self.watch(policy)
-        return Play(choices, self.whole(counted, choices), [key for key, *_ in watch.stored])
+        return SimulatedStep(
+            choices, self.whole(counted, choices), [key for key, *_ in watch.stored]
+        )
 
     def whole(self, counted: Timeline, choices: Choices) -> Timeline:
         """A timeline with the scratch that counting does not show."""
@@ -145,22 +149,22 @@ class Plays:
         for moment in counted.moments:
             block = block_of(moment.module, self.blocks)
             mode = choices.get((block or "", BLOCK, ""), STASHES)
-            plain = mode != STASHES and not MODES[str(mode)].codes
+            plain = mode != STASHES and not STRATEGIES[str(mode)].codes
             more = self.scratch.get(plain, {}).get((moment.phase, moment.module), 0)
             moments.append(dataclasses.replace(moment, peak_bytes=moment.peak_bytes + more))
         return dataclasses.replace(counted, moments=tuple(moments))
 
-    def rows(self, play: Play, order: Order) -> dict[Part, list[Row]]:
-        """The moments of a play, by the part of the model that they belong to."""
-        sums, places = order.bytes(play.choices), order.places(play.order)
+    def rows(self, simulated: SimulatedStep, order: Order) -> dict[Part, list[Row]]:
+        """The moments of a simulated step, by the part of the model that they belong to."""
+        sums, places = order.bytes(simulated.choices), order.places(simulated.order)
         found: dict[Part, list[Row]] = {}
-        for moment in play.timeline.moments:
+        for moment in simulated.timeline.moments:
             block = block_of(moment.module, self.blocks)
             if block is None:
                 part: Part = (None, None)
                 stored = places[moment.stored]
             else:
-                mode = str(play.choices.get((block, BLOCK, ""), STASHES))
+                mode = str(simulated.choices.get((block, BLOCK, ""), STASHES))
                 part = (block, mode)
                 stored = places[moment.stored] if mode == STASHES else order.begins(block)
             row = Row(moment.peak_bytes - sums[stored], stored)

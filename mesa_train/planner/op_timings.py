@@ -22,9 +22,9 @@ from mesa_train.measure.stash_log import Key
 from mesa_train.utils.records import provenance
 
 from .blocks import GROUP
-from .candidates import Site
+from .candidates import Candidate
 
-# Bytes per second of memory, operations per second of matmuls, and bytes per second of the bus to main
+# Bytes per second of memory, operations per second of matmuls, and bytes per second of the link to CPU
 # memory (PCIe 4 with 16 lanes) of an A100, where nothing can be measured.
 _BANDWIDTH, _MATMULS, _BUS = 1.3e12, 2e14, 2.5e10
 # Bytes of a copy that is timed.
@@ -34,17 +34,17 @@ _ROUNDS = 5
 _ROWS = 4096
 
 
-class Costs:
+class OpTimings:
     """Seconds of single operations on one device.
 
     device: where they run; meta stands for a typical GPU. dtype: of the tensors. path: of the
-    cache; default: `costs.json` in `$XDG_CACHE_HOME/mesa_train`.
+    cache; default: `timings.json` in `$XDG_CACHE_BACK/mesa_train`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, path: Path | None = None) -> None:
         self.device, self.dtype = device, dtype
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = path or folder / "mesa_train" / "costs.json"
+        folder = Path(os.environ.get("XDG_CACHE_BACK") or Path.home() / ".cache")
+        self.path = path or folder / "mesa_train" / "timings.json"
         self._known: dict[str, float] = {}
         if device.type != "meta":
             source = provenance(device)
@@ -76,11 +76,11 @@ class Costs:
         rows, inner, cols = matmul
         return count * self.matmul(rows, inner, cols) / (2 * rows * inner * cols)
 
-    def bus(self) -> float:
-        """Bytes per second between a GPU and pinned main memory, in the slower direction."""
+    def host_link(self) -> float:
+        """Bytes per second between a GPU and pinned CPU memory, in the slower direction."""
         if self.device.type == "meta":
             return _BUS
-        return _COPY / self._cached("bus", self._bus)
+        return _COPY / self._cached("host_link", self._bus)
 
     def _bus(self) -> float:
         host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
@@ -135,28 +135,28 @@ class Costs:
             partial.write_text(json.dumps(everything, indent=1))
             partial.replace(self.path)
         except OSError:
-            return  # A home that cannot be written to costs time, no more.
+            return  # A folder that cannot be written to costs time, no more.
 
 
 def seconds_of(
-    costs: Costs, sites: Sequence[Site], weights: Mapping[str, tuple[int, int]]
+    timings: OpTimings, candidates: Sequence[Candidate], weights: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
-    """(seconds by site and choice, seconds of repeating each product).
+    """(seconds by candidate and choice, seconds of repeating each product).
 
     weights: (out, in) of the Linears by name.
     """
     seconds: dict[tuple[Key, int | str], float] = {}
     products: dict[str, float] = {}
-    for site in sites:
-        for choice in site.choices():
-            seconds[site.key, choice] = 0.0
+    for candidate in candidates:
+        for choice in candidate.choices():
+            seconds[candidate.key, choice] = 0.0
             if isinstance(choice, int):
-                seconds[site.key, choice] = sum(
-                    costs.code(rows, cols, choice) for rows, cols in site.matrices
+                seconds[candidate.key, choice] = sum(
+                    timings.code(rows, cols, choice) for rows, cols in candidate.matrices
                 )
-        if site.product and site.product not in products:
-            outs, ins = weights[site.product]
+        if candidate.product and candidate.product not in products:
+            outs, ins = weights[candidate.product]
             # Of q, k and v each is a part of the product: it has as many rows as all of them.
-            parts = [s.elements for s in sites if s.product == site.product]
-            products[site.product] = costs.matmul(max(1, sum(parts) // outs), ins, outs)
+            parts = [s.elements for s in candidates if s.product == candidate.product]
+            products[candidate.product] = timings.matmul(max(1, sum(parts) // outs), ins, outs)
     return seconds, products

@@ -11,7 +11,7 @@ from mesa_train.utils.formatting import format_bytes
 
 # What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
 # of 5 % is worth 10 % of the step.
-PRICE = 0.10 / 0.05**2
+ERROR_WEIGHT = 0.10 / 0.05**2
 
 
 class OverBudget(ValueError):
@@ -22,13 +22,13 @@ class OverBudget(ValueError):
         self.smallest = smallest
 
     @classmethod
-    def of(cls, asked: str, smallest: Plan, standing: int) -> OverBudget:
-        """The error for what was `asked`; `standing` bytes are there whatever is chosen."""
+    def of(cls, asked: str, smallest: Plan, static: int) -> OverBudget:
+        """The error for what was `asked`; `static` bytes are there whatever is chosen."""
         peak = format_bytes(smallest.prediction.peak_bytes)
         how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
         return cls(
             f"no policy fits {asked}; the smallest peak within reach is {peak} "
-            f"({format_bytes(standing)} of it there all the time: weights, inputs, optimizer "
+            f"({format_bytes(static)} of it there all the time: weights, inputs, optimizer "
             f"states, scratch), with {how}",
             smallest,
         )
@@ -38,19 +38,19 @@ class OverBudget(ValueError):
 class Prediction:
     """What a step with a plan's policy takes.
 
-    kept_bytes: for the backward on the device, each storage once. peak_bytes: allocated at once in a
+    saved_bytes: for the backward on the device, each storage once. peak_bytes: allocated at once in a
     step, with weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch.
     step_s: forward and backward, None for a model without data or where plain does not fit;
     time_ratio: by plain's. gradient_error: relative L2 distance from the float32 gradient.
-    moved_bytes: in main memory between forward and backward.
+    offloaded_bytes: in CPU memory between forward and backward.
     """
 
-    kept_bytes: int
+    saved_bytes: int
     peak_bytes: int
     step_s: float | None
     time_ratio: float | None
     gradient_error: float
-    moved_bytes: int = 0
+    offloaded_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -59,7 +59,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """policy: for `wrap`. choices: by site, bits or "keep" or "rebuild". gap: how far the choice may
+    """policy: for `wrap`. choices: by candidate, bits or "keep" or "rebuild". gap: how far the choice may
     be from the best one, relative to its cost. plain: what the step takes without a policy."""
 
     policy: Policy
@@ -72,10 +72,10 @@ class Plan:
     def cost(self) -> float:
         """Time and gradient error in one number, as a multiple of the plain step."""
         said = self.prediction
-        return (said.time_ratio or 0.0) + PRICE * said.gradient_error**2
+        return (said.time_ratio or 0.0) + ERROR_WEIGHT * said.gradient_error**2
 
     def summary(self) -> list[tuple[str, str, int]]:
-        """(operator.operand, choice, how many sites), in the order of the model."""
+        """(operator.operand, choice, how many candidates), in the order of the model."""
         counts: dict[tuple[str, str], int] = {}
         for (_, operator, operand), choice in self.choices.items():
             said = f"{choice} bits" if isinstance(choice, int) else choice

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mesa_train.estimate.optimizer_states import standing_bytes
+from mesa_train.estimate.optimizer_states import static_bytes
 from mesa_train.measure.footprint import device_of
 from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.runner import Runs
@@ -28,14 +28,14 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.policy import Policy
 from mesa_train.utils.formatting import format_bytes, parse_bytes
 
-from .blocks import PYTORCH, Block, Way
-from .candidates import KEEP, also_moved
-from .memory_model import Choices, Play
-from .plan import PRICE, OverBudget, Plan, Prediction
-from .search_space import Prospect
+from .blocks import PYTORCH, Block, BlockOption
+from .candidates import KEEP, also_offloaded
+from .memory_model import Choices, SimulatedStep
+from .plan import ERROR_WEIGHT, OverBudget, Plan, Prediction
+from .search_space import SearchSpace
 from .sensitivity import Sensitivity, calibrate, parameter_names, typical
-from .solver import COST, PEAK, Bus, Moment, Problem, Solution, solve
-from .time_model import CHECKPOINT, CHECKPOINT_CODES, pace_of
+from .solver import COST, PEAK, HostLink, Moment, Problem, Solution, solve
+from .time_model import CHECKPOINT, CHECKPOINT_CODES, fit_time_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def plan(
         error of the gradient that codes may add to plain's.
     loss: from the output to a scalar; default: `default_loss`.
     optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
-    cpu_memory: most main memory for what is moved there, such as "64GiB"; None for any. Nothing is
-        moved where the model is on a CPU.
+    cpu_memory: most CPU memory for what is offloaded there, such as "64GiB"; None for any. Nothing is
+        offloaded where the model is on a CPU.
 
     Raises OverBudget, a ValueError that says what the smallest peak is, if nothing fits; ValueError
     for a bound out of range; ImportError, naming the extra, without scipy; what `footprint` raises.
@@ -87,11 +87,11 @@ class _Played(NamedTuple):
     """A solution with the step that it makes."""
 
     solution: Solution
-    play: Play
+    simulated: SimulatedStep
 
     @property
     def peak_bytes(self) -> int:
-        return self.play.timeline.peak_bytes
+        return self.simulated.timeline.peak_bytes
 
 
 # Most seconds of the choices, and most variance.
@@ -119,21 +119,23 @@ class Planner:
         self.real = self.device.type != "meta"
         tell = progress or (lambda *_: None)
         tell("stashes", 0, 4)
-        self.prospect = Prospect(model, inputs, autocast, self.loss)
-        self.plays, self.sites = self.prospect.plays, self.prospect.sites
-        self.standing = standing_bytes(model, inputs, optimizer_bytes)
+        self.space = SearchSpace(model, inputs, autocast, self.loss)
+        self.simulator, self.candidates = self.space.simulator, self.space.candidates
+        self.static = static_bytes(model, inputs, optimizer_bytes)
         tell("times", 1, 4)
-        self.plain_s, self.pace = pace_of(self.prospect, self.device)
+        self.plain_s, self.times = fit_time_model(self.space, self.device)
         tell("gradients", 2, 4)
         self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
         self.blocks = self._blocks()
         # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
-        eight = sum(self.pace.sites[s.key, 8] for s in self.sites)
-        self.step_s = self.plain_s or 5 * sum(self.pace.matmuls.values()) or 10 * eight
-        # A backward takes twice a forward: what goes over the bus meanwhile takes no time.
-        self.bus = None
-        if self.pace.bus is not None:
-            self.bus = Bus(self.pace.bus, self.step_s / 3, 2 * self.step_s / 3, room)
+        eight = sum(self.times.candidates[s.key, 8] for s in self.candidates)
+        self.step_s = self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * eight
+        # A backward takes twice a forward: what goes over the link meanwhile takes no time.
+        self.host_link = None
+        if self.times.host_link is not None:
+            self.host_link = HostLink(
+                self.times.host_link, self.step_s / 3, 2 * self.step_s / 3, room
+            )
         self._least: list[_Played | None] = []
         tell("choosing", 3, 4)
         self.plain = self._prediction_of_plain()
@@ -146,9 +148,9 @@ class Planner:
         max_error: float | None = None,
     ) -> Plan:
         """As `plan`, for this model and batch."""
-        room = None if budget is None else self._bytes("budget", budget) - self.standing
+        room = None if budget is None else self._bytes("budget", budget) - self.static
         bounds = self._bounds(max_time, max_error)
-        if room is not None and self.plain.peak_bytes - self.standing <= room:
+        if room is not None and self.plain.peak_bytes - self.static <= room:
             return self._as_plain()
         found = self._fitted(room, bounds)
         if found is not None and (room is not None or self._below_plain(found)):
@@ -163,7 +165,7 @@ class Planner:
         ]
         asked += [f"{max_time:.2f} times plain's time" if max_time is not None else ""]
         asked += [f"a gradient error of {max_error:.1%}" if max_error is not None else ""]
-        raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.standing)
+        raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.static)
 
     def frontier(self, points: int = 8) -> list[Plan]:
         """Plans for budgets spread between the smallest peak within reach and plain's, the smallest
@@ -173,7 +175,7 @@ class Planner:
         plans = [smallest]
         for number in range(1, points):
             size = int(low * (high / low) ** (number / points))
-            found = self._fitted(size - self.standing, (None, None))
+            found = self._fitted(size - self.static, (None, None))
             if found is not None:
                 plans.append(found)
         best: list[Plan] = []
@@ -204,29 +206,31 @@ class Planner:
         return least if found is None else found
 
     def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
-        """The best choices, with a bus and without: what is on its way takes memory too, so in a small
+        """The best choices, with a host link and without: what is on its way takes memory too, so in a small
         model it may be better to move nothing."""
-        found = self._searched(room, bounds, self.bus)
-        if self.bus is None:
+        found = self._searched(room, bounds, self.host_link)
+        if self.host_link is None:
             return found
-        still = self._searched(room, bounds, self.bus._replace(room=0))
+        still = self._searched(room, bounds, self.host_link._replace(room=0))
         if found is None or (still is not None and self._better(still, found, room)):
             return still
         return found
 
-    def _searched(self, room: int | None, bounds: _Bounds, bus: Bus | None) -> _Played | None:
-        """Solve, play the answer through the timeline, correct the program by it, and again."""
+    def _searched(
+        self, room: int | None, bounds: _Bounds, host_link: HostLink | None
+    ) -> _Played | None:
+        """Solve, simulate the answer through the timeline, correct the program by it, and again."""
         best: _Played | None = None
         now: _Played | None = None
         limit, restarted = room, False
         for _ in range(8):
             found = solve(
-                self._problem(now, bus),
+                self._problem(now, host_link),
                 budget=limit,
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
                 objective=COST if room is not None else PEAK,
-                price=PRICE * self.step_s,
+                price=ERROR_WEIGHT * self.step_s,
             )
             if found is None:
                 # Near other choices, with another working set, there may be room yet.
@@ -239,7 +243,7 @@ class Planner:
                 continue
             before = now.solution.choices if now is not None else None
             now = _Played(
-                found, self.plays.play(self.prospect.policy(found.choices), found.choices)
+                found, self.simulator.simulated(self.space.policy(found.choices), found.choices)
             )
             fits = room is None or now.peak_bytes <= room
             known = best is not None and found.choices == best.solution.choices
@@ -269,64 +273,64 @@ class Planner:
     def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
         if room is None:
             return found.peak_bytes < best.peak_bytes
-        return found.solution.cost(PRICE * self.step_s) < best.solution.cost(PRICE * self.step_s)
+        return found.solution.cost(ERROR_WEIGHT * self.step_s) < best.solution.cost(
+            ERROR_WEIGHT * self.step_s
+        )
 
-    def _problem(self, near: _Played | None, bus: Bus | None) -> Problem:
+    def _problem(self, near: _Played | None, host_link: HostLink | None) -> Problem:
         """The program near choices whose timeline is known (None: 8 bits for all): what is live
         beside the stashes is taken to be the same; in other modes of a block as where all blocks
         are in that mode."""
-        rows = dict(self.prospect.rows)
+        rows = dict(self.space.rows)
         if near is not None:
-            rows |= self.plays.rows(near.play, self.prospect.order)
+            rows |= self.simulator.rows(near.simulated, self.space.order)
         moments = [Moment(*row, *part) for part, own in rows.items() for row in own]
-        s, p = self.sensitivity, self.pace
+        s, p = self.sensitivity, self.times
         return Problem(
-            self.sites,
-            p.sites,
+            self.candidates,
+            p.candidates,
             s.variance,
             p.matmuls,
             s.coupled,
             moments,
-            self.prospect.order.entries,
+            self.space.order.entries,
             self.blocks,
-            bus,
+            host_link,
         )
 
     def _plan(self, answer: _Played) -> Plan:
         found = answer.solution
-        policy = self.prospect.policy(found.choices)
-        kept = self.prospect.footprint(policy)
+        policy = self.space.policy(found.choices)
+        kept = self.space.footprint(policy)
         step = None if self.plain_s is None else self.plain_s + found.seconds
         ratio = None if step is None or self.plain_s is None else step / self.plain_s
         error = math.sqrt(self.sensitivity.floor + found.variance)
-        peak = self.standing + answer.peak_bytes
-        prediction = Prediction(kept.saved_bytes, peak, step, ratio, error, kept.moved_bytes)
+        peak = self.static + answer.peak_bytes
+        prediction = Prediction(kept.saved_bytes, peak, step, ratio, error, kept.offloaded_bytes)
         return Plan(policy, prediction, found.choices, found.gap, self.plain)
 
     def _as_plain(self) -> Plan:
-        choices: dict[Key, int | str] = {s.key: KEEP for s in self.sites}
+        choices: dict[Key, int | str] = {s.key: KEEP for s in self.candidates}
         return Plan(Policy(enabled=False), self.plain, choices, 0.0, self.plain)
 
     def _prediction_of_plain(self) -> Prediction:
         counted = timeline(
             self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
         )
-        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.plays.blocks}
-        peak = self.standing + self.plays.whole(counted, plain).peak_bytes
+        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.simulator.blocks}
+        peak = self.static + self.simulator.whole(counted, plain).peak_bytes
         error = math.sqrt(self.sensitivity.floor)
         ratio = None if self.plain_s is None else 1.0
-        return Prediction(
-            self.prospect.footprint(PLAIN).saved_bytes, peak, self.plain_s, ratio, error
-        )
+        return Prediction(self.space.footprint(PLAIN).saved_bytes, peak, self.plain_s, ratio, error)
 
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
         found = self._calibrated(progress)
-        also_moved(found.variance, self.sites)
-        also_moved(found.coupled, self.sites)
+        also_offloaded(found.variance, self.candidates)
+        also_offloaded(found.coupled, self.candidates)
         return found
 
     def _calibrated(self, progress: Callable[[str], None]) -> Sensitivity:
-        every = [*self.sites, *self.prospect.block_inputs.values()]
+        every = [*self.candidates, *self.space.block_inputs.values()]
         if not self.real:
             return typical(every)
         runs = Runs(self.model, self.inputs, self.autocast, self.loss)
@@ -335,18 +339,18 @@ class Planner:
             return runs.reference() if policy is None else runs.gradients(policy)
 
         checkpointing = {
-            mode.bits: self.prospect.policy(self.prospect.all(KEEP, name))
-            for name, mode in self.prospect.modes.items()
-            if mode.checkpointed and not (mode.codes or mode.moved) and self.prospect.block_inputs
+            mode.bits: self.space.policy(self.space.all(KEEP, name))
+            for name, mode in self.space.modes.items()
+            if mode.checkpointed and not (mode.codes or mode.offloaded) and self.space.block_inputs
         }
         try:
             return calibrate(
-                self.sites,
-                self.prospect.base,
+                self.candidates,
+                self.space.base,
                 gradients,
                 parameter_names(self.model),
                 progress,
-                list(self.prospect.block_inputs.values()),
+                list(self.space.block_inputs.values()),
                 checkpointing,
             )
         except torch.OutOfMemoryError:
@@ -357,20 +361,22 @@ class Planner:
     def _blocks(self) -> list[Block]:
         """What every block takes in its modes."""
         found = []
-        for name in self.plays.blocks:
-            inside = sum(self.sensitivity.variance[s.key, 8] for s in self.sites if s.block == name)
-            ways = {}
-            for label, mode in self.prospect.modes.items():
+        for name in self.simulator.blocks:
+            inside = sum(
+                self.sensitivity.variance[s.key, 8] for s in self.candidates if s.block == name
+            )
+            options = {}
+            for label, mode in self.space.modes.items():
                 kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
-                seconds = self.pace.blocks[name, kind] if mode.checkpointed else 0.0
+                seconds = self.times.blocks[name, kind] if mode.checkpointed else 0.0
                 variance = inside if mode.codes else 0.0
-                site = self.prospect.block_inputs.get(name)
-                if site is not None and mode.bits is not None:
-                    variance += self.sensitivity.variance[site.key, mode.bits]
-                kept = self.prospect.order.kept[name, label]
-                moved = self.prospect.input_bytes(name, mode.bits) if mode.moved else 0
-                ways[label] = Way(kept, seconds, variance, moved)
-            found.append(Block(name, ways))
+                candidate = self.space.block_inputs.get(name)
+                if candidate is not None and mode.bits is not None:
+                    variance += self.sensitivity.variance[candidate.key, mode.bits]
+                kept = self.space.order.kept[name, label]
+                offloaded = self.space.input_bytes(name, mode.bits) if mode.offloaded else 0
+                options[label] = BlockOption(kept, seconds, variance, offloaded)
+            found.append(Block(name, options))
         return found
 
     def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:

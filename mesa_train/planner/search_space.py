@@ -1,7 +1,7 @@
 """Prospect: what a planner may choose from on one model and batch, and how a step goes with the
 simplest choices.
 
-Sites and blocks are read off forwards on tensors without data; steps with all sites in 8 bits, with all
+Candidates and blocks are read off forwards on tensors without data; steps with all candidates in 8 bits, with all
 blocks left to PyTorch and with all of them checkpointed show the working set of every part in every
 mode; two real steps show the kernels' scratch.
 """
@@ -23,14 +23,14 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.methods.checkpointing import find_blocks
 from mesa_train.policy import PRESETS, Policy
 
-from .blocks import MODES, PYTORCH, STASHES, block_of
-from .candidates import KEEP, Site, as_policy, sites_of
-from .memory_model import Choices, Order, Play, Plays, Row
+from .blocks import PYTORCH, STASHES, STRATEGIES, block_of
+from .candidates import KEEP, Candidate, as_policy, candidates_of
+from .memory_model import Choices, Order, Row, SimulatedStep, StepSimulator
 
 
-class Prospect:
-    """sites: what may be chosen for. plays: of steps, with the blocks. order: of the stashes. rows: of
-    the steps with the simplest choices. block_inputs: what checkpointed blocks keep, as sites.
+class SearchSpace:
+    """candidates: what may be chosen for. simulator: of steps, with the blocks. order: of the stashes. rows: of
+    the steps with the simplest choices. block_inputs: what checkpointed blocks keep, as candidates.
 
     Raises ValueError if there is nothing to choose.
     """
@@ -46,44 +46,48 @@ class Prospect:
         device = device_of(model)
         self.real = device.type != "meta"
         # On a CPU there is nothing to move; without data it is planned for a GPU.
-        self.movable = device.type in ("meta", "cuda")
-        self.modes = {n: m for n, m in MODES.items() if self.movable or not m.moved}
+        self.offloadable = device.type in ("meta", "cuda")
+        self.modes = {n: m for n, m in STRATEGIES.items() if self.offloadable or not m.offloaded}
         self.base = PRESETS["mesa8"]
         names = list(find_blocks(self.model))
-        self.plays = Plays(self.model, self.inputs, self.autocast, self.loss, names)
-        stored, first = self.plays.watch(self.base)
+        self.simulator = StepSimulator(self.model, self.inputs, self.autocast, self.loss, names)
+        stored, first = self.simulator.watch(self.base)
         linear = dataclasses.replace(self.base, recompute="linear")
-        rebuilding, _ = self.plays.watch(linear, holding=True)
-        whole, _ = self.plays.watch(dataclasses.replace(self.base, bits=32))
+        rebuilding, _ = self.simulator.watch(linear, holding=True)
+        whole, _ = self.simulator.watch(dataclasses.replace(self.base, bits=32))
         begun = [key[0] for key, *_ in stored.stored if key[1:] == (BLOCK, "begin")]
         once = [name for name in names if begun.count(name) == 1]
-        self.sites = sites_of(stored, rebuilding, whole, once)
-        for site in self.sites:
-            site.movable = self.movable
-        if not self.sites:
+        self.candidates = candidates_of(stored, rebuilding, whole, once)
+        for candidate in self.candidates:
+            candidate.offloadable = self.offloadable
+        if not self.candidates:
             raise ValueError(
                 f"{type(self.model).__name__} stores no tensor of {self.base.min_bytes} bytes or "
                 "more with this batch, so there is nothing to choose"
             )
-        used = {site.block for site in self.sites}
-        self.plays.blocks = [name for name in once if name in used]
-        parents = {name.rpartition(".")[0] for name in self.plays.blocks}
+        used = {candidate.block for candidate in self.candidates}
+        self.simulator.blocks = [name for name in once if name in used]
+        parents = {name.rpartition(".")[0] for name in self.simulator.blocks}
         self.siblings = {p: len(list(self.model.get_submodule(p).children())) for p in parents}
-        self.order = Order.of(stored, self.sites)
+        self.order = Order.of(stored, self.candidates)
         self._measure_scratch(first)
         order = [key for key, *_ in stored.stored]
         eight = self.all(8)
-        self.rows = self.plays.rows(Play(eight, self.plays.whole(first, eight), order), self.order)
-        self.block_inputs: dict[str, Site] = {}
-        if self.plays.blocks:
+        self.rows = self.simulator.rows(
+            SimulatedStep(eight, self.simulator.whole(first, eight), order), self.order
+        )
+        self.block_inputs: dict[str, Candidate] = {}
+        if self.simulator.blocks:
             self._blocks()
 
     def _blocks(self) -> None:
         """Steps with all blocks checkpointed, or left to PyTorch."""
-        modes = self.plays.blocks
-        watch, _ = self.plays.watch(self.policy(self.all(8, "checkpoint, input 8 bits")))
+        modes = self.simulator.blocks
+        watch, _ = self.simulator.watch(self.policy(self.all(8, "checkpoint, input 8 bits")))
         self.block_inputs = {
-            b: Site((b, "checkpoint", "input"), 0, inputs.matrices, inputs.kept_bytes, block=b)
+            b: Candidate(
+                (b, "checkpoint", "input"), 0, inputs.matrices, inputs.saved_bytes, block=b
+            )
             for b, inputs in watch.inputs.items()
             if b in modes
         }
@@ -93,11 +97,13 @@ class Prospect:
             self.order.kept[block, PYTORCH] = sum(inside)
             for name, mode in self.modes.items():
                 if mode.checkpointed:
-                    kept = 0 if mode.moved else self.input_bytes(block, mode.bits)
+                    kept = 0 if mode.offloaded else self.input_bytes(block, mode.bits)
                     self.order.kept[block, name] = kept
         for name in (PYTORCH, "checkpoint, input 8 bits", "checkpoint of codes, input 8 bits"):
             choices = self.all(8, name)
-            rows = self.plays.rows(self.plays.play(self.policy(choices), choices), self.order)
+            rows = self.simulator.rows(
+                self.simulator.simulated(self.policy(choices), choices), self.order
+            )
             self.rows |= {part: own for part, own in rows.items() if part[0] is not None}
         for block in modes:
             for name, mode in self.modes.items():
@@ -112,37 +118,37 @@ class Prospect:
 
     def input_bytes(self, block: str, bits: int | None) -> int:
         """Of a checkpointed block's input, in so many bits or as it is."""
-        site = self.block_inputs.get(block)
-        return 0 if site is None else site.bytes(KEEP if bits is None else bits)
+        candidate = self.block_inputs.get(block)
+        return 0 if candidate is None else candidate.bytes(KEEP if bits is None else bits)
 
     def all(self, choice: int | str, mode: str = STASHES) -> dict[Key, int | str]:
-        """The same choice for every site, or the same mode for every block and the choice for the
-        sites outside."""
-        blocks: dict[Key, int | str] = {(b, BLOCK, ""): mode for b in self.plays.blocks}
-        sites = {
+        """The same choice for every candidate, or the same mode for every block and the choice for the
+        candidates outside."""
+        blocks: dict[Key, int | str] = {(b, BLOCK, ""): mode for b in self.simulator.blocks}
+        candidates = {
             s.key: choice if choice in s.choices() else 8
-            for s in self.sites
+            for s in self.candidates
             if mode == STASHES or s.block is None
         }
-        return {**sites, **blocks}
+        return {**candidates, **blocks}
 
     def _measure_scratch(self, first: Timeline) -> None:
         if not self.real:
             return
         runs = Runs(self.model, self.inputs, self.autocast, self.loss)
-        self.plays.scratch[False] = runs.scratch(self.base, first)
-        plain = PLAIN if not self.plays.blocks else self.policy(self.all(8, PYTORCH))
+        self.simulator.scratch[False] = runs.scratch(self.base, first)
+        plain = PLAIN if not self.simulator.blocks else self.policy(self.all(8, PYTORCH))
         counted = timeline(
             self.model, self.inputs, policy=plain, autocast=self.autocast, loss=self.loss
         )
         try:
-            self.plays.scratch[True] = runs.scratch(plain, counted)
+            self.simulator.scratch[True] = runs.scratch(plain, counted)
         except torch.OutOfMemoryError:
-            self.plays.scratch[True] = self.plays.scratch[False]
+            self.simulator.scratch[True] = self.simulator.scratch[False]
 
     def policy(self, choices: Choices) -> Policy:
         """The policy of these choices."""
-        return as_policy(self.base, self.sites, choices, self.siblings)
+        return as_policy(self.base, self.candidates, choices, self.siblings)
 
     def footprint(self, policy: Policy | str) -> Footprint:
         """What a step keeps with a policy, counted without data."""

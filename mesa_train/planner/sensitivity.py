@@ -1,9 +1,9 @@
-"""How much each site's codes add to the gradient's error: a few backward passes, and theory.
+"""How much each candidate's codes add to the gradient's error: a few backward passes, and theory.
 
 With a quantiser of 2^b - 1 steps the error's variance adds up over tensors, Var = sum of
 c_l / (2^b - 1)^2 (ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357). So c_l is not asked for tensor
-by tensor: one pass codes all sites of a kind (an operand of an operator) in the blocks at 4 bits, and one
-at 2 bits, everything else kept; the kind's variance is shared out over its sites by where the gradient
+by tensor: one pass codes all candidates of a kind (an operand of an operator) in the blocks at 4 bits, and one
+at 2 bits, everything else kept; the kind's variance is shared out over its candidates by where the gradient
 was off. 8 bits follow from 4 by the formula. For a ViT that makes about fifteen passes.
 """
 
@@ -19,7 +19,7 @@ from mesa_train.measure.gradients import relative_error
 from mesa_train.measure.stash_log import Key
 from mesa_train.policy import Policy
 
-from .candidates import KEEP, REBUILD, Site, as_policy
+from .candidates import KEEP, REBUILD, Candidate, as_policy
 
 # (2^4 - 1)^2 / (2^8 - 1)^2, and for 2 bits.
 _EIGHT = (15 / 255) ** 2
@@ -36,7 +36,7 @@ _TYPICAL = {
     ("checkpoint", "input"): 1e-2,
 }
 _OTHERWISE = 1e-3
-# Sites outside of blocks that get passes of their own.
+# Candidates outside of blocks that get passes of their own.
 _FEW = 8
 
 
@@ -44,7 +44,7 @@ _FEW = 8
 class Sensitivity:
     """Squares of relative errors of the gradient.
 
-    variance: that each site adds, by choice; also the inputs of checkpointed blocks, as sites.
+    variance: that each candidate adds, by choice; also the inputs of checkpointed blocks, as candidates.
     coupled: that a source's choice adds if a product is rebuilt from it. floor: of keeping
     everything, against float32. passes: forwards with backwards that were run.
     """
@@ -56,12 +56,12 @@ class Sensitivity:
 
 
 def calibrate(
-    sites: Sequence[Site],
+    candidates: Sequence[Candidate],
     base: Policy,
     gradients: Callable[[Policy | str | None], list[Tensor | None]],
     names: Sequence[str],
     progress: Callable[[str], None] = lambda _: None,
-    inputs: Sequence[Site] = (),
+    inputs: Sequence[Candidate] = (),
     checkpointing: Mapping[int | None, Policy] | None = None,
 ) -> Sensitivity:
     """Measure with `gradients`, which runs one pass with a policy ("plain" without, None in
@@ -70,38 +70,38 @@ def calibrate(
     inputs: what blocks keep when they are checkpointed. checkpointing: policies that checkpoint all
     of them, by the bits of these inputs, None first.
     """
-    everything: dict[Key, int | str] = {s.key: KEEP for s in sites}
+    everything: dict[Key, int | str] = {s.key: KEEP for s in candidates}
     progress("float32")
     exact = gradients(None)
     progress("all kept")
-    reference = gradients(as_policy(base, list(sites), everything))
+    reference = gradients(as_policy(base, list(candidates), everything))
     floor = relative_error(reference, exact) ** 2
     passes = 2
     variance: dict[tuple[Key, int | str], float] = {
-        (s.key, c): 0.0 for s in sites for c in (KEEP, REBUILD)
+        (s.key, c): 0.0 for s in candidates for c in (KEEP, REBUILD)
     }
     coupled: dict[tuple[Key, int | str], float] = {}
-    sources = {s.source for s in sites if s.source is not None}
-    for own in _groups(sites):
+    sources = {s.source for s in candidates if s.source is not None}
+    for own in _groups(candidates):
         kind = own[0].kind if len(own) > 1 else (*filter(None, own[0].key),)
         low: list[int] = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
         for bits in low:
             progress(f"{'.'.join(kind)} at {bits} bits")
             choices = {**everything, **{s.key: bits for s in own}}
             shares = _shares(
-                own, names, gradients(as_policy(base, list(sites), choices)), reference
+                own, names, gradients(as_policy(base, list(candidates), choices)), reference
             )
             variance |= {(key, bits): value for key, value in shares.items()}
             passes += 1
             if any(s.key in sources for s in own):
                 progress(f"{'.'.join(kind)} at {bits} bits, rebuilding")
-                # A site that something is rebuilt from: its noise enters there too.
+                # A candidate that something is rebuilt from: its noise enters there too.
                 again = {
                     **choices,
-                    **{s.key: REBUILD for s in sites if s.source in choices and s.product},
+                    **{s.key: REBUILD for s in candidates if s.source in choices and s.product},
                 }
                 found = _shares(
-                    own, names, gradients(as_policy(base, list(sites), again)), reference
+                    own, names, gradients(as_policy(base, list(candidates), again)), reference
                 )
                 coupled |= {
                     (key, bits): max(0.0, value - shares[key])
@@ -110,10 +110,10 @@ def calibrate(
                 }
                 passes += 1
         if 4 in low:
-            for site in own:
-                variance[site.key, 8] = variance[site.key, 4] * _EIGHT
-                if (site.key, 4) in coupled:
-                    coupled[site.key, 8] = coupled[site.key, 4] * _EIGHT
+            for candidate in own:
+                variance[candidate.key, 8] = variance[candidate.key, 4] * _EIGHT
+                if (candidate.key, 4) in coupled:
+                    coupled[candidate.key, 8] = coupled[candidate.key, 4] * _EIGHT
     for input_bits, policy in (checkpointing or {}).items():
         progress(f"checkpoints' inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)
@@ -126,49 +126,49 @@ def calibrate(
     return Sensitivity(variance, coupled, floor, passes)
 
 
-def typical(sites: Sequence[Site]) -> Sensitivity:
+def typical(candidates: Sequence[Candidate]) -> Sensitivity:
     """From theory and a study of a small ViT, for a model without data."""
     variance: dict[tuple[Key, int | str], float] = {}
     coupled: dict[tuple[Key, int | str], float] = {}
-    for kind in dict.fromkeys(s.kind for s in sites):
-        own = [s for s in sites if s.kind == kind]
+    for kind in dict.fromkeys(s.kind for s in candidates):
+        own = [s for s in candidates if s.kind == kind]
         total = sum(s.elements for s in own) or 1
-        for site in own:
-            four = _TYPICAL.get(kind, _OTHERWISE) * site.elements / total
+        for candidate in own:
+            four = _TYPICAL.get(kind, _OTHERWISE) * candidate.elements / total
             variance |= {
-                (site.key, 8): four * _EIGHT,
-                (site.key, 4): four,
-                (site.key, 2): four * _TWO,
-                (site.key, KEEP): 0.0,
-                (site.key, REBUILD): 0.0,
+                (candidate.key, 8): four * _EIGHT,
+                (candidate.key, 4): four,
+                (candidate.key, 2): four * _TWO,
+                (candidate.key, KEEP): 0.0,
+                (candidate.key, REBUILD): 0.0,
             }
-    for site in sites:
-        if site.source is not None:
+    for candidate in candidates:
+        if candidate.source is not None:
             for bits, factor in ((8, _EIGHT), (4, 1.0), (2, _TWO)):
-                more = variance.get((site.key, 4), 0.0) * factor
-                coupled[site.source, bits] = coupled.get((site.source, bits), 0.0) + more
+                more = variance.get((candidate.key, 4), 0.0) * factor
+                coupled[candidate.source, bits] = coupled.get((candidate.source, bits), 0.0) + more
     return Sensitivity(variance, coupled, 0.0, 0)
 
 
-def _groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """The sites that one pass codes together: those of a kind that stand in blocks. One outside, such
+def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates that one pass codes together: those of a kind that stand in blocks. One outside, such
     as the norm before the classifier, enters the gradient in its own way: it is alone, unless there
     are many."""
-    inside = [s for s in sites if s.block is not None]
-    outside = [s for s in sites if s.block is None]
+    inside = [s for s in candidates if s.block is not None]
+    outside = [s for s in candidates if s.block is None]
     alone = [[s] for s in outside] if inside and len(outside) <= _FEW else []
-    rest = inside if alone else list(sites)
+    rest = inside if alone else list(candidates)
     kinds = dict.fromkeys(s.kind for s in rest)
     return [*([s for s in rest if s.kind == kind] for kind in kinds), *alone]
 
 
 def _shares(
-    own: Sequence[Site],
+    own: Sequence[Candidate],
     names: Sequence[str],
     gradients: Sequence[Tensor | None],
     reference: Sequence[Tensor | None],
 ) -> dict[Key, float]:
-    """The squared relative error of a pass, shared out over the sites that were coded: in
+    """The squared relative error of a pass, shared out over the candidates that were coded: in
     proportion to the squared error of the parameters around each, and to its elements."""
     norm = sum(_square(r) for r in reference) or 1.0
     errors: dict[str, float] = {}

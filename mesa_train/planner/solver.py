@@ -1,9 +1,9 @@
-"""The choice for every site at once: an integer program, solved by HiGHS to a proven gap.
+"""The choice for every candidate at once: an integer program, solved by HiGHS to a proven gap.
 
 Minimise time + price * error variance (or the peak, or time alone) such that at every moment of the
-step the live bytes fit, the added time and the added variance stay within their bounds, a site is
+step the live bytes fit, the added time and the added variance stay within their bounds, a candidate is
 rebuilt only where the matmul that makes it is repeated, the stashes of a block are chosen only where
-the block is neither checkpointed nor left to PyTorch, and what the bus to main memory cannot carry
+the block is neither checkpointed nor left to PyTorch, and what the link to CPU memory cannot carry
 while the device computes is waited for. ImportError, naming the extra, without scipy.
 """
 
@@ -21,15 +21,15 @@ from typing import NamedTuple
 from mesa_train.measure.stash_log import BLOCK, Key
 
 from .blocks import STASHES, Block
-from .candidates import REBUILD, Site, under_way
+from .candidates import REBUILD, Candidate, under_way
 
 # Objectives.
 COST, PEAK = "cost", "peak"
 # Bytes of a unit of memory in the program, so that its rows are of one magnitude.
 _UNIT = 2.0**20
-# Milliseconds that the forward waits for the bus, and the backward: no names of modules.
-_OUT, _HOME = "bus out", "bus home"
-# A column: a site's or block's choice, a product that is repeated, both together, the peak, a wait.
+# Milliseconds that the forward waits for the link, and the backward: no names of modules.
+_OUT, _BACK = "host link out", "host link back"
+# A column: a candidate's or block's choice, a product that is repeated, both together, the peak, a wait.
 _Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
 
 
@@ -43,18 +43,18 @@ class Moment(NamedTuple):
     mode: str | None = None
 
 
-class Bus(NamedTuple):
-    """The way to main memory. forward_s, backward_s: of arithmetic that hides what goes out, and what
-    comes home. room: most bytes there at once, None for any."""
+class HostLink(NamedTuple):
+    """The way to CPU memory. forward_s, backward_s: of arithmetic that hides what goes out, and what
+    comes back. room: most bytes there at once, None for any."""
 
     bytes_per_s: float
     forward_s: float
     backward_s: float
     room: int | None = None
 
-    def waits(self, moved_bytes: float) -> float:
+    def waits(self, offloaded_bytes: float) -> float:
         """Seconds that a step waits for so many bytes."""
-        taken = moved_bytes / self.bytes_per_s
+        taken = offloaded_bytes / self.bytes_per_s
         return max(0.0, taken - self.forward_s) + max(0.0, taken - self.backward_s)
 
 
@@ -62,14 +62,14 @@ class Bus(NamedTuple):
 class Problem:
     """What is chosen from, and what it costs.
 
-    seconds, variance: by site and choice; the variance is of the gradient, relative to its square.
+    seconds, variance: by candidate and choice; the variance is of the gradient, relative to its square.
     matmul_s: seconds of repeating a product. coupled: variance that a choice of a source adds if
-    something is rebuilt from it. moments: when how much is live. order: the sites of the stashes
-    that the forward stores, each with its share of the site's bytes; (block, BLOCK, "begin") stands
-    where a block begins. bus: where stashes may be moved.
+    something is rebuilt from it. moments: when how much is live. order: the candidates of the stashes
+    that the forward stores, each with its share of the candidate's bytes; (block, BLOCK, "begin") stands
+    where a block begins. host_link: where stashes may be offloaded.
     """
 
-    sites: Sequence[Site]
+    candidates: Sequence[Candidate]
     seconds: Mapping[tuple[Key, int | str], float]
     variance: Mapping[tuple[Key, int | str], float]
     matmul_s: Mapping[str, float]
@@ -77,23 +77,27 @@ class Problem:
     moments: Sequence[Moment]
     order: Sequence[tuple[Key, float]]
     blocks: Sequence[Block] = ()
-    bus: Bus | None = None
+    host_link: HostLink | None = None
 
-    def moved(self) -> dict[tuple[Key, int | str], float]:
-        """Bytes that go to main memory, by site or block and choice, of those that do."""
-        sites = {(s.key, c): float(s.moved_bytes(c)) for s in self.sites for c in s.choices()}
-        blocks = {(b.key, m): float(w.moved_bytes) for b in self.blocks for m, w in b.ways.items()}
-        return {name: size for name, size in (sites | blocks).items() if size}
+    def offloaded(self) -> dict[tuple[Key, int | str], float]:
+        """Bytes that go to CPU memory, by candidate or block and choice, of those that do."""
+        candidates = {
+            (s.key, c): float(s.offloaded_bytes(c)) for s in self.candidates for c in s.choices()
+        }
+        blocks = {
+            (b.key, m): float(w.offloaded_bytes) for b in self.blocks for m, w in b.options.items()
+        }
+        return {name: size for name, size in (candidates | blocks).items() if size}
 
     def choices(self) -> dict[Key, list[int | str]]:
-        """What there is to choose from for every site and block."""
-        found = {s.key: s.choices() for s in self.sites}
-        return found | {b.key: [STASHES, *b.ways] for b in self.blocks}
+        """What there is to choose from for every candidate and block."""
+        found = {s.key: s.choices() for s in self.candidates}
+        return found | {b.key: [STASHES, *b.options] for b in self.blocks}
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """choices: by site and block; none for the sites of a block that are not chosen one by one.
+    """choices: by candidate and block; none for the candidates of a block that are not chosen one by one.
     peak_bytes: of the moments as given. seconds, variance: of the choices. gap: how far from the
     optimum it may be, relative to it."""
 
@@ -172,9 +176,12 @@ def solve(
         key: max(choices, key=lambda c: found.x[columns[key, c]])
         for key, choices in problem.choices().items()
     }
-    for site in problem.sites:
-        if site.block is not None and chosen.get((site.block, BLOCK, ""), STASHES) != STASHES:
-            del chosen[site.key]
+    for candidate in problem.candidates:
+        if (
+            candidate.block is not None
+            and chosen.get((candidate.block, BLOCK, ""), STASHES) != STASHES
+        ):
+            del chosen[candidate.key]
     return score(problem, chosen, float(found.mip_gap or 0.0))
 
 
@@ -194,33 +201,33 @@ def _silent() -> Iterator[None]:
 
 
 class _Program:
-    """The rows of a problem: a site has one choice, a rebuilt one needs its product, every moment
+    """The rows of a problem: a candidate has one choice, a rebuilt one needs its product, every moment
     stays below the peak."""
 
     def __init__(self, problem: Problem) -> None:
         self.entries: list[tuple[int, int, float]] = []
         self.low: list[float] = []
         self.high: list[float] = []
-        products = list(dict.fromkeys(s.product for s in problem.sites if s.product))
+        products = list(dict.fromkeys(s.product for s in problem.candidates if s.product))
         coupled = {k: v for k, v in problem.coupled.items() if v > 0}
         links = _links(problem, coupled)
         names: list[_Name] = [(k, c) for k, choices in problem.choices().items() for c in choices]
-        self.waits = (_OUT, _HOME) if problem.bus is not None else ()
+        self.waits = (_OUT, _BACK) if problem.host_link is not None else ()
         names += [*products, *links, PEAK, *self.waits]
         self.columns = {name: index for index, name in enumerate(names)}
         blocks = {block.name: block.key for block in problem.blocks}
         for key, choices in problem.choices().items():
             if key[1] == BLOCK:
                 self.add({(key, c): 1.0 for c in choices}, 1, 1)
-        for site in problem.sites:
-            one: dict[_Name, float] = {(site.key, c): 1.0 for c in site.choices()}
-            if site.block in blocks:
+        for candidate in problem.candidates:
+            one: dict[_Name, float] = {(candidate.key, c): 1.0 for c in candidate.choices()}
+            if candidate.block in blocks:
                 # Chosen where its block's stashes are, and only there.
-                self.add({**one, (blocks[site.block], STASHES): -1.0}, 0, 0)
+                self.add({**one, (blocks[candidate.block], STASHES): -1.0}, 0, 0)
             else:
                 self.add(one, 1, 1)
-            if site.product:
-                self.add({(site.key, REBUILD): 1.0, site.product: -1.0}, -math.inf, 0)
+            if candidate.product:
+                self.add({(candidate.key, REBUILD): 1.0, candidate.product: -1.0}, -math.inf, 0)
         for link in links:
             # The variance comes with the choice and the repetition together.
             key, choice, product = link
@@ -229,17 +236,17 @@ class _Program:
             row: dict[_Name, float] = {name: size / _UNIT for name, size in sizes.items()}
             self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
         self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
-        if problem.bus is not None:
-            self._add_bus(problem.moved(), problem.bus)
+        if problem.host_link is not None:
+            self._add_host_link(problem.offloaded(), problem.host_link)
         self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
-        for site in problem.sites:
-            for choice in site.choices():
-                self.seconds[site.key, choice] = problem.seconds[site.key, choice]
-                self.variance[site.key, choice] = problem.variance[site.key, choice]
+        for candidate in problem.candidates:
+            for choice in candidate.choices():
+                self.seconds[candidate.key, choice] = problem.seconds[candidate.key, choice]
+                self.variance[candidate.key, choice] = problem.variance[candidate.key, choice]
         for block in problem.blocks:
-            for mode, way in block.ways.items():
-                self.seconds[block.key, mode] = way.seconds
-                self.variance[block.key, mode] = way.variance
+            for mode, option in block.options.items():
+                self.seconds[block.key, mode] = option.seconds
+                self.variance[block.key, mode] = option.variance
 
     def add(self, row: Mapping[_Name, float], least: float, most: float) -> None:
         """A row: the sum of its columns times these factors is within the bounds."""
@@ -247,15 +254,19 @@ class _Program:
         self.low.append(least)
         self.high.append(most)
 
-    def _add_bus(self, moved: Mapping[tuple[Key, int | str], float], bus: Bus) -> None:
-        """What does not go out in the forward's time, or come home in the backward's, is waited for."""
-        taken: dict[_Name, float] = {n: 1e3 * size / bus.bytes_per_s for n, size in moved.items()}
-        for wait, hidden in ((_OUT, bus.forward_s), (_HOME, bus.backward_s)):
+    def _add_host_link(
+        self, offloaded: Mapping[tuple[Key, int | str], float], host_link: HostLink
+    ) -> None:
+        """What does not go out in the forward's time, or come back in the backward's, is waited for."""
+        taken: dict[_Name, float] = {
+            n: 1e3 * size / host_link.bytes_per_s for n, size in offloaded.items()
+        }
+        for wait, hidden in ((_OUT, host_link.forward_s), (_BACK, host_link.backward_s)):
             self.add({**taken, wait: -1.0}, -math.inf, 1e3 * hidden)
             self.seconds[wait] = 1e-3
-        if bus.room is not None:
-            sizes: dict[_Name, float] = {name: size / _UNIT for name, size in moved.items()}
-            self.add(sizes, -math.inf, bus.room / _UNIT)
+        if host_link.room is not None:
+            sizes: dict[_Name, float] = {name: size / _UNIT for name, size in offloaded.items()}
+            self.add(sizes, -math.inf, host_link.room / _UNIT)
 
     def goal(self, objective: str, price: float) -> dict[_Name, float]:
         """What is minimised; what comes second is a thousandth of it or less."""
@@ -263,15 +274,15 @@ class _Program:
             scale = sum(map(abs, self.seconds.values())) or 1.0
             return {**{n: 1e-3 * s / scale for n, s in self.seconds.items()}, PEAK: 1.0}
         names = {*self.seconds, *self.variance}
-        costs: dict[_Name, float] = {
+        timings: dict[_Name, float] = {
             n: 1e3 * (self.seconds.get(n, 0.0) + price * self.variance.get(n, 0.0)) for n in names
         }
-        return {**costs, PEAK: 1e-6}
+        return {**timings, PEAK: 1e-6}
 
 
 def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:
     """What a set of choices costs in a problem."""
-    own = [site for site in problem.sites if site.key in choices]
+    own = [candidate for candidate in problem.candidates if candidate.key in choices]
     repeated = {s.product for s in own if s.product and choices[s.key] == REBUILD}
     seconds = sum(problem.seconds[s.key, choices[s.key]] for s in own)
     seconds += sum(problem.matmul_s[p] for p in repeated if p)
@@ -281,12 +292,14 @@ def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) 
         problem.coupled.get((k, choices[k]), 0.0) for k in feeding if k is not None and k in choices
     )
     for block in problem.blocks:
-        way = block.ways.get(str(choices.get(block.key, STASHES)))
-        if way is not None:
-            seconds, variance = seconds + way.seconds, variance + way.variance
-    if problem.bus is not None:
-        moved = problem.moved()
-        seconds += problem.bus.waits(sum(moved.get(chosen, 0.0) for chosen in choices.items()))
+        option = block.options.get(str(choices.get(block.key, STASHES)))
+        if option is not None:
+            seconds, variance = seconds + option.seconds, variance + option.variance
+    if problem.host_link is not None:
+        offloaded = problem.offloaded()
+        seconds += problem.host_link.waits(
+            sum(offloaded.get(chosen, 0.0) for chosen in choices.items())
+        )
     names = dict.fromkeys(choices.items(), 1.0)
     peak = max(
         fixed + sum(size for name, size in row.items() if name in names)
@@ -299,7 +312,9 @@ def _links(
     problem: Problem, coupled: Mapping[tuple[Key, int | str], float]
 ) -> list[tuple[Key, int | str, str]]:
     """(source, its choice, the product rebuilt from it), one for each whose variance is coupled."""
-    found = {(s.source, s.product) for s in problem.sites if s.product and s.source is not None}
+    found = {
+        (s.source, s.product) for s in problem.candidates if s.product and s.source is not None
+    }
     return [
         (key, choice, product)
         for key, choice in coupled
@@ -309,13 +324,13 @@ def _links(
 
 
 def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], float]]]:
-    """(fixed bytes, bytes by site or block and choice) of the moments, the highest for each set of
+    """(fixed bytes, bytes by candidate or block and choice) of the moments, the highest for each set of
     stashes that stand."""
     highest: dict[tuple[int, str | None, str | None], float] = {}
     for moment in problem.moments:
         where = (moment.stored, moment.block, moment.mode)
         highest[where] = max(moment.fixed, highest.get(where, -math.inf))
-    sites = {site.key: site for site in problem.sites}
+    candidates = {candidate.key: candidate for candidate in problem.candidates}
     blocks = {block.name: block for block in problem.blocks}
     found = []
     for (stored, name, mode), fixed in highest.items():
@@ -325,12 +340,12 @@ def _moments(problem: Problem) -> list[tuple[float, dict[tuple[Key, int | str], 
             if key[1] == BLOCK:
                 if key[2] == "begin" and key[0] in blocks:
                     block = blocks[key[0]]
-                    row |= {(block.key, m): float(w.kept_bytes) for m, w in block.ways.items()}
+                    row |= {(block.key, m): float(w.saved_bytes) for m, w in block.options.items()}
                 continue
-            for choice in sites[key].choices():
-                there = sites[key].bytes(choice)
+            for choice in candidates[key].choices():
+                there = candidates[key].bytes(choice)
                 if place >= begin:
-                    there += sites[key].moved_bytes(choice)
+                    there += candidates[key].offloaded_bytes(choice)
                 size = share * there
                 if size:
                     row[key, choice] = row.get((key, choice), 0.0) + size

@@ -77,12 +77,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
     """Kept bytes against step time, a labelled point a method; None if fewer than two have both."""
-    shown = [row for row in rows if row.get("kept_bytes") and row.get("step_ms")]
+    shown = [row for row in rows if row.get("saved_bytes") and row.get("step_ms")]
     if len(shown) < 2:
         return None
     canvas, (axis,) = figure(1, "")
     canvas.set_size_inches(7.6, 5.0)
-    points = [(row["kept_bytes"] / 2**20, row["step_ms"]) for row in shown]
+    points = [(row["saved_bytes"] / 2**20, row["step_ms"]) for row in shown]
     front = [points[i] for i in pareto(points)]
     for name, colour in FAMILIES.items():
         own = [
@@ -105,7 +105,7 @@ def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
     axis.set_xscale("log")
     _plain_ticks(axis, [x for x, _ in points])
     axis.margins(x=0.16, y=0.14)
-    axis.set_xlabel("kept for the backward, MiB (log scale)")
+    axis.set_xlabel("saved for the backward, MiB (log scale)")
     axis.set_ylabel("training step, ms")
     titled(axis, title)
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=5)
@@ -114,7 +114,7 @@ def tradeoff(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def where(rows: Sequence[Row], title: str) -> Figure | None:
-    """Stacked bars of kept bytes by operator, a bar a method; None if none has any."""
+    """Stacked bars of saved bytes by operator, a bar a method; None if none has any."""
     shown = [row for row in rows if row.get("by_operator")]
     if not shown:
         return None
@@ -122,7 +122,7 @@ def where(rows: Sequence[Row], title: str) -> Figure | None:
     for row in shown:
         for operator, size in row["by_operator"].items():
             totals[operator] = totals.get(operator, 0) + size
-    whole = {"compiled graph", "copies in main memory"}
+    whole = {"compiled graph", "copies in CPU memory"}
     named = sorted((o for o in totals if o not in whole), key=lambda o: -totals[o])[:_FEW]
     canvas, (axis,) = figure(1, "")
     canvas.set_size_inches(7.6, 1.4 + 0.32 * len(shown))
@@ -145,7 +145,7 @@ def where(rows: Sequence[Row], title: str) -> Figure | None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
     for position, row in enumerate(shown):
         axis.annotate(
-            format_bytes(row["kept_bytes"]),
+            format_bytes(row["saved_bytes"]),
             (left[position], position),
             xytext=(4, 0),
             textcoords="offset points",
@@ -156,7 +156,7 @@ def where(rows: Sequence[Row], title: str) -> Figure | None:
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("kept for the backward, MiB")
+    axis.set_xlabel("saved for the backward, MiB")
     titled(axis, title)
     canvas.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=4)
     axis.set_axisbelow(True)

@@ -20,8 +20,8 @@ def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         extra: dict[str, Any] = {}
-        if plain.get("kept_bytes") and row.get("kept_bytes"):
-            extra["kept_ratio"] = plain["kept_bytes"] / row["kept_bytes"]
+        if plain.get("saved_bytes") and row.get("saved_bytes"):
+            extra["saved_ratio"] = plain["saved_bytes"] / row["saved_bytes"]
         if plain.get("step_ms") and row.get("step_ms"):
             extra["step_ratio"] = row["step_ms"] / plain["step_ms"]
         found.append({**row, **extra})
@@ -33,9 +33,9 @@ def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
     own, base = row.get(key), plain.get(key)
     if row is plain or own is None or base is None:
         return False
-    if key in ("kept_bytes", "peak_bytes"):
+    if key in ("saved_bytes", "peak_bytes"):
         return bool(own > base)
-    if key == "kept_ratio":
+    if key == "saved_ratio":
         return bool(own < 1)
     if key in ("step_ms", "step_ratio"):
         return bool(own > TIME_MARGIN * base)
@@ -58,7 +58,7 @@ def cell(key: str, row: Row) -> str:
         return ""
     if key.endswith("_bytes"):
         return format_bytes(value)
-    if key == "kept_ratio":
+    if key == "saved_ratio":
         return f"{value:.2f}x"
     if key == "step_ratio":
         return f"{value:.2f}"

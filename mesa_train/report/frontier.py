@@ -1,4 +1,4 @@
-"""The frontier of a planner: what every budget costs in time and error, with rivals beside it."""
+"""The frontier of a planner: what every budget costs in time and error, with baselines beside it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Row = Mapping[str, Any]
 _PLANNED, _RIVAL = 34, 30
 
 
-def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
+def draw(plans: Sequence[Plan], baselines: Sequence[Row], title: str) -> Figure:
     """Peak of the step against time, or against gradient error where nothing was timed.
 
-    plans: as `Planner.frontier` gives them. rivals: rows of a comparison of the same model and
+    plans: as `Planner.frontier` gives them. baselines: rows of a comparison of the same model and
     batch; their times are set against its "plain", so that another machine or load cancels out.
     """
     timed = all(p.prediction.time_ratio is not None for p in plans)
@@ -41,7 +41,7 @@ def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
     what = "planned: predicted, with gradient error" if timed else "planned: predicted"
     axis.plot([], [], color=blue, linewidth=1.6, marker="o", label=what)
     points, names = [*zip(xs, ys, strict=True)], [f"{e:.1%}" if timed else "" for e in errors]
-    shown = _comparable(rivals, timed)
+    shown = _comparable(baselines, timed)
     plain = next((row for row, _, _ in shown if row["method"] == "plain"), None)
     for row, x, y in shown:
         colour = FAMILIES[family(row["method"])]
@@ -63,12 +63,12 @@ def draw(plans: Sequence[Plan], rivals: Sequence[Row], title: str) -> Figure:
     return inked(canvas)
 
 
-def _comparable(rivals: Sequence[Row], timed: bool) -> list[tuple[Row, float, float]]:
-    """(row, peak in MiB, time or error) of the rivals that meet the same budget: other weights and
+def _comparable(baselines: Sequence[Row], timed: bool) -> list[tuple[Row, float, float]]:
+    """(row, peak in MiB, time or error) of the baselines that meet the same budget: other weights and
     optimizer states are another one."""
-    plain: Row = next((r for r in rivals if r["method"] == "plain"), {})
+    plain: Row = next((r for r in baselines if r["method"] == "plain"), {})
     found = []
-    for row in rivals:
+    for row in baselines:
         if not row.get("peak_bytes") or "adamw8bit" in row["method"] or row["method"] == "bf16":
             continue
         if timed and not (plain.get("step_ms") and row.get("step_ms")):

@@ -22,9 +22,9 @@ Row = Mapping[str, Any]
 
 # key, heading, explanation.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("kept_bytes", "kept for the backward", "every storage once, parameters and buffers apart"),
-    ("kept_ratio", "less than plain", "plain's kept bytes by this method's"),
-    ("moved_bytes", "in main memory", "moved there between forward and backward"),
+    ("saved_bytes", "saved for the backward", "every storage once, parameters and buffers apart"),
+    ("saved_ratio", "less than plain", "plain's saved bytes by this method's"),
+    ("offloaded_bytes", "in CPU memory", "moved there between forward and backward"),
     ("peak_bytes", "peak of the step", "allocated at once, weights and optimizer states included"),
     ("resident_bytes", "resident set", "of the process at the peak, beyond what it had before"),
     ("weight_bytes", "weights", "parameters and buffers"),
@@ -80,11 +80,11 @@ def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """One sentence: what the best known trade costs here."""
-    best = [r for r in rows if r["method"] == "mesa8" and r.get("kept_ratio")]
+    best = [r for r in rows if r["method"] == "mesa8" and r.get("saved_ratio")]
     if not best:
         return f"{len(rows)} methods compared."
     row = best[0]
-    said = f"mesa8 keeps {row['kept_ratio']:.2f} times less than plain"
+    said = f"mesa8 keeps {row['saved_ratio']:.2f} times less than plain"
     if row.get("step_ratio"):
         said += f" at {row['step_ratio']:.2f} times its step time"
     plain: Row = next((r for r in rows if r["method"] == "plain"), {})
@@ -93,11 +93,11 @@ def summary(rows: Sequence[Row]) -> str:
         if plain.get("gradient_error") is not None:
             said += f" (plain: {plain['gradient_error']:.2%})"
     said += "."
-    rival: Row = next((r for r in rows if r["method"] == "checkpoint"), {})
-    if rival.get("kept_ratio") and rival.get("step_ratio"):
+    baseline: Row = next((r for r in rows if r["method"] == "checkpoint"), {})
+    if baseline.get("saved_ratio") and baseline.get("step_ratio"):
         said += (
-            f" Checkpointing every block keeps {rival['kept_ratio']:.2f} times less at "
-            f"{rival['step_ratio']:.2f} times the step time."
+            f" Checkpointing every block keeps {baseline['saved_ratio']:.2f} times less at "
+            f"{baseline['step_ratio']:.2f} times the step time."
         )
     return said
 
@@ -111,7 +111,7 @@ def _charts(rows: Sequence[Row], model: str) -> str:
         charts += _section("Memory against time", _frame(as_svg(chart, "tradeoff", described)))
     bars = where(rows, "")
     if bars is not None:
-        described = f"Bytes kept by operator for each method on {model}"
+        described = f"Bytes saved by operator for each method on {model}"
         charts += _section("Where the memory is", _frame(as_svg(bars, "where", described)))
     return f'<div class="charts">{charts}</div>' if charts else ""
 
@@ -127,7 +127,7 @@ def _table(rows: Sequence[Row]) -> str:
         )
     best = {
         key: min((row[key] for row in rows if row.get(key) is not None), default=None)
-        for key in ("kept_bytes", "peak_bytes", "step_ms")
+        for key in ("saved_bytes", "peak_bytes", "step_ms")
     }
     plain: Row = next((row for row in rows if row["method"] == "plain"), {})
     lines = []
@@ -183,7 +183,7 @@ def _tree(rows: Sequence[Row]) -> str:
     heads = "".join(f"<span>{_text(m)}</span>" for m in methods)
     head = f'<div class="node head"><span class="name">module</span>{heads}</div>'
     note = (
-        "<p>Bytes kept by each module with its submodules. Equal neighbours are one line: x12 stands "
+        "<p>Bytes saved by each module with its submodules. Equal neighbours are one line: x12 stands "
         "for twelve of them, with the bytes of one.</p>"
     )
     buttons = '<p class="tools"><button type="button" data-open="1">Open all</button> '

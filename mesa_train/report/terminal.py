@@ -33,9 +33,9 @@ _LEAST_SHARE = 0.0005
 
 # key, heading, and the least width of a terminal that has room for it.
 _COLUMNS = (
-    ("kept_bytes", "kept for\nbackward", 0),
-    ("kept_ratio", "less than\nplain", 100),
-    ("moved_bytes", "in main\nmemory", 0),
+    ("saved_bytes", "saved for\nbackward", 0),
+    ("saved_ratio", "less than\nplain", 100),
+    ("offloaded_bytes", "in CPU\nmemory", 0),
     ("peak_bytes", "peak of\nstep", 0),
     ("resident_bytes", "resident\nset", 180),
     ("gradient_error", "gradient\nerror", 0),
@@ -59,13 +59,13 @@ def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
         for key, heading, least in _COLUMNS
         if any(row.get(key) is not None for row in rows) and width >= least
     ]
-    sizes = [row["kept_bytes"] for row in rows if row.get("kept_bytes") is not None]
+    sizes = [row["saved_bytes"] for row in rows if row.get("saved_bytes") is not None]
     lines: list[_Line] = []
     for row in rows:
         cells = [cell(key, row) for key, _ in columns]
         if width < 180:
             cells = [text.partition(" (")[0] for text in cells]
-        style = "bold" if sizes and row.get("kept_bytes") == min(sizes) else ""
+        style = "bold" if sizes and row.get("saved_bytes") == min(sizes) else ""
         lines.append(([row["method"], *[text or "-" for text in cells]], style))
     return _table(["method", *[heading for _, heading in columns]], lines)
 
@@ -83,10 +83,10 @@ def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Tab
         for operator in dict.fromkeys([*before, *after])
     ]
     rule = len(lines)
-    lines.append((["kept for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
-    if one.moved_bytes or other.moved_bytes:
-        sizes = [format_bytes(f.moved_bytes) for f in (one, other)]
-        lines.append((["in main memory", sizes[0], "", sizes[1], ""], ""))
+    lines.append((["saved for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
+    if one.offloaded_bytes or other.offloaded_bytes:
+        sizes = [format_bytes(f.offloaded_bytes) for f in (one, other)]
+        lines.append((["in CPU memory", sizes[0], "", sizes[1], ""], ""))
     for what in ("parameter", "buffer"):
         sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (one, other)]
         lines.append(([f"{what}s", sizes[0], "", sizes[1], ""], ""))
@@ -118,7 +118,7 @@ def stored(footprint: Footprint) -> Table | None:
         ([f"{operator}.{operand}", how, str(calls), format_bytes(size)], "")
         for (operator, operand, how), (calls, size) in footprint.stored.by_operator().items()
     ]
-    return _table(["operand", "kept as", "calls", "size"], lines)
+    return _table(["operand", "saved as", "calls", "size"], lines)
 
 
 def _lines(
@@ -174,10 +174,13 @@ def prediction(plan: Plan) -> Table:
             ["peak of the step", format_bytes(plain.peak_bytes), format_bytes(own.peak_bytes)],
             "bold",
         ),
-        (["kept for backward", format_bytes(plain.kept_bytes), format_bytes(own.kept_bytes)], ""),
+        (
+            ["saved for backward", format_bytes(plain.saved_bytes), format_bytes(own.saved_bytes)],
+            "",
+        ),
     ]
-    if own.moved_bytes:
-        lines.append((["in main memory", "0", format_bytes(own.moved_bytes)], ""))
+    if own.offloaded_bytes:
+        lines.append((["in CPU memory", "0", format_bytes(own.offloaded_bytes)], ""))
     if own.step_s is not None and plain.step_s is not None:
         times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, own.step_s)]
         lines.append((["forward + backward", *times], ""))
@@ -189,7 +192,7 @@ def prediction(plan: Plan) -> Table:
 def choices(plan: Plan) -> Table:
     """How many stashes of each kind are stored how."""
     lines: list[_Line] = [([kind, how, str(n)], "") for kind, how, n in sorted(plan.summary())]
-    return _table(["stash", "kept as", "places"], lines)
+    return _table(["stash", "saved as", "places"], lines)
 
 
 def estimates(found: Sequence[Estimate]) -> list[Table | str]:
@@ -250,7 +253,7 @@ def _setup(e: Estimate) -> str:
 def _largest(e: Estimate | None) -> str:
     if e is None:
         return "-"
-    if e.reason == "main memory":
+    if e.reason == "CPU memory":
         return "memory"
     size = e.largest_batch
     said = (

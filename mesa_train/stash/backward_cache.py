@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Uses:
+class UseCount:
     """Counts the operators that may rebuild one stash: those that keep it and still live."""
 
     __slots__ = ("count",)
@@ -18,13 +18,13 @@ class Uses:
         self.count = 0
 
 
-class User:
+class UseHandle:
     """One of them. It may go without its backward, like a Linear whose product a layer scale took
     over."""
 
     __slots__ = ("uses",)
 
-    def __init__(self, uses: Uses) -> None:
+    def __init__(self, uses: UseCount) -> None:
         self.uses = uses
         uses.count += 1
 
@@ -32,7 +32,7 @@ class User:
         self.uses.count -= 1
 
 
-class Neighbours(threading.local):
+class BackwardCache(threading.local):
     """What one operator's backward made that the next one needs: a matmul rebuilt for both, or the
     activation's gradient that the Linear behind it had almost computed, with its sum over the rows for
     the bias in front.
@@ -42,12 +42,12 @@ class Neighbours(threading.local):
     """
 
     def __init__(self) -> None:
-        self.values: dict[tuple[Uses, torch.dtype], tuple[Tensor, int]] = {}
+        self.values: dict[tuple[UseCount, torch.dtype], tuple[Tensor, int]] = {}
         self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
         self.sums: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self.run = -1
 
-    def take(self, uses: Uses, dtype: torch.dtype) -> Tensor | None:
+    def take(self, uses: UseCount, dtype: torch.dtype) -> Tensor | None:
         found = self.values.pop((uses, dtype), None)
         if found is None:
             return None
@@ -56,7 +56,7 @@ class Neighbours(threading.local):
             self.values[uses, dtype] = value, left - 1
         return value
 
-    def offer(self, uses: Uses, dtype: torch.dtype, value: Tensor) -> None:
+    def offer(self, uses: UseCount, dtype: torch.dtype, value: Tensor) -> None:
         self._enter()
         self.values[uses, dtype] = value, uses.count - 1
 
@@ -111,7 +111,7 @@ class Neighbours(threading.local):
         self.sums.clear()
 
 
-neighbours = Neighbours()
+backward_cache = BackwardCache()
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:

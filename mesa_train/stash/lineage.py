@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .sharded_parameters import relayed
+from .sharded_parameters import is_zero3_alias
 
 Entry = TypeVar("Entry")
 
@@ -37,7 +37,7 @@ class Lineage(Generic[Entry]):
 
     def _relayed(self, tensor: Tensor) -> Entry | None:
         assert self._placed is not None
-        if not relayed(tensor):
+        if not is_zero3_alias(tensor):
             return None
         placed = self._placed.get(tensor.data_ptr())
         if placed is None:

@@ -1,16 +1,16 @@
-"""Offload: stashes that wait in main memory between forward and backward.
+"""Offload: stashes that wait in CPU memory between forward and backward.
 
 As soon as a leaf's tensors are made they are copied to pinned memory on a stream of their own, and on
-the way back through the model they are copied home ahead of their use. What autograd keeps are the
-copies in main memory, through `save_for_backward` like everything else, so that freeing, a second
+the way back through the model they are copied back ahead of their use. What autograd keeps are the
+copies in CPU memory, through `save_for_backward` like everything else, so that freeing, a second
 backward and `retain_graph` are what they always are. Codes of 8 bits take half of the bus that
-bfloat16 tensors take. On a GPU alone: a CPU's tensors are in main memory already, and are not copied.
+bfloat16 tensors take. On a GPU alone: a CPU's tensors are in CPU memory already, and are not copied.
 
 Nothing waits on the host. A tensor of the device is given up only after the stream that it was
 allocated for has been told to wait for the copy, so that whoever gets its memory next comes after it;
 the caching allocator needs to know nothing (`Tensor.record_stream` would put memory off limits for as
 long as the host runs ahead of the device). At most `WINDOW` leaves are on their way out at any time,
-and as many on their way home ahead of their use: that is the device memory it takes, and where the bus is
+and as many on their way back ahead of their use: that is the device memory it takes, and where the bus is
 slower than the arithmetic, the arithmetic waits.
 
 What is kept in a checkpoint's recompute is used at once, and stays; under somebody else's saved-tensor
@@ -30,34 +30,48 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .backward_cache import User, Uses
+from .backward_cache import UseCount, UseHandle
 
-# Leaves on their way at once, out or home: about half of a transformer's block.
+# Leaves on their way at once, out or back: about half of a transformer's block.
 WINDOW = 4
 
 Tensors = tuple[Tensor, ...]
 Pack = TypeVar("Pack", bound=Callable[..., Any])
 
 
-class Moved:
-    """One leaf's way out and home. Holds device tensors only while they are on their way out; those in
-    main memory are the graph's."""
+class OffloadedStash:
+    """One leaf's way out and back. Holds device tensors only while they are on their way out; those in
+    CPU memory are the graph's."""
 
-    __slots__ = ("__weakref__", "host", "index", "lane", "leaving", "order", "ticket", "uses")
+    __slots__ = (
+        "__weakref__",
+        "host",
+        "index",
+        "leaving",
+        "offload_stream",
+        "order",
+        "ticket",
+        "uses",
+    )
 
     def __init__(
-        self, lane: Lane, tensors: Tensors, host: Tensors, ticket: Any, order: Order
+        self,
+        offload_stream: OffloadStream,
+        tensors: Tensors,
+        host: Tensors,
+        ticket: Any,
+        order: Order,
     ) -> None:
-        self.lane, self.leaving, self.ticket = lane, tensors, ticket
+        self.offload_stream, self.leaving, self.ticket = offload_stream, tensors, ticket
         self.host = [weakref.ref(t) for t in host]
-        self.uses = Uses()
+        self.uses = UseCount()
         self.order, self.index = order, len(order)
         order.append(weakref.ref(self))
 
     def landed(self) -> None:
         """Give the device tensors up."""
         if self.leaving:
-            self.lane.wait(self.ticket)
+            self.offload_stream.wait(self.ticket)
             self.leaving = ()
 
     def __del__(self) -> None:
@@ -67,17 +81,17 @@ class Moved:
 
 
 # The leaves of one forward, in the order that they were made.
-Order = list["weakref.ref[Moved]"]
+Order = list["weakref.ref[OffloadedStash]"]
 
 
-class Reader(User):
-    """An operator that reads a moved leaf in its backward."""
+class Reader(UseHandle):
+    """An operator that reads a offloaded leaf in its backward."""
 
-    __slots__ = ("moved",)
+    __slots__ = ("offloaded",)
 
-    def __init__(self, moved: Moved) -> None:
-        super().__init__(moved.uses)
-        self.moved = moved
+    def __init__(self, offloaded: OffloadedStash) -> None:
+        super().__init__(offloaded.uses)
+        self.offloaded = offloaded
 
 
 class _Arrival:
@@ -89,75 +103,79 @@ class _Arrival:
         self.tensors, self.ticket, self.left = tensors, ticket, left
 
 
-class Lane(abc.ABC):
-    """The traffic between a device and main memory. Subclasses say how a copy is made; when, and for
+class OffloadStream(abc.ABC):
+    """The traffic between a device and CPU memory. Subclasses say how a copy is made; when, and for
     how long its tensors are held, is said here."""
 
     def __init__(self) -> None:
-        self._leaving: deque[weakref.ref[Moved]] = deque()
-        # Of one run of the autograd engine: what has come home, and what all readers have taken.
+        self._leaving: deque[weakref.ref[OffloadedStash]] = deque()
+        # Of one run of the autograd engine: what has come back, and what all readers have taken.
         self._run = -1
-        self._arrived: dict[Moved, _Arrival] = {}
-        self._taken: set[Moved] = set()
+        self._arrived: dict[OffloadedStash, _Arrival] = {}
+        self._taken: set[OffloadedStash] = set()
 
     @abc.abstractmethod
     def out(self, tensors: Tensors) -> tuple[Tensors, Any]:
-        """Begin to copy device tensors to main memory: the copies, and a ticket to `wait` with."""
+        """Begin to copy device tensors to CPU memory: the copies, and a ticket to `wait` with."""
 
     @abc.abstractmethod
-    def home(self, tensors: Sequence[Tensor], after: Any) -> tuple[Tensors, Any]:
+    def prefetch(self, tensors: Sequence[Tensor], after: Any) -> tuple[Tensors, Any]:
         """Begin to copy them back, once `after` has come: the device tensors and a ticket."""
 
     @abc.abstractmethod
     def wait(self, ticket: Any, tensors: Sequence[Tensor] = ()) -> None:
         """Whatever is computed from now on, on `tensors` too, comes after the ticket's copy."""
 
-    def send(self, tensors: Tensors, order: Order) -> tuple[Tensors, Moved]:
-        """Move a leaf out: its tensors in main memory, and its way home.
+    def send(self, tensors: Tensors, order: Order) -> tuple[Tensors, OffloadedStash]:
+        """Move a leaf out: its tensors in CPU memory, and its way back.
 
         order: of the forward's leaves; this one is appended.
         """
         host, ticket = self.out(tensors)
-        moved = Moved(self, tensors, host, ticket, order)
+        offloaded = OffloadedStash(self, tensors, host, ticket, order)
         self._leaving.append(order[-1])
         while len(self._leaving) > WINDOW:
             oldest = self._leaving.popleft()()
             if oldest is not None:
                 oldest.landed()
-        return host, moved
+        return host, offloaded
 
-    def fetch(self, moved: Moved, host: Sequence[Tensor]) -> Tensors:
+    def fetch(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> Tensors:
         """A leaf's tensors on the device, for one of its readers; what left before it follows."""
         if torch._C._current_graph_task_id() == -1:
-            tensors, ticket = self.home(host, moved.ticket)
+            tensors, ticket = self.prefetch(host, offloaded.ticket)
             self.wait(ticket)
             return tensors
         self._enter()
-        arrival = self._arrived.get(moved) or self._call(moved, host)
+        arrival = self._arrived.get(offloaded) or self._call(offloaded, host)
         self.wait(arrival.ticket, arrival.tensors)
         arrival.left -= 1
         if arrival.left <= 0:
-            del self._arrived[moved]
-            self._taken.add(moved)
-        self._call_ahead(moved)
+            del self._arrived[offloaded]
+            self._taken.add(offloaded)
+        self._call_ahead(offloaded)
         return arrival.tensors
 
-    def _call(self, moved: Moved, host: Sequence[Tensor]) -> _Arrival:
-        tensors, ticket = moved.leaving, moved.ticket
+    def _call(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> _Arrival:
+        tensors, ticket = offloaded.leaving, offloaded.ticket
         if tensors:
-            moved.leaving = ()
+            offloaded.leaving = ()
         else:
-            tensors, ticket = self.home(host, moved.ticket)
-        arrival = _Arrival(tensors, ticket, moved.uses.count)
-        self._arrived[moved] = arrival
+            tensors, ticket = self.prefetch(host, offloaded.ticket)
+        arrival = _Arrival(tensors, ticket, offloaded.uses.count)
+        self._arrived[offloaded] = arrival
         return arrival
 
-    def _call_ahead(self, moved: Moved) -> None:
+    def _call_ahead(self, offloaded: OffloadedStash) -> None:
         """Call the leaves that left just before this one, which the backward comes to next."""
         ahead = 0
-        for index in range(moved.index - 1, -1, -1):
-            following = moved.order[index]()
-            if following is None or following.lane is not self or following in self._taken:
+        for index in range(offloaded.index - 1, -1, -1):
+            following = offloaded.order[index]()
+            if (
+                following is None
+                or following.offload_stream is not self
+                or following in self._taken
+            ):
                 continue
             host = [reference() for reference in following.host]
             own = [h for h in host if h is not None]
@@ -189,13 +207,13 @@ class Ticket(NamedTuple):
     stream: torch.cuda.Stream
 
 
-class CudaLane(Lane):
+class CudaOffloadStream(OffloadStream):
     """Two streams of a GPU, one for each direction of the bus, and PyTorch's cache of pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.outward, self.homeward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.to_cpu, self.to_device = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def out(self, tensors: Tensors) -> tuple[Tensors, Ticket]:
         if torch.cuda.is_current_stream_capturing():
@@ -203,24 +221,24 @@ class CudaLane(Lane):
                 "mesa_train: a CUDA graph cannot capture what offload=True moves; set offload=False"
             )
         now = torch.cuda.current_stream(self.device)
-        self.outward.wait_stream(now)
-        with torch.cuda.stream(self.outward):
+        self.to_cpu.wait_stream(now)
+        with torch.cuda.stream(self.to_cpu):
             host = [
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
                 for t in tensors
             ]
-            return tuple(host), Ticket(self.outward.record_event(), now)
+            return tuple(host), Ticket(self.to_cpu.record_event(), now)
 
-    def home(self, tensors: Sequence[Tensor], after: Ticket) -> tuple[Tensors, Ticket]:
+    def prefetch(self, tensors: Sequence[Tensor], after: Ticket) -> tuple[Tensors, Ticket]:
         now = torch.cuda.current_stream(self.device)
         found = tuple([torch.empty_like(t, device=self.device) for t in tensors])
         # This memory may have been somebody's whose work is still queued.
-        self.homeward.wait_stream(now)
-        self.homeward.wait_event(after.event)
-        with torch.cuda.stream(self.homeward):
+        self.to_device.wait_stream(now)
+        self.to_device.wait_event(after.event)
+        with torch.cuda.stream(self.to_device):
             for tensor, source in zip(found, tensors, strict=True):
                 tensor.copy_(source, non_blocking=True)
-            return found, Ticket(self.homeward.record_event(), now)
+            return found, Ticket(self.to_device.record_event(), now)
 
     def wait(self, ticket: Ticket, tensors: Sequence[Tensor] = ()) -> None:
         ticket.stream.wait_event(ticket.event)
@@ -231,7 +249,7 @@ class CudaLane(Lane):
                 tensor.record_stream(now)
 
 
-class CountedLane(Lane):
+class CountedOffloadStream(OffloadStream):
     """For tensors without data: what is out lies on the meta device, and takes none of the memory that
     is counted."""
 
@@ -242,19 +260,19 @@ class CountedLane(Lane):
     def out(self, tensors: Tensors) -> tuple[Tensors, None]:
         return tuple([torch.empty_like(t, device="meta") for t in tensors]), None
 
-    def home(self, tensors: Sequence[Tensor], after: None) -> tuple[Tensors, None]:  # noqa: ARG002
+    def prefetch(self, tensors: Sequence[Tensor], after: None) -> tuple[Tensors, None]:  # noqa: ARG002
         return tuple([torch.empty_like(t, device=self.device) for t in tensors]), None
 
     def wait(self, ticket: None, tensors: Sequence[Tensor] = ()) -> None:
         pass
 
 
-_lanes: dict[int, CudaLane] = {}
-_instead: list[Lane] = []
+_offload_streams: dict[int, CudaOffloadStream] = {}
+_instead: list[OffloadStream] = []
 
 
-def lane_of(device: torch.device) -> Lane | None:
-    """The lane between a device and main memory; None where there is nothing to move.
+def offload_stream_of(device: torch.device) -> OffloadStream | None:
+    """The offload_stream between a device and CPU memory; None where there is nothing to move.
 
     Raises RuntimeError while torch.compile traces: a compiled graph keeps what its partitioner saves,
     which is out of reach.
@@ -266,9 +284,9 @@ def lane_of(device: torch.device) -> Lane | None:
     if _instead:
         return _instead[-1]
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _lanes:
-        _lanes[index] = CudaLane(torch.device("cuda", index))
-    return _lanes[index]
+    if index not in _offload_streams:
+        _offload_streams[index] = CudaOffloadStream(torch.device("cuda", index))
+    return _offload_streams[index]
 
 
 def _refuse() -> None:
@@ -284,26 +302,26 @@ _refuse._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def through(lane: Lane | None) -> Iterator[None]:
-    """Within the context what is offloaded takes `lane`, whatever device it is on; None changes
+def through(offload_stream: OffloadStream | None) -> Iterator[None]:
+    """Within the context what is offloaded takes `offload_stream`, whatever device it is on; None changes
     nothing."""
-    if lane is None:
+    if offload_stream is None:
         yield
         return
-    _instead.append(lane)
+    _instead.append(offload_stream)
     try:
         yield
     finally:
-        _instead.remove(lane)
+        _instead.remove(offload_stream)
 
 
 def onlooker(pack: Pack) -> Pack:
-    """Mark a saved-tensor pack hook that reads no data: what is moved may pass through it."""
+    """Mark a saved-tensor pack hook that reads no data: what is offloaded may pass through it."""
     pack.mesa_train_onlooker = True  # type: ignore[attr-defined]
     return pack
 
 
 def passes(pack: Any) -> bool:
-    """Whether what is moved may pass through a pack hook, None for none: others read it, or move it
+    """Whether what is offloaded may pass through a pack hook, None for none: others read it, or move it
     themselves."""
     return pack is None or hasattr(pack, "mesa_train_onlooker")

@@ -19,18 +19,25 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
 from mesa_train.codecs.lossless import Lossless
-from mesa_train.codecs.placeholder import Placeholder, Unseen, bits, discards, selective, unseen
+from mesa_train.codecs.placeholder import (
+    PlaceholderCodec,
+    SACHiddenCodec,
+    bits,
+    discards,
+    selective,
+    unseen,
+)
 from mesa_train.codecs.running import Running
 from mesa_train.policy import VIEW, Rule, Rules
 
 from .lineage import Lineage, TracedLineage
-from .offload import Moved, Order, lane_of, passes
-from .sharded_parameters import relays
-from .stash import Geometry, Leaf, Stash, held, narrowed, of_parameter, whole
+from .offload import OffloadedStash, Order, offload_stream_of, passes
+from .sharded_parameters import zero3_hooked
+from .stash import Leaf, MatrixLayout, Stash, held, narrowed, of_parameter, uncompressed
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class ModuleContext:
     """Where a call comes from: the module's qualified name, its rules, and whether its forward is
     checkpointed."""
 
@@ -43,21 +50,21 @@ class Site:
 
 
 class Recorder:
-    """Saves tensors for the backward as `site` says.
+    """Saves tensors for the backward as `context` says.
 
     report: what is saved is counted in it. step: the optimisation step, for running ranges. traced: whether
     it was made in a frame that torch.compile traces.
     """
 
-    def __init__(self, site: Site, report: Report | None = None, step: int = 0) -> None:
+    def __init__(self, context: ModuleContext, report: Report | None = None, step: int = 0) -> None:
         self.traced = torch.compiler.is_compiling()
-        self.site = site
+        self.context = context
         self.report = report if report is not None else Report()
-        self.relays = not self.traced and relays(site.module)
+        self.relays = not self.traced and zero3_hooked(context.module)
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
-        # What was moved to main memory.
+        # What was offloaded to CPU memory.
         self.order: Order = []
         self.begin(saved_hooks())
 
@@ -72,7 +79,7 @@ class Recorder:
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
         """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors
         are plain floats."""
-        if not self.site.rules.operators[operator]:
+        if not self.context.rules.operators[operator]:
             return False
         gradient = False
         for tensor in tensors:
@@ -112,39 +119,39 @@ class Recorder:
         """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf,
         or the tensor.
 
-        within: the dims that one group of codes may span (see `Geometry`). label: the operator's
+        within: the dims that one group of codes may span (see `MatrixLayout`). label: the operator's
             name in reports.
         """
         label = label or operator
-        rule = self.site.rules.table[operator, operand]
+        rule = self.context.rules.table[operator, operand]
         known = self.lineage.get(tensor)
         if known is not None and rule.enabled and known.cost <= rule.limit:
             if not self.traced:
                 how = "shared" if known.cost == VIEW else "rebuilt"
-                self.report.add(self.site.name, label, operand, how, 0, known)
+                self.report.add(self.context.name, label, operand, how, 0, known)
             return known
-        reason = why_whole(tensor, rule)
+        reason = why_uncompressed(tensor, rule)
         if operator in _AUTOCAST and (reason or rule.lossless):
             dtype = _autocast(tensor)
             if dtype is not None:
                 return self._keep_cast(tensor, dtype, operator, operand, within, label)
         if reason:
             self.report.add(
-                self.site.name, label, operand, f"kept whole: {reason}", _new_bytes(tensor)
+                self.context.name, label, operand, f"uncompressed: {reason}", _new_bytes(tensor)
             )
             cast = operator in _AUTOCAST and autocasts(tensor.device.type)
-            return whole(held(tensor) if cast else tensor)
+            return uncompressed(held(tensor) if cast else tensor)
         if rule.lossless and not rule.offload and _kept_with_its_base(tensor):
-            self.report.add(self.site.name, label, operand, "shared", 0)
-            leaf = whole(tensor)
+            self.report.add(self.context.name, label, operand, "shared", 0)
+            leaf = uncompressed(tensor)
             self.lineage.set(tensor, leaf)
             return leaf
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
         # Detached, so that nothing of this is recorded.
-        geometry, matrix = Geometry.of(tensor.detach(), dims)
+        layout, matrix = MatrixLayout.of(tensor.detach(), dims)
         codes = codec.encode(matrix)
-        leaf = self.leaf(codec, codes, geometry, tensor.dtype, operator, operand, label)
+        leaf = self.leaf(codec, codes, layout, tensor.dtype, operator, operand, label)
         self.lineage.set(tensor, leaf)
         return leaf
 
@@ -154,11 +161,11 @@ class Recorder:
         cast, the parameter itself otherwise."""
         dtype = _autocast(tensor)
         if dtype is None:
-            return whole(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
+            return uncompressed(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
         stash = self.lineage.cast(tensor, dtype)
         if stash is None:
             with torch.no_grad():
-                stash = whole(tensor.to(dtype))
+                stash = uncompressed(tensor.to(dtype))
             self.lineage.set_cast(tensor, dtype, stash)
         return stash
 
@@ -179,7 +186,7 @@ class Recorder:
         that cast too; the operand itself may be twice as large."""
         stash = self.lineage.cast(tensor, dtype)
         if stash is not None:
-            self.report.add(self.site.name, label, operand, "shared", 0, stash)
+            self.report.add(self.context.name, label, operand, "shared", 0, stash)
             return stash
         with torch.no_grad():
             narrow = tensor.to(dtype)
@@ -192,7 +199,7 @@ class Recorder:
         known = self.lineage.get(tensor)
         if known is None:
             return None
-        rule = self.site.rules.table[operator, operand]
+        rule = self.context.rules.table[operator, operand]
         return known if rule.enabled and known.cost <= rule.limit else None
 
     def fused(
@@ -201,7 +208,7 @@ class Recorder:
         """The codec of a forward that is to make the codes of `operand` in the pass that computes its
         output, which works in float32; None where PyTorch's own function is called. `tensor` is
         what would be coded, if it has to be worth it."""
-        rule = self.site.rules[operator, operand]
+        rule = self.context.rules[operator, operand]
         if not rule.fused or dtype is torch.float64:
             return None
         return self._affine(rule, tensor)
@@ -211,24 +218,24 @@ class Recorder:
         another thing, or nothing new."""
         if self.known(tensor, operator, operand) is not None:
             return None
-        return self._affine(self.site.rules[operator, operand], tensor)
+        return self._affine(self.context.rules[operator, operand], tensor)
 
     def _affine(self, rule: Rule, tensor: Tensor | None) -> Affine | None:
         if not isinstance(rule.codec, Affine) or self.discards() or selective():
             return None
-        return None if tensor is not None and why_whole(tensor, rule) else rule.codec
+        return None if tensor is not None and why_uncompressed(tensor, rule) else rule.codec
 
     def codec(self, operator: str, operand: str) -> Any:
         """The codec for an operand's next use here."""
-        rule = self.site.rules[operator, operand]
+        rule = self.context.rules[operator, operand]
         codec = rule.codec or self._running(operator, operand, rule.group_size)
         if self.discards():
-            return Placeholder(codec)
-        return Unseen(codec) if selective() else codec
+            return PlaceholderCodec(codec)
+        return SACHiddenCodec(codec) if selective() else codec
 
     def lossless(self, operator: str, operand: str) -> bool:
         """Whether an operand is kept as it is."""
-        return self.site.rules.table[operator, operand].lossless
+        return self.context.rules.table[operator, operand].lossless
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
         """One bit per element of a mask, coded by `encode`."""
@@ -245,33 +252,33 @@ class Recorder:
         self,
         codec: Any,
         tensors: tuple[Tensor, ...],
-        geometry: Geometry,
+        layout: MatrixLayout,
         dtype: torch.dtype,
         operator: str,
         operand: str,
         label: str = "",
     ) -> Stash:
         """A leaf of codes that exist already, reported. label: as for `keep`."""
-        if isinstance(codec, Placeholder):
-            return Stash(Leaf(codec.codec, geometry), tensors, cost=VIEW, dtype=dtype)
-        codec = codec.codec if isinstance(codec, Unseen) else codec
-        moved = None
-        if self.site.rules[operator, operand].offload:
-            tensors, moved = self._moved(tensors, own=not isinstance(codec, Lossless))
-        stash = Stash(Leaf(codec, geometry), tensors, cost=VIEW, dtype=dtype, moved=moved)
+        if isinstance(codec, PlaceholderCodec):
+            return Stash(Leaf(codec.codec, layout), tensors, cost=VIEW, dtype=dtype)
+        codec = codec.codec if isinstance(codec, SACHiddenCodec) else codec
+        offloaded = None
+        if self.context.rules[operator, operand].offload:
+            tensors, offloaded = self._offloaded(tensors, own=not isinstance(codec, Lossless))
+        stash = Stash(Leaf(codec, layout), tensors, cost=VIEW, dtype=dtype, offloaded=offloaded)
         if not self.traced:
             size = sum([t.nbytes for t in tensors])
-            how = str(codec) if moved is None else f"{codec}, moved"
-            self.report.add(self.site.name, label or operator, operand, how, size, stash)
+            how = str(codec) if offloaded is None else f"{codec}, offloaded"
+            self.report.add(self.context.name, label or operator, operand, how, size, stash)
         return stash
 
-    def _moved(
+    def _offloaded(
         self, tensors: tuple[Tensor, ...], own: bool
-    ) -> tuple[tuple[Tensor, ...], Moved | None]:
-        """A leaf's tensors in main memory, where they may go there. `own`: nobody else has them."""
+    ) -> tuple[tuple[Tensor, ...], OffloadedStash | None]:
+        """A leaf's tensors in CPU memory, where they may go there. `own`: nobody else has them."""
         # In a backward, a checkpoint's recompute is about to use what it keeps.
-        lane = lane_of(tensors[0].device)
-        if lane is None or torch._C._current_graph_task_id() != -1:
+        offload_stream = offload_stream_of(tensors[0].device)
+        if offload_stream is None or torch._C._current_graph_task_id() != -1:
             return tensors, None
         if not passes(beneath(self.hooks)):
             return tensors, None
@@ -282,15 +289,15 @@ class Recorder:
         if self.order and self.order[-1]() is None:
             # A forward that is through: under `compress` one list would grow with every step.
             self.order = []
-        return lane.send(tensors, self.order)
+        return offload_stream.send(tensors, self.order)
 
     def _running(self, operator: str, operand: str, group_size: int) -> Running:
         """The codec of running ranges of an operand's next use in this module's forward."""
-        site = self.site
-        key = (site.name, operator, operand)
+        context = self.context
+        key = (context.name, operator, operand)
         use = self.uses.get(key, 0)
         self.uses[key] = use + 1
-        ranges = None if site.module is None else site.ranges
+        ranges = None if context.module is None else context.ranges
         return Running(ranges, f"{operator}.{operand}.{use}", self.step, group_size)
 
 
@@ -361,7 +368,7 @@ def _autocast(tensor: Tensor) -> torch.dtype | None:
     return dtype if dtype.itemsize < tensor.dtype.itemsize and not of_parameter(tensor) else None
 
 
-def why_whole(tensor: Tensor, rule: Rule) -> str:
+def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
     """Why a tensor is kept as it is, or "" if it is to be coded."""
     if not rule.enabled:
         return "disabled"

@@ -7,11 +7,11 @@ attention behind it) may need the parameter while it is away:
 - ZeRO-3 marks its parameters, so an absent one is gathered for the moment: one collective more, in the
   same order on every rank. Norms' parameters are below ZeRO-3's default persistence threshold and never
   leave.
-- FSDP2's carry no mark, so a lineage ends where an FSDP unit begins or ends (`unit`).
+- FSDP2's carry no mark, so a lineage ends where an FSDP is_fsdp_module begins or ends (`is_fsdp_module`).
 
 ZeRO-3 also replaces `torch.nn.functional.linear` by one that no mode can see
 (`engine.intercept.unhide_linear` makes the replacement step aside while a mode is on), and passes
-every module's inputs and outputs through functions of its own, which give them new names (`relayed`).
+every module's inputs and outputs through functions of its own, which give them new names (`is_zero3_alias`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def partitioned(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return ()
 
 
-def present(tensor: Tensor, parameter: Any) -> Tensor:
+def gather_if_partitioned(tensor: Tensor, parameter: Any) -> Tensor:
     """A ZeRO-3 parameter whole, given what autograd kept of it: that, unless it is away."""
     if tensor.numel() == parameter.ds_numel:
         return tensor
@@ -62,7 +62,7 @@ def _gathered(parameter: Any) -> Tensor:
     return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def local(parameter: Any) -> Tensor:
+def local_shard(parameter: Any) -> Tensor:
     """What this process holds of a parameter at any time: its own shard, where it is sharded."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is not None and shard.status.name == "AVAILABLE":
@@ -70,7 +70,7 @@ def local(parameter: Any) -> Tensor:
     return getattr(parameter, "_local_tensor", parameter)
 
 
-def relays(module: nn.Module | None) -> bool:
+def zero3_hooked(module: nn.Module | None) -> bool:
     """Whether ZeRO-3 passes tensors on between the modules of `module`: it has marked their
     parameters then."""
     if module is None or "deepspeed.runtime.zero.parameter_offload" not in sys.modules:
@@ -78,13 +78,13 @@ def relays(module: nn.Module | None) -> bool:
     return any([hasattr(p, "ds_status") for p in module.parameters()])
 
 
-def relayed(tensor: Tensor) -> bool:
+def is_zero3_alias(tensor: Tensor) -> bool:
     """Whether ZeRO-3's hooks around modules have made `tensor`: another tensor's detached self, so that
     the backward passes by them."""
     return tensor.grad_fn is not None and tensor.grad_fn.name() in _RELAYS
 
 
 @functools.cache
-def unit(kind: type[nn.Module]) -> bool:
+def is_fsdp_module(kind: type[nn.Module]) -> bool:
     """Whether modules of a class are FSDP units, whose parameters are gathered and freed together."""
     return any([c.__module__.startswith("torch.distributed.fsdp.") for c in kind.__mro__])

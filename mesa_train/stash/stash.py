@@ -23,9 +23,9 @@ from torch import Tensor
 from mesa_train.codecs.lossless import Lossless
 from mesa_train.policy import MATMUL, VIEW
 
-from .backward_cache import User, Uses, neighbours
-from .offload import Moved, Reader
-from .sharded_parameters import partitioned, present
+from .backward_cache import UseCount, UseHandle, backward_cache
+from .offload import OffloadedStash, Reader
+from .sharded_parameters import gather_if_partitioned, partitioned
 
 
 class Codec(Protocol):
@@ -62,9 +62,9 @@ def once(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 class Stash:
     """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the
-    tensor's own. `moved`: its tensors are in main memory, and this is their way home."""
+    tensor's own. `offloaded`: its tensors are in CPU memory, and this is their way back."""
 
-    __slots__ = ("cost", "dtype", "moved", "recipe", "sources", "tensors", "uses")
+    __slots__ = ("cost", "dtype", "offloaded", "recipe", "sources", "tensors", "uses")
     cost: int
 
     def __init__(
@@ -75,17 +75,17 @@ class Stash:
         *,
         cost: int,
         dtype: torch.dtype,
-        moved: Moved | None = None,
+        offloaded: OffloadedStash | None = None,
     ) -> None:
         self.recipe, self.tensors, self.sources, self.dtype = recipe, tensors, sources, dtype
-        self.moved = moved
+        self.offloaded = offloaded
         for source in sources:
             if source.cost > cost:
                 cost = source.cost
         self.cost = cost
         # A matmul's result is shared by the operators that rebuild it in one backward; this counts
         # them.
-        self.uses = Uses() if cost == MATMUL else None
+        self.uses = UseCount() if cost == MATMUL else None
 
     def exact(self) -> bool:
         """Whether no codes are read for it: it is equal to the tensor up to rounding."""
@@ -97,7 +97,7 @@ class Stash:
 class Spec:
     """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
     parameters among them (None elsewhere), which may be away when they are read; `reader` is there if
-    the tensors were moved."""
+    the tensors were offloaded."""
 
     __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user")
 
@@ -107,7 +107,7 @@ class Spec:
         slots: tuple[int, ...],
         sources: tuple[Spec, ...],
         dtype: torch.dtype,
-        user: User | None,
+        user: UseHandle | None,
         partitioned: tuple[Any, ...] = (),
         reader: Reader | None = None,
     ) -> None:
@@ -152,8 +152,8 @@ def strip(
             slot = slots[id(tensor)] = len(tensors)
             tensors.append(tensor)
         own.append(slot)
-    user = None if stash.uses is None else User(stash.uses)
-    reader = None if stash.moved is None else Reader(stash.moved)
+    user = None if stash.uses is None else UseHandle(stash.uses)
+    reader = None if stash.offloaded is None else Reader(stash.offloaded)
     spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away, reader)
     specs[id(stash)] = spec
     return spec
@@ -176,7 +176,7 @@ class Saved:
     ) -> None:
         self.tensors, self.specs, self.grad = tensors, specs, grad
         self._memo: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._home: dict[int, list[Tensor]] = {}
+        self._fetched: dict[int, list[Tensor]] = {}
 
     def __getitem__(self, index: int) -> Tensor:
         return self.get(index)
@@ -194,11 +194,11 @@ class Saved:
         value = self._memo.get(key)
         if value is None:
             uses = spec.user.uses if spec.user is not None and spec.user.uses.count > 1 else None
-            value = None if uses is None else neighbours.take(uses, dtype)
+            value = None if uses is None else backward_cache.take(uses, dtype)
             if value is None:
                 value = spec.recipe.load(self, spec, dtype)
                 if uses is not None:
-                    neighbours.offer(uses, dtype, value)
+                    backward_cache.offer(uses, dtype, value)
             self._memo[key] = value
         return value
 
@@ -206,19 +206,19 @@ class Saved:
         """The saved tensors that a node itself reads."""
         tensors = [self.tensors[slot] for slot in spec.slots]
         if spec.reader is not None:
-            if id(spec) not in self._home:
-                moved = spec.reader.moved
-                self._home[id(spec)] = list(moved.lane.fetch(moved, tensors))
-            return self._home[id(spec)]
+            if id(spec) not in self._fetched:
+                offloaded = spec.reader.offloaded
+                self._fetched[id(spec)] = list(offloaded.offload_stream.fetch(offloaded, tensors))
+            return self._fetched[id(spec)]
         if not spec.partitioned:
             return tensors
         return [
-            tensor if parameter is None else present(tensor, parameter)
+            tensor if parameter is None else gather_if_partitioned(tensor, parameter)
             for tensor, parameter in zip(tensors, spec.partitioned, strict=True)
         ]
 
 
-class Geometry:
+class MatrixLayout:
     """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form
     has its layout.
 
@@ -233,8 +233,8 @@ class Geometry:
         self.shape, self.order, self.cols = shape, order, cols
 
     @classmethod
-    def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[Geometry, Tensor]:
-        """The geometry of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow
+    def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[MatrixLayout, Tensor]:
+        """The layout of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow
         it."""
         dims = x.dim()
         if dims == 0:
@@ -282,14 +282,14 @@ def _descending(strides: tuple[int, ...]) -> tuple[int, ...]:
 class Leaf:
     """Recipe: decode codes."""
 
-    def __init__(self, codec: Codec, geometry: Geometry) -> None:
-        self.codec, self.geometry = codec, geometry
+    def __init__(self, codec: Codec, layout: MatrixLayout) -> None:
+        self.codec, self.layout = codec, layout
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return self.geometry.restore(self.codec.decode(saved.own(spec), self.geometry.cols, dtype))
+        return self.layout.restore(self.codec.decode(saved.own(spec), self.layout.cols, dtype))
 
 
-class Whole:
+class Uncompressed:
     """Recipe: the tensor itself. For weights, statistics, and what is too small to code."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
@@ -306,10 +306,10 @@ class Whole:
         return tensor.to(dtype)
 
 
-_WHOLE = Whole()
+_WHOLE = Uncompressed()
 
 
-def whole(tensor: Tensor) -> Stash:
+def uncompressed(tensor: Tensor) -> Stash:
     """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it
     again)."""
     if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):

@@ -90,24 +90,24 @@ class _Line:
 class Dashboard:
     """Shows runs by name as their steps and epochs are reported; a context manager.
 
-    `kept_bytes` names the runs and says what each keeps for its backward. `total_steps` counts the
+    `saved_bytes` names the runs and says what each keeps for its backward. `total_steps` counts the
     steps of all runs together, `batch_size` turns step times into images per second.
     """
 
     def __init__(
         self,
         title: str,
-        kept_bytes: Mapping[str, int],
+        saved_bytes: Mapping[str, int],
         *,
         total_steps: int,
         batch_size: int,
         console: Console | None = None,
     ) -> None:
         self.title = title
-        self.kept_bytes = dict(kept_bytes)
+        self.saved_bytes = dict(saved_bytes)
         self.batch_size = batch_size
         self.console = console or Console()
-        self.lines = {name: _Line() for name in kept_bytes}
+        self.lines = {name: _Line() for name in saved_bytes}
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -189,7 +189,7 @@ class Dashboard:
                 f"{result.name:<18} epoch {result.epoch:>3}  loss {result.train_loss:.3f}  "
                 f"held-out accuracy {result.val_accuracy:6.1%}  {result.step_ms:.0f} ms/step  "
                 f"{self._images_per_s(result.step_ms):.0f} images/s  "
-                f"keeps {format_bytes(self.kept_bytes[result.name])}",
+                f"keeps {format_bytes(self.saved_bytes[result.name])}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -199,12 +199,12 @@ class Dashboard:
 
     def _view(self) -> Group:
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("run", "kept for\nbackward", "step", "images/s", "epoch"):
+        for heading in ("run", "saved for\nbackward", "step", "images/s", "epoch"):
             table.add_column(heading, justify="left" if heading == "run" else "right")
         for heading in ("training\nloss", "held-out\naccuracy"):
             table.add_column(heading, justify="right", min_width=9)
         for name, line in self.lines.items():
-            cells = [name, format_bytes(self.kept_bytes[name])]
+            cells = [name, format_bytes(self.saved_bytes[name])]
             if line.losses:
                 step_ms = statistics.median(line.times_ms)
                 cells += [f"{step_ms:.0f} ms", f"{self._images_per_s(step_ms):.0f}"]

@@ -44,11 +44,23 @@ def append(path: Path, *rows: Mapping[str, Any]) -> None:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
+# Columns by the names that rows were written under before.
+_RENAMED = {
+    "kept_bytes": "saved_bytes",
+    "moved_bytes": "offloaded_bytes",
+    "kept_per_image": "saved_per_image",
+    "moved_per_image": "offloaded_per_image",
+    "kept_ratio": "saved_ratio",
+    "mesa8_kept_bytes": "mesa8_saved_bytes",
+    "standing_bytes": "static_bytes",
+}
+
+
 def read(path: Path) -> list[Row]:
     """All rows of a JSON-lines file; none if there is no such file.
 
     A last line cut short by an interrupted run is left out; any other broken line raises
-    ValueError.
+    ValueError. Columns that were renamed since have their new names.
     """
     if not path.exists():
         return []
@@ -56,12 +68,19 @@ def read(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(_renamed(json.loads(line)))
         except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
     return rows
+
+
+def _renamed(value: Any) -> Any:
+    """A row with today's names of its columns, nested ones included."""
+    if isinstance(value, dict):
+        return {_RENAMED.get(key, key): _renamed(item) for key, item in value.items()}
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
 
 
 def provenance(device: str | torch.device = "cpu") -> Row:

@@ -95,7 +95,7 @@ def main(
             ):
                 dashboard.on_epoch(result)
                 results.append(result)
-                row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
+                row = {**result.row(), "seed": seed, "saved_bytes": kept[result.name]}
                 records.append(metrics, row)
         picture = out / "curves.png"
         draw(records.read(metrics), kept, title, picture)
@@ -118,7 +118,7 @@ def summary(results: list[EpochResult], kept: dict[str, int]) -> Table:
     table = Table(title="Summary", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run")
     for heading in (
-        "kept for\nbackward", "less than\nplain", "time of\na step", "time vs.\nplain",
+        "saved for\nbackward", "less than\nplain", "time of\na step", "time vs.\nplain",
         "held-out\nloss", "held-out\naccuracy",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
@@ -144,7 +144,7 @@ def draw(rows: list[records.Row], kept: dict[str, int], title: str, path: Path) 
     plots.curves(loss, rows, "train_loss", "training loss")
     plots.curves(accuracy, rows, "val_accuracy", "held-out accuracy (%)", scale=100)
     mebibytes = {name: size / 2**20 for name, size in kept.items()}
-    plots.bars(memory, mebibytes, "kept for the backward", "MiB")
+    plots.bars(memory, mebibytes, "saved for the backward", "MiB")
     plots.save(figure, path)
 
 

@@ -24,13 +24,13 @@ def main(
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
     out: Annotated[Path | None, typer.Option(help="JSON lines to append a row to.")] = None,
 ) -> None:
-    """Print kept bytes of an image for every preset, and what fits on five machines."""
+    """Print saved bytes of an image for every preset, and what fits on five machines."""
     try:
         counted = estimates.estimator(name, image_size)
         parameters = counted.parameters(SCHEMES["fsdp2"][1]).total
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    kept = estimates.kept_by_method(name, image_size)
+    kept = estimates.saved_by_method(name, image_size)
     found = estimates.fits(counted)
     cards = {
         key: estimates.components(estimates.one_card(name, key, image_size, 8, CODED))
@@ -62,7 +62,7 @@ def main(
             "model": name,
             "image_size": image_size,
             "parameters": parameters,
-            "kept_bytes": kept,
+            "saved_bytes": kept,
             "fits": found,
             "one_card": {key: {"scheme": SCHEMES[key][0], **parts} for key, parts in cards.items()},
         }

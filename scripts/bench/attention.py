@@ -137,14 +137,14 @@ def main(
             f"{row['forward_ms']:.1f} ms",
             f"{row['train_ms']:.1f} ms",
             f"{row['mesa8_train_ms']:.1f} ms",
-            format_bytes(row["kept_bytes"]),
-            format_bytes(row["mesa8_kept_bytes"]),
+            format_bytes(row["saved_bytes"]),
+            format_bytes(row["mesa8_saved_bytes"]),
         )
     Console().print(table)
 
 
 def counted(name: str, side: int, batch: int) -> dict[str, int]:
-    """Parameters, multiply-adds of one map, kept bytes of `batch` maps, plain and under mesa8."""
+    """Parameters, multiply-adds of one map, saved bytes of `batch` maps, plain and under mesa8."""
     with torch.device("meta"):
         layer = layers(side)[name]
     # What comes before an attention layer is a norm, and what it keeps is part of the price.
@@ -160,8 +160,8 @@ def counted(name: str, side: int, batch: int) -> dict[str, int]:
         "parameters": sum(p.numel() for p in layer.parameters()),
         "macs": layer.flops(side, side),
         "count_batch": batch,
-        "kept_bytes": kept["plain"],
-        "mesa8_kept_bytes": kept["mesa8"],
+        "saved_bytes": kept["plain"],
+        "mesa8_saved_bytes": kept["mesa8"],
     }
 
 

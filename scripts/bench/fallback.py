@@ -27,7 +27,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_leaves
 
 from mesa_train import codecs
-from mesa_train.stash.stash import Geometry
+from mesa_train.stash.stash import MatrixLayout
 from mesa_train.utils import records
 from mesa_train.utils.records import Row
 
@@ -150,10 +150,10 @@ def _coded(tensor: Tensor) -> Tensor:
     """A tensor as its 8-bit codes give it back; one element per group is kept whole."""
     if not tensor.numel() or tensor.shape[-1] == 1:
         return tensor
-    geometry, matrix = Geometry.of(tensor, (tensor.dim() - 1,))
+    layout, matrix = MatrixLayout.of(tensor, (tensor.dim() - 1,))
     codec = codecs.of(8, 128, False, False)
     codes = codec.encode(matrix)
-    return geometry.restore(codec.decode(codes, geometry.cols, tensor.dtype))
+    return layout.restore(codec.decode(codes, layout.cols, tensor.dtype))
 
 
 def _error(found: Tensor | None, exact: Tensor | None) -> float:

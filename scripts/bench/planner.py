@@ -2,7 +2,7 @@
 predicts and what a real step then takes.
 
 One row per model and budget goes to docs/results/plans.jsonl. A budget is given as a share of the
-way from the smallest reachable peak (0) to plain's (1). Times are forward plus backward, of plain
+option from the smallest reachable peak (0) to plain's (1). Times are forward plus backward, of plain
 and the plan in turns.
 
     python scripts/bench/planner.py
@@ -90,21 +90,21 @@ def measured(
     kept = footprint(
         planner.model, planner.inputs, policy=policy, autocast=BF16, loss=planner.loss
     ).saved_bytes
-    peak = planner.standing + runs.peak(policy)
+    peak = planner.static + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)
     plain, own = runs.times([PLAIN, policy], rounds)
     ratios = [a / b for a, b in zip(own, plain, strict=True)]
     return {
         "predicted": found.prediction.to_dict(),
         "measured": {
-            "kept_bytes": kept,
+            "saved_bytes": kept,
             "peak_bytes": peak,
             "time_ratio": statistics.median(ratios),
             "time_ratios": [round(ratio, 4) for ratio in ratios],
             "gradient_error": error,
         },
         "plain_peak_bytes": found.plain.peak_bytes,
-        "standing_bytes": planner.standing,
+        "static_bytes": planner.static,
         "gap": found.gap,
         "passes": planner.sensitivity.passes,
         "choices": [list(line) for line in found.summary()],
@@ -114,7 +114,7 @@ def measured(
 def _line(name: str, share: float, row: records.Row) -> str:
     said, seen = row["predicted"], row["measured"]
     return (
-        f"{name} {share:.0%}: kept {format_bytes(said['kept_bytes'])} ({format_bytes(seen['kept_bytes'])}), "
+        f"{name} {share:.0%}: kept {format_bytes(said['saved_bytes'])} ({format_bytes(seen['saved_bytes'])}), "
         f"peak {format_bytes(said['peak_bytes'])} ({format_bytes(seen['peak_bytes'])}), "
         f"time {said['time_ratio']:.2f} ({seen['time_ratio']:.2f}), "
         f"error {said['gradient_error']:.2%} ({seen['gradient_error']:.2%})"

@@ -61,7 +61,7 @@ def main(
         found = gradient(network, x, y, autocast=True)
         mesa_train.unwrap(network)
         error = float((found - exact).norm() / exact.norm())
-        sizes = {"kept_bytes": kept.saved_bytes, "gradient_error": error}
+        sizes = {"saved_bytes": kept.saved_bytes, "gradient_error": error}
         return {"preset": preset, "changes": changes, **sizes, **common}
 
     rows = [measure("plain", {}, None)]

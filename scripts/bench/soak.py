@@ -1,5 +1,5 @@
 """Trains a small model for thousands of steps with every preset, and with fused forwards, and watches what
-stays: resident memory, and the tensors that were kept for the backward.
+stays: resident memory, and the tensors that were saved for the backward.
 
 Two steps of ten raise, one in the forward and one in the backward, as a training run's bad batch would.
 Appends a row per policy to docs/results/soak.jsonl, with the slope of resident memory over the second half

@@ -1,4 +1,4 @@
-"""Whole training steps of real models: time, kept bytes and gradient error of rivals in one run.
+"""Whole training steps of real models: time, saved bytes and gradient error of baselines in one run.
 
 All methods share one model, one batch and one process, and take turns: a round runs every method
 once, in an order that rotates. A method's time ratio is the median over rounds of its time by
@@ -133,7 +133,7 @@ def measure(
     rows: dict[str, records.Row] = {}
     for method in methods:
         try:
-            kept = bench.kept_bytes(method)
+            kept = bench.saved_bytes(method)
             advance()
             error = relative_error(bench.gradients(method), reference)
             advance()
@@ -145,7 +145,7 @@ def measure(
             lines = str(reason).strip().splitlines()
             rows[method] = {"method": method, "note": f"{type(reason).__name__}: {lines[0]}"}
             continue
-        rows[method] = {"method": method, "kept_bytes": kept, "gradient_error": error}
+        rows[method] = {"method": method, "saved_bytes": kept, "gradient_error": error}
         if method in REMARKS:
             rows[method]["remark"] = REMARKS[method]
     usable = [method for method, row in rows.items() if "note" not in row]
@@ -165,9 +165,9 @@ def measure(
         own = times_ms[method]
         ratios = [mine / theirs for mine, theirs in zip(own, plain, strict=True)]
         rows[method] |= {
-            "kept_ratio": rows[PLAIN]["kept_bytes"] / rows[method]["kept_bytes"],
+            "saved_ratio": rows[PLAIN]["saved_bytes"] / rows[method]["saved_bytes"],
             "images_per_s": batch_size / statistics.median(own) * 1e3,
-            "largest_batch": largest_batch(bench.model, rows[method]["kept_bytes"] / batch_size),
+            "largest_batch": largest_batch(bench.model, rows[method]["saved_bytes"] / batch_size),
             "step_ms": statistics.median(own),
             "step_ms_quartiles": _quartiles(own),
             "step_ratio": statistics.median(ratios),
@@ -177,11 +177,11 @@ def measure(
     return [rows[method] for method in methods]
 
 
-def largest_batch(model: nn.Module, kept_per_image: float) -> int:
-    """Largest batch whose kept bytes fit `BUDGET_BYTES` beside float32 weights, gradients and
+def largest_batch(model: nn.Module, saved_per_image: float) -> int:
+    """Largest batch whose saved bytes fit `BUDGET_BYTES` beside float32 weights, gradients and
     AdamW's two moments; the transient buffers of a single operator are left out."""
     states = 16 * sum(p.numel() for p in model.parameters())
-    return max(0, int((BUDGET_BYTES - states) / kept_per_image))
+    return max(0, int((BUDGET_BYTES - states) / saved_per_image))
 
 
 class Bench:
@@ -203,13 +203,13 @@ class Bench:
             self.variants[method] = Variant(self.model, POLICIES.get(method, method))
         return self.variants[method]
 
-    def kept_bytes(self, method: str) -> int:
-        """Bytes kept for the backward; for save_on_cpu those of the copies in main memory."""
+    def saved_bytes(self, method: str) -> int:
+        """Bytes saved for the backward; for save_on_cpu those of the copies in CPU memory."""
         if method != SAVE_ON_CPU and not method.startswith(COMPILE):
             policy = POLICIES.get(method, method)
             found = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
             return found.saved_bytes
-        return self.variant(method).kept_bytes(lambda module: self._loss(module, self.autocast))
+        return self.variant(method).saved_bytes(lambda module: self._loss(module, self.autocast))
 
     def gradients(self, method: str | None) -> list[Tensor | None]:
         """Every parameter's gradient with `method`; None is plain float32, the reference."""
@@ -275,8 +275,8 @@ def as_text(rows: list[records.Row]) -> str:
         lines.append(
             [
                 row["method"],
-                format_bytes(row["kept_bytes"]),
-                f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["saved_bytes"]),
+                f"{row['saved_ratio']:.2f}x",
                 format_bytes(row["peak_bytes"]),
                 f"{row['gradient_error']:.2%}",
                 f"{row['step_ms']:.0f} ms",

@@ -1,4 +1,4 @@
-"""Every model file of timm, one small variant each: outputs, gradients and kept bytes against plain.
+"""Every model file of timm, one small variant each: outputs, gradients and saved bytes against plain.
 
 Random weights, float32, the smallest batch and image that the model accepts and whose batch norms average
 over 16 values. One row per file goes to

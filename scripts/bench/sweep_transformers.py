@@ -1,4 +1,4 @@
-"""Every vision model of transformers, made small: outputs, gradients and kept bytes against plain.
+"""Every vision model of transformers, made small: outputs, gradients and saved bytes against plain.
 
 The configurations are each model's own, with two layers a stage, small images and few queries; random
 weights, batch 2, float32. One row per model and task goes to docs/results/sweep_transformers.jsonl; a

@@ -45,7 +45,7 @@ def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bo
             continue
         row = {"model": name, **limited(make, seconds)}
         records.append(out, {**row, **records.provenance()})
-        kept = row.get("kept_bytes", {})
+        kept = row.get("saved_bytes", {})
         print(f"{name}: {row['failure'] or row['mesa8_error']} {kept}", flush=True)
         gc.collect()
 
@@ -80,7 +80,7 @@ def row_of(make: Make, row: Row) -> None:
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
     runs: dict[str, tuple[list[Tensor], list[Tensor | None]]] = {}
-    row["kept_bytes"] = {}
+    row["saved_bytes"] = {}
     for policy in POLICIES:
         row["failed_in"] = policy
         with torch.no_grad():
@@ -94,10 +94,10 @@ def row_of(make: Make, row: Row) -> None:
             runs[policy] = _run(model, args, kwargs)
         finally:
             mesa_train.unwrap(model)
-        row["kept_bytes"][policy] = _kept(model, inputs, policy)
+        row["saved_bytes"][policy] = _kept(model, inputs, policy)
     for policy in COUNTED:
         row["failed_in"] = policy
-        row["kept_bytes"][policy] = _kept(model, inputs, policy)
+        row["saved_bytes"][policy] = _kept(model, inputs, policy)
     outputs, gradients = runs["plain"]
     row["outputs_equal"] = all(
         torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))

@@ -58,7 +58,7 @@ def main(
             autocast=None if float32 else torch.bfloat16,
         )
         images.steps_per_epoch(batch_size)
-        kept = {name: kept_bytes(model, images, config, name) for name in names}
+        kept = {name: saved_bytes(model, images, config, name) for name in names}
     except (ValueError, ImportError) as error:
         raise SystemExit(f"train_parity: {error}") from None
 
@@ -83,7 +83,7 @@ def main(
             rows = []
             for result in train(missing, model, images, config, seed, dashboard):
                 dashboard.on_epoch(result)
-                row = {**result.row(), "seed": seed, "kept_bytes": kept[result.name]}
+                row = {**result.row(), "seed": seed, "saved_bytes": kept[result.name]}
                 rows.append({**row, "settings": settings, **records.provenance()})
             records.append(out, *rows)
     rows_at = os.path.relpath(out)
@@ -96,7 +96,7 @@ def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module
     return module if name == PLAIN else mesa_train.wrap(module, name), images
 
 
-def kept_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
+def saved_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
     """What one run's forward keeps for its backward, for a whole batch."""
     module, images = build(name, model, images, seed=0)
     batch = images.normalise(images.train.images[: config.batch_size].float() / 255)

@@ -41,7 +41,7 @@ def test_quickstart_trains_both_and_says_where_the_results_are(tmp_path):
     rows = rows_of(out / "metrics.jsonl")
     assert [row["name"] for row in rows] == ["plain", "mesa8"]
     plain, ours = rows
-    assert ours["kept_bytes"] < plain["kept_bytes"] / 2.5
+    assert ours["saved_bytes"] < plain["saved_bytes"] / 2.5
     # One epoch from the same start: what 8-bit codes change is far below what training changes.
     assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -111,7 +111,7 @@ def make_tables(monkeypatch):
 
 STEP_ROW = {
     "model": "a_vit", "method": "plain", "batch_size": 2, "dtype": "bf16", "rounds": 3,
-    "kept_bytes": 2**20, "kept_ratio": 1.0, "gradient_error": 0.0123, "step_ms": 41.6,
+    "saved_bytes": 2**20, "saved_ratio": 1.0, "gradient_error": 0.0123, "step_ms": 41.6,
     "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0], "peak_bytes": 2**21,
     "largest_batch": 9, "device": "a CPU",
     "device_type": "cpu", "threads": 2, "versions": {"torch": "2.15.0"}, "commit": "abc",

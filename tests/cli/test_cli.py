@@ -74,29 +74,29 @@ def test_compare_in_a_terminal(tmp_path, shallow):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["plain", "mesa8", str(policy)]
     assert rows[0]["versions"]["torch"]
-    assert rows[2]["kept_bytes"] < rows[1]["kept_bytes"]
+    assert rows[2]["saved_bytes"] < rows[1]["saved_bytes"]
 
 
 @pytest.mark.slow
 def test_compare_json_is_json_alone(shallow):
     chosen = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,mesa8+offload,plain+adamw8bit"
-    result = run("compare", *shallow, "--quick", "--json", "--methods", chosen)
+    result = run("compare", *shallow, "--fake", "--json", "--methods", chosen)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["inputs"] == [[32, 3, 96, 96]]
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == chosen.split(",")
-    assert rows["plain"]["kept_bytes"] > 2.5 * rows["mesa8"]["kept_bytes"]
+    assert rows["plain"]["saved_bytes"] > 2.5 * rows["mesa8"]["saved_bytes"]
     assert rows["bf16"]["weight_bytes"] * 2 == rows["plain"]["weight_bytes"]
     assert rows["plain+adamw8bit"]["optimizer_bytes"] < rows["plain"]["optimizer_bytes"] / 3
     assert "step_ms" not in rows["plain"]
     offloaded = rows["mesa8+offload"]
-    assert offloaded["kept_bytes"] + offloaded["moved_bytes"] == rows["mesa8"]["kept_bytes"]
-    assert rows["mesa8"]["moved_bytes"] is None
+    assert offloaded["saved_bytes"] + offloaded["offloaded_bytes"] == rows["mesa8"]["saved_bytes"]
+    assert rows["mesa8"]["offloaded_bytes"] is None
 
 
 def test_compare_says_what_quick_cannot(shallow):
-    result = run("compare", *shallow, "--quick", "--methods", "plain,compile", "--memory", "1GiB")
+    result = run("compare", *shallow, "--fake", "--methods", "plain,compile", "--memory", "1GiB")
     assert "compile: its bytes show in a real run alone" in result.stdout
 
 
@@ -104,7 +104,7 @@ def test_profile_in_a_terminal():
     result = run("profile", *VIT, "--fake")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for text in ("scaled_dot_product_attention", "kept for backward", "0-11  x12", "└ head"):
+    for text in ("scaled_dot_product_attention", "saved for backward", "0-11  x12", "└ head"):
         assert text in result.stdout
     assert "…" not in result.stdout
 
@@ -113,7 +113,7 @@ def test_profile_in_a_wide_terminal(shallow):
     result = run("profile", *shallow, "--fake", columns=120)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 120
-    for text in ("scaled_dot_product_attention", "kept for backward", "0-1  x2", "└ head", "attn"):
+    for text in ("scaled_dot_product_attention", "saved for backward", "0-1  x2", "└ head", "attn"):
         assert text in result.stdout
     assert "…" not in result.stdout
     assert "What mesa8 stores, how and why:" in result.stdout
@@ -169,8 +169,8 @@ def test_plan(tmp_path, shallow):
     assert result.exit_code == 0, result.output
     assert "peak of the step" in result.stdout
     found = json.loads(run("profile", *size, "--policy", str(policy), "--json").stdout)
-    assert found["with_policy"]["saved_bytes"] > least["prediction"]["kept_bytes"]
-    assert found["with_policy"]["saved_bytes"] < least["plain"]["kept_bytes"]
+    assert found["with_policy"]["saved_bytes"] > least["prediction"]["saved_bytes"]
+    assert found["with_policy"]["saved_bytes"] < least["plain"]["saved_bytes"]
 
 
 def test_a_budget_below_every_plan(tmp_path, monkeypatch):
@@ -232,19 +232,19 @@ def test_a_model_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "users_model.py").write_text(USERS_MODEL)
     monkeypatch.chdir(tmp_path)
     name = ["python:users_model.build", "--batch-size", "6", "--image-size", "96"]
-    found = json.loads(run("compare", *name, "--quick", "--json").stdout)
+    found = json.loads(run("compare", *name, "--fake", "--json").stdout)
     assert found["inputs"] == [[6, 3, 96, 96], [6, 12]]
     rows = {row["method"]: row for row in found["rows"]}
-    assert rows["mesa8"]["kept_bytes"] < rows["plain"]["kept_bytes"] / 2
+    assert rows["mesa8"]["saved_bytes"] < rows["plain"]["saved_bytes"] / 2
     chosen = ["--methods", "plain,mesa8"]
-    limit = ["--quick", "--json", "--memory", "1GiB"]
+    limit = ["--fake", "--json", "--memory", "1GiB"]
     fitting = json.loads(run("compare", *name, *chosen, *limit).stdout)["rows"]
     assert fitting[1]["largest_batch"] > fitting[0]["largest_batch"]
     chosen += ["--rounds", "1"]
     real = json.loads(run("compare", *name, *chosen, "--json").stdout)["rows"]
     assert [row.get("note") for row in real] == [None, None]
-    assert [row["kept_bytes"] for row in real] == [
-        rows[m]["kept_bytes"] for m in ("plain", "mesa8")
+    assert [row["saved_bytes"] for row in real] == [
+        rows[m]["saved_bytes"] for m in ("plain", "mesa8")
     ]
     assert real[1]["gradient_error"] < 0.05
     planned = json.loads(run("plan", *name, "--json").stdout)
@@ -284,7 +284,7 @@ def test_half_weights_need_no_autocast(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
 def test_dtypes(dtype):
-    result = run("compare", *VIT, "--quick", "--json", "--dtype", dtype, "--methods", "plain")
+    result = run("compare", *VIT, "--fake", "--json", "--dtype", dtype, "--methods", "plain")
     assert json.loads(result.stdout)["dtype"] == dtype
 
 
@@ -313,10 +313,10 @@ def test_dtypes(dtype):
         (["compare", "pyhton:my.build"], "did you mean python:my.build?"),
         (["compare", *VIT, "--out", "/dev/null/out"], "--out /dev/null/out"),
         (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: name a .yaml file"),
-        (["plan", *VIT, "--rivals", "rows.jsonl"], "give --frontier chart.png too"),
+        (["plan", *VIT, "--baselines", "rows.jsonl"], "give --frontier chart.png too"),
         (
-            ["plan", *VIT, "--frontier", "c.png", "--rivals", "no.jsonl"],
-            "--rivals no.jsonl: no such file",
+            ["plan", *VIT, "--frontier", "c.png", "--baselines", "no.jsonl"],
+            "--baselines no.jsonl: no such file",
         ),
     ],
 )
@@ -369,7 +369,7 @@ def reads():
             "float16 weights, which --dtype bf16 does not go with on a CPU",
         ),
         (["profile", "half", "--dtype", "bf16"], "choose fp16, or float32 for no autocast"),
-        (["compare", "reads", "--quick"], "without data do not have (narrow.py, line 7: "),
+        (["compare", "reads", "--fake"], "without data do not have (narrow.py, line 7: "),
         (["profile", "reads", "--fake"], "`mesa-train profile` without --fake"),
         (["estimate", "reads", "--batch-size", "8"], "Reads reads values"),
     ],
@@ -389,7 +389,7 @@ def test_rivals_of_another_batch(tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"method": "plain", "model": VIT[0], "shapes": [[4, 3, 64, 64]]}
     rows.write_text(json.dumps(row) + "\n")
-    chosen = ["--fake", "--frontier", str(tmp_path / "c.png"), "--rivals", str(rows)]
+    chosen = ["--fake", "--frontier", str(tmp_path / "c.png"), "--baselines", str(rows)]
     result = run("plan", *VIT, *chosen)
     assert result.exit_code == 2
     assert f"rows of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
@@ -403,7 +403,7 @@ def test_as_a_module():
         "mesa_train.cli",
         "compare",
         *VIT,
-        "--quick",
+        "--fake",
         "--json",
         "--methods",
         "plain",

@@ -42,7 +42,7 @@ def ranges(model):
         f"{name}.{key}": value.clone()
         for name, module in model.named_modules()
         if (entry := entry_of(module)) is not None
-        for key, value in entry.site.ranges.items()
+        for key, value in entry.context.ranges.items()
     }
 
 
@@ -77,7 +77,7 @@ def test_the_averages_are_the_papers(model):
 
 def test_values_beyond_the_lagging_range_saturate(model):
     step(model, batch())
-    codec = Running(entry_of(model.first).site.ranges, "linear.input.0", step=2, group_size=64)
+    codec = Running(entry_of(model.first).context.ranges, "linear.input.0", step=2, group_size=64)
     x = 2 * batch()
     decoded = codec.decode(codec.encode(x), COLS, torch.float32)
     low, span, _ = ranges(model)["first.linear.input.0"]
@@ -261,7 +261,7 @@ def test_a_later_forward_does_not_corrupt_an_earlier_one(model):
     model(batch(7.0, seed=2))
     assert any(not torch.equal(v, before[n]) for n, v in ranges(model).items())
     for module in model.modules():
-        for value in entry_of(module).site.ranges.values():
+        for value in entry_of(module).context.ranges.values():
             value.mul_(50.0)
     found = torch.autograd.grad(first, [p for p in model.parameters() if p is not unused])
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))

@@ -16,7 +16,7 @@ from limits import HUNG_S
 import mesa_train
 from mesa_train.compare.batch_size_finder import bisect, largest_batch_on_a_line
 from mesa_train.compare.scheduler import Request, _Bench, measure
-from mesa_train.methods.spec import DEFAULT, Contender
+from mesa_train.methods.spec import DEFAULT, MethodSpec
 
 FACTORY = """
 import os, signal, time
@@ -83,7 +83,7 @@ def test_failures_are_rows(tmp_path, monkeypatch):
     assert memory["note"] == "out of memory: tried to allocate 2.00 GiB (moody.py, line 24)"
     assert slow["note"] == f"stopped after {HUNG_S} s"
     assert "no row of equal blocks" in blocks["note"]
-    assert last["kept_bytes"] == plain["kept_bytes"]
+    assert last["saved_bytes"] == plain["saved_bytes"]
     assert [*dict.fromkeys(done for _, done, _ in seen)] == list(range(7))
     assert [*dict.fromkeys(what for what, *_ in seen if what)] == [*methods, "done"]
     (tmp_path / "asleep").unlink()
@@ -114,9 +114,9 @@ def test_weights_and_batch_are_the_same_for_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_compiles_has_a_lane_of_its_own(tmp_path, monkeypatch):
+def test_what_compiles_has_a_slot_of_its_own(tmp_path, monkeypatch):
     """Two methods at once, each timed alone: the module notes when its steps begin, and the other
-    lane's module, which steps all the time, is held meanwhile."""
+    slot's module, which steps all the time, is held meanwhile."""
     source = (
         "import os, time\nimport torch\nfrom torch import nn\n"
         "class Noted(nn.Sequential):\n"
@@ -147,7 +147,7 @@ def test_what_compiles_has_a_lane_of_its_own(tmp_path, monkeypatch):
 
 
 def test_what_compiles_waits_for_memory(monkeypatch):
-    """Where the first method took too much of it, there is one lane."""
+    """Where the first method took too much of it, there is one slot."""
     monkeypatch.setattr("mesa_train.compare.scheduler._available", lambda: 2.9e9)
     bench = _Bench(Request("m"), ["plain", "compile"], Path(), [])
     assert (bench.own, bench.either) == ([0], [1])
@@ -234,35 +234,35 @@ def test_offloading_needs_a_gpu():
     """Said before the model is asked for."""
     (row,) = measure(Request("vit_of_nobody"), ["mesa8+offload"])
     assert row["method"] == "mesa8+offload"
-    assert row["note"] == "needs a GPU: on a CPU what is kept lies in main memory already"
-    assert Contender.of("mesa8+offload+adamw8bit").why_not("cpu") == row["note"]
-    assert Contender.of("mesa8+offload").why_not("cuda:0") is None
-    assert Contender.of("mesa8").why_not("cpu") is None
+    assert row["note"] == "needs a GPU: on a CPU what is kept lies in CPU memory already"
+    assert MethodSpec.of("mesa8+offload+adamw8bit").why_not("cpu") == row["note"]
+    assert MethodSpec.of("mesa8+offload").why_not("cuda:0") is None
+    assert MethodSpec.of("mesa8").why_not("cpu") is None
 
 
 class TestContenders:
     def test_all_have_something_to_say(self):
         for name in DEFAULT:
-            contender = Contender.of(name)
-            assert contender.name == name
-            assert name in ("plain",) or contender.caveats
+            spec = MethodSpec.of(name)
+            assert spec.name == name
+            assert name in ("plain",) or spec.caveats
 
     def test_parts(self, tmp_path):
-        assert Contender.of("mesa8+adamw8bit").eight_bit
-        assert Contender.of("mesa8+adamw8bit").variant == "mesa8"
-        assert Contender.of("float32").variant == "plain"
-        assert not Contender.of("compile:mesa8").countable
-        assert Contender.of("mesa8+checkpoint").countable
+        assert MethodSpec.of("mesa8+adamw8bit").eight_bit
+        assert MethodSpec.of("mesa8+adamw8bit").variant == "mesa8"
+        assert MethodSpec.of("float32").variant == "plain"
+        assert not MethodSpec.of("compile:mesa8").countable
+        assert MethodSpec.of("mesa8+checkpoint").countable
         path = tmp_path / "p.yaml"
         path.write_text("bits: 4\n")
-        assert Contender.of(f"{path}+adamw8bit").variant.bits == 4
-        redrawn = Contender.of("compile-budget-0.2").caveats
+        assert MethodSpec.of(f"{path}+adamw8bit").variant.bits == 4
+        redrawn = MethodSpec.of("compile-budget-0.2").caveats
         assert any("190758" in caveat for caveat in redrawn)
 
     @pytest.mark.parametrize("name", ["mesa9", "adamw8bit", "mesa8+adam", "checkpoint+mesa8", ""])
     def test_unknown(self, name):
         with pytest.raises(ValueError, match="unknown method"):
-            Contender.of(name)
+            MethodSpec.of(name)
 
     def test_none(self):
         with pytest.raises(ValueError, match="needs a method"):

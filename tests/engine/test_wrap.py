@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from wrap_helpers import EIGHT, LOSSLESS, Block, batch, close, gradients, kept_bytes, net, same
+from wrap_helpers import EIGHT, LOSSLESS, Block, batch, close, gradients, net, same, saved_bytes
 
 import mesa_train
 from mesa_train import PRESETS, Policy, compress
@@ -73,12 +73,12 @@ def test_train_and_eval_mean_what_they_meant():
 def test_nothing_is_kept_without_gradients(guard):
     model = mesa_train.wrap(net(), EIGHT)
     with guard():
-        size, output = kept_bytes(lambda: model(batch()))
+        size, output = saved_bytes(lambda: model(batch()))
     assert size == 0
     assert not output.requires_grad
     assert report_of(model).rows == {}
     model.requires_grad_(False)
-    assert kept_bytes(lambda: model(batch()))[0] == 0
+    assert saved_bytes(lambda: model(batch()))[0] == 0
 
 
 def test_module_parameters_may_change_dtype():
@@ -138,12 +138,12 @@ def test_a_submodule_first_then_the_model():
 
 
 def test_the_model_first_then_a_submodule():
-    size_all, _ = kept_bytes(lambda: mesa_train.wrap(net(), EIGHT)(batch()))
+    size_all, _ = saved_bytes(lambda: mesa_train.wrap(net(), EIGHT)(batch()))
     model = mesa_train.wrap(net(), EIGHT)
     mesa_train.wrap(model[0], LOSSLESS)
     assert policy_of(model[0]) == LOSSLESS
     assert policy_of(model[1]) == EIGHT
-    size, _ = kept_bytes(lambda: model(batch()))
+    size, _ = saved_bytes(lambda: model(batch()))
     assert size > size_all
 
 
@@ -184,16 +184,16 @@ def test_the_inner_policy_holds_inside(outer, inner, by):
     torch.manual_seed(0)
     x = torch.randn(16, 32).requires_grad_().mul(1.0)
     alone = mesa_train.wrap(Inner(), inner)
-    expected, _ = kept_bytes(lambda: alone(x))
+    expected, _ = saved_bytes(lambda: alone(x))
     model = Outer(Inner())
     if by == "wrap":
         mesa_train.wrap(model, outer)
         mesa_train.wrap(model.inner, inner)
-        found, output = kept_bytes(lambda: model(x))
+        found, output = saved_bytes(lambda: model(x))
     else:
         mesa_train.wrap(model.inner, inner)
         with compress(outer):
-            found, output = kept_bytes(lambda: model(x))
+            found, output = saved_bytes(lambda: model(x))
     assert found == expected
     output.sum().backward()
 

@@ -16,9 +16,9 @@ from wrap_helpers import (
     close,
     gradients,
     images,
-    kept_bytes,
     net,
     same,
+    saved_bytes,
 )
 
 import mesa_train
@@ -28,14 +28,14 @@ from mesa_train.engine.wrap import report_of
 
 def test_compress_around_functions():
     x = torch.randn(32, 64).requires_grad_()
-    size, output = kept_bytes(lambda: F.gelu(x.mul(1.0)))
+    size, output = saved_bytes(lambda: F.gelu(x.mul(1.0)))
     assert size == 32 * 64 * 4
 
     def compressed():
         with compress(EIGHT):
             return F.gelu(x.mul(1.0))
 
-    size, output = kept_bytes(compressed)
+    size, output = saved_bytes(compressed)
     assert size == 32 * (64 + 4)
     output.sum().backward()
     assert not _get_current_function_mode_stack()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import timm
 import torch
-from wrap_helpers import EIGHT, LOSSLESS, Checkpointed, close, gradients, images, kept_bytes, same
+from wrap_helpers import EIGHT, LOSSLESS, Checkpointed, close, gradients, images, same, saved_bytes
 
 import mesa_train
 from mesa_train import PRESETS, Policy, compress
@@ -18,8 +18,8 @@ def test_checkpoints_of_blocks_give_the_same_gradients_and_keep_less(kind, prese
     policy = dataclasses.replace(PRESETS[preset], min_bytes=0)
     unchecked = mesa_train.wrap(Checkpointed(None), policy)
     checked = mesa_train.wrap(Checkpointed(kind), policy)
-    size, expected = kept_bytes(lambda: unchecked(images()))
-    smaller, found = kept_bytes(lambda: checked(images()))
+    size, expected = saved_bytes(lambda: unchecked(images()))
+    smaller, found = saved_bytes(lambda: checked(images()))
     assert torch.equal(found, expected)
     # A checkpoint keeps a block's input whole, which is more than what "linear" keeps of a block. What a non-reentrant
     # one keeps goes to its own hooks, not to these.

@@ -449,7 +449,7 @@ def test_a_checkpointed_module_is_checkpointed_once():
     mesa_train.wrap(model, mesa_train.Policy(min_bytes=0, checkpoint=("1",)))
     model(X).sum().backward()
     assert len(calls) == 4  # two in the forward, two in the recompute
-    assert entry_of(model[1]).site.checkpointed
+    assert entry_of(model[1]).context.checkpointed
 
 
 class Stored:

@@ -61,7 +61,7 @@ def close(found, expected, bound):
     return difference.sqrt() <= bound * sum(e.square().sum() for _, e in pairs).sqrt()
 
 
-def kept_bytes(function):
+def saved_bytes(function):
     """Bytes the graph keeps, each storage once, and what the function returned."""
     storages = {}
 

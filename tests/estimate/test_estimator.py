@@ -75,13 +75,13 @@ def test_policies_and_lora_take_less():
     plain, mesa = (activations_of(make(), 4, p, autocast=False) for p in ("plain", "mesa8"))
     assert per_image(plain) > 1.3 * per_image(mesa)
     lora = activations_of(make(), 4, "mesa8", autocast=False, lora=4)
-    assert lora.kept_per_image < mesa.kept_per_image
+    assert lora.saved_per_image < mesa.saved_per_image
     # 4-bit weights are not a matmul that a policy repeats; the adapters' are, and are small.
     again = activations_of(make(), 4, "mesa8-recompute", autocast=False, lora=4)
-    assert again.kept_per_image == pytest.approx(lora.kept_per_image, rel=0.03)
+    assert again.saved_per_image == pytest.approx(lora.saved_per_image, rel=0.03)
     coded = activations_of(make(), 4, "mesa8+coded", autocast=False)
     blocks = activations_of(make(), 4, "checkpoint", autocast=False)
-    assert coded.kept_per_image < 0.6 * blocks.kept_per_image
+    assert coded.saved_per_image < 0.6 * blocks.saved_per_image
 
 
 def test_rms_norm_keeps_what_a_gpu_keeps():
@@ -98,7 +98,7 @@ def test_rms_norm_keeps_what_a_gpu_keeps():
                 row[0].requires_grad_(False)
             model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False), *rows)
             loaded = Loaded("norms", model, torch.empty(4, 10, 256))
-        return activations_of(loaded, 4, policy, autocast=False).kept_per_image
+        return activations_of(loaded, 4, policy, autocast=False).saved_per_image
 
     assert keeps(3) - keeps(2) == 10 * (2 * 256 + 4)
 
@@ -138,7 +138,7 @@ def test_the_simplest_that_fits():
     assert (best(roomy).strategy, best(roomy).policy) == ("ddp", "plain")
     assert best(narrow).strategy.startswith(("zero", "fsdp"))
     assert best(none) is None
-    assert {e.reason for e in none} <= {"", "GPU memory", "main memory"}
+    assert {e.reason for e in none} <= {"", "GPU memory", "CPU memory"}
     for e in roomy:
         assert e.gpu_bytes == e.states.gpu + e.activations
         assert e.largest_batch >= 4
@@ -148,23 +148,23 @@ def test_the_simplest_that_fits():
 def test_main_memory_is_a_limit():
     cluster = Cluster(8, GIB, 1 << 20)
     found = list(estimates(make, cluster, batch=4, policies=["mesa8"], setups=[("zero3", "cpu")]))
-    assert [(e.fits, e.reason, e.largest_batch) for e in found] == [(False, "main memory", 0)]
+    assert [(e.fits, e.reason, e.largest_batch) for e in found] == [(False, "CPU memory", 0)]
 
 
 def test_what_is_moved_lies_in_main_memory():
-    """Of all GPUs of a machine together; what is left of main memory bounds the batch."""
+    """Of all GPUs of a machine together; what is left of CPU memory bounds the batch."""
     setup, room = Setup("ddp"), 16 << 20
     of = Estimator(make, 4)
     found = of.activations(setup, "mesa8+offload")
-    assert found.moved_per_image == of.activations(setup, "mesa8").kept_per_image - (
-        found.kept_per_image
+    assert found.offloaded_per_image == of.activations(setup, "mesa8").saved_per_image - (
+        found.saved_per_image
     )
-    assert found.moved_per_image > 15 * found.kept_per_image
+    assert found.offloaded_per_image > 15 * found.saved_per_image
     one = of.estimate(setup, "mesa8+offload", Cluster(8, GIB, room, nodes=2), reserve=0)
-    assert one.states.cpu == found.moved_per_image * 4 * 4
-    assert (one.fits, one.largest_batch) == (True, room // (4 * found.moved_per_image))
+    assert one.states.cpu == found.offloaded_per_image * 4 * 4
+    assert (one.fits, one.largest_batch) == (True, room // (4 * found.offloaded_per_image))
     none = of.estimate(setup, "mesa8+offload", Cluster(8, GIB, one.states.cpu - 1), reserve=0)
-    assert (none.fits, none.reason) == (False, "main memory")
+    assert (none.fits, none.reason) == (False, "CPU memory")
     assert command(one, "vit_tiny_patch16_224", "a.yaml", 8).count("policy=mesa8+offload") == 1
 
 

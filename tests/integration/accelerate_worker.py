@@ -99,7 +99,7 @@ def training(kind, how, preset):
         "losses": losses,
         "alone": expected,
         "kept": kept,
-        "moved": held[0],
+        "offloaded": held[0],
         "unwrapped": policy_of(accelerator.unwrap_model(model)) == (preset and POLICIES[preset]),
     }
 
@@ -118,7 +118,7 @@ def accumulation(kind, how, preset):
         plain = accelerator.unwrap_model(model)
         start = Net(drop=0.0).state_dict()
         updates.append(torch.cat([(v - start[n]).flatten() for n, v in plain.state_dict().items()]))
-    return {"distance": distance(updates[1], updates[0]), "moved": bool(updates[0].norm() > 0)}
+    return {"distance": distance(updates[1], updates[0]), "offloaded": bool(updates[0].norm() > 0)}
 
 
 def saved(kind, how, preset):

@@ -38,7 +38,7 @@ SETUPS = {"ddp whole": ddp, "ddp regional": ddp_regional, "fsdp regional": fsdp}
 
 
 def setup(make, preset, compiled):
-    """Losses of three steps, and the bytes kept in a step after those."""
+    """Losses of three steps, and the bytes saved in a step after those."""
     torch._dynamo.reset()
     model = wrapped(Net(depth=DEPTH, drop=0.0), preset)
     forward = make(model, compiled)

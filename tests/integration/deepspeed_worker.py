@@ -121,7 +121,7 @@ def zero(preset, after, *, prepare=identity, reference=identity, init=False, **s
         "losses": losses,
         "alone": expected,
         "kept": kept,
-        "moved": moved(state(engine), weights),
+        "offloaded": moved(state(engine), weights),
         "sharded": sharded,
         "steps": steps_seen(engine if after else engine.module),
     }
@@ -189,7 +189,7 @@ def activation_checkpointing(preset, after):
     return {
         "losses": losses["deepspeed"]["losses"],
         "unchecked": losses["none"]["losses"],
-        "moved": losses["deepspeed"]["moved"],
+        "offloaded": losses["deepspeed"]["offloaded"],
     }
 
 

@@ -70,7 +70,7 @@ def batch(rows=4, tokens=16, inputs=12, seed=1):
     return torch.randn(rows, tokens, inputs, generator=torch.Generator().manual_seed(seed))
 
 
-def kept_bytes(function):
+def saved_bytes(function):
     """Bytes that reach the saved-tensor hooks around a call, each storage once, parameters and their
     views apart; and what the call returned."""
     storages = {}
@@ -95,10 +95,10 @@ def distance(found, expected):
 
 
 def step(model, *inputs, seed=1):
-    """(kept bytes, loss, flat gradients) of one step from the same random numbers."""
+    """(saved bytes, loss, flat gradients) of one step from the same random numbers."""
     model.zero_grad()
     torch.manual_seed(seed)
-    kept, output = kept_bytes(lambda: model(*inputs))
+    kept, output = saved_bytes(lambda: model(*inputs))
     output = getattr(output, "logits", output)
     loss = output.float().square().mean()
     loss.backward()

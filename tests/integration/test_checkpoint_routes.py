@@ -1,5 +1,5 @@
 """Activation checkpointing by every route users take: the gradients of the same setup without
-mesa_train, the same bytes kept, no coding in the first pass, and no state changed by the recompute."""
+mesa_train, the same bytes saved, no coding in the first pass, and no state changed by the recompute."""
 
 import copy
 import dataclasses
@@ -71,7 +71,7 @@ def built(route, reentrant):
 
 
 def compared(model, inputs, preset):
-    """Both steps' kept bytes, without and with mesa_train, their losses and gradients compared."""
+    """Both steps' saved bytes, without and with mesa_train, their losses and gradients compared."""
     plain = step(copy.deepcopy(model), *inputs)
     found = step(mesa_train.wrap(copy.deepcopy(model), POLICIES[preset]), *inputs)
     assert torch.equal(found[1], plain[1])

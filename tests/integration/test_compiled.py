@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from integration_models import BOUND, Net, batch, distance, gradients, kept_bytes
+from integration_models import BOUND, Net, batch, distance, gradients, saved_bytes
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -115,7 +115,7 @@ def test_keeps_codes(compiled):
     for model in (plain, ours):
         forward = compiled(model)
         forward(batch())
-        sizes.append(kept_bytes(lambda f=forward: f(batch()))[0])
+        sizes.append(saved_bytes(lambda f=forward: f(batch()))[0])
         torch._dynamo.reset()
     assert sizes[1] < sizes[0] / 2
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_worker
 import worker_tools
-from integration_models import Net, batch, kept_bytes
+from integration_models import Net, batch, saved_bytes
 from worker_tools import launch, setups
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ def alone(preset, variant):
             model = prepare(model)
     model = worker_tools.wrapped(model, preset)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_half(variant)):
-        return kept_bytes(lambda: model(batch()[:2]))[0]
+        return saved_bytes(lambda: model(batch()[:2]))[0]
 
 
 def is_half(variant):
@@ -100,7 +100,7 @@ def keeps_what_it_keeps_alone(values, plain, variant, preset, extra=0):
 
 def same_training(values, variant, preset):
     bound = max(MOVED[preset], HALF if is_half(variant) else 0)
-    assert values["moved"] <= bound
+    assert values["offloaded"] <= bound
     for loss, expected in zip(values["losses"], values["alone"], strict=True):
         assert loss == pytest.approx(expected, rel=bound)
 
@@ -136,8 +136,10 @@ def test_zero(by_deepspeed, variant, preset, after):
 def test_running_ranges_under_zero_are_those_under_ddp(by_torch, by_deepspeed):
     """Two engines that leave other traces of a step; ranges that stay those of the first step would
     differ by a tenth here."""
-    expected = found(by_torch, "ddp/paper/after")["moved"]
-    assert found(by_deepspeed, "zero2/paper/after")["moved"] == pytest.approx(expected, rel=1e-6)
+    expected = found(by_torch, "ddp/paper/after")["offloaded"]
+    assert found(by_deepspeed, "zero2/paper/after")["offloaded"] == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.compatibility("DDP and FSDP2", "fsdp accumulation, running ranges move once a step")
@@ -169,7 +171,7 @@ class TestAccumulation:
     def test_deepspeeds_activation_checkpointing(self, by_deepspeed, preset, where):
         values = found(by_deepspeed, f"activation checkpointing/{preset}/{where}")
         assert values["losses"] == pytest.approx(values["unchecked"], rel=1e-6)
-        assert values["moved"] <= MOVED[preset]
+        assert values["offloaded"] <= MOVED[preset]
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
@@ -214,7 +216,7 @@ def test_accelerate(by_accelerate, kind, how, preset):
 @pytest.mark.compatibility("Gradient accumulation", "Accelerate {kind}, wrapped {how}")
 def test_accelerates_accumulate(by_accelerate, kind, how):
     values = found(by_accelerate, f"{kind} accumulate/mesa8/{how}")
-    assert values["moved"]
+    assert values["offloaded"]
     assert values["distance"] <= 1e-5
 
 

@@ -76,7 +76,7 @@ def finish(model, parallel, state, cast, reference):
         "losses": losses,
         "alone": expected,
         "kept": kept,
-        "moved": moved(state(), weights),
+        "offloaded": moved(state(), weights),
         "steps": steps_seen(parallel) or steps_seen(model),
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from integration_models import POLICIES, Net, batch, kept_bytes
+from integration_models import POLICIES, Net, batch, saved_bytes
 from torch import nn
 
 import mesa_train
@@ -96,12 +96,12 @@ def criterion(output):
 
 
 def train(forward, backward, advance, *, cast=contextlib.nullcontext, make=batch):
-    """The losses of a few steps (mean over processes) and the bytes kept in the first."""
+    """The losses of a few steps (mean over processes) and the bytes saved in the first."""
     losses, kept = [], 0
     for number in range(STEPS):
         x = share(make(seed=number))
         with cast():
-            size, output = kept_bytes(lambda x=x: forward(x))
+            size, output = saved_bytes(lambda x=x: forward(x))
         loss = criterion(output)
         backward(loss)
         advance()

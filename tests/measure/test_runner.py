@@ -124,10 +124,10 @@ def test_wrapped_model_stays_wrapped(vit, images):
 
 def test_model_without_blocks_has_a_reason():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    plain, rival = compare(model, torch.randn(2, 4), ["plain", "checkpoint"], rounds=1)
-    assert rival.saved_bytes is None
-    assert rival.time_ms is None
-    assert "no row of equal blocks" in rival.notes[0]
+    plain, baseline = compare(model, torch.randn(2, 4), ["plain", "checkpoint"], rounds=1)
+    assert baseline.saved_bytes is None
+    assert baseline.time_ms is None
+    assert "no row of equal blocks" in baseline.notes[0]
     assert plain.notes == ()
 
 

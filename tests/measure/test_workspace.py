@@ -7,7 +7,7 @@ from torch import nn
 from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.runner import Runs
 from mesa_train.measure.timeline import timeline
-from mesa_train.planner.memory_model import Plays
+from mesa_train.planner.memory_model import StepSimulator
 from mesa_train.policy import PRESETS, Policy
 
 
@@ -19,7 +19,7 @@ def test_a_convolution_in_another_layout():
     model = model.to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 56, 56).to(memory_format=torch.channels_last)
     runs = Runs(model, images, None, default_loss)
-    plays = Plays(model, images, None, default_loss, [])
+    plays = StepSimulator(model, images, None, default_loss, [])
     counted = timeline(model, images, policy=PRESETS["mesa8"])
     scratch = runs.scratch(PRESETS["mesa8"], counted)
     assert max(scratch, key=lambda key: scratch[key])[1] == "1"

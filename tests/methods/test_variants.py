@@ -1,4 +1,4 @@
-"""One model made ready for several methods, on the same parameters: exact gradients, and bytes kept."""
+"""One model made ready for several methods, on the same parameters: exact gradients, and bytes saved."""
 
 import pytest
 import timm
@@ -68,7 +68,7 @@ def test_kept_bytes_are_those_of_the_footprint(model, images):
             return module(images).float().sum()
 
     for method in ("plain", "mesa8", "checkpoint"):
-        counted = Variant(model, method).kept_bytes(whole)
+        counted = Variant(model, method).saved_bytes(whole)
         expected = footprint(model, images, policy=method, autocast=BF16).saved_bytes
         assert counted == expected, method
 
@@ -76,12 +76,12 @@ def test_kept_bytes_are_those_of_the_footprint(model, images):
 @pytest.mark.slow
 def test_compiled_with_a_preset_or_a_budget(model, images, compiled):
     run = runner(images)
-    eager = Variant(model, "mesa8").kept_bytes(run)
-    coded = Variant(model, "compile:mesa8").kept_bytes(run)
-    plain = compiled.kept_bytes(run)
+    eager = Variant(model, "mesa8").saved_bytes(run)
+    coded = Variant(model, "compile:mesa8").saved_bytes(run)
+    plain = compiled.saved_bytes(run)
     assert coded <= 1.1 * eager
     assert coded < plain / 2
-    assert Variant(model, "compile-budget-0.5").kept_bytes(run) < plain
+    assert Variant(model, "compile-budget-0.5").saved_bytes(run) < plain
 
 
 def test_the_model_stays_as_it_was(model, images):

@@ -131,7 +131,7 @@ def test_coordinates_are_exact_and_the_picture_they_sample_is_coded():
     # With the picture exact too the grid's gradient is PyTorch's: nothing of the grid is coded.
     whole = Policy(overrides={"fallback.grid_sample": {"enabled": False}})
     assert error(sample, picture, grid(48), policy=whole) == 0
-    assert rows["grid_sample", "saved", "kept whole: exact"] == 48 * 48 * 2 * 4
+    assert rows["grid_sample", "saved", "uncompressed: exact"] == 48 * 48 * 2 * 4
 
 
 @pytest.mark.parametrize("name", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
@@ -261,7 +261,7 @@ def test_an_override_names_a_function_in_a_module():
     model(torch.randn(SHAPE).requires_grad_() * 1)
     how = {(r.module, r.operator): r.how for r in mesa_train.coverage(model).rows}
     assert how["blocks.0", "square"] == "8 bits in groups of 128, nearest"
-    assert how["blocks.1", "square"] == "kept whole: exact"
+    assert how["blocks.1", "square"] == "uncompressed: exact"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_an_operator_that_is_disabled_is_left_to_pytorch():
     x = torch.randn(4, 24, 64, requires_grad=True)
     with compress(policy) as mode:
         F.linear(x * 1, weight)
-    assert {key[3] for key in mode.report.rows} <= {"kept whole: exact"}
+    assert {key[3] for key in mode.report.rows} <= {"uncompressed: exact"}
 
 
 def test_a_write_to_what_is_kept_whole_is_reported():

@@ -11,7 +11,7 @@ from mesa_train import compress
 from mesa_train.codecs.affine import Affine
 from mesa_train.engine import wrap
 from mesa_train.policy import Policy
-from mesa_train.stash.backward_cache import neighbours
+from mesa_train.stash.backward_cache import backward_cache
 
 EIGHT = Policy(min_bytes=0)
 
@@ -58,7 +58,7 @@ def test_one_pass_serves_both(calls, dtype):
     wrap(model, EIGHT)
     close(gradients(model, x), expected)
     assert calls == {"activation_pair": 1, "activation_backward": 0}
-    assert not neighbours.gradients
+    assert not backward_cache.gradients
 
 
 def test_layer_scale_behind(calls):
@@ -130,7 +130,7 @@ def test_two_backwards_of_one_graph(calls):
     second = torch.autograd.grad(loss, list(model.parameters()))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert not neighbours.gradients
+    assert not backward_cache.gradients
 
 
 @pytest.fixture
@@ -139,15 +139,15 @@ def summed(monkeypatch):
     from mesa_train.ops import activation
 
     taken = []
-    take = type(neighbours).take_sum
+    take = type(backward_cache).take_sum
 
     def counted(self, grad):
         found = take(self, grad)
         taken.append(found is not None)
         return found
 
-    monkeypatch.setattr(activation, "_sums", lambda geometry, grad: True)
-    monkeypatch.setattr(type(neighbours), "take_sum", counted)
+    monkeypatch.setattr(activation, "_sums", lambda layout, grad: True)
+    monkeypatch.setattr(type(backward_cache), "take_sum", counted)
     return taken
 
 
@@ -158,7 +158,7 @@ def test_the_bias_in_front_gets_its_gradient_from_the_same_pass(summed, dtype):
     wrap(model, EIGHT)
     close(gradients(model, x), expected)
     assert summed == [False, True]  # the second Linear's own gradient has no such maker
-    assert not neighbours.sums
+    assert not backward_cache.sums
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -175,7 +175,7 @@ def test_a_hook_in_front_that_changes_the_gradient(summed, inplace):
 
     close(run(EIGHT), run(Policy(enabled=False)))
     assert summed == [False, False]
-    assert not neighbours.sums
+    assert not backward_cache.sums
 
 
 def test_a_gradient_is_not_held_for_its_sum(summed):

@@ -9,7 +9,7 @@ from operator_case import call, error, gradients, tensors
 from operator_cases import CASES
 
 from mesa_train import Policy, compress
-from mesa_train.measure.fake_tensors import Fakes
+from mesa_train.measure.fake_tensors import FakeModel
 from mesa_train.stash.stash import strip, value
 
 half, brain, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -117,7 +117,7 @@ NAMES = ROWS.replace("\n", ";").split(";")
 def test_on_a_fake_gpu(name):
     case = BY_NAME[name]
     for dtype, autocast, forward in ON_CUDA:
-        made, fakes = tensors(case, dtype), Fakes(torch.device("cuda"))
+        made, fakes = tensors(case, dtype), FakeModel(torch.device("cuda"))
 
         def outputs(policy, made=made, fakes=fakes, autocast=autocast):
             with fakes.on(), cuda_autocast(autocast):

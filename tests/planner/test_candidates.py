@@ -1,4 +1,4 @@
-"""What the planner chooses from, by hand: bytes of a site's choices, what a block's mode becomes in a policy,
+"""What the planner chooses from, by hand: bytes of a candidate's choices, what a block's mode becomes in a policy,
 and what choices cost together."""
 
 import dataclasses
@@ -8,10 +8,18 @@ import pytest
 from torch import nn
 
 from mesa_train.measure.stash_log import BLOCK, StashLog
-from mesa_train.planner.blocks import MODES, STASHES, Block, Way, block_of, with_blocks
-from mesa_train.planner.candidates import KEEP, MOVE, MOVE8, REBUILD, Site, also_moved, under_way
+from mesa_train.planner.blocks import STASHES, STRATEGIES, Block, BlockOption, block_of, with_blocks
+from mesa_train.planner.candidates import (
+    KEEP,
+    OFFLOAD,
+    OFFLOAD8,
+    REBUILD,
+    Candidate,
+    also_offloaded,
+    under_way,
+)
 from mesa_train.planner.planner import Planner
-from mesa_train.planner.solver import Bus, Moment, Problem, score
+from mesa_train.planner.solver import HostLink, Moment, Problem, score
 from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import WINDOW
@@ -23,23 +31,23 @@ BYTES = {8: ROWS * (256 + 4 * 2), 4: ROWS * (128 + 4 * 4), 2: ROWS * (64 + 4 * 8
 WHOLE = 4 * ROWS * COLS
 
 
-def site(key=NORM, order=0, **fields):
-    return Site(key, order, [(ROWS, COLS)], WHOLE, **fields)
+def candidate(key=NORM, order=0, **fields):
+    return Candidate(key, order, [(ROWS, COLS)], WHOLE, **fields)
 
 
 def test_bytes_of_a_sites_choices():
-    one = site(product="qkv", movable=True)
-    assert one.choices() == [8, 4, 2, KEEP, MOVE8, MOVE, REBUILD]
+    one = candidate(product="qkv", offloadable=True)
+    assert one.choices() == [8, 4, 2, KEEP, OFFLOAD8, OFFLOAD, REBUILD]
     assert {c: one.bytes(c) for c in one.choices()} == {
-        **BYTES, KEEP: WHOLE, MOVE8: 0, MOVE: 0, REBUILD: 0,
+        **BYTES, KEEP: WHOLE, OFFLOAD8: 0, OFFLOAD: 0, REBUILD: 0,
     }  # fmt: skip
-    moved = {c: one.moved_bytes(c) for c in one.choices()}
-    assert moved == dict.fromkeys(one.choices(), 0) | {MOVE8: BYTES[8], MOVE: WHOLE}
+    offloaded = {c: one.offloaded_bytes(c) for c in one.choices()}
+    assert offloaded == dict.fromkeys(one.choices(), 0) | {OFFLOAD8: BYTES[8], OFFLOAD: WHOLE}
     assert one.elements == ROWS * COLS
-    twice = Site(NORM, 0, [(ROWS, COLS), (2 * ROWS, COLS)])
+    twice = Candidate(NORM, 0, [(ROWS, COLS), (2 * ROWS, COLS)])
     assert twice.bytes(4) == 3 * BYTES[4]
-    assert site().choices() == [8, 4, 2, KEEP]
-    assert site(("0", "fallback", "saved")).choices() == [8, KEEP]
+    assert candidate().choices() == [8, 4, 2, KEEP]
+    assert candidate(("0", "fallback", "saved")).choices() == [8, KEEP]
 
 
 def test_what_is_on_its_way_is_on_the_device():
@@ -57,9 +65,9 @@ def test_what_is_on_its_way_is_on_the_device():
 
 def test_what_is_moved_costs_as_much():
     table = {(NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0}
-    also_moved(table, [site(movable=True), site(Q)])
+    also_offloaded(table, [candidate(offloadable=True), candidate(Q)])
     assert table == {
-        (NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0, (NORM, MOVE8): 1.0, (NORM, MOVE): 2.0,
+        (NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0, (NORM, OFFLOAD8): 1.0, (NORM, OFFLOAD): 2.0,
     }  # fmt: skip
 
 
@@ -72,7 +80,7 @@ def test_the_block_of_a_module():
     assert block_of("head", blocks) is None
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", STRATEGIES)
 def test_a_blocks_mode_in_a_policy(mode):
     checkpointed = mode.startswith("checkpoint")
     policy = with_blocks(Policy(bits=4, recompute="linear"), {"a.0": mode, "b": STASHES}, {})
@@ -86,7 +94,7 @@ def test_a_blocks_mode_in_a_policy(mode):
     kept = rules["a.0"]["checkpoint", "input"]
     bits = next((n for n in (8, 4) if f"input {n} bits" in mode), None)
     assert kept.enabled == (bits is not None)
-    assert kept.offload == ("moved" in mode)
+    assert kept.offload == ("offloaded" in mode)
     if bits is not None:
         assert (kept.codec.bits, kept.group_size) == (bits, {8: 128, 4: 64}[bits])
 
@@ -106,11 +114,11 @@ def test_blocks_in_a_row_are_one_pattern():
 
 
 def test_costs_of_choices_by_hand():
-    """Two sites, of which one has two stashes, and a block; q is rebuilt from the norm."""
-    norm, q = site(), site(Q, 1, product="qkv", source=NORM)
+    """Two candidates, of which one has two stashes, and a block; q is rebuilt from the norm."""
+    norm, q = candidate(), candidate(Q, 1, product="qkv", source=NORM)
     seconds = {(NORM, 8): 1.0, (NORM, 4): 2.0, (Q, 8): 3.0, (Q, 4): 4.0, (Q, REBUILD): 0.5}
     variance = {name: 0.01 * value for name, value in seconds.items()}
-    way = Way(300_000, 7.0, 0.5, 2_000)
+    option = BlockOption(300_000, 7.0, 0.5, 2_000)
     problem = Problem(
         [norm, q],
         seconds,
@@ -120,7 +128,7 @@ def test_costs_of_choices_by_hand():
         # The higher of two at one place counts.
         [Moment(100, 4), Moment(900_000, 2), Moment(500, 2), Moment(50, 4, "1", "checkpoint")],
         [(NORM, 1.0), (Q, 0.5), (Q, 0.5), (("1", BLOCK, "begin"), 0.0)],
-        [Block("1", {"checkpoint": way})],
+        [Block("1", {"checkpoint": option})],
     )
     stored = {NORM: 8, Q: 4, ("1", BLOCK, ""): STASHES}
     found = score(problem, stored)
@@ -136,9 +144,9 @@ def test_costs_of_choices_by_hand():
     ended = dataclasses.replace(problem, moments=last)
     checkpointed = score(ended, stored | {("1", BLOCK, ""): "checkpoint"})
     assert checkpointed.peak_bytes == BYTES[8] + BYTES[4] + 300_000 + 100
-    moving = dataclasses.replace(problem, bus=Bus(1000.0, 1.5, 0.5))
+    moving = dataclasses.replace(problem, host_link=HostLink(1000.0, 1.5, 0.5))
     waited = score(moving, stored | {("1", BLOCK, ""): "checkpoint"})
-    # 2,000 bytes take 2 s each way, of which 1.5 and 0.5 s are hidden.
+    # 2,000 bytes take 2 s each option, of which 1.5 and 0.5 s are hidden.
     assert waited.seconds == pytest.approx(12.0 + 0.5 + 1.5)
     assert waited.cost(2.0) == pytest.approx(14.0 + 2 * 0.55)
     assert waited.within(14.0, 0.55)
@@ -157,30 +165,32 @@ def test_a_watch_knows_the_module_of_each_weight():
 
 def test_what_a_block_takes_in_each_mode_by_hand():
     """The variance of a mode is that of 8-bit codes inside, if there are any, plus that of its input's codes."""
-    one, taken = site(block="b"), Site(("b", "checkpoint", "input"), 0)
-    other = site(Q)
-    modes = {name: MODES[name] for name in MODES if name.startswith("checkpoint")}
+    one, taken = candidate(block="b"), Candidate(("b", "checkpoint", "input"), 0)
+    other = candidate(Q)
+    modes = {name: STRATEGIES[name] for name in STRATEGIES if name.startswith("checkpoint")}
     planner = SimpleNamespace(
-        plays=SimpleNamespace(blocks=["b"]),
-        sites=[one, other],
+        simulator=SimpleNamespace(blocks=["b"]),
+        candidates=[one, other],
         sensitivity=SimpleNamespace(
             variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
         ),
-        pace=SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0}),
-        prospect=SimpleNamespace(
-            modes={"PyTorch": MODES["PyTorch"], **modes},
+        times=SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0}),
+        space=SimpleNamespace(
+            modes={"PyTorch": STRATEGIES["PyTorch"], **modes},
             block_inputs={"b": taken},
-            order=SimpleNamespace(kept={("b", name): len(name) for name in MODES}),
+            order=SimpleNamespace(kept={("b", name): len(name) for name in STRATEGIES}),
             input_bytes=lambda block, bits: 10 * bits,
         ),
     )
     (found,) = Planner._blocks(planner)
     assert found.name == "b"
-    assert {name: way.kept_bytes for name, way in found.ways.items()} == {n: len(n) for n in MODES}
-    assert {name: way.seconds for name, way in found.ways.items()} == {
+    assert {name: option.saved_bytes for name, option in found.options.items()} == {
+        n: len(n) for n in STRATEGIES
+    }
+    assert {name: option.seconds for name, option in found.options.items()} == {
         "PyTorch": 0.0, **{name: 5.0 if "codes" in name else 3.0 for name in modes},
     }  # fmt: skip
-    assert {name: way.variance for name, way in found.ways.items()} == {
+    assert {name: option.variance for name, option in found.options.items()} == {
         "PyTorch": 0.0,
         "checkpoint": 0.0,
         "checkpoint, input 8 bits": 0.25,
@@ -188,8 +198,8 @@ def test_what_a_block_takes_in_each_mode_by_hand():
         "checkpoint of codes": 1.0,
         "checkpoint of codes, input 8 bits": 1.25,
         "checkpoint of codes, input 4 bits": 1.5,
-        "checkpoint, input 8 bits, moved": 0.25,
-        "checkpoint of codes, input 8 bits, moved": 1.25,
+        "checkpoint, input 8 bits, offloaded": 0.25,
+        "checkpoint of codes, input 8 bits, offloaded": 1.25,
     }
-    moved = {name for name, way in found.ways.items() if way.moved_bytes == 80}
-    assert moved == {name for name in MODES if "moved" in name}
+    offloaded = {name for name, option in found.options.items() if option.offloaded_bytes == 80}
+    assert offloaded == {name for name in STRATEGIES if "offloaded" in name}

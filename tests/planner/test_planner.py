@@ -18,11 +18,11 @@ from mesa_train.measure.footprint import footprint
 from mesa_train.measure.gradients import default_loss, relative_error
 from mesa_train.measure.runner import Runs
 from mesa_train.measure.timeline import timeline
-from mesa_train.planner.candidates import KEEP, MOVED
-from mesa_train.planner.op_timings import Costs
+from mesa_train.planner.candidates import KEEP, OFFLOADED_AS
+from mesa_train.planner.op_timings import OpTimings
 from mesa_train.planner.plan import OverBudget, Plan, Prediction
 from mesa_train.planner.planner import Planner
-from mesa_train.planner.search_space import Prospect
+from mesa_train.planner.search_space import SearchSpace
 from mesa_train.policy import Policy
 
 pytest.importorskip("scipy")
@@ -67,12 +67,10 @@ class TestPlans:
         said = found.prediction
         assert said.peak_bytes <= budget
         kept = footprint(vit, images, policy=found.policy, loss=planner.loss)
-        assert said.kept_bytes == kept.saved_bytes
+        assert said.saved_bytes == kept.saved_bytes
         runs = Runs(vit, images, None, planner.loss)
         # Kernels' scratch is measured at two policies; at others it may differ.
-        assert planner.standing + runs.peak(found.policy) == pytest.approx(
-            said.peak_bytes, rel=0.05
-        )
+        assert planner.static + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
         error = relative_error(runs.gradients(found.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
         assert said.gradient_error / 2 < error < said.gradient_error * 2
@@ -80,13 +78,13 @@ class TestPlans:
 
     def test_what_stands_outside_of_blocks_is_measured_alone(self, planner, vit, images):
         """The last norm feeds the classifier, so the weights around it do not show its error."""
-        prospect = planner.prospect
+        space = planner.space
         key = ("norm", "layer_norm", "normalized")
-        assert key in {site.key for site in planner.sites if site.block is None}
+        assert key in {candidate.key for candidate in planner.candidates if candidate.block is None}
         runs = Runs(vit, images, None, planner.loss)
-        kept = prospect.all(KEEP)
-        reference = runs.gradients(prospect.policy(kept))
-        coded = runs.gradients(prospect.policy({**kept, key: 4}))
+        kept = space.all(KEEP)
+        reference = runs.gradients(space.policy(kept))
+        coded = runs.gradients(space.policy({**kept, key: 4}))
         measured = relative_error(coded, reference) ** 2
         assert planner.sensitivity.variance[key, 4] == pytest.approx(measured, rel=1e-3)
 
@@ -98,14 +96,14 @@ class TestPlans:
     def test_smaller_budgets_cost_more(self, planner):
         plans = planner.frontier(points=4)
         peaks = [p.prediction.peak_bytes for p in plans]
-        costs = [p.cost for p in plans]
+        timings = [p.cost for p in plans]
         assert len(plans) >= 2
         assert peaks == sorted(peaks)
-        assert costs == sorted(costs, reverse=True)
+        assert timings == sorted(timings, reverse=True)
 
     def test_impossible(self, planner):
         with pytest.raises(OverBudget, match=r"smallest peak within reach is .* MiB") as raised:
-            planner.plan(planner.standing + 1000)
+            planner.plan(planner.static + 1000)
         assert raised.value.smallest.prediction.peak_bytes == planner.plan().prediction.peak_bytes
 
     def test_error_is_a_bound(self, planner):
@@ -154,7 +152,7 @@ def test_wrap_with_a_budget():
     assert policy_of(model).overrides
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
     kept = footprint(model, x).saved_bytes
-    assert kept < smallest.plain.kept_bytes
+    assert kept < smallest.plain.saved_bytes
     for arguments in ({"budget": 8}, {"budget": 8, "inputs": x, "policy": "mesa8"}, {"inputs": x}):
         with pytest.raises(ValueError, match="budget"):
             mesa_train.wrap(model, **arguments)
@@ -254,7 +252,7 @@ def test_of_a_swin_the_least_peak_is_reached_and_nothing_below_it():
     )
     planner = Planner(model.train(), torch.randn(8, 3, 56, 56), autocast=BF16)
     with pytest.raises(OverBudget) as raised:
-        planner.plan(planner.standing + 1000)
+        planner.plan(planner.static + 1000)
     least = raised.value.smallest.prediction.peak_bytes
     for budget in (least, int(1.003 * least), int(1.05 * least)):
         assert planner.plan(budget).prediction.peak_bytes <= budget
@@ -277,13 +275,13 @@ class Mixer(nn.Module):
 def test_a_checkpointed_block_keeps_its_input_unless_that_is_moved():
     with torch.device("meta"):
         model, x = nn.Sequential(*[Mixer() for _ in range(3)]), torch.empty(1024, 4096)
-    prospect = Prospect(model, x, None, default_loss)
-    assert prospect.plays.blocks == ["0", "1", "2"]
+    space = SearchSpace(model, x, None, default_loss)
+    assert space.simulator.blocks == ["0", "1", "2"]
     for block in ("1", "2"):  # The user holds the input of the first.
-        kept = {name: prospect.order.kept[block, name] for name in prospect.modes}
+        kept = {name: space.order.kept[block, name] for name in space.modes}
         assert kept["checkpoint"] == kept["checkpoint of codes"] == 4 * x.numel()
         assert x.numel() < kept["checkpoint, input 8 bits"] < 1.1 * x.numel()
-        assert kept["checkpoint, input 8 bits, moved"] == 0
+        assert kept["checkpoint, input 8 bits, offloaded"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -298,58 +296,60 @@ def moving():
 
 @pytest.mark.slow
 class TestMoving:
-    """What is kept may wait in main memory, on a GPU."""
+    """What is kept may wait in CPU memory, on a GPU."""
 
     def test_a_budget_is_met_by_moving_and_foretold_to_the_byte(self, moving):
         planner, budget, found = moving
         said = found.prediction
         assert said.peak_bytes <= budget
-        assert said.moved_bytes > 0
-        assert set(found.choices.values()) & set(MOVED)
+        assert said.offloaded_bytes > 0
+        assert set(found.choices.values()) & set(OFFLOADED_AS)
         asked = planner.model, planner.inputs
         kept = footprint(*asked, policy=found.policy, loss=planner.loss)
-        assert (said.kept_bytes, said.moved_bytes) == (kept.saved_bytes, kept.moved_bytes)
+        assert (said.saved_bytes, said.offloaded_bytes) == (kept.saved_bytes, kept.offloaded_bytes)
         step = timeline(*asked, policy=found.policy)
-        assert said.peak_bytes == planner.standing + step.peak_bytes
+        assert said.peak_bytes == planner.static + step.peak_bytes
         assert Policy.from_yaml(found.policy.to_yaml()) == found.policy
 
     @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint of codes"])
     def test_a_checkpoints_input_may_be_moved(self, moving, mode):
-        prospect = moving[0].prospect
-        policy = prospect.policy(prospect.all(8, f"{mode}, input 8 bits, moved"))
-        kept = prospect.footprint(policy)
-        blocks = prospect.plays.blocks
-        assert kept.moved_bytes == sum(prospect.input_bytes(block, 8) for block in blocks) > 0
+        space = moving[0].space
+        policy = space.policy(space.all(8, f"{mode}, input 8 bits, offloaded"))
+        kept = space.footprint(policy)
+        blocks = space.simulator.blocks
+        assert kept.offloaded_bytes == sum(space.input_bytes(block, 8) for block in blocks) > 0
         assert (
             kept.saved_bytes
-            < 0.01 * kept.moved_bytes
-            + prospect.footprint(prospect.policy(prospect.all(8, mode))).saved_bytes
-            - kept.moved_bytes
+            < 0.01 * kept.offloaded_bytes
+            + space.footprint(space.policy(space.all(8, mode))).saved_bytes
+            - kept.offloaded_bytes
         )
 
     def test_main_memory_is_a_bound(self, moving):
         planner, budget, found = moving
-        bus, room = planner.bus, found.prediction.moved_bytes // 2
+        host_link, room = planner.host_link, found.prediction.offloaded_bytes // 2
         try:
-            planner.bus = bus._replace(room=room)
+            planner.host_link = host_link._replace(room=room)
             tight = planner.plan(budget).prediction
         finally:
-            planner.bus = bus
-        assert 0 <= tight.moved_bytes <= room
+            planner.host_link = host_link
+        assert 0 <= tight.offloaded_bytes <= room
         assert tight.peak_bytes <= budget
 
     def test_the_bus_is_filled_and_hardly_waited_for(self, moving):
-        """Moving costs nothing while the bus keeps up, so that much is moved, and not much more."""
+        """Moving timings nothing while the host_link keeps up, so that much is offloaded, and not much more."""
         planner, _, found = moving
-        taken = found.prediction.moved_bytes / planner.bus.bytes_per_s
-        assert 0.5 * planner.bus.forward_s < taken < 1.2 * planner.bus.forward_s
-        assert planner.bus.forward_s == pytest.approx(planner.step_s / 3)
+        taken = found.prediction.offloaded_bytes / planner.host_link.bytes_per_s
+        assert 0.5 * planner.host_link.forward_s < taken < 1.2 * planner.host_link.forward_s
+        assert planner.host_link.forward_s == pytest.approx(planner.step_s / 3)
 
     def test_on_a_cpu_there_is_no_such_choice(self):
         model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         planner = Planner(model, torch.randn(1024, 64))
-        assert planner.bus is None
-        assert not any(set(site.choices()) & set(MOVED) for site in planner.sites)
+        assert planner.host_link is None
+        assert not any(
+            set(candidate.choices()) & set(OFFLOADED_AS) for candidate in planner.candidates
+        )
 
     def test_main_memory_is_bytes(self):
         with pytest.raises(ValueError, match="cpu_memory is bytes or text such as '8GiB', got 0"):
@@ -358,32 +358,32 @@ class TestMoving:
 
 class TestCosts:
     def test_measured_once(self, tmp_path):
-        path = tmp_path / "deep" / "costs.json"
-        costs = Costs(torch.device("cpu"), BF16, path)
-        first = costs.code(64, 128, 8), costs.matmul(64, 128, 32)
+        path = tmp_path / "deep" / "timings.json"
+        timings = OpTimings(torch.device("cpu"), BF16, path)
+        first = timings.code(64, 128, 8), timings.matmul(64, 128, 32)
         assert all(seconds > 0 for seconds in first)
-        again = Costs(torch.device("cpu"), BF16, path)
+        again = OpTimings(torch.device("cpu"), BF16, path)
         assert (again.code(64, 128, 8), again.matmul(64, 128, 32)) == first
         (known,) = json.loads(path.read_text()).values()
         assert set(known) == {"code 64x128 8", "matmul 64x128x32"}
         assert again.code(8192, 128, 8) == 2 * again.code(4096, 128, 8)
 
     def test_a_broken_file_is_measured_anew(self, tmp_path):
-        path = tmp_path / "costs.json"
+        path = tmp_path / "timings.json"
         path.write_text("{")
-        assert Costs(torch.device("cpu"), BF16, path).code(64, 128, 8) > 0
+        assert OpTimings(torch.device("cpu"), BF16, path).code(64, 128, 8) > 0
         assert json.loads(path.read_text())
 
     def test_of_a_typical_gpu(self, tmp_path):
-        costs = Costs(torch.device("meta"), BF16, tmp_path / "none.json")
+        timings = OpTimings(torch.device("meta"), BF16, tmp_path / "none.json")
         # An A100's: 1.3 TB/s, of two bytes read, a code written and read, and two bytes written; 200
-        # Tflop/s, of a product and a sum each; 25 GB/s of the bus.
-        assert costs.code(100, 1000, 8) == pytest.approx(1e5 * (2 + 1 + 1 + 2) / 1.3e12)
-        assert costs.code(100, 1000, 4) == pytest.approx(1e5 * (2 + 0.5 + 0.5 + 2) / 1.3e12)
-        assert costs.matmul(10, 20, 30) == pytest.approx(2 * 6000 / 2e14)
-        assert costs.flops(5000, (10, 20, 30)) == pytest.approx(5000 / 2e14)
-        assert costs.bus() == 2.5e10
-        assert costs.code(1000, 1000, 8) < costs.matmul(1000, 10_000, 10_000)
+        # Tflop/s, of a product and a sum each; 25 GB/s of the host_link.
+        assert timings.code(100, 1000, 8) == pytest.approx(1e5 * (2 + 1 + 1 + 2) / 1.3e12)
+        assert timings.code(100, 1000, 4) == pytest.approx(1e5 * (2 + 0.5 + 0.5 + 2) / 1.3e12)
+        assert timings.matmul(10, 20, 30) == pytest.approx(2 * 6000 / 2e14)
+        assert timings.flops(5000, (10, 20, 30)) == pytest.approx(5000 / 2e14)
+        assert timings.host_link() == 2.5e10
+        assert timings.code(1000, 1000, 8) < timings.matmul(1000, 10_000, 10_000)
         assert not (tmp_path / "none.json").exists()
 
 
@@ -402,6 +402,6 @@ def test_two_inputs_by_name():
     inputs = {"left": torch.randn(8000, 32), "right": torch.randn(8000, 16)}
     model = Twins()
     smallest = mesa_train.plan(model, inputs)
-    assert smallest.prediction.kept_bytes < smallest.plain.kept_bytes
+    assert smallest.prediction.saved_bytes < smallest.plain.saved_bytes
     assert {kind for kind, *_ in smallest.summary()} >= {"activation.input"}
     assert dataclasses.asdict(smallest.prediction) == smallest.prediction.to_dict()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.planner.candidates import KEEP, REBUILD, Site
+from mesa_train.planner.candidates import KEEP, REBUILD, Candidate
 from mesa_train.planner.sensitivity import calibrate, typical
 from mesa_train.policy import PRESETS, Policy
 
@@ -29,8 +29,8 @@ def test_variance_of_the_codes_of_noise(bits):
 @pytest.mark.parametrize("bits", [8, 2])
 @pytest.mark.parametrize("kind", ["variance", "coupled"])
 def test_the_planner_extrapolates_as_the_codes_do(bits, kind):
-    source = Site(("0", "layer_norm", "normalized"), 0, [(8, 64)], 2048)
-    rebuilt = Site(("0", "attention", "q"), 1, [(8, 64)], 2048, "0.qkv", source.key)
+    source = Candidate(("0", "layer_norm", "normalized"), 0, [(8, 64)], 2048)
+    rebuilt = Candidate(("0", "attention", "q"), 1, [(8, 64)], 2048, "0.qkv", source.key)
     said = getattr(typical([source, rebuilt]), kind)
     ratio = said[source.key, bits] / said[source.key, 4]
     assert ratio == pytest.approx((STEPS[4] / STEPS[bits]) ** 2)
@@ -43,12 +43,12 @@ NAMES = ["0.weight", "1.weight", "head.weight"]
 FIRST, SECOND = ("0", "linear", "input"), ("1", "linear", "input")
 Q, LAST = ("0", "attention", "q"), ("head", "layer_norm", "normalized")
 MODEL = [
-    Site(FIRST, 0, [(8, 64)], 2048, block="0"),
-    Site(Q, 1, [(8, 64)], 2048, "0.qkv", FIRST, "0"),
-    Site(SECOND, 2, [(8, 128)], 4096, block="1"),
-    Site(LAST, 3, [(8, 64)], 2048),
+    Candidate(FIRST, 0, [(8, 64)], 2048, block="0"),
+    Candidate(Q, 1, [(8, 64)], 2048, "0.qkv", FIRST, "0"),
+    Candidate(SECOND, 2, [(8, 128)], 4096, block="1"),
+    Candidate(LAST, 3, [(8, 64)], 2048),
 ]
-# What a site's codes of 4 bits move the gradient of the weight beside it by; in others as the grid is.
+# What a candidate's codes of 4 bits move the gradient of the weight beside it by; in others as the grid is.
 MOVES = {FIRST: 0.3, Q: 0.1, SECOND: 0.4, LAST: 0.2}
 OF = {FIRST: 0, Q: 0, SECOND: 1, LAST: 2}
 
@@ -112,13 +112,15 @@ def test_a_gradient_that_is_not_finite_rules_a_choice_out():
         coded = policy is not None and "2" in str(policy.rules(["0"])["0"]["linear", "input"].codec)
         return [torch.full((4,), float("nan") if coded else 1.0)]
 
-    found = calibrate([Site(FIRST, 0, [(8, 64)], 2048)], PRESETS["mesa8"], gradients, ["0.weight"])
+    found = calibrate(
+        [Candidate(FIRST, 0, [(8, 64)], 2048)], PRESETS["mesa8"], gradients, ["0.weight"]
+    )
     assert found.variance[FIRST, 2] == float("inf")
     assert found.variance[FIRST, 4] == 0
 
 
 def test_inputs_of_checkpoints_are_measured_against_the_tensors_themselves():
-    one = Site(("0", "checkpoint", "input"), 0, [(8, 64)], 2048, block="0")
+    one = Candidate(("0", "checkpoint", "input"), 0, [(8, 64)], 2048, block="0")
     moves = {None: 0.5, 8: 0.51, 4: 0.7}
     policies = {bits: Policy(checkpoint_inputs=bits) for bits in moves}
 
@@ -126,9 +128,14 @@ def test_inputs_of_checkpoints_are_measured_against_the_tensors_themselves():
         bits = policy.checkpoint_inputs if policy in policies.values() else None
         return [torch.tensor([1.0, moves[bits]])]
 
-    site = Site(FIRST, 0, [(8, 64)], 2048)
+    candidate = Candidate(FIRST, 0, [(8, 64)], 2048)
     found = calibrate(
-        [site], PRESETS["lossless"], gradients, ["0.weight"], inputs=[one], checkpointing=policies
+        [candidate],
+        PRESETS["lossless"],
+        gradients,
+        ["0.weight"],
+        inputs=[one],
+        checkpointing=policies,
     )
     norm = 1.0 + 0.5**2
     assert found.variance[one.key, 8] == pytest.approx(0.01**2 / norm, rel=1e-4)

@@ -6,18 +6,18 @@ import itertools
 import pytest
 
 from mesa_train.measure.stash_log import BLOCK
-from mesa_train.planner.blocks import STASHES, Block, Way
+from mesa_train.planner.blocks import STASHES, Block, BlockOption
 from mesa_train.planner.candidates import (
     KEEP,
-    MOVE,
-    MOVE8,
-    MOVED,
+    OFFLOAD,
+    OFFLOAD8,
+    OFFLOADED_AS,
     REBUILD,
-    Site,
-    also_moved,
+    Candidate,
+    also_offloaded,
     as_policy,
 )
-from mesa_train.planner.solver import PEAK, Bus, Moment, Problem, score, solve
+from mesa_train.planner.solver import PEAK, HostLink, Moment, Problem, score, solve
 from mesa_train.policy import Policy
 
 pytest.importorskip("scipy")
@@ -27,25 +27,31 @@ KINDS = (("layer_norm", "normalized"), ("attention", "q"), ("attention", "k"))
 
 
 def problem(moments=((1e6, 6), (2e6, 3))):
-    """Two blocks of three sites; q and k are rebuilt from the norm's output by one Linear."""
-    sites = []
+    """Two blocks of three candidates; q and k are rebuilt from the norm's output by one Linear."""
+    candidates = []
     for block in range(2):
         for kind in KINDS:
             product = f"{block}.qkv" if kind[0] == "attention" else None
             source = (f"{block}", *KINDS[0]) if product else None
-            sites.append(
-                Site((f"{block}", *kind), len(sites), [(1000, 256)], 1_024_000, product, source)
+            candidates.append(
+                Candidate(
+                    (f"{block}", *kind), len(candidates), [(1000, 256)], 1_024_000, product, source
+                )
             )
-    seconds = {(s.key, c): {8: 3.0, 4: 4.0, 2: 5.0}.get(c, 0.0) for s in sites for c in s.choices()}
+    seconds = {
+        (s.key, c): {8: 3.0, 4: 4.0, 2: 5.0}.get(c, 0.0) for s in candidates for c in s.choices()
+    }
     variance = {
         (s.key, c): {8: 1e-6, 4: 3e-4, 2: 7e-3}.get(c, 0.0) * (1 + s.order)
-        for s in sites
+        for s in candidates
         for c in s.choices()
     }
-    coupled = {(s.key, c): 5 * variance[s.key, c] for s in sites[::3] for c in (8, 4, 2)}
-    order = [(s.key, 1.0) for s in sites]
+    coupled = {(s.key, c): 5 * variance[s.key, c] for s in candidates[::3] for c in (8, 4, 2)}
+    order = [(s.key, 1.0) for s in candidates]
     moments = [Moment(*moment) for moment in moments]
-    return Problem(sites, seconds, variance, {"0.qkv": 2.5, "1.qkv": 9.0}, coupled, moments, order)
+    return Problem(
+        candidates, seconds, variance, {"0.qkv": 2.5, "1.qkv": 9.0}, coupled, moments, order
+    )
 
 
 def cheapest(scores, budget, price):
@@ -55,12 +61,12 @@ def cheapest(scores, budget, price):
 
 @pytest.fixture(scope="module")
 def every():
-    """What every combination of the small program costs."""
+    """What every combination of the small program timings."""
     asked = problem()
-    keys = [s.key for s in asked.sites]
+    keys = [s.key for s in asked.candidates]
     return [
         score(asked, dict(zip(keys, choices, strict=True)))
-        for choices in itertools.product(*[s.choices() for s in asked.sites])
+        for choices in itertools.product(*[s.choices() for s in asked.candidates])
     ]
 
 
@@ -79,9 +85,14 @@ def test_solver_against_all_there_is(every, budget):
 def test_solver_with_blocks_against_all_there_is():
     """The stashes of a block are chosen one by one, or all at once with it."""
     asked = problem()
-    ways = {"PyTorch": Way(2_000_000, 0.0, 0.0), "checkpoint": Way(300_000, 6.0, 1e-4)}
-    blocks = [Block(name, ways) for name in ("0", "1")]
-    sites = [dataclasses.replace(site, block=site.key[0]) for site in asked.sites]
+    options = {
+        "PyTorch": BlockOption(2_000_000, 0.0, 0.0),
+        "checkpoint": BlockOption(300_000, 6.0, 1e-4),
+    }
+    blocks = [Block(name, options) for name in ("0", "1")]
+    candidates = [
+        dataclasses.replace(candidate, block=candidate.key[0]) for candidate in asked.candidates
+    ]
     order = []
     for name in ("0", "1"):
         order += [((name, BLOCK, "begin"), 0.0), *[e for e in asked.order if e[0][0] == name]]
@@ -91,11 +102,13 @@ def test_solver_with_blocks_against_all_there_is():
         moments.append(Moment(2e5, start + 4, name, STASHES))
         moments.append(Moment(1.5e6, start, name, "checkpoint"))
         moments.append(Moment(2.1e6, start, name, "PyTorch"))
-    asked = dataclasses.replace(asked, sites=sites, order=order, moments=moments, blocks=blocks)
+    asked = dataclasses.replace(
+        asked, candidates=candidates, order=order, moments=moments, blocks=blocks
+    )
     every = []
-    for modes in itertools.product([STASHES, *ways], repeat=2):
+    for modes in itertools.product([STASHES, *options], repeat=2):
         taken = dict(zip([block.key for block in blocks], modes, strict=True))
-        own = [s for s in sites if taken[s.block, BLOCK, ""] == STASHES]
+        own = [s for s in candidates if taken[s.block, BLOCK, ""] == STASHES]
         for picked in itertools.product(*[s.choices() for s in own]):
             every.append(score(asked, dict(zip([s.key for s in own], picked, strict=True)) | taken))
     for budget, price in ((1.2e6, 0.0), (1.8e6, 2000.0), (2.5e6, 2000.0), (4e6, 0.0)):
@@ -111,23 +124,30 @@ def test_solver_with_blocks_against_all_there_is():
 @pytest.mark.parametrize("budget", [0.7e6, 1.2e6, 3e6])
 @pytest.mark.parametrize("room", [None, 3e5, 0])
 def test_solver_with_a_bus_against_all_there_is(budget, room):
-    """What is moved costs what the arithmetic does not hide, and fits main memory."""
+    """What is offloaded timings what the arithmetic does not hide, and fits CPU memory."""
     asked = problem(((1e5, 3), (6e5, 1)))
-    sites = [dataclasses.replace(site, movable=True) for site in asked.sites[:3]]
+    candidates = [
+        dataclasses.replace(candidate, offloadable=True) for candidate in asked.candidates[:3]
+    ]
     seconds, variance = dict(asked.seconds), dict(asked.variance)
-    also_moved(seconds, sites)
-    also_moved(variance, sites)
-    # 8-bit codes take 0.26 s a site, whole tensors 1.02 s.
-    bus = Bus(1e6, 0.3, 0.6, room)
+    also_offloaded(seconds, candidates)
+    also_offloaded(variance, candidates)
+    # 8-bit codes take 0.26 s a candidate, whole tensors 1.02 s.
+    host_link = HostLink(1e6, 0.3, 0.6, room)
     asked = dataclasses.replace(
-        asked, sites=sites, seconds=seconds, variance=variance, order=asked.order[:3], bus=bus
+        asked,
+        candidates=candidates,
+        seconds=seconds,
+        variance=variance,
+        order=asked.order[:3],
+        host_link=host_link,
     )
     price, best = 2000.0, None
-    for choices in itertools.product(*[s.choices() for s in sites]):
-        own = dict(zip([s.key for s in sites], choices, strict=True))
+    for choices in itertools.product(*[s.choices() for s in candidates]):
+        own = dict(zip([s.key for s in candidates], choices, strict=True))
         found = score(asked, own)
-        moved = sum(s.moved_bytes(own[s.key]) for s in sites)
-        if found.peak_bytes <= budget and (room is None or moved <= room):
+        offloaded = sum(s.offloaded_bytes(own[s.key]) for s in candidates)
+        if found.peak_bytes <= budget and (room is None or offloaded <= room):
             best = min(found.cost(price), best or found.cost(price))
     found = solve(asked, budget=budget, price=price)
     if best is None:
@@ -138,8 +158,8 @@ def test_solver_with_a_bus_against_all_there_is(budget, room):
 
 
 def test_the_bus_is_waited_for_beyond_the_arithmetic():
-    bus = Bus(1e9, 0.5, 1.0)
-    waits = [bus.waits(size) for size in (4e8, 8e8, 2e9)]
+    host_link = HostLink(1e9, 0.5, 1.0)
+    waits = [host_link.waits(size) for size in (4e8, 8e8, 2e9)]
     assert waits == pytest.approx([0.0, 0.3, 1.5 + 1.0])
 
 
@@ -162,9 +182,9 @@ def test_policy_of_choices():
     """Common choices become one override, others their own; inner modules come after outer ones."""
     base = Policy()
     keys = [("a", *KINDS[1]), ("b", *KINDS[1]), ("b.c", *KINDS[1]), ("a", *KINDS[0])]
-    sites = [Site(key, i, [(8, 8)], 256) for i, key in enumerate(keys)]
-    sites[0].source, sites[0].product = keys[3], "qkv"
-    policy = as_policy(base, sites, dict(zip(keys, [REBUILD, 4, 8, 4], strict=True)))
+    candidates = [Candidate(key, i, [(8, 8)], 256) for i, key in enumerate(keys)]
+    candidates[0].source, candidates[0].product = keys[3], "qkv"
+    policy = as_policy(base, candidates, dict(zip(keys, [REBUILD, 4, 8, 4], strict=True)))
     rules = policy.rules(["", "a", "b", "b.c"])
     assert rules["a"]["attention", "q"].rebuild_linear
     assert rules["b"]["attention", "q"].codec.bits == 4
@@ -172,15 +192,19 @@ def test_policy_of_choices():
     # Something is rebuilt from it, and rounds to nearest for that.
     assert not rules["a"]["layer_norm", "normalized"].codec.stochastic
     # What the commonest choice changes, the others change back.
-    mixed = as_policy(base, sites[:3], dict(zip(keys, [MOVE8, MOVE8, MOVE], strict=False)))
-    moved = [mixed.rules(["", "a", "b", "b.c"])[n]["attention", "q"] for n in ("a", "b", "b.c")]
-    assert [rule.offload for rule in moved] == [True] * 3
-    assert str(moved[2].codec) == "lossless"
-    for common, other in ((MOVE8, 8), (REBUILD, 8), (REBUILD, MOVE)):
-        policy = as_policy(base, sites[:3], dict(zip(keys, [common, other, common], strict=False)))
+    mixed = as_policy(
+        base, candidates[:3], dict(zip(keys, [OFFLOAD8, OFFLOAD8, OFFLOAD], strict=False))
+    )
+    offloaded = [mixed.rules(["", "a", "b", "b.c"])[n]["attention", "q"] for n in ("a", "b", "b.c")]
+    assert [rule.offload for rule in offloaded] == [True] * 3
+    assert str(offloaded[2].codec) == "lossless"
+    for common, other in ((OFFLOAD8, 8), (REBUILD, 8), (REBUILD, OFFLOAD)):
+        policy = as_policy(
+            base, candidates[:3], dict(zip(keys, [common, other, common], strict=False))
+        )
         rule = policy.rules(["", "a", "b", "b.c"])["b"]["attention", "q"]
-        assert rule.offload == (other in MOVED)
+        assert rule.offload == (other in OFFLOADED_AS)
         assert not rule.rebuild_linear
-    kept = as_policy(base, sites, dict.fromkeys(keys, KEEP))
+    kept = as_policy(base, candidates, dict.fromkeys(keys, KEEP))
     assert len(kept.overrides) == 3  # b.c is inside b: said again
     assert all(change == {"bits": 32} for change in kept.overrides.values())

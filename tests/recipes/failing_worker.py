@@ -105,7 +105,7 @@ def vit22b(out, last, *changes):
 
 
 def fsdp2(out, fault, last):
-    with after(3, sharded_engines.Direct, out, fault):
+    with after(3, sharded_engines.FSDP2Backend, out, fault):
         vit22b(out, last)
 
 
@@ -120,7 +120,7 @@ def zero3(out, fault, last):
             shard.write_bytes(shard.read_bytes()[:1000])
         dist.barrier()
         vit22b(before, last, "train.resume=last")
-    with after(3, sharded_engines.Zero3, out, fault):
+    with after(3, sharded_engines.ZeRO3Backend, out, fault):
         vit22b(out, last)
 
 

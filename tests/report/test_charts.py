@@ -73,7 +73,7 @@ def test_families(method, expected):
 
 def test_drawn(tmp_path):
     rows = [
-        {"method": m, "kept_bytes": k << 20, "step_ms": s, "by_operator": {"linear": k << 20}}
+        {"method": m, "saved_bytes": k << 20, "step_ms": s, "by_operator": {"linear": k << 20}}
         for m, k, s in (("plain", 500, 100.0), ("mesa8", 150, 107.0), ("compile", 490, 80.0))
     ]
     for name, chart in (("a", tradeoff(rows, "a")), ("b", where(rows, "b"))):
@@ -87,23 +87,23 @@ def test_drawn(tmp_path):
 
 
 def test_too_little_to_draw():
-    assert tradeoff([{"method": "plain", "kept_bytes": 5, "step_ms": 1.0}], "") is None
+    assert tradeoff([{"method": "plain", "saved_bytes": 5, "step_ms": 1.0}], "") is None
     assert where([{"method": "plain", "note": "failed"}], "") is None
 
 
-def test_frontier_with_rivals(tmp_path):
+def test_frontier_with_baselines(tmp_path):
     plain = Prediction(500 << 20, 900 << 20, 1.0, 1.0, 0.01)
     plans = [
         Plan(Policy(), Prediction(k << 20, p << 20, t, t, e), {}, 0.0, plain)
         for k, p, t, e in ((50, 450, 1.2, 0.2), (120, 520, 1.1, 0.02), (500, 900, 1.0, 0.01))
     ]
-    rivals = [
+    baselines = [
         {"method": "plain", "peak_bytes": 900 << 20, "step_ms": 10.0},
         {"method": "checkpoint", "peak_bytes": 480 << 20, "step_ms": 13.0},
         {"method": "plain+adamw8bit", "peak_bytes": 400 << 20, "step_ms": 11.0},
         {"method": "compile", "note": "refused"},
     ]
-    chart = draw(plans, rivals, "title")
+    chart = draw(plans, baselines, "title")
     texts = {text.get_text() for text in chart.axes[0].texts}
     # Other optimizer states are another budget, and what failed has no place.
     assert {"plain", "checkpoint", "20.0%", "2.0%"} <= texts

@@ -28,7 +28,7 @@ def made(method, kept, step, error, **more):
     blocks = {f"blocks.{i}.mlp": kept // 5 for i in range(4)}
     return {
         "method": method,
-        "kept_bytes": kept,
+        "saved_bytes": kept,
         "peak_bytes": 3 * kept,
         "step_ms": step,
         "step_ms_quartiles": [0.9 * step, 1.1 * step],

@@ -49,7 +49,7 @@ def vit(scale):
 
 WIDE = {
     "method": "mesa8-recompute",
-    "kept_bytes": 987_654_321_000,
+    "saved_bytes": 987_654_321_000,
     "peak_bytes": 1_987_654_321_000,
     "resident_bytes": 2_987_654_321_000,
     "gradient_error": 0.12345,
@@ -73,16 +73,16 @@ def test_comparison_fits(width):
 
 
 def test_columns_that_no_row_has():
-    text = rendered(comparison([{"method": "plain", "kept_bytes": 2**20}]), 80)
+    text = rendered(comparison([{"method": "plain", "saved_bytes": 2**20}]), 80)
     for said in ("gradient", "step", "largest"):
         assert said not in text
 
 
 def test_ratios_to_plain():
     rows = with_ratios(
-        [{"method": "plain", "kept_bytes": 6, "step_ms": 2.0}, {**WIDE, "kept_bytes": 3}]
+        [{"method": "plain", "saved_bytes": 6, "step_ms": 2.0}, {**WIDE, "saved_bytes": 3}]
     )
-    assert [row["kept_ratio"] for row in rows] == [1, 2]
+    assert [row["saved_ratio"] for row in rows] == [1, 2]
     assert rows[1]["step_ratio"] == WIDE["step_ms"] / 2
 
 

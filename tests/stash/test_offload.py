@@ -1,4 +1,4 @@
-"""Offload: what is moved comes back the same and in time, once, and nothing is left behind."""
+"""Offload: what is offloaded comes back the same and in time, once, and nothing is left behind."""
 
 import copy
 import gc
@@ -20,10 +20,10 @@ from mesa_train.measure.gradients import relative_error
 from mesa_train.measure.timeline import timeline
 from mesa_train.policy import Policy
 from mesa_train.stash import offload as module
-from mesa_train.stash.offload import WINDOW, Lane, through
+from mesa_train.stash.offload import WINDOW, OffloadStream, through
 
 
-class LateLane(Lane):
+class LateOffloadStream(OffloadStream):
     """Both ends on the CPU. A copy is made as late as it may be: when somebody waits for it. Who does
     not wait reads rubbish, and who gives a tensor up too early is found out."""
 
@@ -35,7 +35,7 @@ class LateLane(Lane):
         host = tuple(torch.full_like(t, 77) for t in tensors)
         return host, self._later("out", tensors, host, [], held=0)
 
-    def home(self, tensors, after):
+    def prefetch(self, tensors, after):
         found = tuple(torch.full_like(t, 77) for t in tensors)
         return found, self._later("home", tensors, found, [after], held=1)
 
@@ -71,12 +71,12 @@ def policy(**changes):
     return Policy(**{"min_bytes": 0, "offload": True, **changes})
 
 
-def gradients(model, given, lane=None, inputs=None, times=1):
+def gradients(model, given, offload_stream=None, inputs=None, times=1):
     mesa_train.wrap(model, given)
     try:
         model.zero_grad()
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        with through(lane):
+        with through(offload_stream):
             loss = model(x if inputs is None else inputs).square().mean()
         for number in range(times):
             loss.backward(retain_graph=number + 1 < times)
@@ -104,46 +104,49 @@ class TestTheWay:
         ],
     )
     def test_gradients_are_the_same_to_the_bit(self, vit, changes):
-        lane = LateLane()
-        moved = gradients(vit, policy(**changes), lane)
-        assert "out" in lane.log
-        assert not lane.queue.keys() - {0}
-        assert same(moved, gradients(vit, policy(**{**changes, "offload": False})))
-        assert not lane._arrived
-        assert not any(r() for r in lane._leaving)
+        offload_stream = LateOffloadStream()
+        offloaded = gradients(vit, policy(**changes), offload_stream)
+        assert "out" in offload_stream.log
+        assert not offload_stream.queue.keys() - {0}
+        assert same(offloaded, gradients(vit, policy(**{**changes, "offload": False})))
+        assert not offload_stream._arrived
+        assert not any(r() for r in offload_stream._leaving)
 
     def test_a_shared_stash_goes_once_and_what_left_last_does_not_come_back(self, vit):
-        lane = LateLane()
-        gradients(vit, policy(), lane)
+        offload_stream = LateOffloadStream()
+        gradients(vit, policy(), offload_stream)
         # Of each block: two x_hats, q, k, v, the attention's output, GELU's input. And the last norm's
         # x_hat and the patches.
-        assert lane.log.count("out") == 2 * 7 + 2
-        assert lane.log.count("home") == lane.log.count("out") - WINDOW
+        assert offload_stream.log.count("out") == 2 * 7 + 2
+        assert offload_stream.log.count("home") == offload_stream.log.count("out") - WINDOW
 
     def test_as_many_are_on_their_way_as_the_window_says(self, vit):
-        lane, most = LateLane(), {"out": 0, "home": 0}
+        offload_stream, most = LateOffloadStream(), {"out": 0, "home": 0}
 
         def watched(kind, plain):
             def run(*args):
                 result = plain(*args)
-                out = [r for r in lane._leaving if r() and r().leaving]
-                home = [m for m, a in lane._arrived.items() if a.left == m.uses.count]
+                out = [r for r in offload_stream._leaving if r() and r().leaving]
+                home = [m for m, a in offload_stream._arrived.items() if a.left == m.uses.count]
                 most[kind] = max(most[kind], len(out if kind == "out" else home))
                 return result
 
             return run
 
-        lane.send, lane.fetch = watched("out", lane.send), watched("home", lane.fetch)
-        gradients(vit, policy(), lane)
+        offload_stream.send, offload_stream.fetch = (
+            watched("out", offload_stream.send),
+            watched("home", offload_stream.fetch),
+        )
+        gradients(vit, policy(), offload_stream)
         # An attention that has read q is about to read k and v.
         assert most == {"out": WINDOW, "home": WINDOW + 2}
 
     def test_a_kept_graph_runs_twice_and_a_freed_one_says_so(self, vit):
-        lane = LateLane()
-        twice = gradients(vit, policy(), lane, times=2)
+        offload_stream = LateOffloadStream()
+        twice = gradients(vit, policy(), offload_stream, times=2)
         assert same(twice, gradients(vit, policy(offload=False), times=2))
         mesa_train.wrap(vit, policy())
-        with through(lane):
+        with through(offload_stream):
             loss = vit(torch.randn(2, 3, 32, 32)).sum()
         loss.backward()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -151,8 +154,8 @@ class TestTheWay:
 
     def test_two_forwards_before_their_backwards_and_one_that_has_none(self, vit):
         mesa_train.wrap(vit, policy())
-        lane, images = LateLane(), torch.randn(3, 2, 3, 32, 32)
-        with through(lane):
+        offload_stream, images = LateOffloadStream(), torch.randn(3, 2, 3, 32, 32)
+        with through(offload_stream):
             losses = [vit(x).square().sum() for x in images]
         vit.zero_grad()
         del losses[1]
@@ -165,15 +168,15 @@ class TestTheWay:
         mesa_train.unwrap(vit)
         assert same(found, [p.grad for p in vit.parameters()])
         gc.collect()
-        assert not any(r() and r().leaving for r in lane._leaving)
+        assert not any(r() and r().leaving for r in offload_stream._leaving)
 
     def test_a_part_of_the_graph_and_an_error_leave_nothing(self, vit):
         mesa_train.wrap(vit, policy())
-        lane = LateLane()
-        with through(lane):
+        offload_stream = LateOffloadStream()
+        with through(offload_stream):
             loss = vit(torch.randn(2, 3, 32, 32)).square().sum()
         (last,) = torch.autograd.grad(loss, [vit.norm.weight], retain_graph=True)
-        assert not lane._arrived
+        assert not offload_stream._arrived
 
         def broken(_):
             raise ZeroDivisionError
@@ -186,29 +189,29 @@ class TestTheWay:
         loss.backward()
         mesa_train.unwrap(vit)
         assert torch.equal(vit.norm.weight.grad, last)
-        assert not lane._arrived
+        assert not offload_stream._arrived
 
     def test_a_saved_tensor_that_is_looked_at_outside_of_a_backward_waits_too(self):
         """PyTorch's nodes show what they saved: nothing is called ahead for that, and nothing stays."""
-        lane, x = LateLane(), torch.randn(4, 64, requires_grad=True)
-        with through(lane), mesa_train.compress(policy(bits=32)):
+        offload_stream, x = LateOffloadStream(), torch.randn(4, 64, requires_grad=True)
+        with through(offload_stream), mesa_train.compress(policy(bits=32)):
             y = (2.0 * x).pow(3.0)
-        assert lane.log == ["out"]
+        assert offload_stream.log == ["out"]
         assert torch.equal(y.grad_fn._saved_self, 2.0 * x)
-        assert lane.log == ["out", "home"]
-        assert not lane._arrived
+        assert offload_stream.log == ["out", "home"]
+        assert not offload_stream._arrived
 
     def test_many_steps_under_one_context(self):
         layers = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
-        with through(LateLane()), mesa_train.compress(policy()) as mode:
+        with through(LateOffloadStream()), mesa_train.compress(policy()) as mode:
             for _ in range(5):
                 layers(torch.randn(4, 64)).sum().backward()
             assert len(mode.order) == 2
 
     def test_a_tensor_that_is_written_to_afterwards(self):
-        lane, x = LateLane(), torch.randn(4, 64, requires_grad=True)
+        offload_stream, x = LateOffloadStream(), torch.randn(4, 64, requires_grad=True)
         results = []
-        for given in (lane, None):
+        for given in (offload_stream, None):
             with through(given), mesa_train.compress(policy(bits=32, recompute="none")):
                 y = x * 1
                 z = F.gelu(y)
@@ -220,31 +223,31 @@ class TestTheWay:
 
 class TestWhoElseMoves:
     def test_under_save_on_cpu_it_is_moved_by_that_alone(self, vit):
-        lane = LateLane()
+        offload_stream = LateOffloadStream()
         mesa_train.wrap(vit, policy())
-        with through(lane), save_on_cpu():
+        with through(offload_stream), save_on_cpu():
             vit(torch.randn(2, 3, 32, 32)).sum().backward()
-        assert not lane.log
-        assert not any(", moved" in row[3] for row in report_of(vit).rows)
+        assert not offload_stream.log
+        assert not any(", offloaded" in row[3] for row in report_of(vit).rows)
         mesa_train.unwrap(vit)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_a_recompute_moves_nothing(self, reentrant):
-        lane = LateLane()
+        offload_stream = LateOffloadStream()
         block = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
         mesa_train.wrap(block, policy())
         x = torch.randn(4, 64, requires_grad=True)
-        with through(lane):
+        with through(offload_stream):
             checkpoint(block, x, use_reentrant=reentrant).sum().backward()
-        assert not lane.log
+        assert not offload_stream.log
 
     @pytest.mark.parametrize("whole", [False, True])
     def test_the_policy_is_for_eager_models(self, whole):
         model = mesa_train.wrap(nn.Linear(64, 64), policy())
-        lane, x = LateLane(), torch.randn(4, 64)
-        with through(lane), pytest.raises(Exception, match="offload=True moves what"):
+        offload_stream, x = LateOffloadStream(), torch.randn(4, 64)
+        with through(offload_stream), pytest.raises(Exception, match="offload=True moves what"):
             torch.compile(model, backend="eager", fullgraph=whole)(x)
-        assert not lane.log
+        assert not offload_stream.log
         # Where there is nothing to move it compiles like any other.
         torch.compile(model, backend="eager", fullgraph=whole)(x).sum().backward()
 
@@ -255,7 +258,7 @@ class TestOnACpu:
         model = mesa_train.wrap(nn.Linear(64, 64), policy(bits=bits))
         x = torch.randn(4, 64)
         saved = model(x).grad_fn.saved_tensors
-        assert not any(", moved" in row[3] for row in report_of(model).rows)
+        assert not any(", offloaded" in row[3] for row in report_of(model).rows)
         assert all(t.device.type == "cpu" and not t.is_pinned() for t in saved)
         if bits == 32:
             assert x.data_ptr() in [t.data_ptr() for t in saved]
@@ -272,39 +275,39 @@ def images():
 
 
 class TestCounted:
-    """On tensors without data: what is moved leaves the device, and takes nothing of its peak."""
+    """On tensors without data: what is offloaded leaves the device, and takes nothing of its peak."""
 
     @pytest.mark.parametrize("bits", [8, 32])
     def test_every_byte_is_here_or_there(self, meta, images, bits):
         here = footprint(meta, images, policy=policy(bits=bits, offload=False))
         there = footprint(meta, images, policy=policy(bits=bits))
-        assert here.moved_bytes == 0
-        assert there.saved_bytes + there.moved_bytes == here.saved_bytes
-        moved = sum(r.bytes for r in there.stored.rows if r.how.endswith(", moved"))
-        assert there.moved_bytes == moved > 0.9 * here.saved_bytes
+        assert here.offloaded_bytes == 0
+        assert there.saved_bytes + there.offloaded_bytes == here.saved_bytes
+        offloaded = sum(r.bytes for r in there.stored.rows if r.how.endswith(", offloaded"))
+        assert there.offloaded_bytes == offloaded > 0.9 * here.saved_bytes
         assert sum(there.by_operator.values()) == there.saved_bytes
-        assert "in main memory" in str(there)
-        assert "in main memory" not in str(here)
+        assert "in CPU memory" in str(there)
+        assert "in CPU memory" not in str(here)
 
     def test_the_peak_has_what_is_on_its_way(self, meta, images):
         everything = timeline(meta, images, policy=policy(bits=32, offload=False))
-        moved = timeline(meta, images, policy=policy(bits=32))
+        offloaded = timeline(meta, images, policy=policy(bits=32))
         most = max(r.saved_bytes for r in footprint(meta, images, policy=policy(bits=32)).rows)
         highest = max(m.peak_bytes for m in everything.moments if m.phase == "forward")
-        out = max(m.peak_bytes for m in moved.moments if m.phase == "forward")
-        kept = footprint(meta, images, policy=policy(bits=32)).moved_bytes
+        out = max(m.peak_bytes for m in offloaded.moments if m.phase == "forward")
+        kept = footprint(meta, images, policy=policy(bits=32)).offloaded_bytes
         assert highest - kept <= out <= highest - kept + (WINDOW + 1) * most
 
     def test_a_cpu_has_nothing_to_move(self, vit):
         x = torch.randn(2, 3, 32, 32)
         for fake in (False, True):
             found = footprint(vit, x, policy=policy(), fake=fake)
-            assert (found.moved_bytes, found.saved_bytes) == (
+            assert (found.offloaded_bytes, found.saved_bytes) == (
                 0,
                 footprint(vit, x, policy=policy(offload=False), fake=fake).saved_bytes,
             )
         on_gpu = footprint(vit, x, policy=policy(), fake=True, device="cuda")
-        assert on_gpu.moved_bytes > 0.9 * found.saved_bytes
+        assert on_gpu.offloaded_bytes > 0.9 * found.saved_bytes
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +342,9 @@ class TestOnAGpu:
             torch.cuda.reset_peak_memory_stats()
             kept, own = self.step(model, x)
             found[offload] = kept, torch.cuda.max_memory_allocated(), own
-            leaves = [row[1] for key, row in report_of(model).rows.items() if ", moved" in key[3]]
+            leaves = [
+                row[1] for key, row in report_of(model).rows.items() if ", offloaded" in key[3]
+            ]
             del own
             model.zero_grad(set_to_none=True)
             gc.collect()
@@ -351,9 +356,9 @@ class TestOnAGpu:
         spread = relative_error(again, found[False][2])
         assert relative_error(found[True][2], found[False][2]) <= 2 * spread
         # What is still on its way when the forward ends: the last leaves, none above the largest.
-        moved, in_flight = sum(leaves), WINDOW * max(leaves)
-        assert found[False][0] - found[True][0] >= moved - in_flight
-        assert found[False][1] - found[True][1] >= moved - 3 * in_flight
+        offloaded, in_flight = sum(leaves), WINDOW * max(leaves)
+        assert found[False][0] - found[True][0] >= offloaded - in_flight
+        assert found[False][1] - found[True][1] >= offloaded - 3 * in_flight
         mesa_train.unwrap(model)
 
     def test_copies_run_beside_the_arithmetic(self, setting):
@@ -376,13 +381,15 @@ class TestOnAGpu:
             )
 
 
-def test_a_gpu_has_one_lane(monkeypatch):
+def test_a_gpu_has_one_offload_stream(monkeypatch):
     """Else copies of one device would not wait for one another."""
-    monkeypatch.setattr(module, "_lanes", {})
-    monkeypatch.setattr(module, "CudaLane", lambda device: types.SimpleNamespace(device=device))
+    monkeypatch.setattr(module, "_offload_streams", {})
+    monkeypatch.setattr(
+        module, "CudaOffloadStream", lambda device: types.SimpleNamespace(device=device)
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    first, second = (module.lane_of(torch.device("cuda", index)) for index in (0, 1))
+    first, second = (module.offload_stream_of(torch.device("cuda", index)) for index in (0, 1))
     assert (first.device.index, second.device.index) == (0, 1)
-    assert module.lane_of(torch.device("cuda", 0)) is first
-    assert module.lane_of(torch.device("cuda")) is second
-    assert module.lane_of(torch.device("cpu")) is None
+    assert module.offload_stream_of(torch.device("cuda", 0)) is first
+    assert module.offload_stream_of(torch.device("cuda")) is second
+    assert module.offload_stream_of(torch.device("cpu")) is None

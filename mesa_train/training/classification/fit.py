@@ -149,7 +149,7 @@ def resume(run: Run, how: str) -> bool:
     return found is not None
 
 
-def fit(run: Run, kept_bytes: int) -> Scores | None:
+def fit(run: Run, saved_bytes: int) -> Scores | None:
     """Train to the end; returns the last epoch's scores, None if there was nothing left to do."""
     config, made, main = run.config, run.plan, run.accelerator.is_main_process
     metrics = run.out / METRICS
@@ -157,7 +157,7 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
     if main:
         with _written(run):
             run.out.mkdir(parents=True, exist_ok=True)
-    with _written(run), _view(run, kept_bytes) as view, trackers(config, run.accelerator) as track:
+    with _written(run), _view(run, saved_bytes) as view, trackers(config, run.accelerator) as track:
 
         def report(result: StepResult) -> None:
             rate = 1e3 * config.train.global_batch / result.step_ms
@@ -194,7 +194,7 @@ def fit(run: Run, kept_bytes: int) -> Scores | None:
             if main:
                 named = {"name": config.train.policy, "seed": config.train.seed, "epoch": epoch}
                 line = {"kind": "epoch", "step": run.position.step, **named, **row}
-                line |= {"step_ms": step_ms, "kept_bytes": kept_bytes}
+                line |= {"step_ms": step_ms, "saved_bytes": saved_bytes}
                 line |= {"skipped": run.position.skipped} if run.position.skipped else {}
                 _append(metrics, line)
                 view.on_epoch(
@@ -269,13 +269,13 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     plots.save(figure, picture)
 
 
-def describe(run: Run, kept_bytes: int) -> str:
+def describe(run: Run, saved_bytes: int) -> str:
     """One line about a run that starts or goes on."""
     train, made = run.config.train, run.plan
     return (
         f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
         f"{plan.precision(run.config).name}: {plan.batches(run.config, made)}, steps {run.position.step} to "
-        f"{made.steps}, keeps {format_bytes(kept_bytes)} a micro-batch"
+        f"{made.steps}, keeps {format_bytes(saved_bytes)} a micro-batch"
     )
 
 
@@ -305,12 +305,12 @@ def preparing(run: Run, what: str) -> contextlib.AbstractContextManager[None]:
     return waiting(what, Console(stderr=True))
 
 
-def _view(run: Run, kept_bytes: int) -> Any:
+def _view(run: Run, saved_bytes: int) -> Any:
     if not run.accelerator.is_main_process:
         return _Silent()
     view = Dashboard(
-        describe(run, kept_bytes),
-        {run.config.train.policy: kept_bytes},
+        describe(run, saved_bytes),
+        {run.config.train.policy: saved_bytes},
         total_steps=run.plan.steps,
         batch_size=run.config.train.global_batch,
     )

@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass
-class Position:
+class TrainState:
     """Where a run is: optimizer steps done, the best accuracy, and the current epoch's sums."""
 
     step: int = 0
@@ -75,7 +75,7 @@ class Run:
         self, config: Config, model: nn.Module, plan: Plan, loader: Loader, classes: int
     ) -> None:
         self.config, self.plan, self.loader, self.classes = config, plan, loader, classes
-        self.position = Position()
+        self.position = TrainState()
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
         self.images = loader.sources.train.count
@@ -232,7 +232,7 @@ class Run:
         steps, which could not be continued.
         """
         with disk.reading(checkpoint):
-            position = Position(**state["position"])
+            position = TrainState(**state["position"])
             before: dict[str, Any] = {
                 f"train.{key}": state["config"]["train"][key]
                 for key in ("global_batch", "epochs", "seed")

@@ -1,7 +1,7 @@
 """How one optimizer step runs on one process, under FSDP2 with tensor parallelism, or under ZeRO-3.
 
 An engine owns the model, the optimizer and the processes; the loop (`sharded_loop.py`) is the same
-for all. `Direct` is plain PyTorch, sharded or not. `Zero3` is DeepSpeed through Accelerate, which
+for all. `FSDP2Backend` is plain PyTorch, sharded or not. `ZeRO3Backend` is DeepSpeed through Accelerate, which
 reads offloading from the launcher's configuration.
 """
 
@@ -28,7 +28,7 @@ from .schedule import groups
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl"}
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """One run's model and optimizer. `data_rank` of `data_ranks` says which images are its own."""
 
     model: nn.Module
@@ -50,12 +50,12 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def engine_of(config: Config, classes: int, checkpoint: Path | None = None) -> Engine:
+def make_backend(config: Config, classes: int, checkpoint: Path | None = None) -> Backend:
     """The engine that configuration and launcher ask for. ConfigError where they disagree.
 
     checkpoint: will be loaded. CheckpointError if it, or the weights to start from, are another model's.
     """
-    backend = backend_of(config, int(os.environ.get("WORLD_SIZE", "1")))
+    backend = backend_name(config, int(os.environ.get("WORLD_SIZE", "1")))
     name = precision_of(config).name
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=name))
     check_precision(config.train.precision)
@@ -66,11 +66,11 @@ def engine_of(config: Config, classes: int, checkpoint: Path | None = None) -> E
     if checkpoint is not None:
         checkpoints.check(checkpoint, build(config, classes, "meta"))
     if backend == "zero3":
-        return Zero3(config, classes)
-    return Direct(config, classes, sharded=backend == "fsdp2")
+        return ZeRO3Backend(config, classes)
+    return FSDP2Backend(config, classes, sharded=backend == "fsdp2")
 
 
-def backend_of(config: Config, world: int) -> str:
+def backend_name(config: Config, world: int) -> str:
     """ "single", "fsdp2" or "zero3", for a launch of `world` processes. ConfigError where configuration
     and launcher disagree."""
     backend = config.train.backend
@@ -125,7 +125,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-class Direct:
+class FSDP2Backend:
     """One process, or FSDP2 (times tensor parallelism) over all of them."""
 
     def __init__(self, config: Config, classes: int, sharded: bool) -> None:
@@ -210,7 +210,7 @@ class Direct:
             dist.destroy_process_group()
 
 
-class Zero3:
+class ZeRO3Backend:
     """DeepSpeed's ZeRO-3 through Accelerate, offloading as the launcher's configuration says."""
 
     def __init__(self, config: Config, classes: int) -> None:

@@ -80,7 +80,7 @@ class TrainConfig:
         device computes in it, else "no" (`precision.py`).
     sequence_parallel: cut tokens too over the tensor-parallel ranks. async_tensor_parallel: and pass
         them on while the matmuls run (CUDA devices with peer access; compiles the blocks).
-    offload: keep FSDP2's shards in main memory. nvme_path: folder that takes the place of the one in
+    offload: keep FSDP2's shards in CPU memory. nvme_path: folder that takes the place of the one in
         DeepSpeed's configuration, where that offloads to NVMe.
     policy: "plain" or a preset of mesa_train.
     checkpointing: "block" keeps each block's input, "coded" its 8-bit codes; both run it again in

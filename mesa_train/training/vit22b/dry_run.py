@@ -16,7 +16,7 @@ from mesa_train.methods.apply import CHECKPOINT
 from mesa_train.utils.formatting import format_bytes
 
 from . import estimates
-from .backend import backend_of, build
+from .backend import backend_name, build
 from .config import Config, accumulation, precision_of
 from .schedule import groups
 
@@ -34,7 +34,7 @@ def method_of(policy: str, checkpointing: str) -> str:
 
 def predict(config: Config, world: int) -> Estimate:
     """One card of `world`, for a micro-batch. ConfigError where the launcher does not fit."""
-    train, backend = config.train, backend_of(config, world)
+    train, backend = config.train, backend_name(config, world)
     offload = "none"
     if backend == "zero3":
         offload = _offload(deepspeed_settings())
@@ -84,7 +84,7 @@ def report(config: Config, world: int, classes: int) -> str:
     parts = estimates.components(found)
     lines.append(f"a card needs {format_bytes(sum(parts.values()))} and some 2 GiB of context:")
     lines += [f"  {name:<12} {format_bytes(size)}" for name, size in parts.items()]
-    for name, size in (("main memory", found.states.cpu), ("NVMe", found.states.disk)):
+    for name, size in (("CPU memory", found.states.cpu), ("NVMe", found.states.disk)):
         if size:
             lines.append(f"  {name:<12} {format_bytes(size)} of the machine")
     if torch.cuda.is_available():

@@ -51,7 +51,7 @@ POLICIES = (PLAIN, "mesa8", "mesa8-recompute", CODED)
 
 
 def cluster(machine: str) -> Cluster:
-    """A machine of `MACHINES`, without a limit to its main memory."""
+    """A machine of `MACHINES`, without a limit to its CPU memory."""
     gpus, memory = MACHINES[machine]
     return Cluster(gpus, memory * GIB, 1 << 60)
 
@@ -106,7 +106,7 @@ def kept(name: str, image_size: int, method: str) -> int:
     return sizes[1] - sizes[0]
 
 
-def kept_by_method(name: str, image_size: int) -> dict[str, int]:
+def saved_by_method(name: str, image_size: int) -> dict[str, int]:
     """`kept` for PyTorch, checkpointing, every preset, and coded block inputs."""
     return {m: kept(name, image_size, m) for m in (PLAIN, CHECKPOINT, *PRESETS, CODED)}
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
 
 from . import data as sharded_data
-from .backend import Engine, engine_of
+from .backend import Backend, make_backend
 from .checkpoint import newest, state_of
 from .config import Config, ConfigError
 from .schedule import ReciprocalSqrt
@@ -27,7 +27,7 @@ from .stability import AttentionWatch, Guard
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: Config, report: Report) -> Engine:
+def train(config: Config, report: Report) -> Backend:
     """Train as configured. `report` is called on rank 0 with one row a step: step, loss, lr, norm,
     images_per_s, and where a GPU is, peak_bytes and mfu. Returns the engine, still open."""
     schedule = _schedule(config)
@@ -40,7 +40,7 @@ def train(config: Config, report: Report) -> Engine:
     images = data.train.count
     if checkpoint is not None:
         _check_images(checkpoint, images)
-    engine = engine_of(config, data.classes, checkpoint)
+    engine = make_backend(config, data.classes, checkpoint)
     if checkpoint is not None:
         first = int(engine.load(checkpoint)["step"])
     watch = AttentionWatch(engine.model, every=config.train.watch_every)

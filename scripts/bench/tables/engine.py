@@ -18,7 +18,7 @@ def step(rows: Sequence[Row]) -> str:
     """The newest run on a model, a line per method."""
     newest = newest_run(rows)
     head = [
-        *("method", "kept for the backward", "less", "peak of the step", "gradient error"),
+        *("method", "saved for the backward", "less", "peak of the step", "gradient error"),
         *("step", "step vs. plain", "largest batch in 24 GiB"),
     ]
     lines = []
@@ -30,8 +30,8 @@ def step(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 row["method"],
-                format_bytes(row["kept_bytes"]),
-                f"{row['kept_ratio']:.2f}x",
+                format_bytes(row["saved_bytes"]),
+                f"{row['saved_ratio']:.2f}x",
                 format_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
                 f"{row['gradient_error']:.2%}",
                 f"{row['step_ms']:.0f} ms",
@@ -65,11 +65,11 @@ def steps(rows: Sequence[Row]) -> str:
         plain = found["plain"]
         size = plain["shapes"][0][-1]
         cells = [
-            f"{found[m]['kept_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
+            f"{found[m]['saved_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
             for m in methods
         ]
         about = f"{plain['batch_size']} x {size} px"
-        lines.append([model, about, format_bytes(plain["kept_bytes"]), *cells])
+        lines.append([model, about, format_bytes(plain["saved_bytes"]), *cells])
     head = ["model", "batch", "plain keeps", *methods]
     return markdown(head, lines) + (
         "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
@@ -111,7 +111,7 @@ def parity(rows: Sequence[Row]) -> str:
     final = in_order(
         row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
     )
-    head = ["policy", "kept for the backward", "final training loss", "held-out accuracy", "seeds"]
+    head = ["policy", "saved for the backward", "final training loss", "held-out accuracy", "seeds"]
     lines = []
     for (name,), own in records.group_by(final, "name").items():
         own.sort(key=lambda row: row["seed"])
@@ -120,7 +120,7 @@ def parity(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 name,
-                format_bytes(own[0]["kept_bytes"]),
+                format_bytes(own[0]["saved_bytes"]),
                 f"{statistics.fmean(row['train_loss'] for row in own):.4f}",
                 f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
@@ -164,9 +164,9 @@ def rounding(rows: Sequence[Row]) -> str:
     lines = []
     for row in newest_run(rows):
         changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
-        kept = format_bytes(row["kept_bytes"])
+        kept = format_bytes(row["saved_bytes"])
         lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
-    return markdown(["preset", "changed", "kept for the backward", "gradient error"], lines) + (
+    return markdown(["preset", "changed", "saved for the backward", "gradient error"], lines) + (
         f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
         "initialisation; relative L2 distance from the plain float32 gradient over all "
         f"parameters. {origin(rows[-1])}\n"
@@ -178,13 +178,13 @@ def plans(rows: Sequence[Row]) -> str:
     """The newest rows: predictions, with measurements in brackets."""
     newest = {(row["model"], row["share"]): row for row in rows}
     head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
-    lines, off = [], {"kept_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
+    lines, off = [], {"saved_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
     for (model, share), row in sorted(newest.items()):
         said, seen = row["predicted"], row["measured"]
         off = {k: max(v, abs(said[k] / seen[k] - 1)) for k, v in off.items()}
         kept, peak = (
             f"{format_bytes(said[k])} ({format_bytes(seen[k])})"
-            for k in ("kept_bytes", "peak_bytes")
+            for k in ("saved_bytes", "peak_bytes")
         )
         lines.append(
             [
@@ -204,7 +204,7 @@ def plans(rows: Sequence[Row]) -> str:
     )
 
 
-_PREDICTED = {"kept_bytes": "kept bytes", "peak_bytes": "peak", "time_ratio": "time"}
+_PREDICTED = {"saved_bytes": "saved bytes", "peak_bytes": "peak", "time_ratio": "time"}
 
 
 @table(

@@ -28,7 +28,7 @@ def litv2_parity(rows: Sequence[Row]) -> str:
             [
                 name,
                 str(processes),
-                format_bytes(own[0]["kept_bytes"]),
+                format_bytes(own[0]["saved_bytes"]),
                 f"{statistics.fmean(accuracies):.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
                 *[
@@ -37,7 +37,7 @@ def litv2_parity(rows: Sequence[Row]) -> str:
                 ],
             ]
         )
-    head = ["policy", "processes", "kept for the backward", "held-out top-1", "seeds"]
+    head = ["policy", "processes", "saved for the backward", "held-out top-1", "seeds"]
     head += ["minutes, at best", "processor minutes, at best"]
     return markdown(head, lines) + (
         f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
@@ -60,8 +60,8 @@ def attention(rows: Sequence[Row]) -> str:
                 f"{row[key] / row['batch']:.1f} ms"
                 for key in ("forward_ms", "train_ms", "mesa8_train_ms")
             ],
-            format_bytes(row["kept_bytes"]),
-            format_bytes(row["mesa8_kept_bytes"]),
+            format_bytes(row["saved_bytes"]),
+            format_bytes(row["mesa8_saved_bytes"]),
         ]
         for row in newest.values()
     ]
@@ -92,7 +92,7 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
 @_estimates
 def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
     """What is kept for one image under every policy."""
-    lines = [[policy, format_bytes(size)] for policy, size in row["kept_bytes"].items()]
+    lines = [[policy, format_bytes(size)] for policy, size in row["saved_bytes"].items()]
     return ["policy", "kept for one image"], lines
 
 

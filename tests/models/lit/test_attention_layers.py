@@ -48,7 +48,7 @@ def test_rows_are_whole(bench, tmp_path, monkeypatch):
     rows = records.read(tmp_path / "rows.jsonl")
     assert [row["layer"] for row in rows] == list(bench.layers(14))
     for row in rows:
-        assert row["mesa8_kept_bytes"] < row["kept_bytes"] / 2
+        assert row["mesa8_saved_bytes"] < row["saved_bytes"] / 2
         assert row["forward_ms"] > 0
         assert row["train_ms_low"] <= row["train_ms"] <= row["train_ms_high"]
         assert row["commit"]

@@ -72,7 +72,7 @@ def engine(monkeypatch, *changes, world=1, **environment):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    return sharded_engines.engine_of(load(TINY, changes), 10)
+    return sharded_engines.make_backend(load(TINY, changes), 10)
 
 
 def test_launches_that_do_not_fit(monkeypatch):
@@ -105,11 +105,11 @@ def test_another_models_files_are_refused_before_memory_is_given(monkeypatch, tm
     checkpoint = save(tmp_path, other, torch.optim.SGD(other.parameters()), {"step": 1})
     config = load(TINY)
     with pytest.raises(CheckpointError, match=r"blocks\.3\."):
-        sharded_engines.engine_of(config, 10, checkpoint)
+        sharded_engines.make_backend(config, 10, checkpoint)
     zeros = {"step": 1, "ranks": 2, "shapes": {"pos_embed": [1, 2, 3]}}
     (tmp_path / "state.json").write_text(json.dumps(zeros))
     with pytest.raises(CheckpointError, match="pos_embed"):
-        sharded_engines.engine_of(config, 10, tmp_path)
+        sharded_engines.make_backend(config, 10, tmp_path)
 
 
 def test_a_card_without_bfloat16(monkeypatch):
