@@ -40,5 +40,7 @@ echo "== pytest"
 # each other far longer than they work.
 workers=${MESA_TRAIN_TEST_WORKERS:-$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')}
 # Whole files to a process: a fixture that compiles, measures or starts workers then runs once.
+# In the order that tests/conftest.py gives them.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec python -m pytest -n "$workers" --dist loadfile \
+    --no-loadscope-reorder \
     ${selection[@]+"${selection[@]}"} ${given[@]+"${given[@]}"}
