@@ -38,12 +38,12 @@ class OpTimings:
     """Seconds of single operations on one device.
 
     device: where they run; meta stands for a typical GPU. dtype: of the tensors. path: of the
-    cache; default: `timings.json` in `$XDG_CACHE_BACK/mesa_train`.
+    cache; default: `timings.json` in `$XDG_CACHE_HOME/mesa_train`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, path: Path | None = None) -> None:
         self.device, self.dtype = device, dtype
-        folder = Path(os.environ.get("XDG_CACHE_BACK") or Path.home() / ".cache")
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = path or folder / "mesa_train" / "timings.json"
         self._known: dict[str, float] = {}
         if device.type != "meta":

@@ -20,22 +20,24 @@ class Lineage(Generic[Entry]):
 
     Tensors are held weakly: an entry goes with its tensor.
 
-    relays: also know a tensor after ZeRO-3 has passed it on (see `sharded.relayed`): the same memory
+    zero3_hooked: also know a tensor after ZeRO-3 has passed it on (see `is_zero3_alias`): the same memory
         at the same version, under a new name.
     """
 
-    def __init__(self, relays: bool = False) -> None:
+    def __init__(self, zero3_hooked: bool = False) -> None:
         self._entries: dict[Any, tuple[Any, int, Entry]] = {}
-        self._placed: dict[int, tuple[Any, int, Tensor, Entry]] | None = {} if relays else None
+        self._placed: dict[int, tuple[Any, int, Tensor, Entry]] | None = (
+            {} if zero3_hooked else None
+        )
 
     def get(self, tensor: Tensor) -> Entry | None:
         """The tensor's stash, or None if it has none or was written to since."""
         entry = self._entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
-            return self._relayed(tensor) if self._placed else None
+            return self._by_place(tensor) if self._placed else None
         return entry[2] if entry[1] == tensor._version else None
 
-    def _relayed(self, tensor: Tensor) -> Entry | None:
+    def _by_place(self, tensor: Tensor) -> Entry | None:
         assert self._placed is not None
         if not is_zero3_alias(tensor):
             return None

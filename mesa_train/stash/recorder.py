@@ -60,7 +60,7 @@ class Recorder:
         self.traced = torch.compiler.is_compiling()
         self.context = context
         self.report = report if report is not None else Report()
-        self.relays = not self.traced and zero3_hooked(context.module)
+        self.zero3_hooked = not self.traced and zero3_hooked(context.module)
         # For running ranges: the optimisation step, how often each operand was met.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
@@ -71,7 +71,9 @@ class Recorder:
     def begin(self, hooks: Any) -> None:
         """Know no tensor yet. hooks: the pack hook that is on from now on."""
         self.hooks = hooks
-        self.lineage: Lineage[Stash] = TracedLineage() if self.traced else Lineage(self.relays)
+        self.lineage: Lineage[Stash] = (
+            TracedLineage() if self.traced else Lineage(self.zero3_hooked)
+        )
         # What a Linear's output was computed from, for a layer scale that follows it.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
         self.linears = TracedLineage() if self.traced else Lineage()

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mesa_train import Policy
-from mesa_train.engine import wrap
+from mesa_train import Policy, wrap
 
 
 class Scaled(nn.Module):

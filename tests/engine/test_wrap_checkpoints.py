@@ -61,7 +61,7 @@ def test_repeated_matmuls_are_freed_after_the_backward():
     for kind in (None, "reentrant", "non-reentrant"):
         model = mesa_train.wrap(Checkpointed(kind), Policy(min_bytes=0, recompute="linear"))
         gradients(model, images())
-        assert not stash.neighbours.values
+        assert not stash.backward_cache.values
 
 
 def test_timms_own_checkpointing():

@@ -77,8 +77,8 @@ def test_an_exception_leaves_nothing_behind(where, preset):
     gc.collect()
     assert len(kept) > 30
     assert all(storage.expired() for storage in kept)
-    assert not stash.neighbours.values
-    assert not stash.neighbours.gradients
+    assert not stash.backward_cache.values
+    assert not stash.backward_cache.gradients
 
 
 # A run that dies and goes on: every random stream, stochastic rounding, running ranges, a scaler and a

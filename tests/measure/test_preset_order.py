@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mesa_train import Policy, footprint, unwrap
-from mesa_train.engine import wrap
+from mesa_train import Policy, footprint, unwrap, wrap
 
 ORDER = [
     ("lossless", "plain"),

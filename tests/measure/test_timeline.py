@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import mesa_train
+from mesa_train.engine.wrap import policy_of
 from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.runner import Runs
 from mesa_train.measure.timeline import BACKWARD, FORWARD, timeline
@@ -55,7 +56,7 @@ def test_leaves_no_trace(vit, images):
     try:
         before = {n: id(p) for n, p in vit.named_parameters()}
         timeline(vit, images, policy="mesa8")
-        assert mesa_train.wrap.__globals__["policy_of"](vit) == mesa_train.PRESETS["mesa4"]
+        assert policy_of(vit) == mesa_train.PRESETS["mesa4"]
         assert {n: id(p) for n, p in vit.named_parameters()} == before
         assert all(p.grad is None for p in vit.parameters())
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in vit.modules())

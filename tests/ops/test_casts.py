@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mesa_train import Policy, compress
-from mesa_train.engine import wrap
+from mesa_train import Policy, compress, wrap
 
 half, brain, single = torch.float16, torch.bfloat16, torch.float32
 LOSSLESS = Policy(bits=32, min_bytes=0)
@@ -171,5 +170,5 @@ def test_bits_that_are_read_as_another_dtype_have_no_stash():
     x = torch.randn(4, 64, requires_grad=True)
     with compress(EIGHT) as mode:
         y = F.gelu(x * 1)
-        assert mode.lineage.get(y) is not None
-        assert mode.lineage.get(y.view(brain)) is None
+        assert mode.recorder.lineage.get(y) is not None
+        assert mode.recorder.lineage.get(y.view(brain)) is None

@@ -31,7 +31,7 @@ def gradients(function, *tensors, policy=None):
     else:
         with compress(policy) as mode:
             output = function(*arguments)
-        rows = {key[1:]: size for key, (_, size) in mode.report.rows.items()}
+        rows = {key[1:]: size for key, (_, size) in mode.recorder.report.rows.items()}
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     wanted = [t for t in leaves if t.requires_grad]
     return torch.autograd.grad(output, wanted, weights.to(output.dtype), allow_unused=True), rows
@@ -307,7 +307,7 @@ def test_an_operator_that_is_disabled_is_left_to_pytorch():
     x = torch.randn(4, 24, 64, requires_grad=True)
     with compress(policy) as mode:
         F.linear(x * 1, weight)
-    assert {key[3] for key in mode.report.rows} <= {"uncompressed: exact"}
+    assert {key[3] for key in mode.recorder.report.rows} <= {"uncompressed: exact"}
 
 
 def test_a_write_to_what_is_kept_whole_is_reported():

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mesa_train import compress
+from mesa_train import compress, wrap
 from mesa_train.codecs.affine import Affine
-from mesa_train.engine import wrap
 from mesa_train.policy import Policy
 from mesa_train.stash.backward_cache import backward_cache
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train import Policy, compress
-from mesa_train.engine.intercept import CompressionMode
+from mesa_train.stash.recorder import Recorder
 
 B, H, N, D = 2, 3, 17, 16
 
@@ -39,11 +39,11 @@ def attend(policy, change=lambda q, k, v: (q, k, v)):
     with compress(policy) as mode, encodings:
         output = F.scaled_dot_product_attention(*change(q, k, v))
     (grad,) = torch.autograd.grad(output.square().sum(), source)
-    return encodings.seen, output, grad, mode.report.rows
+    return encodings.seen, output, grad, mode.recorder.report.rows
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(CompressionMode, "new_codes", lambda *args: None)
+    monkeypatch.setattr(Recorder, "new_codes", lambda *args: None)
 
 
 QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}

@@ -143,7 +143,7 @@ def test_on_a_fake_gpu(name):
 
 def remade(mode, output):
     """What the lineage rebuilds for an output; None if it has no stash."""
-    stash = mode.lineage.get(output)
+    stash = mode.recorder.lineage.get(output)
     if stash is None:
         return None
     kept = []

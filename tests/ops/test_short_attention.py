@@ -27,7 +27,9 @@ def gradients(inputs, grad, policy=None, **options):
         return torch.autograd.grad(out, inputs, grad), None
     with compress(policy) as mode:
         out = F.scaled_dot_product_attention(*inputs, **options)
-    kept = {operand for _, operator, operand, _ in mode.report.rows if operator == "attention"}
+    kept = {
+        operand for _, operator, operand, _ in mode.recorder.report.rows if operator == "attention"
+    }
     return torch.autograd.grad(out, inputs, grad), kept
 
 

@@ -199,10 +199,10 @@ class PreBackwardFunctionForModule(torch.autograd.Function):
         return gradient
 
 
-@pytest.mark.parametrize("relays", [False, True])
-def test_a_lineage_knows_a_tensor_that_was_passed_on_if_it_is_told_to(relays):
+@pytest.mark.parametrize("zero3_hooked", [False, True])
+def test_a_lineage_knows_a_tensor_that_was_passed_on_if_it_is_told_to(zero3_hooked):
     x = torch.ones(3, requires_grad=True) * 2
-    lineage = Lineage(relays=True) if relays else Lineage()
+    lineage = Lineage(zero3_hooked=True) if zero3_hooked else Lineage()
     lineage.set(x, "the stash of x")
     found = lineage.get(PreBackwardFunctionForModule.apply(x))
-    assert found == ("the stash of x" if relays else None)
+    assert found == ("the stash of x" if zero3_hooked else None)

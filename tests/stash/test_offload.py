@@ -206,7 +206,7 @@ class TestTheWay:
         with through(LateOffloadStream()), mesa_train.compress(policy()) as mode:
             for _ in range(5):
                 layers(torch.randn(4, 64)).sum().backward()
-            assert len(mode.order) == 2
+            assert len(mode.recorder.order) == 2
 
     def test_a_tensor_that_is_written_to_afterwards(self):
         offload_stream, x = LateOffloadStream(), torch.randn(4, 64, requires_grad=True)

@@ -118,7 +118,7 @@ def test_a_norm_of_a_repeated_matmul_keeps_its_deviations_alone(norm):
     size, output = kept(head, activation(ROWS, COLS), parameters=parameters, policy=policy)
     assert size == codes(ROWS, COLS) + 2 * ROWS * 4
     output.sum().backward()
-    assert not stash.neighbours.values
+    assert not stash.backward_cache.values
 
 
 def test_softmax_and_the_matmul_behind_it_share():
@@ -197,5 +197,5 @@ def test_a_part_that_is_joined_is_coded_by_the_rule_of_the_linear_behind_it():
     weight = torch.randn(8, 80, requires_grad=True)
     with compress(policy) as mode:
         F.linear(torch.cat([F.gelu(x), y * 2], -1), weight).sum().backward()
-    how = {key[1:3]: key[3] for key in mode.report.rows}
+    how = {key[1:3]: key[3] for key in mode.recorder.report.rows}
     assert how["cat", "input"].startswith("4 bits")

@@ -83,20 +83,20 @@ def test_repeated_matmuls_are_shared_in_one_backward_and_then_gone():
     mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, COLS), nn.GELU(), nn.Linear(COLS, COLS))
     calls = []
 
-    class Counted(type(stash.neighbours)):
+    class Counted(type(stash.backward_cache)):
         def take(self, *args):
             found = super().take(*args)
             calls.append(found is not None)
             return found
 
     counted = Counted()
-    before, stash.neighbours = stash.neighbours, counted
+    before, stash.backward_cache = stash.backward_cache, counted
     try:
         with compress(Policy(min_bytes=0, recompute="linear")):
             output = mlp(activation(ROWS, COLS))
         output.sum().backward()
     finally:
-        stash.neighbours = before
+        stash.backward_cache = before
     assert calls == [False, True]
     assert not counted.values
 
@@ -106,7 +106,7 @@ def test_a_repeated_matmul_goes_with_its_last_user_where_a_layer_scale_replaced_
     scale = nn.Parameter(torch.ones(COLS))
     left = []
     x = activation(ROWS, COLS)
-    x.register_hook(lambda _: left.append(len(stash.neighbours.values)))
+    x.register_hook(lambda _: left.append(len(stash.backward_cache.values)))
     with compress(Policy(min_bytes=0, recompute="linear")):
         output = mlp(x) * scale
     output.sum().backward()
@@ -128,7 +128,7 @@ def test_a_failed_backward_leaves_no_rebuilt_matmul_for_good():
     with pytest.raises(ZeroDivisionError):
         step(True)
     step(False)
-    assert not stash.neighbours.values
+    assert not stash.backward_cache.values
 
 
 def test_global_generators_are_left_alone():

@@ -317,19 +317,19 @@ def test_a_recomputed_block_repeats_its_first_matmul_once():
     model = mesa_train.wrap(tiny(), mesa_train.Policy(min_bytes=0, recompute="linear", bits=8))
     logits = model(torch.randn(2, 3, 56, 56))
     repeated = []
-    plain = stash.neighbours.offer
+    plain = stash.backward_cache.offer
 
     def offer(uses, dtype, value):
         repeated.append(tuple(value.shape))
         plain(uses, dtype, value)
 
-    stash.neighbours.offer = offer
+    stash.backward_cache.offer = offer
     try:
         logits.sum().backward()
     finally:
-        del stash.neighbours.offer
+        del stash.backward_cache.offer
     assert repeated.count((2, 16, 7 * 64)) == 3
-    assert not stash.neighbours.values
+    assert not stash.backward_cache.values
 
 
 @pytest.mark.parametrize("new", [(16, 16), (27, 27), (8, 12)])

@@ -30,6 +30,7 @@ def loader_of(config, found, plan, rank, transforms):
         accumulation=plan.accumulation,
         rank=rank,
         world=plan.world,
+        pin_memory=False,
     )
 
 
