@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from . import codecs
 from .codecs.lossless import Lossless
 from .utils import yaml_text
-from .utils.torch_functions import checked, is_function, plain_name
+from .utils.patterns import is_inside, match_override, matching, near_miss
 
 BITS = (8, 4, 2, 32)
 # What rebuilding a stash costs, in rising order; a rule says how far up it may go.
@@ -147,7 +145,7 @@ class Policy:
                 if field not in _OVERRIDABLE:
                     raise ValueError(
                         f"Policy.overrides[{pattern!r}] sets unknown field {field!r}; "
-                        f"choose from {', '.join(_OVERRIDABLE)}{_hint(field, _OVERRIDABLE)}"
+                        f"choose from {', '.join(_OVERRIDABLE)}{near_miss(field, _OVERRIDABLE)}"
                     )
             self._changed(changes)
 
@@ -164,7 +162,7 @@ class Policy:
         if name not in known:
             raise ValueError(
                 f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, PRESET+offload"
-                f"{_hint(name, known)}"
+                f"{near_miss(name, known)}"
             )
         return known[name]
 
@@ -212,7 +210,7 @@ class Policy:
             if key not in names:
                 raise ValueError(
                     f"unknown policy field {key!r}; choose from {', '.join(names)}"
-                    f"{_hint(key, names)}"
+                    f"{near_miss(key, names)}"
                 )
         return dataclasses.replace(base, **fields)
 
@@ -220,7 +218,7 @@ class Policy:
         """Resolve for each module name. ValueError if an override matches neither a module nor an
         operator."""
         names = list(modules)
-        matched = [_match(pattern, names) for pattern in self.overrides]
+        matched = [match_override(pattern, names, OPERATORS) for pattern in self.overrides]
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:
@@ -244,13 +242,13 @@ class Policy:
         names = list(modules)
         hit: set[str] = set()
         for pattern in self.checkpoint:
-            found = _named(pattern, names)
+            found = matching(pattern, names)
             if not found:
                 near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
                 hint = f"; close names: {', '.join(near)}" if near else ""
                 raise ValueError(f"Policy.checkpoint: {pattern!r} matches no module{hint}")
             hit |= found
-        return {n for n in hit if not any(_inside(n, o) for o in hit if o != n)}
+        return {n for n in hit if not any(is_inside(n, o) for o in hit if o != n)}
 
 
 _OVERRIDABLE = tuple(
@@ -348,48 +346,6 @@ def _for_inputs(policy: Policy) -> Policy:
     return dataclasses.replace(policy, bits=bits, ranges="exact")
 
 
-def _match(pattern: str, names: list[str]) -> tuple[set[str] | None, str | None, str | None]:
-    """(module names covered or None for all, operator or None, operand or None) of an override's
-    pattern."""
-    modules, _, operation = pattern.rpartition(":")
-    if not modules and operation.partition(".")[0] not in OPERATORS:
-        modules, operation = operation, ""
-    operator, _, operand = operation.partition(".")
-    if operator == "fallback" and operand not in ("", "saved"):
-        operand = checked(pattern, operand)
-    elif operation and (
-        operator not in OPERATORS or (operand and operand not in OPERATORS[operator])
-    ):
-        known = [f"{o}.{p}" for o, ps in OPERATORS.items() for p in ps]
-        choices = known if operator in OPERATORS else list(OPERATORS)
-        raise ValueError(
-            f"override {pattern!r} names no operator; choose from {', '.join(choices)}"
-            f"{_hint(operation, choices)}"
-        )
-    if not modules:
-        return None, operator, operand or None
-    hit = _named(modules, names)
-    if not hit:
-        near = difflib.get_close_matches(modules, [*names, *OPERATORS], n=4, cutoff=0.4)
-        if is_function(modules):
-            near = [f"fallback.{plain_name(modules)}", *near]
-        shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(OPERATORS)}"
-        raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
-    covered = {n for n in names if any(_inside(n, h) for h in hit)}
-    return covered, operator or None, operand or None
-
-
-def _named(pattern: str, names: Iterable[str]) -> set[str]:
-    """The names that a pattern with `*` matches whole."""
-    expression = re.compile(fnmatch.translate(pattern))
-    return {n for n in names if expression.match(n)}
-
-
-def _inside(name: str, outer: str) -> bool:
-    """Whether a module is another one or a part of it; "" is the model."""
-    return not outer or name == outer or name.startswith(outer + ".")
-
-
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices or isinstance(value, bool):
         raise ValueError(
@@ -402,11 +358,6 @@ def _integer(field: str, value: Any, least: int) -> None:
         raise TypeError(f"Policy.{field} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"Policy.{field} must be at least {least}, got {value}")
-
-
-def _hint(value: Any, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 _QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}

@@ -31,10 +31,10 @@ from torch.utils import _pytree as pytree
 
 from mesa_train.loading.inputs import NO_BATCH, resized
 from mesa_train.loading.model import load
-from mesa_train.measure.footprint import arguments, autocasting, footprint
-from mesa_train.measure.gradients import cosine, default_loss, relative_error
+from mesa_train.measure.footprint import footprint
 from mesa_train.measure.module_tree import forward_order
 from mesa_train.measure.peak import Peak, peak_of, resident
+from mesa_train.measure.step import arguments, autocasting, cosine, default_loss, relative_error
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks
 from mesa_train.methods.spec import MethodSpec, optimizer_bytes

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from mesa_train.stash.recorder import ModuleContext
+from mesa_train.stash.context import ModuleContext
 
 from .entry import ATTRIBUTE, Installed, enter
 from .mirror import mirror, mirrors_for

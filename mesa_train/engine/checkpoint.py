@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mesa_train.policy import PRESETS, Policy
-from mesa_train.stash.recorder import ModuleContext, Recorder
+from mesa_train.stash.context import ModuleContext
+from mesa_train.stash.recorder import Recorder
 
 from .checkpoint_inputs import InputHooks
 from .modes import innermost

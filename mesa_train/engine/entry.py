@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mesa_train.policy import Policy
 from mesa_train.stash import sharded_parameters
-from mesa_train.stash.recorder import ModuleContext, Report, saved_hooks
+from mesa_train.stash.context import ModuleContext, Report
+from mesa_train.stash.recorder import saved_hooks
 
 from .checkpoint_inputs import InputHooks
 from .intercept import CompressionMode, active, hookable

@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 
 from mesa_train.ops import arrays, table
 from mesa_train.policy import Policy
-from mesa_train.stash.recorder import ModuleContext, Recorder, Report, saved_hooks
+from mesa_train.stash.context import ModuleContext, Report
+from mesa_train.stash.recorder import Recorder, saved_hooks
 
 from .checkpoint_inputs import InputHooks
 from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced

@@ -15,7 +15,7 @@ from torch import nn
 
 from mesa_train.ops import table
 from mesa_train.policy import Policy
-from mesa_train.stash.recorder import ModuleContext, Report
+from mesa_train.stash.context import ModuleContext, Report
 
 from .bound import Entry, attributes_of, entry_of, own_forward
 from .entry import ATTRIBUTE, Installed

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesa_train.measure.footprint import arguments, tensors_in
+from mesa_train.measure.step import arguments, tensors_in
 from mesa_train.utils.errors import one_line
 
 

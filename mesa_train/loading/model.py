@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from mesa_train.measure.fake_tensors import FakeModel
-from mesa_train.measure.footprint import arguments, device_of, tensors_in
 from mesa_train.measure.isolation import isolated
+from mesa_train.measure.step import arguments, device_of, tensors_in
 from mesa_train.utils.errors import one_line
 
 from .factory import Fixed, check_inputs, from_factory, made, unknown

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .coverage import Coverage, coverage
 from .fake_tensors import FakeModel
 from .isolation import isolated
 from .saved_tensors import Kept, Recorder, by_address
+from .step import arguments, autocasting, device_of, tensors_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,33 +188,6 @@ def counted(own: torch.device, fakes: torch.device) -> CountedOffloadStream | No
     )
 
 
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs): a mapping is keyword arguments, a tuple or list positional ones."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def autocasting(
-    device: torch.device, dtype: torch.dtype | None
-) -> contextlib.AbstractContextManager[Any]:
-    """`torch.autocast` with `dtype` on `device`; nothing for None; ValueError for another dtype."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {dtype}")
-    return torch.autocast(device.type, dtype)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is: meta if any part is, else its first tensor's device, else the CPU."""
-    devices = [t.device for t in (*model.parameters(), *model.buffers())]
-    meta = [d for d in devices if d.type == "meta"]
-    return (meta or devices or [torch.device("cpu")])[0]
-
-
 def _target(
     model: nn.Module,
     device: str | torch.device | None,
@@ -255,17 +229,3 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     for name, size in pairs:
         totals[name] = totals.get(name, 0) + size
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Every tensor in an output: containers, dataclasses and plain objects are looked into."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            yield from tensors_in(entry)
-    elif hasattr(value, "__dict__"):
-        yield from tensors_in(vars(value))

@@ -3,17 +3,24 @@
 On a GPU the caching allocator keeps that number. On the CPU the profiler reports every allocation
 and release, and the peak is the highest running sum; what math libraries allocate behind PyTorch's
 back is not in it, so the highest resident-set size of the process stands beside it.
+
+The workspace is what kernels allocate inside themselves and free before they return. Tensors without data do not
+show it, so `workspace_of` takes one real step apart at the moments of a timeline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.autograd.profiler import profile
+from torch import nn
+from torch.autograd.profiler import profile, record_function
+
+from .timeline import BACKWARD, FORWARD, Timeline, module_hooks
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -71,3 +78,97 @@ def _status(field: str) -> int | None:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return None
+
+
+# Bytes by (phase, module).
+Workspace = Mapping[tuple[str, str], int]
+_MARK = "mesa_train mark "
+
+
+def workspace_of(
+    model: nn.Module, step: Callable[[], object], device: torch.device, counted: Timeline
+) -> Workspace:
+    """What a real `step` of `model` allocates at once beyond what was `counted`, by moment."""
+    real = _highest(real_moments(model, step, device))
+    counts = _highest(((m.phase, m.module), m.peak_bytes) for m in counted.moments)
+    return {key: max(0, size - counts[key]) for key, size in real.items() if key in counts}
+
+
+def real_moments(
+    model: nn.Module, step: Callable[[], object], device: torch.device
+) -> list[tuple[tuple[str, str], int]]:
+    """((phase, module), most bytes allocated at once beyond what was there before) of the moments
+    of one `step`."""
+    marks = _CudaMarks(device) if device.type == "cuda" else _Marks()
+    with module_hooks(model, marks):
+        return marks.run(step)
+
+
+class _Marks:
+    """On a CPU: the profiler's allocations, between events that stand for the marks."""
+
+    def __init__(self) -> None:
+        self.keys = [(FORWARD, "")]
+
+    def mark(self, phase: str, module: str) -> None:
+        with record_function(f"{_MARK}{len(self.keys)}"):
+            self.keys.append((phase, module))
+
+    def enter(self, module: str) -> None:
+        self.mark(FORWARD, module)
+
+    def leave(self, module: str) -> None:
+        pass
+
+    def arrive(self, module: str, _left: Any) -> None:
+        self.mark(BACKWARD, module)
+
+    def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        with profile(use_cpu=True, profile_memory=True) as recorded:
+            step()
+        events = recorded.kineto_results.events()
+        found: list[tuple[tuple[str, str], int]] = []
+        now = highest = number = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                highest = max(highest, now)
+            elif event.name().startswith(_MARK):
+                found.append((self.keys[number], highest))
+                number = int(event.name().removeprefix(_MARK))
+                highest = now
+        return [*found, (self.keys[number], highest)]
+
+
+class _CudaMarks(_Marks):
+    """On a GPU: the caching allocator's own numbers, which do not wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.before = device, 0
+        self.found: list[tuple[tuple[str, str], int]] = []
+
+    def mark(self, phase: str, module: str) -> None:
+        self._close()
+        self.keys.append((phase, module))
+
+    def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        self.before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        self._close()
+        return self.found
+
+    def _close(self) -> None:
+        highest = torch.cuda.max_memory_allocated(self.device) - self.before
+        self.found.append((self.keys[-1], highest))
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _highest(
+    moments: Iterable[tuple[tuple[str, str], int]],
+) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for key, size in moments:
+        found[key] = max(size, found.get(key, 0))
+    return found

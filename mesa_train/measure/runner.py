@@ -24,13 +24,13 @@ from mesa_train.methods.apply import METHODS, PLAIN, applied, check_method
 from mesa_train.methods.checkpointing import NoBlocks
 from mesa_train.policy import Policy
 
-from .footprint import arguments, autocasting, device_of, footprint
-from .gradients import default_loss as default_loss
-from .gradients import relative_error as relative_error
+from .footprint import footprint
 from .isolation import isolated
-from .peak import peak_of
+from .peak import Workspace, peak_of, workspace_of
+from .step import arguments, autocasting, device_of
+from .step import default_loss as default_loss
+from .step import relative_error as relative_error
 from .timeline import Timeline
-from .workspace import Workspace, workspace_of
 
 
 @dataclasses.dataclass(frozen=True)

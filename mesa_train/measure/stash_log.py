@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mesa_train.policy import OPERATORS
-from mesa_train.stash.recorder import Report
+from mesa_train.stash.context import Report
 from mesa_train.stash.stash import Leaf, Stash
 
 # (module, operator, operand).

@@ -8,6 +8,9 @@ is not counted, nor what a kernel allocates inside itself and frees before it re
 offloaded to CPU memory.
 
 Cost: one to a few seconds for a ViT, whatever its size and batch.
+
+`module_hooks` tells a listener when a module's forward begins and when the gradient of its output arrives.
+The time between two of these calls is a moment of the step, here as in a real run (`peak.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +33,10 @@ from mesa_train.policy import Policy
 from mesa_train.stash.offload import through
 
 from .fake_tensors import FakeModel
-from .footprint import arguments, autocasting, counted, device_of, tensors_in
-from .gradients import default_loss
+from .footprint import counted
 from .isolation import isolated
-from .marks import BACKWARD, FORWARD, module_hooks
 from .stash_log import StashLog
+from .step import arguments, autocasting, default_loss, device_of, tensors_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,3 +202,45 @@ class _Live(TorchDispatchMode):
     def _gone(self, address: int, size: int, _: Any) -> None:
         del self._alive[address]
         self.bytes -= size
+
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+class StepListener(Protocol):
+    """What is told of the marks."""
+
+    def enter(self, module: str) -> None:
+        """A module's forward begins: for the first time, or again in a checkpoint's recompute."""
+
+    def leave(self, module: str) -> Any:
+        """A module's forward ends; what it returns comes back in `arrive`."""
+
+    def arrive(self, module: str, left: Any) -> None:
+        """The gradient of a module's output has come."""
+
+
+@contextlib.contextmanager
+def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
+    """Within the context the forwards of `model`'s modules, and their backwards, are told."""
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            enter, leave = _hooks(marked, name)
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
+    def enter(*_: Any) -> None:
+        marked.enter(name)
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        left = marked.leave(name)
+        # On the node: a hook on the tensor would keep operators from being recorded together.
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda _: marked.arrive(name, left))
+                return
+
+    return enter, leave

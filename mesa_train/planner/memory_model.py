@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mesa_train.measure.peak import Workspace
 from mesa_train.measure.stash_log import BLOCK, Key, StashLog
 from mesa_train.measure.timeline import Timeline, timeline
-from mesa_train.measure.workspace import Workspace
 from mesa_train.policy import Policy
 
 from .blocks import STASHES, STRATEGIES, block_of

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mesa_train.estimate.optimizer_states import static_bytes
-from mesa_train.measure.footprint import device_of
-from mesa_train.measure.gradients import default_loss
+from mesa_train.estimate.model_states import static_bytes
 from mesa_train.measure.runner import Runs
 from mesa_train.measure.stash_log import BLOCK, Key
+from mesa_train.measure.step import default_loss, device_of
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.apply import PLAIN
 from mesa_train.policy import Policy

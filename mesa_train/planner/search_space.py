@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesa_train.measure.footprint import Footprint, device_of, footprint
+from mesa_train.measure.footprint import Footprint, footprint
 from mesa_train.measure.runner import Runs
 from mesa_train.measure.stash_log import BLOCK, Key
+from mesa_train.measure.step import device_of
 from mesa_train.measure.timeline import Timeline, timeline
 from mesa_train.methods.apply import PLAIN
 from mesa_train.methods.checkpointing import find_blocks

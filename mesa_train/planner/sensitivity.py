@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mesa_train.measure.gradients import relative_error
 from mesa_train.measure.stash_log import Key
+from mesa_train.measure.step import relative_error
 from mesa_train.policy import Policy
 
 from .candidates import KEEP, REBUILD, Candidate, as_policy

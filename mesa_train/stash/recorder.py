@@ -8,7 +8,6 @@ and never the policy or the torch function mode above it (`engine/intercept.py`)
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,25 +27,13 @@ from mesa_train.codecs.placeholder import (
     unseen,
 )
 from mesa_train.codecs.running import Running
-from mesa_train.policy import VIEW, Rule, Rules
+from mesa_train.policy import VIEW, Rule
 
+from .context import ModuleContext, Report
 from .lineage import Lineage, TracedLineage
 from .offload import OffloadedStash, Order, offload_stream_of, passes
 from .sharded_parameters import zero3_hooked
 from .stash import Leaf, MatrixLayout, Stash, held, narrowed, of_parameter, uncompressed
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleContext:
-    """Where a call comes from: the module's qualified name, its rules, and whether its forward is
-    checkpointed."""
-
-    name: str
-    rules: Rules
-    module: nn.Module | None = None
-    checkpointed: bool = False
-    # Of running ranges (see `codecs/running.py`), by operator, operand and use.
-    ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
 
 class Recorder:
@@ -301,29 +288,6 @@ class Recorder:
         self.uses[key] = use + 1
         ranges = None if context.module is None else context.ranges
         return Running(ranges, f"{operator}.{operand}.{use}", self.step, group_size)
-
-
-class Report:
-    """What one forward kept, by module, operator and operand: `rows[key] = (how, calls, bytes)`."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
-
-    def add(
-        self,
-        module: str,
-        operator: str,
-        operand: str,
-        how: str,
-        size: int,
-        stash: Stash | None = None,  # noqa: ARG002 - for reports that look closer
-    ) -> None:
-        """Count one operand of one call; `size` is in bytes that nobody else keeps already."""
-        if torch.compiler.is_compiling():
-            return
-        key = (module, operator, operand, how)
-        row = self.rows.get(key)
-        self.rows[key] = (1, size) if row is None else (row[0] + 1, row[1] + size)
 
 
 def saved_hooks() -> Any:

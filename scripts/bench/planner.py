@@ -22,8 +22,8 @@ from rich.progress import Progress
 
 from mesa_train.loading.model import load
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.gradients import relative_error
 from mesa_train.measure.runner import Runs
+from mesa_train.measure.step import relative_error
 from mesa_train.methods.apply import PLAIN
 from mesa_train.planner.plan import Plan
 from mesa_train.planner.planner import Planner

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from mesa_train import Policy, footprint
 from mesa_train.loading.model import Loaded, load
-from mesa_train.measure.footprint import tensors_in
 from mesa_train.measure.peak import peak_of
 from mesa_train.measure.runner import default_loss, relative_error
+from mesa_train.measure.step import tensors_in
 from mesa_train.methods import approx_bp
 from mesa_train.methods.apply import APPROX_BP, PLAIN
 from mesa_train.methods.checkpointing import NoBlocks

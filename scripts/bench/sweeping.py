@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import mesa_train
-from mesa_train.measure.footprint import arguments, tensors_in
-from mesa_train.measure.gradients import relative_error
+from mesa_train.measure.step import arguments, relative_error, tensors_in
 from mesa_train.utils import records
 from mesa_train.utils.records import Row
 

@@ -9,8 +9,7 @@ import torch
 
 from mesa_train.estimate.estimator import parameters_of
 from mesa_train.estimate.lora import nf4_bytes, with_lora
-from mesa_train.estimate.model_states import Cluster, Parameters, states
-from mesa_train.estimate.optimizer_states import adamw_bytes
+from mesa_train.estimate.model_states import Cluster, Parameters, adamw_bytes, states
 
 GIB = 2**30
 

@@ -11,8 +11,8 @@ from torch import nn
 import mesa_train
 import mesa_train.measure.runner
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.gradients import cosine
 from mesa_train.measure.runner import Row, compare, default_loss, relative_error
+from mesa_train.measure.step import cosine
 from mesa_train.methods.apply import METHODS
 from mesa_train.methods.checkpointing import NoBlocks, checkpointed, find_blocks
 

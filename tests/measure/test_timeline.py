@@ -7,8 +7,8 @@ from torch import nn
 
 import mesa_train
 from mesa_train.engine.wrap import policy_of
-from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.runner import Runs
+from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import BACKWARD, FORWARD, timeline
 
 BF16 = torch.bfloat16

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mesa_train.measure.gradients import default_loss
 from mesa_train.measure.runner import Runs
+from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import timeline
 from mesa_train.planner.memory_model import StepSimulator
 from mesa_train.policy import PRESETS, Policy

@@ -15,14 +15,14 @@ import mesa_train
 from mesa_train.engine.modes import innermost
 from mesa_train.engine.wrap import policy_of
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.gradients import default_loss, relative_error
 from mesa_train.measure.runner import Runs
+from mesa_train.measure.step import default_loss, relative_error
 from mesa_train.measure.timeline import timeline
 from mesa_train.planner.candidates import KEEP, OFFLOADED_AS
-from mesa_train.planner.op_timings import OpTimings
 from mesa_train.planner.plan import OverBudget, Plan, Prediction
 from mesa_train.planner.planner import Planner
 from mesa_train.planner.search_space import SearchSpace
+from mesa_train.planner.time_model import OpTimings
 from mesa_train.policy import Policy
 
 pytest.importorskip("scipy")

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mesa_train.planner.candidates import KEEP, REBUILD, Candidate
-from mesa_train.planner.op_timings import OpTimings
-from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES, times
+from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES, OpTimings, times
 
 SITES = [
     Candidate(("0", "layer_norm", "normalized"), 0, [(100, 64)], 25_600, block="0"),

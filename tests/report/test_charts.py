@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mesa_train.report.labels import place
+from mesa_train.report.charts import place
 
 pytest.importorskip("matplotlib")
 

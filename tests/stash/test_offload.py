@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import mesa_train
 from mesa_train.engine.wrap import report_of
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.gradients import relative_error
+from mesa_train.measure.step import relative_error
 from mesa_train.measure.timeline import timeline
 from mesa_train.policy import Policy
 from mesa_train.stash import offload as module

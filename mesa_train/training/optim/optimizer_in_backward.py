@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.estimate.optimizer_states import IN_BACKWARD, LION_GROUP, UPDATE
-
-from .stochastic_rounding import write_rounded
+from mesa_train.estimate.model_states import IN_BACKWARD, LION_GROUP, UPDATE
 
 METHODS = IN_BACKWARD
 # Keeps a row of zeros from a division by zero.
@@ -191,3 +189,24 @@ def _average(state: dict[str, Any], name: str, value: Tensor, beta: float) -> Te
         state[name] = torch.zeros_like(value)
     state[name].lerp_(value, 1 - beta)
     return state[name]
+
+
+def round_to_bfloat16(value: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 to bfloat16, each element to one of its two neighbours, the nearer one more often, so
+    that the expectation is `value`. Infinities and NaNs stay, and exact values do too."""
+    if value.dtype is not torch.float32:
+        raise TypeError(f"round_to_bfloat16 takes float32, got {value.dtype}")
+    # The lower 16 bits of a float32 are what bfloat16 drops: add a random 16-bit number and cut.
+    noise = torch.randint(
+        0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator
+    )
+    bits = value.contiguous().view(torch.int32)
+    rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+
+
+def write_rounded(weight: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
+    """Write a float32 value to a weight in place, stochastically if the weight is bfloat16."""
+    if weight.dtype is torch.bfloat16:
+        value = round_to_bfloat16(value, generator)
+    weight.copy_(value)

@@ -14,8 +14,8 @@ from typing import Any
 from mesa_train.estimate.estimator import RESERVE, Estimate, Estimator, Setup
 from mesa_train.estimate.model_states import Cluster
 from mesa_train.loading.model import Loaded, load
+from mesa_train.measure.fake_tensors import gpu_norms
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.on_gpu import gpu_norms
 from mesa_train.methods.apply import CHECKPOINT, PLAIN
 from mesa_train.policy import PRESETS
 

@@ -65,8 +65,8 @@ def test_kept_for_an_image_of_a_block():
 
 
 def kept_of(method, depth):
+    from mesa_train.measure.fake_tensors import gpu_norms
     from mesa_train.measure.footprint import footprint
-    from mesa_train.measure.on_gpu import gpu_norms
 
     sizes = []
     for images in (1, 2):

@@ -1,17 +1,57 @@
-"""Gradients of one step: the loss that seeds them where the caller has none, and how far two lists
-of them are apart."""
+"""One step: its arguments, its autocast and device, the loss that begins its backward, and how far its gradients
+are from others."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .footprint import tensors_in
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs): a mapping is keyword arguments, a tuple or list positional ones."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def autocasting(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[Any]:
+    """`torch.autocast` with `dtype` on `device`; nothing for None; ValueError for another dtype."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {dtype}")
+    return torch.autocast(device.type, dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: meta if any part is, else its first tensor's device, else the CPU."""
+    devices = [t.device for t in (*model.parameters(), *model.buffers())]
+    meta = [d for d in devices if d.type == "meta"]
+    return (meta or devices or [torch.device("cpu")])[0]
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in an output: containers, dataclasses and plain objects are looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
 
 
 def default_loss(output: Any) -> Tensor:

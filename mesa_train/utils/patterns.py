@@ -1,0 +1,64 @@
+"""Patterns of a policy: names of modules with `*`, operators and operands, and the near miss of a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .torch_functions import checked, is_function, plain_name
+
+
+def match_override(
+    pattern: str, names: list[str], operators: Mapping[str, tuple[str, ...]]
+) -> tuple[set[str] | None, str | None, str | None]:
+    """(module names covered or None for all, operator or None, operand or None) of an override's
+    pattern.
+
+    operators: their operands by their names. ValueError if the pattern matches nothing.
+    """
+    modules, _, operation = pattern.rpartition(":")
+    if not modules and operation.partition(".")[0] not in operators:
+        modules, operation = operation, ""
+    operator, _, operand = operation.partition(".")
+    if operator == "fallback" and operand not in ("", "saved"):
+        operand = checked(pattern, operand)
+    elif operation and (
+        operator not in operators or (operand and operand not in operators[operator])
+    ):
+        known = [f"{o}.{p}" for o, ps in operators.items() for p in ps]
+        choices = known if operator in operators else list(operators)
+        raise ValueError(
+            f"override {pattern!r} names no operator; choose from {', '.join(choices)}"
+            f"{near_miss(operation, choices)}"
+        )
+    if not modules:
+        return None, operator, operand or None
+    hit = matching(modules, names)
+    if not hit:
+        near = difflib.get_close_matches(modules, [*names, *operators], n=4, cutoff=0.4)
+        if is_function(modules):
+            near = [f"fallback.{plain_name(modules)}", *near]
+        shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(operators)}"
+        raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
+    covered = {n for n in names if any(is_inside(n, h) for h in hit)}
+    return covered, operator or None, operand or None
+
+
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names that a pattern with `*` matches whole."""
+    expression = re.compile(fnmatch.translate(pattern))
+    return {n for n in names if expression.match(n)}
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a module is another one or a part of it; "" is the model."""
+    return not outer or name == outer or name.startswith(outer + ".")
+
+
+def near_miss(value: Any, choices: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" with the choice that is closest to `value`, or ""."""
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
