@@ -168,7 +168,7 @@ def flops_of(model: nn.Module, inputs: Any, autocast: torch.dtype | None) -> dic
 _BANDWIDTH, _MATMULS, _BUS = 1.3e12, 2e14, 2.5e10
 # Bytes of a copy that is timed.
 _COPY = 1 << 26
-_ROUNDS = 5
+_REPEATS = 5
 # Matmuls are timed on at most this many rows: beyond, time goes in proportion.
 _ROWS = 4096
 
@@ -240,7 +240,7 @@ class OpTimings:
     def _time(self, run: Callable[[], Any]) -> float:
         taken = []
         with torch.no_grad():
-            for number in range(_ROUNDS + 2):
+            for number in range(_REPEATS + 2):
                 self._synchronize()
                 start = clock.perf_counter()
                 run()
