@@ -67,7 +67,7 @@ def plan(
         common.check_precision(loaded, dtype, where, fake)
         _check_baselines(baselines, points, loaded)
         with common.progress_bar() as progress:
-            planner = Planner(
+            planner = Planner.of(
                 loaded.model,
                 loaded.inputs,
                 autocast=common.autocast_of(dtype),

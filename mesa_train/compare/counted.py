@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mesa_train.estimate.model_states import adamw_bytes
 from mesa_train.loading.inputs import NO_BATCH, resized
 from mesa_train.loading.model import Loaded
 from mesa_train.measure.footprint import footprint
 from mesa_train.measure.module_tree import forward_order
+from mesa_train.measure.optimizer_states import adamw_bytes
 from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks

@@ -34,7 +34,7 @@ from mesa_train.loading.model import load
 from mesa_train.measure.footprint import footprint
 from mesa_train.measure.module_tree import forward_order
 from mesa_train.measure.peak import Peak, peak_of, resident
-from mesa_train.measure.step import arguments, autocasting, cosine, default_loss, relative_error
+from mesa_train.measure.step import Step, cosine, default_loss, relative_error
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks
 from mesa_train.methods.spec import MethodSpec, optimizer_bytes
@@ -63,6 +63,7 @@ class MethodBenchmark:
         self.device = torch.device(job["device"])
         asked = None if job["dtype"] is None else getattr(torch, job["dtype"])
         self.autocast = self.spec.autocast(asked)
+        self.run = Step(self.device, self.autocast)
         self.before = resident()
         loaded = load(
             job["model"],
@@ -111,7 +112,7 @@ class MethodBenchmark:
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
         """Within the context half of the threads, where another job has the others. Not for compiled
-        code, whose threads are compiled into it, and not for what is timed or whose scratch memory
+        code, whose threads are compiled into it, and not for what is timed or whose workspace
         is counted."""
         threads = torch.get_num_threads()
         if self.job["shares"] and not self.spec.compiled:
@@ -153,23 +154,10 @@ class MethodBenchmark:
         row["optimizer_bytes"] = optimizer_bytes(self.optimizer)
         return row | self.kept()
 
-    def loss(self, module: nn.Module, inputs: Any) -> Tensor:
-        """The loss, with the same random numbers each time."""
-        args, kwargs = arguments(inputs)
-        torch.manual_seed(0)
-        with autocasting(self.device, self.autocast):
-            return default_loss(module(*args, **kwargs))
-
     def forward_backward(self, inputs: Any = None) -> None:
-        """Gradients of one batch; float16's are scaled as a GradScaler would, and scaled back."""
-        scale = 2.0**12 if self.autocast is torch.float16 else 1.0
+        """Gradients of one batch."""
         with self.variant.active() as module:
-            loss = self.loss(module, self.inputs if inputs is None else inputs)
-            (loss if scale == 1 else loss * scale).backward()
-        if scale != 1:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
+            self.run.backward(module, self.inputs if inputs is None else inputs)
 
     def step(self, inputs: Any = None) -> None:
         """One whole training step."""
@@ -180,7 +168,7 @@ class MethodBenchmark:
     def kept(self) -> Row:
         """Bytes saved for the backward, and by operator and module where they have names."""
         if not self.spec.countable:
-            kept = self.variant.saved_bytes(lambda module: self.loss(module, self.inputs))
+            kept = self.variant.saved_bytes(lambda module: self.run.forward(module, self.inputs))
             what = "compiled graph" if self.spec.compiled else "copies in CPU memory"
             return {"saved_bytes": kept, "by_operator": {what: kept}}
         found = footprint(
@@ -217,11 +205,7 @@ class MethodBenchmark:
         taken: list[float] = []
         enough = self.job["timing_s"]
         for _ in range(self.job["rounds"]):
-            self._synchronize()
-            start = clock.perf_counter()
-            self.step()
-            self._synchronize()
-            taken.append(1e3 * (clock.perf_counter() - start))
+            taken.append(1e3 * self.run.seconds(self.step))
             if enough is not None and len(taken) > 1 and sum(taken) > 1e3 * enough:
                 break
         median = statistics.median(taken)
@@ -269,9 +253,7 @@ class MethodBenchmark:
         narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
         own = copy.deepcopy(model) if narrow else model
         wide, wide_inputs = MethodSpec.of("float32").cast(own, inputs)
-        args, kwargs = arguments(wide_inputs)
-        torch.manual_seed(0)
-        default_loss(wide(*args, **kwargs)).backward()
+        Step(self.device, None).backward(wide, wide_inputs)
         self.exact = [p.grad for p in wide.parameters()]
         for parameter in model.parameters():
             parameter.grad = None
@@ -281,10 +263,6 @@ class MethodBenchmark:
         partial = path.with_suffix(".part")
         torch.save(kept, partial)
         partial.rename(path)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -19,22 +19,19 @@ from mesa_train.loading.inputs import NO_BATCH, resized
 from mesa_train.loading.model import Loaded
 from mesa_train.measure.fake_tensors import gpu_norms
 from mesa_train.measure.footprint import footprint
+from mesa_train.measure.optimizer_states import (
+    IN_BACKWARD,
+    OPTIMIZERS,
+    adamw_bytes,
+    in_backward_bytes,
+)
 from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks, find_blocks
 from mesa_train.policy import Policy
 
 from .lora import with_lora
-from .model_states import (
-    IN_BACKWARD,
-    OPTIMIZERS,
-    Cluster,
-    Parameters,
-    States,
-    adamw_bytes,
-    in_backward_bytes,
-    states,
-)
+from .model_states import Cluster, Parameters, States, states
 
 # CUDA's context, NCCL's buffers and what the caching allocator cannot use.
 RESERVE = 2 << 30

@@ -1,11 +1,13 @@
-"""One step: its arguments, its autocast and device, the loss that begins its backward, and how far its gradients
+"""One step: forward, loss and backward of one batch with fixed random numbers, its seconds, and how far its gradients
 are from others."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time as clock
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,3 +106,60 @@ def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None
     if own_norm == norm == 0:
         return 1.0
     return product / math.sqrt(own_norm * norm) if own_norm and norm else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Forward, loss and backward of one batch. Each call draws the same random numbers.
+
+    device: of the model. autocast: its dtype, None for none. loss: from the output to a scalar.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None
+    loss: Callable[[Any], Tensor] = default_loss
+
+    @property
+    def scale(self) -> float:
+        """The factor of float16's loss, as a GradScaler's: gradients of a mean over a batch may vanish."""
+        return 2.0**12 if self.autocast is torch.float16 else 1.0
+
+    def forward(self, module: nn.Module, inputs: Any) -> Tensor:
+        """The loss of one batch."""
+        args, kwargs = arguments(inputs)
+        torch.manual_seed(0)
+        with autocasting(self.device, self.autocast):
+            return self.loss(module(*args, **kwargs))
+
+    def backward(self, module: nn.Module, inputs: Any) -> None:
+        """Add one batch's gradients to the parameters' `.grad`, which is empty before."""
+        loss = self.forward(module, inputs)
+        (loss if self.scale == 1 else loss * self.scale).backward()
+        if self.scale != 1:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale)
+
+    def gradients(self, module: nn.Module, inputs: Any) -> list[Tensor | None]:
+        """One batch's gradients of the trained parameters, whose `.grad` stays as it was; None where the loss does
+        not depend on one."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        loss = self.forward(module, inputs)
+        loss = loss if self.scale == 1 else loss * self.scale
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if self.scale == 1:
+            return list(gradients)
+        return [None if g is None else g / self.scale for g in gradients]
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Seconds of a call, with the device waited for before and after."""
+        self.synchronize()
+        start = clock.perf_counter()
+        run()
+        self.synchronize()
+        return clock.perf_counter() - start
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

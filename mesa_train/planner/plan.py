@@ -29,7 +29,7 @@ class OverBudget(ValueError):
         return cls(
             f"no policy fits {asked}; the smallest peak within reach is {peak} "
             f"({format_bytes(static)} of it there all the time: weights, inputs, optimizer "
-            f"states, scratch), with {how}",
+            f"states, workspace), with {how}",
             smallest,
         )
 
@@ -39,7 +39,7 @@ class Prediction:
     """What a step with a plan's policy takes.
 
     saved_bytes: for the backward on the device, each storage once. peak_bytes: allocated at once in a
-    step, with weights, buffers, inputs, gradients, optimizer states and the kernels' own scratch.
+    step, with weights, buffers, inputs, gradients, optimizer states and the kernels' own workspace.
     step_s: forward and backward, None for a model without data or where plain does not fit;
     time_ratio: by plain's. gradient_error: relative L2 distance from the float32 gradient.
     offloaded_bytes: in CPU memory between forward and backward.

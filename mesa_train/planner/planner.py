@@ -1,16 +1,16 @@
-"""Plan: a policy for a memory budget, chosen stash by stash, with what it will cost.
+"""Plan a policy for a memory budget: arithmetic on a profile.
 
-What could be done with every stash and block (`candidates.py`, `blocks.py`), what that costs in time
-(`time_model.py`) and in gradient error (`sensitivity.py`), and how many bytes are live at every moment of
-the step (`memory_model.py`) make an integer program (`solver.py`). Its answer is played through the timeline
-again, which shows the working set of the backward under those very choices; the program is corrected
-by it and solved again until both agree. So the predicted bytes are those of the policy itself, not
-of a model of it.
+A profile (`measure/profiling/profile.py`) holds what may be chosen for every saved tensor and block, with the bytes,
+seconds and gradient error of each choice. The planner makes an integer program of it (`solver.py`).
+
+The bytes beside the stashes change with the choices. Where the model is at hand, a step with the answer is
+simulated on fake tensors, the program is corrected by it and solved again until both agree: the predicted bytes
+are then those of the policy itself. A plan from a loaded profile alone takes the bytes beside the stashes from
+the steps that were profiled.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,25 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mesa_train.estimate.model_states import static_bytes
-from mesa_train.measure.runner import Runs
-from mesa_train.measure.stash_log import BLOCK, Key
-from mesa_train.measure.step import default_loss, device_of
-from mesa_train.measure.timeline import timeline
-from mesa_train.methods.apply import PLAIN
+from mesa_train.measure.profiling.candidates import KEEP
+from mesa_train.measure.profiling.profile import Profile, Profiler
+from mesa_train.measure.profiling.simulator import SimulatedStep
+from mesa_train.measure.stash_log import Key
 from mesa_train.policy import Policy
 from mesa_train.utils.formatting import format_bytes, parse_bytes
 
-from .blocks import PYTORCH, Block, BlockOption
-from .candidates import KEEP, also_offloaded
-from .memory_model import Choices, SimulatedStep
 from .plan import ERROR_WEIGHT, OverBudget, Plan, Prediction
-from .search_space import SearchSpace
-from .sensitivity import Sensitivity, calibrate, parameter_names, typical
 from .solver import COST, PEAK, HostLink, Moment, Problem, Solution, solve
-from .time_model import CHECKPOINT, CHECKPOINT_CODES, fit_time_model
-
-logger = logging.getLogger(__name__)
 
 # A peak this much above the smallest is as good, relatively.
 _ABOUT = 2e-3
@@ -71,7 +61,7 @@ def plan(
     Raises OverBudget, a ValueError that says what the smallest peak is, if nothing fits; ValueError
     for a bound out of range; ImportError, naming the extra, without scipy; what `footprint` raises.
     """
-    return Planner(
+    planner = Planner.of(
         model,
         inputs,
         autocast=autocast,
@@ -79,18 +69,21 @@ def plan(
         optimizer_bytes=optimizer_bytes,
         cpu_memory=cpu_memory,
         progress=progress,
-    ).plan(budget, max_time=max_time, max_error=max_error)
+    )
+    return planner.plan(budget, max_time=max_time, max_error=max_error)
 
 
-class _Played(NamedTuple):
-    """A solution with the step that it makes."""
+class _Answer(NamedTuple):
+    """A solution with the step that it makes, simulated where the model is at hand."""
 
     solution: Solution
-    simulated: SimulatedStep
+    step: SimulatedStep | None
 
     @property
     def peak_bytes(self) -> int:
-        return self.simulated.timeline.peak_bytes
+        if self.step is None:
+            return math.ceil(self.solution.peak_bytes)
+        return self.step.timeline.peak_bytes
 
 
 # Most seconds of the choices, and most variance.
@@ -98,10 +91,34 @@ _Bounds = tuple[float | None, float | None]
 
 
 class Planner:
-    """What is known of one model and batch; `plan` may be asked several times."""
+    """Plans for one profile; `plan` may be called several times.
+
+    Args:
+        profile: of the model and batch that is planned for.
+        model: measures and simulates that model, so that predicted bytes are counted; None to take them from the
+            profile.
+        cpu_memory: most CPU memory for what is offloaded, such as "64GiB"; None for any.
+    """
 
     def __init__(
         self,
+        profile: Profile,
+        model: Profiler | None = None,
+        *,
+        cpu_memory: int | str | None = None,
+    ) -> None:
+        room = None if cpu_memory is None else _bytes("cpu_memory", cpu_memory)
+        self.profile, self.model = profile, model
+        self.host_link = None
+        if profile.times.host_link is not None:
+            # A backward takes twice a forward: what goes over the link meanwhile takes no time.
+            step_s = profile.step_s
+            self.host_link = HostLink(profile.times.host_link, step_s / 3, 2 * step_s / 3, room)
+        self._least: list[_Answer | None] = []
+
+    @classmethod
+    def of(
+        cls,
         model: nn.Module,
         inputs: Any,
         *,
@@ -110,34 +127,32 @@ class Planner:
         optimizer_bytes: int | None = None,
         cpu_memory: int | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-    ) -> None:
-        room = None if cpu_memory is None else self._bytes("cpu_memory", cpu_memory)
-        self.model, self.inputs, self.autocast = model, inputs, autocast
-        self.loss = loss or default_loss
-        self.device = device_of(model)
-        self.real = self.device.type != "meta"
-        tell = progress or (lambda *_: None)
-        tell("stashes", 0, 4)
-        self.space = SearchSpace(model, inputs, autocast, self.loss)
-        self.simulator, self.candidates = self.space.simulator, self.space.candidates
-        self.static = static_bytes(model, inputs, optimizer_bytes)
-        tell("times", 1, 4)
-        self.plain_s, self.times = fit_time_model(self.space, self.device)
-        tell("gradients", 2, 4)
-        self.sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
-        self.blocks = self._blocks()
-        # Where nothing was timed: the repeated matmuls are about a fifth of a ViT's step.
-        eight = sum(self.times.candidates[s.key, 8] for s in self.candidates)
-        self.step_s = self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * eight
-        # A backward takes twice a forward: what goes over the link meanwhile takes no time.
-        self.host_link = None
-        if self.times.host_link is not None:
-            self.host_link = HostLink(
-                self.times.host_link, self.step_s / 3, 2 * self.step_s / 3, room
-            )
-        self._least: list[_Played | None] = []
-        tell("choosing", 3, 4)
-        self.plain = self._prediction_of_plain()
+    ) -> Planner:
+        """The planner of a model and batch, which are profiled first. Arguments as for `plan`."""
+        if cpu_memory is not None:
+            _bytes("cpu_memory", cpu_memory)
+        profiler = Profiler(
+            model,
+            inputs,
+            autocast=autocast,
+            loss=loss,
+            optimizer_bytes=optimizer_bytes,
+            progress=progress,
+        )
+        return cls(profiler.profile, profiler, cpu_memory=cpu_memory)
+
+    @property
+    def static(self) -> int:
+        """Bytes that are there whatever is chosen."""
+        return self.profile.static_bytes
+
+    @property
+    def plain(self) -> Prediction:
+        """What a step takes without a policy."""
+        own = self.profile
+        ratio = None if own.plain_s is None else 1.0
+        peak, error = own.static_bytes + own.plain_peak_bytes, math.sqrt(own.sensitivity.floor)
+        return Prediction(own.plain_saved_bytes, peak, own.plain_s, ratio, error)
 
     def plan(
         self,
@@ -147,7 +162,7 @@ class Planner:
         max_error: float | None = None,
     ) -> Plan:
         """As `plan`, for this model and batch."""
-        room = None if budget is None else self._bytes("budget", budget) - self.static
+        room = None if budget is None else _bytes("budget", budget) - self.static
         bounds = self._bounds(max_time, max_error)
         if room is not None and self.plain.peak_bytes - self.static <= room:
             return self._as_plain()
@@ -158,9 +173,7 @@ class Planner:
             return self._as_plain()
         smallest = self._smallest()
         asked = [
-            f"a budget of {format_bytes(self._bytes('budget', budget))}"
-            if budget is not None
-            else ""
+            f"a budget of {format_bytes(_bytes('budget', budget))}" if budget is not None else ""
         ]
         asked += [f"{max_time:.2f} times plain's time" if max_time is not None else ""]
         asked += [f"a gradient error of {max_error:.1%}" if max_error is not None else ""]
@@ -198,13 +211,13 @@ class Planner:
             found = self._cheapest(found, bounds)
         return None if found is None else self._plan(found)
 
-    def _cheapest(self, least: _Played, bounds: _Bounds) -> _Played:
+    def _cheapest(self, least: _Answer, bounds: _Bounds) -> _Answer:
         """Of the choices with about the smallest peak, those that cost least: many have it, where the
         gradients weigh more than what is kept."""
         found = self._search(int(least.peak_bytes * (1 + _ABOUT)), bounds)
         return least if found is None else found
 
-    def _search(self, room: int | None, bounds: _Bounds) -> _Played | None:
+    def _search(self, room: int | None, bounds: _Bounds) -> _Answer | None:
         """The best choices, with a host link and without: what is on its way takes memory too, so in a small
         model it may be better to move nothing."""
         found = self._searched(room, bounds, self.host_link)
@@ -217,10 +230,10 @@ class Planner:
 
     def _searched(
         self, room: int | None, bounds: _Bounds, host_link: HostLink | None
-    ) -> _Played | None:
+    ) -> _Answer | None:
         """Solve, simulate the answer through the timeline, correct the program by it, and again."""
-        best: _Played | None = None
-        now: _Played | None = None
+        best: _Answer | None = None
+        now: _Answer | None = None
         limit, restarted = room, False
         for _ in range(8):
             found = solve(
@@ -229,7 +242,7 @@ class Planner:
                 max_seconds=bounds[0],
                 max_variance=bounds[1],
                 objective=COST if room is not None else PEAK,
-                price=ERROR_WEIGHT * self.step_s,
+                price=ERROR_WEIGHT * self.profile.step_s,
             )
             if found is None:
                 # Near other choices, with another working set, there may be room yet.
@@ -241,9 +254,9 @@ class Planner:
                     best = least if best is None else best
                 continue
             before = now.solution.choices if now is not None else None
-            now = _Played(
-                found, self.simulator.simulated(self.space.policy(found.choices), found.choices)
-            )
+            now = _Answer(found, None if self.model is None else self.model.step(found.choices))
+            if self.model is None:
+                return now
             fits = room is None or now.peak_bytes <= room
             known = best is not None and found.choices == best.solution.choices
             if fits and (best is None or self._better(now, best, room)):
@@ -261,7 +274,7 @@ class Planner:
                 best = least
         return best
 
-    def _least_peak(self) -> _Played | None:
+    def _least_peak(self) -> _Answer | None:
         """What has the smallest peak, searched for once."""
         if not self._least:
             self._least.append(self._search(None, (None, None)))
@@ -269,114 +282,52 @@ class Planner:
                 self._least[0] = self._cheapest(self._least[0], (None, None))
         return self._least[0]
 
-    def _better(self, found: _Played, best: _Played, room: int | None) -> bool:
+    def _better(self, found: _Answer, best: _Answer, room: int | None) -> bool:
         if room is None:
             return found.peak_bytes < best.peak_bytes
-        return found.solution.cost(ERROR_WEIGHT * self.step_s) < best.solution.cost(
-            ERROR_WEIGHT * self.step_s
+        return found.solution.cost(ERROR_WEIGHT * self.profile.step_s) < best.solution.cost(
+            ERROR_WEIGHT * self.profile.step_s
         )
 
-    def _problem(self, near: _Played | None, host_link: HostLink | None) -> Problem:
+    def _problem(self, near: _Answer | None, host_link: HostLink | None) -> Problem:
         """The program near choices whose timeline is known (None: 8 bits for all): what is live
-        beside the stashes is taken to be the same; in other modes of a block as where all blocks
-        are in that mode."""
-        rows = dict(self.space.rows)
-        if near is not None:
-            rows |= self.simulator.rows(near.simulated, self.space.order)
-        moments = [Moment(*row, *part) for part, own in rows.items() for row in own]
-        s, p = self.sensitivity, self.times
+        beside the stashes is taken to be the same; in other strategies of a block as where all blocks
+        are in that strategy."""
+        own = self.profile
+        rows = dict(own.rows)
+        if self.model is not None and near is not None and near.step is not None:
+            rows |= self.model.rows(near.step)
+        moments = [Moment(*row, *part) for part, part_rows in rows.items() for row in part_rows]
         return Problem(
-            self.candidates,
-            p.candidates,
-            s.variance,
-            p.matmuls,
-            s.coupled,
+            own.candidates,
+            own.times.candidates,
+            own.sensitivity.variance,
+            own.times.matmuls,
+            own.sensitivity.coupled,
             moments,
-            self.space.order.entries,
-            self.blocks,
+            own.order.entries,
+            own.blocks,
             host_link,
         )
 
-    def _plan(self, answer: _Played) -> Plan:
-        found = answer.solution
-        policy = self.space.policy(found.choices)
-        kept = self.space.footprint(policy)
-        step = None if self.plain_s is None else self.plain_s + found.seconds
-        ratio = None if step is None or self.plain_s is None else step / self.plain_s
-        error = math.sqrt(self.sensitivity.floor + found.variance)
+    def _plan(self, answer: _Answer) -> Plan:
+        solution, own = answer.solution, self.profile
+        policy = own.policy(solution.choices)
+        if self.model is None:
+            saved, offloaded = own.saved_bytes(solution.choices)
+        else:
+            counted = self.model.footprint(policy)
+            saved, offloaded = counted.saved_bytes, counted.offloaded_bytes
+        step = None if own.plain_s is None else own.plain_s + solution.seconds
+        ratio = None if step is None or own.plain_s is None else step / own.plain_s
+        error = math.sqrt(own.sensitivity.floor + solution.variance)
         peak = self.static + answer.peak_bytes
-        prediction = Prediction(kept.saved_bytes, peak, step, ratio, error, kept.offloaded_bytes)
-        return Plan(policy, prediction, found.choices, found.gap, self.plain)
+        prediction = Prediction(saved, peak, step, ratio, error, offloaded)
+        return Plan(policy, prediction, solution.choices, solution.gap, self.plain)
 
     def _as_plain(self) -> Plan:
-        choices: dict[Key, int | str] = {s.key: KEEP for s in self.candidates}
+        choices: dict[Key, int | str] = {s.key: KEEP for s in self.profile.candidates}
         return Plan(Policy(enabled=False), self.plain, choices, 0.0, self.plain)
-
-    def _prediction_of_plain(self) -> Prediction:
-        counted = timeline(
-            self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
-        )
-        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.simulator.blocks}
-        peak = self.static + self.simulator.whole(counted, plain).peak_bytes
-        error = math.sqrt(self.sensitivity.floor)
-        ratio = None if self.plain_s is None else 1.0
-        return Prediction(self.space.footprint(PLAIN).saved_bytes, peak, self.plain_s, ratio, error)
-
-    def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
-        found = self._calibrated(progress)
-        also_offloaded(found.variance, self.candidates)
-        also_offloaded(found.coupled, self.candidates)
-        return found
-
-    def _calibrated(self, progress: Callable[[str], None]) -> Sensitivity:
-        every = [*self.candidates, *self.space.block_inputs.values()]
-        if not self.real:
-            return typical(every)
-        runs = Runs(self.model, self.inputs, self.autocast, self.loss)
-
-        def gradients(policy: Policy | str | None) -> list[Tensor | None]:
-            return runs.reference() if policy is None else runs.gradients(policy)
-
-        checkpointing = {
-            mode.bits: self.space.policy(self.space.all(KEEP, name))
-            for name, mode in self.space.modes.items()
-            if mode.checkpointed and not (mode.codes or mode.offloaded) and self.space.block_inputs
-        }
-        try:
-            return calibrate(
-                self.candidates,
-                self.space.base,
-                gradients,
-                parameter_names(self.model),
-                progress,
-                list(self.space.block_inputs.values()),
-                checkpointing,
-            )
-        except torch.OutOfMemoryError:
-            # The passes keep nearly everything: where that does not fit, theory has to do.
-            logger.info("no room to measure gradient errors: those of a typical ViT are taken")
-            return typical(every)
-
-    def _blocks(self) -> list[Block]:
-        """What every block takes in its modes."""
-        found = []
-        for name in self.simulator.blocks:
-            inside = sum(
-                self.sensitivity.variance[s.key, 8] for s in self.candidates if s.block == name
-            )
-            options = {}
-            for label, mode in self.space.modes.items():
-                kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
-                seconds = self.times.blocks[name, kind] if mode.checkpointed else 0.0
-                variance = inside if mode.codes else 0.0
-                candidate = self.space.block_inputs.get(name)
-                if candidate is not None and mode.bits is not None:
-                    variance += self.sensitivity.variance[candidate.key, mode.bits]
-                kept = self.space.order.kept[name, label]
-                offloaded = self.space.input_bytes(name, mode.bits) if mode.offloaded else 0
-                options[label] = BlockOption(kept, seconds, variance, offloaded)
-            found.append(Block(name, options))
-        return found
 
     def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
         """(most seconds of the choices, most variance)."""
@@ -386,16 +337,16 @@ class Planner:
             raise ValueError(f"max_error must be above 0, got {max_error}")
         seconds = None
         if max_time is not None:
-            if self.plain_s is None:
+            if self.profile.plain_s is None:
                 raise ValueError(
                     "max_time needs a model on a real device that plain fits, to be timed"
                 )
-            seconds = (max_time - 1) * self.plain_s
+            seconds = (max_time - 1) * self.profile.plain_s
         return seconds, None if max_error is None else max_error**2
 
-    @staticmethod
-    def _bytes(field: str, given: int | str) -> int:
-        size = parse_bytes(given) if isinstance(given, str) else given
-        if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-            raise ValueError(f"{field} is bytes or text such as '8GiB', got {given!r}")
-        return size
+
+def _bytes(field: str, given: int | str) -> int:
+    size = parse_bytes(given) if isinstance(given, str) else given
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ValueError(f"{field} is bytes or text such as '8GiB', got {given!r}")
+    return size

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mesa_train.measure.profiling.blocks import STASHES, Block
+from mesa_train.measure.profiling.candidates import REBUILD, Candidate, under_way
 from mesa_train.measure.stash_log import BLOCK, Key
-
-from .blocks import STASHES, Block
-from .candidates import REBUILD, Candidate, under_way
 
 # Objectives.
 COST, PEAK = "cost", "peak"

@@ -10,15 +10,24 @@ bf16 autocast.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import track
+from torch import Tensor, nn
 
 from mesa_train.loading.model import load
-from mesa_train.measure.runner import compare
+from mesa_train.measure.footprint import footprint
+from mesa_train.measure.runner import StepRunner
+from mesa_train.measure.step import default_loss, device_of, relative_error
+from mesa_train.methods.apply import METHODS, PLAIN, check_method
+from mesa_train.methods.checkpointing import NoBlocks
 from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/families.jsonl"
@@ -61,6 +70,125 @@ def main(
         common = {"model": name, "batch_size": batch_size, "dtype": "bf16 autocast"}
         origin = records.provenance()
         records.append(out, *[{**common, **row.to_dict(), **origin} for row in measured])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method's measurements; None is what was not asked for or cannot be had (see `notes`).
+
+    saved_bytes: saved for the backward, each storage once.
+    saved_ratio: how many times less than plain.
+    gradient_error: relative L2 distance from the plain float32 gradient over all parameters.
+    time_ms: median of forward plus backward.
+    time_ratio: median over the rounds of this method's time by plain's.
+    """
+
+    method: str
+    saved_bytes: int | None
+    saved_ratio: float | None = None
+    gradient_error: float | None = None
+    time_ms: float | None = None
+    time_ratio: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    inputs: Any,
+    methods: Sequence[str] = METHODS,
+    *,
+    autocast: torch.dtype | None = None,
+    fake: bool = False,
+    device: str | torch.device | None = None,
+    error: bool = True,
+    time: bool = True,
+    rounds: int = 5,
+    loss: Callable[[Any], Tensor] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """Measure `methods` on `model(inputs)`, one Row each in their order; the model stays as it was.
+
+    inputs, autocast, fake, device: as for `footprint`; fakes, and a model on the meta device, give
+        bytes alone.
+    loss: from the output to a scalar, for the real steps; default: `default_loss`.
+    rounds: timed runs of every method, after one that warms up.
+    progress: called before every step with what it is, its number from 0 and how many there are,
+        and once at the end.
+
+    Raises ValueError for an unknown method, no method or rounds < 1, and what `footprint` raises.
+    """
+    if not methods:
+        raise ValueError(f"compare() needs a method; choose from {', '.join(METHODS)}, or a preset")
+    for method in methods:
+        check_method(method)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    real = not (fake or device_of(model).type == "meta")
+    steps = _Steps(progress, len(methods), error and real, time and real, rounds)
+    count = functools.partial(footprint, model, inputs, autocast=autocast, fake=fake, device=device)
+    steps.next(f"bytes: {PLAIN}")
+    plain = count(policy=PLAIN)
+    results: dict[str, Row] = {}
+    for method in methods:
+        steps.next(f"bytes: {method}")
+        try:
+            found = plain if method == PLAIN else count(policy=method)
+        except NoBlocks as reason:
+            results[method] = Row(method, None, notes=(str(reason),))
+            continue
+        ratio = plain.saved_bytes / found.saved_bytes if found.saved_bytes else None
+        results[method] = Row(method, found.saved_bytes, ratio, notes=found.notes)
+    run = StepRunner(model, inputs, autocast, loss or default_loss)
+    usable = [method for method, row in results.items() if row.saved_bytes is not None]
+    if error and real:
+        steps.next("gradient: float32")
+        reference = run.reference()
+        for method in usable:
+            steps.next(f"gradient: {method}")
+            distance = relative_error(run.gradients(method), reference)
+            results[method] = dataclasses.replace(results[method], gradient_error=distance)
+    if time and real:
+        every = usable if PLAIN in usable else [PLAIN, *usable]
+        times = dict(zip(every, run.times(every, rounds, steps.next), strict=True))
+        for method in usable:
+            results[method] = dataclasses.replace(
+                results[method],
+                time_ms=1e3 * statistics.median(times[method]),
+                time_ratio=statistics.median(
+                    own / plain for own, plain in zip(times[method], times[PLAIN], strict=True)
+                ),
+            )
+    steps.finish()
+    return [results[method] for method in methods]
+
+
+class _Steps:
+    """Counts what `progress` is told."""
+
+    def __init__(
+        self,
+        progress: Callable[[str, int, int], None] | None,
+        methods: int,
+        error: bool,
+        time: bool,
+        rounds: int,
+    ) -> None:
+        self.progress = progress
+        self.total = methods + 1 + error * (methods + 1) + time * (rounds + 1)
+        self.done = 0
+
+    def next(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
+        self.done += 1
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress("done", self.total, self.total)
 
 
 if __name__ == "__main__":

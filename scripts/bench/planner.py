@@ -22,8 +22,8 @@ from rich.progress import Progress
 
 from mesa_train.loading.model import load
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.runner import Runs
-from mesa_train.measure.step import relative_error
+from mesa_train.measure.runner import StepRunner
+from mesa_train.measure.step import default_loss, relative_error
 from mesa_train.methods.apply import PLAIN
 from mesa_train.planner.plan import Plan
 from mesa_train.planner.planner import Planner
@@ -57,8 +57,8 @@ def main(
             def tell(what: str, done: int, total: int, task: object = task) -> None:
                 progress.update(task, description=what, completed=done, total=total)  # type: ignore[arg-type]
 
-            planner = Planner(loaded.model, loaded.inputs, autocast=BF16, progress=tell)
-            runs = Runs(loaded.model, loaded.inputs, BF16, planner.loss)
+            planner = Planner.of(loaded.model, loaded.inputs, autocast=BF16, progress=tell)
+            runs = StepRunner(loaded.model, loaded.inputs, BF16, default_loss)
             exact = runs.reference()
             low, high = None, planner.plain.peak_bytes
             for share in map(float, shares.split(",")):
@@ -80,7 +80,7 @@ def main(
 
 def measured(
     planner: Planner,
-    runs: Runs,
+    runs: StepRunner,
     found: Plan,
     exact: list[torch.Tensor | None],
     rounds: int,
@@ -88,7 +88,7 @@ def measured(
     """Predictions and measurements of one plan."""
     policy = found.policy
     kept = footprint(
-        planner.model, planner.inputs, policy=policy, autocast=BF16, loss=planner.loss
+        runs.model, runs.inputs, policy=policy, autocast=BF16, loss=default_loss
     ).saved_bytes
     peak = planner.static + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)
@@ -106,7 +106,7 @@ def measured(
         "plain_peak_bytes": found.plain.peak_bytes,
         "static_bytes": planner.static,
         "gap": found.gap,
-        "passes": planner.sensitivity.passes,
+        "passes": planner.profile.sensitivity.passes,
         "choices": [list(line) for line in found.summary()],
     }
 

@@ -18,7 +18,6 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +31,7 @@ from torch import Tensor, nn
 from mesa_train import Policy, footprint
 from mesa_train.loading.model import Loaded, load
 from mesa_train.measure.peak import peak_of
-from mesa_train.measure.runner import default_loss, relative_error
-from mesa_train.measure.step import tensors_in
+from mesa_train.measure.step import Step, relative_error, tensors_in
 from mesa_train.methods import approx_bp
 from mesa_train.methods.apply import APPROX_BP, PLAIN
 from mesa_train.methods.checkpointing import NoBlocks
@@ -189,11 +187,9 @@ class Bench:
 
     def __init__(self, loaded: Loaded, autocast: torch.dtype | None) -> None:
         self.model, self.autocast = loaded.model, autocast
-        inputs = loaded.inputs
-        self.kwargs = inputs if isinstance(inputs, dict) else {}
-        self.args = () if isinstance(inputs, dict) else (inputs,)
-        self.inputs = inputs
+        self.inputs = loaded.inputs
         self.device = next(self.model.parameters()).device
+        self.step, self.exact = Step(self.device, autocast), Step(self.device, None)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.variants: dict[str, Variant] = {}
 
@@ -209,12 +205,12 @@ class Bench:
             policy = POLICIES.get(method, method)
             found = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
             return found.saved_bytes
-        return self.variant(method).saved_bytes(lambda module: self._loss(module, self.autocast))
+        return self.variant(method).saved_bytes(lambda m: self.step.forward(m, self.inputs))
 
     def gradients(self, method: str | None) -> list[Tensor | None]:
         """Every parameter's gradient with `method`; None is plain float32, the reference."""
         with self.variant(method or PLAIN).active() as module:
-            self._loss(module, self.autocast if method else None).backward()
+            (self.step if method else self.exact).backward(module, self.inputs)
         gradients = [p.grad for p in self.model.parameters()]
         self.optimizer.zero_grad(set_to_none=True)
         return gradients
@@ -222,11 +218,7 @@ class Bench:
     def timed(self, method: str) -> float:
         """Milliseconds of one whole training step."""
         with self.variant(method).active() as module:
-            self._synchronize()
-            start = time.perf_counter()
-            self._step(module)
-            self._synchronize()
-            return (time.perf_counter() - start) * 1e3
+            return 1e3 * self.step.seconds(lambda: self._step(module))
 
     def peak_bytes(self, method: str) -> int:
         """Most bytes allocated in a step, those of weights, optimizer states and inputs among
@@ -238,18 +230,9 @@ class Bench:
         return peak.allocated_bytes + states + sum([t.nbytes for t in standing])
 
     def _step(self, module: nn.Module) -> None:
-        self._loss(module, self.autocast).backward()
+        self.step.backward(module, self.inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _loss(self, module: nn.Module, autocast: torch.dtype | None) -> Tensor:
-        torch.manual_seed(0)
-        with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-            return default_loss(module(*self.args, **self.kwargs))
 
 
 def _quartiles(values: list[float]) -> list[float]:

@@ -9,7 +9,8 @@ import torch
 
 from mesa_train.estimate.estimator import parameters_of
 from mesa_train.estimate.lora import nf4_bytes, with_lora
-from mesa_train.estimate.model_states import Cluster, Parameters, adamw_bytes, states
+from mesa_train.estimate.model_states import Cluster, Parameters, states
+from mesa_train.measure.optimizer_states import adamw_bytes
 
 GIB = 2**30
 

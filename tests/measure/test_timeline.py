@@ -7,7 +7,7 @@ from torch import nn
 
 import mesa_train
 from mesa_train.engine.wrap import policy_of
-from mesa_train.measure.runner import Runs
+from mesa_train.measure.runner import StepRunner
 from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import BACKWARD, FORWARD, timeline
 
@@ -31,9 +31,9 @@ def images():
     ["plain", "mesa8", "mesa4", "mesa8-recompute", "lossless", "checkpoint", "mesa8+checkpoint"],
 )
 def test_as_the_allocator_counts(vit, images, method):
-    real = Runs(vit, images, BF16, default_loss).peak(method)
+    real = StepRunner(vit, images, BF16, default_loss).peak(method)
     fake = timeline(vit, images, policy=method, autocast=BF16)
-    # Kernels allocate some scratch of their own, which fakes do not show.
+    # Kernels allocate some workspace of their own, which fakes do not show.
     assert fake.peak_bytes == pytest.approx(real, rel=0.05)
 
 

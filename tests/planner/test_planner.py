@@ -15,14 +15,14 @@ import mesa_train
 from mesa_train.engine.modes import innermost
 from mesa_train.engine.wrap import policy_of
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.runner import Runs
+from mesa_train.measure.profiling.candidates import KEEP, OFFLOADED_AS
+from mesa_train.measure.profiling.search_space import SearchSpace
+from mesa_train.measure.profiling.times import OpTimings
+from mesa_train.measure.runner import StepRunner
 from mesa_train.measure.step import default_loss, relative_error
 from mesa_train.measure.timeline import timeline
-from mesa_train.planner.candidates import KEEP, OFFLOADED_AS
 from mesa_train.planner.plan import OverBudget, Plan, Prediction
 from mesa_train.planner.planner import Planner
-from mesa_train.planner.search_space import SearchSpace
-from mesa_train.planner.time_model import OpTimings
 from mesa_train.policy import Policy
 
 pytest.importorskip("scipy")
@@ -54,7 +54,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def planner(vit, images):
-    return Planner(vit, images)
+    return Planner.of(vit, images)
 
 
 @pytest.mark.slow
@@ -66,10 +66,10 @@ class TestPlans:
         found = planner.plan(budget)
         said = found.prediction
         assert said.peak_bytes <= budget
-        kept = footprint(vit, images, policy=found.policy, loss=planner.loss)
+        kept = footprint(vit, images, policy=found.policy, loss=planner.model.loss)
         assert said.saved_bytes == kept.saved_bytes
-        runs = Runs(vit, images, None, planner.loss)
-        # Kernels' scratch is measured at two policies; at others it may differ.
+        runs = StepRunner(vit, images, None, planner.model.loss)
+        # Kernels' workspace is measured at two policies; at others it may differ.
         assert planner.static + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
         error = relative_error(runs.gradients(found.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
@@ -78,15 +78,17 @@ class TestPlans:
 
     def test_what_stands_outside_of_blocks_is_measured_alone(self, planner, vit, images):
         """The last norm feeds the classifier, so the weights around it do not show its error."""
-        space = planner.space
+        space = planner.model.space
         key = ("norm", "layer_norm", "normalized")
-        assert key in {candidate.key for candidate in planner.candidates if candidate.block is None}
-        runs = Runs(vit, images, None, planner.loss)
+        assert key in {
+            candidate.key for candidate in planner.profile.candidates if candidate.block is None
+        }
+        runs = StepRunner(vit, images, None, planner.model.loss)
         kept = space.all(KEEP)
         reference = runs.gradients(space.policy(kept))
         coded = runs.gradients(space.policy({**kept, key: 4}))
         measured = relative_error(coded, reference) ** 2
-        assert planner.sensitivity.variance[key, 4] == pytest.approx(measured, rel=1e-3)
+        assert planner.profile.sensitivity.variance[key, 4] == pytest.approx(measured, rel=1e-3)
 
     def test_room_for_everything_is_plain(self, planner):
         found = planner.plan("100GiB")
@@ -110,7 +112,7 @@ class TestPlans:
         loose = planner.plan()
         tight = planner.plan(max_error=0.02)
         assert tight.prediction.peak_bytes > loose.prediction.peak_bytes
-        added = tight.prediction.gradient_error**2 - planner.sensitivity.floor
+        added = tight.prediction.gradient_error**2 - planner.profile.sensitivity.floor
         assert added <= 0.02**2 * (1 + 1e-6)
 
     def test_time_is_a_bound(self, planner):
@@ -163,10 +165,11 @@ def test_the_predicted_error_adds_variances():
     layers = [
         layer for _ in range(3) for layer in (nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     ]
-    planner = Planner(nn.Sequential(*layers), torch.randn(256, 32))
+    planner = Planner.of(nn.Sequential(*layers), torch.randn(256, 32))
     # As large as what the codes add, so that the larger of the two is far from both together.
-    added = planner.plan().prediction.gradient_error ** 2 - planner.sensitivity.floor
-    planner.sensitivity = dataclasses.replace(planner.sensitivity, floor=added)
+    added = planner.plan().prediction.gradient_error ** 2 - planner.profile.sensitivity.floor
+    floored = dataclasses.replace(planner.profile.sensitivity, floor=added)
+    planner.profile = dataclasses.replace(planner.profile, sensitivity=floored)
     assert planner.plan().prediction.gradient_error == pytest.approx(math.sqrt(2 * added))
 
 
@@ -207,8 +210,8 @@ class Large(nn.Module):
 
 
 def test_where_plain_does_not_fit():
-    planner = Planner(Large(), torch.randn(2048, 64))
-    assert planner.sensitivity.passes == 0
+    planner = Planner.of(Large(), torch.randn(2048, 64))
+    assert planner.profile.sensitivity.passes == 0
     found = planner.plan(max_error=0.1)
     assert found.prediction.time_ratio is None
     assert found.prediction.peak_bytes < found.plain.peak_bytes
@@ -225,7 +228,7 @@ def test_progress_counts_four_steps():
     told = []
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.empty(128, 64)
-    Planner(model, x, progress=lambda *step: told.append(step))
+    Planner.of(model, x, progress=lambda *step: told.append(step))
     steps = [step for step in told if not step[0].startswith("gradient:")]
     assert steps == [("stashes", 0, 4), ("times", 1, 4), ("gradients", 2, 4), ("choosing", 3, 4)]
 
@@ -235,7 +238,7 @@ def test_on_meta():
     with torch.device("meta"):
         model = timm.create_model("vit_large_patch16_224", depth=3)
         images = torch.empty(64, 3, 224, 224)
-    planner = Planner(model, images, autocast=BF16)
+    planner = Planner.of(model, images, autocast=BF16)
     found = planner.plan(int(0.7 * planner.plain.peak_bytes))
     assert found.prediction.peak_bytes <= 0.7 * planner.plain.peak_bytes
     assert found.prediction.step_s is None
@@ -250,7 +253,7 @@ def test_of_a_swin_the_least_peak_is_reached_and_nothing_below_it():
     model = timm.models.swin_transformer.SwinTransformer(
         img_size=56, window_size=7, embed_dim=32, depths=(1, 1), num_heads=(2, 4), num_classes=9
     )
-    planner = Planner(model.train(), torch.randn(8, 3, 56, 56), autocast=BF16)
+    planner = Planner.of(model.train(), torch.randn(8, 3, 56, 56), autocast=BF16)
     with pytest.raises(OverBudget) as raised:
         planner.plan(planner.static + 1000)
     least = raised.value.smallest.prediction.peak_bytes
@@ -289,7 +292,7 @@ def moving():
     """Without data a model is planned for as on a GPU. The planner, a budget, and its plan."""
     with torch.device("meta"):
         model = nn.Sequential(*[Mixer() for _ in range(6)])
-        planner = Planner(model, torch.empty(65536, 4096))
+        planner = Planner.of(model, torch.empty(65536, 4096))
     budget = int(0.6 * planner.plain.peak_bytes)
     return planner, budget, planner.plan(budget)
 
@@ -304,8 +307,8 @@ class TestMoving:
         assert said.peak_bytes <= budget
         assert said.offloaded_bytes > 0
         assert set(found.choices.values()) & set(OFFLOADED_AS)
-        asked = planner.model, planner.inputs
-        kept = footprint(*asked, policy=found.policy, loss=planner.loss)
+        asked = planner.model.model, planner.model.inputs
+        kept = footprint(*asked, policy=found.policy, loss=planner.model.loss)
         assert (said.saved_bytes, said.offloaded_bytes) == (kept.saved_bytes, kept.offloaded_bytes)
         step = timeline(*asked, policy=found.policy)
         assert said.peak_bytes == planner.static + step.peak_bytes
@@ -313,7 +316,7 @@ class TestMoving:
 
     @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint of codes"])
     def test_a_checkpoints_input_may_be_moved(self, moving, mode):
-        space = moving[0].space
+        space = moving[0].model.space
         policy = space.policy(space.all(8, f"{mode}, input 8 bits, offloaded"))
         kept = space.footprint(policy)
         blocks = space.simulator.blocks
@@ -337,18 +340,18 @@ class TestMoving:
         assert tight.peak_bytes <= budget
 
     def test_the_bus_is_filled_and_hardly_waited_for(self, moving):
-        """Moving timings nothing while the host_link keeps up, so that much is offloaded, and not much more."""
+        """Moving costs nothing while the link keeps up, so that much is offloaded, and not much more."""
         planner, _, found = moving
         taken = found.prediction.offloaded_bytes / planner.host_link.bytes_per_s
         assert 0.5 * planner.host_link.forward_s < taken < 1.2 * planner.host_link.forward_s
-        assert planner.host_link.forward_s == pytest.approx(planner.step_s / 3)
+        assert planner.host_link.forward_s == pytest.approx(planner.profile.step_s / 3)
 
     def test_on_a_cpu_there_is_no_such_choice(self):
         model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
-        planner = Planner(model, torch.randn(1024, 64))
+        planner = Planner.of(model, torch.randn(1024, 64))
         assert planner.host_link is None
         assert not any(
-            set(candidate.choices()) & set(OFFLOADED_AS) for candidate in planner.candidates
+            set(candidate.choices()) & set(OFFLOADED_AS) for candidate in planner.profile.candidates
         )
 
     def test_main_memory_is_bytes(self):

@@ -5,9 +5,8 @@ import itertools
 
 import pytest
 
-from mesa_train.measure.stash_log import BLOCK
-from mesa_train.planner.blocks import STASHES, Block, BlockOption
-from mesa_train.planner.candidates import (
+from mesa_train.measure.profiling.blocks import STASHES, Block, BlockOption
+from mesa_train.measure.profiling.candidates import (
     KEEP,
     OFFLOAD,
     OFFLOAD8,
@@ -17,6 +16,7 @@ from mesa_train.planner.candidates import (
     also_offloaded,
     as_policy,
 )
+from mesa_train.measure.stash_log import BLOCK
 from mesa_train.planner.solver import PEAK, HostLink, Moment, Problem, score, solve
 from mesa_train.policy import Policy
 

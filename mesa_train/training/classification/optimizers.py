@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mesa_train.estimate.model_states import LEAST_8BIT, adamw_bytes
+from mesa_train.measure.optimizer_states import LEAST_8BIT, adamw_bytes
 from mesa_train.training.config_schema import ConfigError
 
 from .config import OptimConfig

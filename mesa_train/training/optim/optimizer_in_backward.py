@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.estimate.model_states import IN_BACKWARD, LION_GROUP, UPDATE
+from mesa_train.measure.optimizer_states import IN_BACKWARD, LION_GROUP, UPDATE
 
 METHODS = IN_BACKWARD
 # Keeps a row of zeros from a division by zero.

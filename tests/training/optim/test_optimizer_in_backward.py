@@ -7,7 +7,7 @@ from torch import nn
 
 import mesa_train
 import mesa_train.models
-from mesa_train.estimate.model_states import in_backward_bytes
+from mesa_train.measure.optimizer_states import in_backward_bytes
 from mesa_train.models.vit22b.model import sigmoid_loss
 from mesa_train.training.optim import optimizer_in_backward as in_backward
 from mesa_train.training.optim.optimizer_in_backward import (

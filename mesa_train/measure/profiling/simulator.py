@@ -108,7 +108,7 @@ class SimulatedStep(NamedTuple):
 class StepSimulator:
     """Steps of one model and batch.
 
-    scratch: of blocks that keep codes, and of those that are left to PyTorch (False, True).
+    workspace: of blocks that keep codes, and of those that are left to PyTorch (False, True).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StepSimulator:
     ) -> None:
         self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
         self.blocks = list(blocks)
-        self.scratch: dict[bool, Workspace] = {}
+        self.workspace: dict[bool, Workspace] = {}
 
     def watch(self, policy: Policy, holding: bool = False) -> tuple[StashLog, Timeline]:
         """A step with `policy`, its stashes and its timeline as counted."""
@@ -137,20 +137,20 @@ class StepSimulator:
         return watch, played
 
     def simulated(self, policy: Policy, choices: Choices) -> SimulatedStep:
-        """A step with the `policy` of these `choices`, scratch included."""
+        """A step with the `policy` of these `choices`, workspace included."""
         watch, counted = self.watch(policy)
         return SimulatedStep(
             choices, self.whole(counted, choices), [key for key, *_ in watch.stored]
         )
 
     def whole(self, counted: Timeline, choices: Choices) -> Timeline:
-        """A timeline with the scratch that counting does not show."""
+        """A timeline with the workspace that counting does not show."""
         moments = []
         for moment in counted.moments:
             block = block_of(moment.module, self.blocks)
             mode = choices.get((block or "", BLOCK, ""), STASHES)
             plain = mode != STASHES and not STRATEGIES[str(mode)].codes
-            more = self.scratch.get(plain, {}).get((moment.phase, moment.module), 0)
+            more = self.workspace.get(plain, {}).get((moment.phase, moment.module), 0)
             moments.append(dataclasses.replace(moment, peak_bytes=moment.peak_bytes + more))
         return dataclasses.replace(counted, moments=tuple(moments))
 

@@ -6,13 +6,13 @@ import types
 import pytest
 import timm
 import torch
+from families import Row, compare
 from torch import nn
 
 import mesa_train
-import mesa_train.measure.runner
+import mesa_train.measure.step
 from mesa_train.measure.footprint import footprint
-from mesa_train.measure.runner import Row, compare, default_loss, relative_error
-from mesa_train.measure.step import cosine
+from mesa_train.measure.step import cosine, default_loss, relative_error
 from mesa_train.methods.apply import METHODS
 from mesa_train.methods.checkpointing import NoBlocks, checkpointed, find_blocks
 
@@ -93,7 +93,7 @@ def test_times_are_medians(monkeypatch):
     taken = [90.0, 90.0, 1.0, 6.0, 2.0, 1.0, 6.0, 3.0]
     ticks = iter([tick for seconds in taken for tick in (100.0, 100.0 + seconds)])
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
-    monkeypatch.setattr(mesa_train.measure.runner, "clock", clock)
+    monkeypatch.setattr(mesa_train.measure.step, "clock", clock)
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
     plain, coded = compare(model, torch.randn(4, 8), ["plain", "mesa8"], rounds=3, error=False)
     assert (plain.time_ms, coded.time_ms) == (2e3, 3e3)

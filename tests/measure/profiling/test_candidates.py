@@ -7,9 +7,15 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from mesa_train.measure.stash_log import BLOCK, StashLog
-from mesa_train.planner.blocks import STASHES, STRATEGIES, Block, BlockOption, block_of, with_blocks
-from mesa_train.planner.candidates import (
+from mesa_train.measure.profiling.blocks import (
+    STASHES,
+    STRATEGIES,
+    Block,
+    BlockOption,
+    block_of,
+    with_blocks,
+)
+from mesa_train.measure.profiling.candidates import (
     KEEP,
     OFFLOAD,
     OFFLOAD8,
@@ -18,9 +24,10 @@ from mesa_train.planner.candidates import (
     also_offloaded,
     under_way,
 )
-from mesa_train.planner.planner import Planner
+from mesa_train.measure.profiling.profile import blocks_of
+from mesa_train.measure.profiling.times import CHECKPOINT, CHECKPOINT_CODES
+from mesa_train.measure.stash_log import BLOCK, StashLog
 from mesa_train.planner.solver import HostLink, Moment, Problem, score
-from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import WINDOW
 
@@ -146,7 +153,7 @@ def test_costs_of_choices_by_hand():
     assert checkpointed.peak_bytes == BYTES[8] + BYTES[4] + 300_000 + 100
     moving = dataclasses.replace(problem, host_link=HostLink(1000.0, 1.5, 0.5))
     waited = score(moving, stored | {("1", BLOCK, ""): "checkpoint"})
-    # 2,000 bytes take 2 s each option, of which 1.5 and 0.5 s are hidden.
+    # 2,000 bytes take 2 s each way, of which 1.5 and 0.5 s are hidden.
     assert waited.seconds == pytest.approx(12.0 + 0.5 + 1.5)
     assert waited.cost(2.0) == pytest.approx(14.0 + 2 * 0.55)
     assert waited.within(14.0, 0.55)
@@ -168,21 +175,19 @@ def test_what_a_block_takes_in_each_mode_by_hand():
     one, taken = candidate(block="b"), Candidate(("b", "checkpoint", "input"), 0)
     other = candidate(Q)
     modes = {name: STRATEGIES[name] for name in STRATEGIES if name.startswith("checkpoint")}
-    planner = SimpleNamespace(
+    sensitivity = SimpleNamespace(
+        variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
+    )
+    times = SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0})
+    space = SimpleNamespace(
         simulator=SimpleNamespace(blocks=["b"]),
         candidates=[one, other],
-        sensitivity=SimpleNamespace(
-            variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
-        ),
-        times=SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0}),
-        space=SimpleNamespace(
-            modes={"PyTorch": STRATEGIES["PyTorch"], **modes},
-            block_inputs={"b": taken},
-            order=SimpleNamespace(kept={("b", name): len(name) for name in STRATEGIES}),
-            input_bytes=lambda block, bits: 10 * bits,
-        ),
+        modes={"PyTorch": STRATEGIES["PyTorch"], **modes},
+        block_inputs={"b": taken},
+        order=SimpleNamespace(kept={("b", name): len(name) for name in STRATEGIES}),
+        input_bytes=lambda block, bits: 10 * bits,
     )
-    (found,) = Planner._blocks(planner)
+    (found,) = blocks_of(space, times, sensitivity)
     assert found.name == "b"
     assert {name: option.saved_bytes for name, option in found.options.items()} == {
         n: len(n) for n in STRATEGIES

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mesa_train.planner.candidates import KEEP, REBUILD, Candidate
-from mesa_train.planner.time_model import CHECKPOINT, CHECKPOINT_CODES, OpTimings, times
+from mesa_train.measure.profiling.candidates import KEEP, REBUILD, Candidate
+from mesa_train.measure.profiling.times import CHECKPOINT, CHECKPOINT_CODES, OpTimings, times
 
 SITES = [
     Candidate(("0", "layer_norm", "normalized"), 0, [(100, 64)], 25_600, block="0"),

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mesa_train.codecs.affine import Affine
 from mesa_train.measure.fake_tensors import FakeModel
 from mesa_train.measure.isolation import isolated
-from mesa_train.measure.runner import Runs
+from mesa_train.measure.runner import StepRunner
 from mesa_train.measure.stash_log import Key
 from mesa_train.measure.step import arguments, autocasting
 from mesa_train.methods.apply import PLAIN
@@ -82,7 +82,7 @@ def _steps(space: SearchSpace) -> tuple[float | None, dict[int | str, float]]:
     if space.simulator.blocks:
         asked[CHECKPOINT] = space.all(8, "checkpoint, input 8 bits")
         asked[CHECKPOINT_CODES] = space.all(8, "checkpoint of codes, input 8 bits")
-    runs = Runs(space.model, space.inputs, space.autocast, space.loss)
+    runs = StepRunner(space.model, space.inputs, space.autocast, space.loss)
     policies = [space.policy(choices) for choices in asked.values()]
     try:
         plain, *others = runs.times([PLAIN, *policies], _ROUNDS)

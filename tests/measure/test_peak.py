@@ -1,13 +1,13 @@
-"""Scratch is found at the moments where kernels take it, and closes the gap to the real peak."""
+"""Workspace is found at the moments where kernels take it, and closes the gap to the real peak."""
 
 import pytest
 import torch
 from torch import nn
 
-from mesa_train.measure.runner import Runs
+from mesa_train.measure.profiling.simulator import StepSimulator
+from mesa_train.measure.runner import StepRunner
 from mesa_train.measure.step import default_loss
 from mesa_train.measure.timeline import timeline
-from mesa_train.planner.memory_model import StepSimulator
 from mesa_train.policy import PRESETS, Policy
 
 
@@ -18,12 +18,12 @@ def test_a_convolution_in_another_layout():
     )
     model = model.to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 56, 56).to(memory_format=torch.channels_last)
-    runs = Runs(model, images, None, default_loss)
+    runs = StepRunner(model, images, None, default_loss)
     plays = StepSimulator(model, images, None, default_loss, [])
     counted = timeline(model, images, policy=PRESETS["mesa8"])
-    scratch = runs.scratch(PRESETS["mesa8"], counted)
-    assert max(scratch, key=lambda key: scratch[key])[1] == "1"
-    plays.scratch[False] = scratch
+    workspace = runs.workspace(PRESETS["mesa8"], counted)
+    assert max(workspace, key=lambda key: workspace[key])[1] == "1"
+    plays.workspace[False] = workspace
     for policy in (PRESETS["mesa8"], Policy(bits=4), Policy(bits=32)):
         counted = timeline(model, images, policy=policy)
         real = runs.peak(policy)
@@ -35,10 +35,10 @@ def test_a_convolution_in_another_layout():
 def test_moments_are_those_of_the_timeline():
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8))
     x = torch.randn(512, 64)
-    runs = Runs(model, x, None, default_loss)
+    runs = StepRunner(model, x, None, default_loss)
     counted = timeline(model, x, policy="mesa8")
-    scratch = runs.scratch("mesa8", counted)
-    assert {key for key in scratch if key[1]} == {
+    workspace = runs.workspace("mesa8", counted)
+    assert {key for key in workspace if key[1]} == {
         (m.phase, m.module) for m in counted.moments if m.module
     }
-    assert sum(scratch.values()) == pytest.approx(0, abs=2**20)
+    assert sum(workspace.values()) == pytest.approx(0, abs=2**20)

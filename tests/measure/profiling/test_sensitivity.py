@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.planner.candidates import KEEP, REBUILD, Candidate
-from mesa_train.planner.sensitivity import calibrate, typical
+from mesa_train.measure.profiling.candidates import KEEP, REBUILD, Candidate
+from mesa_train.measure.profiling.sensitivity import calibrate, typical
 from mesa_train.policy import PRESETS, Policy
 
 # A grid of 2**bits - 1 steps over the range has an error of step**2 / 12, so variances go with the

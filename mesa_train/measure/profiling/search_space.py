@@ -3,7 +3,7 @@ simplest choices.
 
 Candidates and blocks are read off forwards on tensors without data; steps with all candidates in 8 bits, with all
 blocks left to PyTorch and with all of them checkpointed show the working set of every part in every
-mode; two real steps show the kernels' scratch.
+mode; two real steps show the kernels' workspace.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.measure.footprint import Footprint, footprint
-from mesa_train.measure.runner import Runs
+from mesa_train.measure.runner import StepRunner
 from mesa_train.measure.stash_log import BLOCK, Key
 from mesa_train.measure.step import device_of
 from mesa_train.measure.timeline import Timeline, timeline
@@ -26,7 +26,7 @@ from mesa_train.policy import PRESETS, Policy
 
 from .blocks import PYTORCH, STASHES, STRATEGIES, block_of
 from .candidates import KEEP, Candidate, as_policy, candidates_of
-from .memory_model import Choices, Order, Row, SimulatedStep, StepSimulator
+from .simulator import Choices, Order, Row, SimulatedStep, StepSimulator
 
 
 class SearchSpace:
@@ -71,7 +71,7 @@ class SearchSpace:
         parents = {name.rpartition(".")[0] for name in self.simulator.blocks}
         self.siblings = {p: len(list(self.model.get_submodule(p).children())) for p in parents}
         self.order = Order.of(stored, self.candidates)
-        self._measure_scratch(first)
+        self._measure_workspace(first)
         order = [key for key, *_ in stored.stored]
         eight = self.all(8)
         self.rows = self.simulator.rows(
@@ -133,19 +133,19 @@ class SearchSpace:
         }
         return {**candidates, **blocks}
 
-    def _measure_scratch(self, first: Timeline) -> None:
+    def _measure_workspace(self, first: Timeline) -> None:
         if not self.real:
             return
-        runs = Runs(self.model, self.inputs, self.autocast, self.loss)
-        self.simulator.scratch[False] = runs.scratch(self.base, first)
+        runs = StepRunner(self.model, self.inputs, self.autocast, self.loss)
+        self.simulator.workspace[False] = runs.workspace(self.base, first)
         plain = PLAIN if not self.simulator.blocks else self.policy(self.all(8, PYTORCH))
         counted = timeline(
             self.model, self.inputs, policy=plain, autocast=self.autocast, loss=self.loss
         )
         try:
-            self.simulator.scratch[True] = runs.scratch(plain, counted)
+            self.simulator.workspace[True] = runs.workspace(plain, counted)
         except torch.OutOfMemoryError:
-            self.simulator.scratch[True] = self.simulator.scratch[False]
+            self.simulator.workspace[True] = self.simulator.workspace[False]
 
     def policy(self, choices: Choices) -> Policy:
         """The policy of these choices."""

@@ -1,0 +1,346 @@
+"""The profile of one model and batch: what may be chosen, and the bytes, seconds and error of each choice.
+
+A planner does arithmetic on a profile (`planner/planner.py`). A profile takes about twenty passes to measure and
+a few milliseconds to load, so `save` and `load` keep one for later plans on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesa_train.measure.footprint import Footprint
+from mesa_train.measure.optimizer_states import static_bytes
+from mesa_train.measure.runner import StepRunner
+from mesa_train.measure.stash_log import BLOCK, Key
+from mesa_train.measure.step import default_loss, device_of
+from mesa_train.measure.timeline import timeline
+from mesa_train.methods.apply import PLAIN
+from mesa_train.policy import PRESETS, Policy
+from mesa_train.utils.records import provenance
+
+from .blocks import PYTORCH, Block, BlockOption
+from .candidates import KEEP, Candidate, also_offloaded, as_policy
+from .search_space import SearchSpace
+from .sensitivity import Sensitivity, calibrate, parameter_names, typical
+from .simulator import Choices, Order, Part, Row, SimulatedStep
+from .times import CHECKPOINT, CHECKPOINT_CODES, TimeModel, fit_time_model, logger
+
+# Raised with every change of the file's format.
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Args:
+    candidates: the saved tensors that are chosen for, in the order of the forward.
+    siblings: how many modules the parent of each block holds, by the parent's name.
+    blocks: with the bytes, seconds and variance of each strategy.
+    order: the candidates' stashes in the order of the forward.
+    rows: bytes that are live beside the stashes at each moment, by (block, strategy).
+    times: seconds that each choice adds to the plain step.
+    sensitivity: squared relative gradient error that each choice adds.
+    plain_s: seconds of the plain step; None where it was not timed.
+    static_bytes: weights, buffers, inputs and optimizer states.
+    plain_saved_bytes: what plain saves for the backward.
+    plain_peak_bytes: the most that plain allocates in a step, beside `static_bytes`.
+    other_saved_bytes: what is saved beside the candidates, whatever is chosen.
+    source: device, versions and date of the measurement.
+    """
+
+    candidates: tuple[Candidate, ...]
+    siblings: Mapping[str, int]
+    blocks: tuple[Block, ...]
+    order: Order
+    rows: Mapping[Part, list[Row]]
+    times: TimeModel
+    sensitivity: Sensitivity
+    plain_s: float | None
+    static_bytes: int
+    plain_saved_bytes: int
+    plain_peak_bytes: int
+    other_saved_bytes: int
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the plain step, estimated where it was not timed."""
+        # The repeated matmuls are about a fifth of a ViT's step.
+        eight = sum(self.times.candidates[s.key, 8] for s in self.candidates)
+        return self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * eight
+
+    def policy(self, choices: Choices) -> Policy:
+        """The policy of these choices."""
+        return as_policy(PRESETS["mesa8"], self.candidates, choices, self.siblings)
+
+    def saved_bytes(self, choices: Choices) -> tuple[int, int]:
+        """(bytes saved on the device, bytes offloaded) under these choices."""
+        offloaded = sum(
+            s.offloaded_bytes(choices[s.key]) for s in self.candidates if s.key in choices
+        )
+        strategies = [b.options.get(str(choices.get(b.key))) for b in self.blocks]
+        offloaded += sum(option.offloaded_bytes for option in strategies if option is not None)
+        return self.other_saved_bytes + math.ceil(_stored(self.order, choices)), offloaded
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile to a JSON file."""
+        Path(path).write_text(json.dumps(_encoded(self), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile that `save` wrote. ValueError, with the path, if the file is no such profile."""
+        try:
+            return _decoded(json.loads(Path(path).read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no profile of this version: {error}") from None
+
+
+def profile(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Profile:
+    """Measure once what plans of `model` need; the model stays as it was.
+
+    Args:
+        inputs: as for `footprint`. A model on the meta device is counted alone: its seconds and errors are those
+            of a typical GPU and ViT.
+        autocast: the dtype of autocast, None for none.
+        loss: from the output to a scalar; default: `default_loss`.
+        optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
+        progress: called with (step, its number from 0, how many).
+    Returns:
+        A `Profile`, for `Planner` or `Profile.save`.
+    Raises:
+        ValueError: the model saves nothing that could be chosen for.
+    """
+    return Profiler(
+        model,
+        inputs,
+        autocast=autocast,
+        loss=loss,
+        optimizer_bytes=optimizer_bytes,
+        progress=progress,
+    ).profile
+
+
+class Profiler:
+    """Measures a profile and simulates steps of the model that it was measured on. Arguments as for `profile`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        *,
+        autocast: torch.dtype | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        optimizer_bytes: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.model, self.inputs, self.autocast = model, inputs, autocast
+        self.loss = loss or default_loss
+        device = device_of(model)
+        tell = progress or (lambda *_: None)
+        tell("stashes", 0, 4)
+        self.space = space = SearchSpace(model, inputs, autocast, self.loss)
+        tell("times", 1, 4)
+        plain_s, times = fit_time_model(space, device)
+        tell("gradients", 2, 4)
+        sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
+        also_offloaded(sensitivity.variance, space.candidates)
+        also_offloaded(sensitivity.coupled, space.candidates)
+        tell("choosing", 3, 4)
+        eight = space.all(8)
+        self.profile = Profile(
+            candidates=tuple(space.candidates),
+            siblings=space.siblings,
+            blocks=tuple(blocks_of(space, times, sensitivity)),
+            order=space.order,
+            rows=space.rows,
+            times=times,
+            sensitivity=sensitivity,
+            plain_s=plain_s,
+            static_bytes=static_bytes(model, inputs, optimizer_bytes),
+            plain_saved_bytes=space.footprint(PLAIN).saved_bytes,
+            plain_peak_bytes=self._plain_peak(),
+            other_saved_bytes=space.footprint(space.policy(eight)).saved_bytes
+            - math.floor(_stored(space.order, eight)),
+            source=provenance("cpu" if device.type == "meta" else device),
+        )
+
+    def step(self, choices: Choices) -> SimulatedStep:
+        """A step with these choices on tensors without data, as it is counted."""
+        return self.space.simulator.simulated(self.space.policy(choices), choices)
+
+    def rows(self, step: SimulatedStep) -> dict[Part, list[Row]]:
+        """The moments of a simulated step."""
+        return self.space.simulator.rows(step, self.space.order)
+
+    def footprint(self, policy: Policy | str) -> Footprint:
+        """What a step saves with a policy, counted without data."""
+        return self.space.footprint(policy)
+
+    def _plain_peak(self) -> int:
+        counted = timeline(
+            self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
+        )
+        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.space.simulator.blocks}
+        return self.space.simulator.whole(counted, plain).peak_bytes
+
+    def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
+        space = self.space
+        every = [*space.candidates, *space.block_inputs.values()]
+        if not space.real:
+            return typical(every)
+        runs = StepRunner(self.model, self.inputs, self.autocast, self.loss)
+
+        def gradients(policy: Policy | str | None) -> list[Tensor | None]:
+            return runs.reference() if policy is None else runs.gradients(policy)
+
+        checkpointing = {
+            mode.bits: space.policy(space.all(KEEP, name))
+            for name, mode in space.modes.items()
+            if mode.checkpointed and not (mode.codes or mode.offloaded) and space.block_inputs
+        }
+        try:
+            return calibrate(
+                space.candidates,
+                space.base,
+                gradients,
+                parameter_names(self.model),
+                progress,
+                list(space.block_inputs.values()),
+                checkpointing,
+            )
+        except torch.OutOfMemoryError:
+            # The passes keep nearly everything: where that does not fit, theory has to do.
+            logger.info("no room to measure gradient errors: those of a typical ViT are taken")
+            return typical(every)
+
+
+def blocks_of(space: SearchSpace, times: TimeModel, sensitivity: Sensitivity) -> list[Block]:
+    """What every block takes in its strategies."""
+    blocks = []
+    for name in space.simulator.blocks:
+        inside = sum(sensitivity.variance[s.key, 8] for s in space.candidates if s.block == name)
+        options = {}
+        for label, mode in space.modes.items():
+            kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
+            seconds = times.blocks[name, kind] if mode.checkpointed else 0.0
+            variance = inside if mode.codes else 0.0
+            candidate = space.block_inputs.get(name)
+            if candidate is not None and mode.bits is not None:
+                variance += sensitivity.variance[candidate.key, mode.bits]
+            saved = space.order.kept[name, label]
+            offloaded = space.input_bytes(name, mode.bits) if mode.offloaded else 0
+            options[label] = BlockOption(saved, seconds, variance, offloaded)
+        blocks.append(Block(name, options))
+    return blocks
+
+
+def _stored(order: Order, choices: Choices) -> float:
+    """Bytes of all entries of an order at the end of the forward, on the device and at rest."""
+    total = 0.0
+    for key, share in order.entries:
+        if key[1] == BLOCK:
+            if key[2] == "begin":
+                total += order.kept.get((key[0], str(choices.get((key[0], BLOCK, "")))), 0)
+        elif key in choices:
+            total += share * order.candidates[key].bytes(choices[key])
+    return total
+
+
+def _encoded(own: Profile) -> dict[str, Any]:
+    """A profile as JSON values. Tables by tuples become lists of [*key, value]."""
+    return {
+        "version": _VERSION,
+        "candidates": [dataclasses.asdict(candidate) for candidate in own.candidates],
+        "siblings": dict(own.siblings),
+        "blocks": [
+            [b.name, {label: list(o) for label, o in b.options.items()}] for b in own.blocks
+        ],
+        "order": [[*key, share] for key, share in own.order.entries],
+        "saved_by_block": [[*key, size] for key, size in own.order.kept.items()],
+        "rows": [[*part, [list(row) for row in rows]] for part, rows in own.rows.items()],
+        "times": {
+            "candidates": [
+                [*key, choice, value] for (key, choice), value in own.times.candidates.items()
+            ],
+            "matmuls": own.times.matmuls,
+            "blocks": [[*key, value] for key, value in own.times.blocks.items()],
+            "host_link": own.times.host_link,
+        },
+        "sensitivity": {
+            "variance": [
+                [*key, choice, value] for (key, choice), value in own.sensitivity.variance.items()
+            ],
+            "coupled": [
+                [*key, choice, value] for (key, choice), value in own.sensitivity.coupled.items()
+            ],
+            "floor": own.sensitivity.floor,
+            "passes": own.sensitivity.passes,
+        },
+        **{name: getattr(own, name) for name in _SCALARS},
+        "source": dict(own.source),
+    }
+
+
+_SCALARS = ("plain_s", "static_bytes", "plain_saved_bytes", "plain_peak_bytes", "other_saved_bytes")
+
+
+def _decoded(given: Mapping[str, Any]) -> Profile:
+    if given["version"] != _VERSION:
+        raise ValueError(f"version {given['version']}, not {_VERSION}")
+
+    def table(rows: list[list[Any]]) -> dict[tuple[Key, int | str], float]:
+        return {((r[0], r[1], r[2]), r[3]): r[4] for r in rows}
+
+    candidates = []
+    for fields in given["candidates"]:
+        matrices = [(rows, cols) for rows, cols in fields["matrices"]]
+        source = None if fields["source"] is None else tuple(fields["source"])
+        candidates.append(
+            Candidate(
+                **{**fields, "key": tuple(fields["key"]), "matrices": matrices, "source": source}
+            )
+        )
+    times, sensitivity = given["times"], given["sensitivity"]
+    return Profile(
+        candidates=tuple(candidates),
+        siblings=given["siblings"],
+        blocks=tuple(
+            Block(name, {label: BlockOption(*option) for label, option in options.items()})
+            for name, options in given["blocks"]
+        ),
+        order=Order(
+            [((r[0], r[1], r[2]), r[3]) for r in given["order"]],
+            {candidate.key: candidate for candidate in candidates},
+            {(r[0], r[1]): r[2] for r in given["saved_by_block"]},
+        ),
+        rows={(r[0], r[1]): [Row(*row) for row in r[2]] for r in given["rows"]},
+        times=TimeModel(
+            table(times["candidates"]),
+            times["matmuls"],
+            {(r[0], r[1]): r[2] for r in times["blocks"]},
+            times["host_link"],
+        ),
+        sensitivity=Sensitivity(
+            table(sensitivity["variance"]),
+            table(sensitivity["coupled"]),
+            sensitivity["floor"],
+            sensitivity["passes"],
+        ),
+        source=given["source"],
+        **{name: given[name] for name in _SCALARS},
+    )
