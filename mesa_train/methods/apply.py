@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from mesa_train.engine.wrap import report_of, unwrap, wrap
@@ -23,6 +25,7 @@ from .checkpointing import checkpointed
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 APPROX_BP = "approx-bp"
+SAVE_ON_CPU = "save_on_cpu"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
 # A preset whose blocks are checkpointed as well.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
@@ -54,22 +57,17 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
         check_method(method)
     report = report_of(model)
     reported = dict(report.rows) if report is not None else {}
-    # A wrapped module has another class and an attribute more: this is all that wrap changes.
-    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    # `wrap` and `checkpointed` change nothing but the `__dict__` of modules.
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        if method is None:
-            yield
-            return
-        unwrap(model)
-        policy, blocks = parts(method)
-        if policy is not None:
-            wrap(model, policy)
-        approximate = ApproxBP() if method == APPROX_BP else contextlib.nullcontext()
-        with checkpointed(model) if blocks else approximate:
+        with contextlib.ExitStack() as stack:
+            if method is not None:
+                unwrap(model)
+                put_on(model, method, stack)
+                stack.enter_context(running(model, method))
             yield
     finally:
-        for module, own, attributes in before:
-            module.__class__ = own
+        for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
         if report is not None:
@@ -77,9 +75,28 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
             report.rows.update(reported)
 
 
+def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) -> None:
+    """Install a method on an unwrapped model: its policy for good, its checkpointing until `stack` closes."""
+    policy, blocks = parts(method)
+    if policy is not None:
+        wrap(model, policy)
+    if blocks:
+        stack.enter_context(checkpointed(model))
+
+
+def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContextManager[Any]:
+    """The context that forward and backward of a method run in."""
+    if method == APPROX_BP:
+        return ApproxBP()
+    if method == SAVE_ON_CPU:
+        on_gpu = next(model.parameters()).is_cuda
+        return torch.autograd.graph.save_on_cpu(pin_memory=on_gpu)
+    return contextlib.nullcontext()
+
+
 def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
     """(the policy, its name, or None; whether blocks are checkpointed)."""
-    if method in (PLAIN, CHECKPOINT, APPROX_BP):
+    if method in (PLAIN, CHECKPOINT, APPROX_BP, SAVE_ON_CPU):
         return None, method == CHECKPOINT
     if isinstance(method, str) and method in BOTH:
         return BOTH[method], True

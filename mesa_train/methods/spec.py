@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from mesa_train.policy import OFFLOADED, PRESETS, Policy
 
 from . import approx_bp
-from .apply import APPROX_BP, CHECKPOINT, PLAIN
-from .variants import COMPILE, SAVE_ON_CPU, check_variant
+from .apply import APPROX_BP, CHECKPOINT, PLAIN, SAVE_ON_CPU
+from .variants import COMPILE, check_variant
 
 FLOAT32, PURE_BF16, ADAMW8BIT, OFFLOAD = "float32", "bf16", "adamw8bit", "offload"
 

@@ -17,15 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesa_train.engine.wrap import unwrap, wrap
+from mesa_train.engine.wrap import unwrap
 from mesa_train.policy import OFFLOADED, PRESETS, Policy
 from mesa_train.stash.offload import onlooker
 
-from .apply import APPROX_BP, BOTH, CHECKPOINT, CODED, PLAIN, check_method, parts
-from .approx_bp import ApproxBP
-from .checkpointing import checkpointed
+from .apply import (
+    APPROX_BP,
+    BOTH,
+    CHECKPOINT,
+    CODED,
+    PLAIN,
+    SAVE_ON_CPU,
+    check_method,
+    put_on,
+    running,
+)
 
-SAVE_ON_CPU = "save_on_cpu"
 COMPILE = "compile"
 
 # PyTorch's own pass that casts what the compiled backward reads to 8-bit floats; undocumented, so
@@ -75,26 +82,17 @@ class Variant:
         self.method = method
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.module = unwrap(copy.deepcopy(model, shared))
-        named = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
-        policy, blocks = parts(named)
-        if isinstance(policy, Policy) or policy in {**PRESETS, **OFFLOADED}:
-            wrap(self.module, policy)
-        if blocks:
-            # Held and never left: the copy is checkpointed for good.
-            self._checkpointed = checkpointed(self.module)
-            self._checkpointed.__enter__()
+        eager = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
+        # Never closed: the copy is checkpointed for good.
+        self._installed = contextlib.ExitStack()
+        put_on(self.module, PLAIN if eager in _COMPILED else eager, self._installed)
         if method in _COMPILED:
             self.module.compile(backend=_backend(*_COMPILED[method]), dynamic=False)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The module, ready to run forward and backward."""
-        with contextlib.ExitStack() as stack:
-            if self.method == SAVE_ON_CPU:
-                on_gpu = next(self.module.parameters()).is_cuda
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=on_gpu))
-            if self.method == APPROX_BP:
-                stack.enter_context(ApproxBP())
+        with running(self.module, self.method):
             yield self.module
 
     def saved_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:

@@ -33,10 +33,10 @@ from mesa_train.loading.model import Loaded, load
 from mesa_train.measure.peak import peak_of
 from mesa_train.measure.step import Step, relative_error, tensors_in
 from mesa_train.methods import approx_bp
-from mesa_train.methods.apply import APPROX_BP, PLAIN
+from mesa_train.methods.apply import APPROX_BP, PLAIN, SAVE_ON_CPU
 from mesa_train.methods.checkpointing import NoBlocks
 from mesa_train.methods.spec import optimizer_bytes
-from mesa_train.methods.variants import CHOICES, COMPILE, SAVE_ON_CPU, Variant, check_variant
+from mesa_train.methods.variants import CHOICES, COMPILE, Variant, check_variant
 from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes, format_table
 
