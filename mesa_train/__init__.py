@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import moved_modules as _moved
 from .api import unwrap, wrap
 from .engine.checkpoint import checkpoint
 from .engine.intercept import compress
@@ -35,6 +36,8 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+_moved.install()
 
 # Imported on first use: they are tools, and a training run needs neither.
 _LATER = {

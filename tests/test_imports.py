@@ -18,6 +18,7 @@ ORDER = (
     ("cli",),
     ("training", "integrations"),
     ("",),
+    ("moved_modules",),
     ("api",),
     ("report",),
     ("planner", "compare"),
