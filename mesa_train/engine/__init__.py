@@ -1,1 +1,2 @@
-"""The engine: `wrap`, the mode that intercepts torch functions, and checkpointing with coded inputs."""
+"""The engine: `wrap`, the compression mode for torch functions, and checkpointing with coded
+inputs."""

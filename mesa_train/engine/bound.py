@@ -1,8 +1,13 @@
-"""What a wrapped module has more than a plain one: an entry, and a `forward` that is bound to it.
+"""The entry of a wrapped module: extra attributes, and a `forward` that is bound to the module.
 
-`nn.Module.__call__` finds a `forward` in the module's `__dict__` before the class's. The class, the Parameters,
-buffers, hooks, state_dict keys and submodules are left as they are. Two more methods in the `__dict__` keep copies
-right: what is bound to a module would compute with it, not with its copy. Costs about 1 kB a module.
+`nn.Module.__call__` reads `forward` from the module's `__dict__` before it reads the class. So
+`wrap` changes only the `__dict__`. The class, the Parameters, buffers, hooks, state_dict keys and
+submodules stay as they are.
+
+Two more methods in the `__dict__` make copies correct. Without these methods, a copy would hold
+functions that are bound to the original module and compute with it.
+
+Cost: about 1 kB a module.
 """
 
 from __future__ import annotations
@@ -24,19 +29,23 @@ from .entry import ATTRIBUTE, Installed, enter
 from .mirror import mirror, mirrors_for
 
 _FORWARD = "forward"
-# No `forward` in the `__dict__`.
+# The `__dict__` has no `forward`.
 ABSENT: Any = inspect.Parameter.empty
 
 
-# A module's attributes, also where its class has a property of that name.
+# Reads a module's attributes, even if the module's class has a property named `__dict__`.
 attributes_of: Callable[[nn.Module], dict[str, Any]] = nn.Module.__dict__["__dict__"].__get__
 
 
 class Entry:
-    """What a wrapped module has more than a plain one.
+    """The extra attributes of one wrapped module.
 
-    installed: shared with the other modules. context: its name and rules. own: the `forward` that the module had in
-    its `__dict__` before. forward: the one that is there now; None where a module cannot have one, or needs none.
+    Attributes:
+        installed: state that all modules of the wrapped model share.
+        context: the module's name and rules.
+        own: the `forward` that the module had in its `__dict__` before `wrap`, or ABSENT.
+        forward: the `forward` that `wrap` puts into the `__dict__`. None if the module cannot have
+            one or needs none.
     """
 
     def __init__(self, installed: Installed, context: ModuleContext, own: Any = ABSENT) -> None:
@@ -45,6 +54,7 @@ class Entry:
 
     @property
     def module(self) -> nn.Module:
+        """The wrapped module."""
         assert self.context.module is not None
         return self.context.module
 
@@ -61,12 +71,14 @@ class Entry:
             attributes[name] = types.MethodType(method, module)
 
     def prepare(self) -> None:
-        """Make the `forward`. Changes nothing yet; raises what the class of the module raises."""
+        """Make the `forward`. Does not change the module; raises any error that the module's class
+        raises."""
         if enterable(self.module, self.own) and not _idle(self.module, self.own):
             self.forward = _forward_of(self.module, self.own)
 
     def take_off(self) -> None:
-        """Give the module its own attributes back. One that was exchanged since stays."""
+        """Restore the module's own attributes. An attribute that the user replaced since `wrap`
+        stays."""
         attributes = attributes_of(self.module)
         attributes.pop(ATTRIBUTE, None)
         if self.forward is None:
@@ -89,7 +101,8 @@ class Entry:
 
 
 def _revived(installed: Installed, context: ModuleContext, *own: Any) -> Entry:
-    """The entry of a module that is being unpickled or deep-copied; its other attributes come later."""
+    """The entry of a module during unpickling or deep copy; the module's other attributes are set
+    later."""
     entry = Entry(installed, context, *own)
     entry.prepare()
     entry.put_on()
@@ -97,7 +110,10 @@ def _revived(installed: Installed, context: ModuleContext, *own: Any) -> Entry:
 
 
 def entry_of(module: nn.Module) -> Entry | None:
-    """The entry of a wrapped module. A shallow copy of one is not wrapped itself, only its parts are."""
+    """The entry of a wrapped module, or None.
+
+    A shallow copy of a wrapped module is not wrapped itself. Its submodules are.
+    """
     entry = attributes_of(module).get(ATTRIBUTE)
     return entry if entry is not None and entry.module is module else None
 
@@ -105,8 +121,9 @@ def entry_of(module: nn.Module) -> Entry | None:
 def own_forward(module: nn.Module) -> Any:
     """The `forward` in the `__dict__` of a module, or ABSENT.
 
-    A `functools.cached_property` is asked here, as the first call would: it puts the forward into the `__dict__`, and
-    returns later what it finds there.
+    If the class defines `forward` as a `functools.cached_property`, this function evaluates the
+    property, as the first call would. The property then stores the forward in the `__dict__` and
+    later returns it from there.
     """
     attributes = attributes_of(module)
     if _FORWARD not in attributes and _other(inspect.getattr_static(type(module), _FORWARD)):
@@ -115,8 +132,12 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
-    """Whether a `forward` in the `__dict__` of `module` would be called. A property would be called instead, and
-    torch.compile's module has one in its `__dict__` that runs compiled code of the module inside."""
+    """Whether Python would call a `forward` in the `__dict__` of `module`.
+
+    Two cases are False. If the class has a property named `forward`, Python calls the property
+    instead. A module of torch.compile has a `forward` in its `__dict__` that runs compiled code of
+    the inner module.
+    """
     if own is not ABSENT:
         return not _optimized(module)
     found = inspect.getattr_static(type(module), _FORWARD)
@@ -124,14 +145,16 @@ def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
 
 
 def _idle(module: nn.Module, own: Any) -> bool:
-    """Whether the `forward` of `module` returns its argument: models have many of these modules, and to enter one
-    takes 5 us."""
+    """Whether the `forward` of `module` only returns its argument.
+
+    Models have many such modules, and entering one takes 5 us.
+    """
     found = inspect.getattr_static(type(module), _FORWARD)
     return own is ABSENT and found is nn.Identity.__dict__[_FORWARD]
 
 
 def _other(found: Any) -> bool:
-    """Whether the `forward` of a class is a descriptor of another kind than methods and properties."""
+    """Whether a class's `forward` is a descriptor other than a method or a property."""
     method = (types.FunctionType, functools.partialmethod, staticmethod, classmethod)
     kind = type(found)
     return (
@@ -140,13 +163,17 @@ def _other(found: Any) -> bool:
 
 
 def _optimized(module: nn.Module) -> bool:
+    """Whether `module` is a compiled module of torch.compile."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _forward_of(module: nn.Module, own: Any) -> Callable[..., Any]:
-    """The `forward` for the `__dict__` of `module`: a method where it stands for a method of the module, whose
-    function is one per class; else a function that knows the module."""
+    """The `forward` for the `__dict__` of `module`.
+
+    If it replaces a method of the module, it is a method too, and its function is shared by the
+    class. Otherwise it is a function that holds the module.
+    """
     if own is ABSENT:
         kind, found = type(module), inspect.getattr_static(type(module), _FORWARD)
         if isinstance(found, types.FunctionType):
@@ -163,12 +190,16 @@ def _forward_of(module: nn.Module, own: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _of_class(forward: Any) -> Callable[..., Any]:
+    """The mirror of a class's `forward`, made once per function."""
     return mirror(forward, _enter_class, forward)
 
 
 def _enter_class(module: Any, mirrored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with the forward of the module's class, looked up now: a lazy module's class is exchanged, and a class
-    may get another forward."""
+    """Enter with the `forward` of the module's class, read at each call.
+
+    The class can change: PyTorch exchanges the class of a lazy module, and a user can assign
+    another forward to a class.
+    """
     call = type(module).forward
     if call is not mirrored and isinstance(call, types.FunctionType):
         args, kwargs = _without_defaults(mirrored, args, kwargs)
@@ -176,29 +207,31 @@ def _enter_class(module: Any, mirrored: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _enter_bound(module: Any, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with a bound method, whose first argument is not `module`."""
+    """Enter with a bound method whose first argument is not `module`."""
     return enter(module, own, args[1:], kwargs)
 
 
 def _enter_named(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with what the class has by the name: the function of a static, class or partial method, or a callable
+    """Enter with the class attribute `forward`: a static, class or partial method, or a callable
     object."""
     return enter(module, type(module).forward, args, kwargs)
 
 
 def _enter_found(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with what another descriptor in the class makes for the module."""
+    """Enter with the callable that another kind of descriptor returns for the module."""
     return enter(module, _found(module), args, kwargs)
 
 
 def _found(module: Any) -> Any:
+    """The callable that the class's descriptor `forward` returns for the module."""
     return inspect.getattr_static(type(module), _FORWARD).__get__(module, type(module))
 
 
 def _without_defaults(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `function` that are not its defaults, which another function may not have."""
+    """The arguments of `function` that differ from its defaults. Another function may not have
+    these defaults."""
     code, defaults = function.__code__, function.__defaults__ or ()
     needed = code.co_argcount - len(defaults)
     if len(args) > code.co_argcount or needed < code.co_posonlyargcount:
@@ -216,8 +249,11 @@ def _getstate(module: Any) -> Any:
 
 
 def _freed(module: Any, state: Any) -> Any:
-    """A state of a wrapped module without what is bound to it, which would compute with it instead of a copy. The
-    entry, which stays, makes that again for the copy."""
+    """The state of a wrapped module without the functions that are bound to it.
+
+    Bound functions would compute with the original module instead of the copy. The entry stays in
+    the state and makes these functions again for the copy.
+    """
     if isinstance(state, tuple) and state:
         return (_freed(module, state[0]), *state[1:])
     entry = attributes_of(module).get(ATTRIBUTE)
@@ -232,8 +268,11 @@ def _freed(module: Any, state: Any) -> Any:
 
 
 def _reduce(module: Any) -> Any:
-    """`__reduce__` of a wrapped module whose class has one. Among the arguments of what makes the copy there may be
-    all attributes, as for `torch.fx.GraphModule`; the copy is wrapped when it is there."""
+    """`__reduce__` of a wrapped module whose class defines `__reduce__`.
+
+    The arguments of the copy's constructor may include all attributes, as for
+    `torch.fx.GraphModule`. In that case the copy is wrapped after it is made.
+    """
     kind: Any = type(module)
     reduced = kind.__reduce__(module)
     entry = attributes_of(module).get(ATTRIBUTE)
@@ -253,15 +292,18 @@ def _reduce(module: Any) -> Any:
 
 
 def _again(make: Any, args: tuple[Any, ...], installed: Installed, context: ModuleContext) -> Any:
-    """A module made by `make(*args)`, wrapped."""
+    """Make a module with `make(*args)` and wrap it."""
     module = make(*args)
     _revived(installed, dataclasses.replace(context, module=module))
     return module
 
 
 class _Own:
-    """A module's own `forward` in a state of it: that itself in a shallow copy, which is not wrapped; the one that
-    enters in a deep copy and a pickle."""
+    """A module's own `forward` within the module's state.
+
+    A shallow copy is not wrapped and gets the own forward. A deep copy or a pickle gets the forward
+    that enters the compression mode.
+    """
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -274,11 +316,13 @@ class _Own:
 
 
 def _forward(entry: Entry) -> Any:
+    """The `forward` that an entry puts on its module."""
     return entry.forward
 
 
 def _replicate(module: Any) -> nn.Module:
-    """`_replicate_for_data_parallel` of a wrapped module: the replica's forward is bound to the replica."""
+    """`_replicate_for_data_parallel` of a wrapped module: binds the replica's forward to the
+    replica."""
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
     attributes = attributes_of(replica)
     entry = attributes.get(ATTRIBUTE)
@@ -295,9 +339,10 @@ _METHODS = {
     "__reduce__": _reduce,
 }
 for _name, _method in _METHODS.items():
-    _method.__name__ = _name  # by which a bound method is pickled
+    _method.__name__ = _name  # pickle finds a bound method by its `__name__`
 
 
 def _methods(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """The copy methods that a module needs. `__reduce__` only if the module's class defines one."""
     own = type(module).__reduce__ is not object.__reduce__
     return [(n, m) for n, m in _METHODS.items() if own or n != "__reduce__"]

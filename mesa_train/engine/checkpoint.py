@@ -1,4 +1,8 @@
-"""`checkpoint`: torch's activation checkpointing, with the region's inputs kept as codes."""
+"""`checkpoint`: torch's activation checkpointing that saves codes of the region's inputs.
+
+torch's own checkpoint saves the inputs themselves. Codes take 1 byte per element at 8 bits instead
+of 2 or 4. `checkpoint_inputs.py` says how the inputs are coded.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +29,24 @@ def checkpoint(
     bits: int = 8,
     **kwargs: Any,
 ) -> Any:
-    """`torch.utils.checkpoint.checkpoint` that keeps codes of its inputs. Needs no wrapped model; in
-    one, an input whose codes are there already keeps nothing.
+    """Run `torch.utils.checkpoint.checkpoint` and save codes of the region's inputs.
 
-    function, args, kwargs: as torch's, with its keywords (`preserve_rng_state`, `context_fn`,
-        `determinism_check`, `debug`). Coded are float tensors among `args` that need a gradient;
-        tensors in `kwargs` are kept by the region itself.
-    bits: 8, 4 or 2 bits per element, 32 for the tensors themselves. The recompute starts from the
-        decoded inputs: the forward is exact, the gradient that of inputs half a code away.
+    The model need not be wrapped. In a wrapped model, an input that has codes already saves nothing
+    more. If torch.compile traces the call, it is torch's own checkpoint.
 
-    Raises ValueError for other `bits`, and what torch's raises. Traced by torch.compile, it is
-    torch's own.
+    Args:
+        function: the region, as for torch's checkpoint.
+        args: arguments of `function`. Float tensors among them that need a gradient are coded.
+        use_reentrant: as for torch's checkpoint; default False.
+        bits: 8, 4 or 2 bits per element; 32 saves the tensors themselves; default 8. The recompute
+            starts from the decoded inputs. So the forward is exact, and the gradient is the
+            gradient at inputs that differ by at most half a code.
+        kwargs: arguments of `function`, which the region itself saves, and torch's keywords
+            (`preserve_rng_state`, `context_fn`, `determinism_check`, `debug`).
+    Returns:
+        The output of `function`.
+    Raises:
+        ValueError: `bits` is not one of the choices. Also any error of torch's checkpoint.
     """
     if bits not in _CHOICES:
         raise ValueError(f"bits must be one of {', '.join(map(str, _CHOICES))}, got {bits!r}")
@@ -56,5 +67,6 @@ def checkpoint(
 
 
 def _context(bits: int) -> ModuleContext:
+    """A module context without a module that codes checkpoint inputs at `bits`."""
     policy: Policy = dataclasses.replace(PRESETS["mesa8"], checkpoint_inputs=bits)
     return ModuleContext("", policy.rules([""])[""])

@@ -1,8 +1,11 @@
-"""How a wrapped module's forward enters the interception.
+"""The call of a wrapped module: its forward runs under the compression mode.
 
-Every module enters it, so a checkpoint's recompute, which runs a block on its own in the backward, meets the same
-policy. Where nothing inside needs a gradient, nothing is entered and nothing kept. A tracer gets the plain model.
-Costs two Python frames and about 5 us a call of a module.
+Every module enters the mode, not only the outermost one. A checkpoint's recompute runs one block
+alone in the backward, and this block then has the same policy. If no tensor inside needs a
+gradient, the module enters nothing and saves nothing. A tracer (torch.export, torch.jit.trace,
+torch.fx) sees the plain model.
+
+Cost: two Python frames and about 5 us for each call of a module.
 """
 
 from __future__ import annotations
@@ -31,8 +34,15 @@ ATTRIBUTE = "_mesa_train"
 
 
 class Installed:
-    """What all modules of one wrapped model share: the policy and the report of the last
-    forward."""
+    """State that all modules of one wrapped model share.
+
+    Attributes:
+        policy: the policy of the model.
+        report: the report of the last forward.
+        steps: counts optimizer steps, for running ranges.
+        broken: whether the warning about a graph break was logged.
+        model: weak reference to the wrapped model.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -44,11 +54,14 @@ class Installed:
         self._running = "running" in changes
 
     def begins(self, context: ModuleContext) -> None:
-        """A forward from outside, of the whole model or of a part: see whether the weights have moved. That
-        of the whole model clears the report."""
+        """Begin a forward that is called from outside, of the whole model or of a part.
+
+        Counts an optimizer step if the weights have changed. A forward of the whole model clears
+        the report.
+        """
         if context.name == "":
             self.report.rows.clear()
-        # A checkpoint's recompute, which belongs to a step that has been seen, runs within a backward.
+        # A checkpoint's recompute runs within a backward. Its step is counted already.
         if self._running and torch._C._current_graph_task_id() == -1:
             model = self.model() if self.model is not None else None
             self.steps.update(model if model is not None else context.module)  # type: ignore[arg-type]
@@ -64,8 +77,17 @@ def enter(
     kwargs: dict[str, Any],
     again: bool = False,
 ) -> Any:
-    """Call a wrapped module's plain forward `call` within the interception. `again`: inside the module's
-    checkpoint."""
+    """Call a wrapped module's plain forward under the compression mode.
+
+    Args:
+        module: the wrapped module.
+        call: its plain forward.
+        args: positional arguments of `call`.
+        kwargs: keyword arguments of `call`.
+        again: True inside the module's own checkpoint.
+    Returns:
+        The output of `call`.
+    """
     entry = module.__dict__.get(ATTRIBUTE)
     if entry is None:
         return call(*args, **kwargs)
@@ -106,8 +128,9 @@ def enter(
             return call(*args, **kwargs)
         finally:
             recorder.context = outside
-    # A checkpoint began since, or parameters inside are freed apart from those outside. What is kept inside
-    # must not depend on what was kept outside.
+    # Either a checkpoint began after the mode, or FSDP frees the parameters inside apart from the
+    # parameters outside. In both cases, the stashes saved inside must not depend on stashes saved
+    # outside.
     scope = recorder.hooks, recorder.lineage, recorder.linears
     recorder.begin(hooks)
     try:
@@ -124,7 +147,7 @@ def _checkpointed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A module's forward that keeps its inputs alone, and runs again in the backward."""
+    """Run a module's forward so that it saves only its inputs and runs again in the backward."""
     installed, context = entry.installed, entry.context
     mode = active(installed)
 
@@ -135,7 +158,7 @@ def _checkpointed(
         torch.utils.checkpoint.checkpoint, forward, *args, use_reentrant=False, **kwargs
     )
     if mode is None:
-        # The model itself, or a module called by itself.
+        # This is the model itself, or a module that the user calls alone.
         if _traced():
             return call(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -145,7 +168,7 @@ def _checkpointed(
     recorder = mode.recorder
     outside, recorder.context = recorder.context, context
     try:
-        # Inside the hooks of a checkpoint of the user's own, this one's inputs are not kept at all.
+        # Inside a checkpoint of the user, this checkpoint's inputs are not saved at all.
         if mode.inputs is None and context.rules.operators["checkpoint"] and hookable():
             with InputHooks(recorder):
                 return run()
@@ -154,14 +177,16 @@ def _checkpointed(
         recorder.context = outside
 
 
-# The frames of wrapped modules are traced, those in between are not.
+# torch.compile traces the frames of wrapped modules, but not these frames between them.
 for _frame in (enter, _checkpointed):
     untraced(_frame, inside=False)
 
 
 def _traced() -> bool:
-    """Whether a program is being made of the model by torch.export, torch.jit.trace, torch.fx or make_fx. They get
-    the plain model, whose operators they can differentiate."""
+    """Whether torch.export, torch.jit.trace, torch.fx or make_fx makes a program of the model.
+
+    These tracers get the plain model, because they can differentiate its operators.
+    """
     if torch.compiler.is_exporting():
         return True
     if torch.compiler.is_compiling():
@@ -177,9 +202,12 @@ def _traced() -> bool:
 
 @untraced
 def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a gradient may be needed inside: of an argument, or of a parameter. A tensor that comes from
-    elsewhere is found by the module inside that gets it."""
-    # Under a mode, even `requires_grad` is a call that the mode sees.
+    """Whether an argument or a parameter of the module may need a gradient.
+
+    A tensor from elsewhere (a global, a closure) is not seen here. The inner module that receives
+    it as an argument sees it.
+    """
+    # Under a mode, even reading `requires_grad` is a call that goes through the mode.
     with torch._C.DisableTorchFunction():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:
@@ -189,11 +217,12 @@ def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         )
 
 
-# Types without tensors inside.
+# Types that contain no tensors.
 _ATOMS = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def _any_tracked(values: Any, module: nn.Module) -> bool:
+    """Whether a value, or a value inside a container, may need a gradient."""
     for value in values:
         if isinstance(value, Tensor):
             if value.requires_grad:
@@ -204,11 +233,12 @@ def _any_tracked(values: Any, module: nn.Module) -> bool:
             if _any_tracked(value.values(), module):
                 return True
         elif not isinstance(value, (list, tuple)) or _any_tracked(value, module):
-            return True  # an object that may hold anything
+            return True  # an object that may contain tensors
     return False
 
 
 def _trains(module: nn.Module) -> bool:
+    """Whether a parameter of the module or of its submodules needs a gradient."""
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
             return True
@@ -217,5 +247,5 @@ def _trains(module: nn.Module) -> bool:
             return True
     if module._parameters:
         return False
-    # Tensors that FSDP1 and DataParallel put in the place of parameters.
+    # FSDP1 and DataParallel replace parameters by plain tensors.
     return any([isinstance(v, Tensor) and v.requires_grad for v in vars(module).values()])

@@ -1,10 +1,13 @@
-"""The compression mode: a TorchFunctionMode that looks every torch call up in one table.
+"""The compression mode: a TorchFunctionMode that looks up every torch call in one table.
 
-Modules and functional calls meet here alike, so no model is forked and no layer replaced. A row of
-the table (see `ops/table.py`) computes the output with the very function that was called, so the
-forward is PyTorch's own, and attaches an autograd node that keeps stashes instead of tensors. A
-call without a row runs under the generic fallback. Cost: about 1 us per torch call, 10 to 30 us per
-recorded operator.
+Calls of modules and functional calls both pass through the mode. So no model is forked, and no
+layer is replaced.
+
+A row of the table (see `ops/table.py`) computes the output with the same function that was called,
+so the forward is PyTorch's own. The row also attaches an autograd node that saves stashes instead
+of tensors. A call without a row runs under the generic fallback.
+
+Cost: about 1 us per torch call, 10 to 30 us per recorded operator.
 """
 
 from __future__ import annotations
@@ -28,8 +31,14 @@ from .modes import Mode, exchange, from_outside, innermost, only_traced, untrace
 
 
 class CompressionMode(Mode):
-    """Context manager: torch calls inside keep stashes as `context` says. `owner` tells nested wraps
-    apart."""
+    """Context manager: torch calls inside save stashes as `context` says.
+
+    Args:
+        context: the module's name and rules.
+        owner: identifies the wrap, so that nested wraps are distinct.
+        report: the report that counts saved bytes; default: a new one.
+        step: the number of the optimizer step, for running ranges; default 0.
+    """
 
     def __init__(
         self, context: ModuleContext, owner: object, report: Report | None = None, step: int = 0
@@ -40,7 +49,7 @@ class CompressionMode(Mode):
         self.owner = owner
         self.recorder = Recorder(context, report, step)
         self.outer: list[Any] = []
-        # The modes that were on before, if this one is alone while it is on.
+        # The modes that were active before, if this mode replaces all of them while it is active.
         self.before: list[Any] = []
         self.inputs: InputHooks | None = None
 
@@ -51,7 +60,8 @@ class CompressionMode(Mode):
                 exchange(only_traced(self.before))
         else:
             unhide_linear()
-        # What the inner policy leaves alone is not the outer one's either.
+        # If the inner policy leaves an operator to PyTorch, the outer policy leaves it to PyTorch
+        # too.
         other = innermost()
         if other is self:
             other = None
@@ -88,7 +98,8 @@ class CompressionMode(Mode):
                 if arrays.is_array(arg):
                     return arrays.call(func, args, kwargs)
             if not self.traced:
-                # Nothing may be written to this one, so each operator keeps what it needs by itself.
+                # A traced frame must not write to this mode. So each operator uses a mode of its
+                # own and shares nothing.
                 apart = CompressionMode(self.recorder.context, self.owner)
                 return apart.__torch_function__(func, types, args, kwargs)
             if not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -118,18 +129,21 @@ untraced(CompressionMode.__torch_function__)
 
 
 def active(owner: object) -> CompressionMode | None:
-    """The mode of `owner` that is on in this thread, if the innermost one is its."""
+    """The mode of `owner` in this thread if it is the innermost mode, else None."""
     mode = innermost()
     return mode if mode is not None and mode.owner is owner else None
 
 
 @untraced
 def compress(policy: Policy | str | None = None) -> CompressionMode:
-    """Context manager: whatever is computed inside keeps its stashes as `policy` says, no module
-    needed.
+    """Context manager: torch calls inside save stashes as `policy` says. Needs no module.
 
-    policy: a `Policy`, a preset's name, or None for "mesa8". Overrides by module name match nothing
-    here and raise ValueError; those by operator apply.
+    Args:
+        policy: a `Policy`, a preset's name, or None for "mesa8". Overrides by operator apply.
+    Returns:
+        The compression mode, to be entered with `with`.
+    Raises:
+        ValueError: an override names a module. Here no module can match.
     """
     resolved = Policy.of(policy)
     if not torch.compiler.is_compiling():
@@ -138,7 +152,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
 
 
 def hookable() -> bool:
-    """Whether saved-tensor hooks can be entered: not while compiling, nor inside torch.func."""
+    """Whether saved-tensor hooks can be entered: not while compiling and not inside torch.func."""
     return (
         not torch.compiler.is_compiling()
         and not _transformed()
@@ -146,14 +160,17 @@ def hookable() -> bool:
     )
 
 
-# A context where every operator is PyTorch's.
+# A context in which every operator is PyTorch's own.
 _NOTHING = ModuleContext("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:
-    """Outside of a traced frame: inside torch.func's transforms or forward-mode differentiation, which have other
-    means than the autograd graph; and where torch.export or torch.jit.trace makes a program of PyTorch's
-    operators."""
+    """Whether PyTorch differentiates without the autograd graph, or makes a program. For untraced
+    frames.
+
+    True inside torch.func's transforms and forward-mode differentiation. True while torch.export or
+    torch.jit.trace makes a program of PyTorch's operators.
+    """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -164,11 +181,11 @@ def _transformed() -> bool:
 
 @functools.cache
 def _without_mode_check(func: python_types.FunctionType) -> python_types.FunctionType:
-    """A composite function whose own check for modes answers no.
+    """A copy of a composite function whose own check for modes returns False.
 
-    PyTorch suspends a mode while its `__torch_function__` runs, and a composite checks for modes before it
-    does anything, so calling it again with the mode on would never end. The copy calls its functions under
-    the mode.
+    PyTorch suspends a mode while the mode's `__torch_function__` runs, and a composite first checks
+    for modes. So a second call with the mode active would never end. The copy skips the check and
+    calls its functions under the mode.
     """
     names = {**func.__globals__, "has_torch_function": lambda *_: False}
     twin = python_types.FunctionType(
@@ -183,7 +200,7 @@ _REPLACED = ("deepspeed.runtime.zero.linear", "zero3_linear_wrap")
 
 
 def unhide_linear() -> None:
-    """Let a mode see `torch.nn.functional.linear` again if ZeRO-3 has replaced it."""
+    """Make `torch.nn.functional.linear` visible to a mode again if ZeRO-3 has replaced it."""
     replacement: Any = nn.functional.linear
     if replacement is _LINEAR:
         return

@@ -1,9 +1,12 @@
-"""Functions that look like another one: its parameters, defaults, globals, free variables and place in the source.
+"""Mirrors: functions that copy another function's parameters, defaults, globals, free variables and
+source position.
 
-A wrapped module's `forward` passes all of its arguments on, so `*args, **kwargs` would do to compute. But signatures
-are read (`inspect.signature`, `getfullargspec`, `__code__`), `torch.jit.script` reads the source, and `torch.fx` reads
-the globals. They all find those of the function that is mirrored. Costs one compilation of one line per function
-(0.2 ms), when a model is wrapped.
+A wrapped module's `forward` passes all its arguments on, so `*args, **kwargs` would be enough to
+compute. But other tools read the function: `inspect.signature`, `getfullargspec` and `__code__`
+read the signature, `torch.jit.script` reads the source, and `torch.fx` reads the globals. With a
+mirror, these tools read the properties of the original function.
+
+Cost: one compilation of one line per function (0.2 ms), when a model is wrapped.
 """
 
 from __future__ import annotations
@@ -22,10 +25,19 @@ _ENTER, _GIVEN, _MODULE = "_mesa_train_enter", "_mesa_train_given", "_mesa_train
 def mirror(
     function: Any, enter: Callable[..., Any], given: Any, module: Any = None
 ) -> Callable[..., Any]:
-    """A function that returns `enter(module, given, args, kwargs)`: a tuple and a dict, defaults filled in.
+    """A function that looks like `function` and returns `enter(module, given, args, kwargs)`.
 
-    function: the callable to look like. If it is no Python function, only its signature is taken.
-    module: None for a method, whose first argument is the module: the first of `args` too.
+    `args` is a tuple and `kwargs` a dict, with the defaults of `function` filled in.
+
+    Args:
+        function: the callable to look like. If it is not a Python function, only its signature is
+            copied.
+        enter: the function that the mirror calls.
+        given: the second argument of `enter`.
+        module: the first argument of `enter`. None for a method, whose first argument is the
+            module; `args` then contains the module too.
+    Returns:
+        The mirror.
     """
     code = None
     if isinstance(function, types.FunctionType):
@@ -47,7 +59,8 @@ def mirror(
 
 
 def mirrors_for(forward: Any) -> Any:
-    """The module that a mirror, or a method made of one, enters; None if `forward` is neither."""
+    """The module that a mirror, or a method made of a mirror, enters; None if `forward` is
+    neither."""
     function = getattr(forward, "__func__", forward)
     if not isinstance(function, types.FunctionType):
         return None
@@ -61,8 +74,11 @@ def mirrors_for(forward: Any) -> Any:
 
 
 def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
-    """`twin` with the name, docstring, annotations and attributes of `function`. Unlike `functools.wraps`, it
-    does not refer to `function`: tools that look for an undecorated function would call that one instead."""
+    """`twin` with the name, docstring, annotations and attributes of `function`.
+
+    Unlike `functools.wraps`, it keeps no reference to `function`. Tools that look for an
+    undecorated function would otherwise call `function` instead.
+    """
     for name in functools.WRAPPER_ASSIGNMENTS:
         if hasattr(function, name):
             setattr(twin, name, getattr(function, name))
@@ -73,7 +89,8 @@ def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
 def _generic(
     function: Any, enter: Callable[..., Any], given: Any, module: Any
 ) -> Callable[..., Any]:
-    """The mirror of a callable without Python code, or with parameters that no source can have."""
+    """The mirror of a callable without Python code, or with parameters that no source text can
+    express."""
 
     _mesa_train_enter, _mesa_train_module = enter, module
 
@@ -90,8 +107,11 @@ def _generic(
 
 @functools.cache
 def _code(plain: types.CodeType, method: bool) -> types.CodeType | None:
-    """The code of a mirror: one object per function, since torch.compile tells functions apart by it. None if there
-    is no such source."""
+    """The code object of a mirror, or None if no source text can express it.
+
+    One code object per function, because torch.compile distinguishes functions by their code
+    object.
+    """
     names, count = list(plain.co_varnames), plain.co_argcount
     if not all([n.isidentifier() and not keyword.iskeyword(n) for n in names]):
         return None
@@ -110,7 +130,7 @@ def _code(plain: types.CodeType, method: bool) -> types.CodeType | None:
         parameters.append(f"**{rest}")
     args = "".join([f"{n}, " for n in [*first, *([f"*{many}"] if many else [])]])
     kwargs = ", ".join([*[f'"{n}": {n}' for n in only], *([f"**{rest}"] if rest else [])])
-    # Statements after the return make free variables of the names, and are never run.
+    # Statements after the return never run. They only make the names free variables.
     free = "".join([f"; {n}" for n in plain.co_freevars])
     source = (
         f"def make({', '.join([_ENTER, _GIVEN, _MODULE, *plain.co_freevars])}):\n"

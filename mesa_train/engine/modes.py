@@ -1,10 +1,12 @@
-"""Which interceptions are on in this thread, and which of them torch.compile may see.
+"""The compression modes that are active in this thread, and their use under torch.compile.
 
-Dynamo traces a torch function mode, but not well one that was entered outside of the frame: what is
-written to it would outlive the frame, and a second frame fails on it. So no traced frame uses an
-interception from outside. A wrapped module that is traced takes such interceptions off the stack and
-enters one of its own. Where torch.compile breaks the graph of a module, that module's frame runs in
-Python with no interception on; the modules inside, which are traced, enter one each.
+Why: Dynamo can trace a torch function mode, but not a mode that was entered outside the traced
+frame. A write to such a mode would outlive the frame, and a second frame would fail on it.
+
+How: no traced frame uses a compression mode from outside. A wrapped module that is traced removes
+such modes from the stack and enters a mode of its own. If torch.compile breaks the graph of a
+module, the frame of this module runs in Python without a compression mode. The modules inside,
+which are traced, each enter a mode of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _logger = logging.getLogger(__name__)
 
 
 class Mode(TorchFunctionMode):
-    """Base of the interception. traced: whether it was made in a frame that torch.compile traces."""
+    """Base class of the compression mode. `traced`: whether torch.compile traces the frame that
+    made it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,14 +37,17 @@ class Mode(TorchFunctionMode):
 
 
 class Owner(Protocol):
-    """What the modules of one wrapped model share. broken: that its graph breaks has been said."""
+    """State shared by the modules of one wrapped model. `broken`: its graph break was logged
+    already."""
 
     broken: bool
 
 
 def innermost() -> Any:
-    """The innermost interception that is on in this thread, or None. In a traced frame, one that was
-    entered outside of it does not count."""
+    """The innermost compression mode that is active in this thread, or None.
+
+    In a traced frame, a mode that was entered outside the frame does not count.
+    """
     for place in range(torch._C._len_torch_function_stack() - 1, -1, -1):
         mode = torch._C._get_function_stack_at(place)
         if isinstance(mode, Mode):
@@ -50,18 +56,19 @@ def innermost() -> Any:
 
 
 def from_outside() -> list[Any]:
-    """In a traced frame: all modes that are on, if an interception entered outside is among them."""
+    """In a traced frame: all active modes if one of them is a compression mode from outside, else
+    []."""
     modes = _get_current_function_mode_stack()
     return modes if any([isinstance(m, Mode) and not m.traced for m in modes]) else []
 
 
 def only_traced(modes: list[Any]) -> list[Any]:
-    """`modes` without the interceptions that were entered outside of the traced frame."""
+    """`modes` without the compression modes that were entered outside the traced frame."""
     return [m for m in modes if not isinstance(m, Mode) or m.traced]
 
 
 def exchange(modes: list[Any]) -> None:
-    """Let `modes` be the torch function modes that are on."""
+    """Replace the stack of active torch function modes by `modes`."""
     for _ in range(len(_get_current_function_mode_stack())):
         _pop_mode()
     for mode in modes:
@@ -70,7 +77,7 @@ def exchange(modes: list[Any]) -> None:
 
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
-    """Context manager: without the interceptions that are on."""
+    """Context manager: run without the active compression modes."""
     modes = _get_current_function_mode_stack()
     others = [m for m in modes if not isinstance(m, Mode)]
     if len(others) == len(modes):
@@ -84,8 +91,15 @@ def aside() -> Iterator[None]:
 
 
 def put_aside(owner: Owner, name: str, module: object) -> list[Any]:
-    """Where torch.compile has broken the graph inside `module`: take the interceptions off, and return the modes
-    that were on."""
+    """Remove the compression modes after a graph break, and log the break once.
+
+    Args:
+        owner: the state of the wrapped model.
+        name: the name of the module in which torch.compile broke the graph.
+        module: this module.
+    Returns:
+        The modes that were active before, for `exchange`.
+    """
     if not owner.broken:
         owner.broken = True
         _logger.warning(
@@ -100,16 +114,23 @@ def put_aside(owner: Owner, name: str, module: object) -> list[Any]:
 
 
 _dynamo = torch._C._dynamo.eval_frame
-# A function if torch.compile compiles the frames that are called from here. In a frame that is not traced itself,
-# this means that it broke a graph there or gave the frame up. No Python frame of ours may be in between.
+# Returns a function if torch.compile compiles the frames that are called from here. In a frame that
+# is not traced, this means a graph break in the frame, or that torch.compile gave the frame up. No
+# Python frame of mesa_train may be in between.
 tracer = _dynamo.get_eval_frame_callback
 
 
 def untraced(function: Any, *, inside: bool = True) -> Any:
-    """Decorator: torch.compile begins no graph at `function`, which would be told that it is being compiled.
-    It is still traced where a traced frame calls it.
+    """Decorator: torch.compile starts no graph at `function`.
 
-    inside: nor at the functions that `function` calls.
+    A graph that starts there would make `torch.compiler.is_compiling()` true inside `function`. A
+    traced frame that calls `function` still traces it.
+
+    Args:
+        function: the function to mark.
+        inside: True (default) also excludes the functions that `function` calls.
+    Returns:
+        `function`.
     """
     skip, default = _dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT
     strategy = _dynamo._FrameExecStrategy(skip, skip if inside else default)

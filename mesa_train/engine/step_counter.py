@@ -1,10 +1,13 @@
-"""Counts optimisation steps by their trace in the weights, for codecs whose state moves once a step.
+"""A counter of optimizer steps, for codecs whose state changes once a step.
 
-Nobody tells a model that a step was taken. `torch.optim` has hooks for it, but DeepSpeed's engine, kernels
-that write through pointers and optimizers that run inside the backward pass them by; a tensor's version
-counts writes through PyTorch alone (DeepSpeed writes to a flat buffer behind the parameters). So a step is
-what changes a weight: its version, or any of a few elements of it, is not what it was. A step that a
-GradScaler skipped, a second micro-batch and a recompute change none.
+Why: a model is not informed of optimizer steps. `torch.optim` has hooks, but DeepSpeed's engine,
+kernels that write through pointers and optimizers in the backward do not use them. A tensor's
+version counts only writes through PyTorch, and DeepSpeed writes to a flat buffer behind the
+parameters.
+
+How: a step is counted if a trained weight has changed. A weight has changed if its version or one
+of a few sampled elements differs. A step that a GradScaler skipped, a second micro-batch and a
+recompute change no weight.
 """
 
 from __future__ import annotations
@@ -21,15 +24,22 @@ _SAMPLES = 8
 
 
 class StepCounter:
-    """`count` is how many steps `update` has seen, the first update among them."""
+    """Counts optimizer steps.
+
+    Attributes:
+        count: the number of steps that `update` has counted. The first update counts as a step.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._known: dict[tuple[str, torch.Size], _Trace] = {}
 
     def update(self, model: nn.Module) -> None:
-        """Count a step if trained weights of `model` have changed since the last update. Waits for the
-        device: a few elements of each are compared. Under a fake tensor mode nothing can be compared."""
+        """Count a step if trained weights of `model` have changed since the last update.
+
+        Waits for the device, because a few elements of each weight are compared. Under a fake
+        tensor mode nothing can be compared, and nothing is counted.
+        """
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return
         found: dict[tuple[str, torch.Size], _Trace] = {}
@@ -44,8 +54,8 @@ class StepCounter:
             self.count += 1
             self._known = found
         else:
-            # FSDP's parameters are now shards and now whole. Each form is compared with itself, and
-            # one not met since the last step with nothing.
+            # FSDP's parameters alternate between shards and full parameters. Each form is compared
+            # with the same form. A form that is new since the last step is compared with nothing.
             self._known.update(found)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +63,8 @@ class StepCounter:
 
 
 class _Trace:
-    """What a parameter was: the object, its version, and some of what it holds here."""
+    """A parameter's state: a reference to it, its version, and a few elements of its local
+    shard."""
 
     __slots__ = ("parameter", "sample", "version")
 
@@ -62,12 +73,12 @@ class _Trace:
         self.sample: Tensor | None = None
         if type(held) in (Tensor, nn.Parameter) and not held.is_meta:
             flat = held.detach().reshape(-1)
-            # As bytes, in which a NaN equals itself.
+            # Compared as bytes, because a NaN equals itself only as bytes.
             some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].clone()
             self.sample = some.view(torch.uint8)
 
     def differs(self, before: _Trace) -> bool:
-        """Whether a step lies between `before` and this."""
+        """Whether a step happened between `before` and this trace."""
         if before.parameter() is self.parameter() and before.version != self.version:
             return True
         if self.sample is None or before.sample is None:

@@ -1,7 +1,7 @@
-"""`wrap` and `unwrap`: install a policy on a model, in place, and take it off again.
+"""`wrap` and `unwrap`: install a policy on a model in place, and remove it.
 
-`entry.py` says what a wrapped module has more than a plain one. `wrap` computes it for all modules
-before it changes the first.
+`bound.py` describes the entry that `wrap` gives each module. `wrap` computes the entries of all
+modules before it changes the first module, so an error leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(model: Model, policy: Policy | str | None = None) -> Model:
-    """Install a policy on a model, in place; `mesa_train.wrap` (`api.py`) says what the arguments mean."""
+    """Install a policy on a model, in place; `mesa_train.wrap` (`api.py`) documents the
+    arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -34,7 +35,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
         )
     resolved = Policy.of(policy)
     table.prepare()
-    # All that can fail comes before the first change.
+    # All steps that can fail come before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]
     rules, checkpointed = resolved.rules(names), resolved.checkpointed(names)
@@ -50,8 +51,17 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
 
 
 def unwrap(model: Model) -> Model:
-    """Take the policy off again; the model is what it was before `wrap`. A model that is not
-    wrapped stays as it is."""
+    """Remove the policy from a model, in place.
+
+    The model is then as it was before `wrap`. A model that is not wrapped stays as it is.
+
+    Args:
+        model: a wrapped or a plain model.
+    Returns:
+        `model`.
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unwrap takes an nn.Module, got {type(model).__name__}")
     for _, module in _modules(model):
@@ -63,13 +73,13 @@ def unwrap(model: Model) -> Model:
 
 
 def policy_of(model: nn.Module) -> Policy | None:
-    """The policy that `model` is wrapped with, or None."""
+    """The policy that `model` is wrapped with, or None if it is not wrapped."""
     entry = entry_of(model)
     return None if entry is None else entry.installed.policy
 
 
 def report_of(model: nn.Module) -> Report | None:
-    """What the last forward of a wrapped model kept, or None if it is not wrapped."""
+    """The report of a wrapped model's last forward, or None if the model is not wrapped."""
     entry = entry_of(model)
     return None if entry is None else entry.installed.report
 
@@ -82,7 +92,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _entry(installed: Installed, context: ModuleContext) -> Entry:
-    """What is to be put on a module, with the `forward` that it has now as its own."""
+    """The entry of a module, which holds the module's present `forward` as its own."""
     module = context.module
     assert module is not None
     before = entry_of(module)
@@ -99,13 +109,15 @@ def _entry(installed: Installed, context: ModuleContext) -> Entry:
     return entry
 
 
-# What torch.compile, checkpoint wrappers and FSDP1 put into a name.
+# Parts that torch.compile, checkpoint wrappers and FSDP1 insert into a name.
 _INSERTED = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
 def _plain_name(model: nn.Module, name: str) -> str:
-    """A module's name in the model itself, so that patterns and reports do not depend on who wrapped
-    it before."""
+    """A module's name in the model itself.
+
+    Patterns and reports then do not depend on other wrappers around the model.
+    """
     name = _INSERTED.sub("", name).lstrip(".")
     kinds = [c.__name__ for c in type(model).__mro__]
     if {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"} & set(kinds):
