@@ -2,7 +2,7 @@
 
     model = mesa_train.wrap(model)
 
-`import mesa_train` needs torch alone, starts no device and compiles nothing.
+`import mesa_train` needs torch alone. It starts no device and compiles nothing.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ __all__ = [
 
 _moved.install()
 
-# Imported on first use: they are tools, and a training run needs neither.
+# Imported on first use. A training run needs none of these tools.
 _LATER = {
     "Coverage": "measure.coverage",
     "coverage": "measure.coverage",

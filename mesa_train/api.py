@@ -1,4 +1,8 @@
-"""`wrap` with a policy or with a memory budget: the one place above both the engine and the planner."""
+"""`wrap` with a policy or a memory budget.
+
+This is the only module that imports both the engine and the planner. `engine/wrap.py` installs a
+policy; this module also makes a policy from a budget.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,29 @@ def wrap(
     inputs: Any = None,
     autocast: torch.dtype | None = None,
 ) -> Model:
-    """Let `model` keep codes instead of activations between forward and backward. In place; returns
-    the model.
+    """Make `model` save codes instead of activations for the backward. Works in place.
 
-    model: any `nn.Module`; weights, buffers, hooks, `state_dict` keys and `forward`'s signature
-        stay as they are.
-    policy: a `Policy`, a preset's name, or None for "mesa8". Wrapping again replaces the policy.
-    budget: instead of a policy, most memory of a training step, such as "8GiB": the policy is
-        planned (see `plan`) for a batch like `inputs` under `autocast`.
+    Weights, buffers, hooks, `state_dict` keys and the signature of `forward` stay as they are. A
+    second `wrap` replaces the policy.
 
-    A method besides `forward` (`forward_features`, an `encode` of your own) may be called: the modules
-    that it calls enter one by one. Torch functions that it calls itself are left to PyTorch, unless
-    they run under `compress`, and what two of its modules could share is kept twice.
+    The user may call a method other than `forward`, such as `forward_features` or an own `encode`.
+    The modules that this method calls use the policy one by one. Torch functions that the method
+    calls directly are left to PyTorch, unless they run under `compress`. A tensor that two of these
+    modules could share is then saved twice.
 
-    Raises TypeError if `model` is no `nn.Module`, ValueError if an override of the policy matches
-    nothing, if a budget comes without inputs or beside a policy, or if nothing fits it.
+    Args:
+        model: any `nn.Module`.
+        policy: a `Policy`, a preset's name, or None for "mesa8".
+        budget: used instead of a policy: the largest memory of a training step, in bytes or as text
+            such as "8GiB". The policy is planned (see `plan`).
+        inputs: with a budget, an example batch, as for `plan`.
+        autocast: with a budget, the dtype of autocast; default: no autocast.
+    Returns:
+        `model`.
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: an override of the policy matches nothing; a budget comes without inputs or with
+            a policy; no policy fits the budget.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")

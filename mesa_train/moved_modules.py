@@ -1,7 +1,9 @@
-"""Modules by the places that they had before the package was ordered by folders. For one release.
+"""Old names of modules, from before the package was ordered by folders. They work for one release.
 
-An import of an old name gives the module at its new place, after a DeprecationWarning that names it. Names that
-moved on to a third module are not found. The table costs nothing until an import finds no module.
+An import of an old name returns the module at its new place, after a DeprecationWarning that names
+the new place. Names that moved on to a third module are not found.
+
+Cost: none, until an import finds no module.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-# Old and new names below mesa_train.
+# Old and new module names, without the prefix `mesa_train.`.
 MOVED = dict(
     line.split()
     for line in """
@@ -132,7 +134,10 @@ MOVED = dict(
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules of `MOVED`. It stands last, so it is asked for names that nobody else knows."""
+    """Finds the modules of `MOVED`.
+
+    It is the last finder of the import system, so it only gets names that no other finder knows.
+    """
 
     def find_spec(
         self,
@@ -146,12 +151,12 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=name == "memory")
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        """A module whose names are those of the module at the new place."""
+        """Make a module whose names are the names of the module at the new place."""
         module = types.ModuleType(spec.name)
         name = spec.name.partition(".")[2]
         if name in MOVED:
             now = f"mesa_train.{MOVED[name]}"
-            # At the line that imports, through the frames of the import system.
+            # Points at the line that imports, because Python skips the frames of the import system.
             warnings.warn(f"{spec.name} is {now} now", DeprecationWarning, stacklevel=2)
             moved = importlib.import_module(now)
 
@@ -162,10 +167,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """There is nothing to run."""
+        """Do nothing: the module has no code to run."""
 
 
 def install() -> None:
-    """Let old names be found, once."""
+    """Register the finder of old names, at most once."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

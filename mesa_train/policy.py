@@ -1,8 +1,8 @@
-"""Policy: what is saved for the backward, in how many bits, and what is rebuilt instead.
+"""Policy: what is saved for the backward, in how many bits, and what is recomputed instead.
 
-A `Policy` is a frozen value: it holds no tensor and no model. `wrap` resolves it once per module
-into `Rules`, which the operators consult by operator and operand name. An operator sees a codec and
-two switches, never the policy.
+A `Policy` is a frozen value that holds no tensor and no model. `wrap` resolves it once per module
+into `Rules`. The operators look up a rule by operator and operand name. An operator sees a codec
+and two switches, never the policy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .utils import yaml_text
 from .utils.patterns import is_inside, match_override, matching, near_miss
 
 BITS = (8, 4, 2, 32)
-# What rebuilding a stash costs, in rising order; a rule says how far up it may go.
+# The cost classes of rebuilding a stash, in rising order. A rule sets the highest class that it
+# allows.
 VIEW, CHEAP, MATMUL = 0, 1, 2
 ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
@@ -27,8 +28,8 @@ RANGES = ("exact", "running")
 FORWARDS = ("exact", "fused")
 CHECKPOINT_INPUTS = (None, 8, 4, 2, 32)
 
-# Every operator with the operands it may keep. "attention.q" in an override names one operand,
-# "attention" all.
+# Every operator with the operands that it may save. "attention.q" in an override names one operand,
+# "attention" names all operands.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "linear": ("input",),
     "matmul": ("left", "right"),
@@ -48,10 +49,11 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("input",),
 }
 
-# Inputs of element-wise nonlinearities enter a nonlinear function again in the backward, where the
-# noise of stochastic rounding would not average out; everything else enters linearly, where
-# stochastic rounding is unbiased. A norm's output enters linearly too, unless a matmul is rebuilt from
-# it: then q and k are exponentiated and the MLP's hidden is activated.
+# Operands that are rounded to nearest. The backward puts inputs of element-wise nonlinearities into
+# a nonlinear function again, and there the noise of stochastic rounding would not average out. All
+# other operands enter linearly, and stochastic rounding is unbiased for them. A norm's output
+# enters linearly too, unless a matmul is recomputed from it. In that case q and k are
+# exponentiated, and the MLP's hidden layer is activated.
 _NEAREST = {
     ("activation", "input"),
     ("activation", "output"),
@@ -61,37 +63,46 @@ _NEAREST = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What to keep between forward and backward, and how.
+    """What to save for the backward, and how. A frozen value.
 
-    bits: 8, 4 or 2 bits per stored element; 32 keeps the tensors themselves (lossless).
-    group_size: elements that share one scale and zero (both bfloat16). Groups never cross a token.
-    rounding: "nearest", "stochastic", or "auto": nearest at 8 bits and for whatever enters a
-        nonlinear function, stochastic for what enters linearly at fewer bits (see docs/design.md
-        for the measurements).
-    recompute: "none" stores every operand; "cheap" rebuilds norms' outputs, activations, views and
-        masks from what is stored already; "linear" also repeats a matmul where that frees its
-        output (q, k, v, MLP hidden).
-    min_bytes: tensors smaller than this are kept as they are.
-    enabled: False leaves PyTorch alone (useful in overrides).
-    ranges: "exact" takes each group's own minimum and maximum; "running" is the scheme of Mesa's
-        paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay
-        0.9.
-    forward: "exact" calls PyTorch's own functions, so that outputs are theirs bit for bit; "fused"
-        lets norms, activations and softmax run in kernels that make the codes in the same pass,
-        equal to PyTorch's to rounding. For GPUs: on a CPU a step takes as long either way.
-    offload: on a GPU, what is stored waits in CPU memory until the backward: the codes, or with
-        bits=32 the tensors (see `offload.py`). On a CPU nothing is moved, nor copied.
-    checkpoint: names of modules, with `*` for any part, whose forward keeps its inputs alone and
-        runs again in the backward; inside another one that is checkpointed, nothing more happens.
-    checkpoint_inputs: None leaves alone what activation checkpointing itself keeps, the inputs of
-        its regions (this policy's and anybody's); 8, 4 or 2 keeps codes of those that need a
-        gradient, 32 the tensors themselves. Says nothing about how the regions' insides are kept
-        between recompute and backward.
-    overrides: ordered mapping from a pattern to field changes, later entries win. A pattern is a
-        module name with `*` for any part of it (it covers the submodules too), an operator
-        ("softmax"), an operand ("attention.q"), or both joined by a colon ("blocks.*.mlp:linear").
-
-    Raises ValueError or TypeError naming the field, the value and the choices.
+    Args:
+        bits: 8, 4 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default
+            8.
+        group_size: elements that share one scale and one zero (both bfloat16); at least 8, default
+            128. A group never contains elements of two tokens.
+        rounding: "nearest", "stochastic" or "auto" (default). "auto" is nearest at 8 bits and for
+            operands that enter a nonlinear function. It is stochastic for operands that enter
+            linearly at fewer bits (docs/design.md has the measurements).
+        recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs,
+            activations, views and masks from stored operands. "linear" also recomputes a matmul if
+            that frees its output (q, k, v, MLP hidden).
+        min_bytes: tensors smaller than this stay uncompressed; default 16384 bytes.
+        enabled: False leaves PyTorch alone (useful in overrides). Default True.
+        ranges: "exact" (default) takes the minimum and maximum of each group. "running" is the
+            scheme of Mesa's paper (arXiv 2111.11124): head-wise groups over the whole batch,
+            running averages with decay 0.9.
+        forward: "exact" (default) calls PyTorch's own functions, so outputs equal PyTorch's bit for
+            bit. "fused" runs norms, activations and softmax in kernels that make the codes in the
+            same pass; their outputs equal PyTorch's up to rounding. "fused" is for GPUs: on a CPU a
+            step takes equally long with both.
+        offload: True stores the stashes of a GPU in CPU memory until the backward: the codes, or
+            with bits=32 the tensors (see `stash/offload.py`). On a CPU nothing is offloaded or
+            copied. Default False.
+        checkpoint: names of modules, with `*` for any part. The forward of such a module saves only
+            its inputs and runs again in the backward. Inside another checkpointed module it has no
+            further effect. Default: none.
+        checkpoint_inputs: how activation checkpointing saves the inputs of its regions, the regions
+            of this policy and all others. None (default) leaves these inputs to PyTorch. 8, 4 or 2
+            saves codes of the inputs that need a gradient; 32 saves the tensors themselves. Does
+            not affect what the regions save between recompute and backward.
+        overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is
+            a module name with `*` for any part (it also covers submodules), an operator
+            ("softmax"), an operand ("attention.q"), or a module and an operator joined by a colon
+            ("blocks.*.mlp:linear"). Default: none.
+    Raises:
+        ValueError: a value is not among the choices. The message names the field, the value and the
+            choices.
+        TypeError: a value has the wrong type. The message names the field and the value.
     """
 
     bits: int = 8
@@ -153,11 +164,16 @@ class Policy:
         return hash(self.to_yaml())
 
     def _changed(self, changes: Mapping[str, Any]) -> Policy:
+        """This policy with field changes and without overrides."""
         return dataclasses.replace(self, overrides={}, **changes)
 
     @classmethod
     def preset(cls, name: str) -> Policy:
-        """The preset called `name`, also with "+offload" behind it; ValueError lists the choices."""
+        """The preset called `name`, or `name` with "+offload" appended.
+
+        Raises:
+            ValueError: no preset has this name. The message lists the choices.
+        """
         known = {**PRESETS, **OFFLOADED}
         if name not in known:
             raise ValueError(
@@ -168,7 +184,12 @@ class Policy:
 
     @classmethod
     def of(cls, policy: Policy | str | None) -> Policy:
-        """`policy` itself, the preset of that name, or the default for None."""
+        """`policy` itself, the preset of that name, or the default preset "mesa8" for None.
+
+        Raises:
+            TypeError: `policy` is none of these.
+            ValueError: no preset has this name.
+        """
         if policy is None:
             return PRESETS["mesa8"]
         if isinstance(policy, str):
@@ -180,7 +201,7 @@ class Policy:
         return policy
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """The policy as YAML text, also written to `path` if given."""
+        """The policy as YAML text; also writes the text to `path` if given."""
         import yaml
 
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -190,7 +211,16 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """From YAML text or a file; a key `preset` starts from it. ValueError names unknown keys."""
+        """Read a policy from YAML text or a YAML file.
+
+        Args:
+            source: YAML text, or the path of a .yaml or .yml file. The key `preset` starts from
+                that preset.
+        Returns:
+            The policy.
+        Raises:
+            ValueError: the YAML is no mapping of fields, or has an unknown key.
+        """
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
@@ -201,8 +231,15 @@ class Policy:
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Policy:
-        """From a mapping of fields, as a configuration file holds it; a key `preset` starts from that
-        preset. ValueError names unknown keys."""
+        """Make a policy from a mapping of fields, as a configuration file holds it.
+
+        Args:
+            given: field names and values. The key `preset` starts from that preset.
+        Returns:
+            The policy.
+        Raises:
+            ValueError: a key is unknown.
+        """
         fields = dict(given)
         base = cls.preset(fields.pop("preset")) if "preset" in fields else cls()
         names = [f.name for f in dataclasses.fields(cls)]
@@ -215,8 +252,15 @@ class Policy:
         return dataclasses.replace(base, **fields)
 
     def rules(self, modules: Iterable[str] = ()) -> dict[str, Rules]:
-        """Resolve for each module name. ValueError if an override matches neither a module nor an
-        operator."""
+        """Resolve the policy for each module name.
+
+        Args:
+            modules: qualified names of the model's modules.
+        Returns:
+            The `Rules` of each module, by name.
+        Raises:
+            ValueError: an override matches neither a module nor an operator.
+        """
         names = list(modules)
         matched = [match_override(pattern, names, OPERATORS) for pattern in self.overrides]
         resolved: dict[str, Rules] = {}
@@ -237,8 +281,16 @@ class Policy:
         return resolved
 
     def checkpointed(self, modules: Iterable[str]) -> set[str]:
-        """Which modules are checkpointed: those that `checkpoint` names, the outermost ones.
-        ValueError if a pattern matches none."""
+        """The modules that are checkpointed: the outermost ones of the modules that `checkpoint`
+        names.
+
+        Args:
+            modules: qualified names of the model's modules.
+        Returns:
+            The names of the checkpointed modules.
+        Raises:
+            ValueError: a pattern matches no module.
+        """
         names = list(modules)
         hit: set[str] = set()
         for pattern in self.checkpoint:
@@ -260,8 +312,15 @@ _TEXTS = ("preset", "checkpoint", *(f.name for f in dataclasses.fields(Policy) i
 
 
 class Rules:
-    """One module's policy: `rules[operator, operand]` is the `Rule` for what that operator
-    keeps. rebuilds_matmuls: whether a rule of any module of the model rebuilds the results of matmuls."""
+    """The policy of one module. `rules[operator, operand]` is the `Rule` of one saved operand.
+
+    Attributes:
+        rebuilds_matmuls: whether a rule of any module of the model recomputes the result of a
+            matmul.
+        table: the rules by (operator, operand).
+        operators: whether each operator is enabled.
+        functions: functions without a row that an override names.
+    """
 
     def __init__(
         self,
@@ -272,7 +331,7 @@ class Rules:
         self.rebuilds_matmuls = False
         self.table: dict[tuple[str, str], Rule] = {}
         self.operators: dict[str, bool] = {}
-        # The functions without a row that an override names: each is an operand of "fallback".
+        # Functions without a row that an override names. Each function is an operand of "fallback".
         self.functions = {on for by, on, _ in changes if by == "fallback" and on} - {"saved", None}
         for operator, operands in OPERATORS.items():
             named = sorted(self.functions) if operator == "fallback" else []
@@ -282,8 +341,8 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
-                # Codes of an unknown operator's tensors: nothing is known of how it uses them, so
-                # never below 8 bits.
+                # It is unknown how an unknown operator uses its saved tensors. So its codes never
+                # have fewer than 8 bits.
                 effective = policy._changed(merged)
                 if operator == "fallback" and effective.bits < 8:
                     effective = dataclasses.replace(effective, bits=8)
@@ -298,11 +357,21 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one operand is kept: by which codec (None: running ranges, bound at each use), what may be
-    rebuilt, whether the forward may make its codes, and whether they wait in CPU memory.
+    """How one operand is saved.
 
-    limit: the dearest step of a stash that the operand may be rebuilt from (see `stash.Stash`). lossless: the
-        operand is kept as it is."""
+    Attributes:
+        enabled: False leaves the operand to PyTorch.
+        codec: the codec; None for running ranges, whose codec is made at each use.
+        group_size: elements that share one scale.
+        rebuild_cheap: whether cheap functions may be recomputed.
+        rebuild_linear: whether matmuls may be recomputed.
+        min_bytes: smaller tensors stay uncompressed.
+        fused: whether the forward may make the codes.
+        offload: whether the stash is offloaded to CPU memory.
+        limit: the highest cost class of a stash that the operand may be rebuilt from (see
+            `stash.Stash`).
+        lossless: whether the operand stays uncompressed.
+    """
 
     enabled: bool
     codec: Any
@@ -339,7 +408,7 @@ class Rule:
 
 
 def _for_inputs(policy: Policy) -> Policy:
-    """The policy for what a checkpoint keeps: its own bits, each tensor's own ranges."""
+    """The policy for the inputs of a checkpoint: `checkpoint_inputs` as bits, and exact ranges."""
     bits = policy.checkpoint_inputs
     if bits is None:
         return dataclasses.replace(policy, enabled=False)
@@ -347,6 +416,7 @@ def _for_inputs(policy: Policy) -> Policy:
 
 
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError if a field's value is not among the choices."""
     if value not in choices or isinstance(value, bool):
         raise ValueError(
             f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}"
@@ -354,6 +424,7 @@ def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def _integer(field: str, value: Any, least: int) -> None:
+    """Raise an error if a field's value is not an int or is below `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Policy.{field} must be an int, got {value!r}")
     if value < least:
@@ -361,7 +432,8 @@ def _integer(field: str, value: Any, least: int) -> None:
 
 
 _QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}
-# Short groups cost bytes; only tensors that a matmul is rebuilt from, or that stand in for one, need them.
+# Short groups cost bytes. Only tensors that a matmul is recomputed from, or that replace such a
+# tensor, need short groups.
 _LONG_GROUPS = {
     operator: {"group_size": 128}
     for operator in (
@@ -379,7 +451,7 @@ PRESETS: dict[str, Policy] = {
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }
 
-# By the name of a preset with "+offload": the same, waiting in CPU memory.
+# By the name of a preset with "+offload" appended: the same preset, offloaded to CPU memory.
 OFFLOADED: dict[str, Policy] = {
     f"{name}+offload": dataclasses.replace(policy, offload=True) for name, policy in PRESETS.items()
 }

@@ -1,1 +1,1 @@
-"""What is saved of a tensor for the backward: stashes, their lineage, the recorder and CPU offloading."""
+"""Saved tensors as stashes: their lineage, the recorder, the backward cache and CPU offloading."""

@@ -1,4 +1,11 @@
-"""What one operator's backward hands to the next within one run of the autograd engine."""
+"""A cache for results that two operators share within one backward.
+
+Some backward computations are needed twice: a recomputed matmul by two operators, or an
+activation's gradient by the Linear behind it and the activation itself. The first operator puts the
+result into the cache, and the second operator takes it.
+
+Cost: a cached result stays in memory until its last user has taken it, or until the backward ends.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from torch import Tensor
 
 
 class UseCount:
-    """Counts the operators that may rebuild one stash: those that keep it and still live."""
+    """Counts the live operators that saved one stash and may rebuild it."""
 
     __slots__ = ("count",)
 
@@ -19,8 +26,12 @@ class UseCount:
 
 
 class UseHandle:
-    """One of them. It may go without its backward, like a Linear whose product a layer scale took
-    over."""
+    """One operator's entry in a `UseCount`.
+
+    It is counted until it is deleted, because an operator may go without its backward. An example
+    is a Linear whose output is multiplied by a layer scale: the operator of the layer scale
+    computes both gradients.
+    """
 
     __slots__ = ("uses",)
 
@@ -33,12 +44,15 @@ class UseHandle:
 
 
 class BackwardCache(threading.local):
-    """What one operator's backward made that the next one needs: a matmul rebuilt for both, or the
-    activation's gradient that the Linear behind it had almost computed, with its sum over the rows for
-    the bias in front.
+    """Results of one operator's backward that another operator's backward needs.
 
-    Lives inside one run of the autograd engine: an entry goes when its last user has taken it, and
-    what is left goes with the engine's final callback, so nothing outlives the backward.
+    These are recomputed matmuls that several operators need; gradients of an activation that the
+    Linear behind it has almost computed; and the sums of these gradients over the rows, for the
+    bias of the Linear in front.
+
+    An entry is valid within one run of the autograd engine. It is removed when its last user has
+    taken it. The engine's final callback removes all other entries, so nothing outlives the
+    backward.
     """
 
     def __init__(self) -> None:
@@ -48,6 +62,7 @@ class BackwardCache(threading.local):
         self.run = -1
 
     def take(self, uses: UseCount, dtype: torch.dtype) -> Tensor | None:
+        """A rebuilt tensor in `dtype`, or None. The last user removes the entry."""
         found = self.values.pop((uses, dtype), None)
         if found is None:
             return None
@@ -57,18 +72,21 @@ class BackwardCache(threading.local):
         return value
 
     def offer(self, uses: UseCount, dtype: torch.dtype, value: Tensor) -> None:
+        """Cache a rebuilt tensor for the other users of its stash."""
         self._enter()
         self.values[uses, dtype] = value, uses.count - 1
 
     def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
-        """The gradient at a coded tensor that was handed over for this very `grad`."""
+        """The cached gradient of a coded tensor, or None if it was not computed for this same
+        `grad`."""
         if not torch._C._has_storage(grad):
             return None
         found = self.gradients.pop(_address(codes), None)
         if found is None:
             return None
         _, expected, version, value = found
-        # What hooks or another user of the activation made of it is another tensor or version.
+        # Hooks, or another user of the activation, would have made another tensor or another
+        # version.
         same = (
             _address(expected) == _address(grad)
             and expected._version == version == grad._version
@@ -78,26 +96,32 @@ class BackwardCache(threading.local):
         return value if same else None
 
     def offer_gradient(self, codes: Tensor, grad: Tensor, value: Tensor) -> None:
-        """Hand `value` to the operator that gets `grad` and kept `codes`; both are held, so their
-        addresses stay theirs. Not under vmap (`is_grads_batched`), whose tensors have no address."""
+        """Cache `value` for the operator that receives `grad` and saved `codes`.
+
+        The cache holds both tensors, so their addresses stay valid. Does nothing under vmap
+        (`is_grads_batched`), because its tensors have no address.
+        """
         if not torch._C._has_storage(grad):
             return
         self._enter()
         self.gradients[_address(codes)] = codes, grad, grad._version, value
 
     def take_sum(self, grad: Tensor) -> Tensor | None:
-        """The sum of this very `grad` over all its dims but the last, if whoever made it knew."""
+        """The cached sum of this same `grad` over all dims but the last, or None."""
         found = self.sums.pop(id(grad), None)
         if found is None or found[0]() is not grad or found[1] != grad._version:
             return None
         return found[2]
 
     def offer_sum(self, grad: Tensor, total: Tensor) -> None:
-        """Hand `total` to the operator that gets `grad` as it is now; the gradient is not held."""
+        """Cache `total` for the operator that receives `grad` at its present version. `grad` is
+        held weakly."""
         self._enter()
         self.sums[id(grad)] = weakref.ref(grad), grad._version, total
 
     def _enter(self) -> None:
+        """Clear the entries of an earlier engine run, and register the final callback of this
+        run."""
         # A run that ended in an error has not called its callback.
         run = torch._C._current_graph_task_id()
         if run != self.run:
@@ -115,5 +139,5 @@ backward_cache = BackwardCache()
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's memory begins; fakes, which have none, are told apart too."""
+    """The start of a tensor's memory. Distinguishes fake tensors too, which have no memory."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -1,4 +1,4 @@
-"""Where a call comes from and what was saved of it: the module's context, and the report of a forward."""
+"""The module context of a call (name, rules), and the report of what a forward saved."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from .stash import Stash
 
 @dataclasses.dataclass(frozen=True)
 class ModuleContext:
-    """Where a call comes from: the module's qualified name, its rules, and whether its forward is
-    checkpointed."""
+    """The module that a call comes from.
+
+    Attributes:
+        name: the module's qualified name.
+        rules: the policy of the module.
+        module: the module, or None under `compress`.
+        checkpointed: whether the module's forward is checkpointed.
+        ranges: the running ranges of the module.
+    """
 
     name: str
     rules: Rules
     module: nn.Module | None = None
     checkpointed: bool = False
-    # Of running ranges (see `codecs/running.py`), by operator, operand and use.
+    # Running ranges (see `codecs/running.py`), by operator, operand and use.
     ranges: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
 
 class Report:
-    """What one forward kept, by module, operator and operand: `rows[key] = (how, calls, bytes)`."""
+    """What one forward saved. `rows[module, operator, operand, how] = (calls, bytes)`."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
@@ -38,9 +45,18 @@ class Report:
         operand: str,
         how: str,
         size: int,
-        stash: Stash | None = None,  # noqa: ARG002 - for reports that look closer
+        stash: Stash | None = None,  # noqa: ARG002 - for subclasses that inspect the stash
     ) -> None:
-        """Count one operand of one call; `size` is in bytes that nobody else keeps already."""
+        """Count one operand of one call.
+
+        Args:
+            module: the module's qualified name.
+            operator: the operator.
+            operand: the saved operand.
+            how: how it is saved, such as "shared".
+            size: bytes that no other operand holds already.
+            stash: the stash, for subclasses.
+        """
         if torch.compiler.is_compiling():
             return
         key = (module, operator, operand, how)

@@ -1,4 +1,8 @@
-"""The lineage: which stash stands for which live tensor, so that neighbouring operators share stashes."""
+"""Lineage: a map from live tensors to stashes, so that neighbouring operators share stashes.
+
+An operator looks up the tensor that it wants to save. If the tensor has a stash already, the
+operator saves this stash and stores nothing new.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,14 @@ Entry = TypeVar("Entry")
 
 
 class Lineage(Generic[Entry]):
-    """Which stash stands for which live tensor. Valid for that very tensor and only while its
-    version is unchanged.
+    """Maps live tensors to their stashes.
 
-    Tensors are held weakly: an entry goes with its tensor.
+    An entry is valid for that same tensor, and only while the tensor's version is unchanged.
+    Tensors are held weakly: an entry is removed with its tensor.
 
-    zero3_hooked: also know a tensor after ZeRO-3 has passed it on (see `is_zero3_alias`): the same memory
-        at the same version, under a new name.
+    Args:
+        zero3_hooked: also find a ZeRO-3 alias of a tensor (see `is_zero3_alias`). An alias is a new
+            tensor object with the same memory at the same version. Default False.
     """
 
     def __init__(self, zero3_hooked: bool = False) -> None:
@@ -31,13 +36,14 @@ class Lineage(Generic[Entry]):
         )
 
     def get(self, tensor: Tensor) -> Entry | None:
-        """The tensor's stash, or None if it has none or was written to since."""
+        """The tensor's stash, or None if it has no stash or was written to since."""
         entry = self._entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return self._by_place(tensor) if self._placed else None
         return entry[2] if entry[1] == tensor._version else None
 
     def _by_place(self, tensor: Tensor) -> Entry | None:
+        """The stash of a ZeRO-3 alias, found by its memory address."""
         assert self._placed is not None
         if not is_zero3_alias(tensor):
             return None
@@ -54,9 +60,9 @@ class Lineage(Generic[Entry]):
         return stash if same else None
 
     def set(self, tensor: Tensor, stash: Entry) -> None:
-        """Let `stash` stand for `tensor` as it is now."""
+        """Record `stash` as the stash of `tensor` at its present version."""
         if tensor.is_inference():
-            return  # it has no version
+            return  # an inference tensor has no version
         if self._placed is not None:
             storage = StorageWeakRef(tensor.untyped_storage())
             layout = torch.empty_strided(
@@ -66,31 +72,35 @@ class Lineage(Generic[Entry]):
         self._enter(id(tensor), tensor, stash)
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Entry | None:
-        """The stash of `tensor` rounded to `dtype`, which cannot stand for the tensor itself."""
+        """The stash of `tensor` rounded to `dtype`. It cannot replace the tensor itself."""
         entry = self._entries.get((id(tensor), dtype))
         if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
             return None
         return entry[2]
 
     def set_cast(self, tensor: Tensor, dtype: torch.dtype, stash: Entry) -> None:
-        """Let `stash` stand for `tensor` as it is now, rounded to `dtype`."""
+        """Record `stash` as the stash of `tensor`, at its present version, rounded to `dtype`."""
         if not tensor.is_inference():
             self._enter((id(tensor), dtype), tensor, stash)
 
     def _enter(self, key: Any, tensor: Tensor, stash: Entry) -> None:
+        """Add an entry that is removed together with its tensor."""
         entries = self._entries
         entries[key] = weakref.ref(tensor, lambda _: entries.pop(key, None)), tensor._version, stash
 
     def clear(self) -> None:
-        """Drop all that is known."""
+        """Remove all entries."""
         self._entries.clear()
         if self._placed is not None:
             self._placed.clear()
 
 
 class TracedLineage(Lineage[Entry]):
-    """The lineage of a frame that torch.compile traces. There are no weak references and no versions to ask
-    for; whoever writes in place clears everything."""
+    """The lineage of a frame that torch.compile traces.
+
+    A traced frame has no weak references and no tensor versions. So each operator that writes in
+    place clears the whole lineage.
+    """
 
     def __init__(self) -> None:
         super().__init__()

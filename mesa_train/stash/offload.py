@@ -1,20 +1,24 @@
-"""Offload: stashes that wait in CPU memory between forward and backward.
+"""Offload: stashes are stored in CPU memory between forward and backward.
 
-As soon as a leaf's tensors are made they are copied to pinned memory on a stream of their own, and on
-the way back through the model they are copied back ahead of their use. What autograd keeps are the
-copies in CPU memory, through `save_for_backward` like everything else, so that freeing, a second
-backward and `retain_graph` are what they always are. Codes of 8 bits take half of the bus that
-bfloat16 tensors take. On a GPU alone: a CPU's tensors are in CPU memory already, and are not copied.
+Why: codes in CPU memory take no device memory. Codes of 8 bits transfer half of the bytes that
+bfloat16 tensors transfer. This works on a GPU only; a CPU's tensors are in CPU memory already and
+are not copied.
 
-Nothing waits on the host. A tensor of the device is given up only after the stream that it was
-allocated for has been told to wait for the copy, so that whoever gets its memory next comes after it;
-the caching allocator needs to know nothing (`Tensor.record_stream` would put memory off limits for as
-long as the host runs ahead of the device). At most `WINDOW` leaves are on their way out at any time,
-and as many on their way back ahead of their use: that is the device memory it takes, and where the bus is
-slower than the arithmetic, the arithmetic waits.
+How: a leaf's tensors are copied to pinned memory on a separate stream, as soon as they are made. In
+the backward they are prefetched, that is, copied back before they are used. autograd saves the
+copies in CPU memory through `save_for_backward`, so freeing, a second backward and `retain_graph`
+work as usual.
 
-What is kept in a checkpoint's recompute is used at once, and stays; under somebody else's saved-tensor
-hooks (`save_on_cpu`) it is theirs to move.
+Order: the host waits for nothing. A device tensor is freed only after its allocation stream was
+made to wait for the copy. So the next user of this memory runs after the copy, and the caching
+allocator needs no further information. `Tensor.record_stream` would instead block the memory for as
+long as the host runs ahead of the device.
+
+Cost: device memory for at most `WINDOW` leaves that are being offloaded, and for as many that are
+prefetched. If the transfer is slower than the computation, the computation waits.
+
+Tensors saved in a checkpoint's recompute are used at once, so they stay on the device. Under other
+saved-tensor hooks (`save_on_cpu`), these hooks move the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from torch import Tensor
 
 from .backward_cache import UseCount, UseHandle
 
-# Leaves on their way at once, out or back: about half of a transformer's block.
+# Leaves that are in transfer at once, in each direction: about half of a transformer's block.
 WINDOW = 4
 
 Tensors = tuple[Tensor, ...]
@@ -40,8 +44,11 @@ Pack = TypeVar("Pack", bound=Callable[..., Any])
 
 
 class OffloadedStash:
-    """One leaf's way out and back. Holds device tensors only while they are on their way out; those in
-    CPU memory are the graph's."""
+    """The transfers of one offloaded leaf.
+
+    Holds device tensors only while they are being copied to CPU memory. The autograd graph holds
+    the copies in CPU memory.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -69,23 +76,23 @@ class OffloadedStash:
         order.append(weakref.ref(self))
 
     def landed(self) -> None:
-        """Give the device tensors up."""
+        """Free the device tensors after the copy to CPU memory."""
         if self.leaving:
             self.offload_stream.wait(self.ticket)
             self.leaving = ()
 
     def __del__(self) -> None:
-        # The graph went without a backward.
+        # The graph was freed without a backward.
         if not sys.is_finalizing():
             self.landed()
 
 
-# The leaves of one forward, in the order that they were made.
+# The leaves of one forward, in the order in which they were made.
 Order = list["weakref.ref[OffloadedStash]"]
 
 
 class Reader(UseHandle):
-    """An operator that reads a offloaded leaf in its backward."""
+    """An operator that reads an offloaded leaf in its backward."""
 
     __slots__ = ("offloaded",)
 
@@ -95,7 +102,7 @@ class Reader(UseHandle):
 
 
 class _Arrival:
-    """Tensors on the device again, for so many readers of this backward."""
+    """Prefetched tensors on the device, and how many readers of this backward still need them."""
 
     __slots__ = ("left", "tensors", "ticket")
 
@@ -104,32 +111,43 @@ class _Arrival:
 
 
 class OffloadStream(abc.ABC):
-    """The traffic between a device and CPU memory. Subclasses say how a copy is made; when, and for
-    how long its tensors are held, is said here."""
+    """The transfers between a device and CPU memory.
+
+    Subclasses implement the copies. This class decides when a copy starts and how long its tensors
+    are held.
+    """
 
     def __init__(self) -> None:
         self._leaving: deque[weakref.ref[OffloadedStash]] = deque()
-        # Of one run of the autograd engine: what has come back, and what all readers have taken.
+        # Within one run of the autograd engine: leaves that were prefetched, and leaves that all
+        # readers have taken.
         self._run = -1
         self._arrived: dict[OffloadedStash, _Arrival] = {}
         self._taken: set[OffloadedStash] = set()
 
     @abc.abstractmethod
     def out(self, tensors: Tensors) -> tuple[Tensors, Any]:
-        """Begin to copy device tensors to CPU memory: the copies, and a ticket to `wait` with."""
+        """Start to copy device tensors to CPU memory. Returns the copies, and a ticket for
+        `wait`."""
 
     @abc.abstractmethod
     def prefetch(self, tensors: Sequence[Tensor], after: Any) -> tuple[Tensors, Any]:
-        """Begin to copy them back, once `after` has come: the device tensors and a ticket."""
+        """Start to copy tensors back after the ticket `after`. Returns the device tensors and a
+        ticket."""
 
     @abc.abstractmethod
     def wait(self, ticket: Any, tensors: Sequence[Tensor] = ()) -> None:
-        """Whatever is computed from now on, on `tensors` too, comes after the ticket's copy."""
+        """Make all later computation, also computation on `tensors`, run after the ticket's
+        copy."""
 
     def send(self, tensors: Tensors, order: Order) -> tuple[Tensors, OffloadedStash]:
-        """Move a leaf out: its tensors in CPU memory, and its way back.
+        """Offload a leaf.
 
-        order: of the forward's leaves; this one is appended.
+        Args:
+            tensors: the leaf's tensors on the device.
+            order: the leaves of the forward; this leaf is appended.
+        Returns:
+            The tensors in CPU memory, and the `OffloadedStash` that copies them back.
         """
         host, ticket = self.out(tensors)
         offloaded = OffloadedStash(self, tensors, host, ticket, order)
@@ -141,7 +159,15 @@ class OffloadStream(abc.ABC):
         return host, offloaded
 
     def fetch(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> Tensors:
-        """A leaf's tensors on the device, for one of its readers; what left before it follows."""
+        """Return a leaf's tensors on the device for one of its readers, and prefetch the leaves
+        made just before it.
+
+        Args:
+            offloaded: the leaf.
+            host: its tensors in CPU memory.
+        Returns:
+            The tensors on the device.
+        """
         if torch._C._current_graph_task_id() == -1:
             tensors, ticket = self.prefetch(host, offloaded.ticket)
             self.wait(ticket)
@@ -157,6 +183,7 @@ class OffloadStream(abc.ABC):
         return arrival.tensors
 
     def _call(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> _Arrival:
+        """Start the prefetch of a leaf, or reuse device tensors that are not freed yet."""
         tensors, ticket = offloaded.leaving, offloaded.ticket
         if tensors:
             offloaded.leaving = ()
@@ -167,7 +194,8 @@ class OffloadStream(abc.ABC):
         return arrival
 
     def _call_ahead(self, offloaded: OffloadedStash) -> None:
-        """Call the leaves that left just before this one, which the backward comes to next."""
+        """Prefetch the leaves that were offloaded just before this one. The backward reads them
+        next."""
         ahead = 0
         for index in range(offloaded.index - 1, -1, -1):
             following = offloaded.order[index]()
@@ -186,7 +214,9 @@ class OffloadStream(abc.ABC):
                 return
 
     def _enter(self) -> None:
-        # A run that ended in an error has not called its callback; one inside of another starts anew.
+        """Clear the state of an earlier engine run, and register the final callback of this run."""
+        # A run that ended in an error has not called its callback. A run inside another run starts
+        # with an empty state.
         run = torch._C._current_graph_task_id()
         if run != self._run:
             self._clear()
@@ -194,6 +224,7 @@ class OffloadStream(abc.ABC):
             torch.autograd.Variable._execution_engine.queue_callback(self._clear)
 
     def _clear(self) -> None:
+        """Wait for all open copies, and forget them."""
         for arrival in self._arrived.values():
             self.wait(arrival.ticket)
         self._arrived.clear()
@@ -201,14 +232,15 @@ class OffloadStream(abc.ABC):
 
 
 class Ticket(NamedTuple):
-    """A copy's end, and the stream that its device tensors were allocated for."""
+    """The end of a copy, and the stream for which its device tensors were allocated."""
 
     event: torch.cuda.Event
     stream: torch.cuda.Stream
 
 
 class CudaOffloadStream(OffloadStream):
-    """Two streams of a GPU, one for each direction of the bus, and PyTorch's cache of pinned memory."""
+    """Two streams of a GPU, one per direction of the transfer, with PyTorch's cache of pinned
+    memory."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -232,7 +264,7 @@ class CudaOffloadStream(OffloadStream):
     def prefetch(self, tensors: Sequence[Tensor], after: Ticket) -> tuple[Tensors, Ticket]:
         now = torch.cuda.current_stream(self.device)
         found = tuple([torch.empty_like(t, device=self.device) for t in tensors])
-        # This memory may have been somebody's whose work is still queued.
+        # The previous owner of this memory may still have queued work.
         self.to_device.wait_stream(now)
         self.to_device.wait_event(after.event)
         with torch.cuda.stream(self.to_device):
@@ -250,8 +282,8 @@ class CudaOffloadStream(OffloadStream):
 
 
 class CountedOffloadStream(OffloadStream):
-    """For tensors without data: what is out lies on the meta device, and takes none of the memory that
-    is counted."""
+    """Offload for fake tensors. Offloaded tensors are on the meta device, so they are not
+    counted."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -272,10 +304,15 @@ _instead: list[OffloadStream] = []
 
 
 def offload_stream_of(device: torch.device) -> OffloadStream | None:
-    """The offload_stream between a device and CPU memory; None where there is nothing to move.
+    """The offload stream of a device.
 
-    Raises RuntimeError while torch.compile traces: a compiled graph keeps what its partitioner saves,
-    which is out of reach.
+    Args:
+        device: the device of the tensors.
+    Returns:
+        The stream, or None if tensors of this device are not offloaded.
+    Raises:
+        RuntimeError: torch.compile traces. A compiled graph saves the tensors that its partitioner
+            chooses, and mesa_train cannot offload these.
     """
     if not _instead and device.type != "cuda":
         return None
@@ -290,20 +327,22 @@ def offload_stream_of(device: torch.device) -> OffloadStream | None:
 
 
 def _refuse() -> None:
+    """Raise the error for offload under torch.compile."""
     raise RuntimeError(
         "mesa_train: offload=True moves what operators keep one by one, which torch.compile does not "
         "let happen; set offload=False, or leave the model uncompiled"
     )
 
 
-# Called while tracing instead of traced, so that it is an error and no graph break: pieces of a graph
-# would not move anything in order. As torch.compiler.assume_constant_result (see `ops/fallback.py`).
+# Dynamo calls this function while tracing, and does not trace it. So the call raises an error
+# instead of breaking the graph: pieces of a graph would offload in no order. The mark is the one of
+# torch.compiler.assume_constant_result (see `ops/fallback.py`).
 _refuse._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def through(offload_stream: OffloadStream | None) -> Iterator[None]:
-    """Within the context what is offloaded takes `offload_stream`, whatever device it is on; None changes
+    """Context manager: offload through `offload_stream`, for tensors of any device. None changes
     nothing."""
     if offload_stream is None:
         yield
@@ -316,12 +355,15 @@ def through(offload_stream: OffloadStream | None) -> Iterator[None]:
 
 
 def onlooker(pack: Pack) -> Pack:
-    """Mark a saved-tensor pack hook that reads no data: what is offloaded may pass through it."""
+    """Mark a saved-tensor pack hook as one that reads no data, so that offloaded tensors may pass
+    through it."""
     pack.mesa_train_onlooker = True  # type: ignore[attr-defined]
     return pack
 
 
 def passes(pack: Any) -> bool:
-    """Whether what is offloaded may pass through a pack hook, None for none: others read it, or move it
-    themselves."""
+    """Whether offloaded tensors may pass through a pack hook (None: no hook).
+
+    Hooks without the mark read the data or move the tensors themselves.
+    """
     return pack is None or hasattr(pack, "mesa_train_onlooker")

@@ -1,8 +1,9 @@
-"""The recorder: what the operators of one forward save for their backward, and under which rules.
+"""The recorder: saves tensors for the backward of the operators of one forward, by the policy's
+rules.
 
-An operator gives the recorder a tensor (`keep`). The recorder returns the stash that stands for it: a
-stash that the lineage knows already, new codes, or the tensor itself. The operators see the recorder
-and never the policy or the torch function mode above it (`engine/intercept.py`).
+An operator calls the recorder with a tensor (`keep`). The recorder returns the tensor's stash: a
+stash that the lineage knows already, new codes, or the tensor itself. The operators use the
+recorder only. They see neither the policy nor the torch function mode (`engine/intercept.py`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ from .stash import Leaf, MatrixLayout, Stash, held, narrowed, of_parameter, unco
 class Recorder:
     """Saves tensors for the backward as `context` says.
 
-    report: what is saved is counted in it. step: the optimisation step, for running ranges. traced: whether
-    it was made in a frame that torch.compile traces.
+    Attributes:
+        context: the module context of the present call.
+        report: counts the saved bytes.
+        step: the number of the optimizer step, for running ranges.
+        traced: whether torch.compile traces the frame that made the recorder.
+        hooks: the active pack hook.
+        lineage: the stashes of live tensors.
+        linears: the operands of Linears, by their output.
     """
 
     def __init__(self, context: ModuleContext, report: Report | None = None, step: int = 0) -> None:
@@ -48,26 +55,29 @@ class Recorder:
         self.context = context
         self.report = report if report is not None else Report()
         self.zero3_hooked = not self.traced and zero3_hooked(context.module)
-        # For running ranges: the optimisation step, how often each operand was met.
+        # For running ranges: the optimizer step, and how often each operand was saved.
         self.step = step
         self.uses: dict[tuple[str, str, str], int] = {}
-        # What was offloaded to CPU memory.
+        # The leaves that were offloaded to CPU memory.
         self.order: Order = []
         self.begin(saved_hooks())
 
     def begin(self, hooks: Any) -> None:
-        """Know no tensor yet. hooks: the pack hook that is on from now on."""
+        """Start with an empty lineage. `hooks`: the pack hook that is active from now on."""
         self.hooks = hooks
         self.lineage: Lineage[Stash] = (
             TracedLineage() if self.traced else Lineage(self.zero3_hooked)
         )
-        # What a Linear's output was computed from, for a layer scale that follows it.
+        # The operands of a Linear, by its output, for a layer scale that follows the Linear.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
         self.linears = TracedLineage() if self.traced else Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
-        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors
-        are plain floats."""
+        """Whether an operator's row applies.
+
+        True if the operator is enabled here, a tensor needs a gradient, and all tensors are plain
+        float tensors. None is allowed among the tensors.
+        """
         if not self.context.rules.operators[operator]:
             return False
         gradient = False
@@ -80,8 +90,11 @@ class Recorder:
         return gradient
 
     def exactly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What PyTorch would compute, without recording. Autocast must not cache the casts it makes
-        here: a later call would find a copy of the weight that leads to no gradient."""
+        """Call `func` as PyTorch does, without recording.
+
+        Autocast must not cache the casts that it makes here. Otherwise a later call would use a
+        copy of the weight that has no gradient.
+        """
         if self.traced:
             with torch.no_grad():
                 return func(*args, **kwargs)
@@ -105,11 +118,17 @@ class Recorder:
         within: tuple[int, ...] = (-1,),
         label: str = "",
     ) -> Stash:
-        """The stash that stands for `tensor` as `operand` of `operator`: a shared one, a new leaf,
-        or the tensor.
+        """Save `tensor` as `operand` of `operator`.
 
-        within: the dims that one group of codes may span (see `MatrixLayout`). label: the operator's
-            name in reports.
+        Args:
+            tensor: the tensor to save.
+            operator: the policy's name of the operator.
+            operand: the policy's name of the operand.
+            within: the dims that one group of codes may span (see `MatrixLayout`); default: the
+                last dim.
+            label: the operator's name in reports; default: `operator`.
+        Returns:
+            The stash of the tensor: a shared stash, a new leaf, or the tensor itself.
         """
         label = label or operator
         rule = self.context.rules.table[operator, operand]
@@ -137,7 +156,7 @@ class Recorder:
             return leaf
         codec = self.codec(operator, operand)
         dims = tuple([d % tensor.dim() for d in within])
-        # Detached, so that nothing of this is recorded.
+        # Detached, so that autograd records nothing of this.
         layout, matrix = MatrixLayout.of(tensor.detach(), dims)
         codes = codec.encode(matrix)
         leaf = self.leaf(codec, codes, layout, tensor.dtype, operator, operand, label)
@@ -145,9 +164,16 @@ class Recorder:
         return leaf
 
     def weight(self, tensor: Tensor, viewed: bool = False) -> Stash:
-        """The stash of a weight or bias, as PyTorch saves it: autocast's cast of a tensor that the model
-        computed, the data of a parameter that is `viewed` (a Linear saves its weight's transpose) or
-        cast, the parameter itself otherwise."""
+        """The stash of a weight or bias, as PyTorch saves it.
+
+        Args:
+            tensor: the weight or bias.
+            viewed: True if PyTorch saves a view of the parameter, as a Linear saves the transpose
+                of its weight. Default False.
+        Returns:
+            Autocast's cast if the model computed the tensor. The data of the parameter if it is
+            viewed or cast. The parameter itself otherwise.
+        """
         dtype = _autocast(tensor)
         if dtype is None:
             return uncompressed(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
@@ -159,7 +185,7 @@ class Recorder:
         return stash
 
     def parameters(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """Weight and bias for a recipe that computes an output again."""
+        """Weight and bias for a recipe that recomputes an output."""
         return tuple([self.weight(t, viewed=True).tensors[0] for t in tensors if t is not None])
 
     def _keep_cast(
@@ -171,8 +197,10 @@ class Recorder:
         within: tuple[int, ...],
         label: str,
     ) -> Stash:
-        """`keep` of an operand that stays a tensor, in the dtype that autocast computes in. PyTorch saves
-        that cast too; the operand itself may be twice as large."""
+        """`keep` of an uncompressed operand in the dtype that autocast computes in.
+
+        PyTorch saves this cast too. The operand itself may be twice as large.
+        """
         stash = self.lineage.cast(tensor, dtype)
         if stash is not None:
             self.report.add(self.context.name, label, operand, "shared", 0, stash)
@@ -184,7 +212,7 @@ class Recorder:
         return stash
 
     def known(self, tensor: Tensor, operator: str, operand: str) -> Stash | None:
-        """The stash that stands for `tensor` already, if `operand` may be rebuilt from it."""
+        """The stash that `tensor` has already if `operand` may be rebuilt from it, else None."""
         known = self.lineage.get(tensor)
         if known is None:
             return None
@@ -194,28 +222,36 @@ class Recorder:
     def fused(
         self, operator: str, operand: str, dtype: torch.dtype, tensor: Tensor | None = None
     ) -> Affine | None:
-        """The codec of a forward that is to make the codes of `operand` in the pass that computes its
-        output, which works in float32; None where PyTorch's own function is called. `tensor` is
-        what would be coded, if it has to be worth it."""
+        """The codec of a fused forward, which makes the codes of `operand` in the pass that
+        computes its output.
+
+        Args:
+            operator: the policy's name of the operator.
+            operand: the policy's name of the operand.
+            dtype: the dtype of the output. The pass works in float32.
+            tensor: the tensor to be coded, to check that coding is worthwhile; default: no check.
+        Returns:
+            The codec, or None if PyTorch's own function is to be called.
+        """
         rule = self.context.rules[operator, operand]
         if not rule.fused or dtype is torch.float64:
             return None
         return self._affine(rule, tensor)
 
     def new_codes(self, tensor: Tensor, operator: str, operand: str) -> Affine | None:
-        """The codec with which `keep` would make affine codes of `tensor`; None where it would keep
-        another thing, or nothing new."""
+        """The codec if `keep` would make new affine codes of `tensor`, else None."""
         if self.known(tensor, operator, operand) is not None:
             return None
         return self._affine(self.context.rules[operator, operand], tensor)
 
     def _affine(self, rule: Rule, tensor: Tensor | None) -> Affine | None:
+        """The rule's codec if it is affine and `tensor` would be coded with it, else None."""
         if not isinstance(rule.codec, Affine) or self.discards() or selective():
             return None
         return None if tensor is not None and why_uncompressed(tensor, rule) else rule.codec
 
     def codec(self, operator: str, operand: str) -> Any:
-        """The codec for an operand's next use here."""
+        """The codec for the next use of an operand in this module."""
         rule = self.context.rules[operator, operand]
         codec = rule.codec or self._running(operator, operand, rule.group_size)
         if self.discards():
@@ -223,18 +259,18 @@ class Recorder:
         return SACHiddenCodec(codec) if selective() else codec
 
     def lossless(self, operator: str, operand: str) -> bool:
-        """Whether an operand is kept as it is."""
+        """Whether an operand stays uncompressed."""
         return self.context.rules.table[operator, operand].lossless
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
-        """One bit per element of a mask, coded by `encode`."""
+        """A mask as one bit per element, coded by `encode`."""
         if self.discards():
             return bits(mask)
         with unseen() if selective() else contextlib.nullcontext():
             return encode(mask)
 
     def discards(self) -> bool:
-        """Whether what is saved here is thrown away: in the first pass of a checkpoint."""
+        """Whether the stashes saved now are thrown away. True in the first pass of a checkpoint."""
         return self.hooks is not None and discards(beneath(self.hooks))
 
     def leaf(
@@ -247,7 +283,19 @@ class Recorder:
         operand: str,
         label: str = "",
     ) -> Stash:
-        """A leaf of codes that exist already, reported. label: as for `keep`."""
+        """Make a leaf of codes that exist already, and report it.
+
+        Args:
+            codec: the codec that made the codes.
+            tensors: the codes and scales.
+            layout: the layout of the tensor as a matrix.
+            dtype: the dtype of the tensor.
+            operator: the policy's name of the operator.
+            operand: the policy's name of the operand.
+            label: the operator's name in reports; default: `operator`.
+        Returns:
+            The stash.
+        """
         if isinstance(codec, PlaceholderCodec):
             return Stash(Leaf(codec.codec, layout), tensors, cost=VIEW, dtype=dtype)
         codec = codec.codec if isinstance(codec, SACHiddenCodec) else codec
@@ -264,24 +312,28 @@ class Recorder:
     def _offloaded(
         self, tensors: tuple[Tensor, ...], own: bool
     ) -> tuple[tuple[Tensor, ...], OffloadedStash | None]:
-        """A leaf's tensors in CPU memory, where they may go there. `own`: nobody else has them."""
-        # In a backward, a checkpoint's recompute is about to use what it keeps.
+        """Copy a leaf's tensors to CPU memory if they may be offloaded.
+
+        `own`: no other object holds these tensors.
+        """
+        # Within a backward, a checkpoint's recompute uses its saved tensors at once.
         offload_stream = offload_stream_of(tensors[0].device)
         if offload_stream is None or torch._C._current_graph_task_id() != -1:
             return tensors, None
         if not passes(beneath(self.hooks)):
             return tensors, None
         if not own:
-            # The caller may write to it before the copy has been made.
+            # The caller may write to the tensor before the copy is complete.
             with torch.no_grad():
                 tensors = tuple([t.clone(memory_format=torch.contiguous_format) for t in tensors])
         if self.order and self.order[-1]() is None:
-            # A forward that is through: under `compress` one list would grow with every step.
+            # The forward of the last leaf is over. Without a new list, one list would grow with
+            # every step under `compress`.
             self.order = []
         return offload_stream.send(tensors, self.order)
 
     def _running(self, operator: str, operand: str, group_size: int) -> Running:
-        """The codec of running ranges of an operand's next use in this module's forward."""
+        """The running-ranges codec of an operand's next use in this module's forward."""
         context = self.context
         key = (context.name, operator, operand)
         use = self.uses.get(key, 0)
@@ -291,9 +343,11 @@ class Recorder:
 
 
 def saved_hooks() -> Any:
-    """The pack hook that is on, if any: a checkpoint's, an offload's. Between modules inside one
-    that began since the interception did, torch calls are left alone: a checkpoint's recompute
-    would not find it on there either."""
+    """The active pack hook, such as a checkpoint's or an offload's, or None.
+
+    If a hook became active after the compression mode, torch calls between modules are left to
+    PyTorch. A checkpoint's recompute would not find the mode active there either.
+    """
     top = (
         None
         if torch.compiler.is_compiling()
@@ -303,8 +357,11 @@ def saved_hooks() -> Any:
 
 
 def beneath(pack: Any) -> Any:
-    """The pack hook that `pack` passes on to, if its object has `mesa_train_outer` (see
-    `engine/checkpoint_inputs.py`); else `pack` itself."""
+    """The pack hook that `pack` calls in turn, or `pack` itself.
+
+    A hook that calls another hook has an object with `mesa_train_outer` (see
+    `engine/checkpoint_inputs.py`).
+    """
     while True:
         owner: Any = getattr(pack, "__self__", None)
         if not hasattr(owner, "mesa_train_outer"):
@@ -314,19 +371,23 @@ def beneath(pack: Any) -> Any:
 
 
 def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is strided and neither nested nor a wrapper subclass."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     kind = type(tensor)
     return kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
 
 
-# Operators that autocast runs in its low precision.
+# Operators that autocast runs in its lower precision.
 _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 
 
 def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts an operand to, where that is a narrower one. None for parameters,
-    which are saved as they are."""
+    """The dtype that autocast casts an operand to if it is narrower than the operand's dtype, else
+    None.
+
+    None for parameters, which are saved as they are.
+    """
     device = tensor.device.type
     if tensor.dtype is not torch.float32 or not autocasts(device):
         return None
@@ -335,7 +396,7 @@ def _autocast(tensor: Tensor) -> torch.dtype | None:
 
 
 def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
-    """Why a tensor is kept as it is, or "" if it is to be coded."""
+    """The reason why a tensor stays uncompressed, or "" if it is to be coded."""
     if not rule.enabled:
         return "disabled"
     if parameter := of_parameter(tensor):
@@ -350,8 +411,10 @@ def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
 
 
 def _kept_with_its_base(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of an output that PyTorch's own node saves. A copy of the part would be
-    kept beside it."""
+    """Whether a tensor is a part of an output that PyTorch's own node saves.
+
+    A copy of the part would be saved in addition.
+    """
     if torch.compiler.is_compiling() or not narrowed(tensor):
         return False
     base = tensor._base
@@ -359,11 +422,12 @@ def _kept_with_its_base(tensor: Tensor) -> bool:
 
 
 def _new_bytes(tensor: Tensor) -> int:
+    """Bytes that an uncompressed tensor adds; 0 for a parameter and while compiling."""
     if torch.compiler.is_compiling() or (tensor.is_leaf and tensor.requires_grad):
         return 0
     return tensor.numel() * tensor.element_size()
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device. The meta device has none."""
+    """Whether autocast is active for a device type. The meta device has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)

@@ -1,17 +1,19 @@
-"""Parameters that come and go: what DeepSpeed ZeRO-3 and FSDP2 need from the engine.
+"""Sharded parameters: support for DeepSpeed ZeRO-3 and FSDP2 in the engine.
 
-Both free a parameter after a module's forward and gather it again just before that module's backward.
-A stash that is rebuilt elsewhere (a norm's output in the Linear behind it, a Linear's output in the
-attention behind it) may need the parameter while it is away:
+Both free a parameter after a module's forward, and gather it again just before that module's
+backward. Another module may rebuild a stash that needs the parameter while it is freed. Examples
+are a norm's output in the Linear behind it, and a Linear's output in the attention behind it.
 
-- ZeRO-3 marks its parameters, so an absent one is gathered for the moment: one collective more, in the
-  same order on every rank. Norms' parameters are below ZeRO-3's default persistence threshold and never
-  leave.
-- FSDP2's carry no mark, so a lineage ends where an FSDP is_fsdp_module begins or ends (`is_fsdp_module`).
+- ZeRO-3 marks its parameters. So a freed parameter is gathered for the moment. This takes one more
+  collective, in the same order on every rank. Norms' parameters are below ZeRO-3's default
+  persistence threshold and are never freed.
+- FSDP2's parameters have no mark. So a lineage ends at the boundary of an FSDP module
+  (`is_fsdp_module`).
 
-ZeRO-3 also replaces `torch.nn.functional.linear` by one that no mode can see
-(`engine.intercept.unhide_linear` makes the replacement step aside while a mode is on), and passes
-every module's inputs and outputs through functions of its own, which give them new names (`is_zero3_alias`).
+ZeRO-3 also replaces `torch.nn.functional.linear` by a function that no mode can see.
+`engine.intercept.unhide_linear` bypasses the replacement while a mode is active. ZeRO-3 also passes
+every module's inputs and outputs through its own functions, which return new tensor objects
+(`is_zero3_alias`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _RELAYS = ("PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBa
 
 
 def partitioned(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The ZeRO-3 parameters among `tensors`, None for the others; () if there are none."""
+    """The ZeRO-3 parameters among `tensors`, None for each other tensor; () if there are none."""
     for tensor in tensors:
         if hasattr(tensor, "ds_status"):
             return tuple([t if hasattr(t, "ds_status") else None for t in tensors])
@@ -35,7 +37,14 @@ def partitioned(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 def gather_if_partitioned(tensor: Tensor, parameter: Any) -> Tensor:
-    """A ZeRO-3 parameter whole, given what autograd kept of it: that, unless it is away."""
+    """The full ZeRO-3 parameter.
+
+    Args:
+        tensor: the tensor that autograd saved. It is returned if it is complete.
+        parameter: the ZeRO-3 parameter, which is gathered if it is freed.
+    Returns:
+        A tensor with all elements of the parameter.
+    """
     if tensor.numel() == parameter.ds_numel:
         return tensor
     if parameter.ds_status.name == "AVAILABLE":
@@ -44,8 +53,11 @@ def gather_if_partitioned(tensor: Tensor, parameter: Any) -> Tensor:
 
 
 def _gathered(parameter: Any) -> Tensor:
-    """A ZeRO-3 parameter from all ranks' shards, apart from DeepSpeed's own bookkeeping (which may be
-    about to gather it too)."""
+    """Gather a ZeRO-3 parameter from the shards of all ranks.
+
+    DeepSpeed's own bookkeeping is not used, because DeepSpeed may be about to gather the parameter
+    too.
+    """
     import torch.distributed as dist
 
     group = parameter.ds_process_group
@@ -63,7 +75,8 @@ def _gathered(parameter: Any) -> Tensor:
 
 
 def local_shard(parameter: Any) -> Tensor:
-    """What this process holds of a parameter at any time: its own shard, where it is sharded."""
+    """The part of a parameter that this process holds at any time: its own shard if it is
+    sharded."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is not None and shard.status.name == "AVAILABLE":
         return shard.data
@@ -71,20 +84,25 @@ def local_shard(parameter: Any) -> Tensor:
 
 
 def zero3_hooked(module: nn.Module | None) -> bool:
-    """Whether ZeRO-3 passes tensors on between the modules of `module`: it has marked their
-    parameters then."""
+    """Whether ZeRO-3's hooks pass tensors between the modules of `module`.
+
+    In this case ZeRO-3 has marked the parameters of the modules.
+    """
     if module is None or "deepspeed.runtime.zero.parameter_offload" not in sys.modules:
         return False
     return any([hasattr(p, "ds_status") for p in module.parameters()])
 
 
 def is_zero3_alias(tensor: Tensor) -> bool:
-    """Whether ZeRO-3's hooks around modules have made `tensor`: another tensor's detached self, so that
-    the backward passes by them."""
+    """Whether ZeRO-3's module hooks have made `tensor`, as a detached alias of another tensor.
+
+    With an alias, the backward passes through these hooks.
+    """
     return tensor.grad_fn is not None and tensor.grad_fn.name() in _RELAYS
 
 
 @functools.cache
 def is_fsdp_module(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are FSDP units, whose parameters are gathered and freed together."""
+    """Whether modules of a class are FSDP units, whose parameters are gathered and freed
+    together."""
     return any([c.__module__.startswith("torch.distributed.fsdp.") for c in kind.__mro__])

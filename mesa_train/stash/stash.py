@@ -1,14 +1,15 @@
-"""Stashes: what is kept of a tensor for the backward, and the lineage that lets several operators
-share it.
+"""Stashes: what is saved of a tensor for the backward.
 
-A `Stash` is a recipe with the tensors and the source stashes it reads. A leaf's recipe decodes
-codes; a derived one applies a cheap deterministic function to its sources: a norm's affine part, an
-activation, a view, a cast. A leaf is made once per tensor and shared by everybody who needs that
-tensor, so a norm's x_hat serves the norm's own backward and, through a derived stash, the weight
-gradient of the Linear behind it.
+A `Stash` is a recipe with the tensors and the source stashes that the recipe reads. The recipe of a
+leaf decodes codes. The recipe of a derived stash applies a cheap deterministic function to its
+sources: a norm's affine part, an activation, a view, a cast.
 
-An operator keeps stashes with `save`: every tensor goes through `ctx.save_for_backward`, where
-saved-tensor hooks, checkpointing and offloading see it, and only the tensor-free structure (`Spec`)
+A leaf is made once per tensor, and all operators that need the tensor share it. For example, a
+norm's x_hat is used by the norm's own backward and, through a derived stash, by the weight gradient
+of the Linear behind it.
+
+An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so
+saved-tensor hooks, checkpointing and offloading see it. Only the structure without tensors (`Spec`)
 stays on ctx.
 """
 
@@ -29,7 +30,7 @@ from .sharded_parameters import gather_if_partitioned, partitioned
 
 
 class Codec(Protocol):
-    """Turns a (rows, cols) matrix into a few small tensors and back."""
+    """Turns a (rows, cols) matrix into a few small tensors, and back."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -44,25 +45,42 @@ class Codec(Protocol):
 
 
 class Recipe(Protocol):
-    """How to get a tensor back; holds no tensor. `spec` gives the saved tensors and sources through
-    `saved`.
+    """How to rebuild a tensor. Holds no tensor; reads saved tensors and sources through `saved` and
+    `spec`.
 
-    The tensor in another dtype is the forward's tensor, cast: a recipe that computes rounds to the
-    dtype of the forward (`spec.dtype`) first. A later cast may show that rounding, or an overflow.
+    The tensor in another dtype is a cast of the forward's tensor. So a recipe that computes first
+    rounds to the dtype of the forward (`spec.dtype`). A later cast may show this rounding, or an
+    overflow.
     """
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
 
 
 def once(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a recipe which computes in float32 rounds to, for a tensor of the dtype `own` that
-    is asked for in `dtype`: at once to `dtype`, unless `own` is narrow and has its own rounding."""
+    """The dtype to which a recipe that computes in float32 rounds first.
+
+    Args:
+        own: the dtype of the tensor.
+        dtype: the requested dtype.
+    Returns:
+        `dtype`, unless `own` is narrow and needs its own rounding; then `own`.
+    """
     return dtype if own.itemsize >= 4 and dtype.itemsize <= own.itemsize else own
 
 
 class Stash:
-    """A recipe with what it reads. `cost` is the dearest step needed to rebuild it, `dtype` the
-    tensor's own. `offloaded`: its tensors are in CPU memory, and this is their way back."""
+    """A recipe with the tensors and stashes that it reads.
+
+    Attributes:
+        recipe: how to rebuild the tensor.
+        tensors: the saved tensors that the recipe reads.
+        sources: the stashes that the recipe reads.
+        cost: the highest cost class of the steps that rebuild it (`policy.VIEW`, `CHEAP`,
+            `MATMUL`).
+        dtype: the tensor's own dtype.
+        offloaded: copies the tensors back from CPU memory; None if they were not offloaded.
+        uses: counts the operators that rebuild a matmul's result, else None.
+    """
 
     __slots__ = ("cost", "dtype", "offloaded", "recipe", "sources", "tensors", "uses")
     cost: int
@@ -83,21 +101,30 @@ class Stash:
             if source.cost > cost:
                 cost = source.cost
         self.cost = cost
-        # A matmul's result is shared by the operators that rebuild it in one backward; this counts
-        # them.
+        # The operators that rebuild a matmul's result in one backward share this result. The count
+        # is the number of these operators.
         self.uses = UseCount() if cost == MATMUL else None
 
     def exact(self) -> bool:
-        """Whether no codes are read for it: it is equal to the tensor up to rounding."""
+        """Whether the stash contains no lossy codes. Then it equals the tensor up to rounding."""
         recipe = self.recipe
         coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
         return not coded and all([source.exact() for source in self.sources])
 
 
 class Spec:
-    """A stash without its tensors: `slots` index the saved tensors. `partitioned` are the ZeRO-3
-    parameters among them (None elsewhere), which may be away when they are read; `reader` is there if
-    the tensors were offloaded."""
+    """The structure of a stash, without its tensors.
+
+    Attributes:
+        recipe: how to rebuild the tensor.
+        slots: indices into the saved tensors.
+        sources: the structures of the source stashes.
+        dtype: the tensor's own dtype.
+        user: this operator's entry in the stash's use count, or None.
+        partitioned: ZeRO-3 parameters among the tensors, None for each other tensor. They may be
+            freed when they are read.
+        reader: reads the offloaded tensors; None if they were not offloaded.
+    """
 
     __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user")
 
@@ -116,8 +143,10 @@ class Spec:
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
-    """Keep stashes on an autograd context; `Saved(ctx.saved_tensors, ctx.kept)` reads them back in
-    the same order. Shared parts go once."""
+    """Save stashes on an autograd context. Parts that stashes share are saved once.
+
+    `Saved(ctx.saved_tensors, ctx.kept)` reads them in the same order.
+    """
     tensors: list[Tensor] = []
     slots: dict[int, int] = {}
     specs: dict[int, Spec] = {}
@@ -128,7 +157,16 @@ def save(ctx: Any, *stashes: Stash | None) -> None:
 def strip(
     stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
 ) -> Spec:
-    """A stash's structure; its tensors are appended to `tensors`, each once."""
+    """The structure of a stash. Appends its tensors to `tensors`, each tensor once.
+
+    Args:
+        stash: the stash.
+        tensors: the list of saved tensors, which grows.
+        slots: index of each saved tensor, by id.
+        specs: structures made so far, by the id of the stash.
+    Returns:
+        The structure.
+    """
     known = specs.get(id(stash))
     if known is not None:
         return known
@@ -137,7 +175,7 @@ def strip(
         sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
     away = partitioned(stash.tensors) if stash.tensors else ()
     if torch.compiler.is_compiling():
-        # A graph keeps a tensor once, however often it is saved.
+        # A compiled graph stores a tensor once, even if it is saved several times.
         first = len(tensors)
         tensors.extend(stash.tensors)
         spec = Spec(
@@ -160,13 +198,20 @@ def strip(
 
 
 def value(spec: Spec, tensors: Sequence[Tensor]) -> Tensor:
-    """Rebuild one stash from its structure and the tensors that `strip` listed."""
+    """Rebuild one tensor from its structure and the tensors that `strip` listed."""
     return Saved(tensors, (spec,))[0]
 
 
 class Saved:
-    """What an operator kept, in its backward: `saved[i]` rebuilds stash i, `saved.get(i, dtype)` in
-    another dtype."""
+    """The saved stashes of an operator, in its backward.
+
+    `saved[i]` rebuilds stash i, `saved.get(i, dtype)` rebuilds it in another dtype.
+
+    Args:
+        tensors: the saved tensors.
+        specs: the structures of the stashes, None for an operand that was not saved.
+        grad: the incoming gradient, used while compiling. Default None.
+    """
 
     def __init__(
         self,
@@ -182,13 +227,13 @@ class Saved:
         return self.get(index)
 
     def get(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Stash `index` as a tensor of `dtype` (default: its own)."""
+        """Stash `index` as a tensor of `dtype` (default: the tensor's own dtype)."""
         spec = self.specs[index]
         assert spec is not None, "asked for a stash that was not kept"
         return self.value(spec, dtype)
 
     def value(self, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of one node, rebuilt at most once per backward of an operator."""
+        """The tensor of one structure, rebuilt at most once per backward of an operator."""
         dtype = dtype or spec.dtype
         key = (id(spec), dtype)
         value = self._memo.get(key)
@@ -203,7 +248,7 @@ class Saved:
         return value
 
     def own(self, spec: Spec) -> list[Tensor]:
-        """The saved tensors that a node itself reads."""
+        """The saved tensors that the structure's recipe itself reads."""
         tensors = [self.tensors[slot] for slot in spec.slots]
         if spec.reader is not None:
             if id(spec) not in self._fetched:
@@ -219,12 +264,16 @@ class Saved:
 
 
 class MatrixLayout:
-    """How a tensor was laid out as a (rows, cols) matrix without a copy, so that its decoded form
-    has its layout.
+    """The layout of a tensor as a (rows, cols) matrix without a copy.
 
-    `order` lists the tensor's dims from the slowest to the fastest in memory; the last of them, as
-    far as they are among `within`, form the columns. Groups live inside a row, so they never cross
-    the other dims.
+    With the layout, the decoded matrix gets the memory order of the original tensor. Groups of
+    codes lie within a row, so they never cross the other dims.
+
+    Args:
+        shape: the tensor's shape.
+        order: the tensor's dims from the slowest to the fastest in memory. The last of these dims,
+            as far as they are among `within`, form the columns.
+        cols: the number of columns.
     """
 
     __slots__ = ("cols", "order", "shape")
@@ -234,8 +283,11 @@ class MatrixLayout:
 
     @classmethod
     def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[MatrixLayout, Tensor]:
-        """The layout of `x`, and `x` as a (rows, cols) matrix: a view where the strides allow
-        it."""
+        """The layout of `x`, and `x` as a (rows, cols) matrix.
+
+        The matrix is a view if the strides allow it. `within` lists the dims that the columns may
+        span.
+        """
         dims = x.dim()
         if dims == 0:
             return cls((), (), 1), x.reshape(1, 1)
@@ -269,7 +321,7 @@ class MatrixLayout:
 
 
 def _descending(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The dims by falling stride. By comparisons, since Dynamo sorts constants alone."""
+    """The dims by falling stride. Sorted by comparisons, because Dynamo sorts only constants."""
     order: list[int] = []
     for dim in range(len(strides)):
         place = len(order)
@@ -290,7 +342,8 @@ class Leaf:
 
 
 class Uncompressed:
-    """Recipe: the tensor itself. For weights, statistics, and what is too small to code."""
+    """Recipe: the tensor itself. For weights, statistics, and tensors that are too small to
+    code."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         tensor, grad = saved.own(spec)[0], saved.grad
@@ -300,8 +353,8 @@ class Uncompressed:
             and grad.dtype is dtype
             and tensor.dtype is not dtype
         ):
-            # The partitioner would find autocast's cast of the weight in the forward and keep that
-            # copy. What depends on the gradient has to wait for the backward.
+            # The partitioner would find autocast's cast of the weight in the forward, and save this
+            # copy. A cast that depends on the gradient cannot run before the backward.
             return torch.ops.mesa_train.cast_like(tensor, grad)
         return tensor.to(dtype)
 
@@ -310,15 +363,15 @@ _WHOLE = Uncompressed()
 
 
 def uncompressed(tensor: Tensor) -> Stash:
-    """Keep a tensor as it is. A Parameter stays itself (sharded training frees and gathers it
-    again)."""
+    """Save a tensor as it is. A Parameter stays a Parameter, because sharded training frees and
+    gathers it."""
     if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
         tensor = tensor.detach()
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
 
 
 def of_parameter(tensor: Tensor) -> str:
-    """Why a tensor's memory is a parameter's, or ""."""
+    """The reason why a tensor's memory belongs to a parameter, or ""."""
     if tensor.is_leaf and tensor.requires_grad:
         return "a parameter"
     base = tensor._base if not torch.compiler.is_compiling() else None
@@ -328,19 +381,22 @@ def of_parameter(tensor: Tensor) -> str:
 
 
 def narrowed(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a part of its storage: to keep it keeps the rest as well."""
+    """Whether a tensor is a view of a part of its storage. To save it also holds the rest of the
+    storage."""
     own = tensor.numel() * tensor.element_size()
     return tensor._is_view() and tensor.untyped_storage().nbytes() > own
 
 
 def held(tensor: Tensor) -> Tensor:
-    """A parameter's data as they are now. An alias keeps them if `parameter.data` is exchanged before the
-    backward, as PyTorch's saved view or cast of the parameter does. ZeRO-3 frees and gathers a parameter
-    by such exchanges, so that its parameters stay themselves; FSDP resizes the storage, which an alias
-    shares."""
+    """An alias of a parameter's present data.
+
+    The alias holds this data if `parameter.data` is exchanged before the backward, like PyTorch's
+    saved view or cast of the parameter. ZeRO-3 frees and gathers a parameter by such exchanges, so
+    its parameters are returned unchanged. FSDP resizes the storage, which the alias shares.
+    """
     if torch.compiler.is_compiling() or hasattr(tensor, "ds_status"):
         return tensor
-    # A Parameter again, since hooks that move or count saved tensors pass parameters by.
+    # The alias is a Parameter, because hooks that move or count saved tensors skip parameters.
     if type(tensor) is torch.nn.Parameter:
         return Tensor._make_subclass(torch.nn.Parameter, tensor, False)
     alias = tensor.detach()
@@ -350,7 +406,7 @@ def held(tensor: Tensor) -> Tensor:
 
 
 class Replay:
-    """Recipe: call a view of one source again, with constant arguments."""
+    """Recipe: call a view function on one source again, with constant arguments."""
 
     def __init__(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
@@ -363,13 +419,13 @@ class Replay:
 
 
 class Recompute(Replay):
-    """Recipe: call a function of one source again that computes: in the dtype of the forward."""
+    """Recipe: call a computing function on one source again, in the dtype of the forward."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         return super().load(saved, spec, spec.sources[0].dtype).to(dtype)
 
 
-# What codes are decoded to. Any other dtype is a cast of one of these.
+# The dtypes that codes are decoded to. Any other dtype is a cast of one of these.
 _DECODED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
