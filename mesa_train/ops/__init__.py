@@ -1,2 +1,2 @@
-"""The operators: one file each, opened by what it keeps for the backward, what it rebuilds, and
-what that costs."""
+"""The operators: one file each. A file opens with the saved operands, the rebuilt tensors and the
+cost."""

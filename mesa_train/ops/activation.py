@@ -1,9 +1,12 @@
 """Element-wise activations.
 
-gelu, silu and their kin keep the codes of their input (1 byte per element, nearest rounding) and
-their output is rebuilt from the same codes, so the Linear behind them keeps nothing. hardswish, whose
-derivative jumps at -3 and 3, keeps one bit beside the codes. relu and its kin have a derivative of two
-values and keep one bit. sigmoid and tanh keep the codes of their output. glu keeps its input's codes.
+- gelu, silu and similar functions save the codes of their input (1 byte per element, nearest
+  rounding). Their output is rebuilt from the same codes, so the Linear behind saves nothing.
+- hardswish has a derivative that jumps at -3 and 3. It saves one bit per element in addition to the
+  codes.
+- relu and similar functions have a derivative with two values. They save one bit per element.
+- sigmoid and tanh save the codes of their output.
+- glu saves the codes of its input.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from .base import Kept, Operator, aliases, cast_like_autocast, derivative, kept_
 _aten = torch.ops.aten
 
 # kind: (the function, its derivative times a gradient), both at a decoded input. The fused kernels
-# know these kinds.
+# implement these kinds.
 SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "gelu": (F.gelu, lambda g, x: _aten.gelu_backward(g, x)),
     "gelu_tanh": (
@@ -50,31 +53,35 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
 }
 
-# kind: where the derivative is one slope and where the other, and the two slopes. Knots and NaN are
-# PyTorch's: a NaN lets the gradient of relu and relu6 pass, and has the lower slope elsewhere.
+# kind: (where the derivative has the first slope, the first slope, the second slope). The values at
+# the knots and at NaN are PyTorch's: for a NaN, relu and relu6 pass the gradient, and the other
+# kinds use the lower slope.
 STEPPED: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "relu": (lambda x: ~(x <= 0), 1.0, 0.0),
     "relu6": (lambda x: ~((x <= 0) | (x >= 6)), 1.0, 0.0),
     "leaky_relu": (lambda x: x > 0, 1.0, 0.01),
-    # PyTorch multiplies by this float32 sixth in every dtype.
+    # PyTorch multiplies by this float32 value of 1/6 in every dtype.
     "hardsigmoid": (lambda x: (x > -3) & (x < 3), 0.1666666716337204, 0.0),
 }
 
-# kind: the derivative times a gradient at the output.
+# kind: the derivative times a gradient, computed from the output.
 OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": _aten.sigmoid_backward,
     "tanh": _aten.tanh_backward,
 }
 
 
-# kind: the bounds between which the derivative is one smooth function of x, and outside which it is 0
-# below and 1 above. It jumps at the bounds, and codes of x may fall on the other side of one.
+# kind: bounds. Between the bounds the derivative is one smooth function of x; it is 0 below and 1
+# above. The derivative jumps at the bounds, and codes of x may fall on the other side of a bound.
 BOUNDED = {"hardswish": (-3.0, 3.0)}
 
 
 class Smooth(Operator):
-    """inputs: x. stashes: x, and for a kind in `BOUNDED` with coded x one bit per element, whether x lies
-    between the bounds. static: kind."""
+    """inputs: x. stashes: x, and sometimes one bit per element. static: kind.
+
+    The bit says whether x lies between the bounds. It is saved for a kind in `BOUNDED` if x is
+    coded.
+    """
 
     @derivative("activation")
     def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -96,8 +103,10 @@ class Smooth(Operator):
 
 
 def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
-    """A decoded x, moved to the nearest value on the side of the bounds that x itself was on; `bits` are set
-    between the bounds. An x on a bound counts as outside."""
+    """A decoded x, moved to the nearest value on the side of the bounds where the original x was.
+
+    `bits` are set between the bounds. An x on a bound counts as outside.
+    """
     inside = bitmask.decode(bits, tuple(x.shape))
     shorter = 1 - torch.finfo(x.dtype).eps
     outside = torch.where(x > (low + high) / 2, x.clamp(min=high), x.clamp(max=low))
@@ -133,7 +142,7 @@ class Gated(Operator):
 
 
 class InPlace:
-    """Mixin: instead of recording an output, run a function that overwrites the input. inputs:
+    """Mixin: run a function that overwrites the input, instead of recording an output. inputs:
     x."""
 
     @staticmethod
@@ -147,7 +156,7 @@ class InPlace:
 
 
 class Activated:
-    """Recipe: the activation of its source; from affine codes in one pass."""
+    """Recipe: the activation of its source. From affine codes in one pass."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -160,12 +169,15 @@ class Activated:
                 saved.own(source), leaf.layout.cols, once(spec.dtype, dtype), self.kind
             )
             return leaf.layout.restore(decoded).to(dtype)
-        # In the dtype of the forward, where autocast may have widened the source.
+        # In the dtype of the forward, because autocast may have widened the source.
         return SMOOTH[self.kind][0](saved.value(source, spec.dtype)).to(dtype)
 
     def load_for(self, saved: Saved, spec: Spec, grad: Tensor) -> Tensor:
-        """The activation in the dtype of `grad`, its gradient; the activation's own backward, which
-        is next to run, gets its result from the same pass over the codes."""
+        """The activation in the dtype of `grad`, its gradient.
+
+        The same pass over the codes also computes the result of the activation's own backward,
+        which runs next. The backward cache stores this result.
+        """
         source = spec.sources[0]
         leaf = source.recipe
         if (
@@ -188,8 +200,11 @@ class Activated:
 
 
 def _sums(layout: MatrixLayout, grad: Tensor) -> bool:
-    """Whether the sum over the rows is made on the way, for the bias in front: on a GPU it saves
-    reading the gradient again. On a CPU the sum takes a fifth of the pass that would make it."""
+    """Whether the pass also sums the gradient over the rows, for the bias of the Linear in front.
+
+    On a GPU this avoids a second read of the gradient. On a CPU the sum alone takes a fifth of the
+    time of the pass.
+    """
     last = len(layout.shape) - 1
     return (
         grad.device.type != "cpu"
@@ -200,16 +215,23 @@ def _sums(layout: MatrixLayout, grad: Tensor) -> bool:
 
 
 class SmoothInPlace(InPlace, Smooth):  # type: ignore[misc]
-    """Smooth, written to its input."""
+    """`Smooth` that writes to its input."""
 
 
 class SteppedInPlace(InPlace, Stepped):  # type: ignore[misc]
-    """Stepped, written to its input."""
+    """`Stepped` that writes to its input."""
 
 
 def smooth(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that keeps its input; `overwrites` for the variants named with a
-    trailing underscore."""
+    """Row of an activation that saves its input.
+
+    Args:
+        kind: a key of `SMOOTH`.
+        overwrites: True for functions with a trailing underscore, which write to their input.
+            Default False.
+    Returns:
+        The row.
+    """
 
     def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         which = kind
@@ -227,15 +249,15 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         ):
             return NotImplemented
         function = SMOOTH[which][0]
-        # CUDA's autocast computes softplus alone in float32; the fused pass keeps the input's dtype.
+        # CUDA's autocast computes only softplus in float32. The fused pass keeps the input's dtype.
         widens = which == "softplus" and cast_like_autocast(input) is not input
         codec = None if widens else recorder.fused("activation", "input", input.dtype, input)
         if codec is not None and not inplace and not recorder.known(input, "activation", "input"):
             return _fused(recorder, codec, which, input)
         x = recorder.keep(input, "activation", "input")
         if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
-            # The tensor's next version is another tensor: what is kept has to be a copy of this
-            # one.
+            # The function overwrites the tensor, so the saved tensor must be a copy of the present
+            # version.
             x = Stash(
                 x.recipe,
                 tuple([t.clone() for t in x.tensors]),
@@ -272,8 +294,11 @@ def _fused(recorder: Recorder, codec: Affine, kind: str, input: Tensor) -> Tenso
 
 
 def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
-    """For a kind in `BOUNDED` whose x is not exact: whether x lies between the bounds, one bit per
-    element."""
+    """One bit per element, whether x lies between the bounds, for a kind in `BOUNDED` with inexact
+    x.
+
+    An empty tuple for all other kinds, and if x is exact.
+    """
     if kind not in BOUNDED or x.exact():
         return ()
     low, high = BOUNDED[kind]
@@ -284,7 +309,15 @@ def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that keeps one bit per element."""
+    """Row of an activation that saves one bit per element.
+
+    Args:
+        kind: a key of `STEPPED`.
+        overwrites: True for functions with a trailing underscore, which write to their input.
+            Default False.
+    Returns:
+        The row.
+    """
 
     def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
@@ -292,7 +325,7 @@ def stepped(kind: str, overwrites: bool = False) -> Any:
         if not recorder.covers("activation", input) or (slope and kind != "leaky_relu"):
             return NotImplemented
         if recorder.lossless("activation", "input"):
-            return NotImplemented  # PyTorch saves a tensor that its neighbours save as well
+            return NotImplemented  # PyTorch saves a tensor that neighbouring functions save as well
         if inplace and not _writable(input):
             return _written(
                 recorder, input, stepped(kind)(recorder, getattr(F, kind), input, *slope)
@@ -323,7 +356,8 @@ def clamp(
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """Row of torch.clamp between numbers: one bit per element, whether it lies inside the bounds."""
+    """Row of torch.clamp between numbers. Saves one bit per element: whether it lies inside the
+    bounds."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
     if not numbers or (min is None and max is None) or not recorder.covers("activation", input):
         return NotImplemented
@@ -331,7 +365,7 @@ def clamp(
         return NotImplemented
     result = recorder.exactly(func, input, min, max)
     with torch.no_grad():
-        # As PyTorch's own: the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
+        # As in PyTorch, the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
         sides = [] if min is None else [input > min]
         sides += [] if max is None else [input < max]
         bits = recorder.bits(sides[0] & sides[-1])
@@ -340,7 +374,7 @@ def clamp(
 
 
 def from_output(kind: str) -> Any:
-    """Row of an activation whose derivative reads its output."""
+    """Row of an activation whose derivative is computed from its output."""
 
     def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not recorder.covers("activation", input):
@@ -369,13 +403,13 @@ def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
 
 
 def _writable(input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded: not for a leaf or a view, which PyTorch itself
-    must rebase."""
+    """Whether an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must
+    rebase these."""
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 
 def _written(recorder: Recorder, input: Tensor, output: Tensor) -> Tensor:
-    """`output` written to `input` by autograd's own copy."""
+    """Write `output` to `input` by autograd's own copy."""
     if torch.compiler.is_compiling():
         recorder.lineage.clear()
         recorder.linears.clear()

@@ -1,9 +1,11 @@
-"""Sums of two matmul outputs: a frozen Linear plus its adapter (LoRA), attention plus MLP in parallel.
+"""Sums of two matmul outputs: a frozen Linear plus its adapter (LoRA), or attention plus MLP in
+parallel.
 
-An addition saves nothing. Its row records how the sum is rebuilt where both terms are rebuilt by a
-matmul, so that queries, keys, values and an MLP's hidden layer behind an adapter are rebuilt
-(`recompute="linear"`) as they are behind a Linear alone. A residual stream has no such terms: the row
-costs two lookups there.
+An addition saves nothing. Its row records how to rebuild the sum if both terms are rebuilt by a
+matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter
+(`recompute="linear"`), as they are behind a single Linear.
+
+Cost: a residual stream has no such terms, and there the row costs two lookups.
 """
 
 from __future__ import annotations
@@ -42,6 +44,6 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
 
 
 def _matmul(recorder: Recorder, term: Any) -> Stash | None:
-    """The stash of a term that a matmul rebuilds."""
+    """The stash of a term if a matmul rebuilds it, else None."""
     stash = recorder.lineage.get(term) if isinstance(term, Tensor) else None
     return stash if stash is not None and stash.cost == MATMUL else None

@@ -1,8 +1,8 @@
-"""NumPy arrays while torch.compile traces.
+"""Support for NumPy arrays while torch.compile traces.
 
-Dynamo traces NumPy code as torch code, and turns the operators on arrays (`a > 0`) into methods of
-Tensor if a torch function mode is on. Arrays do not have these methods, so the mode calls the
-operators again, which are not turned into methods while it handles a call.
+Dynamo traces NumPy code as torch code. If a torch function mode is active, Dynamo turns operators
+on arrays (`a > 0`) into methods of Tensor. Arrays do not have these methods. So the mode calls the
+operators again: while it handles a call, Dynamo does not turn them into methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-# Method of Tensor: operator.
+# Method of Tensor: name in the module `operator`.
 _METHODS = {
     **{n: n for n in ("add", "sub", "mul", "matmul", "pow", "lt", "gt", "le", "ge", "ne", "eq")},
     **{n: n for n in ("neg", "abs", "invert", "lshift", "rshift", "floordiv", "mod", "truediv")},
@@ -35,12 +35,12 @@ _METHODS = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a NumPy array; by name, since NumPy may not be there."""
+    """Whether a value is a NumPy array. Tested by name, because NumPy may not be installed."""
     return type(value).__name__ == "ndarray"
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call `func`, a method of Tensor that stands for an operator, with arrays among `args`."""
+    """Call `func`, a method of Tensor that Dynamo made of an operator, with arrays among `args`."""
     name = _operator(func)
     if not name:
         return func(*args, **kwargs)
@@ -50,12 +50,12 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _operator(func: Any) -> str:
-    """The operator's name; with "r " before it, if its operands come exchanged."""
+    """The operator's name, or "". The prefix "r " means exchanged operands."""
     name = getattr(func, "__name__", "").removeprefix("__").removesuffix("__")
     if name in _METHODS:
         return _METHODS[name]
     return f"r {_METHODS[name[1:]]}" if name[:1] == "r" and name[1:] in _METHODS else ""
 
 
-# Answered while tracing instead of traced, as in `fallback.py`.
+# Dynamo calls this function while tracing, and does not trace it, as in `fallback.py`.
 _operator._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,11 +1,17 @@
 """Scaled dot product attention.
 
-The fused kernels keep the stashes of q, k, v and of the output (which the projection behind shares)
-and the exact logsumexp; their own backward is called on the decoded tensors. For short sequences in
-half precision on a CPU we have a faster one, which reads q, k and v alone. Where PyTorch runs its
-unfused form (a mask that needs a gradient, say), the codes of the attention weights are kept beside
-q, k and v; with `recompute="linear"`, and with dropout on the weights, they are computed again
-instead, from the same random numbers. A mask that takes more memory than the codes is not kept for that.
+The fused kernels save the stashes of q, k, v and of the output, and the exact logsumexp. The
+projection behind shares the output's stash. The fused backward of PyTorch is called on the decoded
+tensors.
+
+For short sequences in half precision on a CPU, mesa_train has a faster backward, which reads only
+q, k and v.
+
+In some cases PyTorch runs its unfused form, for example if a mask needs a gradient. Then the codes
+of the attention weights are saved in addition to q, k and v. With `recompute="linear"`, and with
+dropout on the weights, the weights are recomputed instead, from the same random numbers. To
+recompute the weights, the mask must be saved. If the mask takes more memory than the codes,
+`recompute="linear"` saves the codes and not the mask.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from .views import view
 
 _aten = torch.ops.aten
 
-# What torch._fused_sdp_choice answers.
+# The return values of torch._fused_sdp_choice.
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
 
 
@@ -53,7 +59,7 @@ class Short(Operator):
     """inputs: q (B, H, N, D), k, v (B, H, M, D), in half precision on a CPU. stashes: q, k, v.
     static: scale.
 
-    See `kernels/short_attention.py`, which makes the weights again from the decoded q and k.
+    `kernels/short_attention.py` recomputes the weights from the decoded q and k.
     """
 
     @derivative("attention")
@@ -64,7 +70,7 @@ class Short(Operator):
         return torch.ops.mesa_train.short_attention_backward.default(grad, *operands, scale)
 
 
-# Most scores of a head for which `Short` is chosen.
+# The largest number of scores per head for which `Short` is chosen.
 _SHORT = 512 * 512
 
 
@@ -89,8 +95,10 @@ class Unfused(Operator):
 
 
 class Recomputed(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, mask. static: dtype, keywords, the generator's state
-    before the call."""
+    """inputs: q, k, v, mask. stashes: q, k, v, mask.
+
+    static: dtype, keywords, the generator's state before the call.
+    """
 
     @derivative("attention")
     def backward(
@@ -130,7 +138,7 @@ def attention(
     if not recorder.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
         return NotImplemented
     if query.dim() == key.dim() == value.dim() == 3:
-        # As PyTorch does: the batch as heads.
+        # As in PyTorch, the batch becomes the heads.
         q, k, v = [view(recorder, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(0)
@@ -177,8 +185,11 @@ def _backend(
     causal: bool,
     scale: float | None,
 ) -> int:
-    """The kernel that PyTorch would choose. A tracer cannot ask, so there the common cases are told
-    apart by hand."""
+    """The kernel that PyTorch would choose.
+
+    A tracer cannot call PyTorch's choice. For a tracer, this function decides the common cases
+    itself.
+    """
     if not torch.compiler.is_compiling():
         return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale)
     if q.device.type == "cpu":
@@ -194,6 +205,7 @@ def _backend(
 
 
 def _flash_cpu(call: Call) -> Any:
+    """Record the CPU's flash attention, or `Short` for short sequences."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
     result, logsumexp = recorder.exactly(
@@ -216,11 +228,12 @@ def _flash_cpu(call: Call) -> Any:
 
 
 def _factor(call: Call) -> float:
-    """What the scores are multiplied with."""
+    """The factor of the scores."""
     return call.cast[0].shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
 def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether `Short` computes the backward of this call."""
     return (
         mask is None
         and not causal
@@ -231,6 +244,7 @@ def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
 
 
 def _unfused(call: Call) -> Any:
+    """Record PyTorch's unfused attention, and save the attention weights."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -252,8 +266,11 @@ def _unfused(call: Call) -> Any:
 
 
 def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether a mask, from which the attention weights are computed again, takes more memory than the
-    weights' codes: a mask for every image, as relative positions make it."""
+    """Whether a mask takes more memory than the codes of the attention weights.
+
+    The weights are recomputed from the mask. A mask per image, as relative positions make it, takes
+    more.
+    """
     if mask is None or of_parameter(mask):
         return False
     if torch.compiler.is_compiling():
@@ -268,6 +285,7 @@ def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | No
 
 
 def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
+    """Record attention whose backward recomputes the weights."""
     q, k, v, mask = call.cast
     keywords = {
         "dropout_p": call.dropout_p,
@@ -285,15 +303,16 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: every float but float64."""
+    """Cast as autocast does: every float dtype but float64."""
     if tensor.dtype in (torch.float64, dtype):
         return tensor
     cast = tensor.to(dtype)
-    # PyTorch chooses a kernel by the gradients that the operands require, too.
+    # PyTorch's choice of a kernel also depends on whether the operands require gradients.
     return cast if torch.compiler.is_compiling() else cast.requires_grad_(tensor.requires_grad)
 
 
 def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of a device."""
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[device.index or 0]

@@ -1,7 +1,7 @@
 """The fused attention kernels of a GPU: flash, memory-efficient, cuDNN.
 
-Each keeps the stashes of q, k, v and of the output (which the projection behind shares) and the
-exact logsumexp, and calls its own backward on the decoded tensors.
+Each saves the stashes of q, k, v and of the output, and the exact logsumexp. The projection behind
+shares the output's stash. Each calls its own backward on the decoded tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,22 @@ from .base import Operator, derivative, distinct
 
 _aten = torch.ops.aten
 
-# Heads and features of one token may share a group of codes; tokens may not.
+# The heads and features of one token may share a group of codes. Two tokens may not.
 WITHIN = (1, 3)
 
 
 class Call(NamedTuple):
-    """One call of attention. `stashes` are those of q, k, v; `cast` q, k, v and the mask as autocast
-    casts them, `inputs` the same as they were given."""
+    """One call of attention.
+
+    Attributes:
+        recorder: the recorder of the call.
+        stashes: the stashes of q, k and v.
+        cast: q, k, v and the mask as autocast casts them.
+        inputs: q, k, v and the mask as the user passed them.
+        dropout_p: dropout probability of the weights.
+        causal: whether the mask is causal.
+        scale: the factor of the scores; None for PyTorch's default.
+    """
 
     recorder: Recorder
     stashes: tuple[Stash, Stash, Stash]
@@ -36,8 +45,10 @@ class Call(NamedTuple):
 
 
 class FlashCUDA(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset. static: sequence lengths,
-    dropout, ..."""
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset.
+
+    static: the sequence lengths, dropout, causal, scale.
+    """
 
     @derivative("attention")
     def backward(
@@ -64,8 +75,10 @@ class FlashCUDA(Operator):
 
 
 class Efficient(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: dropout,
-    causal, scale."""
+    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask.
+
+    static: dropout, causal, scale.
+    """
 
     @derivative("attention")
     def backward(
@@ -92,8 +105,10 @@ class Efficient(Operator):
 
 
 class CuDNN(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask. static: sequence
-    lengths, dropout, ..."""
+    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask.
+
+    static: the sequence lengths, dropout, causal, scale.
+    """
 
     @derivative("attention")
     def backward(
@@ -122,7 +137,7 @@ class CuDNN(Operator):
 
 
 def flash(call: Call) -> Any:
-    """Record flash attention: no mask."""
+    """Record flash attention, which takes no mask."""
     recorder, q, k, v = call.recorder, *call.cast[:3]
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_flash_attention,
@@ -136,7 +151,7 @@ def flash(call: Call) -> Any:
 
 
 def efficient(call: Call) -> Any:
-    """Record memory-efficient attention: any mask."""
+    """Record memory-efficient attention, which takes any mask."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
     mask = additive(mask, q.dtype)
     bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -153,7 +168,7 @@ def efficient(call: Call) -> Any:
 
 
 def cudnn(call: Call) -> Any:
-    """Record cuDNN's attention: no mask or an additive one."""
+    """Record cuDNN's attention, which takes no mask or an additive mask."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_cudnn_attention,
@@ -170,20 +185,22 @@ def cudnn(call: Call) -> Any:
 def recorded(
     recorder: Recorder, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
 ) -> Any:
-    """Attach an operator to a result; the output's stash stands for it from now on."""
+    """Attach an operator to a result, and record the output's stash in the lineage."""
     output = node.apply(result, kept, static, *distinct(*inputs))
     recorder.lineage.set(output, out)
     return output
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask as what is added to the scores."""
+    """A bool mask as the numbers that are added to the scores. Other masks stay as they are."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def aligned(mask: Tensor) -> bool:
-    """The efficient kernel wants rows of the mask to start at multiples of 16 bytes; PyTorch pads,
-    we do not."""
+    """Whether rows of the mask start at multiples of 16 bytes, as the efficient kernel requires.
+
+    PyTorch pads other masks; mesa_train does not.
+    """
     return mask.shape[-1] % 8 == 0

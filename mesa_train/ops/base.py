@@ -1,8 +1,9 @@
-"""What the operators share: an autograd node that records a result PyTorch has computed already.
+"""The base of the operators: an autograd node for a result that PyTorch has computed already.
 
-A row computes its output with the function that was called, under `no_grad`, and hands it to
-`Operator.apply`, whose forward only keeps stashes. So the forward is exact by construction; the
-derivative is all that an operator defines.
+Why: the forward must be exact. So an operator defines only the derivative.
+
+How: a row of the table computes its output with the function that was called, under `no_grad`. The
+row then passes the output to `Operator.apply`, whose forward only saves stashes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mesa_train.stash.stash import Saved, Spec, Stash, save, strip
 
 
 class Packed:
-    """Stashes that went through the saved-tensor hooks before the operator computed its output."""
+    """Stashes that passed the saved-tensor hooks before the operator computed its output."""
 
     __slots__ = ("specs", "tensors", "unpack")
 
@@ -36,15 +37,16 @@ class Packed:
             self.tensors = [pack(t) for t in tensors]
 
 
-# What `apply` takes: stashes that are still to be saved, or that are saved already.
+# The second argument of `apply`: stashes that are still to be saved, or that are saved already.
 Kept = tuple[Stash | None, ...] | Packed
 
 
 def kept_first(recorder: Recorder, *stashes: Stash | None) -> Kept:
     """Stashes for `apply`, from a row that has not computed its output yet.
 
-    A non-reentrant checkpoint ends its recompute when the last tensor is saved. So the stashes are
-    saved here in a recompute, and the row's computation is skipped where they are the last ones.
+    A non-reentrant checkpoint ends its recompute when the last tensor is saved. So in a recompute,
+    this function saves the stashes at once. If they are the last saved tensors, the row's
+    computation is skipped.
     """
     if (
         recorder.hooks is None
@@ -56,7 +58,7 @@ def kept_first(recorder: Recorder, *stashes: Stash | None) -> Kept:
 
 
 def put(ctx: Any, stashes: Kept, static: Any) -> None:
-    """Keep stashes on an autograd context."""
+    """Save stashes on an autograd context."""
     ctx.static = static
     if isinstance(stashes, Packed):
         ctx.kept, ctx.packed = stashes.specs, stashes
@@ -65,24 +67,32 @@ def put(ctx: Any, stashes: Kept, static: Any) -> None:
 
 
 class Operator(torch.autograd.Function):
-    """Base of the operators. `apply(output, stashes, static, *inputs)`: backward returns one
-    gradient per input."""
+    """Base of the operators. `apply(output, stashes, static, *inputs)` returns the output.
+
+    The backward of a subclass returns one gradient per input. In the docstrings of the subclasses,
+    `inputs` are the differentiable inputs, `stashes` the saved stashes, and `static` the constants.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, stashes: Kept, static: Any, *inputs: Any) -> Tensor:
         put(ctx, stashes, static)
-        # Compiled, the output must not be a view. An output and a view of it may both leave the graph; AOTAutograd
-        # makes the second from the first again with all views in between, and `detach` would cut its gradient.
-        # Inductor removes the copy.
+        # Under torch.compile, the output must not be a view. An output and a view of the output may
+        # both leave the graph. AOTAutograd then makes the view again from the output, with all
+        # views in between, and `detach` would cut the gradient of the view. Inductor removes the
+        # copy.
         return output.clone() if torch.compiler.is_compiling() else output.detach()
 
 
 def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]:
-    """Turn `gradients(saved, static, needs, grad)`, one gradient per input, into an operator's
-    backward.
+    """Decorator: make an operator's backward of `gradients(saved, static, needs, grad)`.
 
-    Codes are not differentiable, so a second derivative raises an error that names the operator and
+    Codes are not differentiable. So a second derivative raises an error that names the operator and
     the remedy.
+
+    Args:
+        operator: the policy's name of the operator, for the error message.
+    Returns:
+        A decorator. The decorated function returns one gradient per input.
     """
 
     def wrap(gradients: Callable[..., tuple[Any, ...]]) -> Any:
@@ -103,8 +113,9 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
                 f"codes, which have none. Leave it to PyTorch with overrides={{{operator!r}: "
                 "{'enabled': False}}, or unwrap the model."
             )
-            # Through the leaves and the incoming gradient as well, or a search for one of them would pass
-            # the error by: `torch.autograd.functional.jvp` differentiates by the latter.
+            # The error node also depends on the leaves and on the incoming gradient. Otherwise a
+            # derivative with respect to one of these would skip the error:
+            # `torch.autograd.functional.jvp` differentiates with respect to the incoming gradient.
             tracked = [r.detach().requires_grad_() for r in results if r is not None] + _leaves(ctx)
             tracked += [grad] if grad.requires_grad else []
             blocked = iter(
@@ -118,6 +129,7 @@ def derivative(operator: str) -> Callable[[Callable[..., tuple[Any, ...]]], Any]
 
 
 def _saved(ctx: Any, grad: Tensor) -> Saved:
+    """The saved stashes of an autograd context."""
     tensors = ctx.saved_tensors
     packed = None if torch.compiler.is_compiling() else getattr(ctx, "packed", None)
     if packed is not None:
@@ -126,7 +138,8 @@ def _saved(ctx: Any, grad: Tensor) -> Saved:
 
 
 def distinct(*tensors: Any) -> tuple[Any, ...]:
-    """An operator's inputs, each its own tensor: Dynamo traces no operator that is given a tensor twice."""
+    """An operator's inputs, each as a separate tensor object. Dynamo cannot trace an operator that
+    gets the same tensor twice."""
     if not torch.compiler.is_compiling():
         return tensors
     found: list[Any] = []
@@ -142,8 +155,10 @@ def sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def cast_like_autocast(tensor: Any) -> Any:
-    """A half-precision tensor in float32 under CUDA's autocast, which computes norms in float32; the
-    functions that the rows call are below its reach."""
+    """A half-precision tensor in float32 under CUDA's autocast, which computes norms in float32.
+
+    The functions that the rows call are at a level that autocast does not reach.
+    """
     if tensor is None or tensor.device.type == "cpu" or not autocasts(tensor.device.type):
         return tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -163,7 +178,7 @@ def _leaves(node: Any) -> list[Tensor]:
 
 
 def aliases(stash: Stash, tensor: Tensor) -> bool:
-    """Whether a stash holds the very memory of a tensor, as lossless and small ones do."""
+    """Whether a stash holds the same memory as a tensor. Lossless and small stashes do."""
     storage = tensor.untyped_storage()._cdata
     return any([t.untyped_storage()._cdata == storage for t in stash.tensors])
 

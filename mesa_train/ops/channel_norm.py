@@ -1,7 +1,7 @@
 """Group norm and batch norm.
 
-Like layer norm (`norm.py`): the codes of the normalised input x_hat (1 byte per element) and the
-reciprocal standard deviations are kept, and the output is rebuilt from the same codes.
+Like layer norm (`norm.py`), each saves the codes of its normalised input x_hat (1 byte per element)
+and the reciprocal standard deviations. The output is rebuilt from the same codes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .norm import Scaled, keeps_input
 class ChannelNorm(Operator):
     """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
 
-    static: the shape (B, groups, C / groups, positions) and the dims of it that were averaged over
-    (none: the statistics were constants).
+    static: the shape (B, groups, C / groups, positions), and the dims of this shape that the
+    statistics average over. No dims means that the statistics were constants.
     """
 
     @derivative("batch_norm")
@@ -56,24 +56,26 @@ class ChannelNorm(Operator):
 def _centred(
     saved: Saved, dtype: torch.dtype, shape: tuple[int, ...], averaged: tuple[int, ...]
 ) -> Tensor:
-    """x_hat, with a mean of 0 over the averaged dims as it had before it was coded.
+    """x_hat, with a mean of 0 over the averaged dims, as x_hat had before it was coded.
 
-    The mean of the codes' errors is small, but the backward multiplies it by the gradient's sum over a
-    channel, in which the errors of single elements cancel.
+    The mean of the codes' errors is small. But the backward multiplies this mean by the gradient's
+    sum over a channel, in which the errors of single elements cancel.
     """
     spec = saved.specs[0]
     assert spec is not None
     x_hat = saved.value(spec, dtype).reshape(shape)
     leaf = spec.recipe
     if averaged and isinstance(leaf, Leaf) and not isinstance(leaf.codec, Lossless):
-        # Decoded for this backward alone, so it may be written to.
+        # Decoded only for this backward, so this function may write to it.
         x_hat.sub_(x_hat.mean(averaged, keepdim=True))
     return x_hat
 
 
 class ChannelNormalized:
-    """Recipe: x_hat from the norm's input, in the shape (B, groups, C / groups, positions), and the
-    statistics of the forward."""
+    """Recipe: x_hat from the norm's input and the statistics of the forward.
+
+    The input is viewed in the shape (B, groups, C / groups, positions).
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -85,7 +87,7 @@ class ChannelNormalized:
 
 
 class GroupNorm(ChannelNorm):
-    """The same under group norm's own name."""
+    """`ChannelNorm` under the name of group norm."""
 
     backward = derivative("group_norm")(ChannelNorm.backward.__wrapped__)
 
@@ -142,13 +144,13 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Row of torch.nn.functional.batch_norm; the running statistics move exactly as PyTorch moves
-    them."""
+    """Row of torch.nn.functional.batch_norm. Updates the running statistics exactly as PyTorch
+    does."""
     channels = input.shape[1] if input.dim() >= 2 else 0
     if not recorder.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
         return NotImplemented
     if training and input.numel() == channels:
-        return NotImplemented  # PyTorch's own error says what is wrong
+        return NotImplemented  # PyTorch's own error describes the problem
     result, mean, rstd, *_ = recorder.exactly(
         torch._batch_norm_impl_index,
         *(
@@ -166,7 +168,7 @@ def batch_norm(
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        # In float32 at least, as PyTorch's own backward computes it from the running variance.
+        # At least in float32, as PyTorch's own backward computes it from the running variance.
         wide = torch.promote_types(running_var.dtype, torch.float32)
         mean, rstd = running_mean.clone(), (running_var.to(wide) + eps).rsqrt()
     batch = input.shape[0]
@@ -188,6 +190,7 @@ def _channel_norm(
     shape: tuple[int, ...],
     averaged: tuple[int, ...],
 ) -> Any:
+    """Save x_hat, or the input, of a computed norm, and record the norm."""
     _, weight, bias = inputs
     mean, rstd = statistics
     if keeps_input(recorder, operator, inputs[0], rstd.dtype):
@@ -227,7 +230,7 @@ def _coded(
             wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
             aligned = [s.expand(*s.shape[:2], shape[2], 1).flatten(1, 2) for s in (mean, rstd)]
             aligned = [s.view(s.shape[0], -1, *[1] * (x.dim() - 2)) for s in aligned]
-            # With one position a channel, groups run along the channels.
+            # With one position per channel, groups run along the channels.
             within = tuple(range(2 if shape[3] > 1 else 1, x.dim()))
             layout, matrix = MatrixLayout.of((wide - aligned[0]) * aligned[1], within)
             tensors = codec.encode(matrix)

@@ -1,14 +1,17 @@
-"""Functions whose saved tensors the fallback may code; what every other function saves stays exact.
+"""The functions whose saved tensors the fallback may code. The saved tensors of every other
+function stay exact.
 
-Some functions save a tensor whose size alone the backward reads (pooling, padding, gather): the
-size is kept. A saved tensor may be coded if it enters the gradient linearly (products), or if measured
-gradients tolerate codes (`lstm`).
-scripts/bench/fallback.py measures the gradient error of every differentiable function with codes, for
-large arguments, offsets, coordinates and poles; docs/fallback.md lists the decisions. A function
-that is not measured is not in this table: its saved tensors are the user's data, and nothing is known
-of how its backward uses them.
+Some functions save a tensor, but their backward reads only its size (pooling, padding, gather). For
+these functions the fallback saves the size. A saved tensor may be coded in two cases: it enters the
+gradient linearly (products), or measured gradients tolerate codes (`lstm`).
 
-Functions are found by identity: a library's operator that is called `mul` too is another function.
+scripts/bench/fallback.py measures the gradient error of every differentiable function with codes,
+for large arguments, offsets, coordinates and poles. docs/fallback.md lists the decisions. A
+function that is not measured is not in this table: its saved tensors are the user's data, and it is
+unknown how its backward uses them.
+
+Functions are compared by identity. An operator of another library that is also called `mul` is a
+different function.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ _OWNERS = (torch, Tensor, F, torch._C._nn, torch.linalg, torch.fft)
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """How a function's saved tensors may be kept.
+    """How a function's saved tensors may be saved.
 
-    sizes: the backward reads the sizes of the saved float tensors and not their elements.
-    masks: bools are packed, and floats stay exact.
-    operands: names of the arguments that may be coded, in order from the first; None for whatever is saved.
-    row: the policy's operator of the row that declined the call; a policy that disables the operator
-        leaves the function to PyTorch. None if no row covers the function.
-    when: whether a call with these arguments may be coded; None for every call.
+    Attributes:
+        sizes: the backward reads the sizes of the saved float tensors, but not their elements.
+            Default False.
+        masks: bool tensors are packed to bits, and float tensors stay exact. Default False.
+        operands: names of the arguments that may be coded, in order from the first; None (default)
+            for all saved tensors.
+        row: the policy's operator of the row that declined the call. A policy that disables this
+            operator leaves the function to PyTorch. None (default) if no row covers the function.
+        when: whether a call with these arguments may be coded; None (default) for every call.
     """
 
     sizes: bool = False
@@ -43,7 +49,7 @@ class Coded:
     when: Callable[[Any, Any], bool] | None = None
 
     def among(self, args: Any, kwargs: Any) -> list[Tensor] | None:
-        """The tensors of a call that may be coded; None for every one that is saved."""
+        """The tensors of a call that may be coded, or None for all saved tensors."""
         if self.operands is None:
             return None
         given = [kwargs.get(name, *args[i : i + 1]) for i, name in enumerate(self.operands)]
@@ -56,7 +62,8 @@ def _whole_power(args: Any, kwargs: Any) -> bool:
     return isinstance(exponent, (int, float)) and exponent in (2, 3)
 
 
-# Beside indices and masks, the backward reads the sizes of what these save.
+# Apart from indices and masks, the backward reads only the sizes of the tensors that these
+# functions save.
 _SIZES = """
     max_pool1d max_pool2d max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
@@ -73,7 +80,8 @@ _LINEAR = """
     conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc mv addmv addbmm addr dot vdot inner
     outer ger tensordot bilinear chain_matmul multi_dot kron cross lerp addcmul square
 """
-# The same, and a row covers most calls: the fallback meets vectors, unbatched input, several factors.
+# The same, but a row covers most calls. The fallback gets the other calls: vectors, unbatched
+# inputs, several factors.
 _DECLINED = {
     "linear": "linear",
     "conv": "conv1d conv2d conv3d",
@@ -83,9 +91,10 @@ _OTHERS = {
     "mul mul_ multiply multiply_": Coded(row="mul"),
     "where masked_fill masked_fill_ masked_scatter masked_scatter_": Coded(masks=True),
     "pow pow_ __pow__ __ipow__": Coded(when=_whole_power),
-    # Gates and cells: products, and derivatives of sigmoid and tanh read from their outputs.
+    # Gates and cells: products, and derivatives of sigmoid and tanh, which are computed from the
+    # outputs.
     "lstm": Coded(),
-    # Linear in the pictures; in the grid it is piecewise, and the pieces are pixels.
+    # Linear in the images. In the grid the function is piecewise, and the pieces are pixels.
     "grid_sample grid_sampler": Coded(operands=("input",)),
 }
 
@@ -103,7 +112,7 @@ def _entries() -> Iterator[tuple[str, Coded]]:
             yield name, coded
 
 
-# By the function itself.
+# Keyed by the function object.
 CODED: dict[Any, Coded] = {
     getattr(owner, name): coded
     for name, coded in _entries()

@@ -1,10 +1,11 @@
-"""Convolutions of one, two or three dims, grouped and depthwise too.
+"""Convolutions of one, two or three dims, also grouped and depthwise.
 
-Keeps the stash of the input (1 byte per element; nothing of its own behind a norm, an activation or
-another convolution's neighbour that keeps the same tensor) and the weight itself. Codes follow the
-memory format: along the channels in channels-last, along the positions of one channel otherwise.
-Where matmuls are rebuilt (`recompute="linear"`), the output of a convolution of one position is rebuilt
-as a Linear's is.
+Saves the stash of the input: 1 byte per element. Nothing is saved behind a norm or an activation,
+or if another operator saves the same tensor. Also saves the weight itself. Codes follow the memory
+format: along the channels in channels-last, else along the positions of one channel.
+
+If matmuls are recomputed (`recompute="linear"`), the output of a convolution of one position is
+rebuilt like a Linear's output.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from .base import Operator, derivative, kept_first
 
 
 class Conv(Operator):
-    """inputs: x, weight, bias. stashes: x, weight. static: shapes of x, weight and bias, and the
-    convolution's numbers."""
+    """inputs: x, weight, bias. stashes: x, weight.
+
+    static: the shapes of x and weight, the size of the bias, and the convolution's numbers.
+    """
 
     @derivative("conv")
     def backward(
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
         shape, weight_shape, bias_size, numbers = static
-        # An operand that is not needed only lends its shape.
+        # Of an operand whose values are not needed, only the shape is used.
         x = saved.get(0, grad.dtype) if needs[1] else grad.new_empty(()).expand(shape)
         weight = saved.get(1, grad.dtype) if needs[0] else grad.new_empty(weight_shape)
         return torch.ops.aten.convolution_backward(
@@ -39,7 +42,8 @@ class Conv(Operator):
 
 
 class Pointwise:
-    """Recipe: a convolution of one position, a matmul over the channels, again from its input's stash."""
+    """Recipe: a convolution of one position again, from its input's stash. It is a matmul over the
+    channels."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -101,5 +105,6 @@ def conv(
 
 
 def _each(value: Any, dims: int) -> list[int]:
+    """A number or sequence as a list of one number per dim."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values

@@ -1,8 +1,9 @@
 """torchvision's deformable convolution.
 
-Keeps the stash of the input (1 byte per element, shared with the convolution that predicts the
-offsets from the same tensor), the weight itself, and offsets and mask as they are: a few numbers a
-position, and the derivative jumps where a sampling point crosses a pixel, so codes would not do.
+Saves the stash of the input (1 byte per element), shared with the convolution that predicts the
+offsets from the same tensor. Also saves the weight itself. Offsets and mask stay uncompressed: they
+are a few numbers per position. Codes are not possible for them, because the derivative jumps where
+a sampling point crosses a pixel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Dropout. Keeps one bit per element where PyTorch keeps a bool (GPU) or a number (CPU), drawn from
-the same stream of the global generator; the output is rebuilt from the input's stash and the bits,
-so a Linear behind it keeps nothing."""
+"""Dropout.
+
+Saves one bit per element; PyTorch saves a bool (GPU) or a number (CPU). The mask comes from the
+same stream of the global generator as PyTorch's. The output is rebuilt from the input's stash and
+the bits, so a Linear behind saves nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Dropout(Operator):
 
 
 class Dropped:
-    """Recipe: the source where its bit is set, scaled, else 0."""
+    """Recipe: the scaled source where its bit is set, else 0."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -50,7 +53,8 @@ def dropout(
     inplace: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Row of torch.nn.functional.dropout and torch.dropout, which calls `training` `train`."""
+    """Row of torch.nn.functional.dropout and torch.dropout. torch.dropout calls `training`
+    `train`."""
     training = kwargs.pop("train", training)
     if not training or p == 0:
         return func(input, p, training)
@@ -59,7 +63,7 @@ def dropout(
     scale = 1 / (1 - p)
     with torch.no_grad():
         if input.device.type == "cpu":
-            # What PyTorch's own dropout does on the CPU, step by step: the same draws, the same
+            # The same steps as PyTorch's own dropout on the CPU: the same draws and the same
             # rounding.
             noise = torch.empty_like(input).bernoulli_(1 - p)
             mask = noise != 0
@@ -81,6 +85,6 @@ def dropout(
 
 @functools.cache
 def _rounded(p: float, dtype: torch.dtype) -> float:
-    """1 / (1 - p) as the CPU's dropout has it: rounded to the dtype of the input."""
+    """1 / (1 - p) as the CPU's dropout computes it: rounded to the dtype of the input."""
     with _disable_current_modes():
         return torch.ones((), dtype=dtype).div_(1 - p).item()

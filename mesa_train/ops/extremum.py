@@ -1,6 +1,8 @@
-"""Largest and smallest element along dims (query pooling in Hiera). Keeps one bit per element,
-which ones were reached, where PyTorch keeps the input and the output; codes would not do, since the
-derivative compares the two."""
+"""Largest and smallest element along dims (query pooling in Hiera).
+
+Saves one bit per element, which says whether the element equals the extremum. PyTorch saves the
+input and the output. Codes are not possible, because the derivative compares the two.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from .base import Operator, derivative
 
 
 class Extremum(Operator):
-    """inputs: x. stashes: one bit per element, how many reached it. static: shape of x, dims,
-    keepdim."""
+    """inputs: x. stashes: one bit per element, the number of elements that equal the extremum.
+
+    static: the shape of x, dims, keepdim.
+    """
 
     @derivative("extremum")
     def backward(
@@ -50,7 +54,8 @@ def extremum(
         best = result if keepdim else func(input, dims, True)
         mask = input == best
         count = mask.sum(dims, keepdim=True).to(input.dtype)
-        # No element equals a NaN: PyTorch divides by this 0 and gives each of them NaN.
+        # No element equals a NaN. PyTorch divides by this count of 0, and gives each element the
+        # gradient NaN.
         bits, count = (
             recorder.bits(mask | best.isnan()),
             count.masked_fill_(best.isnan(), float("nan")),

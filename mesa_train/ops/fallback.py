@@ -1,16 +1,23 @@
-"""The generic fallback: what PyTorch saves for a function without a row.
+"""The generic fallback: saves tensors for functions without a row.
 
-A function that is not known to tolerate codes (see `coded.py`) is left to PyTorch; what it saves is
-reported as "uncompressed: exact". For the others a saved-tensor hook codes float tensors, never below
-8 bits, or keeps the size alone where the backward reads no more, and packs bools to bits, which is
-exact. Parameters, autocast's weight copies, constants and small tensors pass. A tensor whose stash is
-known shares it. If hooks are active already (offload, checkpointing, a byte counter), the codes go
-through these hooks, so that the hooks free, move or count codes. A call that is
-left to PyTorch costs one lookup; a coded one costs the hooks and the codes.
+Most functions are left to PyTorch. Their saved tensors are reported as "uncompressed: exact".
+Functions that tolerate codes are listed in `coded.py`. For these functions, a saved-tensor hook
+does one of three things:
 
-A custom `torch.autograd.Function`, a ScriptFunction and a C++ extension that is bound directly never
-come here: torch shows the interception no call of theirs, so they save what they save in plain
-PyTorch. An operator of `torch.library` comes here and is left to PyTorch.
+- It codes float tensors, never below 8 bits.
+- It saves only the size if the backward reads only the size.
+- It packs bools to bits, which is exact.
+
+Parameters, autocast's weight copies, constants and small tensors pass unchanged. A tensor that has
+a stash already shares it. If hooks are active already (offload, checkpointing, a byte counter), the
+codes go through these hooks, so that the hooks free, move or count codes.
+
+Cost: one lookup for a call that is left to PyTorch; the hooks and the codes for a coded call.
+
+The compression mode does not see calls of a custom `torch.autograd.Function`, a ScriptFunction or a
+C++ extension that is bound directly, because torch does not show them to a mode. They save the same
+tensors as in plain PyTorch. An operator of `torch.library` reaches the fallback and is left to
+PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from mesa_train.utils.torch_functions import function_name
 
 from .coded import CODED
 
-# Functions that save nothing of size: called without hooks, to save time.
+# Functions that save nothing large. They are called without hooks, to save time.
 _NOTHING = frozenset(
     """
     add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_
@@ -46,12 +53,12 @@ _NOTHING = frozenset(
     """.split()
 )
 
-# Functions that save an operand only if the other one needs a gradient.
+# Functions that save an operand only if the other operand needs a gradient.
 _PRODUCTS = frozenset(["mul", "mul_", "multiply", "multiply_"])
 
 
 def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
-    """Call `func` with the hooks on, unless it saves nothing of size."""
+    """Call `func` with the hooks active, unless the function saves nothing large."""
     if torch.compiler.is_compiling():
         if _writes(func, args, kwargs):
             recorder.lineage.clear()
@@ -82,9 +89,10 @@ def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
 
 
 def _left_alone(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call `func` as PyTorch would, and report what its nodes save.
+    """Call `func` as PyTorch would, and report the tensors that its nodes save.
 
-    Hooks that are on are not to be asked for what they packed: a checkpoint's would recompute.
+    If hooks are active, nothing is reported: to unpack a checkpoint's saved tensor would start a
+    recompute.
     """
     if recorder.hooks is not None:
         return func(*args, **kwargs)
@@ -102,7 +110,7 @@ def _left_alone(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
             saved = getattr(node, name)
             if isinstance(saved, Tensor) and not (saved.is_leaf and saved.requires_grad):
                 size += _bytes(saved)
-        # Nodes that the call has made: none that was there before, and no parameter's.
+        # Only nodes that the call has made: no earlier node, and no node of a parameter.
         made = [n for n, _ in node.next_functions if n is not None and n not in seen]
         made = [n for n in made if start <= n._sequence_nr() < _LEAVES]
         seen.update(made)
@@ -120,7 +128,7 @@ _LEAVES = 2**64 - 1
 
 @functools.cache
 def _saved_by(kind: type) -> tuple[str, ...]:
-    """The attributes under which a kind of node shows what it saves."""
+    """The attributes of a node class that return its saved tensors."""
     return tuple([name for name in dir(kind) if name.startswith("_saved_")])
 
 
@@ -130,13 +138,15 @@ class _Hooks:
     def __init__(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> None:
         self.recorder, self.name = recorder, function_name(func)
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        # The operand of "fallback" whose rule says how float tensors are kept; None: whole.
+        # The operand of "fallback" whose rule applies to float tensors. None: they stay
+        # uncompressed.
         self.operand: str | None = None
-        # The tensors that may be coded, None for all; whether their sizes alone are kept.
+        # The tensors that may be coded, None for all. `sizes`: whether only their sizes are saved.
         self.among: list[Tensor] | None = None
         self.sizes = False
         rules, coded = recorder.context.rules, CODED.get(func)
-        # Whether the call has a mask worth packing and is otherwise left alone.
+        # Whether the call has a mask that is worth packing. The rest of the call is left to
+        # PyTorch.
         self.masks = coded is not None and coded.masks and any([self._is_mask(a) for a in args])
         if self.name in rules.functions:
             if not rules["fallback", self.name].enabled:
@@ -153,6 +163,7 @@ class _Hooks:
         self.sizes = coded is not None and coded.sizes
 
     def pack(self, tensor: Tensor) -> Packed:
+        """The stash or the tensor, packed through the outer hooks."""
         kept = self._kept(tensor)
         tensors: list[Tensor] = []
         if isinstance(kept, Stash):
@@ -187,7 +198,8 @@ class _Hooks:
         recorder.report.add(
             recorder.context.name, self.name, "saved", f"uncompressed: {how}", _bytes(tensor)
         )
-        # Detached: an output that its own node keeps would hold the node, which holds the output.
+        # Detached, because an output that its own node saves would form a cycle: the output holds
+        # the node, and the node holds the output.
         return tensor.detach()
 
     def _is_mask(self, argument: Any) -> bool:
@@ -199,7 +211,7 @@ class _Hooks:
         return size >= least and argument.untyped_storage().nbytes() > size // 8 + 1
 
     def _mask(self, mask: Tensor) -> Stash | None:
-        """A mask's bits, made once while the mask lives; None where the mask itself is no larger."""
+        """A mask's bits, made once while the mask exists; None if the mask itself is no larger."""
         recorder = self.recorder
         if not self._is_mask(mask):
             return None
@@ -225,7 +237,8 @@ class _Bits:
 
 
 class _Size:
-    """Recipe: a tensor of a size, strides and device, whose elements nobody reads: NaN."""
+    """Recipe: a tensor of a given size, strides and device. The backward reads no elements, so all
+    are NaN."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.strides, self.device = tensor.shape, tensor.stride(), tensor.device
@@ -238,8 +251,14 @@ class _Size:
 
 
 class Packed:
-    """What the graph holds: tensors (or what an outer hook made of them) and how to get one tensor
-    back. spec: the structure of the stash that the tensors belong to, None for one tensor alone."""
+    """The object that the graph holds: saved tensors, and how to get one tensor back.
+
+    Attributes:
+        tensors: the tensors, or the objects that an outer hook made of them.
+        spec: the structure of the stash that the tensors belong to; None for a single tensor.
+        unwrap: the unpack function of the outer hooks; None without outer hooks.
+        versions: the tensors' versions when they were packed; None with outer hooks.
+    """
 
     __slots__ = ("spec", "tensors", "unwrap", "versions")
 
@@ -259,8 +278,8 @@ class Packed:
         spec: Spec | None,
         outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None,
     ) -> Packed:
-        """A stash's tensors with its structure, or one tensor alone, through the hooks that were on
-        before ours."""
+        """Pack a stash's tensors with its structure, or a single tensor, through the outer
+        hooks."""
         if outer is None:
             return cls(tensors, spec, None, [t._version for t in tensors])
         wrap, unwrap = outer
@@ -269,8 +288,8 @@ class Packed:
 
 def unpack(packed: Packed) -> Tensor:
     """The tensor that was packed."""
-    # What is kept whole may have been written to since; under hooks PyTorch leaves that check to
-    # them.
+    # An uncompressed tensor may have been written to since. Under hooks, PyTorch leaves this check
+    # to the hooks.
     if packed.versions is not None and packed.versions != [t._version for t in packed.tensors]:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -283,7 +302,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def _tracked(args: Any, kwargs: Any) -> bool:
-    """Whether an argument, or one in a list of arguments, needs a gradient."""
+    """Whether an argument, or a tensor in a list of arguments, needs a gradient."""
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, (list, tuple)):
             if any([_needs_gradient(a) for a in argument]):
@@ -312,12 +331,12 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements; 0 if it is not one piece of memory."""
+    """Bytes of a tensor's elements; 0 if the tensor is not one piece of memory."""
     return tensor.numel() * tensor.element_size() if _plain(tensor) else 0
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """A parameter, autocast's copy of one, or a view of either."""
+    """Whether a tensor is a parameter, autocast's copy of a parameter, or a view of either."""
     base = tensor if tensor._base is None else tensor._base
     if base.is_leaf:
         return base.requires_grad or isinstance(base, torch.nn.Parameter)
@@ -329,17 +348,19 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function may write to a tensor, and so to all that share its memory."""
+    """Whether a function may write to a tensor, and so to all tensors that share its memory."""
     if kwargs.get("inplace") or kwargs.get("out") is not None or any([a is True for a in args]):
         return True
     return _writes_by_name(func)
 
 
 def _writes_by_name(func: Any) -> bool:
+    """Whether a function's name says that it writes in place."""
     name = getattr(func, "__name__", "")
     return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.startswith("__"))
 
 
-# Answered while tracing instead of traced: not every version of torch can trace what is asked of a
-# function's name. As torch.compiler.assume_constant_result, which would import all of torch._dynamo.
+# Dynamo calls this function while tracing, and does not trace it: not every version of torch can
+# trace the string methods used here. The mark is the one of torch.compiler.assume_constant_result,
+# which would import all of torch._dynamo.
 _writes_by_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,10 +1,14 @@
-"""Products of a tensor of three or more dims with a matrix, computed as PyTorch does when it records.
+"""Matmuls of a tensor of three or more dims with a matrix, computed as PyTorch does when it
+records.
 
-PyTorch computes such a product as one matrix product or as a batch of them (`should_fold` in ATen's
-LinearAlgebra.cpp); the two may round differently. Where the strides allow both, PyTorch folds only if the
-matrix requires a gradient. A row computes under `no_grad`, in which a transposed weight and autocast's
-copy of a weight require none. So for these operands a row lets PyTorch record, and saves nothing of it.
-That costs about 20 us a call.
+Why: PyTorch computes such a matmul as one matmul or as a batch of matmuls (`should_fold` in ATen's
+LinearAlgebra.cpp). The two may round differently. If the strides allow both, PyTorch folds only if
+the matrix requires a gradient. A row computes under `no_grad`, in which a transposed weight and
+autocast's copy of a weight require no gradient.
+
+How: for these operands, a row lets PyTorch record, but saves nothing of the record.
+
+Cost: about 20 us a call.
 """
 
 from __future__ import annotations
@@ -20,7 +24,18 @@ from mesa_train.stash.recorder import Recorder, autocasts
 def folded(
     recorder: Recorder, func: Any, left: Tensor, right: Tensor, *rest: Any, transposed: bool = False
 ) -> Tensor:
-    """func(left, right, *rest) without a record. transposed: `right` is the weight of a Linear."""
+    """func(left, right, *rest), computed as PyTorch does when it records, without a record.
+
+    Args:
+        recorder: the recorder of the call.
+        func: the matmul function.
+        left: the left operand.
+        right: the right operand.
+        rest: more arguments of `func`.
+        transposed: `right` is the weight of a Linear. Default False.
+    Returns:
+        The output.
+    """
     if (
         torch.compiler.is_compiling()
         or not _depends(left, right, transposed)
@@ -36,7 +51,7 @@ def _depends(left: Tensor, right: Tensor, transposed: bool) -> bool:
     large, small = (left, right) if first else (right, left)
     if large.dim() < 3 or small.dim() > 2 or not small.requires_grad:
         return False
-    # A matrix that is neither transposed nor cast requires its gradient under `no_grad` as well.
+    # A matrix that is neither transposed nor cast also requires its gradient under `no_grad`.
     if not transposed and not autocasts(left.device.type):
         return False
     return not first or not _is_matrix(large)
@@ -49,7 +64,7 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _recorded(func: Any, *args: Any) -> Tensor:
-    """func(*args), its gradients recorded for aliases of the tensors, and nothing saved."""
+    """func(*args), recorded for aliases of the tensors, with nothing saved."""
     given = [
         a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
     ]

@@ -1,13 +1,13 @@
 """Linear, and a layer scale behind it.
 
-Keeps the input's stash (1 byte per element at 8 bits; nothing of its own behind a norm, an
-activation or attention, whose stashes it shares) and the weight itself, which is cast again in the
-backward rather than kept as autocast's copy. A frozen weight keeps no input; a frozen input keeps
-no weight.
+Saves the input's stash: 1 byte per element at 8 bits. Behind a norm, an activation or attention it
+shares their stash and saves nothing of its own. Also saves the weight itself. The backward casts
+the weight again, so autocast's copy is not saved. A frozen weight saves no input. A frozen input
+saves no weight.
 
-y = scale * (x W^T + b), with a trained scale per output feature, needs no output either: with G =
-g^T x, dW = scale * G, dscale = rowsum(W * G) + b * sum(g), so the product that PyTorch would keep
-is never kept.
+y = scale * (x W^T + b), with a trained scale per output feature, needs no output either. With G =
+g^T x: dW = scale * G and dscale = rowsum(W * G) + b * sum(g). So the Linear's output, which PyTorch
+would save, is never saved.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def linear(
         recorder.linears.set(output, (input, _version(input), x, weight, bias))
     if not recorder.context.rules.rebuilds_matmuls:
         return output
-    # A frozen weight needs no input, but a stash that the input has already still gives the product.
+    # A frozen weight needs no input. But if the input has a stash already, the output can be
+    # recomputed from it.
     source = recorder.known(input, "linear", "input") if x is None else x
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
         parameters = recorder.parameters(weight, bias)
@@ -106,14 +107,16 @@ def linear(
 
 
 def _narrow(weight: Tensor) -> bool:
-    """Whether a Linear widens its input so far that the matmul in front of it is cheap to repeat as
-    well, as in an adapter of low rank."""
+    """Whether a Linear widens its input so much that the matmul in front is cheap to recompute too.
+
+    An adapter of low rank does.
+    """
     return 4 * weight.shape[1] <= weight.shape[0]
 
 
 def scaled(recorder: Recorder, func: Any, /, product: Tensor, scale: Tensor) -> Any:
-    """Row of a Linear's output times a trained scale per feature; NotImplemented unless that is
-    what this is."""
+    """Row of a Linear's output times a trained scale per feature. NotImplemented for any other
+    product."""
     made = recorder.linears.get(product)
     if (
         made is None
@@ -142,19 +145,22 @@ def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def _cast(weight: Tensor, like: Tensor) -> Tensor:
-    """A weight in the dtype of what is computed from the gradient; compiled, not before that (see
-    `stash.Whole`)."""
+    """A weight in the dtype of `like`, which depends on the gradient.
+
+    Under torch.compile the cast must not run before the gradient exists (see `stash.Uncompressed`).
+    """
     if torch.compiler.is_compiling() and weight.dtype is not like.dtype:
         return torch.ops.mesa_train.cast_like(weight, like)
     return weight.to(like.dtype)
 
 
 def _version(tensor: Tensor) -> int:
+    """A tensor's version; 0 if it has no version."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _watched(product: Tensor) -> bool:
-    """Whether somebody waits for the product's own gradient, which a scaled Linear does not
+    """Whether the user needs the gradient of the Linear's output, which a scaled Linear does not
     compute."""
     return not torch.compiler.is_compiling() and (
         product.retains_grad or bool(product._backward_hooks)
@@ -162,7 +168,7 @@ def _watched(product: Tensor) -> bool:
 
 
 def _input(saved: Saved, dx: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The Linear's input; where that is an activation, its backward is prepared on the way."""
+    """The Linear's input. If it is an activation, its backward is computed in the same pass."""
     spec = saved.specs[0]
     assert spec is not None
     if dx is None or torch.compiler.is_compiling() or not isinstance(spec.recipe, Activated):
@@ -171,9 +177,10 @@ def _input(saved: Saved, dx: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _gradients(saved: Saved, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of a Linear's input, weight and bias."""
     dx = dweight = dbias = None
-    # Flat at once: a product of a permuted gradient would go by batches, with a copy of the weight
-    # for each.
+    # Flattened first. Otherwise a matmul with a permuted gradient would run batch by batch, and
+    # copy the weight for each batch.
     flat = grad.reshape(-1, grad.shape[-1])
     if needs[0]:
         weight = saved.get(1, grad.dtype)

@@ -1,8 +1,8 @@
 """Matrix products: matmul, mm, bmm, addmm, baddbmm, einsum of two operands.
 
-Keeps the stashes of both operands (of one, if the other needs no gradient); parameters stay
-themselves. 1 byte per element at 8 bits; nothing of its own where the operand is a softmax's output
-or a norm's.
+Saves the stashes of both operands, or of one operand if the other operand needs no gradient.
+Parameters stay uncompressed. Cost: 1 byte per element at 8 bits; nothing if the operand is the
+output of a softmax or a norm.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class MatMul(Operator):
         left_shape, right_shape = static
         dleft = dright = None
         if len(right_shape) == 2:
-            # One product over all leading dims: the batched ones would copy the right operand for
-            # each sample, and build a gradient of it for each and sum them.
+            # One matmul over all leading dims. Batched matmuls would copy the right operand for
+            # each sample. They would also compute a gradient of it for each sample and sum these
+            # gradients.
             flat = grad.reshape(-1, grad.shape[-1])
             if needs[0]:
                 dleft = (flat @ saved.get(1, grad.dtype).mT).view(left_shape)
@@ -47,7 +48,7 @@ class MatMul(Operator):
 
 
 class AddMatMul(Operator):
-    """inputs: base, left, right. stashes: left, right. static: shapes of all three, beta, alpha."""
+    """inputs: base, left, right. stashes: left, right. static: the shape of base, beta, alpha."""
 
     @derivative("matmul")
     def backward(
@@ -124,7 +125,8 @@ def add_matmul(
 
 
 def einsum(recorder: Recorder, func: Any, /, equation: Any, *operands: Any) -> Any:
-    """Row of torch.einsum for two operands whose indices all survive or are contracted."""
+    """Row of torch.einsum for two operands. Each index is contracted or is an index of the
+    output."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if (
@@ -142,6 +144,7 @@ def einsum(recorder: Recorder, func: Any, /, equation: Any, *operands: Any) -> A
 
 
 def _operands(recorder: Recorder, left: Tensor, right: Tensor) -> Kept:
+    """The stashes of the operands that the gradients need."""
     return kept_first(
         recorder,
         recorder.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
@@ -150,8 +153,11 @@ def _operands(recorder: Recorder, left: Tensor, right: Tensor) -> Kept:
 
 
 def _within(operand: Tensor) -> tuple[int, ...]:
-    """Dims that a group may span: that of the features, be the operand transposed or not, and where
-    they lie beside those in memory the heads of the same token, as in fused attention."""
+    """The dims that one group of codes may span.
+
+    The first is the dim of the features, also if the operand is transposed. The heads of the same
+    token may be included if they are next to the features in memory, as in fused attention.
+    """
     if operand.dim() < 4:
         return (-1,)
     return (-3, -2 if operand.stride(-2) == 1 and operand.stride(-1) != 1 else -1)

@@ -1,8 +1,8 @@
 """Products of two tensors that both need a gradient: layer scale, gates, SwiGLU.
 
-Keeps the stashes of both factors (none for a Linear's output times a layer scale, see `linear.py`;
-a small or trained factor stays itself), and the product is rebuilt from them. A product with a
-constant keeps what PyTorch keeps.
+Saves the stashes of both factors. A small or trained factor stays uncompressed. A Linear's output
+times a layer scale saves no factor (see `linear.py`). The product is rebuilt from the factors. A
+product with a constant saves the same tensors as PyTorch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
 
 
 def mul_(recorder: Recorder, func: Any, /, input: Tensor, other: Any) -> Any:
-    """Row of Tensor.mul_: computed apart and written back through autograd's own copy."""
+    """Row of Tensor.mul_. Computes the product separately, and writes it back by autograd's own
+    copy."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return NotImplemented
     made = recorder.linears.get(input)

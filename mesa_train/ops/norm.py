@@ -1,12 +1,12 @@
 """Layer norm and RMS norm.
 
-Each keeps the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard
-deviations; the mean is not needed. Its output, x_hat * weight + bias, is rebuilt from the same
-codes, so the Linear or convolution behind it keeps nothing. PyTorch keeps the input (4 bytes under
-autocast) and the output's cast (2 bytes).
+Each saves the codes of its normalised input x_hat (1 byte per element) and the reciprocal standard
+deviations. The mean is not needed. The output, x_hat * weight + bias, is rebuilt from the same
+codes, so the Linear or convolution behind saves nothing. PyTorch saves the input (4 bytes per
+element under autocast) and the output's cast (2 bytes).
 
-A layer or RMS norm of a matmul's output (queries and keys) keeps no codes where matmuls are rebuilt
-(`recompute="linear"`): x_hat follows from the rebuilt output and the statistics.
+If matmuls are recomputed (`recompute="linear"`), a layer or RMS norm of a matmul's output (queries
+and keys) saves no codes. Its x_hat is computed from the recomputed output and the statistics.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from .base import Operator, cast_like_autocast, derivative
 
 
 class TokenNorm(Operator):
-    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight. static:
-    centred, shape."""
+    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight.
+
+    static: whether it is centred, the normalized shape.
+    """
 
     @derivative("layer_norm")
     def backward(
@@ -68,14 +70,17 @@ class TokenNorm(Operator):
 
 
 class RMSNorm(TokenNorm):
-    """The same under RMS norm's own name."""
+    """`TokenNorm` under the name of RMS norm."""
 
     backward = derivative("rms_norm")(TokenNorm.backward.__wrapped__)
 
 
 class Scaled:
-    """Recipe: x_hat * weight + bias, the norm's output. `per_channel` is the shape that lines
-    weight up with x_hat."""
+    """Recipe: x_hat * weight + bias, the norm's output.
+
+    `per_channel`: the shape that aligns weight with x_hat; None if the codec of the leaf x_hat
+    applies weight and bias.
+    """
 
     def __init__(
         self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None
@@ -102,14 +107,16 @@ class Scaled:
 
 
 class Normalized:
-    """Recipe: x_hat of a layer or RMS norm over `dims` trailing dims, from the norm's input rebuilt
-    and the reciprocal deviations of the forward."""
+    """Recipe: x_hat of a layer or RMS norm over `dims` trailing dims.
+
+    Computed from the norm's rebuilt input and the reciprocal deviations of the forward.
+    """
 
     def __init__(self, dims: int, centred: bool) -> None:
         self.dims, self.centred = dims, centred
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        # In the source's own dtype, the one that its other users share.
+        # In the source's own dtype, which the source's other users share.
         value = saved.value(spec.sources[0])
         rstd = saved.own(spec)[0]
         rows = value.flatten(value.dim() - self.dims).to(torch.promote_types(dtype, rstd.dtype))
@@ -156,7 +163,7 @@ def rms_norm(
     if not recorder.covers("rms_norm", input, weight) or not input.numel():
         return NotImplemented
     shape = tuple(normalized_shape)
-    # PyTorch computes in float32 at least; the epsilon that it chooses is that dtype's.
+    # PyTorch computes at least in float32. Its default epsilon is the epsilon of that dtype.
     wide = torch.promote_types(input.dtype, torch.float32)
     least = torch.finfo(wide).eps if eps is None else eps
     codec = recorder.fused("rms_norm", "normalized", wide)
@@ -198,6 +205,7 @@ def _token_norm(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, ...],
 ) -> Any:
+    """Save x_hat of a computed norm, and record the norm."""
     centred, rstd = mean is not None, rstd.reshape(-1)
     source = _rebuildable(recorder, operator, inputs[0])
     if source is not None:
@@ -241,9 +249,12 @@ def _fused(
 
 
 def keeps_input(recorder: Recorder, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a norm keeps its input, as PyTorch does, because x_hat would take more memory: the input is
-    a parameter (weight standardization), or x_hat is not coded. Then its `dtype` may be wider, and
-    another operator may keep the input too."""
+    """Whether a norm saves its input, as PyTorch does, because x_hat would take more memory.
+
+    This is the case if the input is a parameter (weight standardization), or if x_hat is not coded.
+    An uncompressed x_hat may have a wider dtype (`dtype`), and another operator may save the input
+    too.
+    """
     base = None if torch.compiler.is_compiling() else input._base
     if isinstance(input, torch.nn.Parameter) or isinstance(base, torch.nn.Parameter):
         return True
@@ -255,7 +266,7 @@ def keeps_input(recorder: Recorder, operator: str, input: Tensor, dtype: torch.d
 
 
 def _rebuildable(recorder: Recorder, operator: str, input: Tensor) -> Stash | None:
-    """The stash of a norm's input that a matmul rebuilds, where the policy has it rebuilt."""
+    """The stash of a norm's input if a matmul rebuilds it and the policy allows that, else None."""
     source = recorder.lineage.get(input)
     rebuilt = recorder.context.rules[operator, "normalized"].rebuild_linear
     return source if source is not None and source.cost == MATMUL and rebuilt else None
@@ -269,6 +280,7 @@ def _leaf(
     result: Tensor,
     shape: tuple[int, ...],
 ) -> Stash:
+    """A leaf of x_hat."""
     dims = tuple(range(result.dim()))
     layout = MatrixLayout(tuple(result.shape), dims, math.prod(shape))
     return recorder.leaf(codec, codes, layout, result.dtype, operator, "normalized")
@@ -283,6 +295,7 @@ def _recorded(
     shape: tuple[int, ...],
     centred: bool,
 ) -> Any:
+    """Attach the norm's operator, and record how the output is rebuilt."""
     _, weight, bias = inputs
     stashes = (x_hat, uncompressed(rstd), None if weight is None else uncompressed(weight))
     node = TokenNorm if centred else RMSNorm

@@ -1,5 +1,8 @@
-"""Vectors normalised to length one. Keeps the codes of the output (1 byte per element), which the
-matmul behind it shares, and the clamped lengths."""
+"""Vectors normalised to length one.
+
+Saves the codes of the output (1 byte per element), which the matmul behind shares, and the clamped
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ class Normalize(Operator):
     ) -> tuple[Any, ...]:
         dim, eps = static
         y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
-        # The clamped norm is constant up to eps. There y may be 0 / 0, so the product is left out.
+        # If |x| is at most eps, the clamped norm is constant. There y may be 0 / 0, so this term is
+        # left out.
         along = y * (grad * y).sum(dim, keepdim=True)
         return ((grad - along.masked_fill_(norm <= eps, 0)) / norm,)
 
@@ -50,7 +54,7 @@ def normalize(
     norm = recorder.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
     y = recorder.keep(result, "normalize", "output")
     if not torch.compiler.is_compiling() and aliases(y, result):
-        result = result.clone()  # PyTorch does not keep its output, so it may be written to
+        result = result.clone()  # PyTorch does not save its output, so the user may write to it
     output = Normalize.apply(result, (y, uncompressed(norm)), (dim, eps), input)
     recorder.lineage.set(output, y)
     return output

@@ -1,8 +1,9 @@
-"""Operands that lie side by side in one tensor: q, k and v in the output of one projection.
+"""Operands that are adjacent in one tensor, coded in one pass: q, k and v in the output of one
+projection.
 
-Each keeps a leaf of its own, as if coded alone, code for code. But on a CPU those that share a codec
-are coded in one pass over the rows they lie in, which reads memory in order; one after another, each
-of three passes reads a third of every row and steps over the rest.
+Each operand gets a leaf of its own, with the same codes as if it were coded alone. On a CPU,
+operands that share a codec are coded in one pass over their common rows, which reads memory in
+order. Three separate passes would each read a third of every row and skip the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mesa_train.stash.stash import MatrixLayout, Stash
 
 
 class _New(NamedTuple):
-    """An operand that needs a leaf, and which it is."""
+    """An operand that needs a leaf. `place`: its index among the operands."""
 
     place: int
     codec: Affine
@@ -34,7 +35,17 @@ def keep_each(
     operands: Sequence[str],
     within: tuple[int, ...],
 ) -> list[Stash]:
-    """`mode.keep` of every tensor as the operand of that name."""
+    """`recorder.keep` of every tensor as the operand of that name.
+
+    Args:
+        recorder: the recorder of the call.
+        tensors: the tensors to save.
+        operator: the policy's name of the operator.
+        operands: the policy's name of each operand.
+        within: the dims that one group of codes may span.
+    Returns:
+        The stash of each tensor.
+    """
     leaves: dict[int, Stash] = {}
     if tensors[0].device.type == "cpu" and not torch.compiler.is_compiling():
         for run in _runs(list(_new(recorder, tensors, operator, operands, within))):
@@ -58,7 +69,7 @@ def _new(
 ) -> Iterator[_New]:
     """The operands that need a leaf of affine codes."""
     for place, (tensor, operand) in enumerate(zip(tensors, operands, strict=True)):
-        # What is contiguous has no neighbour within its rows.
+        # A contiguous tensor has no adjacent operand within its rows.
         codec = None if tensor.is_contiguous() else recorder.new_codes(tensor, operator, operand)
         if codec is not None:
             dims = tuple([d % tensor.dim() for d in within])
@@ -66,7 +77,7 @@ def _new(
 
 
 def _runs(news: list[_New]) -> Iterator[list[_New]]:
-    """Stretches of two or more whose columns follow each other in the same rows."""
+    """Runs of two or more operands whose columns follow each other in the same rows."""
     run: list[_New] = []
     for new in news:
         if run and not _continues(run, new):
@@ -79,6 +90,8 @@ def _runs(news: list[_New]) -> Iterator[list[_New]]:
 
 
 def _continues(run: list[_New], new: _New) -> bool:
+    """Whether the columns of `new` follow the columns of the run, with the same codec and
+    layout."""
     first, matrix = run[0].matrix, new.matrix
     cols = first.shape[1]
     return bool(
@@ -94,7 +107,7 @@ def _continues(run: list[_New], new: _New) -> bool:
 
 
 def _coded(run: list[_New]) -> list[tuple[Tensor, Tensor]]:
-    """Codes and scales of each, in one pass."""
+    """Codes and scales of each operand of a run, in one pass."""
     first = run[0].matrix
     rows, cols = first.shape
     with torch.no_grad():

@@ -1,5 +1,8 @@
-"""Softmax. Keeps the codes of its output (1 byte per element), which its derivative alone reads and
-which the matmul behind it shares; never its input."""
+"""Softmax.
+
+Saves the codes of its output (1 byte per element). The derivative reads only the output, and the
+matmul behind shares these codes. The input is never saved.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def softmax(
 
 
 def _dtype(input: Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of the output as PyTorch chooses it; None with keywords that are not known here."""
+    """The dtype of the output as PyTorch chooses it; None if there are other keywords."""
     if not kwargs.keys() <= {"dtype", "_stacklevel"}:
         return None
     device = input.device.type

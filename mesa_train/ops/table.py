@@ -1,5 +1,7 @@
-"""The one table: which torch function is recorded by which row. Adding an operation is adding a
-line and a file."""
+"""The table of operators: each recorded torch function with its row.
+
+A new operation needs one line here and one file.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ Row = Callable[..., Any]
 _nn = torch._C._nn
 
 ROWS: dict[Any, Row] = {
-    _nn.linear: linear.linear,  # F.linear, unless somebody has replaced it
+    _nn.linear: linear.linear,  # F.linear, unless another library has replaced it
     torch.matmul: matmul.matmul,
     Tensor.matmul: matmul.matmul,
     Tensor.__matmul__: matmul.matmul,
@@ -107,10 +109,10 @@ ROWS: dict[Any, Row] = {
     torch.concatenate: views.cat,
 }
 
-# Operators of other libraries, which may be loaded after this one, or never.
+# Operators of other libraries. A library may be loaded after mesa_train, or never.
 _FOREIGN: dict[tuple[str, str], Row] = {("torchvision", "deform_conv2d"): deformable.deform_conv}
 
-# Recomputing these moves data and computes nothing.
+# To recompute these functions moves data and computes nothing.
 _VIEWS = frozenset(
     """
     transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind
@@ -132,19 +134,20 @@ for _name in _CASTS:
 ROWS[Tensor.__getitem__] = views.view
 for _name in ("T", "mT"):
     ROWS[getattr(Tensor, _name).__get__] = views.view
-# torch.compile does not find this one in a table (torch 2.14), and fails on its own guard: rows for
-# eager calls alone.
+# torch.compile does not find Tensor.unflatten in a table (torch 2.14), and fails on its own guard.
+# So its row is for eager calls only.
 EAGER: dict[Any, Row] = {Tensor.unflatten: ROWS.pop(Tensor.unflatten)}
 
 
 def prepare() -> None:
-    """Do now what would otherwise happen in the first forward, which torch.compile may trace."""
+    """Load kernels and foreign rows now. Otherwise the first forward would, and torch.compile may
+    trace it."""
     kernels.load()
     link()
 
 
 def link() -> None:
-    """Adds the rows of other libraries' operators that have been loaded since."""
+    """Add the rows of other libraries' operators that were loaded since the last call."""
     for library, name in list(_FOREIGN):
         if library in sys.modules and hasattr(getattr(torch.ops, library), name):
             operator = getattr(getattr(torch.ops, library), name)

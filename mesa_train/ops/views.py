@@ -1,9 +1,11 @@
-"""Functions that only move or relabel data, replayed on the source's stash: the result needs no
-stash of its own.
+"""Views: functions that only move or relabel data. The result needs no stash of its own.
 
-One stored tensor then serves all its shapes: the attention output for the attention's backward, and
-transposed and reshaped for the projection's weight gradient. Tensors joined by `cat` are rebuilt from
-the stashes of the parts, so one matmul behind attention and an activation keeps neither twice.
+The function is replayed on the source's stash. So one stored tensor serves all its shapes. For
+example, the attention's backward reads the attention output, and the weight gradient of the
+projection reads it transposed and reshaped.
+
+Tensors joined by `cat` are rebuilt from the stashes of the parts. So one matmul behind attention
+and an activation saves neither part twice.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ class Joined:
 
 
 def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
-    """Row of torch.cat. Where the parts that have a stash are the larger share, the others get one
-    now: coding the whole for the operator behind it would code the known parts a second time."""
+    """Row of torch.cat.
+
+    If the parts that have a stash are the larger share, the other parts get a stash now. Otherwise
+    the operator behind would code the joined tensor, and so code the known parts a second time.
+    """
     parts = tuple(tensors)
     if kwargs or not recorder.covers("linear", *parts):
         return NotImplemented
@@ -71,8 +76,8 @@ def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: 
 
 
 def pad(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Row of F.pad. For every mode but "constant" PyTorch saves the input, to the hooks of the
-    fallback."""
+    """Row of F.pad. For every mode but "constant", PyTorch saves the input, and the fallback's
+    hooks get it."""
     output = fallback(recorder, func, (input, *args), kwargs)
     source = recorder.lineage.get(input)
     if source is not None and not _has_tensor(args) and not _has_tensor(kwargs.values()):
@@ -81,9 +86,9 @@ def pad(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: A
 
 
 def cast(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Row of dtype conversions (and moves to the device a tensor is on)."""
+    """Row of dtype conversions, and of moves to the device that a tensor is on."""
     if "memory_format" in kwargs:
-        # A view behind it may rely on the new layout, which a cast of codes does not have.
+        # A later view may rely on the new layout, which a cast of codes does not have.
         return NotImplemented
     output = func(input, *args, **kwargs)
     source = recorder.lineage.get(input)
@@ -99,12 +104,14 @@ def cast(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: 
 
 
 def _derive(recorder: Recorder, output: Tensor, source: Stash, recipe: Replay) -> None:
-    # A view in another dtype reads bits, which codes do not have.
+    """Give `output` a stash that replays `recipe` on `source`."""
+    # A view in another dtype reads the bits of the values, and codes do not contain these bits.
     if recorder.lineage.get(output) is None and output.dtype is source.dtype:
         recorder.lineage.set(output, Stash(recipe, (), (source,), cost=VIEW, dtype=source.dtype))
 
 
 def _has_tensor(values: Any) -> bool:
+    """Whether a tensor is among values or inside their containers."""
     for value in values:
         if isinstance(value, Tensor):
             return True
