@@ -1,7 +1,9 @@
-"""Affine codes: 8, 4 or 2 bits an element, and four bytes (scale, zero) a group.
+"""Affine codes: 8, 4 or 2 bits per element, and four bytes (scale, zero) per group.
 
-A tensor is seen as (rows, cols), and groups never cross a row. At 8 bits in groups of 64 an element
-costs 1.06 bytes, at 4 bits 0.56, at 2 bits 0.31. `kernels/reference.py` specifies the code.
+A tensor is viewed as (rows, cols), and a group never crosses a row. `kernels/reference.py`
+specifies the code.
+
+Cost: in groups of 64, an element takes 1.06 bytes at 8 bits, 0.56 at 4 bits, 0.31 at 2 bits.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ _ops = torch.ops.mesa_train
 
 
 def group_shape(cols: int, group_size: int) -> tuple[int, int]:
-    """(groups, size) of a row: balanced groups of at most group_size; the last may be shorter."""
+    """(groups, size) of a row: balanced groups of at most `group_size`. The last group may be
+    shorter."""
     groups = (cols + group_size - 1) // group_size
     return groups, (cols + groups - 1) // groups if groups else 0
 
@@ -29,12 +32,18 @@ def code_bytes(cols: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class Affine:
-    """How to code a tensor. Its methods are pure functions of it and the data.
+    """How to code a tensor. The methods are pure functions of the codec and the data.
 
-    bits: 8, 4 or 2.
-    group_size: most elements that share a scale and zero.
-    stochastic: unbiased rounding (error up to scale) instead of nearest (up to scale / 2).
-    seed: of stochastic rounding, its low 32 bits; the same data and seed give the same codes.
+    Args:
+        bits: 8, 4 or 2; default 8.
+        group_size: the largest number of elements that share a scale and a zero; at least 1,
+            default 64.
+        stochastic: True for unbiased rounding (error up to scale), False (default) for nearest
+            (error up to scale / 2).
+        seed: seed of stochastic rounding, of which the low 32 bits are used; default 0. The same
+            data and seed give the same codes.
+    Raises:
+        ValueError: `bits` is not one of the choices, or `group_size` is below 1.
     """
 
     bits: int = 8
@@ -54,18 +63,21 @@ class Affine:
         return f"{self.bits} bits in groups of {self.group_size}, {rounding}"
 
     def encode(self, x: Tensor) -> Codes:
-        """(rows, cols) of any float dtype to codes (rows, bytes) and scales (rows, groups, 2)."""
+        """Code (rows, cols) of any float dtype: codes (rows, bytes) and scales (rows, groups,
+        2)."""
         kernels.load()
         return _ops.affine_encode.default(x, *self._code())
 
     def encode_parts(self, x: Tensor, parts: int) -> list[Codes]:
-        """`encode` of each of the `parts` equal shares of the columns of (rows, cols), in one pass."""
+        """`encode` of each of the `parts` equal parts of the columns of (rows, cols), in one
+        pass."""
         kernels.load()
         tensors = _ops.affine_encode_parts.default(x, parts, *self._code())
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Codes:
-        """Codes of (x - mean) * rstd, with mean and rstd (rows,); mean None does not centre."""
+        """Codes of (x - mean) * rstd, with mean and rstd (rows,). If mean is None, x is not
+        centred."""
         kernels.load()
         return _ops.normalized_encode.default(x, mean, rstd, *self._code())
 
@@ -78,8 +90,18 @@ class Affine:
         centred: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Codes]:
-        """LayerNorm (centred) or RMSNorm of (rows, cols) in `dtype`, rstd (rows,), and the codes of
-        the normalised rows, in one pass."""
+        """LayerNorm or RMSNorm of (rows, cols), and the codes of the normalised rows, in one pass.
+
+        Args:
+            x: (rows, cols).
+            weight: (cols,) or None.
+            bias: (cols,) or None.
+            eps: added to the variance.
+            centred: True for LayerNorm, False for RMSNorm.
+            dtype: the dtype of the output.
+        Returns:
+            The output (rows, cols), rstd (rows,), and the codes.
+        """
         kernels.load()
         y, rstd, *codes = _ops.norm_encode.default(
             x, weight, bias, eps, centred, dtype, *self._code()
@@ -93,13 +115,14 @@ class Affine:
         return y, (codes[0], codes[1])
 
     def softmax(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Codes]:
-        """Softmax along the rows of (rows, cols) in `dtype`, and the codes of that, in one pass."""
+        """Softmax along the rows of (rows, cols) in `dtype`, and the codes of the output, in one
+        pass."""
         kernels.load()
         y, *codes = _ops.softmax_encode.default(x, dtype, *self._code())
         return y, (codes[0], codes[1])
 
     def softmax_backward(self, codes: Codes, grad: Tensor) -> Tensor:
-        """The gradient (rows, cols) at a softmax's input, from codes of its output."""
+        """The gradient (rows, cols) of a softmax's input, from codes of its output."""
         kernels.load()
         return _ops.softmax_backward.default(grad, *codes, self.bits)
 
@@ -111,14 +134,14 @@ class Affine:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """(rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
+        """The decoded (rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
         kernels.load()
         return _ops.affine_decode.default(*codes, self.bits, cols, dtype, weight, bias)
 
     def norm_backward(
         self, codes: Codes, grad: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx (in grad's dtype), dweight, dbias of a norm, from codes of its normalised input."""
+        """dx (in grad's dtype), dweight and dbias of a norm, from codes of its normalised input."""
         kernels.load()
         return _ops.norm_backward.default(
             grad, *codes, rstd, weight, self.bits, centred, grad.dtype
@@ -135,18 +158,19 @@ class Affine:
         return _ops.activation_backward.default(grad, *codes, self.bits, kind)
 
     def activation_pair(self, codes: Codes, grad: Tensor, kind: str) -> Codes:
-        """`activation_backward` and the activation itself in grad's dtype, in one pass."""
+        """`activation_backward`, and the activation itself in grad's dtype, in one pass."""
         kernels.load()
         return _ops.activation_pair.default(grad, *codes, self.bits, kind)
 
     def activation_pair_sum(
         self, codes: Codes, grad: Tensor, kind: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`activation_pair`, and the sum of the first over the rows in float32."""
+        """`activation_pair`, and the sum of its first result over the rows in float32."""
         kernels.load()
         return _ops.activation_pair_sum.default(grad, *codes, self.bits, kind)
 
     def _code(self) -> tuple[int, int, bool, int]:
+        """The arguments of an encoding operator."""
         return self.bits, self.group_size, self.stochastic, self.seed
 
     def shapes(
@@ -155,7 +179,7 @@ class Affine:
         cols: int,
         normalized_from: torch.dtype | None = None,  # noqa: ARG002
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that codes of a (rows, cols) tensor consist of."""
+        """Shape and dtype of each tensor of the codes of a (rows, cols) tensor."""
         groups, _ = group_shape(cols, self.group_size)
         codes = (rows, code_bytes(cols, self.bits))
         return [(codes, torch.uint8), ((rows, groups, 2), torch.bfloat16)]

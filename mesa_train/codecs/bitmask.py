@@ -1,4 +1,4 @@
-"""One bit an element: the mask of a ReLU, a dropout or a select. Lossless."""
+"""Bit masks: one bit per element, for the mask of a ReLU, a dropout or a select. Lossless."""
 
 import torch
 from torch import Tensor
@@ -9,23 +9,24 @@ _ops = torch.ops.mesa_train
 
 
 def encode(mask: Tensor) -> Tensor:
-    """Bool of any shape to uint8 (ceil(numel / 8),), in row-major order, low bit first."""
+    """Code a bool mask of any shape as uint8 (ceil(numel / 8),), in row-major order, low bit
+    first."""
     kernels.load()
     return _ops.bitmask_encode.default(mask)
 
 
 def encode_positive(x: Tensor) -> Tensor:
-    """The bits of x > 0 in one pass; a NaN counts as positive."""
+    """The bits of x > 0, in one pass. A NaN counts as positive."""
     kernels.load()
     return _ops.bitmask_positive.default(x)
 
 
 def apply(grad: Tensor, bits: Tensor, scale: float = 1.0) -> Tensor:
-    """grad * scale where the bit is set and 0 elsewhere, with grad's shape and strides."""
+    """grad * scale if the bit is set, and 0 otherwise, with grad's shape and strides."""
     kernels.load()
     return _ops.bitmask_apply.default(grad, bits, scale)
 
 
 def decode(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool mask of `shape` again."""
+    """The bool mask of `shape`."""
     return apply(torch.ones(shape, dtype=torch.uint8, device=bits.device).float(), bits) > 0

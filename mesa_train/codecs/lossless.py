@@ -1,5 +1,8 @@
-"""The lossless codec: the tensor itself. For tests, for `bits=32`, and to tell a codec's error from
-a bug."""
+"""The lossless codec: saves the tensor itself.
+
+It is used for `bits=32` and for tests. It also shows whether an error comes from a codec or from a
+bug.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from torch import Tensor
 
 
 class Lossless:
-    """Codes are the values, in full precision and without a copy where the layout allows one."""
+    """Codes are the values, in full precision. They are not copied if the layout allows a view."""
 
     def __str__(self) -> str:
         return "lossless"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The detached tensor."""
         return (x.detach(),)
 
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor, ...]:
+        """(x - mean) * rstd, with mean and rstd (rows,), at least in float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         centred = x.to(wide) if mean is None else x.to(wide) - mean[:, None]
         return (centred * rstd[:, None],)
@@ -37,6 +42,7 @@ class Lossless:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """(rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
         value = tensors[0]
         if weight is not None:
             value = value * weight

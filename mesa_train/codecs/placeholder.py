@@ -1,13 +1,14 @@
-"""Codecs under activation checkpointing: what the first pass of a non-reentrant one would throw away is not
-coded, and a selective one does not see the operations that make codes.
+"""Codecs for activation checkpointing, non-reentrant and selective.
 
-Such a checkpoint hands every saved tensor to a hook that keeps its shape alone, and demands tensors of
-the same shape and dtype in the same order from the recompute. So the first pass saves placeholders of
-one element, expanded to the codes' shapes, and no element is coded twice.
+A non-reentrant checkpoint passes every saved tensor of its first pass to a hook, which keeps only
+the tensor's shape. The recompute must then save tensors of the same shape and dtype in the same
+order. So the first pass saves placeholders: one element, expanded to the codes' shapes. So no
+element is coded twice.
 
-A selective checkpoint (`create_selective_checkpoint_contexts`) also counts the operations of both passes
-and asks its policy about each. Codes are no part of the model that the policy was written for, so they are
-made out of its sight: the passes may then differ in them, and a policy that keeps everything keeps no codes.
+A selective checkpoint (`create_selective_checkpoint_contexts`) also counts the operations of both
+passes, and calls its policy for each operation. The user wrote this policy for the model, and codes
+are no part of the model. So the operations that make codes are hidden from the checkpoint. The two
+passes may then differ in these operations, and a policy that saves everything saves no codes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _SELECTIVE: tuple[type, ...] = (
 
 
 class SACHiddenCodec:
-    """`codec`, its operations out of a selective checkpoint's sight. `codec` itself goes into the recipe."""
+    """`codec` with operations that a selective checkpoint does not see. The recipe holds `codec`
+    itself."""
 
     def __init__(self, codec: Any) -> None:
         self.codec = codec
@@ -49,7 +51,8 @@ class SACHiddenCodec:
 
 
 class PlaceholderCodec:
-    """`codec`, with tensors of the right shapes for codes. `codec` itself goes into the recipe."""
+    """`codec` with placeholders of the codes' shapes instead of codes. The recipe holds `codec`
+    itself."""
 
     def __init__(self, codec: Any) -> None:
         self.codec = codec
@@ -67,17 +70,18 @@ class PlaceholderCodec:
 
 
 def bits(mask: Tensor) -> Tensor:
-    """In place of `bitmask.encode(mask)`."""
+    """A placeholder for `bitmask.encode(mask)`."""
     with unseen():
         return _like(mask, ((mask.numel() + 7) // 8,), torch.uint8)
 
 
 def discards(pack: Any) -> bool:
-    """Whether a pack hook is that of a non-reentrant checkpoint's first pass."""
+    """Whether a pack hook belongs to the first pass of a non-reentrant checkpoint."""
     return _is_checkpoints(pack, "_checkpoint_hook.")
 
 
 def _is_checkpoints(pack: Any, owner: str) -> bool:
+    """Whether a pack hook is a method of torch's checkpoint class `owner`."""
     return (
         pack is not None
         and getattr(pack, "__module__", None) == "torch.utils.checkpoint"
@@ -86,12 +90,12 @@ def _is_checkpoints(pack: Any, owner: str) -> bool:
 
 
 def recomputes(pack: Any) -> bool:
-    """Whether a pack hook is that of a non-reentrant checkpoint's recompute."""
+    """Whether a pack hook belongs to the recompute of a non-reentrant checkpoint."""
     return _is_checkpoints(pack, "_recomputation_hook.")
 
 
 def selective() -> bool:
-    """Whether a selective checkpoint is watching, in either of its passes."""
+    """Whether a selective checkpoint is active, in its first pass or its recompute."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any([isinstance(m, _SELECTIVE) for m in _get_current_dispatch_mode_stack()])
@@ -99,11 +103,12 @@ def selective() -> bool:
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Take selective checkpoints' modes off; others stay on."""
+    """Context manager: remove the modes of selective checkpoints. Other modes stay active."""
     if not selective():
         yield
         return
-    # PyTorch's own modes (fake tensors, tracing) lie below those of users, and are told by a key.
+    # PyTorch's own modes (fake tensors, tracing) are below the modes of users on the stack. They
+    # have a `_mode_key`.
     stack = [m for m in _get_current_dispatch_mode_stack() if getattr(m, "_mode_key", None) is None]
     others = [m for m in stack if not isinstance(m, _SELECTIVE)]
     _exchange(len(stack), others)
@@ -114,6 +119,7 @@ def unseen() -> Iterator[None]:
 
 
 def _exchange(count: int, modes: list[Any]) -> None:
+    """Replace the top `count` modes of the dispatch mode stack by `modes`."""
     for _ in range(count):
         _pop_mode()
     for mode in modes:
@@ -121,4 +127,5 @@ def _exchange(count: int, modes: list[Any]) -> None:
 
 
 def _like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A placeholder: one element on x's device, expanded to `shape`."""
     return torch.empty((), dtype=dtype, device=x.device).expand(shape)

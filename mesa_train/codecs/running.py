@@ -1,13 +1,19 @@
-"""Running ranges, the scheme of Mesa's paper (arXiv 2111.11124, section 3): 8 bits, groups of a
-head's channels pooled over the whole batch, minimum and range as running averages with decay 0.9,
-stochastic rounding.
+"""Running ranges, the scheme of Mesa's paper (arXiv 2111.11124, section 3).
 
-Kept for comparison with the paper, in plain torch. Unlike the authors' code it saturates at both
-ends, a leaf keeps the range it was coded with (a later forward cannot corrupt it), and the averages
-move once per optimisation step, never in a recompute. The averages belong to the wrapped module's
-context and are no buffers: `to_empty`, `half` and `state_dict` leave them alone, and they follow what
-they code between devices. Under `compress`, which has no module, and while torch.compile traces,
-the ranges are the tensor's own.
+8 bits and stochastic rounding. A group is a head's channels over the whole batch. Minimum and range
+are running averages with decay 0.9. This codec exists for comparison with the paper, and is written
+in plain torch.
+
+Differences from the authors' code:
+
+- Codes saturate at both ends.
+- A leaf stores the range that it was coded with, so a later forward cannot corrupt the leaf.
+- The averages change once per optimizer step, never in a recompute.
+
+The averages belong to the wrapped module's context, and they are not buffers. So `to_empty`, `half`
+and `state_dict` do not change or contain them, and they move to the device of the coded tensors.
+The ranges are the tensor's own under `compress`, which has no module, and while torch.compile
+traces.
 """
 
 from __future__ import annotations
@@ -26,8 +32,15 @@ _LEVELS = 255
 
 
 class Running:
-    """One operand's codec: `ranges[name]` holds (3, groups): minimum, range, and the step they
-    were moved at. Without `ranges`, nothing is remembered."""
+    """The codec of one operand with running ranges.
+
+    Args:
+        ranges: the ranges by operand. `ranges[name]` is (3, groups): minimum, range, and the step
+            of the last update. None: no averages are stored.
+        name: the operand's key in `ranges`.
+        step: the number of the optimizer step.
+        group_size: elements that share one range.
+    """
 
     def __init__(
         self, ranges: dict[str, Tensor] | None, name: str, step: int, group_size: int
@@ -38,7 +51,7 @@ class Running:
         return "8 bits, running ranges"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(rows, cols) to codes (rows, cols), and the minimum and step of each group, float32
+        """Code (rows, cols): codes (rows, cols), and the minimum and scale of each group, float32
         (groups,)."""
         x = x.float()
         cols = x.shape[1]
@@ -62,7 +75,7 @@ class Running:
         cols: int,
         normalized_from: torch.dtype | None = None,  # noqa: ARG002
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that codes of a (rows, cols) tensor consist of."""
+        """Shape and dtype of each tensor of the codes of a (rows, cols) tensor."""
         groups, _ = group_shape(cols, self.group_size)
         ranges = ((groups,), torch.float32)
         return [((rows, cols), torch.uint8), ranges, ranges]
@@ -75,7 +88,7 @@ class Running:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """(rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
+        """The decoded (rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
         codes, low, scale = tensors
         _, size = group_shape(cols, self.group_size)
         zeros, scales = [t.repeat_interleave(size)[:cols] for t in (low, scale)]
@@ -87,8 +100,10 @@ class Running:
         return value.to(dtype)
 
     def _range(self, x: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
-        """(minimum, range) to code with, (groups,) each; moves the averages if this step has not
-        yet."""
+        """(minimum, range) to code with, (groups,) each.
+
+        Updates the averages if this step has not updated them yet.
+        """
         rows, cols = x.shape
         if rows == 0:
             return x.new_zeros(groups), x.new_zeros(groups)
@@ -102,7 +117,7 @@ class Running:
             or x.is_meta
             or type(x) is not Tensor
         ):
-            # A fake tensor has no values to remember.
+            # A fake tensor has no values to store.
             return low, span
         state = self.ranges.get(self.name)
         if state is not None:
@@ -122,7 +137,7 @@ class Running:
 
 
 def _noise(x: Tensor, groups: int, size: int) -> Tensor:
-    """u in [0, 1), (rows, cols): a function of the data, so that a recompute draws the same
+    """u in [0, 1), (rows, cols), computed from the data, so that a recompute draws the same
     numbers."""
     rows, cols = x.shape
     first, last = [x[:, c].contiguous().view(torch.int32).long() & 0xFFFF for c in (0, -1)]
