@@ -1,16 +1,18 @@
-"""The operators under `torch.ops.mesa_train`, and `load()` for the native ones.
+"""The operators under `torch.ops.mesa_train`, and `load()` for the native kernels.
 
-Importing this package defines every operator with its plain-torch reference, on any device, and
-compiles nothing. `load()` puts the C++ kernels in front on the CPU; the first call of a machine
-compiles them (15 to 45 s), the first call of a process loads them, the others cost nothing. It also
-names the Triton kernels for GPUs, which are imported by the first call with a tensor on one.
+An import of this package defines every operator with its plain-torch reference, on any device. It
+compiles nothing. `load()` registers the C++ kernels on the CPU and the Triton kernels on GPUs.
+Triton is imported at the first call with a tensor on a GPU.
+
+Cost: the first `load()` on a machine compiles the C++ kernels (15 to 45 s). The first `load()` of a
+process loads them. Other calls cost nothing.
 """
 
 import threading
 
 from . import schemas as schemas
 from . import short_attention as short_attention
-from .triton import schemas as _triton_schemas  # noqa: F401 - defines its operators
+from .triton import schemas as _triton_schemas  # noqa: F401 - the import defines its operators
 
 _lock = threading.Lock()
 _loaded = False
@@ -31,6 +33,7 @@ def load() -> None:
             _loaded = True
 
 
-# torch.compiler.assume_constant_result, which would import all of torch._dynamo: a load() that is
-# met while compiling runs then and there. Traced, the first one would change what Dynamo guards on.
+# This mark has the effect of torch.compiler.assume_constant_result, which would import all of
+# torch._dynamo. Dynamo runs a load() that it meets while compiling, and does not trace it. A traced
+# first load() would change the state that Dynamo guards on.
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""The mathematics of every operator in plain torch: the naive twin.
+"""The reference of every operator in plain torch. It specifies the mathematics.
 
-It runs on any device, it is what the native kernels must equal code for code, and it is what runs
-where there is no native kernel. It makes many passes and many temporaries (about ten times the time
-of a copy); nothing here is tuned.
+It runs on any device. The native kernels must equal it code for code. It runs wherever there is no
+native kernel. Cost: many passes and many temporaries, about ten times the time of a copy. Nothing
+here is tuned.
 
 The code of one group, all in float32 (a float64 input is cast first):
 
@@ -11,20 +11,22 @@ The code of one group, all in float32 (a float64 input is cast first):
     q     = rint(v), or floor(v' + u) when stochastic, with v = (x - zero) * (1 / scale)
     value = q * scale + zero                                  (two roundings, never an FMA)
 
-so the grid covers [min, max]; |value - x| is at most scale / 2, or scale when stochastic.
-The corners:
-- A NaN or infinity anywhere in a group makes scale and zero NaN and its codes 0: the whole group
-  decodes to NaN, and a GradScaler sees it.
-- A scale under the smallest normal float32 becomes 0, and the group decodes to its zero. An inverse
-  then never overflows, and a device that flushes denormals agrees.
-- Every finite group decodes to finite values. zero stops at the lowest bfloat16; a range wider than
-  float32 is cut to its largest value; where the top of the grid would overflow, scale is one
-  bfloat16 step smaller. What lies beyond such a grid saturates.
+So the grid covers [min, max], and |value - x| is at most scale / 2, or at most scale if stochastic.
 
-Stochastic rounding rounds v to v' with 16 - bits binary places, and draws u with as many from a hash
-of the group's grid, its index, the seed and the element's place in the group: a recompute draws the
-same numbers, no generator is touched and there is nothing to save. All of it fits 16 bits, of which a
-processor handles twice as many at once as of floats.
+Special cases:
+
+- A NaN or infinity in a group makes scale and zero NaN, and the codes of the group 0. The whole
+  group decodes to NaN, so a GradScaler sees it.
+- A scale under the smallest normal float32 becomes 0, and the group decodes to its zero. So the
+  inverse never overflows, and a device that flushes denormals gives the same codes.
+- Every finite group decodes to finite values. zero is at least the lowest bfloat16. A range wider
+  than float32 is cut to the largest float32. If the top of the grid would overflow, scale is one
+  bfloat16 step smaller. Values outside such a grid saturate.
+
+Stochastic rounding rounds v to v' with 16 - bits binary places. It draws u, with as many places,
+from a hash of the group's grid, the group's index, the seed and the element's position in the
+group. So a recompute draws the same numbers, no generator is used, and nothing needs to be saved.
+All values fit into 16 bits, and a processor handles twice as many 16-bit values at once as floats.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,7 @@ _UINT32 = 0xFFFFFFFF
 
 
 def _group_size(cols: int, groups: int) -> int:
-    """Length of the balanced groups of a row (the last may be shorter)."""
+    """Length of the balanced groups of a row. The last group may be shorter."""
     return -(-cols // max(groups, 1))
 
 
@@ -69,14 +71,15 @@ def _unpack(codes: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def _bfloat16_bits_down(x: Tensor) -> Tensor:
-    """Float32 bits of x rounded towards -inf to a bfloat16 value."""
+    """The float32 bits of x, rounded towards -inf to a bfloat16 value."""
     bits = x.view(torch.int32)
     cut = bits & ~0xFFFF
     return torch.where((bits < 0) & (bits != cut), cut + 0x10000, cut)
 
 
 def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero (float32, (rows, groups)) of (rows, groups, size); which groups are finite."""
+    """Scale and zero (float32, (rows, groups)) of (rows, groups, size), and which groups are
+    finite."""
     # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds twice.
     levels = groups.new_full((), 2**bits - 1)
     finite = groups.isfinite().all(-1)
@@ -94,19 +97,31 @@ def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The lowbias32 hash (https://nullprogram.com/blog/2018/07/31/) of uint32s held in int64."""
+    """The lowbias32 hash (https://nullprogram.com/blog/2018/07/31/) of uint32 values stored in
+    int64."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _UINT32
     x = x ^ (x >> 15)
-    # 0x846CA68B less 2**32: the same low 32 bits, and the product stays inside int64.
+    # 0x846CA68B minus 2**32: the low 32 bits are the same, and the product fits into int64.
     x = (x * (0x846CA68B - 2**32)) & _UINT32
     return x ^ (x >> 16)
 
 
 def draws(scale_bits: Tensor, zero_bits: Tensor, size: int, seed: int) -> Tensor:
-    """16 drawn bits for each element, int64 (rows, groups, size), from the grid's bits (int64 (rows,
-    groups)): a hash of the element's place in its group, times one half of a hash of the group, plus
-    the other half. Elements of a group are pairwise uncorrelated, groups independent."""
+    """16 drawn bits for each element, int64 (rows, groups, size).
+
+    The element's position in its group is hashed. Its hash is multiplied by one half of a hash of
+    the group, and the other half is added. Elements of a group are pairwise uncorrelated, and
+    groups are independent.
+
+    Args:
+        scale_bits: the bits of the group's scale, int64 (rows, groups).
+        zero_bits: the bits of the group's zero, int64 (rows, groups).
+        size: elements of a group.
+        seed: of which the low 32 bits are used.
+    Returns:
+        The drawn bits.
+    """
     rows, groups = scale_bits.shape
     device = scale_bits.device
     index = torch.arange(rows * groups, device=device).view(rows, groups) & _UINT32
@@ -128,7 +143,8 @@ def affine_encode(
     if x.numel() == 0:
         codes = x.new_empty((rows, -(-cols * bits // 8)), dtype=torch.uint8)
         return codes, x.new_empty((rows, groups, 2), dtype=torch.bfloat16)
-    # The last group is filled up with copies of the last column: they change neither end.
+    # The last group is padded with copies of the last column. These copies change neither minimum
+    # nor maximum.
     columns = torch.arange(groups * size, device=x.device).clamp(max=cols - 1)
     grouped = x.to(torch.float32)[:, columns].view(rows, groups, size)
 
@@ -151,7 +167,8 @@ def affine_encode(
 def affine_encode_parts(
     x: Tensor, parts: int, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> list[Tensor]:
-    """Codes and scales, in turns, of each of `parts` equal shares of the columns of (rows, cols)."""
+    """Codes and scales, alternating, of each of `parts` equal parts of the columns of (rows,
+    cols)."""
     cols = x.shape[1] // parts
     coded = [
         affine_encode(x[:, k * cols : (k + 1) * cols], bits, group_size, stochastic, seed)
@@ -161,7 +178,7 @@ def affine_encode_parts(
 
 
 def _decode(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tensor:
-    """Values (rows, cols) in float32."""
+    """The decoded values (rows, cols) in float32."""
     size = _group_size(cols, scales.shape[1])
     group = torch.arange(cols, device=codes.device) // max(size, 1)
     scale, zero = scales.to(torch.float32)[:, group].unbind(-1)
@@ -195,7 +212,8 @@ def normalized_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of (x - mean) * rstd, one mean and rstd a row; no mean means no centring."""
+    """Codes of (x - mean) * rstd, with one mean and one rstd per row. If mean is None, x is not
+    centred."""
     value = x.to(torch.float32)
     if mean is not None:
         value = value - mean.to(torch.float32).unsqueeze(1)
@@ -213,7 +231,8 @@ def norm_backward(
     centered: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm (centered) or RMSNorm at the decoded normalised input: dx, dweight, dbias."""
+    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm, from the decoded normalised
+    input."""
     grad = grad.to(torch.float32)
     xhat = _decode(codes, scales, bits, grad.shape[1])
     dxhat = grad if weight is None else grad * weight.to(torch.float32)
@@ -279,7 +298,7 @@ def activation_pair(
 
 
 def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """y * (grad - sum(grad * y)) at the decoded output y of a softmax along each row, in grad's
+    """y * (grad - sum(grad * y)) from the decoded output y of a softmax along each row, in grad's
     dtype."""
     wide = grad.to(torch.float32)
     y = _decode(codes, scales, bits, grad.shape[1])
@@ -289,8 +308,11 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> 
 def scale_backward(
     grad: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad * scale and grad, both in `dtype`, and grad's column sums in float32: what a Linear with
-    a layer scale (cols,) behind it needs of the gradient (rows, cols)."""
+    """grad * scale and grad, both in `dtype`, and grad's column sums in float32.
+
+    The backward of a Linear with a layer scale (cols,) behind it needs these three of the gradient
+    (rows, cols).
+    """
     wide = grad.to(torch.float32)
     scaled = (wide * scale.to(torch.float32)).to(dtype).contiguous()
     return scaled, torch.empty_like(scaled).copy_(wide), wide.sum(0)
@@ -302,17 +324,17 @@ def bitmask_encode(mask: Tensor) -> Tensor:
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
-    """Bits of x > 0; a NaN counts as positive, as in the derivative of PyTorch's relu."""
+    """Bits of x > 0. A NaN counts as positive, as in the derivative of PyTorch's relu."""
     return bitmask_encode(~(x <= 0))
 
 
 def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
-    """grad * scale where the bit is set, else 0; strides follow grad. Float64 stays float64."""
+    """grad * scale if the bit is set, else 0. Strides follow grad. Float64 stays float64."""
     mask = _unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     return torch.empty_like(grad).copy_(torch.where(mask, wide * scale, 0.0))
 
 
 def cast_like(x: Tensor, like: Tensor) -> Tensor:
-    """x in like's dtype, another than its own."""
+    """x in the dtype of `like`, which must differ from its own."""
     return x.to(like.dtype)

@@ -1,10 +1,12 @@
-"""Every operator of mesa_train: its schema, its checks, its fake, and the reference as its body.
+"""Schemas of all operators: their checks, their fakes, and the reference as their body.
 
-Importing this file defines them, under `torch.ops.mesa_train`, on every device; the C++ kernels then
-take over the CPU. All are forward-only: they are called inside autograd Functions. The fakes read
-shapes only, so footprints can be counted on the meta device and dynamic shapes compile.
+An import of this file defines the operators under `torch.ops.mesa_train`, on every device. The C++
+kernels are registered for the CPU afterwards. All operators are forward-only, because autograd
+Functions call them. The fakes read only shapes. So a footprint can be counted on the meta device,
+and a model with dynamic shapes compiles.
 
-`Library.define` rather than `torch.library.custom_op`: the latter adds about 10 us a call.
+The operators use `Library.define` instead of `torch.library.custom_op`, which adds about 10 us a
+call.
 """
 # ruff: noqa: ARG001 (a fake takes all the arguments of its operator)
 
@@ -100,6 +102,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _encoded(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Empty codes and scales of (rows, cols)."""
     rows, cols = x.shape
     groups = (cols + group_size - 1) // group_size
     codes = x.new_empty((rows, (cols * bits + 7) // 8), dtype=torch.uint8)
@@ -243,10 +246,11 @@ def _cast_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _define(schema: str, fake: Callable[..., Any], body: Callable[..., Any]) -> None:
+    """Register an operator with its schema, its fake and its body."""
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def checked(*args: Any) -> Any:
-        # The fake, on tensors without memory, is also the check of the arguments.
+        # The fake, called on meta tensors, also checks the arguments.
         fake(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
         return body(*args)
 

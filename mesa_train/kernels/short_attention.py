@@ -1,10 +1,13 @@
-"""The backward of attention over short sequences on a CPU, registered as an operator so that a
-compiled backward calls it too.
+"""The backward of attention over short sequences on a CPU, as an operator.
 
-The weights are computed again from q and k, a few heads at a time so that they stay in the cache.
-Against PyTorch's fused backward on two AVX-512 cores: 1.7 times faster for 197 tokens, 6 times for
-windows of 49, slower from about 1000. The weights' sum over decoded keys is 1, which with a kept
-logsumexp it would not be; the gradients are closer for it.
+It is registered as an operator so that a compiled backward calls it too. It recomputes the weights
+from q and k, for a few heads at a time, so that the weights fit into the processor's cache.
+
+Speed, against PyTorch's fused backward on two AVX-512 cores: 1.7 times faster for 197 tokens, 6
+times faster for windows of 49, slower from about 1000 tokens.
+
+Error: the recomputed weights sum to 1 over the decoded keys. With a saved logsumexp they would not,
+so the gradients are closer to the exact ones.
 """
 
 # ruff: noqa: ARG001 (a fake takes all the arguments of its operator)
@@ -16,11 +19,13 @@ from . import schemas
 
 _aten = torch.ops.aten
 
-# float32 scores of the heads that are worked on together; 2 and 4 MiB were the fastest here.
+# Bytes of float32 scores of the heads that are processed together. 2 and 4 MiB were the fastest
+# here.
 _SCORES_BYTES = 2 << 20
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Check the dims and the dtype of an argument."""
     torch._check(
         tensor.dim() == 4,
         lambda: f"{name} must be 4-D (batch, heads, tokens, width), got {tuple(tensor.shape)}",
@@ -31,6 +36,7 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def _short_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The fake: checks the arguments and returns empty results."""
     for name, tensor in (("grad", grad), ("q", q), ("k", k), ("v", v)):
         _check(name, tensor, grad.dtype)
     torch._check(
@@ -45,15 +51,24 @@ def _short_attention_backward(
 def short_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of softmax(scale * q k^T) v; q (B, H, N, D), k and v (B, H, M, D), in the dtype of
-    grad (B, H, N, D)."""
+    """dq, dk, dv of softmax(scale * q k^T) v.
+
+    Args:
+        grad: the gradient of the output, (B, H, N, D).
+        q: (B, H, N, D), in the dtype of grad.
+        k: (B, H, M, D), in the dtype of grad.
+        v: (B, H, M, D), in the dtype of grad.
+        scale: the factor of the scores.
+    Returns:
+        The gradients of q, k and v.
+    """
     dtype, shapes = grad.dtype, [t.shape for t in (q, k, v)]
     q, k, v, grad = [t.reshape(-1, *t.shape[2:]) for t in (q, k, v, grad)]
     dq, dk, dv = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     heads = max(2, _SCORES_BYTES // (4 * q.shape[1] * k.shape[1]))
     for operands in zip(*[t.split(heads) for t in (q, k, v, grad, dq, dk, dv)], strict=True):
         q_, k_, v_, g_, dq_, dk_, dv_ = operands
-        # Scores are exponentiated, so they are taken in float32.
+        # Scores are exponentiated, so they are computed in float32.
         scores = q_.float().mul_(scale) @ k_.float().mT
         weights = torch.softmax(scores, -1).to(dtype)
         torch.bmm(weights.mT, g_, out=dv_)
@@ -66,13 +81,16 @@ def short_attention_backward(
 
 
 def workspace_bytes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Most bytes that `short_attention_backward` allocates beside its results: for whoever counts
-    memory on tensors without data, which do not show what happens inside an operator."""
+    """The largest workspace of `short_attention_backward`, in bytes, apart from its results.
+
+    A memory count on fake tensors needs this number, because fake tensors do not show allocations
+    inside an operator.
+    """
     copies = sum(t.nbytes for t in (grad, q, k, v) if not t.is_contiguous())
     (heads, queries, width), keys = (q.shape[0] * q.shape[1], *q.shape[2:]), k.shape[2]
     together = min(heads, max(2, _SCORES_BYTES // (4 * queries * keys)))
-    # float32 scores and weights, weights in half precision; of the heads before, weights and dscores
-    # are still there.
+    # float32 scores and weights, and weights in half precision. The weights and dscores of the
+    # previous heads are still allocated.
     per_score = 10 if together == heads else 14
     return copies + together * (per_score * queries * keys + 4 * (queries + keys) * width)
 

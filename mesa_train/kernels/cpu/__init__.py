@@ -1,1 +1,1 @@
-"""The C++ kernels and their build on first use."""
+"""The C++ kernels, and their build on first use."""

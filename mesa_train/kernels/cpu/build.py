@@ -1,21 +1,24 @@
-"""Compiles the C++ kernels once a machine and loads them: they then stand in for the reference.
+"""The build of the C++ kernels: compiles them once per machine, and loads them.
 
-The sources are several and compile at once: 44 s of work on Zen 3, of which the longest part takes 13. A
-compiler takes up to 520 MB, so no more of them run than memory has room for. The library is kept in a cache
-directory under a name that holds everything it depends on: sources, flags, compiler, torch and the
-processor. Several processes may start at once: one compiles while the others wait for its lock, and
-where the file system has no locks each compiles for itself and the last to finish replaces an equal
-file. Until then all is written to a directory aside, so a build that fails, or is interrupted, leaves
-no library.
+The kernels replace the reference on the CPU.
 
-A compiler that does not know this processor builds for an older one instead.
+Several sources compile at once. In total they take 44 s on Zen 3, and the longest part takes 13 s.
+A compiler takes up to 520 MB, so the number of compilers is limited by the free memory.
+
+The library is stored in a cache directory. Its name is a hash of all that it depends on: sources,
+flags, compiler, torch and the processor. If several processes start at once, one compiles and the
+others wait for its lock. If the file system has no locks, each process compiles, and the last
+process to finish replaces an equal file. Until then all files are written to a separate directory.
+So a build that fails or is interrupted leaves no library.
+
+If the compiler does not know this processor, the kernels are built for an older one.
 
 Environment:
-    MESA_TRAIN_CACHE          the cache directory; ~/.cache/mesa_train if unset
+    MESA_TRAIN_CACHE          the cache directory; default: ~/.cache/mesa_train
     MESA_TRAIN_CPU_KERNELS=0  use the plain-torch reference
     MESA_TRAIN_CXXFLAGS       more flags for the compiler, such as -march=x86-64-v3
-    MAX_JOBS                  most compilers at once, as for torch's own extensions
-    CXX                       the compiler; g++, c++ or clang++, the first found, if unset
+    MAX_JOBS                  the largest number of compilers at once, as for torch's own extensions
+    CXX                       the compiler; default: the first found of g++, c++ and clang++
 """
 
 import contextlib
@@ -35,8 +38,8 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-# What compiles to an object of its own: a source and its definitions, the longest first. Fewer would
-# be less work in all, since each reads torch's headers again.
+# The compilation units: a source and its definitions, the longest first. Fewer units would be less
+# work in total, because each unit reads torch's headers again.
 _UNITS = (
     (_HERE / "decode.cpp", ()),
     (_HERE / "encode.cpp", ()),
@@ -45,14 +48,15 @@ _UNITS = (
     (_HERE / "passes.cpp", ("-DMESA_DTYPE=Float32",)),
 )
 _SOURCES = (*sorted(_HERE.glob("*.cpp")), *sorted(_HERE.glob("*.h")))
-# Contraction into FMA would round once where the specification rounds twice. Without errno and
-# floating-point traps, which nobody reads, more loops vectorise.
+# Contraction into FMA would round once, but the specification rounds twice. Without errno and
+# floating-point traps, which mesa_train does not read, more loops vectorise.
 _FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
-# A compiler takes 5 to 10 s. This is against one that hangs, and holds on a machine under heavy load.
+# A compiler takes 5 to 10 s. The limit stops a compiler that hangs, and is large enough for a
+# machine under heavy load.
 _TIMEOUT_S = 3600
 _COMPILER_BYTES = 640 << 20
 
@@ -60,11 +64,16 @@ logger = logging.getLogger(__name__)
 
 
 class _BuildError(Exception):
-    """Why there is no native library, in words for the log."""
+    """The reason why there is no native library, as text for the log."""
 
 
 def load() -> bool:
-    """Load the C++ kernels, compiling them if need be. False, after one warning, if that fails."""
+    """Load the C++ kernels, and compile them if needed.
+
+    Returns:
+        True if the kernels are loaded. False, after one warning, if that fails or the user has
+        disabled them.
+    """
     if os.environ.get("MESA_TRAIN_CPU_KERNELS", "1") == "0":
         return False
     try:
@@ -82,6 +91,7 @@ def load() -> bool:
 
 
 def _cache() -> Path:
+    """The cache directory."""
     return Path(os.environ.get("MESA_TRAIN_CACHE") or "~/.cache/mesa_train").expanduser()
 
 
@@ -96,12 +106,12 @@ def _compiler() -> list[str]:
 
 
 def _flags() -> list[str]:
-    """The compiler's flags; of contradictory ones it takes the last."""
+    """The compiler's flags. If two flags contradict, the compiler uses the last."""
     return [*_FLAGS, *shlex.split(os.environ.get("MESA_TRAIN_CXXFLAGS", ""))]
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache may be shared by unlike machines."""
+    """The properties that -march=native depends on. Different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -122,7 +132,7 @@ def _library() -> Path:
         with _locked(path.with_suffix(".lock")) as alone:
             if not path.exists():
                 if alone:
-                    # What a killed process left behind.
+                    # Files that a killed process has left.
                     for rest in path.parent.glob(f"{path.stem}.*.tmp"):
                         shutil.rmtree(rest, ignore_errors=True)
                 _build(compiler, path)
@@ -131,7 +141,7 @@ def _library() -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds a lock between processes; False where there are no locks."""
+    """Context manager: hold a lock between processes. Yields False if there are no locks."""
     try:
         import fcntl
     except ImportError:
@@ -147,7 +157,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _build(compiler: list[str], path: Path) -> None:
-    """Compile for this processor; where the compiler cannot, for an older one."""
+    """Compile for this processor. If the compiler cannot, compile for an older processor."""
     try:
         _compile(compiler, _flags(), path)
     except _BuildError as first:
@@ -162,14 +172,15 @@ def _build(compiler: list[str], path: Path) -> None:
 
 
 def _older_flags() -> list[str]:
-    """The flags for any processor with the instructions that torch found in this one."""
+    """The flags for any processor with the instructions that torch found in this processor."""
     wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     march = ["-march=x86-64-v3"] if wide else []
     return [flag for old in _flags() for flag in (march if old == "-march=native" else [old])]
 
 
 def _compile(compiler: list[str], flags: list[str], path: Path) -> None:
-    """Compile and link beside `path`, then rename: whoever looks sees all of the library or nothing."""
+    """Compile and link beside `path`, then rename. So another process sees the complete library or
+    none."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -190,7 +201,7 @@ def _compile(compiler: list[str], flags: list[str], path: Path) -> None:
 
 
 def _run(commands: list[list[str]]) -> None:
-    """Run commands, several at once. After the first that fails no other begins."""
+    """Run commands, several at once. After the first failure, no further command starts."""
     deadline = time.monotonic() + _TIMEOUT_S
     with ThreadPoolExecutor(_jobs(len(commands))) as pool:
         try:
@@ -202,6 +213,7 @@ def _run(commands: list[list[str]]) -> None:
 
 
 def _run_one(command: list[str], deadline: float) -> None:
+    """Run one command. _BuildError if it fails or takes too long."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=max(1, deadline - time.monotonic())
@@ -213,7 +225,8 @@ def _run_one(command: list[str], deadline: float) -> None:
 
 
 def _jobs(most: int) -> int:
-    """How many compilers run at once: at most one a core, and no more than fit into memory."""
+    """The number of compilers at once: at most one per core, and only as many as fit into
+    memory."""
     if chosen := os.environ.get("MAX_JOBS"):
         return max(1, int(chosen)) if chosen.isdecimal() else 1
     try:
