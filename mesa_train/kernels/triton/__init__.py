@@ -1,1 +1,1 @@
-"""The Triton kernels and their registration on first use."""
+"""The Triton kernels, and their registration on first use."""

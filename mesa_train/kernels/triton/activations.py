@@ -1,7 +1,8 @@
-"""Triton: the activations and their slopes, of float32 values that were decoded from codes.
+"""Triton: the activations and their derivatives, at float32 values that were decoded from codes.
 
-Good to about 1e-6, far below a code's own error. `exp` is the hardware's, a quotient is good to two
-units in the last place. Beside a constexpr `KIND` the code of one activation remains.
+Their error is about 1e-6, far below the error of a code. `exp` is the hardware's. A quotient is
+exact to two units in the last place. `KIND` is a constexpr, so a compiled kernel contains the code
+of one activation only.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +18,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _tanh_argument(x):
-    # Half a tanh form is a sigmoid of twice its argument.
+    # (1 + tanh(a)) / 2 is the sigmoid of 2 a.
     return 1.59576912 * (x + 0.044715 * x * x * x)
 
 
@@ -29,14 +30,15 @@ def _hard(x):
 
 @triton.jit
 def _mish_excess(x):
-    # tanh(softplus(x)) = n / (n + 2) with n = e * e + 2 * e and e = exp(x). 1 beyond 20.
+    # tanh(softplus(x)) = n / (n + 2) with n = e * e + 2 * e and e = exp(x). It is 1 for x beyond
+    # 20.
     e = tl.exp(x)
     return e * (e + 2.0)
 
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for y in [0, 1], through atanh."""
+    """log(1 + y) for y in [0, 1], computed through atanh."""
     s = y / (2.0 + y)
     t = s * s
     p = tl.fma(t, 1.0 / 13.0, 1.0 / 11.0)
@@ -55,8 +57,10 @@ def _bell(x):
 
 @triton.jit
 def _gelu_cdf(x, bell):
-    """The normal distribution's integral up to x, absolute error 1e-7: Abramowitz and Stegun 7.1.26,
-    which shares its exponential with the density."""
+    """The integral of the normal distribution up to x, absolute error 1e-7.
+
+    Formula 7.1.26 of Abramowitz and Stegun, which uses the same exponential as the density.
+    """
     t = 1.0 / tl.fma(tl.abs(x), 0.3275911 * 0.7071067811865476, 1.0)
     p = tl.fma(t, 1.061405429, -1.453152027)
     p = tl.fma(p, t, 1.421413741)
@@ -103,7 +107,7 @@ def slope(x, KIND: tl.constexpr):
         bell = _bell(x)
         return tl.fma(x, 0.3989422804014327 * bell, _gelu_cdf(x, bell))
     elif KIND == "gelu_tanh":
-        x = tl.where(x < -20, -20.0, tl.where(x > 20, 20.0, x))  # x * x cannot overflow.
+        x = tl.where(x < -20, -20.0, tl.where(x > 20, 20.0, x))  # so x * x cannot overflow
         s = _sigmoid(_tanh_argument(x))
         return s + s * (1.0 - s) * 1.59576912 * x * (1.0 + 0.134145 * x * x)
     elif KIND == "silu":

@@ -1,4 +1,4 @@
-"""Triton: one bit an element, written and applied in one pass."""
+"""Triton: one bit per element, written and applied in one pass."""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -13,7 +13,7 @@ from mesa_train.kernels import reference, schemas
 
 from .tiles import handles, launch
 
-# Bytes of mask a program writes or reads: 4096 elements at 4 warps.
+# Bytes of the mask that a program writes or reads: 4096 elements at 4 warps.
 _BYTES = 512
 
 
@@ -56,18 +56,18 @@ def bitmask_encode(mask: Tensor) -> Tensor:
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
-    """Bits of x > 0; a NaN counts as positive."""
+    """Bits of x > 0. A NaN counts as positive."""
     bits = schemas._bitmask_positive(x)
     return _write_bits(x, bits) if handles(x) else reference.bitmask_positive(x)
 
 
 def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
-    """grad * scale where the bit is set, else 0; strides follow grad."""
+    """grad * scale if the bit is set, else 0. Strides follow grad."""
     out = schemas._bitmask_apply(grad, bits, scale)
     numel = grad.numel()
     if numel == 0:
         return out
-    # A kernel takes its numbers in float32, too coarse for the scale of float64 values.
+    # A kernel gets its numbers in float32, which is too coarse for the scale of float64 values.
     if grad.dtype == torch.float64 or not handles(grad):
         return reference.bitmask_apply(grad, bits, scale)
     dense = (

@@ -1,8 +1,8 @@
-"""Triton: sums over the rows of a matrix, beside what else is done to the rows, in two launches.
+"""Triton: sums over the rows of a matrix, computed beside other work on the rows, in two launches.
 
-In the first a program walks its share of the rows and writes its own column sums (parts). The
-second, here, adds the parts in order. There are no atomics, so the same input gives the same bits
-again on the same device.
+In the first launch, each program processes its share of the rows and writes its own column sums
+(parts). The second launch, in this file, adds the parts in order. There are no atomics. So the same
+input gives the same bits on the same device.
 """
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .tiles import launch
 
-# Elements of a tile and programs a multiprocessor: together they keep enough loads in flight, and
-# the parts stay a few percent of the traffic.
+# Elements of a tile, and programs per multiprocessor. Together they keep enough loads in flight,
+# and the parts stay at a few percent of the memory traffic.
 _TILE = 2048
 _PROGRAMS = 4
 # Columns and parts that a program of the second launch reads at once.
@@ -47,7 +47,7 @@ def _add(
 
 
 def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Adds the parts (parts, 1 or 2, cols) of one or two sums into vectors (cols,)."""
+    """Add the parts (parts, 1 or 2, cols) of one or two sums into vectors (cols,)."""
     parts, sums, cols = partial.shape
     grid = (triton.cdiv(cols, _COLUMNS), sums)
     launch(_add, grid, 4, (partial, first, second), (parts, cols), (sums, _COLUMNS, _PARTS))
@@ -55,7 +55,7 @@ def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None) -> N
 
 @lru_cache(maxsize=4096)
 def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(rows of a tile, columns of a tile, programs, tiles that a program walks)."""
+    """(rows of a tile, columns of a tile, programs, tiles per program)."""
     width = max(triton.next_power_of_2(cols), 16)
     height = max(1, min(_TILE // width, 16))
     count = triton.cdiv(rows, height)
@@ -65,8 +65,8 @@ def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, in
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a device runs side by side."""
-    if device.type == "cpu":  # the interpreter
+    """The number of programs that a device runs in parallel."""
+    if device.type == "cpu":  # Triton's interpreter
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count

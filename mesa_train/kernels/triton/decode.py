@@ -1,5 +1,7 @@
-"""Triton: affine codes to what is wanted of them, in one pass over the codes: the values, a norm's
-output, an activation, its gradient, or the last two together."""
+"""Triton: results computed from affine codes, in one pass over the codes.
+
+The results are the values, a norm's output, an activation, its gradient, or the last two together.
+"""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -65,7 +67,7 @@ def _activation_backward(
 
 
 def cut(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tiles | None:
-    """The tiles of a coded matrix; RuntimeError where the scales cannot be those of `cols`."""
+    """The tiles of a coded matrix. RuntimeError if the number of scales does not match `cols`."""
     groups = scales.shape[1]
     size = -(-cols // max(groups, 1))
     torch._check(

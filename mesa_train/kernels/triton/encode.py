@@ -1,7 +1,7 @@
-"""Triton: tensors to affine codes in one pass, rounded as `reference.py` says, bit for bit.
+"""Triton: affine codes of a tensor in one pass, rounded as `reference.py` specifies, bit for bit.
 
-The input may have any strides: the rows of q, k and v are read where they lie in the packed qkv. A
-normalised input is computed on the way, so a norm's x_hat never exists in memory.
+The input may have any strides. So the rows of q, k and v are read from the packed qkv without a
+copy. A normalised input is computed in the same pass, so a norm's x_hat is never written to memory.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
@@ -19,22 +19,29 @@ from .tiles import code_place, handles, launch, locate, tiles, value_mask
 
 @triton.jit
 def _ordered(bits):
-    """Bits of a float in an order where integers compare like the numbers: NaN and infinity are at
-    the ends, and one test a group finds them. Its own inverse."""
+    """The bits of a float, mapped so that integers compare like the numbers.
+
+    NaN and infinity are at the ends of this order, so one test per group finds them. The function
+    is its own inverse.
+    """
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def make_grid(low, high, LEVELS: tl.constexpr):
-    """From the ordered ends of groups: stored pair (int32), zero and 1 / scale (float32, both 0 for
-    a group with a NaN or infinity)."""
+    """The grid of each group, from the ordered bits of its minimum and maximum.
+
+    Returns:
+        The stored pair (int32), zero and 1 / scale. Both are float32, and 0 for a group with a NaN
+        or infinity.
+    """
     LARGEST: tl.constexpr = 3.4028234663852886e38
     finite = (low > -0x7F800001) & (high < 0x7F800000)
     least = _ordered(low)
     down = least & -65536
     down = tl.where((low < 0) & (down != least), down + 65536, down)
     down = tl.where(down == -0x80000000, 0, down)  # -0.0
-    down = tl.where(down == -0x800000, -0x810000, down)  # -infinity: the lowest bfloat16
+    down = tl.where(down == -0x800000, -0x810000, down)  # -infinity becomes the lowest bfloat16
     down = tl.where(finite, down, 0)
     zero = down.to(tl.float32, bitcast=True)
 
@@ -54,7 +61,7 @@ def make_grid(low, high, LEVELS: tl.constexpr):
 
 @triton.jit
 def mix(x):
-    """lowbias32 of uint32s, https://nullprogram.com/blog/2018/07/31/."""
+    """The lowbias32 hash of uint32 values, https://nullprogram.com/blog/2018/07/31/."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -68,7 +75,7 @@ def encode_tile(
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the codes and scales of (U, W) float32 values."""
+    """Write the codes and scales of (U, W) float32 values."""
     LEVELS: tl.constexpr = 2**BITS - 1
     PER: tl.constexpr = 8 // BITS
     i = tl.arange(0, W)[None, :]
@@ -103,7 +110,7 @@ def encode_tile(
     # A NaN becomes 0.
     v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.NONE)
     v = tl.minimum(v, TOP * 1.0, propagate_nan=tl.PropagateNan.NONE)
-    # 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
+    # 1.5 * 2**23: the last place of the sum is 1, so the addition itself rounds half to even.
     q = (v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF
     if STOCHASTIC:
         drawn = (mix(element.to(tl.uint32)) >> 16) * (keys & 0xFFFF | 1) + (keys >> 16)
@@ -139,7 +146,7 @@ def _encode(
 
 
 def signed(seed: int) -> int:
-    """The low 32 bits of a seed as an int32: one type for all seeds, so one kernel."""
+    """The low 32 bits of a seed as an int32. All seeds have one type, so one kernel is compiled."""
     return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
 
 
@@ -159,7 +166,8 @@ def normalized_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of (x - mean) * rstd, one mean and rstd a row; without either, of x."""
+    """Codes of (x - mean) * rstd, with one mean and one rstd per row. If both are None, codes of
+    x."""
     if rstd is None:
         codes, scales = schemas._affine_encode(x, bits, group_size, stochastic, seed)
     else:

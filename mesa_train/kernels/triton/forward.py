@@ -1,5 +1,4 @@
-"""Triton: norms and activations whose codes are made in the pass that computes them
-(`schemas.py`)."""
+"""Triton: norms and activations that make their codes in the same pass (`schemas.py`)."""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -72,7 +71,7 @@ def _norm(
 def activation_encode(
     x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kind(x), (rows, cols) in x's dtype; codes and scales of x."""
+    """kind(x), (rows, cols) in x's dtype, and the codes and scales of x."""
     y, codes, scales = triton_schemas._activation_encode(
         x, kind, bits, group_size, stochastic, seed
     )
@@ -104,8 +103,10 @@ def norm_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm (centered) or RMSNorm of (rows, cols) in `dtype`; rstd (rows,); codes and scales of
-    the normalised rows."""
+    """LayerNorm (centered) or RMSNorm in `dtype`, rstd (rows,), and codes of the normalised rows.
+
+    Arguments and results are those of `schemas.norm_encode`.
+    """
     code = bits, group_size, stochastic, seed
     y, rstd, codes, scales = triton_schemas._norm_encode(
         x, weight, bias, eps, centered, dtype, *code

@@ -1,7 +1,8 @@
-"""Registers the Triton kernels for GPUs without importing Triton.
+"""The registration of the Triton kernels for GPUs, without an import of Triton.
 
-What is registered is a door: the first call with a tensor on a GPU imports the kernels, and Triton
-compiles each for the shapes it meets (about a second each, kept in Triton's cache on disk).
+For each operator a small function is registered. Its first call with a tensor on a GPU imports the
+kernels. Triton compiles a kernel for each new combination of shapes (about a second each), and
+stores it in its cache on disk.
 
 Environment:
     MESA_TRAIN_TRITON=0  use the plain-torch reference
@@ -22,7 +23,7 @@ from mesa_train.kernels import reference, schemas
 
 from . import schemas as triton_schemas
 
-# operator: the file its launcher is in, under the operator's name.
+# operator: the file of its launcher. The launcher has the operator's name.
 OPERATORS = {
     "affine_encode": "encode",
     "normalized_encode": "encode",
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache
 def load() -> None:
-    """Put the Triton kernels in front on GPUs; once a process, however often it is called."""
+    """Register the Triton kernels for GPUs, once per process."""
     if os.environ.get("MESA_TRAIN_TRITON", "1") == "0":
         return
     for name in OPERATORS:
@@ -60,6 +61,7 @@ def load() -> None:
 
 
 def _door(name: str) -> Callable[..., Any]:
+    """The function that is registered for an operator."""
     bodies: dict[torch.device, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
@@ -67,7 +69,7 @@ def _door(name: str) -> Callable[..., Any]:
         body = bodies.get(here)
         if body is None:
             body = bodies.setdefault(here, _body(name, here))
-        # A kernel runs on the current device, which need not be the tensors' own.
+        # A kernel runs on the current device, which may differ from the tensors' device.
         if here.index == torch.accelerator.current_device_index():
             return body(*args)
         with torch.accelerator.device_index(here.index):
@@ -77,7 +79,7 @@ def _door(name: str) -> Callable[..., Any]:
 
 
 def _body(name: str, device: torch.device) -> Callable[..., Any]:
-    """The launcher of an operator, or its checked reference where Triton cannot run."""
+    """The launcher of an operator, or its checked reference if Triton cannot run."""
     reason = _obstacle(device)
     if reason is None:
         module = importlib.import_module(f"mesa_train.kernels.triton.{OPERATORS[name]}")
@@ -96,7 +98,7 @@ def _body(name: str, device: torch.device) -> Callable[..., Any]:
 
 @lru_cache
 def _obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on a device, told once in the log; None if it can."""
+    """The reason why Triton cannot run on a device, logged once; None if it can."""
     reason = None
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)

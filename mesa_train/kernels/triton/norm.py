@@ -1,4 +1,5 @@
-"""Triton: a norm's backward from codes of its normalised input: grad and codes are read once."""
+"""Triton: the backward of a norm from codes of its normalised input. grad and codes are read
+once."""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -70,7 +71,8 @@ def norm_backward(
     centered: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm (centered) or RMSNorm at the decoded normalised input: dx, dweight, dbias."""
+    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm, from the decoded normalised
+    input."""
     dx, dweight, dbias = schemas._norm_backward(
         grad, codes, scales, rstd, weight, bits, centered, dtype
     )

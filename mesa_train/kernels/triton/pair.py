@@ -1,5 +1,8 @@
-"""Triton: an activation and its gradient from codes, and the sum of that gradient over the rows: the
-gradient of the bias in front of the activation, which would read it all again."""
+"""Triton: an activation and its gradient from codes, and the sum of this gradient over the rows.
+
+The sum is the gradient of the bias in front of the activation. A separate sum would read the
+gradient again.
+"""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -18,7 +21,7 @@ from .columns import add_parts, multiprocessors
 from .decode import cut
 from .tiles import decode_tile, handles, launch, value_mask
 
-# Programs a multiprocessor: as many loads in flight as when every tile has a program of its own.
+# Programs per multiprocessor. They keep as many loads in flight as one program per tile would.
 _PROGRAMS = 8
 
 
@@ -29,7 +32,7 @@ def _pair(
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    # A program walks rows of one unit, so that its sums stay in registers.
+    # A program processes rows of one unit, so that its sums stay in registers.
     place = tl.zeros((R,), tl.int32) + tl.program_id(0)
     program = tl.program_id(1)
     start = place * (P * size)
@@ -59,8 +62,10 @@ def _pair(
 def activation_pair_sum(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype, and the column sums
-    of the first in float32."""
+    """grad * kind'(decoded), kind(decoded), and the column sums of the first in float32.
+
+    The first two are (rows, cols) in grad's dtype.
+    """
     dx, y, total = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
     rows, cols = grad.shape
     if dx.numel() == 0:
@@ -86,7 +91,7 @@ def activation_pair_sum(
 
 @lru_cache(maxsize=4096)
 def _split(rows: int, per_row: int, height: int, device: torch.device) -> tuple[int, int]:
-    """(programs a unit, tiles that a program walks)."""
+    """(programs per unit, tiles per program)."""
     count = triton.cdiv(rows, height)
     wanted = max(1, triton.cdiv(_PROGRAMS * multiprocessors(device), per_row))
     share = triton.cdiv(count, wanted)

@@ -1,4 +1,7 @@
-"""Triton: the gradient behind a layer scale, read once for the three things that are made of it."""
+"""Triton: three results from one read of the gradient behind a layer scale.
+
+The results are the scaled gradient, its cast, and its column sums.
+"""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 

@@ -1,10 +1,13 @@
-"""Forwards that make their codes on the way: one pass over the data of a norm, an activation or a
-softmax where the plain order makes two. In Triton for GPUs, in C++ for the CPU.
+"""Fused forwards: operators that compute a norm, an activation or a softmax, and make the codes in
+the same pass.
 
-Unlike every other operator these compute a forward, so their output is close to PyTorch's own and not
-bit for bit equal to it. Nothing uses them unless it asks for that.
+Without them the data is read in two passes. There are Triton kernels for GPUs and C++ kernels for
+the CPU.
 
-And an activation's backward that adds up its columns, which pays on GPUs alone.
+Unlike all other operators, these compute a forward. So their output is close to PyTorch's own, but
+not equal bit for bit. They are used only if the policy selects them (`forward="fused"`).
+
+This file also defines an activation's backward that sums its columns. It is faster on GPUs only.
 """
 # ruff: noqa: ARG001 (a fake takes all the arguments of its operator)
 
@@ -48,8 +51,22 @@ def norm_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm (centered) or RMSNorm of (rows, cols) in `dtype`; rstd (rows,); codes and scales of
-    the normalised rows."""
+    """LayerNorm or RMSNorm, and the codes of the normalised rows.
+
+    Args:
+        x: (rows, cols).
+        weight: (cols,) or None.
+        bias: (cols,) or None.
+        eps: added to the variance.
+        centered: True for LayerNorm, False for RMSNorm.
+        dtype: the dtype of the output.
+        bits: 8, 4 or 2.
+        group_size: elements that share one scale.
+        stochastic: stochastic rounding instead of nearest.
+        seed: seed of stochastic rounding.
+    Returns:
+        The output (rows, cols), rstd (rows,), and the codes and scales of the normalised rows.
+    """
     wide = x.to(torch.float32)
     mean = wide.mean(1) if centered else None
     value = wide if mean is None else wide - mean.unsqueeze(1)
@@ -74,7 +91,7 @@ def _activation_encode(
 def activation_encode(
     x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kind(x), (rows, cols) in x's dtype; codes and scales of x."""
+    """kind(x), (rows, cols) in x's dtype, and the codes and scales of x."""
     y = reference.ACTIVATIONS[kind][0](x.to(torch.float32)).to(x.dtype)
     return y.contiguous(), *reference.affine_encode(x, bits, group_size, stochastic, seed)
 
@@ -89,7 +106,7 @@ def _softmax_encode(
 def softmax_encode(
     x: Tensor, dtype: torch.dtype, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of each row of (rows, cols), in `dtype`; codes and scales of that."""
+    """Softmax of each row of (rows, cols), in `dtype`, and the codes and scales of the output."""
     y = x.to(torch.float32).softmax(1).to(dtype)
     return y, *reference.affine_encode(y, bits, group_size, stochastic, seed)
 
@@ -104,8 +121,10 @@ def _activation_pair_sum(
 def activation_pair_sum(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype, and the column sums
-    of the first in float32."""
+    """grad * kind'(decoded), kind(decoded), and the column sums of the first in float32.
+
+    The first two are (rows, cols) in grad's dtype.
+    """
     dx, y = reference.activation_pair(grad, codes, scales, bits, kind)
     return dx, y, dx.to(torch.float32).sum(0)
 

@@ -1,5 +1,8 @@
-"""Triton: softmax along the rows of a matrix with the codes of its output in the same pass
-(`schemas.py`), and its backward from those codes."""
+"""Triton: softmax along the rows of a matrix, with codes.
+
+The forward makes the codes of the output in the same pass (`schemas.py`). The backward reads these
+codes.
+"""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,7 +22,7 @@ from .tiles import decode_tile, handles, launch, locate_rows, row_sum, row_tiles
 
 @triton.jit
 def _row_max(x, R: tl.constexpr, UNITS: tl.constexpr):
-    """The largest number of each row of a tile (R * UNITS, W), beside each of its units."""
+    """The maximum of each row of a tile (R * UNITS, W), repeated for each of the row's units."""
     most = tl.max(tl.reshape(tl.max(x, 1), (R, UNITS)), 1)
     return tl.reshape(tl.broadcast_to(most[:, None], (R, UNITS)), (R * UNITS,))
 
@@ -38,7 +41,8 @@ def _forward(
     begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
     at = x + begin[:, None] + i.to(tl.int64) * col_stride
     v = tl.load(at, mask, other=-float("inf")).to(tl.float32)
-    # A row of -inf alone is NaN, as PyTorch has it; beyond the matrix it is not to be computed.
+    # A row that is -inf everywhere gives NaN, as in PyTorch. Elements outside the matrix are not
+    # computed.
     v = tl.where(mask, tl.exp(v - _row_max(v, R, UNITS)[:, None]), 0.0)
     v = v / row_sum(v, R, UNITS)[:, None]
     rounded = v.to(y.dtype.element_ty)
@@ -76,7 +80,7 @@ def _backward(
 def softmax_encode(
     x: Tensor, dtype: torch.dtype, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of each row of (rows, cols), in `dtype`; codes and scales of that."""
+    """Softmax of each row of (rows, cols), in `dtype`, and the codes and scales of the output."""
     code = bits, group_size, stochastic, seed
     y, codes, scales = triton_schemas._softmax_encode(x, dtype, *code)
     if x.numel() == 0:
@@ -96,8 +100,10 @@ def softmax_encode(
 
 
 def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """y * (grad - sum(grad * y)) at the decoded output y of a softmax along each row, in grad's
-    dtype."""
+    """y * (grad - sum(grad * y)) in grad's dtype.
+
+    y is the decoded output of a softmax along each row.
+    """
     dx = schemas._softmax_backward(grad, codes, scales, bits)
     if dx.numel() == 0:
         return dx

@@ -1,12 +1,13 @@
-"""What the Triton kernels share: how codes are cut into tiles, decoding a tile, and launching.
+"""Tiles for the Triton kernels: how codes are cut into tiles, how a tile is decoded, and how a
+kernel is launched.
 
-A row is cut into units: P neighbouring groups whose codes begin on a whole byte. P is 1 unless the
-length of a group leaves a byte half full (197 keys in two groups at 4 bits). A tile is U units by W
-columns, W the next power of two, so that a group's range is a reduction along the tile's fast
-dimension and memory is read and written once, in order.
+A row is cut into units. A unit is P neighbouring groups whose codes begin on a whole byte. P is 1,
+unless the length of a group leaves a byte partly filled (197 keys in two groups at 4 bits). A tile
+is U units by W columns, and W is the next power of two. So the range of a group is a reduction
+along the tile's fast dimension, and memory is read and written once, in order.
 
-Rounding is specified (`reference.py`): every launch turns the fusion of products and sums off, and
-where one rounding is welcome a kernel says `tl.fma`.
+Rounding is specified (`reference.py`). So every launch disables the fusion of products and sums. A
+kernel uses `tl.fma` explicitly if a single rounding is acceptable.
 """
 # ruff: noqa: ANN001, ANN201 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
@@ -22,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: 32 a thread at 4 warps, enough loads in flight to hide the memory's latency.
+# Elements of a tile: 32 per thread at 4 warps. This keeps enough loads in flight to hide the memory
+# latency.
 TILE = 4096
-# Longest row of a tile; at 32 warps a thread then holds 32 elements.
+# The longest row of a tile. At 32 warps, a thread then holds 32 elements.
 WIDEST = 32768
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,20 +36,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Tiles(NamedTuple):
-    """The tiles of a coded matrix; `grid` and the numbers a kernel takes, in its order."""
+    """The tiles of a coded matrix: `grid`, and the numbers of a kernel in the kernel's order."""
 
     grid: tuple[int]
     num_warps: int
-    # units of the matrix, units of a row, groups of a row, columns of a group, columns, code bytes of
-    # a row, code bytes of a unit
+    # units of the matrix, units per row, groups per row, columns per group, columns, code bytes per
+    # row, code bytes per unit
     numbers: tuple[int, ...]
-    # BITS, P, RAGGED (whether the last unit of a row is short), U, W
+    # BITS, P, RAGGED (whether the last unit of a row is shorter), U, W
     constants: tuple[Any, ...]
 
 
 @lru_cache(maxsize=4096)
 def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
-    """How (rows, cols) in `groups` groups a row is cut; None where no tile would fit."""
+    """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits."""
     size = -(-cols // groups)
     per_byte = 8 // bits
     joined = 1 if groups == 1 else per_byte // math.gcd(size, per_byte)
@@ -76,10 +78,10 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
 
 @lru_cache(maxsize=4096)
 def row_tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
-    """Tiles of whole rows, for what needs a sum along a row; None where a row would not fit.
+    """Tiles of whole rows, for kernels that need a sum along a row; None if a row does not fit.
 
-    `numbers` are those of `tiles` with the rows of the matrix first; `constants` are BITS, P,
-    RAGGED, R, UNITS, W: a tile is R rows of UNITS units each.
+    `numbers` are the numbers of `tiles`, with the rows of the matrix in the first place.
+    `constants` are BITS, P, RAGGED, R, UNITS, W. A tile has R rows of UNITS units each.
     """
     cut = tiles(rows, cols, groups, bits)
     if cut is None:
@@ -99,18 +101,18 @@ def row_tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
 
 
 def warps(elements: int) -> int:
-    """Warps of a tile: 32 elements a thread, 4 to 32 warps."""
+    """Warps of a tile: 32 elements per thread, 4 to 32 warps."""
     return min(32, max(4, triton.next_power_of_2(elements // 1024)))
 
 
 def handles(*tensors: Tensor | None) -> bool:
-    """Whether the kernels read all these dtypes."""
+    """Whether the kernels can read the dtypes of all tensors."""
     return all([t is None or t.dtype in _DTYPES for t in tensors])
 
 
 @triton.jit
 def locate(units, per_row, U: tl.constexpr):
-    """(row, place in its row, whether there is such a unit) of a tile's units."""
+    """(row, position in its row, whether the unit exists) of a tile's units."""
     unit = tl.program_id(0) * U + tl.arange(0, U)
     row = unit // per_row
     return row, unit - row * per_row, unit < units
@@ -118,7 +120,8 @@ def locate(units, per_row, U: tl.constexpr):
 
 @triton.jit
 def locate_rows(rows, per_row, R: tl.constexpr, UNITS: tl.constexpr):
-    """The same for the R * UNITS units of a tile of whole rows."""
+    """(row, position in its row, whether the unit exists) of the R * UNITS units of a tile of whole
+    rows."""
     unit = tl.arange(0, R * UNITS)
     row = tl.program_id(0) * R + unit // UNITS
     place = unit % UNITS
@@ -127,17 +130,17 @@ def locate_rows(rows, per_row, R: tl.constexpr, UNITS: tl.constexpr):
 
 @triton.jit
 def row_sum(x, R: tl.constexpr, UNITS: tl.constexpr):
-    """The sum of each row of a tile (R * UNITS, W), beside each of its units."""
+    """The sum of each row of a tile (R * UNITS, W), repeated for each of the row's units."""
     total = tl.sum(tl.reshape(tl.sum(x, 1), (R, UNITS)), 1)
     return tl.reshape(tl.broadcast_to(total[:, None], (R, UNITS)), (R * UNITS,))
 
 
 @triton.jit
 def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets (U, WIDTH) of a tile's bytes of codes, and which of them there are.
+    """Offsets (U, WIDTH) of a tile's code bytes, and which of these bytes exist.
 
-    Written in whole bytes of a unit, which Triton knows to be a multiple of 16 or not: dividing
-    columns would hide it, and each byte would be loaded by itself.
+    The offsets are computed in whole bytes per unit, and Triton knows whether that number is a
+    multiple of 16. A division of columns would hide this, and each byte would be loaded separately.
     """
     b = tl.arange(0, WIDTH)[None, :]
     start = place * unit_bytes
@@ -149,7 +152,7 @@ def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, W
 
 @triton.jit
 def value_mask(place, live, size, cols, P: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr):
-    """Which of a tile's columns (U, W) there are."""
+    """Which of a tile's columns (U, W) exist."""
     i = tl.arange(0, W)[None, :]
     mask = live[:, None] & (i < P * size)
     if RAGGED:
@@ -172,13 +175,13 @@ def unpack(packed, BITS: tl.constexpr):
 
 @triton.jit
 def as_scale(stored):
-    """The scale, the low half of a group's stored pair, in float32."""
+    """The scale in float32: the low half of a group's stored pair."""
     return (stored << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def as_zero(stored):
-    """The zero, the high half."""
+    """The zero in float32: the high half of a group's stored pair."""
     return (stored & -65536).to(tl.float32, bitcast=True)
 
 
@@ -187,7 +190,7 @@ def decode_tile(
     codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Values (U, W) in float32."""
+    """The decoded values (U, W) in float32."""
     WIDTH: tl.constexpr = W * BITS // 8
     at, there = code_place(row, place, live, code_bytes, unit_bytes, RAGGED, WIDTH)
     q = unpack(tl.load(codes + at, there, other=0), BITS)
@@ -217,9 +220,17 @@ def launch(
 ) -> None:
     """Run `kernel(*tensors, *numbers, *constants)` on the current device and stream.
 
-    Triton looks a kernel up by binding all arguments anew on every call, which takes longer than
-    many of these kernels run. A kernel that was found once is kept under all that its choice can
+    On every call, Triton finds the compiled kernel by binding all arguments. This takes longer than
+    many of these kernels run. So a compiled kernel is cached by all properties that its choice can
     depend on: device, dtypes, alignment of the pointers, and the numbers and constants themselves.
+
+    Args:
+        kernel: the Triton kernel.
+        grid: the launch grid.
+        num_warps: warps per program.
+        tensors: the tensor arguments, or None.
+        numbers: the number arguments.
+        constants: the constexpr arguments.
     """
     signature = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     device = next(t.device for t in tensors if t is not None)
@@ -231,5 +242,5 @@ def launch(
     found = kernel[grid](
         *tensors, *numbers, *constants, num_warps=num_warps, enable_fp_fusion=False
     )
-    if found is not None:  # The interpreter compiles nothing.
+    if found is not None:  # Triton's interpreter compiles nothing.
         _compiled[key] = found
