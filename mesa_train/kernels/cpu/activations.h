@@ -1,5 +1,6 @@
-// The activations and their slopes, of a vector of values that were decoded from codes.
-// exp is a polynomial (relative error 1e-7): far below a code's own error, and in a few instructions.
+// The activations and their derivatives (slopes), for a vector of values that were decoded from
+// codes. exp is a polynomial with a relative error of 1e-7. This is far below the error of a code,
+// and takes few instructions.
 #pragma once
 
 #include <limits>
@@ -12,7 +13,7 @@ namespace mesa {
 inline Floats fused(Floats a, Floats b, float c) { return fused(a, b, all(c)); }
 inline Floats fused(Floats a, float b, Floats c) { return fused(a, all(b), c); }
 inline Floats fused(Floats a, float b, float c) { return fused(a, all(b), all(c)); }
-// A NaN stays.
+// A NaN stays NaN.
 inline Floats between(Floats x, float low, float high) {
   return smaller(all(high), larger(all(low), x));
 }
@@ -21,7 +22,8 @@ inline Floats either(Ints which, float a, Floats b) { return which ? all(a) : b;
 inline Floats either(Ints which, Floats a, float b) { return which ? a : all(b); }
 inline Floats either(Ints which, float a, float b) { return which ? all(a) : all(b); }
 
-// Cephes' expf: 2**n * polynomial(r), |r| <= log(2) / 2; 0 and infinity beyond. NaN stays NaN.
+// Cephes' expf: 2**n * polynomial(r), |r| <= log(2) / 2. Beyond its range 0 and infinity. NaN stays
+// NaN.
 inline Floats fast_exp(Floats x) {
   const Floats shifted = fused(x, 1.44269504f, 12582912.0f);
   const Floats n = shifted - 12582912.0f;
@@ -39,7 +41,7 @@ inline Floats fast_exp(Floats x) {
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-// log(1 + y) for y in [0, 1], through atanh.
+// log(1 + y) for y in [0, 1], computed through atanh.
 inline Floats fast_log1p(Floats y) {
   const Floats s = y / (2.0f + y), t = s * s;
   Floats p = all(1.0f / 13.0f);
@@ -51,9 +53,10 @@ inline Floats fast_log1p(Floats y) {
   return 2.0f * s * fused(p, t, 1.0f);
 }
 
-// Gelu's value over x and its slope are 1/2 plus an odd function of x, and nearly constant beyond an
-// edge. The odd part over x is a polynomial in u = 2 (x / edge)**2 - 1 that meets the constant at the
-// edge: half the instructions of an exponential and a quotient, and no choice between branches.
+// gelu(x) / x and gelu's slope are each 1/2 plus an odd function of x, and nearly constant beyond
+// an edge. With u = 2 (x / edge)**2 - 1, a polynomial in u approximates the odd function divided by
+// x. At the edge it equals the constant. This takes half the instructions of an exponential and a
+// quotient, and needs no choice between branches.
 template <size_t N>
 struct Sigmoidal {
   float edge;
@@ -69,7 +72,7 @@ struct Sigmoidal {
 };
 
 struct Gelu {
-  // Absolute error (of the value, over 1) 8e-7 and 1.1e-6;
+  // The absolute error is 8e-7 (of the value; relative if it is over 1) and 1.1e-6 (of the slope).
   static constexpr Sigmoidal<14> VALUE = {5.5f, {
       1.285519451e-01f, -6.417196244e-02f, 4.773576930e-02f, -3.880549595e-02f,
       3.211162239e-02f, -2.593359537e-02f, 2.003803290e-02f, -1.540715061e-02f,
@@ -80,7 +83,7 @@ struct Gelu {
       6.045554578e-02f, -7.022278011e-02f, 7.353781909e-02f, -6.599184126e-02f,
       6.632103026e-02f, -7.105769217e-02f, 4.048813507e-02f, -2.936890814e-03f,
       1.126019098e-02f, -2.392522059e-02f, 9.916198440e-03f}};
-  // and 8e-5 and 2e-4: a twentieth of bfloat16's rounding at 1.
+  // The absolute error is 8e-5 and 2e-4: a twentieth of bfloat16's rounding at 1.
   static constexpr Sigmoidal<8> SHORT_VALUE = {4.25f, {
       1.659333110e-01f, -8.085899055e-02f, 5.586025119e-02f, -3.822915629e-02f,
       2.418169193e-02f, -1.715241186e-02f, 1.205832046e-02f, -4.145951010e-03f}};
@@ -99,7 +102,7 @@ struct Gelu {
   }
 
  private:
-  // Below the edge the factor is 0 but for its rounding, which a huge x would magnify.
+  // Below the edge the factor is 0 except for its rounding, which a huge x would magnify.
   template <size_t N>
   static Floats times(Floats x, const Sigmoidal<N>& share) {
     return larger(all(-share.edge), x) * share(x);
@@ -107,8 +110,9 @@ struct Gelu {
 };
 
 #if defined(MESA_AVX512)
-// Gelu for bfloat16, in a third of the instructions: pieces of x's factor and of the slope, absolute
-// error 5e-5 and 2e-4, and what lies beyond is 0 and 1 but for 1e-4 and 4e-4.
+// Gelu for bfloat16, in a third of the instructions: piecewise polynomials for x's factor and for
+// the slope. Their absolute error is 5e-5 and 2e-4. Beyond the pieces they are 0 and 1, with an
+// error of 1e-4 and 4e-4.
 struct GeluPieces {
   static constexpr double STEP = 0.28;
   static double cdf(double x) { return 0.5 * std::erfc(-x * M_SQRT1_2); }
@@ -135,8 +139,9 @@ struct GeluPieces {
   }
 };
 
-// Its value for the others, and for a forward: x / 2 plus |x| times what the normal distribution has
-// between 0 and |x|. Absolute error 5e-7, half of what PyTorch's float32 has.
+// Gelu's value for the other dtypes, and for a forward: x / 2 plus |x| times the probability of the
+// normal distribution between 0 and |x|. The absolute error is 5e-7, half of the error of PyTorch's
+// float32.
 struct GeluFine : Gelu {
   static double half(double x) { return std::erf(x * M_SQRT1_2) / 2; }
   static const FinePieces& halves() {
@@ -153,7 +158,7 @@ struct GeluFine : Gelu {
 };
 #endif
 
-// x * sigmoid(argument(x)): half a tanh form is a sigmoid of twice its argument.
+// x * sigmoid(argument(x)), because (1 + tanh(a)) / 2 is the sigmoid of 2 a.
 struct GeluTanh {
   static constexpr float A = 1.59576912f, B = 0.044715f;
   template <typename T>
@@ -162,7 +167,7 @@ struct GeluTanh {
   }
   template <typename T>
   static Floats slope(Floats x) {
-    x = between(x, -20.0f, 20.0f);  // Flat beyond, and x * x cannot overflow.
+    x = between(x, -20.0f, 20.0f);  // constant beyond these bounds, and x * x cannot overflow
     const Floats s = sigmoid(A * (x + B * x * x * x));
     return s + s * (1.0f - s) * A * x * (1.0f + 3.0f * B * x * x);
   }
@@ -251,7 +256,8 @@ struct Softplus {
 };
 
 struct Mish {
-  // tanh(softplus(x)) = 1 - 2 / (n + 2) with n = e * e + 2 * e and e = exp(x). 1 beyond 20.
+  // tanh(softplus(x)) = 1 - 2 / (n + 2) with n = e * e + 2 * e and e = exp(x). It is 1 for x beyond
+  // 20.
   static Floats excess(Floats x) {
     const Floats e = fast_exp(x);
     return e * (e + 2.0f);
@@ -280,7 +286,7 @@ struct Elu {
   }
 };
 
-// What computes a kind for results of dtype T.
+// The implementation of a kind for results of dtype T.
 template <typename Kind, typename T>
 struct Evaluator {
   using Type = Kind;

@@ -1,11 +1,11 @@
-// One bit per element, in row-major order, low bit first.
+// Bit masks: one bit per element, in row-major order, low bit first.
 #pragma once
 
 #include "rows.h"
 
 namespace mesa {
 
-// n flags (0 or 1, one a byte) to ceil(n / 8) bytes.
+// Packs n flags (0 or 1, one per byte) to ceil(n / 8) bytes.
 inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict bytes, int64_t n) {
   int64_t i = 0;
 #if defined(MESA_AVX512)
@@ -24,12 +24,13 @@ inline void pack_flags(const uint8_t* __restrict flags, uint8_t* __restrict byte
   for (; i < n; i += 8) {
     uint64_t w = 0;
     std::memcpy(&w, flags + i, std::min<int64_t>(8, n - i));
-    // Flag k stands at bit 8k; of the product's terms only its own, 2**(56 - 7k), lifts it to 56 + k.
+    // Flag k is at bit 8k. Among the terms of the product, only the flag's own term, 2**(56 - 7k),
+    // moves it to bit 56 + k.
     bytes[i / 8] = static_cast<uint8_t>((w * 0x0102040810204080u) >> 56);
   }
 }
 
-// x > 0, or x is NaN, as flags.
+// Flags of x > 0. A NaN counts as positive.
 template <typename T>
 inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
   Padded<typename T::Raw> padded;
@@ -42,7 +43,7 @@ inline void positive(const typename T::Raw* x, uint8_t* flags, int64_t n) {
   last.finish(flags, n);
 }
 
-// All ones where the bit of an element is set. i is a multiple of LANES.
+// All ones if the bit of an element is set. i is a multiple of LANES.
 inline Ints mask_at(const uint8_t* bytes, int64_t i) {
   uint32_t bits = bytes[i / 8];
   if constexpr (LANES == 16) bits |= static_cast<uint32_t>(bytes[i / 8 + 1]) << 8;
@@ -52,7 +53,7 @@ inline Ints mask_at(const uint8_t* bytes, int64_t i) {
   return (all(bits) & one) != 0;
 }
 
-// x * scale where the bit is set, else 0. Starts on a byte.
+// x * scale if the bit is set, else 0. The first element's bit starts a byte.
 template <typename T>
 inline void apply_bits(const typename T::Raw* x, const uint8_t* bytes, typename T::Raw* out,
                        int64_t n, float scale) {
@@ -64,7 +65,7 @@ inline void apply_bits(const typename T::Raw* x, const uint8_t* bytes, typename 
   for (; i + LANES <= n; i += LANES) visit(x + i, mask_at(bytes, i), out + i);
   if (i < n) {
     Padded<typename T::Raw> padded, result;
-    uint8_t last[3] = {};  // as many as mask_at reads
+    uint8_t last[3] = {};  // as many bytes as mask_at reads
     std::memcpy(last, bytes + i / 8, ceil_div(n, 8) - i / 8);
     visit(padded.read(x + i, n - i), mask_at(last, i % 8), result.data);
     result.finish(out + i, n - i);
@@ -76,7 +77,7 @@ inline void apply_bits(const double* x, const uint8_t* bytes, double* out, int64
   for (int64_t i = 0; i < n; ++i) out[i] = bytes[i / 8] >> i % 8 & 1 ? x[i] * scale : 0.0;
 }
 
-// run(begin, n) for pieces of [0, numel) that begin on a byte.
+// run(begin, n) for pieces of [0, numel) that begin on a whole byte.
 template <typename Run>
 void parallel_pieces(int64_t numel, const Run& run) {
   torch::stable::parallel_for(0, ceil_div(numel, STRETCH), GRAIN / STRETCH,
@@ -87,7 +88,8 @@ void parallel_pieces(int64_t numel, const Run& run) {
                               });
 }
 
-// flags(begin, n, room) are 0 or 1 for each of n elements: in `room`, if they are not somewhere already.
+// flags(begin, n, room) returns n flags, 0 or 1. It writes them to `room` unless they exist in
+// memory already.
 template <typename Flags>
 Tensor encode_flags(int64_t numel, const Flags& flags) {
   Tensor bits = empty({ceil_div(numel, 8)}, ScalarType::Byte);

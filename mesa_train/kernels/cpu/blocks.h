@@ -1,5 +1,5 @@
-// Blocks of elements that become one register of bytes: what the coding loops work on. Narrowing four
-// registers together takes half the instructions of narrowing each.
+// Blocks: the unit of the coding loops. The elements of a block become one register of bytes. To
+// narrow four registers together takes half the instructions of narrowing each.
 #pragma once
 
 #include <type_traits>
@@ -13,22 +13,22 @@ constexpr int64_t BLOCK = 4 * LANES;
 using Halves = uint16_t __attribute__((vector_size(4 * LANES)));
 using Packed = uint8_t __attribute__((vector_size(4 * LANES)));
 
-// --- between widths, in order. What they are given fits, or is the lowest integer: that becomes 0 ---
+// --- between widths, in order. The inputs fit, except the lowest integer, which becomes 0 ---
 
-// To the nearest integer, half to even. NaN becomes the lowest, or 0.
+// To the nearest integer, half to even. NaN becomes the lowest integer, or 0.
 inline Ints rounded(Floats x) {
 #if defined(MESA_AVX512)
   return (Ints)_mm512_cvtps_epi32(x);
 #elif defined(__AVX2__)
   return (Ints)_mm256_cvtps_epi32(x);
 #else
-  // 1.5 * 2**23: the sum's last place is 1, so the addition itself rounds half to even.
+  // 1.5 * 2**23: the last place of the sum is 1, so the addition itself rounds half to even.
   const Floats positive = larger(x, Floats{}) + 12582912.0f;
   return std::bit_cast<Ints>(as_words(positive) & 0x3FFFFFu);
 #endif
 }
 
-// Low halves of integers that stand in turns in `even` and `odd`.
+// The low halves of integers, alternating from `even` and `odd`.
 inline Halves interleaved(Ints even, Ints odd) {
 #if defined(MESA_AVX512)
   return (Halves)_mm512_mask_blend_epi16(0xAAAAAAAAu, (__m512i)even, (__m512i)(odd << 16));
@@ -70,8 +70,8 @@ inline Packed narrowed(Halves low, Halves high) {
 #endif
 }
 
-// f(Floats) -> Ints of 2 * LANES elements. Two bfloat16 in a word are two floats by a shift and a
-// mask, without a widening each.
+// f(Floats) -> Ints, for 2 * LANES elements. A word with two bfloat16 becomes two floats by a shift
+// and a mask, without widening each.
 template <typename T, typename F>
 inline Halves mapped(const typename T::Raw* from, const F& f) {
 #if defined(__AVX2__)
@@ -85,8 +85,8 @@ inline Halves mapped(const typename T::Raw* from, const F& f) {
 
 // --- to memory ---
 
-// Codes of n elements, one a byte, to ceil(n * bits / 8) bytes, low bits first: a byte is neighbours
-// shifted together. Reads up to 3 codes past n.
+// Packs codes of n elements, one per byte, to ceil(n * bits / 8) bytes, low bits first. A packed
+// byte is the sum of shifted neighbouring codes. Reads up to 3 codes past n.
 inline void pack(const uint8_t* __restrict q, uint8_t* __restrict bytes, int64_t n, int bits) {
   if (bits == 8) {
     std::memcpy(bytes, q, n);
@@ -105,11 +105,11 @@ inline void pack(const uint8_t* __restrict q, uint8_t* __restrict bytes, int64_t
   }
 }
 
-// A block's codes.
+// Packs the codes of a block.
 inline void pack(Packed q, uint8_t* bytes, int bits) {
   if (bits == 8) return store(bytes, q);
 #if defined(MESA_AVX512)
-  // Neighbours added, the second one shifted by a factor.
+  // Adds neighbouring codes, the second one multiplied by a factor, which shifts it.
   if (bits == 4) {
     const __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi16(0x1001));
     return store(bytes, _mm512_cvtepi16_epi8(pairs));
@@ -117,7 +117,7 @@ inline void pack(Packed q, uint8_t* bytes, int bits) {
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)q, _mm512_set1_epi16(0x0401));
   store(bytes, _mm512_cvtepi32_epi8(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001))));
 #elif defined(__AVX2__)
-  // The same; each half of a register is narrowed by itself.
+  // The same. Each half of a register is narrowed separately.
   const __m256i factors = _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401);
   __m256i codes = _mm256_maddubs_epi16((__m256i)q, factors);
   if (bits == 4) {
@@ -136,7 +136,7 @@ inline void pack(Packed q, uint8_t* bytes, int bits) {
 #endif
 }
 
-// --- the largest of a vector ---
+// --- the maximum of a vector ---
 
 inline uint32_t largest(Words x) {
 #if defined(MESA_AVX512)
@@ -175,7 +175,7 @@ inline uint32_t largest(Halves x) {
 
 // --- loops ---
 
-// visit(i) for blocks that cover [0, n), n >= BLOCK, the last overlapping its neighbour.
+// visit(i) for blocks that cover [0, n), n >= BLOCK. The last block may overlap the block before.
 template <typename Visit>
 inline void for_blocks(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += BLOCK) visit(std::min(i, n - BLOCK));

@@ -1,6 +1,6 @@
-// Values to codes: the ends of a group, its grid, and the rounding to it.
-// `reference.py` is the specification; built without FMA contraction, these agree with it code for
-// code.
+// Values to codes: the minimum and maximum of a group (its ends), its grid, and the rounding to the
+// grid. `reference.py` is the specification. Built without FMA contraction, these functions agree
+// with it code for code.
 #pragma once
 
 #include <limits>
@@ -12,7 +12,7 @@ namespace mesa {
 
 // --- bytes to codes ---
 
-// `pack` undone, for bits below 8. Writes up to 3 codes past n.
+// The inverse of `pack`, for bits below 8. Writes up to 3 codes past n.
 inline void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64_t n, int bits) {
   if (bits == 4) {
     for (int64_t i = 0; i < (n + 1) / 2; ++i) {
@@ -28,14 +28,14 @@ inline void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64
   }
 }
 
-// What is stored of a grid.
+// The stored form of a grid.
 struct Grid {
   uint16_t scale_bits, zero_bits;
   float scale() const { return as_float(static_cast<uint32_t>(scale_bits) << 16); }
   float zero() const { return as_float(static_cast<uint32_t>(zero_bits) << 16); }
 };
 
-// --- rows that are coded: what a group is read through, twice, since it stays in the cache ---
+// --- sources: the elements of a group, read twice, because the group stays in the cache ---
 
 template <typename T>
 struct Plain {
@@ -49,7 +49,7 @@ struct Plain {
   Plain on(const typename T::Raw* other) const { return {other}; }
 };
 
-// (x - mean) * rstd. Less 0.0 is exact, so no mean is a mean of 0.
+// (x - mean) * rstd. To subtract 0.0 is exact, so a mean of 0 stands for no mean.
 template <typename T>
 struct Normalized {
   using Dtype = T;
@@ -65,15 +65,19 @@ struct Normalized {
 
 // --- the ends of a group ---
 
-// Bits of floats: of the lowest and the highest, or of a NaN or an infinity where there is one.
+// The bits of the lowest and the highest float. If the group has a NaN or an infinity, the bits of
+// that.
 struct Ends {
   uint32_t low, high;
 };
 
-// Integers compare like numbers but for the order of negative ones, and NaN and infinity are at the
-// ends, where one test a group finds them: the largest as unsigned integers is the lowest number where
-// there is a negative one, and the largest as signed integers the highest where there is another. Of
-// n elements in steps of a vector of unsigned integers, `bits_at(i)`: the high bits of their floats.
+// Finds the ends of n elements. bits_at(i) is a vector of unsigned integers: the high bits of the
+// floats from i.
+//
+// The bits of floats, as integers, compare like the floats, except that negative floats are in
+// reverse order. NaN and infinity are at the ends of the order, so one test per group finds them.
+// The largest unsigned integer is the lowest float, if there is a negative float. The largest
+// signed integer is the highest float, if there is a non-negative float.
 template <typename Signed, typename BitsAt>
 inline Ends scan_ends(int64_t n, const BitsAt& bits_at) {
   using Bits = decltype(bits_at(0));
@@ -109,13 +113,14 @@ inline Ends find_ends(const Source& x, int64_t n) {
   return scan_ends<Ints>(n, [&](int64_t i) { return as_words(x.at(i)); });
 }
 
-// Of bfloat16 as it is, twice as many at once.
+// bfloat16 without conversion: twice as many elements at once.
 inline Ends find_ends(const Plain<BFloat16>& x, int64_t n) {
   using SignedHalves = int16_t __attribute__((vector_size(4 * LANES)));
   return scan_ends<SignedHalves>(n, [&](int64_t i) { return load<Halves>(x.x + i); });
 }
 
-// To subtract and to multiply keep an order, rounded or not: the ends are those of what is normalised.
+// A rounded subtraction or multiplication keeps the order of its inputs, and a negative rstd
+// reverses it. So the ends of the normalised values are the normalised ends.
 template <typename T>
 inline Ends find_ends(const Normalized<T>& x, int64_t n) {
   const Ends raw = find_ends(Plain<T>{x.x}, n);
@@ -129,23 +134,24 @@ inline Ends find_ends(const Normalized<T>& x, int64_t n) {
 struct Grids {
   static constexpr int64_t ROOM = 16;
   static_assert(ROOM % LANES == 0);
-  uint32_t low[ROOM] = {}, high[ROOM] = {};  // their ends
-  float zero[ROOM], inverse[ROOM];  // 0 and 0 for a group with NaN or infinity: its codes are 0
-  uint32_t stored[ROOM];            // scale in the low, zero in the high half, as bfloat16
-  // A code, with 16 bits for it and its fraction, may overflow on the way: numbers of 1e38 or 1e-30.
+  uint32_t low[ROOM] = {}, high[ROOM] = {};  // the ends of the groups
+  float zero[ROOM], inverse[ROOM];  // both 0 for a group with NaN or infinity, so its codes are 0
+  uint32_t stored[ROOM];            // scale in the low half, zero in the high half, as bfloat16
+  // Whether a code and its fraction, in 16 bits, may overflow in between: for numbers of about 1e38
+  // or 1e-30.
   uint32_t extreme[ROOM];
 
   void set(int64_t k, Ends ends) { low[k] = ends.low, high[k] = ends.high; }
 
-  // All of them whether they are needed or not. In vectors by hand: g++ takes a loop of numbers for one
-  // with branches, and then the 16 cost as much as the codes of their groups.
+  // Computes all grids, also the unused ones. The vectors are written by hand: g++ compiles a loop
+  // of numbers with branches, and then the 16 grids take as long as the codes of their groups.
   void compute(int bits) {
     const float levels = static_cast<float>((1 << bits) - 1);
     for (int64_t g = 0; g < ROOM; g += LANES) compute(g, levels);
   }
 
  private:
-  // `value` where the mask is set, else 0.
+  // `value` if the mask is set, else 0.
   static Words where(Ints mask, uint32_t value) { return std::bit_cast<Words>(mask) & value; }
 
   void compute(int64_t g, float levels) {
@@ -203,8 +209,8 @@ inline uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// For each element of a group 16 bits that are the group's own: those of the element mixed, times one
-// half of the group's key, plus the other.
+// 16 drawn bits for each element of a group. The bits of the element's mixed index are multiplied
+// by one half of the group's key, and the other half is added.
 struct Draws {
   const uint16_t* elements;
   uint16_t factor, offset;
@@ -220,15 +226,16 @@ struct Draws {
   uint16_t one(int64_t i) const { return static_cast<uint16_t>(elements[i] * factor + offset); }
 };
 
-// Codes with their fractions in 16 bits, then as many drawn bits added: all that in half the width of
-// a float.
+// Stochastic rounding: a code with its fraction in 16 bits, plus as many drawn bits. All of it
+// takes half the width of a float.
 template <typename Source>
 inline void quantize_stochastic(const Source& x, uint8_t* to, int64_t n, float zero, float inverse,
                                 Width size, const Draws& draws) {
   const int point = 16 - size.bits;
   const float step = inverse * static_cast<float>(1 << point);
   const auto code = [=](Floats v) { return rounded((v - zero) * step); };
-  // No code is above the highest, and what is drawn is less than 1: 16 bits hold the sum.
+  // A code is at most the highest code, and the drawn number is less than 1. So 16 bits hold the
+  // sum.
   const auto half = [&](int64_t i) {
     return (x.mapped(i, code) + (draws.at(i) >> size.bits)) >> point;
   };
@@ -237,7 +244,7 @@ inline void quantize_stochastic(const Source& x, uint8_t* to, int64_t n, float z
   });
 }
 
-// The same for extreme groups; without draws to nearest. A code a byte.
+// The same for extreme groups. Without draws it rounds to nearest. Each code takes a byte.
 template <typename Source>
 [[gnu::noinline]] void quantize_extreme(const Source& x, uint8_t* q, int64_t n, float zero,
                                         float inverse, int bits, const Draws* draws) {
@@ -245,7 +252,7 @@ template <typename Source>
   const float top = static_cast<float>((1 << (draws ? 16 : bits)) - 1);
   for_vectors(n, [&](int64_t i) {
     const Floats v = (x.at(i) - zero) * inverse * static_cast<float>(1 << point);
-    const Ints codes = rounded(smaller(larger(v, Floats{}), all(top)));  // NaN becomes 0.
+    const Ints codes = rounded(smaller(larger(v, Floats{}), all(top)));  // NaN becomes 0
     for (int k = 0; k < LANES; ++k) {
       const int drawn = draws ? draws->one(i + k) >> bits : 0;
       q[i + k] = static_cast<uint8_t>(std::min(codes[k] + drawn, 65535) >> point);

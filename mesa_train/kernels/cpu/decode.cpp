@@ -1,5 +1,5 @@
-// The operators that read codes: as values, as an activation and its backward, as the backward of a norm
-// or a softmax; and the masks of one bit an element.
+// The operators that read codes: decoding, an activation and its backward, and the backward of a
+// norm or a softmax. Also the operators of bit masks.
 
 #include <string>
 #include <tuple>
@@ -55,8 +55,8 @@ Tensor activation_backward(const Tensor& grad, const Tensor& codes, const Tensor
   return dx.result();
 }
 
-// One pass over the codes for a Linear that needs the activation it read and the activation's own
-// backward, which needs the Linear's gradient.
+// One pass over the codes computes two results: the activation, which the Linear behind reads as
+// its input, and the activation's own backward, which needs the gradient from the Linear.
 std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& codes,
                                            const Tensor& scales, int64_t bits,
                                            const std::string& kind) {
@@ -75,8 +75,9 @@ std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& cod
   return {dx.result(), y.result()};
 }
 
-// Rows are summed into at most 64 partial sums whose extent depends on the shape alone, and those
-// are added in order: the same bits for any number of threads.
+// Rows are summed into at most 64 partial sums. The rows of each partial sum depend only on the
+// shape, and the partial sums are added in order. So the result has the same bits for any number of
+// threads.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& codes,
                                                  const Tensor& scales, const Tensor& rstd,
                                                  const std::optional<Tensor>& weight, int64_t bits,
@@ -88,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   const FloatVector ones(weights.data ? 0 : padded, 1.0f);
   const NormShape shape{cols,     padded, coded.layout.groups, coded.layout.size,
                         centered, weights.data ? weights.data : ones.data()};
-  // Another dtype than grad's is rare: float32 on the way to it is exact.
+  // A dtype other than grad's is rare. Then the result is computed in float32, which is exact, and
+  // cast.
   const bool same = dtype == grads.type;
   const Output dx(rows, cols, dtype, same ? dtype : ScalarType::Float);
   const int64_t block = std::max<int64_t>(16, ceil_div(rows, 64)), blocks = ceil_div(rows, block);
@@ -165,7 +167,7 @@ Tensor bitmask_positive(const Tensor& x) {
   check_floating("x", x.scalar_type());
   const Tensor source = torch::stable::contiguous(x);
   const void* const data = source.const_data_ptr();
-  if (x.scalar_type() == ScalarType::Double) {  // A float32 would lose the smallest numbers above 0.
+  if (x.scalar_type() == ScalarType::Double) {  // float32 would lose the smallest numbers above 0
     const double* const from = static_cast<const double*>(data);
     return encode_flags(source.numel(), [&](int64_t begin, int64_t n, uint8_t* flags) {
       for (int64_t i = 0; i < n; ++i) flags[i] = !(from[begin + i] <= 0);

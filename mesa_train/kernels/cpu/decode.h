@@ -1,5 +1,5 @@
-// What is read from codes element by element: the values themselves, and an activation or its
-// backward at them. One pass, in registers between memory and memory.
+// Element-wise reads of codes: the values themselves, and an activation or its backward at these
+// values. One pass from memory to memory, in registers.
 #pragma once
 
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace mesa {
 
-// finish(values, col) changes the values of LANES columns before they are stored. It is copied, so that
-// a store cannot be to what it reads.
+// finish(values, col) changes the values of LANES columns before they are stored. It is copied, so
+// that a store cannot overwrite the data that it reads.
 template <typename Finish>
 Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, Finish finish) {
   const Layout& layout = coded.layout;
@@ -64,7 +64,7 @@ const Passes& find_passes(const std::string& kind) {
   return *passes;
 }
 
-// fill(row, col, p) adds its tensors to p.
+// fill(row, col, p) sets the tensors of p.
 template <typename T, typename Fill>
 void activate_all(const Coded& coded, int64_t rows, Activate pass, const Fill& fill) {
   const Layout& layout = coded.layout;

@@ -1,6 +1,8 @@
-// The coding of rows, and the operators that make codes, alone or beside a forward. Two passes over as
-// many groups as have a lane in one vector, the second from the first-level cache. In between their
-// grids are computed together.
+// The coding of rows, and the operators that make codes, with or without a forward.
+//
+// As many groups as one vector has lanes are coded together. The first pass finds their ends. Then
+// their grids are computed together. The second pass reads the groups from the first-level cache
+// and writes their codes.
 
 #include <string>
 #include <tuple>
@@ -11,7 +13,7 @@
 namespace mesa {
 namespace {
 
-// What each row is read through; of a matrix in parts, their rows in turns.
+// The source of each row. In a matrix in parts, a row's parts follow each other.
 template <typename T>
 struct PlainRows {
   const Matrix& x;
@@ -25,21 +27,21 @@ struct PlainRows {
 template <typename T>
 struct NormalizedRows {
   const Matrix& x;
-  const float *mean, *rstd;  // a row each; no mean is a mean of 0
+  const float *mean, *rstd;  // one per row; without a mean, 0
   Normalized<T> operator()(int64_t row) const {
     return {x.row<T>(row), mean ? mean[row] : 0.0f, rstd[row]};
   }
 };
 
-// Encodes the rows of a matrix; one a thread.
+// Encodes the rows of a matrix. Each thread has one encoder.
 template <typename Rows>
 struct Encoder {
   const Layout& layout;
   const Codes& out;
   const Rows& rows;
   Code code;
-  const uint16_t* elements;  // what `Draws` reads
-  int64_t scattered;         // 0, or the number of rows, where they do not follow each other in memory
+  const uint16_t* elements;  // the elements' mixed indices, for `Draws`
+  int64_t scattered;         // the number of rows if they are not contiguous, else 0
   std::unique_ptr<Beside> beside;
   Grids grids;
   Buffer<uint8_t> room = buffer<uint8_t>(layout.stretch + BLOCK);
@@ -47,7 +49,8 @@ struct Encoder {
   using Source = decltype(std::declval<Rows>()(0));
   using Raw = typename Source::Dtype::Raw;
 
-  // The codes of a group of n elements, the `k`-th in `grids` and the `index`-th of its tensor.
+  // Writes the codes of a group of n elements: the `k`-th group in `grids`, the `index`-th of its
+  // tensor.
   void quantize(const Source& x, uint8_t* to, int64_t n, int64_t k, int64_t index, int width) {
     const float zero = grids.zero[k], inverse = grids.inverse[k];
     const Width size{layout.bits, width};
@@ -67,7 +70,7 @@ struct Encoder {
     }
   }
 
-  // visit(which group of the row's, its source, where it begins in the stretch, its length)
+  // visit(index of the group in the stretch, source, first element in the stretch, length)
   template <typename Visit>
   void for_groups(const Stretch& s, int64_t r, const Visit& visit) const {
     const Source row = rows(s.row + r);
@@ -89,7 +92,7 @@ struct Encoder {
     for (int64_t r = 0; r < s.rows; ++r) encode_row(s, r);
   }
 
-  // The codes of the stretch's r-th row.
+  // Writes the codes of the stretch's r-th row.
   void encode_row(const Stretch& s, int64_t r) {
     const int64_t virtual_row = s.row + r, count = out.count();
     const Codes::Part& part = out.parts[count == 1 ? 0 : virtual_row % count];
@@ -97,7 +100,7 @@ struct Encoder {
     const int64_t first = row * layout.groups + s.group;
     std::memcpy(part.grids + first * sizeof(Grid), grids.stored + r * s.groups,
                 s.groups * sizeof(Grid));
-    // Where groups do not begin and end on whole bytes, a row is packed when its codes are there.
+    // If groups do not begin and end on whole bytes, a row is packed after its codes are computed.
     const bool whole = layout.size * layout.bits % 8 == 0 && s.n * layout.bits % 8 == 0;
     const int width = whole ? layout.bits : 8;
     uint8_t* const bytes = part.bytes + row * layout.bytes + s.col * layout.bits / 8;
@@ -120,7 +123,7 @@ struct Encoder {
   }
 };
 
-// rows_of(dtype) reads x, whose columns are cut into `parts`.
+// rows_of(dtype) returns the sources of x's rows. The columns of x are cut into `parts`.
 template <typename RowsOf>
 Codes encode(const Matrix& x, int64_t parts, const Code& code, const Besides& besides,
              const RowsOf& rows_of) {

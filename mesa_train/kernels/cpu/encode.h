@@ -1,4 +1,4 @@
-// What coding rows takes and gives, for the operators that do it. The loops are in encode.cpp and
+// The interface of row coding, for the operators that code rows. The loops are in encode.cpp and
 // compile there once.
 #pragma once
 
@@ -15,8 +15,9 @@ struct Code {
   int64_t seed;
 };
 
-// Fresh codes and scales of a matrix; or of each of the `parts` that its columns are cut into, as the
-// rows of the parts follow each other in memory: of three parts, row 7 is row 2 of the second.
+// New codes and scales of a matrix, or of each of the `parts` of its columns. Rows are counted as
+// the rows of the parts follow each other in memory: with three parts, row 7 is row 2 of the second
+// part.
 struct Codes {
   struct Part {
     Tensor codes, scales;
@@ -25,7 +26,7 @@ struct Codes {
   };
   std::vector<Part> parts;
 
-  // `layout` is a part's.
+  // `layout` is the layout of one part.
   Codes(int64_t rows, const Layout& layout, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
       Tensor codes = empty({rows, layout.bytes}, ScalarType::Byte);
@@ -38,21 +39,21 @@ struct Codes {
   int64_t count() const { return static_cast<int64_t>(parts.size()); }
 };
 
-// What a forward computes beside the codes of its rows, while those are in the cache: one a thread,
-// which then visits whole rows.
+// Work of a fused forward on its rows, beside the coding, while the rows are in the cache. Each
+// thread has one object, and then visits whole rows.
 struct Beside {
   virtual ~Beside() = default;
-  // Before a row is read for its codes.
+  // Called before a row is read for coding.
   virtual void before(int64_t /*row*/) {}
-  // After n of its elements were coded.
+  // Called after n elements of a row were coded.
   virtual void after(int64_t /*row*/, int64_t /*col*/, int64_t /*n*/) {}
 };
 using Besides = std::function<std::unique_ptr<Beside>()>;
 
-// Codes of the rows of x, whose columns are cut into `parts`.
+// Codes of the rows of x. The columns of x are cut into `parts`.
 Codes encode_plain(const Matrix& x, const Code& code, int64_t parts = 1, const Besides& besides = {});
 
-// Codes of (x - mean) * rstd, a row each; no mean is a mean of 0.
+// Codes of (x - mean) * rstd, with one mean and rstd per row. Without a mean, it is 0.
 Codes encode_normalized(const Matrix& x, const float* mean, const float* rstd, const Code& code,
                         const Besides& besides = {});
 

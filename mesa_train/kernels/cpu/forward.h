@@ -1,5 +1,6 @@
-// Forwards beside the codes they leave for the backward: a norm, an activation and a softmax, while
-// their rows are in the cache. Equal to PyTorch's to rounding: sums of float32 in another order.
+// Fused forwards: a norm, an activation or a softmax, computed beside the codes for its backward
+// while its rows are in the cache. They equal PyTorch's up to rounding, because they sum float32 in
+// another order.
 #pragma once
 
 #include "decode.h"
@@ -7,7 +8,7 @@
 
 namespace mesa {
 
-// The sum of f over n elements, f taking LANES of them, in four chains.
+// The sum of f over n elements, in four parallel sums. f takes LANES elements.
 template <typename T, typename F>
 inline float summed(const typename T::Raw* x, int64_t n, const F& f) {
   Floats sums[4] = {};
@@ -41,12 +42,12 @@ struct ActivationForward : Beside {
 
 // --- a norm ---
 
-// LayerNorm (centered) or RMSNorm. weight, bias: ones and zeros where there are none.
+// LayerNorm (centered) or RMSNorm. weight and bias are ones and zeros if the norm has none.
 struct NormForward : Beside {
   struct Task {
     const Matrix& x;
     const Output& y;
-    float *mean, *rstd;  // of each row; no mean is a mean of 0
+    float *mean, *rstd;  // of each row; without a mean, 0
     const float *weight, *bias;
     float eps;
     void (*statistics)(const Task&, int64_t row);
@@ -59,7 +60,7 @@ struct NormForward : Beside {
   void after(int64_t row, int64_t col, int64_t n) override { task.values(task, row, col, n); }
 };
 
-// The mean first, so that the deviations are sums of small numbers.
+// Computes the mean first, so that the deviations are sums of small numbers.
 template <typename T>
 void norm_statistics(const NormForward::Task& task, int64_t row) {
   const auto* const x = task.x.row<T>(row);
@@ -81,7 +82,7 @@ void norm_values(const NormForward::Task& task, int64_t row, int64_t col, int64_
 
 // --- a softmax ---
 
-// The codes are those of its output, which is there before they are made.
+// Makes codes of its output, which is computed before the codes.
 template <typename T, typename U>
 struct SoftmaxForward : Beside {
   const Matrix& x;
@@ -99,7 +100,7 @@ struct SoftmaxForward : Beside {
     for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) { most = larger(T::load(ends + i), most); });
     float top = most[0];
     for (int k = 1; k < LANES; ++k) top = std::max(top, most[k]);
-    // A NaN stays one in its power, and so does the infinity of a row without another number.
+    // The exponential of a NaN is NaN. A row that has only infinities gives NaN too.
     map_all<T, Float32>(from, powers.get(), n, [=](Floats v, int64_t) { return fast_exp(v - top); });
     const float share = 1.0f / summed<Float32>(powers.get(), n, [](Floats v) { return v; });
     map_all<Float32, U>(powers.get(), y.row<U>(row), n, [=](Floats v, int64_t) { return v * share; });

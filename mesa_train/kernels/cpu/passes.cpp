@@ -1,5 +1,5 @@
-// The passes of every activation for one dtype. MESA_DTYPE is Float32, BFloat16 or Float16: the build
-// compiles this file once for each, at the same time.
+// The passes of every activation for one dtype. MESA_DTYPE is Float32, BFloat16 or Float16. The
+// build compiles this file once for each dtype, in parallel.
 
 #include "passes.h"
 

@@ -1,5 +1,5 @@
-// The passes over some groups of codes that evaluate an activation, its backward, or both; and over
-// values that were never codes. passes.cpp compiles them for one dtype at a time.
+// Passes over groups of codes that compute an activation, its backward, or both. Also passes over
+// values that were never codes. passes.cpp compiles the passes for one dtype at a time.
 #pragma once
 
 #include <span>
@@ -10,17 +10,17 @@
 
 namespace mesa {
 
-// Some groups of a row: their codes, and the same elements of the tensors that go with them.
+// Some groups of a row: their codes, and the corresponding elements of the other tensors.
 struct Piece {
   const uint8_t* q;
   const Grid* grids;
   int64_t groups, size, n;
-  const void* grad;  // null unless a backward is asked for,
+  const void* grad;  // this and dx are null unless the backward is computed
   void* dx;
-  void* y;  // and null unless the activation is
+  void* y;  // null unless the activation is computed
 };
 
-// An activation and its slope at a group's codes: computed,
+// An activation and its slope at a group's codes, computed for each code.
 template <typename Kind, typename T>
 struct Computed {
   typename Evaluator<Kind, T>::Type kind;
@@ -31,11 +31,11 @@ struct Computed {
   Floats slope(Bytes q) const { return kind.template slope<T>(at(q)); }
 };
 
-// or looked up among the 16 or 4 there are.
+// An activation and its slope at a group's codes, looked up in a table of 16 or 4 values.
 template <typename Kind, typename T>
 struct Tabled {
   typename Evaluator<Kind, T>::Type kind;
-  Table values, slopes;  // The compiler leaves out the one that a pass does not use.
+  Table values, slopes;  // the compiler removes the table that a pass does not use
   void enter(Grid grid) {
     const float scale = grid.scale(), zero = grid.zero();
     values.fill([&](Floats q) { return kind.template value<T>(q * scale + zero); });
@@ -79,7 +79,8 @@ void activate(const Piece& p) {
 
 using Activate = void (*)(const Piece&);
 
-// The activation of n values that were never codes: a forward, whose error is nobody's rounding.
+// The activation of n values that were never codes: a forward. No error of a code hides its own
+// error, so it is computed with the accuracy of float32.
 template <typename T, typename Kind>
 void activate_values(const void* from, void* to, int64_t n) {
   using Raw = typename T::Raw;
@@ -90,7 +91,7 @@ void activate_values(const void* from, void* to, int64_t n) {
 
 using ActivateValues = void (*)(const void*, void*, int64_t);
 
-// Of one dtype: from codes at 8 bits, and at fewer; from values.
+// The passes for one dtype: from codes at 8 bits, from codes at fewer bits, and from values.
 struct Passes {
   Activate value[2], backward[2], pair[2];
   ActivateValues values;
@@ -111,7 +112,7 @@ struct Activation {
   Passes passes;
 };
 
-// All there are, the same kinds in the same order for every dtype.
+// All activations, in the same order for every dtype.
 template <typename T>
 std::span<const Activation> activations();
 

@@ -1,5 +1,6 @@
-// A function in 32 pieces whose coefficients lie in registers: fewer instructions than one polynomial,
-// for a few correct digits or for nearly all. Only where a processor looks 32 numbers up at once.
+// Piecewise polynomials: a function in 32 pieces whose coefficients are in registers. This takes
+// fewer instructions than one polynomial, for a few correct digits or for nearly all. Only for
+// processors that look up 32 numbers at once.
 #pragma once
 
 #include "vector.h"
@@ -7,15 +8,15 @@
 #if defined(MESA_AVX512)
 namespace mesa {
 
-// Polynomials of degree 2 of a function, each within step / 2 of a multiple of `step`, at -15 to 14
-// steps; beyond them the constants `below` and `above`.
+// Polynomials of degree 2 of a function. Each is valid within step / 2 of a multiple of `step`,
+// from -15 to 14 steps. Beyond these pieces the function is the constants `below` and `above`.
 struct Pieces {
   static constexpr int COUNT = 32;
   float step;
   float coefficients[3][COUNT];
 
-  // Meets f at the Chebyshev nodes of each piece: the error is step**3 / 192 times f's third
-  // derivative.
+  // Each polynomial equals f at the Chebyshev nodes of its piece. The error is step**3 / 192 times
+  // f's third derivative.
   Pieces(double (*f)(double), double step_, float below, float above)
       : step(static_cast<float>(step_)) {
     for (int j = 0; j < COUNT; ++j) {
@@ -31,16 +32,16 @@ struct Pieces {
     coefficients[0][COUNT - 1] = above;
   }
 
-  // Which piece x is in, for `at`: x / step rounded, in the last digits of a float.
+  // The index of x's piece, for `at`: x / step, rounded, in the last digits of a float.
   static __m512i index(Floats x, float step) {
-    constexpr int zero = 0x4B400000 + COUNT / 2;  // 1.5 * 2**23, and piece 16 is the one around 0
+    constexpr int zero = 0x4B400000 + COUNT / 2;  // 1.5 * 2**23; piece 16 is around 0
     const __m512i at = std::bit_cast<__m512i>(fused(x, all(1 / step), all(as_float(zero))));
     return _mm512_min_epi32(_mm512_max_epi32(at, _mm512_set1_epi32(zero - COUNT / 2)),
                             _mm512_set1_epi32(zero + COUNT / 2 - 1));
   }
 };
 
-// The same in registers.
+// The same pieces in registers.
 struct PiecesHeld {
   __m512 low[3], high[3];
   explicit PiecesHeld(const Pieces& pieces) {
@@ -56,8 +57,9 @@ struct PiecesHeld {
   }
 };
 
-// The same of degree 3, for a function of |x| alone: each within step / 2 of a multiple of `step` from 0
-// up, and `beyond` them a constant. The error is step**4 / 3072 times f's fourth derivative.
+// The same with degree 3, for a function of |x|. Each polynomial is valid within step / 2 of a
+// multiple of `step` from 0 up. Beyond the pieces the function is the constant `beyond`. The error
+// is step**4 / 3072 times f's fourth derivative.
 struct FinePieces {
   static constexpr int COUNT = Pieces::COUNT;
   float step, edge;
@@ -95,14 +97,15 @@ struct FinePiecesHeld {
       high[k] = _mm512_loadu_ps(pieces.coefficients[k] + 16);
     }
   }
-  // At |x|; a NaN stays.
+  // The function at |x|. A NaN stays NaN.
   Floats at(Floats magnitude) const {
     const Floats x = smaller(all(edge), magnitude);
     const __m512i index = std::bit_cast<__m512i>(fused(x, all(inverse), all(12582912.0f)));
     const auto coefficient = [&](int k) -> Floats {
       return _mm512_permutex2var_ps(low[k], index, high[k]);
     };
-    // Both halves at once: a shorter wait than one step after another.
+    // The two halves of the polynomial are computed in parallel. This has a lower latency than one
+    // step after another.
     return fused(fused(coefficient(3), x, coefficient(2)), x * x,
                  fused(coefficient(1), x, coefficient(0)));
   }

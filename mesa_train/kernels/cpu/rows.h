@@ -1,8 +1,8 @@
-// What the CPU kernels share: tensors read and written as rows of float32, the layout of codes, and
-// how the work is split.
+// Shared parts of the CPU kernels: tensors that are read and written as rows of float32, the layout
+// of codes, and how the work is divided.
 //
-// A unit of work is a stretch of one row: whole groups, about 2048 elements, so that its float32
-// copy stays in the first-level cache while memory is read once and written once.
+// A unit of work is a stretch: whole groups of one row, about 2048 elements. So its float32 copy
+// stays in the first-level cache, and memory is read once and written once.
 #pragma once
 
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
@@ -23,10 +23,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t STRETCH = 2048;
-// Elements worth a thread: what ATen uses.
+// The number of elements that justify a thread, as in ATen.
 constexpr int64_t GRAIN = 32768;
 
-// What a thread asks for ahead of its work: far enough for a miss of the address cache as well.
+// How far a thread prefetches ahead of its work: far enough to hide also a miss of the address
+// cache.
 constexpr int64_t BYTES_AHEAD = 12 * 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,8 +40,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype);
 }
 
-// Calls f with the type that reads and writes a dtype. Float64 has none: its tensors are cast before
-// and after.
+// Calls f with the type that reads and writes a dtype. Float64 has no such type: float64 tensors
+// are cast before and after.
 template <typename F>
 void with_dtype(ScalarType type, const F& f) {
   if (type == ScalarType::BFloat16) return f(BFloat16{});
@@ -66,7 +67,7 @@ inline Tensor cast(const Tensor& from, ScalarType dtype) {
 // A 2-D tensor of any float dtype, read row by row.
 struct Matrix {
   Tensor tensor;
-  ScalarType type;  // of what is read
+  ScalarType type;  // the dtype that is read
   int64_t rows, cols;
 
   Matrix(const char* name, const Tensor& t) : tensor(t), type(t.scalar_type()) {
@@ -89,7 +90,7 @@ struct Matrix {
     return reinterpret_cast<const typename T::Raw*>(data_ + row * stride_);
   }
   const void* at(int64_t row, int64_t col) const { return data_ + row * stride_ + col * width_; }
-  // Whether there is something else between rows.
+  // Whether other data lies between the rows.
   bool scattered() const { return stride_ != cols * width_; }
 
  private:
@@ -97,7 +98,8 @@ struct Matrix {
   int64_t width_, stride_;  // bytes
 };
 
-// A fresh (rows, cols) tensor, written row by row as `type`: float32 on the way to another dtype.
+// A new (rows, cols) tensor, written row by row as `type`. `type` is float32 if the result is cast
+// to another dtype afterwards.
 struct Output {
   Tensor tensor;
 
@@ -127,8 +129,8 @@ inline ScalarType written_as(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Float : dtype;
 }
 
-// A small vector (a weight, a bias, a row statistic) in float32, zeros for two vectors' width behind it;
-// `data` is null when it is absent.
+// A small vector (a weight, a bias, a row statistic) in float32, followed by zeros for two vectors'
+// width. `data` is null if the tensor is absent.
 struct Vector {
   FloatVector values;
   const float* data = nullptr;
@@ -149,8 +151,8 @@ struct Vector {
 
 // --- codes ---
 
-// How a row of codes is laid out, and how it is cut into stretches that start on a whole byte. Rows
-// that are one short stretch go together.
+// The layout of a row of codes, and how the row is cut into stretches that start on a whole byte.
+// Rows that are one short stretch are processed together.
 struct Layout {
   int bits;
   int64_t cols, groups, size, bytes;
@@ -170,19 +172,19 @@ struct Layout {
     together = stretches == 1 ? std::max<int64_t>(1, stretch_groups / groups) : 1;
   }
 
-  // Rows between one that is worked on and one that is worth a prefetch.
+  // The distance in rows from the row in work to the row that should be prefetched.
   int64_t rows_ahead(int64_t width) const {
     return std::max(together, BYTES_AHEAD / std::max<int64_t>(1, cols * width));
   }
 };
 
-// `groups` groups, `n` elements, of each of `rows` rows.
+// `groups` groups with `n` elements, of each of `rows` rows.
 struct Stretch {
   int64_t row, rows, group, groups, col, n;
 };
 
-// body(for_each) runs once a thread, so that it can own its buffers; for_each visits its stretches.
-// whole: a thread gets whole rows.
+// body(for_each) runs once per thread, so it can own its buffers. for_each visits the thread's
+// stretches. whole: a thread gets whole rows.
 template <typename Body>
 void parallel_stretches(int64_t rows, const Layout& layout, bool whole, const Body& body) {
   if (rows == 0 || layout.cols == 0) return;
@@ -209,7 +211,7 @@ void parallel_stretches(int64_t rows, const Layout& layout, const Body& body) {
   parallel_stretches(rows, layout, false, body);
 }
 
-// Codes and scales of (rows, cols), checked.
+// Codes and scales of (rows, cols), with checked shapes and dtypes.
 struct Coded {
   Tensor codes, scales;
   Layout layout;
@@ -233,10 +235,11 @@ struct Coded {
     grids_ = static_cast<const Grid*>(scales.const_data_ptr());
   }
 
-  // Elements of room that `q` needs.
+  // The number of elements that `q` needs in its buffer.
   int64_t room() const { return layout.stretch + 3; }
 
-  // The codes of n elements of a row, one a byte: in `room`, where they are not there already.
+  // The codes of n elements of a row, one per byte. They are unpacked to `room` unless they already
+  // take one byte each.
   const uint8_t* q(int64_t row, int64_t col, int64_t n, uint8_t* room) const {
     const uint8_t* const from = bytes_ + row * layout.bytes + col * layout.bits / 8;
     if (layout.bits == 8) return from;
@@ -266,7 +269,7 @@ struct FreeOnLines {
 template <typename T>
 using Buffer = std::unique_ptr<T[], FreeOnLines<T>>;
 
-// Of what is in it nothing is known.
+// An uninitialised buffer.
 template <typename T>
 Buffer<T> buffer(int64_t n) {
   return Buffer<T>(OnLines<T>().allocate(n));

@@ -1,12 +1,14 @@
-// Softmax's backward from codes of its output, and the gradient behind a layer scale: a row at a time.
+// The backward of a softmax from codes of its output, and of a layer scale from the gradient behind
+// it. Both process one row at a time.
 #pragma once
 
 #include "rows.h"
 
 namespace mesa {
 
-// Visits [0, n) in vectors like `for_vectors`, for sums: the last one, which overlaps its neighbour
-// where n is no multiple of LANES, has `fresh` 0 for what came before, else 1. n >= LANES.
+// Visits [0, n) in vectors like `for_vectors`, for sums; n >= LANES. If n is no multiple of LANES,
+// the last vector overlaps the vector before. Then `fresh` is 0 for elements that were visited
+// before, else 1.
 template <typename Visit>
 inline void for_fresh_vectors(int64_t n, const Visit& visit) {
   const int64_t whole = n / LANES * LANES;
@@ -17,8 +19,8 @@ inline void for_fresh_vectors(int64_t n, const Visit& visit) {
   visit(n - LANES, fresh);
 }
 
-// A row at a time: y * (grad - sum(grad * y)). Rows shorter than a vector are continued with their
-// last gradient and zeros in y.
+// y * (grad - sum(grad * y)), one row at a time. Rows shorter than a vector are padded with copies
+// of their last gradient, and with zeros in y.
 template <typename T>
 void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_t end,
                   const Output& dx) {
@@ -35,7 +37,7 @@ void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_
       const float scale = grids[g].scale(), zero = grids[g].zero();
       Padded<uint8_t> padded;
       const uint8_t* const codes = padded.read(q + first, n);
-      // What a short group writes too far is the next one's.
+      // A short group writes past its end. The next group overwrites these elements.
       for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
         store(y.get() + first + i, floats(load<Bytes>(codes + i)) * scale + zero);
       });
@@ -55,8 +57,8 @@ void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_
   }
 }
 
-// grad * scale and grad as U, and what a block of rows adds to the column sums. `scale` and `sums`
-// are padded to whole vectors, and what is written there is nobody's.
+// grad * scale and grad as U, and the contribution of a block of rows to the column sums. `scale`
+// and `sums` are padded to whole vectors, and values in the padding are not used.
 template <typename T, typename U>
 void scale_rows(const Matrix& grads, const float* scale, int64_t begin, int64_t end,
                 const Output& scaled, const Output& cast, float* sums) {
@@ -78,7 +80,8 @@ void scale_rows(const Matrix& grads, const float* scale, int64_t begin, int64_t 
   }
 }
 
-// Adds the partial sums of blocks of rows in order: the same bits for any number of threads.
+// Adds the partial sums of blocks of rows in order. So the result has the same bits for any number
+// of threads.
 inline Tensor added(const FloatVector& partial, int64_t blocks, int64_t stride, int64_t first,
                     int64_t cols) {
   Tensor total = empty({cols}, ScalarType::Float);

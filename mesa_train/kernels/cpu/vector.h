@@ -1,10 +1,10 @@
-// Vectors of a register's width, as a few operations on them: the vocabulary of the CPU kernels'
-// inner loops.
+// Vectors of a register's width and a few operations on them, for the inner loops of the CPU
+// kernels.
 //
-// The types are the compiler's own vector extension (g++ and clang++), so arithmetic, comparisons
-// and choices are spelled as for numbers and compile for any processor. Where a processor has an
-// instruction that the extension cannot spell, it is used under that processor's macro, with a plain
-// version beside it that gives the same bits; only `fused` rounds differently without FMA.
+// The types are the compiler's vector extension (g++ and clang++). So arithmetic, comparisons and
+// selections are written as for numbers, and compile for any processor. Some instructions have no
+// form in the extension. They are used under the processor's macro, beside a plain version that
+// gives the same bits. Only `fused` rounds differently without FMA.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-// Only where no instruction converts float16: reading this header takes a second.
+// Included only if no instruction converts float16: reading this header takes a second.
 #if !(defined(__AVX2__) && defined(__F16C__))
 #include <torch/headeronly/util/Half.h>
 #endif
@@ -63,7 +63,7 @@ inline void store(void* to, V v) {
 
 // --- memory ---
 
-// On whole cache lines: a vector across two takes twice as long to load or store.
+// Allocates on whole cache lines. A vector across two lines takes twice as long to load or store.
 template <typename T>
 struct OnLines {
   using value_type = T;
@@ -76,7 +76,7 @@ struct OnLines {
   bool operator==(const OnLines&) const = default;
 };
 
-// --- between widths: the extension has these too, but g++ takes the vectors apart for them ---
+// --- between widths: the extension has these too, but g++ splits the vectors for them ---
 
 inline Ints widen(Bytes x) {
 #if defined(MESA_AVX512)
@@ -98,7 +98,7 @@ inline Words widen(Shorts x) {
 #endif
 }
 
-// The low bytes.
+// The low bytes of the words.
 inline Bytes to_bytes(Words x) {
 #if defined(MESA_AVX512)
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
@@ -112,7 +112,7 @@ inline Bytes to_bytes(Words x) {
 #endif
 }
 
-// The high halves.
+// The high halves of the words.
 inline Shorts to_shorts(Words x) {
 #if defined(MESA_AVX512)
   return (Shorts)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
@@ -129,7 +129,7 @@ inline Floats floats(Bytes x) { return floats(widen(x)); }
 
 // --- arithmetic ---
 
-// A NaN in `a` gives b.
+// If `a` is NaN, the result is b.
 inline Floats larger(Floats a, Floats b) {
 #if defined(MESA_AVX512)
   return _mm512_max_ps(a, b);
@@ -150,7 +150,7 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// For results that need not be equal to the reference bit for bit.
+// a * b + c. For results that need not equal the reference bit for bit.
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(MESA_AVX512)
   return _mm512_fmadd_ps(a, b, c);
@@ -176,7 +176,8 @@ inline float sum(Floats x) {
 #endif
 }
 
-// A function of the codes below 16, looked up: in a register where that has room for all.
+// A lookup table: a function of the codes below 16. It is in registers if they have space for all
+// values.
 struct Table {
 #if defined(MESA_AVX512)
   Floats values;
@@ -202,7 +203,8 @@ struct Table {
 #if defined(MESA_AVX512)
     return _mm512_permutexvar_ps((__m512i)widen(q), values);
 #elif defined(__AVX2__)
-    // Of an index the three low bits count. The fourth becomes the sign that chooses.
+    // Only the three low bits of an index are used. The fourth bit becomes the sign that selects
+    // the half.
     const __m256i index = (__m256i)widen(q);
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
                             _mm256_permutevar8x32_ps(high, index),
@@ -230,8 +232,8 @@ struct BFloat16 {
   static Floats load(const Raw* from) {
     return as_floats(widen(mesa::load<Shorts>(from)) << 16);
   }
-  // To nearest, half to even; every NaN is 0x7FC0. The processor's instruction flushes
-  // denormals and keeps a NaN's digits, so it is for vectors without either.
+  // Rounds to nearest, half to even; every NaN becomes 0x7FC0. The processor's instruction flushes
+  // denormals and keeps a NaN's payload, so it is used for vectors without either.
   static void store(Raw* to, Floats x) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
     if (_mm512_fpclass_ps_mask(x, SPECIAL) == 0) [[likely]] {
@@ -241,7 +243,7 @@ struct BFloat16 {
 #endif
     store_any(to, x);
   }
-  // Two vectors: one test and one store.
+  // Two vectors with one test and one store.
   static void store(Raw* to, Floats low, Floats high) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
     if (_kortestz_mask16_u8(_mm512_fpclass_ps_mask(low, SPECIAL),
@@ -252,7 +254,7 @@ struct BFloat16 {
 #endif
     store_any(to, low), store_any(to + LANES, high);
   }
-  // Without the test: a denormal may become 0, and a NaN any NaN.
+  // Without the test: a denormal may become 0, and a NaN may become any NaN.
   static void store_flushed(Raw* to, Floats low, Floats high) {
 #if defined(MESA_AVX512) && defined(__AVX512BF16__)
     const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
@@ -302,22 +304,24 @@ struct Float16 {
 
 // --- loops ---
 
-// Hardware sees a long run coming, but not the next of many short rows, nor enough of it while it waits
-// for arithmetic. Any address will do, beyond an end too.
+// Prefetches one line. The hardware prefetches a long run by itself. It does not prefetch the next
+// of many short rows, and it does not prefetch enough of a run while it waits for arithmetic. Any
+// address is valid, also beyond an end.
 inline void prefetch(const void* from) { __builtin_prefetch(from); }
-// To the second-level cache: it waits for more lines at once than the first, by whose limit short rows
-// far apart take a third longer.
+// Prefetches to the second-level cache. This cache can wait for more lines at once than the
+// first-level cache. With the limit of the first-level cache, short rows that are far apart take a
+// third longer.
 inline void prefetch_far(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
   }
 }
-// Elements ahead of a loop, whatever their size.
+// How many elements ahead a loop prefetches, for every element size.
 constexpr int64_t AHEAD = 1024;
 
-// visit(i) for vectors that cover [0, n), n >= LANES. Where n is no multiple of LANES the last one
-// overlaps its neighbour, so a visit must not mind being repeated. Spelled with a single call, which
-// the compiler inlines however long it is.
+// visit(i) for vectors that cover [0, n), n >= LANES. If n is no multiple of LANES, the last vector
+// overlaps the one before. So a repeated visit must give the same result. The loop contains a
+// single call, which the compiler inlines even if it is long.
 template <typename Visit>
 inline void for_vectors(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += LANES) visit(std::min(i, n - LANES));
@@ -330,18 +334,20 @@ inline void for_pairs(int64_t n, const Visit& visit) {
   for (int64_t i = 0; i < n; i += PAIR) visit(std::min(i, n - PAIR));
 }
 
-// Room for a group that is shorter than a vector, or than N.
+// A buffer for a group that is shorter than a vector, or shorter than N.
 template <typename Raw, int64_t N = LANES>
 struct Padded {
   Raw data[N];
 
-  // `from`, or its n elements here, continued with the last, where they are less than N.
+  // `from` if it has at least N elements. Otherwise the buffer, filled with the n elements and
+  // copies of the last.
   const Raw* read(const Raw* from, int64_t n) {
     if (n >= N) return from;
     fill(from, n);
     return data;
   }
-  // Where N can be written for n elements of `to`; `finish` copies them there.
+  // An address where N elements can be written for n elements of `to`. `finish` copies them to
+  // `to`.
   Raw* write(Raw* to, int64_t n) { return n >= N ? to : data; }
   void finish(Raw* to, int64_t n) const { finish(to, n, n * sizeof(Raw)); }
   void finish(Raw* to, int64_t n, int64_t bytes) const {
@@ -355,7 +361,8 @@ struct Padded {
   }
 };
 
-// n elements of `from`, mapped by f(value, i) to `to`, for results that need be right to rounding alone.
+// Maps n elements of `from` by f(value, i) to `to`. For results that need only be right up to
+// rounding.
 template <typename T, typename U, typename F>
 inline void map_all(const typename T::Raw* from, typename U::Raw* to, int64_t n, const F& f) {
   Padded<typename T::Raw, PAIR> read;
