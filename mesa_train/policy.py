@@ -281,8 +281,7 @@ class Policy:
         return resolved
 
     def checkpointed(self, modules: Iterable[str]) -> set[str]:
-        """The modules that are checkpointed: the outermost ones of the modules that `checkpoint`
-        names.
+        """The modules that are checkpointed: the outermost modules that `checkpoint` names.
 
         Args:
             modules: qualified names of the model's modules.

@@ -19,8 +19,10 @@ _ops = torch.ops.mesa_train
 
 
 def group_shape(cols: int, group_size: int) -> tuple[int, int]:
-    """(groups, size) of a row: balanced groups of at most `group_size`. The last group may be
-    shorter."""
+    """(groups, size) of a row: balanced groups of at most `group_size`.
+
+    The last group may be shorter.
+    """
     groups = (cols + group_size - 1) // group_size
     return groups, (cols + groups - 1) // groups if groups else 0
 
@@ -63,21 +65,22 @@ class Affine:
         return f"{self.bits} bits in groups of {self.group_size}, {rounding}"
 
     def encode(self, x: Tensor) -> Codes:
-        """Code (rows, cols) of any float dtype: codes (rows, bytes) and scales (rows, groups,
-        2)."""
+        """The codes (rows, bytes) and scales (rows, groups, 2) of (rows, cols) of any float
+        dtype."""
         kernels.load()
         return _ops.affine_encode.default(x, *self._code())
 
     def encode_parts(self, x: Tensor, parts: int) -> list[Codes]:
-        """`encode` of each of the `parts` equal parts of the columns of (rows, cols), in one
-        pass."""
+        """`encode` of each of `parts` equal parts of the columns, in one pass."""
         kernels.load()
         tensors = _ops.affine_encode_parts.default(x, parts, *self._code())
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def encode_normalized(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Codes:
-        """Codes of (x - mean) * rstd, with mean and rstd (rows,). If mean is None, x is not
-        centred."""
+        """Codes of (x - mean) * rstd, with mean and rstd (rows,).
+
+        If mean is None, x is not centred.
+        """
         kernels.load()
         return _ops.normalized_encode.default(x, mean, rstd, *self._code())
 
@@ -115,8 +118,7 @@ class Affine:
         return y, (codes[0], codes[1])
 
     def softmax(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Codes]:
-        """Softmax along the rows of (rows, cols) in `dtype`, and the codes of the output, in one
-        pass."""
+        """Softmax along the rows in `dtype`, and the codes of the output, in one pass."""
         kernels.load()
         y, *codes = _ops.softmax_encode.default(x, dtype, *self._code())
         return y, (codes[0], codes[1])

@@ -9,8 +9,7 @@ _ops = torch.ops.mesa_train
 
 
 def encode(mask: Tensor) -> Tensor:
-    """Code a bool mask of any shape as uint8 (ceil(numel / 8),), in row-major order, low bit
-    first."""
+    """Code a bool mask of any shape as uint8 (ceil(numel / 8),), row-major, low bit first."""
     kernels.load()
     return _ops.bitmask_encode.default(mask)
 

@@ -35,8 +35,10 @@ _SELECTIVE: tuple[type, ...] = (
 
 
 class SACHiddenCodec:
-    """`codec` with operations that a selective checkpoint does not see. The recipe holds `codec`
-    itself."""
+    """`codec` with operations that a selective checkpoint does not see.
+
+    The recipe holds `codec` itself.
+    """
 
     def __init__(self, codec: Any) -> None:
         self.codec = codec
@@ -51,8 +53,10 @@ class SACHiddenCodec:
 
 
 class PlaceholderCodec:
-    """`codec` with placeholders of the codes' shapes instead of codes. The recipe holds `codec`
-    itself."""
+    """`codec` with placeholders of the codes' shapes instead of codes.
+
+    The recipe holds `codec` itself.
+    """
 
     def __init__(self, codec: Any) -> None:
         self.codec = codec

@@ -51,8 +51,10 @@ class Running:
         return "8 bits, running ranges"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Code (rows, cols): codes (rows, cols), and the minimum and scale of each group, float32
-        (groups,)."""
+        """Codes (rows, cols) of (rows, cols), with the minimum and scale of each group.
+
+        The minimum and the scale are float32 (groups,).
+        """
         x = x.float()
         cols = x.shape[1]
         groups, size = group_shape(cols, self.group_size)
@@ -137,8 +139,10 @@ class Running:
 
 
 def _noise(x: Tensor, groups: int, size: int) -> Tensor:
-    """u in [0, 1), (rows, cols), computed from the data, so that a recompute draws the same
-    numbers."""
+    """u in [0, 1), (rows, cols), for stochastic rounding.
+
+    u is computed from the data, so that a recompute draws the same numbers.
+    """
     rows, cols = x.shape
     first, last = [x[:, c].contiguous().view(torch.int32).long() & 0xFFFF for c in (0, -1)]
     low, high = [bits[:, None].expand(rows, groups) for bits in (first, last)]

@@ -1,2 +1,1 @@
-"""The engine: `wrap`, the compression mode for torch functions, and checkpointing with coded
-inputs."""
+"""The engine: `wrap`, the compression mode, and checkpointing with coded inputs."""

@@ -71,14 +71,18 @@ class Entry:
             attributes[name] = types.MethodType(method, module)
 
     def prepare(self) -> None:
-        """Make the `forward`. Does not change the module; raises any error that the module's class
-        raises."""
+        """Make the `forward`.
+
+        Does not change the module; raises any error that the module's class raises.
+        """
         if enterable(self.module, self.own) and not _idle(self.module, self.own):
             self.forward = _forward_of(self.module, self.own)
 
     def take_off(self) -> None:
-        """Restore the module's own attributes. An attribute that the user replaced since `wrap`
-        stays."""
+        """Restore the module's own attributes.
+
+        An attribute that the user replaced since `wrap` stays.
+        """
         attributes = attributes_of(self.module)
         attributes.pop(ATTRIBUTE, None)
         if self.forward is None:
@@ -101,8 +105,10 @@ class Entry:
 
 
 def _revived(installed: Installed, context: ModuleContext, *own: Any) -> Entry:
-    """The entry of a module during unpickling or deep copy; the module's other attributes are set
-    later."""
+    """The entry of a module during unpickling or deep copy.
+
+    The module's other attributes are set later.
+    """
     entry = Entry(installed, context, *own)
     entry.prepare()
     entry.put_on()
@@ -212,8 +218,10 @@ def _enter_bound(module: Any, own: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _enter_named(module: Any, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Enter with the class attribute `forward`: a static, class or partial method, or a callable
-    object."""
+    """Enter with the class attribute `forward`.
+
+    It is a static, class or partial method, or a callable object.
+    """
     return enter(module, type(module).forward, args, kwargs)
 
 
@@ -230,8 +238,10 @@ def _found(module: Any) -> Any:
 def _without_defaults(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `function` that differ from its defaults. Another function may not have
-    these defaults."""
+    """The arguments of `function` that differ from its defaults.
+
+    Another function may not have these defaults.
+    """
     code, defaults = function.__code__, function.__defaults__ or ()
     needed = code.co_argcount - len(defaults)
     if len(args) > code.co_argcount or needed < code.co_posonlyargcount:
@@ -321,8 +331,10 @@ def _forward(entry: Entry) -> Any:
 
 
 def _replicate(module: Any) -> nn.Module:
-    """`_replicate_for_data_parallel` of a wrapped module: binds the replica's forward to the
-    replica."""
+    """`_replicate_for_data_parallel` of a wrapped module.
+
+    Binds the replica's forward to the replica.
+    """
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
     attributes = attributes_of(replica)
     entry = attributes.get(ATTRIBUTE)

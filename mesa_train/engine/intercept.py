@@ -165,11 +165,10 @@ _NOTHING = ModuleContext("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:
-    """Whether PyTorch differentiates without the autograd graph, or makes a program. For untraced
-    frames.
+    """Whether PyTorch differentiates without the autograd graph, or makes a program.
 
-    True inside torch.func's transforms and forward-mode differentiation. True while torch.export or
-    torch.jit.trace makes a program of PyTorch's operators.
+    For untraced frames. True inside torch.func's transforms and forward-mode differentiation. Also
+    true while torch.export or torch.jit.trace makes a program of PyTorch's operators.
     """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None

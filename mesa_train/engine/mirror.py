@@ -1,8 +1,9 @@
-"""Mirrors: functions that copy another function's parameters, defaults, globals, free variables and
-source position.
+"""Mirrors: functions that look like another function to inspecting tools.
 
-A wrapped module's `forward` passes all its arguments on, so `*args, **kwargs` would be enough to
-compute. But other tools read the function: `inspect.signature`, `getfullargspec` and `__code__`
+A mirror has the other function's parameters, defaults, globals, free variables and source position.
+
+Why: a wrapped module's `forward` passes all its arguments on, so `*args, **kwargs` would be enough
+to compute. But other tools read the function. `inspect.signature`, `getfullargspec` and `__code__`
 read the signature, `torch.jit.script` reads the source, and `torch.fx` reads the globals. With a
 mirror, these tools read the properties of the original function.
 
@@ -59,8 +60,7 @@ def mirror(
 
 
 def mirrors_for(forward: Any) -> Any:
-    """The module that a mirror, or a method made of a mirror, enters; None if `forward` is
-    neither."""
+    """The module that `forward` enters if it is a mirror or a method made of one, else None."""
     function = getattr(forward, "__func__", forward)
     if not isinstance(function, types.FunctionType):
         return None
@@ -89,8 +89,10 @@ def _labelled(twin: Callable[..., Any], function: Any) -> Callable[..., Any]:
 def _generic(
     function: Any, enter: Callable[..., Any], given: Any, module: Any
 ) -> Callable[..., Any]:
-    """The mirror of a callable without Python code, or with parameters that no source text can
-    express."""
+    """The mirror of a callable without Python code.
+
+    Also for parameters that no source text can express.
+    """
 
     _mesa_train_enter, _mesa_train_module = enter, module
 

@@ -28,8 +28,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Mode(TorchFunctionMode):
-    """Base class of the compression mode. `traced`: whether torch.compile traces the frame that
-    made it."""
+    """Base class of the compression mode.
+
+    `traced`: whether torch.compile traces the frame that made it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +39,10 @@ class Mode(TorchFunctionMode):
 
 
 class Owner(Protocol):
-    """State shared by the modules of one wrapped model. `broken`: its graph break was logged
-    already."""
+    """State shared by the modules of one wrapped model.
+
+    `broken`: its graph break was logged already.
+    """
 
     broken: bool
 
@@ -56,8 +60,10 @@ def innermost() -> Any:
 
 
 def from_outside() -> list[Any]:
-    """In a traced frame: all active modes if one of them is a compression mode from outside, else
-    []."""
+    """In a traced frame: all active modes if a compression mode from outside is among them.
+
+    Otherwise an empty list.
+    """
     modes = _get_current_function_mode_stack()
     return modes if any([isinstance(m, Mode) and not m.traced for m in modes]) else []
 

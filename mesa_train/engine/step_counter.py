@@ -63,8 +63,7 @@ class StepCounter:
 
 
 class _Trace:
-    """A parameter's state: a reference to it, its version, and a few elements of its local
-    shard."""
+    """A parameter's state: the object, its version, and a few elements of its local shard."""
 
     __slots__ = ("parameter", "sample", "version")
 

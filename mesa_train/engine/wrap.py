@@ -25,8 +25,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(model: Model, policy: Policy | str | None = None) -> Model:
-    """Install a policy on a model, in place; `mesa_train.wrap` (`api.py`) documents the
-    arguments."""
+    """Install a policy on a model, in place.
+
+    `mesa_train.wrap` (`api.py`) documents the arguments.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -78,8 +78,10 @@ def _bfloat16_bits_down(x: Tensor) -> Tensor:
 
 
 def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero (float32, (rows, groups)) of (rows, groups, size), and which groups are
-    finite."""
+    """Scale and zero (float32, (rows, groups)) of (rows, groups, size).
+
+    Also returns which groups are finite.
+    """
     # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds twice.
     levels = groups.new_full((), 2**bits - 1)
     finite = groups.isfinite().all(-1)
@@ -97,8 +99,10 @@ def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The lowbias32 hash (https://nullprogram.com/blog/2018/07/31/) of uint32 values stored in
-    int64."""
+    """The lowbias32 hash of uint32 values stored in int64.
+
+    https://nullprogram.com/blog/2018/07/31/
+    """
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _UINT32
     x = x ^ (x >> 15)
@@ -167,8 +171,7 @@ def affine_encode(
 def affine_encode_parts(
     x: Tensor, parts: int, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> list[Tensor]:
-    """Codes and scales, alternating, of each of `parts` equal parts of the columns of (rows,
-    cols)."""
+    """Codes and scales, alternating, of each of `parts` equal parts of the columns of x."""
     cols = x.shape[1] // parts
     coded = [
         affine_encode(x[:, k * cols : (k + 1) * cols], bits, group_size, stochastic, seed)
@@ -212,8 +215,10 @@ def normalized_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of (x - mean) * rstd, with one mean and one rstd per row. If mean is None, x is not
-    centred."""
+    """Codes of (x - mean) * rstd, with one mean and one rstd per row.
+
+    If mean is None, x is not centred.
+    """
     value = x.to(torch.float32)
     if mean is not None:
         value = value - mean.to(torch.float32).unsqueeze(1)
@@ -231,8 +236,7 @@ def norm_backward(
     centered: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm, from the decoded normalised
-    input."""
+    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
     grad = grad.to(torch.float32)
     xhat = _decode(codes, scales, bits, grad.shape[1])
     dxhat = grad if weight is None else grad * weight.to(torch.float32)
@@ -298,8 +302,10 @@ def activation_pair(
 
 
 def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """y * (grad - sum(grad * y)) from the decoded output y of a softmax along each row, in grad's
-    dtype."""
+    """y * (grad - sum(grad * y)) in grad's dtype.
+
+    y is the decoded output of a softmax along each row.
+    """
     wide = grad.to(torch.float32)
     y = _decode(codes, scales, bits, grad.shape[1])
     return (y * (wide - (wide * y).sum(1, keepdim=True))).to(grad.dtype)

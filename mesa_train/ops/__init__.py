@@ -1,2 +1,4 @@
-"""The operators: one file each. A file opens with the saved operands, the rebuilt tensors and the
-cost."""
+"""The operators: one file each.
+
+A file opens with the saved operands, the rebuilt tensors and the cost.
+"""

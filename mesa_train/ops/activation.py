@@ -77,10 +77,12 @@ BOUNDED = {"hardswish": (-3.0, 3.0)}
 
 
 class Smooth(Operator):
-    """inputs: x. stashes: x, and sometimes one bit per element. static: kind.
+    """An activation whose derivative is computed from its input.
 
-    The bit says whether x lies between the bounds. It is saved for a kind in `BOUNDED` if x is
-    coded.
+    inputs: x.
+    stashes: x, and one bit per element for a kind in `BOUNDED` if x is coded: whether x lies
+    between the bounds.
+    static: kind.
     """
 
     @derivative("activation")
@@ -114,7 +116,12 @@ def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
 
 
 class Stepped(Operator):
-    """inputs: x. stashes: one bit per element. static: the two slopes."""
+    """An activation whose derivative has two values.
+
+    inputs: x.
+    stashes: one bit per element.
+    static: the two slopes.
+    """
 
     @derivative("activation")
     def backward(
@@ -126,7 +133,12 @@ class Stepped(Operator):
 
 
 class FromOutput(Operator):
-    """inputs: x. stashes: the output. static: kind."""
+    """An activation whose derivative is computed from its output.
+
+    inputs: x.
+    stashes: the output.
+    static: kind.
+    """
 
     @derivative("activation")
     def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -134,7 +146,12 @@ class FromOutput(Operator):
 
 
 class Gated(Operator):
-    """inputs: x. stashes: x. static: dim."""
+    """A gated linear unit (glu).
+
+    inputs: x.
+    stashes: x.
+    static: dim.
+    """
 
     @derivative("activation")
     def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -142,8 +159,10 @@ class Gated(Operator):
 
 
 class InPlace:
-    """Mixin: run a function that overwrites the input, instead of recording an output. inputs:
-    x."""
+    """Mixin: run a function that overwrites the input, instead of recording an output.
+
+    inputs: x.
+    """
 
     @staticmethod
     def forward(
@@ -294,10 +313,9 @@ def _fused(recorder: Recorder, codec: Affine, kind: str, input: Tensor) -> Tenso
 
 
 def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
-    """One bit per element, whether x lies between the bounds, for a kind in `BOUNDED` with inexact
-    x.
+    """One bit per element, whether x lies between the bounds.
 
-    An empty tuple for all other kinds, and if x is exact.
+    For a kind in `BOUNDED` if x is not exact. Otherwise an empty tuple.
     """
     if kind not in BOUNDED or x.exact():
         return ()
@@ -356,8 +374,10 @@ def clamp(
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """Row of torch.clamp between numbers. Saves one bit per element: whether it lies inside the
-    bounds."""
+    """Row of torch.clamp between numbers.
+
+    Saves one bit per element: whether it lies inside the bounds.
+    """
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
     if not numbers or (min is None and max is None) or not recorder.covers("activation", input):
         return NotImplemented
@@ -403,8 +423,10 @@ def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
 
 
 def _writable(input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must
-    rebase these."""
+    """Whether an in-place variant can be recorded.
+
+    Not for a leaf or a view: PyTorch itself must rebase these.
+    """
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 

@@ -1,5 +1,6 @@
-"""Sums of two matmul outputs: a frozen Linear plus its adapter (LoRA), or attention plus MLP in
-parallel.
+"""Sums of two matmul outputs.
+
+Examples are a frozen Linear plus its adapter (LoRA), and attention plus MLP in parallel.
 
 An addition saves nothing. Its row records how to rebuild the sum if both terms are rebuilt by a
 matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter

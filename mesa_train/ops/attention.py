@@ -39,8 +39,12 @@ _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
 
 
 class FlashCPU(Operator):
-    """inputs: q, k, v (B, H, N, D). stashes: q, k, v, out, logsumexp, mask. static: causal,
-    scale."""
+    """Flash attention on a CPU.
+
+    inputs: q, k, v (B, H, N, D).
+    stashes: q, k, v, out, logsumexp, mask.
+    static: causal, scale.
+    """
 
     @derivative("attention")
     def backward(
@@ -56,10 +60,13 @@ class FlashCPU(Operator):
 
 
 class Short(Operator):
-    """inputs: q (B, H, N, D), k, v (B, H, M, D), in half precision on a CPU. stashes: q, k, v.
-    static: scale.
+    """Attention over short sequences, in half precision on a CPU.
 
     `kernels/short_attention.py` recomputes the weights from the decoded q and k.
+
+    inputs: q (B, H, N, D), k, v (B, H, M, D).
+    stashes: q, k, v.
+    static: scale.
     """
 
     @derivative("attention")
@@ -75,7 +82,12 @@ _SHORT = 512 * 512
 
 
 class Unfused(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, weights. static: dtype, scale, shape of the mask."""
+    """Attention that saves the codes of its weights.
+
+    inputs: q, k, v, mask.
+    stashes: q, k, v, weights.
+    static: dtype, scale, shape of the mask.
+    """
 
     @derivative("attention")
     def backward(
@@ -95,8 +107,10 @@ class Unfused(Operator):
 
 
 class Recomputed(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, mask.
+    """Attention that recomputes its weights.
 
+    inputs: q, k, v, mask.
+    stashes: q, k, v, mask.
     static: dtype, keywords, the generator's state before the call.
     """
 

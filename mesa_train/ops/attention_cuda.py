@@ -45,8 +45,10 @@ class Call(NamedTuple):
 
 
 class FlashCUDA(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset.
+    """Flash attention on a GPU.
 
+    inputs: q, k, v.
+    stashes: q, k, v, out, logsumexp, seed, offset.
     static: the sequence lengths, dropout, causal, scale.
     """
 
@@ -75,8 +77,10 @@ class FlashCUDA(Operator):
 
 
 class Efficient(Operator):
-    """inputs: q, k, v, mask. stashes: q, k, v, out, logsumexp, seed, offset, mask.
+    """Memory-efficient attention on a GPU.
 
+    inputs: q, k, v, mask.
+    stashes: q, k, v, out, logsumexp, seed, offset, mask.
     static: dropout, causal, scale.
     """
 
@@ -105,8 +109,10 @@ class Efficient(Operator):
 
 
 class CuDNN(Operator):
-    """inputs: q, k, v. stashes: q, k, v, out, logsumexp, seed, offset, mask.
+    """cuDNN's attention.
 
+    inputs: q, k, v.
+    stashes: q, k, v, out, logsumexp, seed, offset, mask.
     static: the sequence lengths, dropout, causal, scale.
     """
 

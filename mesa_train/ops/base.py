@@ -69,8 +69,12 @@ def put(ctx: Any, stashes: Kept, static: Any) -> None:
 class Operator(torch.autograd.Function):
     """Base of the operators. `apply(output, stashes, static, *inputs)` returns the output.
 
-    The backward of a subclass returns one gradient per input. In the docstrings of the subclasses,
-    `inputs` are the differentiable inputs, `stashes` the saved stashes, and `static` the constants.
+    The backward of a subclass returns one gradient per input. The docstrings of the subclasses
+    list:
+
+    inputs: the differentiable inputs.
+    stashes: the saved stashes.
+    static: constants.
     """
 
     @staticmethod
@@ -138,8 +142,10 @@ def _saved(ctx: Any, grad: Tensor) -> Saved:
 
 
 def distinct(*tensors: Any) -> tuple[Any, ...]:
-    """An operator's inputs, each as a separate tensor object. Dynamo cannot trace an operator that
-    gets the same tensor twice."""
+    """An operator's inputs, each as a separate tensor object.
+
+    Dynamo cannot trace an operator that gets the same tensor twice.
+    """
     if not torch.compiler.is_compiling():
         return tensors
     found: list[Any] = []

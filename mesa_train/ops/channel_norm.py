@@ -22,8 +22,10 @@ from .norm import Scaled, keeps_input
 
 
 class ChannelNorm(Operator):
-    """Group or batch norm. inputs: x (B, C, ...), weight, bias. stashes: x_hat, rstd, weight.
+    """Group or batch norm.
 
+    inputs: x (B, C, ...), weight, bias.
+    stashes: x_hat, rstd, weight.
     static: the shape (B, groups, C / groups, positions), and the dims of this shape that the
     statistics average over. No dims means that the statistics were constants.
     """
@@ -144,8 +146,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Row of torch.nn.functional.batch_norm. Updates the running statistics exactly as PyTorch
-    does."""
+    """Row of torch.nn.functional.batch_norm.
+
+    Updates the running statistics exactly as PyTorch does.
+    """
     channels = input.shape[1] if input.dim() >= 2 else 0
     if not recorder.covers("batch_norm", input, weight, bias) or not input.numel() or not channels:
         return NotImplemented

@@ -1,9 +1,9 @@
-"""The functions whose saved tensors the fallback may code. The saved tensors of every other
-function stay exact.
+"""The functions whose saved tensors the fallback may code.
 
-Some functions save a tensor, but their backward reads only its size (pooling, padding, gather). For
-these functions the fallback saves the size. A saved tensor may be coded in two cases: it enters the
-gradient linearly (products), or measured gradients tolerate codes (`lstm`).
+The saved tensors of every other function stay exact. Some functions save a tensor, but their
+backward reads only its size (pooling, padding, gather). For these functions the fallback saves the
+size. A saved tensor may be coded in two cases: it enters the gradient linearly (products), or
+measured gradients tolerate codes (`lstm`).
 
 scripts/bench/fallback.py measures the gradient error of every differentiable function with codes,
 for large arguments, offsets, coordinates and poles. docs/fallback.md lists the decisions. A

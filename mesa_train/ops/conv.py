@@ -23,8 +23,10 @@ from .base import Operator, derivative, kept_first
 
 
 class Conv(Operator):
-    """inputs: x, weight, bias. stashes: x, weight.
+    """A convolution.
 
+    inputs: x, weight, bias.
+    stashes: x, weight.
     static: the shapes of x and weight, the size of the bias, and the convolution's numbers.
     """
 
@@ -42,8 +44,10 @@ class Conv(Operator):
 
 
 class Pointwise:
-    """Recipe: a convolution of one position again, from its input's stash. It is a matmul over the
-    channels."""
+    """Recipe: a convolution of one position again, from its input's stash.
+
+    It is a matmul over the channels.
+    """
 
     def __init__(self, function: Any) -> None:
         self.function = function

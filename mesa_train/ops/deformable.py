@@ -20,8 +20,12 @@ from .base import Operator, derivative, kept_first
 
 
 class DeformConv(Operator):
-    """inputs: x, weight, offset, mask, bias. stashes: the same. static: the convolution's
-    numbers."""
+    """A deformable convolution.
+
+    inputs: x, weight, offset, mask, bias.
+    stashes: the same.
+    static: the convolution's numbers.
+    """
 
     @derivative("conv")
     def backward(

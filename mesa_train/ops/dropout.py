@@ -23,7 +23,12 @@ from .base import Operator, derivative
 
 
 class Dropout(Operator):
-    """inputs: x. stashes: one bit per element. static: 1 / (1 - p)."""
+    """Dropout.
+
+    inputs: x.
+    stashes: one bit per element.
+    static: 1 / (1 - p).
+    """
 
     @derivative("dropout")
     def backward(
@@ -53,8 +58,10 @@ def dropout(
     inplace: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Row of torch.nn.functional.dropout and torch.dropout. torch.dropout calls `training`
-    `train`."""
+    """Row of torch.nn.functional.dropout and torch.dropout.
+
+    torch.dropout calls `training` `train`.
+    """
     training = kwargs.pop("train", training)
     if not training or p == 0:
         return func(input, p, training)

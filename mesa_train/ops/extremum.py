@@ -19,8 +19,10 @@ from .base import Operator, derivative
 
 
 class Extremum(Operator):
-    """inputs: x. stashes: one bit per element, the number of elements that equal the extremum.
+    """The largest or smallest element along dims.
 
+    inputs: x.
+    stashes: one bit per element, and the number of elements that equal the extremum.
     static: the shape of x, dims, keepdim.
     """
 

@@ -237,8 +237,10 @@ class _Bits:
 
 
 class _Size:
-    """Recipe: a tensor of a given size, strides and device. The backward reads no elements, so all
-    are NaN."""
+    """Recipe: a tensor of a given size, strides and device.
+
+    The backward reads no elements, so all are NaN.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.strides, self.device = tensor.shape, tensor.stride(), tensor.device
@@ -278,8 +280,7 @@ class Packed:
         spec: Spec | None,
         outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None,
     ) -> Packed:
-        """Pack a stash's tensors with its structure, or a single tensor, through the outer
-        hooks."""
+        """Pack a stash's tensors with its structure, or one tensor, through the outer hooks."""
         if outer is None:
             return cls(tensors, spec, None, [t._version for t in tensors])
         wrap, unwrap = outer

@@ -1,10 +1,9 @@
-"""Matmuls of a tensor of three or more dims with a matrix, computed as PyTorch does when it
-records.
+"""Matmuls with a matrix that round as PyTorch's do when it records.
 
-Why: PyTorch computes such a matmul as one matmul or as a batch of matmuls (`should_fold` in ATen's
-LinearAlgebra.cpp). The two may round differently. If the strides allow both, PyTorch folds only if
-the matrix requires a gradient. A row computes under `no_grad`, in which a transposed weight and
-autocast's copy of a weight require no gradient.
+Why: PyTorch computes a matmul of a tensor of three or more dims with a matrix as one matmul or as a
+batch of matmuls (`should_fold` in ATen's LinearAlgebra.cpp). The two may round differently. If the
+strides allow both, PyTorch folds only if the matrix requires a gradient. A row computes under
+`no_grad`, in which a transposed weight and autocast's copy of a weight require no gradient.
 
 How: for these operands, a row lets PyTorch record, but saves nothing of the record.
 

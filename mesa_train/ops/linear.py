@@ -30,7 +30,11 @@ from .folding import folded
 
 
 class Linear(Operator):
-    """inputs: x (..., in), weight (out, in), bias (out) or None. stashes: x, weight."""
+    """A Linear.
+
+    inputs: x (..., in), weight (out, in), bias (out) or None.
+    stashes: x, weight.
+    """
 
     @derivative("linear")
     def backward(
@@ -40,8 +44,12 @@ class Linear(Operator):
 
 
 class ScaledLinear(Operator):
-    """inputs: x, weight, bias, scale (out). static: the Linear's dtype. stashes: x, weight, scale,
-    bias."""
+    """A Linear with a layer scale behind it.
+
+    inputs: x, weight, bias, scale (out).
+    stashes: x, weight, scale, bias.
+    static: the Linear's dtype.
+    """
 
     @derivative("linear")
     def backward(
@@ -115,8 +123,10 @@ def _narrow(weight: Tensor) -> bool:
 
 
 def scaled(recorder: Recorder, func: Any, /, product: Tensor, scale: Tensor) -> Any:
-    """Row of a Linear's output times a trained scale per feature. NotImplemented for any other
-    product."""
+    """Row of a Linear's output times a trained scale per feature.
+
+    NotImplemented for any other product.
+    """
     made = recorder.linears.get(product)
     if (
         made is None
@@ -160,8 +170,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _watched(product: Tensor) -> bool:
-    """Whether the user needs the gradient of the Linear's output, which a scaled Linear does not
-    compute."""
+    """Whether the user needs the gradient of the Linear's output.
+
+    A scaled Linear does not compute this gradient.
+    """
     return not torch.compiler.is_compiling() and (
         product.retains_grad or bool(product._backward_hooks)
     )

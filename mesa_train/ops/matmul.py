@@ -20,8 +20,12 @@ from .folding import folded
 
 
 class MatMul(Operator):
-    """inputs: left (..., n, k), right (..., k, m), both at least 2-D. stashes: left, right. static:
-    their shapes."""
+    """A matrix product.
+
+    inputs: left (..., n, k), right (..., k, m), both at least 2-D.
+    stashes: left, right.
+    static: their shapes.
+    """
 
     @derivative("matmul")
     def backward(
@@ -48,7 +52,12 @@ class MatMul(Operator):
 
 
 class AddMatMul(Operator):
-    """inputs: base, left, right. stashes: left, right. static: the shape of base, beta, alpha."""
+    """addmm and baddbmm.
+
+    inputs: base, left, right.
+    stashes: left, right.
+    static: the shape of base, beta, alpha.
+    """
 
     @derivative("matmul")
     def backward(
@@ -61,8 +70,12 @@ class AddMatMul(Operator):
 
 
 class Einsum(Operator):
-    """inputs: left, right. stashes: left, right. static: the subscripts of left, right and
-    output."""
+    """einsum of two operands.
+
+    inputs: left, right.
+    stashes: left, right.
+    static: the subscripts of left, right and output.
+    """
 
     @derivative("matmul")
     def backward(
@@ -125,8 +138,10 @@ def add_matmul(
 
 
 def einsum(recorder: Recorder, func: Any, /, equation: Any, *operands: Any) -> Any:
-    """Row of torch.einsum for two operands. Each index is contracted or is an index of the
-    output."""
+    """Row of torch.einsum for two operands.
+
+    Each index is contracted or is an index of the output.
+    """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if (

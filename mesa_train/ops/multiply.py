@@ -21,7 +21,12 @@ from .linear import scaled
 
 
 class Mul(Operator):
-    """inputs: left, right. stashes: left, right. static: their shapes."""
+    """An element-wise product.
+
+    inputs: left, right.
+    stashes: left, right.
+    static: their shapes.
+    """
 
     @derivative("mul")
     def backward(
@@ -77,8 +82,10 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
 
 
 def mul_(recorder: Recorder, func: Any, /, input: Tensor, other: Any) -> Any:
-    """Row of Tensor.mul_. Computes the product separately, and writes it back by autograd's own
-    copy."""
+    """Row of Tensor.mul_.
+
+    Computes the product separately, and writes it back by autograd's own copy.
+    """
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return NotImplemented
     made = recorder.linears.get(input)

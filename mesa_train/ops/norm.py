@@ -36,8 +36,10 @@ from .base import Operator, cast_like_autocast, derivative
 
 
 class TokenNorm(Operator):
-    """Layer norm or RMS norm. inputs: x, weight, bias. stashes: x_hat, rstd, weight.
+    """Layer norm or RMS norm.
 
+    inputs: x, weight, bias.
+    stashes: x_hat, rstd, weight.
     static: whether it is centred, the normalized shape.
     """
 
@@ -183,8 +185,17 @@ def rms_norm(
 def token_norm_gradients(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of a norm over rows: grad and x_hat (rows, cols), rstd (rows,), weight
-    (cols,)."""
+    """(dx, dweight, dbias) of a norm over rows.
+
+    Args:
+        grad: (rows, cols).
+        x_hat: the normalised input, (rows, cols).
+        rstd: (rows,).
+        weight: (cols,) or None.
+        centred: True for LayerNorm, False for RMSNorm.
+    Returns:
+        dx (rows, cols), dweight (cols,), dbias (cols,).
+    """
     g = grad.to(x_hat.dtype)
     dweight, dbias = (g * x_hat).sum(0), g.sum(0)
     if weight is not None:

@@ -18,7 +18,12 @@ from .base import Operator, aliases, derivative
 
 
 class Normalize(Operator):
-    """x / max(|x|, eps). inputs: x. stashes: the output, the clamped norm. static: dim, eps."""
+    """x / max(|x|, eps).
+
+    inputs: x.
+    stashes: the output, the clamped norm.
+    static: dim, eps.
+    """
 
     @derivative("normalize")
     def backward(

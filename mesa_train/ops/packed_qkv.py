@@ -1,5 +1,4 @@
-"""Operands that are adjacent in one tensor, coded in one pass: q, k and v in the output of one
-projection.
+"""q, k and v in the output of one projection, coded in one pass.
 
 Each operand gets a leaf of its own, with the same codes as if it were coded alone. On a CPU,
 operands that share a codec are coded in one pass over their common rows, which reads memory in
@@ -90,8 +89,7 @@ def _runs(news: list[_New]) -> Iterator[list[_New]]:
 
 
 def _continues(run: list[_New], new: _New) -> bool:
-    """Whether the columns of `new` follow the columns of the run, with the same codec and
-    layout."""
+    """Whether the columns of `new` follow the run's columns, with the same codec and layout."""
     first, matrix = run[0].matrix, new.matrix
     cols = first.shape[1]
     return bool(

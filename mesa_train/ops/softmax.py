@@ -19,7 +19,12 @@ from .base import Operator, derivative
 
 
 class Softmax(Operator):
-    """inputs: x. stashes: the output. static: dim."""
+    """Softmax.
+
+    inputs: x.
+    stashes: the output.
+    static: dim.
+    """
 
     @derivative("softmax")
     def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:

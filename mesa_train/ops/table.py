@@ -140,8 +140,10 @@ EAGER: dict[Any, Row] = {Tensor.unflatten: ROWS.pop(Tensor.unflatten)}
 
 
 def prepare() -> None:
-    """Load kernels and foreign rows now. Otherwise the first forward would, and torch.compile may
-    trace it."""
+    """Load kernels and foreign rows now.
+
+    Otherwise the first forward would, and torch.compile may trace it.
+    """
     kernels.load()
     link()
 

@@ -76,8 +76,10 @@ def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: 
 
 
 def pad(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Row of F.pad. For every mode but "constant", PyTorch saves the input, and the fallback's
-    hooks get it."""
+    """Row of F.pad.
+
+    For every mode but "constant", PyTorch saves the input, and the fallback's hooks get it.
+    """
     output = fallback(recorder, func, (input, *args), kwargs)
     source = recorder.lineage.get(input)
     if source is not None and not _has_tensor(args) and not _has_tensor(kwargs.values()):

@@ -77,8 +77,10 @@ class BackwardCache(threading.local):
         self.values[uses, dtype] = value, uses.count - 1
 
     def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
-        """The cached gradient of a coded tensor, or None if it was not computed for this same
-        `grad`."""
+        """The cached gradient of a coded tensor, or None.
+
+        None if the cached gradient was not computed for this same `grad`.
+        """
         if not torch._C._has_storage(grad):
             return None
         found = self.gradients.pop(_address(codes), None)
@@ -114,14 +116,15 @@ class BackwardCache(threading.local):
         return found[2]
 
     def offer_sum(self, grad: Tensor, total: Tensor) -> None:
-        """Cache `total` for the operator that receives `grad` at its present version. `grad` is
-        held weakly."""
+        """Cache `total` for the operator that receives `grad` at its present version.
+
+        `grad` is held weakly.
+        """
         self._enter()
         self.sums[id(grad)] = weakref.ref(grad), grad._version, total
 
     def _enter(self) -> None:
-        """Clear the entries of an earlier engine run, and register the final callback of this
-        run."""
+        """Clear the entries of an earlier engine run, and register this run's final callback."""
         # A run that ended in an error has not called its callback.
         run = torch._C._current_graph_task_id()
         if run != self.run:

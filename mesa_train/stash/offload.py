@@ -127,18 +127,21 @@ class OffloadStream(abc.ABC):
 
     @abc.abstractmethod
     def out(self, tensors: Tensors) -> tuple[Tensors, Any]:
-        """Start to copy device tensors to CPU memory. Returns the copies, and a ticket for
-        `wait`."""
+        """Start to copy device tensors to CPU memory.
+
+        Returns the copies, and a ticket for `wait`.
+        """
 
     @abc.abstractmethod
     def prefetch(self, tensors: Sequence[Tensor], after: Any) -> tuple[Tensors, Any]:
-        """Start to copy tensors back after the ticket `after`. Returns the device tensors and a
-        ticket."""
+        """Start to copy tensors back after the ticket `after`.
+
+        Returns the device tensors and a ticket.
+        """
 
     @abc.abstractmethod
     def wait(self, ticket: Any, tensors: Sequence[Tensor] = ()) -> None:
-        """Make all later computation, also computation on `tensors`, run after the ticket's
-        copy."""
+        """Make all later computation run after the ticket's copy, also computation on `tensors`."""
 
     def send(self, tensors: Tensors, order: Order) -> tuple[Tensors, OffloadedStash]:
         """Offload a leaf.
@@ -159,8 +162,9 @@ class OffloadStream(abc.ABC):
         return host, offloaded
 
     def fetch(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> Tensors:
-        """Return a leaf's tensors on the device for one of its readers, and prefetch the leaves
-        made just before it.
+        """Return a leaf's tensors on the device for one of its readers.
+
+        Also prefetches the leaves that were made just before it.
 
         Args:
             offloaded: the leaf.
@@ -194,8 +198,10 @@ class OffloadStream(abc.ABC):
         return arrival
 
     def _call_ahead(self, offloaded: OffloadedStash) -> None:
-        """Prefetch the leaves that were offloaded just before this one. The backward reads them
-        next."""
+        """Prefetch the leaves that were offloaded just before this one.
+
+        The backward reads them next.
+        """
         ahead = 0
         for index in range(offloaded.index - 1, -1, -1):
             following = offloaded.order[index]()
@@ -239,8 +245,7 @@ class Ticket(NamedTuple):
 
 
 class CudaOffloadStream(OffloadStream):
-    """Two streams of a GPU, one per direction of the transfer, with PyTorch's cache of pinned
-    memory."""
+    """Two streams of a GPU, one per direction, with PyTorch's cache of pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -282,8 +287,10 @@ class CudaOffloadStream(OffloadStream):
 
 
 class CountedOffloadStream(OffloadStream):
-    """Offload for fake tensors. Offloaded tensors are on the meta device, so they are not
-    counted."""
+    """Offload for fake tensors.
+
+    Offloaded tensors are on the meta device, so they are not counted.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -342,8 +349,10 @@ _refuse._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @contextlib.contextmanager
 def through(offload_stream: OffloadStream | None) -> Iterator[None]:
-    """Context manager: offload through `offload_stream`, for tensors of any device. None changes
-    nothing."""
+    """Context manager: offload through `offload_stream`, for tensors of any device.
+
+    None changes nothing.
+    """
     if offload_stream is None:
         yield
         return
@@ -355,8 +364,10 @@ def through(offload_stream: OffloadStream | None) -> Iterator[None]:
 
 
 def onlooker(pack: Pack) -> Pack:
-    """Mark a saved-tensor pack hook as one that reads no data, so that offloaded tensors may pass
-    through it."""
+    """Mark a saved-tensor pack hook as one that reads no data.
+
+    Offloaded tensors may pass through a marked hook.
+    """
     pack.mesa_train_onlooker = True  # type: ignore[attr-defined]
     return pack
 

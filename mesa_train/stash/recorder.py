@@ -1,5 +1,4 @@
-"""The recorder: saves tensors for the backward of the operators of one forward, by the policy's
-rules.
+"""The recorder: saves tensors for the backward of one forward, by the policy's rules.
 
 An operator calls the recorder with a tensor (`keep`). The recorder returns the tensor's stash: a
 stash that the lineage knows already, new codes, or the tensor itself. The operators use the
@@ -222,8 +221,9 @@ class Recorder:
     def fused(
         self, operator: str, operand: str, dtype: torch.dtype, tensor: Tensor | None = None
     ) -> Affine | None:
-        """The codec of a fused forward, which makes the codes of `operand` in the pass that
-        computes its output.
+        """The codec of a fused forward, or None if PyTorch's own function is to be called.
+
+        A fused forward makes the codes of `operand` in the pass that computes its output.
 
         Args:
             operator: the policy's name of the operator.
@@ -231,7 +231,7 @@ class Recorder:
             dtype: the dtype of the output. The pass works in float32.
             tensor: the tensor to be coded, to check that coding is worthwhile; default: no check.
         Returns:
-            The codec, or None if PyTorch's own function is to be called.
+            The codec or None.
         """
         rule = self.context.rules[operator, operand]
         if not rule.fused or dtype is torch.float64:
@@ -383,8 +383,7 @@ _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 
 
 def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts an operand to if it is narrower than the operand's dtype, else
-    None.
+    """The dtype that autocast casts an operand to if that dtype is narrower, else None.
 
     None for parameters, which are saved as they are.
     """

@@ -75,8 +75,7 @@ def _gathered(parameter: Any) -> Tensor:
 
 
 def local_shard(parameter: Any) -> Tensor:
-    """The part of a parameter that this process holds at any time: its own shard if it is
-    sharded."""
+    """The part of a parameter that this process always holds: its own shard if it is sharded."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is not None and shard.status.name == "AVAILABLE":
         return shard.data
@@ -103,6 +102,8 @@ def is_zero3_alias(tensor: Tensor) -> bool:
 
 @functools.cache
 def is_fsdp_module(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are FSDP units, whose parameters are gathered and freed
-    together."""
+    """Whether modules of a class are FSDP units.
+
+    The parameters of an FSDP unit are gathered and freed together.
+    """
     return any([c.__module__.startswith("torch.distributed.fsdp.") for c in kind.__mro__])

@@ -45,8 +45,9 @@ class Codec(Protocol):
 
 
 class Recipe(Protocol):
-    """How to rebuild a tensor. Holds no tensor; reads saved tensors and sources through `saved` and
-    `spec`.
+    """How to rebuild a tensor. Holds no tensor.
+
+    `load` reads the saved tensors and sources of `spec` through `saved`.
 
     The tensor in another dtype is a cast of the forward's tensor. So a recipe that computes first
     rounds to the dtype of the forward (`spec.dtype`). A later cast may show this rounding, or an
@@ -342,8 +343,10 @@ class Leaf:
 
 
 class Uncompressed:
-    """Recipe: the tensor itself. For weights, statistics, and tensors that are too small to
-    code."""
+    """Recipe: the tensor itself.
+
+    For weights, statistics, and tensors that are too small to code.
+    """
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         tensor, grad = saved.own(spec)[0], saved.grad
@@ -363,8 +366,10 @@ _WHOLE = Uncompressed()
 
 
 def uncompressed(tensor: Tensor) -> Stash:
-    """Save a tensor as it is. A Parameter stays a Parameter, because sharded training frees and
-    gathers it."""
+    """Save a tensor as it is.
+
+    A Parameter stays a Parameter, because sharded training frees and gathers it.
+    """
     if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
         tensor = tensor.detach()
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
@@ -381,8 +386,10 @@ def of_parameter(tensor: Tensor) -> str:
 
 
 def narrowed(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a part of its storage. To save it also holds the rest of the
-    storage."""
+    """Whether a tensor is a view of a part of its storage.
+
+    To save it also holds the rest of the storage.
+    """
     own = tensor.numel() * tensor.element_size()
     return tensor._is_view() and tensor.untyped_storage().nbytes() > own
 

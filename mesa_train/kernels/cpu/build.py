@@ -179,8 +179,10 @@ def _older_flags() -> list[str]:
 
 
 def _compile(compiler: list[str], flags: list[str], path: Path) -> None:
-    """Compile and link beside `path`, then rename. So another process sees the complete library or
-    none."""
+    """Compile and link beside `path`, then rename.
+
+    So another process sees the complete library or none.
+    """
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -225,8 +227,10 @@ def _run_one(command: list[str], deadline: float) -> None:
 
 
 def _jobs(most: int) -> int:
-    """The number of compilers at once: at most one per core, and only as many as fit into
-    memory."""
+    """The number of compilers at once.
+
+    At most one per core, and only as many as fit into memory.
+    """
     if chosen := os.environ.get("MAX_JOBS"):
         return max(1, int(chosen)) if chosen.isdecimal() else 1
     try:

@@ -166,8 +166,10 @@ def normalized_encode(
     stochastic: bool,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of (x - mean) * rstd, with one mean and one rstd per row. If both are None, codes of
-    x."""
+    """Codes of (x - mean) * rstd, with one mean and one rstd per row.
+
+    If both are None, codes of x.
+    """
     if rstd is None:
         codes, scales = schemas._affine_encode(x, bits, group_size, stochastic, seed)
     else:

@@ -1,5 +1,7 @@
-"""Triton: the backward of a norm from codes of its normalised input. grad and codes are read
-once."""
+"""Triton: the backward of a norm from codes of its normalised input.
+
+grad and codes are read once.
+"""
 # ruff: noqa: ANN001, ANN202 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
 
@@ -71,8 +73,7 @@ def norm_backward(
     centered: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm, from the decoded normalised
-    input."""
+    """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
     dx, dweight, dbias = schemas._norm_backward(
         grad, codes, scales, rstd, weight, bits, centered, dtype
     )

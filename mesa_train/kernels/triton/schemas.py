@@ -1,5 +1,4 @@
-"""Fused forwards: operators that compute a norm, an activation or a softmax, and make the codes in
-the same pass.
+"""Fused forwards: a norm, an activation or a softmax, and its codes in the same pass.
 
 Without them the data is read in two passes. There are Triton kernels for GPUs and C++ kernels for
 the CPU.

@@ -1,5 +1,4 @@
-"""Tiles for the Triton kernels: how codes are cut into tiles, how a tile is decoded, and how a
-kernel is launched.
+"""Tiles for the Triton kernels: how they are cut, decoded and launched.
 
 A row is cut into units. A unit is P neighbouring groups whose codes begin on a whole byte. P is 1,
 unless the length of a group leaves a byte partly filled (197 keys in two groups at 4 bits). A tile
@@ -120,8 +119,7 @@ def locate(units, per_row, U: tl.constexpr):
 
 @triton.jit
 def locate_rows(rows, per_row, R: tl.constexpr, UNITS: tl.constexpr):
-    """(row, position in its row, whether the unit exists) of the R * UNITS units of a tile of whole
-    rows."""
+    """`locate` for the R * UNITS units of a tile of whole rows."""
     unit = tl.arange(0, R * UNITS)
     row = tl.program_id(0) * R + unit // UNITS
     place = unit % UNITS
