@@ -136,7 +136,8 @@ MOVED = dict(
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules of `MOVED`.
 
-    It is the last finder of the import system, so it only gets names that no other finder knows.
+    It is the last finder of the import system, so it only gets names that no other finder has
+    found.
     """
 
     def find_spec(

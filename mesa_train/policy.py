@@ -1,7 +1,7 @@
-"""Policy: what is saved for the backward, in how many bits, and what is recomputed instead.
+"""Policy: which tensors are saved for the backward, in how many bits, and which are recomputed.
 
 A `Policy` is a frozen value that holds no tensor and no model. `wrap` resolves it once per module
-into `Rules`. The operators look up a rule by operator and operand name. An operator sees a codec
+into `Rules`. The operators look up a rule by operator and operand name. An operator uses a codec
 and two switches, never the policy.
 """
 

@@ -55,7 +55,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
 def unwrap(model: Model) -> Model:
     """Remove the policy from a model, in place.
 
-    The model is then as it was before `wrap`. A model that is not wrapped stays as it is.
+    The model is then as it was before `wrap`. A model that is not wrapped stays unchanged.
 
     Args:
         model: a wrapped or a plain model.

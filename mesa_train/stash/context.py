@@ -1,4 +1,4 @@
-"""The module context of a call (name, rules), and the report of what a forward saved."""
+"""The module context of a call (name, rules), and the report of a forward's saved tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class ModuleContext:
 
 
 class Report:
-    """What one forward saved. `rows[module, operator, operand, how] = (calls, bytes)`."""
+    """The tensors that one forward saved. `rows[module, operator, operand, how] = (calls,
+    bytes)`."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}

@@ -1,8 +1,8 @@
 """The recorder: saves tensors for the backward of one forward, by the policy's rules.
 
 An operator calls the recorder with a tensor (`keep`). The recorder returns the tensor's stash: a
-stash that the lineage knows already, new codes, or the tensor itself. The operators use the
-recorder only. They see neither the policy nor the torch function mode (`engine/intercept.py`).
+stash from the lineage, new codes, or the tensor itself. The operators use only the recorder. They
+use neither the policy nor the torch function mode (`engine/intercept.py`).
 """
 
 from __future__ import annotations
@@ -385,7 +385,7 @@ _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 def _autocast(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts an operand to if that dtype is narrower, else None.
 
-    None for parameters, which are saved as they are.
+    None for parameters, which are saved without a cast.
     """
     device = tensor.device.type
     if tensor.dtype is not torch.float32 or not autocasts(device):

@@ -1,4 +1,4 @@
-"""Stashes: what is saved of a tensor for the backward.
+"""Stashes: the saved form of tensors for the backward.
 
 A `Stash` is a recipe with the tensors and the source stashes that the recipe reads. The recipe of a
 leaf decodes codes. The recipe of a derived stash applies a cheap deterministic function to its
@@ -8,9 +8,9 @@ A leaf is made once per tensor, and all operators that need the tensor share it.
 norm's x_hat is used by the norm's own backward and, through a derived stash, by the weight gradient
 of the Linear behind it.
 
-An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so
-saved-tensor hooks, checkpointing and offloading see it. Only the structure without tensors (`Spec`)
-stays on ctx.
+An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so that
+saved-tensor hooks, checkpointing and offloading apply to it. Only the structure without tensors
+(`Spec`) stays on ctx.
 """
 
 from __future__ import annotations
@@ -366,7 +366,7 @@ _WHOLE = Uncompressed()
 
 
 def uncompressed(tensor: Tensor) -> Stash:
-    """Save a tensor as it is.
+    """Save a tensor uncompressed.
 
     A Parameter stays a Parameter, because sharded training frees and gathers it.
     """

@@ -49,7 +49,7 @@ struct Plain {
   Plain on(const typename T::Raw* other) const { return {other}; }
 };
 
-// (x - mean) * rstd. To subtract 0.0 is exact, so a mean of 0 stands for no mean.
+// (x - mean) * rstd. To subtract 0.0 is exact, so a mean of 0 has the same result as no mean.
 template <typename T>
 struct Normalized {
   using Dtype = T;

@@ -105,7 +105,7 @@ def norm_encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm (centered) or RMSNorm in `dtype`, rstd (rows,), and codes of the normalised rows.
 
-    Arguments and results are those of `schemas.norm_encode`.
+    Arguments and results are as for `schemas.norm_encode`.
     """
     code = bits, group_size, stochastic, seed
     y, rstd, codes, scales = triton_schemas._norm_encode(

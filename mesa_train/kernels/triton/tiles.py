@@ -137,7 +137,7 @@ def row_sum(x, R: tl.constexpr, UNITS: tl.constexpr):
 def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets (U, WIDTH) of a tile's code bytes, and which of these bytes exist.
 
-    The offsets are computed in whole bytes per unit, and Triton knows whether that number is a
+    The offsets are multiples of the bytes per unit, and Triton derives whether that number is a
     multiple of 16. A division of columns would hide this, and each byte would be loaded separately.
     """
     b = tl.arange(0, WIDTH)[None, :]
