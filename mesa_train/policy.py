@@ -19,8 +19,7 @@ from .utils import yaml_text
 from .utils.patterns import is_inside, match_override, matching, near_miss
 
 BITS = (8, 4, 2, 32)
-# The cost classes of rebuilding a stash, in rising order. A rule sets the highest class that it
-# allows.
+# The cost classes of rebuilding a stash, in rising order. A rule sets the highest class that it allows.
 VIEW, CHEAP, MATMUL = 0, 1, 2
 ROUNDINGS = ("auto", "nearest", "stochastic")
 RECOMPUTE = ("none", "cheap", "linear")
@@ -28,8 +27,7 @@ RANGES = ("exact", "running")
 FORWARDS = ("exact", "fused")
 CHECKPOINT_INPUTS = (None, 8, 4, 2, 32)
 
-# Every operator with the operands that it may save. "attention.q" in an override names one operand,
-# "attention" names all operands.
+# Every operator with its operands. "attention.q" in an override names one operand, "attention" names all operands.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "linear": ("input",),
     "matmul": ("left", "right"),
@@ -49,11 +47,10 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("input",),
 }
 
-# Operands that are rounded to nearest. The backward puts inputs of element-wise nonlinearities into
-# a nonlinear function again, and there the noise of stochastic rounding would not average out. All
-# other operands enter linearly, and stochastic rounding is unbiased for them. A norm's output
-# enters linearly too, unless a matmul is recomputed from it. In that case q and k are
-# exponentiated, and the MLP's hidden layer is activated.
+# Operands that are rounded to nearest. The backward puts inputs of element-wise nonlinearities into a nonlinear
+# function again, where the noise of stochastic rounding would not average out. All other operands enter linearly,
+# and stochastic rounding is unbiased for them. A norm's output enters linearly too, unless a matmul is recomputed
+# from it: then q and k are exponentiated, and the MLP's hidden layer is activated.
 _NEAREST = {
     ("activation", "input"),
     ("activation", "output"),
@@ -66,43 +63,35 @@ class Policy:
     """What to save for the backward, and how. A frozen value.
 
     Args:
-        bits: 8, 4 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default
-            8.
-        group_size: elements that share one scale and one zero (both bfloat16); at least 8, default
-            128. A group never contains elements of two tokens.
-        rounding: "nearest", "stochastic" or "auto" (default). "auto" is nearest at 8 bits and for
-            operands that enter a nonlinear function. It is stochastic for operands that enter
-            linearly at fewer bits (docs/design.md has the measurements).
-        recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs,
-            activations, views and masks from stored operands. "linear" also recomputes a matmul if
-            that frees its output (q, k, v, MLP hidden).
+        bits: 8, 4 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default 8.
+        group_size: elements that share one scale and one zero (both bfloat16); at least 8, default 128. A group
+            never contains elements of two tokens.
+        rounding: "nearest", "stochastic" or "auto" (default). "auto" is nearest at 8 bits and for operands that
+            enter a nonlinear function, and stochastic for other operands at fewer bits (measurements:
+            docs/design.md).
+        recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs, activations, views and
+            masks from stored operands. "linear" also recomputes a matmul if that frees its output (q, k, v, MLP
+            hidden).
         min_bytes: tensors smaller than this stay uncompressed; default 16384 bytes.
         enabled: False leaves PyTorch alone (useful in overrides). Default True.
-        ranges: "exact" (default) takes the minimum and maximum of each group. "running" is the
-            scheme of Mesa's paper (arXiv 2111.11124): head-wise groups over the whole batch,
-            running averages with decay 0.9.
-        forward: "exact" (default) calls PyTorch's own functions, so outputs equal PyTorch's bit for
-            bit. "fused" runs norms, activations and softmax in kernels that make the codes in the
-            same pass; their outputs equal PyTorch's up to rounding. "fused" is for GPUs: on a CPU a
-            step takes equally long with both.
-        offload: True stores the stashes of a GPU in CPU memory until the backward: the codes, or
-            with bits=32 the tensors (see `stash/offload.py`). On a CPU nothing is offloaded or
-            copied. Default False.
-        checkpoint: names of modules, with `*` for any part. The forward of such a module saves only
-            its inputs and runs again in the backward. Inside another checkpointed module it has no
-            further effect. Default: none.
-        checkpoint_inputs: how activation checkpointing saves the inputs of its regions, the regions
-            of this policy and all others. None (default) leaves these inputs to PyTorch. 8, 4 or 2
-            saves codes of the inputs that need a gradient; 32 saves the tensors themselves. Does
-            not affect what the regions save between recompute and backward.
-        overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is
-            a module name with `*` for any part (it also covers submodules), an operator
-            ("softmax"), an operand ("attention.q"), or a module and an operator joined by a colon
-            ("blocks.*.mlp:linear"). Default: none.
+        ranges: "exact" (default) takes the minimum and maximum of each group. "running" is the scheme of Mesa's
+            paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay 0.9.
+        forward: "exact" (default) calls PyTorch's own functions, so outputs equal PyTorch's bit for bit. "fused"
+            runs norms, activations and softmax in kernels that make the codes in the same pass. Their outputs equal
+            PyTorch's up to rounding. "fused" is for GPUs: on a CPU a step takes equally long with both.
+        offload: True stores the stashes of a GPU in CPU memory until the backward: the codes, or with bits=32 the
+            tensors (see `stash/offload.py`). On a CPU nothing is offloaded or copied. Default False.
+        checkpoint: names of modules, with `*` for any part. The forward of such a module saves only its inputs and
+            runs again in the backward. Inside another checkpointed module it has no further effect. Default: none.
+        checkpoint_inputs: how activation checkpointing saves the inputs of its regions, the regions of this policy
+            and all others. None (default) leaves these inputs to PyTorch. 8, 4 or 2 saves codes of the inputs that
+            need a gradient; 32 saves the tensors themselves. Does not affect what the regions save between
+            recompute and backward.
+        overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is a module name
+            with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
+            or a module and an operator joined by a colon ("blocks.*.mlp:linear"). Default: none.
     Raises:
-        ValueError: a value is not among the choices. The message names the field, the value and the
-            choices.
-        TypeError: a value has the wrong type. The message names the field and the value.
+        ValueError or TypeError: with the field, the value and the choices.
     """
 
     bits: int = 8
@@ -164,16 +153,11 @@ class Policy:
         return hash(self.to_yaml())
 
     def _changed(self, changes: Mapping[str, Any]) -> Policy:
-        """This policy with field changes and without overrides."""
         return dataclasses.replace(self, overrides={}, **changes)
 
     @classmethod
     def preset(cls, name: str) -> Policy:
-        """The preset called `name`, or `name` with "+offload" appended.
-
-        Raises:
-            ValueError: no preset has this name. The message lists the choices.
-        """
+        """The preset called `name`, or `name` with "+offload" appended. ValueError lists the choices."""
         known = {**PRESETS, **OFFLOADED}
         if name not in known:
             raise ValueError(
@@ -184,12 +168,7 @@ class Policy:
 
     @classmethod
     def of(cls, policy: Policy | str | None) -> Policy:
-        """`policy` itself, the preset of that name, or the default preset "mesa8" for None.
-
-        Raises:
-            TypeError: `policy` is none of these.
-            ValueError: no preset has this name.
-        """
+        """`policy` itself, the preset of that name, or "mesa8" for None. TypeError for another type."""
         if policy is None:
             return PRESETS["mesa8"]
         if isinstance(policy, str):
@@ -211,16 +190,8 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """Read a policy from YAML text or a YAML file.
-
-        Args:
-            source: YAML text, or the path of a .yaml or .yml file. The key `preset` starts from
-                that preset.
-        Returns:
-            The policy.
-        Raises:
-            ValueError: the YAML is no mapping of fields, or has an unknown key.
-        """
+        """Read YAML text or a .yaml file. The key `preset` starts from that preset. ValueError names unknown
+        keys."""
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
@@ -231,15 +202,7 @@ class Policy:
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Policy:
-        """Make a policy from a mapping of fields, as a configuration file holds it.
-
-        Args:
-            given: field names and values. The key `preset` starts from that preset.
-        Returns:
-            The policy.
-        Raises:
-            ValueError: a key is unknown.
-        """
+        """The policy of a mapping, as in a configuration file. `preset` and errors as for `from_yaml`."""
         fields = dict(given)
         base = cls.preset(fields.pop("preset")) if "preset" in fields else cls()
         names = [f.name for f in dataclasses.fields(cls)]
@@ -252,12 +215,8 @@ class Policy:
         return dataclasses.replace(base, **fields)
 
     def rules(self, modules: Iterable[str] = ()) -> dict[str, Rules]:
-        """Resolve the policy for each module name.
+        """The `Rules` of each module, by qualified name.
 
-        Args:
-            modules: qualified names of the model's modules.
-        Returns:
-            The `Rules` of each module, by name.
         Raises:
             ValueError: an override matches neither a module nor an operator.
         """
@@ -283,10 +242,6 @@ class Policy:
     def checkpointed(self, modules: Iterable[str]) -> set[str]:
         """The modules that are checkpointed: the outermost modules that `checkpoint` names.
 
-        Args:
-            modules: qualified names of the model's modules.
-        Returns:
-            The names of the checkpointed modules.
         Raises:
             ValueError: a pattern matches no module.
         """
@@ -313,12 +268,7 @@ _TEXTS = ("preset", "checkpoint", *(f.name for f in dataclasses.fields(Policy) i
 class Rules:
     """The policy of one module. `rules[operator, operand]` is the `Rule` of one saved operand.
 
-    Attributes:
-        rebuilds_matmuls: whether a rule of any module of the model recomputes the result of a
-            matmul.
-        table: the rules by (operator, operand).
-        operators: whether each operator is enabled.
-        functions: functions without a row that an override names.
+    `rebuilds_matmuls`: whether a rule of any module of the model recomputes the result of a matmul.
     """
 
     def __init__(
@@ -340,8 +290,8 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
-                # It is unknown how an unknown operator uses its saved tensors. So its codes never
-                # have fewer than 8 bits.
+                # It is unknown how an unknown operator uses its saved tensors. So its codes never have fewer than 8
+                # bits.
                 effective = policy._changed(merged)
                 if operator == "fallback" and effective.bits < 8:
                     effective = dataclasses.replace(effective, bits=8)
@@ -359,16 +309,11 @@ class Rule:
     """How one operand is saved.
 
     Attributes:
-        enabled: False leaves the operand to PyTorch.
-        codec: the codec; None for running ranges, whose codec is made at each use.
-        group_size: elements that share one scale.
-        rebuild_cheap: whether cheap functions may be recomputed.
-        rebuild_linear: whether matmuls may be recomputed.
-        min_bytes: smaller tensors stay uncompressed.
+        codec: None for running ranges, whose codec is made at each use.
+        rebuild_cheap, rebuild_linear: whether cheap functions, or matmuls, may be recomputed.
         fused: whether the forward may make the codes.
         offload: whether the stash is offloaded to CPU memory.
-        limit: the highest cost class of a stash that the operand may be rebuilt from (see
-            `stash.Stash`).
+        limit: the highest cost class of a stash that the operand may be rebuilt from (see `stash.Stash`).
         lossless: whether the operand stays uncompressed.
     """
 
@@ -415,7 +360,6 @@ def _for_inputs(policy: Policy) -> Policy:
 
 
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError if a field's value is not among the choices."""
     if value not in choices or isinstance(value, bool):
         raise ValueError(
             f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}"
@@ -423,7 +367,6 @@ def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def _integer(field: str, value: Any, least: int) -> None:
-    """Raise an error if a field's value is not an int or is below `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Policy.{field} must be an int, got {value!r}")
     if value < least:
@@ -431,8 +374,7 @@ def _integer(field: str, value: Any, least: int) -> None:
 
 
 _QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}
-# Short groups cost bytes. Only tensors that a matmul is recomputed from, or that replace such a
-# tensor, need short groups.
+# Short groups cost bytes. Only tensors that a matmul is recomputed from, or that replace such a tensor, need them.
 _LONG_GROUPS = {
     operator: {"group_size": 128}
     for operator in (

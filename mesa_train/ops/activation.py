@@ -53,9 +53,8 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
 }
 
-# kind: (where the derivative has the first slope, the first slope, the second slope). The values at
-# the knots and at NaN are PyTorch's: for a NaN, relu and relu6 pass the gradient, and the other
-# kinds use the lower slope.
+# kind: (where the derivative has the first slope, the first slope, the second slope). The values at the knots and
+# at NaN are PyTorch's: for a NaN, relu and relu6 pass the gradient, and the other kinds use the lower slope.
 STEPPED: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "relu": (lambda x: ~(x <= 0), 1.0, 0.0),
     "relu6": (lambda x: ~((x <= 0) | (x >= 6)), 1.0, 0.0),
@@ -71,18 +70,16 @@ OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# kind: bounds. Between the bounds the derivative is one smooth function of x; it is 0 below and 1
-# above. The derivative jumps at the bounds, and codes of x may fall on the other side of a bound.
+# kind: bounds. Between the bounds the derivative is one smooth function of x; it is 0 below and 1 above. The
+# derivative jumps at the bounds, and codes of x may fall on the other side of a bound.
 BOUNDED = {"hardswish": (-3.0, 3.0)}
 
 
 class Smooth(Operator):
     """An activation whose derivative is computed from its input.
 
-    inputs: x.
-    stashes: x, and one bit per element for a kind in `BOUNDED` if x is coded: whether x lies
-    between the bounds.
-    static: kind.
+    inputs: x. static: kind. stashes: x, and one bit per element for a kind in `BOUNDED` if x is coded: whether x
+    lies between the bounds.
     """
 
     @derivative("activation")
@@ -105,7 +102,7 @@ class Smooth(Operator):
 
 
 def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
-    """A decoded x, moved to the nearest value on the side of the bounds where the original x was.
+    """A decoded x, moved to the nearest value on the side of the bounds that the original x was on.
 
     `bits` are set between the bounds. An x on a bound counts as outside.
     """
@@ -116,12 +113,8 @@ def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
 
 
 class Stepped(Operator):
-    """An activation whose derivative has two values.
-
-    inputs: x.
-    stashes: one bit per element.
-    static: the two slopes.
-    """
+    """An activation whose derivative has two values. inputs: x. stashes: one bit per element. static: the two
+    slopes."""
 
     @derivative("activation")
     def backward(
@@ -133,12 +126,7 @@ class Stepped(Operator):
 
 
 class FromOutput(Operator):
-    """An activation whose derivative is computed from its output.
-
-    inputs: x.
-    stashes: the output.
-    static: kind.
-    """
+    """An activation whose derivative is computed from its output. inputs: x. stashes: the output. static: kind."""
 
     @derivative("activation")
     def backward(saved: Saved, kind: str, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -146,12 +134,7 @@ class FromOutput(Operator):
 
 
 class Gated(Operator):
-    """A gated linear unit (glu).
-
-    inputs: x.
-    stashes: x.
-    static: dim.
-    """
+    """A gated linear unit (glu). inputs: x. stashes: x. static: dim."""
 
     @derivative("activation")
     def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -159,10 +142,7 @@ class Gated(Operator):
 
 
 class InPlace:
-    """Mixin: run a function that overwrites the input, instead of recording an output.
-
-    inputs: x.
-    """
+    """Mixin: run a function that overwrites the input, instead of recording an output. inputs: x."""
 
     @staticmethod
     def forward(
@@ -194,8 +174,8 @@ class Activated:
     def load_for(self, saved: Saved, spec: Spec, grad: Tensor) -> Tensor:
         """The activation in the dtype of `grad`, its gradient.
 
-        The same pass over the codes also computes the result of the activation's own backward,
-        which runs next. The backward cache stores this result.
+        The same pass over the codes also computes the result of the activation's own backward, which runs next. The
+        backward cache stores this result.
         """
         source = spec.sources[0]
         leaf = source.recipe
@@ -221,8 +201,8 @@ class Activated:
 def _sums(layout: MatrixLayout, grad: Tensor) -> bool:
     """Whether the pass also sums the gradient over the rows, for the bias of the Linear in front.
 
-    On a GPU this avoids a second read of the gradient. On a CPU the sum alone takes a fifth of the
-    time of the pass.
+    On a GPU this avoids a second read of the gradient. On a CPU the sum alone takes a fifth of the time of the
+    pass.
     """
     last = len(layout.shape) - 1
     return (
@@ -242,15 +222,7 @@ class SteppedInPlace(InPlace, Stepped):  # type: ignore[misc]
 
 
 def smooth(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that saves its input.
-
-    Args:
-        kind: a key of `SMOOTH`.
-        overwrites: True for functions with a trailing underscore, which write to their input.
-            Default False.
-    Returns:
-        The row.
-    """
+    """Row of an activation that saves its input. `overwrites`: for functions with a trailing underscore."""
 
     def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         which = kind
@@ -313,10 +285,8 @@ def _fused(recorder: Recorder, codec: Affine, kind: str, input: Tensor) -> Tenso
 
 
 def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash, ...]:
-    """One bit per element, whether x lies between the bounds.
-
-    For a kind in `BOUNDED` if x is not exact. Otherwise an empty tuple.
-    """
+    """One bit per element, whether x lies between the bounds, for a kind in `BOUNDED` if x is not exact. Else
+    ()."""
     if kind not in BOUNDED or x.exact():
         return ()
     low, high = BOUNDED[kind]
@@ -327,15 +297,7 @@ def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash
 
 
 def stepped(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that saves one bit per element.
-
-    Args:
-        kind: a key of `STEPPED`.
-        overwrites: True for functions with a trailing underscore, which write to their input.
-            Default False.
-    Returns:
-        The row.
-    """
+    """Row of an activation that saves one bit per element. `overwrites`: as for `smooth`."""
 
     def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
@@ -374,10 +336,7 @@ def clamp(
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """Row of torch.clamp between numbers.
-
-    Saves one bit per element: whether it lies inside the bounds.
-    """
+    """Row of torch.clamp between numbers. Saves one bit per element: whether it lies inside the bounds."""
     numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
     if not numbers or (min is None and max is None) or not recorder.covers("activation", input):
         return NotImplemented
@@ -423,10 +382,7 @@ def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
 
 
 def _writable(input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded.
-
-    Not for a leaf or a view: PyTorch itself must rebase these.
-    """
+    """Whether an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must rebase these."""
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 

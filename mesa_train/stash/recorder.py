@@ -1,8 +1,8 @@
 """The recorder: saves tensors for the backward of one forward, by the policy's rules.
 
-An operator calls the recorder with a tensor (`keep`). The recorder returns the tensor's stash: a
-stash from the lineage, new codes, or the tensor itself. The operators use only the recorder. They
-use neither the policy nor the torch function mode (`engine/intercept.py`).
+An operator calls the recorder with a tensor (`keep`). The recorder returns the tensor's stash: a stash from the
+lineage, new codes, or the tensor itself. The operators use only the recorder. They use neither the policy nor the
+torch function mode (`engine/intercept.py`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,10 @@ class Recorder:
     """Saves tensors for the backward as `context` says.
 
     Attributes:
-        context: the module context of the present call.
         report: counts the saved bytes.
         step: the number of the optimizer step, for running ranges.
         traced: whether torch.compile traces the frame that made the recorder.
         hooks: the active pack hook.
-        lineage: the stashes of live tensors.
-        linears: the operands of Linears, by their output.
     """
 
     def __init__(self, context: ModuleContext, report: Report | None = None, step: int = 0) -> None:
@@ -72,11 +69,8 @@ class Recorder:
         self.linears = TracedLineage() if self.traced else Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
-        """Whether an operator's row applies.
-
-        True if the operator is enabled here, a tensor needs a gradient, and all tensors are plain
-        float tensors. None is allowed among the tensors.
-        """
+        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors are plain
+        floats."""
         if not self.context.rules.operators[operator]:
             return False
         gradient = False
@@ -91,8 +85,8 @@ class Recorder:
     def exactly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `func` as PyTorch does, without recording.
 
-        Autocast must not cache the casts that it makes here. Otherwise a later call would use a
-        copy of the weight that has no gradient.
+        Autocast must not cache the casts that it makes here. Otherwise a later call would use a copy of the weight
+        that has no gradient.
         """
         if self.traced:
             with torch.no_grad():
@@ -120,11 +114,7 @@ class Recorder:
         """Save `tensor` as `operand` of `operator`.
 
         Args:
-            tensor: the tensor to save.
-            operator: the policy's name of the operator.
-            operand: the policy's name of the operand.
-            within: the dims that one group of codes may span (see `MatrixLayout`); default: the
-                last dim.
+            within: the dims that one group of codes may span (see `MatrixLayout`); default: the last dim.
             label: the operator's name in reports; default: `operator`.
         Returns:
             The stash of the tensor: a shared stash, a new leaf, or the tensor itself.
@@ -165,13 +155,8 @@ class Recorder:
     def weight(self, tensor: Tensor, viewed: bool = False) -> Stash:
         """The stash of a weight or bias, as PyTorch saves it.
 
-        Args:
-            tensor: the weight or bias.
-            viewed: True if PyTorch saves a view of the parameter, as a Linear saves the transpose
-                of its weight. Default False.
-        Returns:
-            Autocast's cast if the model computed the tensor. The data of the parameter if it is
-            viewed or cast. The parameter itself otherwise.
+        This is autocast's cast if the model computed the tensor, the data of a parameter that is cast or `viewed`
+        (a Linear saves its weight's transpose), and otherwise the parameter itself.
         """
         dtype = _autocast(tensor)
         if dtype is None:
@@ -223,15 +208,8 @@ class Recorder:
     ) -> Affine | None:
         """The codec of a fused forward, or None if PyTorch's own function is to be called.
 
-        A fused forward makes the codes of `operand` in the pass that computes its output.
-
-        Args:
-            operator: the policy's name of the operator.
-            operand: the policy's name of the operand.
-            dtype: the dtype of the output. The pass works in float32.
-            tensor: the tensor to be coded, to check that coding is worthwhile; default: no check.
-        Returns:
-            The codec or None.
+        A fused forward makes the codes of `operand` in the pass that computes its output, in float32. If `tensor`,
+        the tensor to be coded, is given, it must be worth coding.
         """
         rule = self.context.rules[operator, operand]
         if not rule.fused or dtype is torch.float64:
@@ -283,19 +261,7 @@ class Recorder:
         operand: str,
         label: str = "",
     ) -> Stash:
-        """Make a leaf of codes that exist already, and report it.
-
-        Args:
-            codec: the codec that made the codes.
-            tensors: the codes and scales.
-            layout: the layout of the tensor as a matrix.
-            dtype: the dtype of the tensor.
-            operator: the policy's name of the operator.
-            operand: the policy's name of the operand.
-            label: the operator's name in reports; default: `operator`.
-        Returns:
-            The stash.
-        """
+        """A leaf of codes that exist already, reported. `label`: as for `keep`."""
         if isinstance(codec, PlaceholderCodec):
             return Stash(Leaf(codec.codec, layout), tensors, cost=VIEW, dtype=dtype)
         codec = codec.codec if isinstance(codec, SACHiddenCodec) else codec
@@ -312,10 +278,7 @@ class Recorder:
     def _offloaded(
         self, tensors: tuple[Tensor, ...], own: bool
     ) -> tuple[tuple[Tensor, ...], OffloadedStash | None]:
-        """Copy a leaf's tensors to CPU memory if they may be offloaded.
-
-        `own`: no other object holds these tensors.
-        """
+        """Copy a leaf's tensors to CPU memory if they may be offloaded. `own`: no other object holds them."""
         # Within a backward, a checkpoint's recompute uses its saved tensors at once.
         offload_stream = offload_stream_of(tensors[0].device)
         if offload_stream is None or torch._C._current_graph_task_id() != -1:
@@ -327,8 +290,7 @@ class Recorder:
             with torch.no_grad():
                 tensors = tuple([t.clone(memory_format=torch.contiguous_format) for t in tensors])
         if self.order and self.order[-1]() is None:
-            # The forward of the last leaf is over. Without a new list, one list would grow with
-            # every step under `compress`.
+            # The forward of the last leaf is over. Under `compress` one list would grow with every step.
             self.order = []
         return offload_stream.send(tensors, self.order)
 
@@ -345,8 +307,8 @@ class Recorder:
 def saved_hooks() -> Any:
     """The active pack hook, such as a checkpoint's or an offload's, or None.
 
-    If a hook became active after the compression mode, torch calls between modules are left to
-    PyTorch. A checkpoint's recompute would not find the mode active there either.
+    If a hook became active after the compression mode, torch calls between modules are left to PyTorch. A
+    checkpoint's recompute would not find the mode active there either.
     """
     top = (
         None
@@ -359,8 +321,7 @@ def saved_hooks() -> Any:
 def beneath(pack: Any) -> Any:
     """The pack hook that `pack` calls in turn, or `pack` itself.
 
-    A hook that calls another hook has an object with `mesa_train_outer` (see
-    `engine/checkpoint_inputs.py`).
+    A hook that calls another hook has an object with `mesa_train_outer` (see `engine/checkpoint_inputs.py`).
     """
     while True:
         owner: Any = getattr(pack, "__self__", None)
@@ -383,10 +344,8 @@ _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 
 
 def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts an operand to if that dtype is narrower, else None.
-
-    None for parameters, which are saved without a cast.
-    """
+    """The narrower dtype that autocast casts an operand to, else None. None for parameters, which are saved
+    uncast."""
     device = tensor.device.type
     if tensor.dtype is not torch.float32 or not autocasts(device):
         return None
@@ -410,10 +369,8 @@ def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
 
 
 def _kept_with_its_base(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of an output that PyTorch's own node saves.
-
-    A copy of the part would be saved in addition.
-    """
+    """Whether a tensor is a part of an output that PyTorch's own node saves. A copy of the part would be saved
+    too."""
     if torch.compiler.is_compiling() or not narrowed(tensor):
         return False
     base = tensor._base

@@ -1,16 +1,13 @@
 """Stashes: the saved form of tensors for the backward.
 
-A `Stash` is a recipe with the tensors and the source stashes that the recipe reads. The recipe of a
-leaf decodes codes. The recipe of a derived stash applies a cheap deterministic function to its
-sources: a norm's affine part, an activation, a view, a cast.
+A `Stash` is a recipe with the tensors and the source stashes that the recipe reads. The recipe of a leaf decodes
+codes. The recipe of a derived stash applies a cheap deterministic function to its sources: a norm's affine part, an
+activation, a view, a cast. A leaf is made once per tensor, and all operators that need the tensor share it. For
+example, a norm's x_hat is used by the norm's own backward and, through a derived stash, by the weight gradient of
+the Linear behind it.
 
-A leaf is made once per tensor, and all operators that need the tensor share it. For example, a
-norm's x_hat is used by the norm's own backward and, through a derived stash, by the weight gradient
-of the Linear behind it.
-
-An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so that
-saved-tensor hooks, checkpointing and offloading apply to it. Only the structure without tensors
-(`Spec`) stays on ctx.
+An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so that saved-tensor
+hooks, checkpointing and offloading apply to it. Only the structure without tensors (`Spec`) stays on ctx.
 """
 
 from __future__ import annotations
@@ -45,42 +42,31 @@ class Codec(Protocol):
 
 
 class Recipe(Protocol):
-    """How to rebuild a tensor. Holds no tensor.
+    """How to rebuild a tensor. Holds no tensor: `load` reads the saved tensors and sources of `spec` through
+    `saved`.
 
-    `load` reads the saved tensors and sources of `spec` through `saved`.
-
-    The tensor in another dtype is a cast of the forward's tensor. So a recipe that computes first
-    rounds to the dtype of the forward (`spec.dtype`). A later cast may show this rounding, or an
-    overflow.
+    The tensor in another dtype is a cast of the forward's tensor. So a recipe that computes first rounds to the
+    dtype of the forward (`spec.dtype`). A later cast may show this rounding, or an overflow.
     """
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor: ...
 
 
 def once(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to which a recipe that computes in float32 rounds first.
+    """The dtype to which a recipe that computes in float32 rounds a tensor of dtype `own`, requested in `dtype`.
 
-    Args:
-        own: the dtype of the tensor.
-        dtype: the requested dtype.
-    Returns:
-        `dtype`, unless `own` is narrow and needs its own rounding; then `own`.
+    It is `dtype`, unless `own` is narrow and needs its own rounding.
     """
     return dtype if own.itemsize >= 4 and dtype.itemsize <= own.itemsize else own
 
 
 class Stash:
-    """A recipe with the tensors and stashes that it reads.
+    """A recipe with the tensors and stashes (sources) that it reads.
 
     Attributes:
-        recipe: how to rebuild the tensor.
-        tensors: the saved tensors that the recipe reads.
-        sources: the stashes that the recipe reads.
-        cost: the highest cost class of the steps that rebuild it (`policy.VIEW`, `CHEAP`,
-            `MATMUL`).
+        cost: the highest cost class of the steps that rebuild the tensor (`policy.VIEW`, `CHEAP`, `MATMUL`).
         dtype: the tensor's own dtype.
         offloaded: copies the tensors back from CPU memory; None if they were not offloaded.
-        uses: counts the operators that rebuild a matmul's result, else None.
     """
 
     __slots__ = ("cost", "dtype", "offloaded", "recipe", "sources", "tensors", "uses")
@@ -102,8 +88,7 @@ class Stash:
             if source.cost > cost:
                 cost = source.cost
         self.cost = cost
-        # The operators that rebuild a matmul's result in one backward share this result. The count
-        # is the number of these operators.
+        # The operators that rebuild a matmul's result in one backward share it. This counts these operators.
         self.uses = UseCount() if cost == MATMUL else None
 
     def exact(self) -> bool:
@@ -117,13 +102,9 @@ class Spec:
     """The structure of a stash, without its tensors.
 
     Attributes:
-        recipe: how to rebuild the tensor.
         slots: indices into the saved tensors.
-        sources: the structures of the source stashes.
-        dtype: the tensor's own dtype.
         user: this operator's entry in the stash's use count, or None.
-        partitioned: ZeRO-3 parameters among the tensors, None for each other tensor. They may be
-            freed when they are read.
+        partitioned: ZeRO-3 parameters among the tensors, else None. They may be freed when they are read.
         reader: reads the offloaded tensors; None if they were not offloaded.
     """
 
@@ -144,10 +125,7 @@ class Spec:
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
-    """Save stashes on an autograd context. Parts that stashes share are saved once.
-
-    `Saved(ctx.saved_tensors, ctx.kept)` reads them in the same order.
-    """
+    """Save stashes on an autograd context, shared parts once. `Saved(ctx.saved_tensors, ctx.kept)` reads them."""
     tensors: list[Tensor] = []
     slots: dict[int, int] = {}
     specs: dict[int, Spec] = {}
@@ -160,13 +138,7 @@ def strip(
 ) -> Spec:
     """The structure of a stash. Appends its tensors to `tensors`, each tensor once.
 
-    Args:
-        stash: the stash.
-        tensors: the list of saved tensors, which grows.
-        slots: index of each saved tensor, by id.
-        specs: structures made so far, by the id of the stash.
-    Returns:
-        The structure.
+    `slots` and `specs` hold the indices of saved tensors and the structures made so far, by id.
     """
     known = specs.get(id(stash))
     if known is not None:
@@ -206,12 +178,8 @@ def value(spec: Spec, tensors: Sequence[Tensor]) -> Tensor:
 class Saved:
     """The saved stashes of an operator, in its backward.
 
-    `saved[i]` rebuilds stash i, `saved.get(i, dtype)` rebuilds it in another dtype.
-
-    Args:
-        tensors: the saved tensors.
-        specs: the structures of the stashes, None for an operand that was not saved.
-        grad: the incoming gradient, used while compiling. Default None.
+    `saved[i]` rebuilds stash i, and `saved.get(i, dtype)` rebuilds it in another dtype. `grad` is the incoming
+    gradient.
     """
 
     def __init__(
@@ -267,14 +235,9 @@ class Saved:
 class MatrixLayout:
     """The layout of a tensor as a (rows, cols) matrix without a copy.
 
-    With the layout, the decoded matrix gets the memory order of the original tensor. Groups of
-    codes lie within a row, so they never cross the other dims.
-
-    Args:
-        shape: the tensor's shape.
-        order: the tensor's dims from the slowest to the fastest in memory. The last of these dims,
-            as far as they are among `within`, form the columns.
-        cols: the number of columns.
+    With the layout, the decoded matrix gets the memory order of the original tensor. `order` lists the tensor's
+    dims from the slowest to the fastest in memory. The last of these dims, as far as they are among `within`, form
+    the columns. Groups of codes lie within a row, so they never cross the other dims.
     """
 
     __slots__ = ("cols", "order", "shape")
@@ -284,11 +247,7 @@ class MatrixLayout:
 
     @classmethod
     def of(cls, x: Tensor, within: tuple[int, ...]) -> tuple[MatrixLayout, Tensor]:
-        """The layout of `x`, and `x` as a (rows, cols) matrix.
-
-        The matrix is a view if the strides allow it. `within` lists the dims that the columns may
-        span.
-        """
+        """The layout of `x`, and `x` as a (rows, cols) matrix: a view if the strides allow it."""
         dims = x.dim()
         if dims == 0:
             return cls((), (), 1), x.reshape(1, 1)
@@ -343,10 +302,7 @@ class Leaf:
 
 
 class Uncompressed:
-    """Recipe: the tensor itself.
-
-    For weights, statistics, and tensors that are too small to code.
-    """
+    """Recipe: the tensor itself. For weights, statistics, and tensors that are too small to code."""
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         tensor, grad = saved.own(spec)[0], saved.grad
@@ -356,8 +312,8 @@ class Uncompressed:
             and grad.dtype is dtype
             and tensor.dtype is not dtype
         ):
-            # The partitioner would find autocast's cast of the weight in the forward, and save this
-            # copy. A cast that depends on the gradient cannot run before the backward.
+            # The partitioner would find autocast's cast of the weight in the forward, and save this copy. A cast
+            # that depends on the gradient cannot run before the backward.
             return torch.ops.mesa_train.cast_like(tensor, grad)
         return tensor.to(dtype)
 
@@ -366,10 +322,7 @@ _WHOLE = Uncompressed()
 
 
 def uncompressed(tensor: Tensor) -> Stash:
-    """Save a tensor uncompressed.
-
-    A Parameter stays a Parameter, because sharded training frees and gathers it.
-    """
+    """Save a tensor uncompressed. A Parameter stays a Parameter, because sharded training frees and gathers it."""
     if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
         tensor = tensor.detach()
     return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
@@ -386,10 +339,7 @@ def of_parameter(tensor: Tensor) -> str:
 
 
 def narrowed(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a part of its storage.
-
-    To save it also holds the rest of the storage.
-    """
+    """Whether a tensor is a view of a part of its storage. To save it also holds the rest of the storage."""
     own = tensor.numel() * tensor.element_size()
     return tensor._is_view() and tensor.untyped_storage().nbytes() > own
 
@@ -397,9 +347,9 @@ def narrowed(tensor: Tensor) -> bool:
 def held(tensor: Tensor) -> Tensor:
     """An alias of a parameter's present data.
 
-    The alias holds this data if `parameter.data` is exchanged before the backward, like PyTorch's
-    saved view or cast of the parameter. ZeRO-3 frees and gathers a parameter by such exchanges, so
-    its parameters are returned unchanged. FSDP resizes the storage, which the alias shares.
+    The alias holds this data if `parameter.data` is exchanged before the backward, like PyTorch's saved view or
+    cast of the parameter. ZeRO-3 frees and gathers a parameter by such exchanges, so its parameters are returned
+    unchanged. FSDP resizes the storage, which the alias shares.
     """
     if torch.compiler.is_compiling() or hasattr(tensor, "ds_status"):
         return tensor
