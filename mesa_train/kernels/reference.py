@@ -24,9 +24,10 @@ Special cases:
   bfloat16 step smaller. Values outside such a grid saturate.
 
 Stochastic rounding rounds v to v' with 16 - bits binary places. It draws u, with as many places,
-from a hash of the group's grid, the group's index, the seed and the element's position in the
-group. So a recompute draws the same numbers, no generator is used, and nothing needs to be saved.
-All values fit into 16 bits, and a processor handles twice as many 16-bit values at once as floats.
+from a hash. The hash depends on the group's grid, the group's index, the seed and the element's
+position in the group. So a recompute draws the same numbers, no generator is used, and nothing
+needs to be saved. All values fit into 16 bits, and a processor handles twice as many 16-bit values
+at once as floats.
 """
 
 from collections.abc import Callable

@@ -10,14 +10,13 @@ does one of three things:
 
 Parameters, autocast's weight copies, constants and small tensors pass unchanged. A tensor that has
 a stash already shares it. If hooks are active already (offload, checkpointing, a byte counter), the
-codes go through these hooks, so that the hooks free, move or count codes.
+codes go through these hooks. The hooks then free, move or count codes.
 
 Cost: one lookup for a call that is left to PyTorch; the hooks and the codes for a coded call.
 
-The compression mode does not see calls of a custom `torch.autograd.Function`, a ScriptFunction or a
-C++ extension that is bound directly, because torch does not show them to a mode. They save the same
-tensors as in plain PyTorch. An operator of `torch.library` reaches the fallback and is left to
-PyTorch.
+torch does not pass some calls to a mode: calls of a custom `torch.autograd.Function`, of a
+ScriptFunction, and of a C++ extension that is bound directly. They save the same tensors as in
+plain PyTorch. An operator of `torch.library` reaches the fallback and is left to PyTorch.
 """
 
 from __future__ import annotations

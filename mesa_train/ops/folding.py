@@ -1,6 +1,6 @@
 """Matmuls with a matrix that round as PyTorch's do when it records.
 
-Why: PyTorch computes a matmul of a tensor of three or more dims with a matrix as one matmul or as a
+Why: one operand has three or more dims, the other is a matrix. PyTorch computes one matmul or a
 batch of matmuls (`should_fold` in ATen's LinearAlgebra.cpp). The two may round differently. If the
 strides allow both, PyTorch folds only if the matrix requires a gradient. A row computes under
 `no_grad`, in which a transposed weight and autocast's copy of a weight require no gradient.

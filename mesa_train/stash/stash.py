@@ -3,8 +3,8 @@
 A `Stash` is a recipe with the tensors and the source stashes that the recipe reads. The recipe of a leaf decodes
 codes. The recipe of a derived stash applies a cheap deterministic function to its sources: a norm's affine part, an
 activation, a view, a cast. A leaf is made once per tensor, and all operators that need the tensor share it. For
-example, a norm's x_hat is used by the norm's own backward and, through a derived stash, by the weight gradient of
-the Linear behind it.
+example, a norm's own backward reads its x_hat. The weight gradient of the Linear behind reads the same x_hat
+through a derived stash.
 
 An operator saves stashes with `save`. Every tensor goes through `ctx.save_for_backward`, so that saved-tensor
 hooks, checkpointing and offloading apply to it. Only the structure without tensors (`Spec`) stays on ctx.
