@@ -1,7 +1,7 @@
 """`wrap` with a policy or a memory budget.
 
-This is the only module that imports both the engine and the planner. `engine/wrap.py` installs a
-policy; this module also makes a policy from a budget.
+This is the one module above both the engine and the planner. `engine/wrap.py` installs a policy;
+this module also makes a policy from a budget.
 """
 
 from __future__ import annotations

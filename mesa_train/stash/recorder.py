@@ -69,8 +69,10 @@ class Recorder:
         self.linears = TracedLineage() if self.traced else Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
-        """Whether an operator's row applies: it is enabled here, a gradient is needed, all tensors are plain
-        floats."""
+        """Whether an operator's row applies.
+
+        The operator must be enabled here, a tensor must need a gradient, and all tensors must be plain floats.
+        """
         if not self.context.rules.operators[operator]:
             return False
         gradient = False
@@ -155,8 +157,10 @@ class Recorder:
     def weight(self, tensor: Tensor, viewed: bool = False) -> Stash:
         """The stash of a weight or bias, as PyTorch saves it.
 
-        This is autocast's cast if the model computed the tensor, the data of a parameter that is cast or `viewed`
-        (a Linear saves its weight's transpose), and otherwise the parameter itself.
+        - If the model computed the tensor: autocast's cast of it.
+        - If the tensor is a parameter that is cast or `viewed`: its data. A Linear views its weight: it saves the
+          transpose.
+        - Otherwise: the parameter itself.
         """
         dtype = _autocast(tensor)
         if dtype is None:
@@ -344,8 +348,10 @@ _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 
 
 def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """The narrower dtype that autocast casts an operand to, else None. None for parameters, which are saved
-    uncast."""
+    """The narrower dtype that autocast casts an operand to, else None.
+
+    None for parameters, which are saved without a cast.
+    """
     device = tensor.device.type
     if tensor.dtype is not torch.float32 or not autocasts(device):
         return None
@@ -369,8 +375,10 @@ def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
 
 
 def _kept_with_its_base(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of an output that PyTorch's own node saves. A copy of the part would be saved
-    too."""
+    """Whether a tensor is a part of an output that PyTorch's own node saves.
+
+    A copy of the part would be saved in addition.
+    """
     if torch.compiler.is_compiling() or not narrowed(tensor):
         return False
     base = tensor._base
