@@ -219,7 +219,10 @@ def _operator_on_stack() -> str:
 
 
 def _plain_tensors(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold the data: the parts of a wrapper subclass or sparse tensor, else `tensor`."""
+    """The tensors that hold the data: the parts of a wrapper subclass or sparse tensor.
+
+    A plain strided tensor is its own part; other layouts have none.
+    """
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [inner for name in names for inner in _plain_tensors(getattr(tensor, name))]

@@ -70,10 +70,10 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 def default_loss(output: Any) -> Tensor:
-    """Return a float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
+    """Return a float32 scalar of any output: its own loss, cross entropy or a mean square.
 
-    Scores are a first output of shape (batch, classes). Their targets are fixed and spread over the
-    classes.
+    The cross entropy is taken of scores: a first output of shape (batch, classes). Their targets
+    are fixed and spread over the classes.
 
     Raises:
         ValueError: no floating-point tensor of the output requires grad.

@@ -178,7 +178,7 @@ class _Live(TorchDispatchMode):
         return output
 
     def stored(self) -> int:
-        """Number of existing stashes: all made so far in the forward, fewer and fewer in the backward."""
+        """Number of existing stashes: all made so far in the forward, fewer in the backward."""
         if self._backward or self._log is None:
             return self._now[2]
         return len(self._log.stored)
@@ -260,7 +260,7 @@ def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         left = marked.leave(name)
-        # On the graph node: with a hook on the tensor, operators could not be recorded together.
+        # On the graph node: a hook on the tensor keeps a Linear from fusing with its layer scale.
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(lambda _: marked.arrive(name, left))
