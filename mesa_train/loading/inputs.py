@@ -47,7 +47,7 @@ def resized(
 
 
 def _made(make: Callable[[int], Any], batch: int, device: torch.device) -> Any:
-    """Call the function of the batch size; without the device's context if it needs values on meta."""
+    """Call the function of the batch size; on the CPU if it needs values and `device` is meta."""
     with torch.random.fork_rng(devices=[]):
         try:
             with device:

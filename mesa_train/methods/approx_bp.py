@@ -10,8 +10,8 @@ The other half of the paper is left out. There, a norm shares its output with th
 and its weight and bias are merged into that Linear. So other parameters are trained, and there is
 no gradient to compare.
 
-Saved bytes and gradient error are equal to the paper's method. The time is not: this file uses
-torch operators and this library's bit masks, not the authors' CUDA kernels. The method is meant for
+This file reproduces the method's saved bytes and gradient error, but not its time: it uses torch
+operators and this library's bit masks, not the authors' CUDA kernels. The method is meant for
 fine-tuning: the error falls as the inputs spread (standard deviation 0.4 in a ViT with random
 weights).
 """

@@ -104,7 +104,7 @@ class Variant:
             yield self.module
 
     def saved_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:
-        """Bytes saved between forward and backward, each storage once, without parameters and buffers.
+        """Bytes saved for the backward, each storage once, without parameters and buffers.
 
         Args:
             run: from the module to the loss. It is called twice, because a compiled module compiles
