@@ -1,4 +1,7 @@
-"""Control the process that forks a child for every job (`worker.py`): start, watch, pause and end a job."""
+"""Control the process that forks a child for every job: start, watch, pause and end a job.
+
+`worker.py` is the code of that process.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +139,10 @@ class Server:
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process, which may be importing, and to the job and its processes."""
+        """Send a signal to the process, which may be importing, and to its job.
+
+        The job's own child processes get it too.
+        """
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
         _signal_group(self._child, number)

@@ -144,7 +144,7 @@ class _Bench:
         self.first: Row | None = None
 
     def start(self) -> None:
-        """Start the slots. The servers start in this thread: Linux ends a server with its thread."""
+        """Start the slots. Servers start in this thread: Linux ends a server with its thread."""
         slots = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
         for number, server in enumerate(slots):
             server.start()
@@ -286,7 +286,7 @@ def _inductor(device: str) -> dict[str, str]:
 
 
 def _available() -> float:
-    """Bytes of CPU memory that are free or can be freed; infinite if the system does not report it."""
+    """Bytes of CPU memory that are free or can be freed; infinite if they are not known."""
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

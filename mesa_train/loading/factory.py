@@ -91,7 +91,7 @@ def _on_the_cpu(
 
 
 def _checked(name: str, found: Any, image_size: int | None) -> tuple[nn.Module, Any]:
-    """(model, inputs) of a factory's result; a function that makes random images if it has no inputs."""
+    """(model, inputs) of a factory's result; without inputs, a function that makes images."""
     pair = isinstance(found, tuple) and len(found) == 2
     model, inputs = found if pair else (found, None)
     if not isinstance(model, nn.Module):

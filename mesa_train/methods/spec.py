@@ -153,7 +153,7 @@ class MethodSpec:
         )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make AdamW with learning rate 0, which does all of its work and leaves the weights unchanged.
+        """Make AdamW with learning rate 0: it does all of its work, but no weight changes.
 
         Raises:
             ImportError: bitsandbytes is missing for the 8-bit optimizer; the message says what to

@@ -283,7 +283,7 @@ class Planner:
     def _searched(
         self, room: int | None, bounds: _Bounds, host_link: HostLink | None
     ) -> _Answer | None:
-        """Solve the program, simulate the solution, correct the program by the timeline, and repeat."""
+        """Solve the program, simulate the solution, correct the program by it, and repeat."""
         best: _Answer | None = None
         now: _Answer | None = None
         limit, restarted = room, False
@@ -337,7 +337,7 @@ class Planner:
         return self._least[0]
 
     def _better(self, found: _Answer, best: _Answer, room: int | None) -> bool:
-        """Whether a solution is better than another: a smaller peak without `room`, else a lower cost."""
+        """Whether a solution is better: a smaller peak without `room`, else a lower cost."""
         if room is None:
             return found.peak_bytes < best.peak_bytes
         return found.solution.cost(ERROR_WEIGHT * self.profile.step_s) < best.solution.cost(
