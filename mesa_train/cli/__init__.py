@@ -1,9 +1,12 @@
 """`mesa-train`: measure the saved tensors of a model from the command line.
 
-`compare` measures methods side by side, `profile` shows where the bytes are, `plan` fits a model
-into a budget, and `estimate` shows what fits on several GPUs. Tables go to stdout, progress and
-errors to stderr; with --json, stdout is JSON alone. A command imports its packages when it runs, so
-that --help is quick.
+* `compare` measures methods side by side;
+* `profile` shows where the bytes are;
+* `plan` fits a model into a budget;
+* `estimate` shows which ways to train fit on several GPUs.
+
+Tables go to stdout, progress and errors to stderr; with --json, stdout is JSON alone. A command
+imports its packages when it runs, so that --help is quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`mesa-train estimate`: estimate the memory of sharded training on every GPU, and what fits."""
+"""`mesa-train estimate`: estimate the memory of sharded training on every GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def estimate(
     """Estimate the memory of sharded training on every GPU.
 
     Counts weights, gradients, optimizer states and activations with DDP, ZeRO, FSDP2, offload and
-    LoRA. Shows what fits, and how to start the simplest setup that fits.
+    LoRA. Shows which setups fit, and how to start the simplest of them.
     """
     with one_line_errors():
         from mesa_train.estimate.estimator import POLICIES, SETUPS, best, estimates
@@ -117,7 +117,7 @@ def _show(title: str, rows: list[Any]) -> None:
 
 
 def _instead(found: list[Any], batch_size: int) -> str:
-    """A line that says what fits if the batch does not."""
+    """A line with a setup that fits fewer images, or with the advice to use more GPUs."""
     most = max(found, key=lambda e: e.largest_batch, default=None)
     if most is None or not most.largest_batch:
         return "not even one image a GPU fits; more or larger GPUs are needed"

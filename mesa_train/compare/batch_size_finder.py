@@ -18,10 +18,10 @@ def largest_batch_on_a_line(
 ) -> int:
     """Find the largest batch whose peak is at most `room` bytes, from the peaks of two batches.
 
-    The peak is a straight line for batches whose activations outweigh the rest. It bends at the
-    batch where it moves from the end of the backward, where all gradients exist, to its beginning,
-    where all activations exist. So `peak` is called for two batches beyond the bend, or near
-    `guess` if that is smaller.
+    The peak is a straight line for batches whose activations outweigh the rest. In smaller batches
+    the peak is at the end of the backward, where all gradients exist. In larger ones it is at the
+    beginning of the backward, where all activations exist. So `peak` is called for two batches
+    beyond this bend, or near `guess` if that is smaller.
 
     Args:
         peak: bytes of a step by batch size.
@@ -29,6 +29,9 @@ def largest_batch_on_a_line(
         guess: first batch to try, in images.
         per_image: bytes of the activations of an image.
         gradients: bytes of all gradients.
+
+    Returns:
+        The batch; 0 if not even one image fits.
     """
     bend = int(4 * gradients / max(per_image, 1.0)) + 1
     first = max(1, min(bend, guess))
@@ -74,6 +77,10 @@ class Tries(Protocol):
 
 def largest_batch_by_trying(bench: Tries, memory: int) -> int | None:
     """Bisect with real steps on a GPU that is limited to `memory` bytes.
+
+    Args:
+        bench: the method to try.
+        memory: bytes that the GPU may allocate.
 
     Returns:
         The largest batch; None if an input has no batch dimension.

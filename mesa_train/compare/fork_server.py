@@ -71,7 +71,12 @@ class Server:
         threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
 
     def begin(self, job: dict[str, Any], limit_s: float) -> None:
-        """Start a job that may take `limit_s` seconds, without pauses."""
+        """Start a job.
+
+        Args:
+            job: the values that the worker reads.
+            limit_s: most seconds of the job, without pauses.
+        """
         self.start()
         assert self._process is not None
         assert self._process.stdin is not None

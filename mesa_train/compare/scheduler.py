@@ -1,8 +1,8 @@
 """Measure methods side by side, each in a process of its own.
 
-If a method runs out of memory, crashes or takes too long, its row has the reason, and the next
-method starts in a new process. A server process imports PyTorch once and forks a child for each
-method (see `fork_server.py` and `worker.py`).
+If a method runs out of memory, crashes or takes too long, its row has the reason. The next method
+starts in a new process. A server process imports PyTorch once and forks a child for each method
+(see `fork_server.py` and `worker.py`).
 
 A compiled method spends most of its time in the compiler, on one core. So on a CPU of several cores
 the compiled methods have a worker slot of their own. They compile and count their bytes while the
@@ -272,7 +272,7 @@ def _packages(request: Request, method: str) -> list[str]:
     scheme, colon, _ = request.model.partition(":")
     known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
     own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
-    # On a GPU the compiler would start the device, which breaks the fork.
+    # On a GPU, the import of the compiler looks for the device, which breaks the fork.
     compiles = request.device == "cpu" and MethodSpec.of(method).compiled
     return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
 

@@ -52,11 +52,18 @@ _PR_SET_PDEATHSIG = 1
 class MethodBenchmark:
     """One method on one model and one batch.
 
+    A job has these keys:
+
+    * model, batch_size, image_size, device, method, rounds;
+    * dtype: of autocast, or None;
+    * memory_bytes: bytes that the largest batch must fit, or None;
+    * reference: path of the reference, which the first job writes;
+    * ready, go, timed: paths, see `alone`;
+    * timing_s: see `times`;
+    * shares: see `sharing`.
+
     Args:
-        job: model, batch_size, image_size, device, dtype (of autocast, or None), method, rounds,
-            memory_bytes (or None), the path "reference", which the first job writes, the paths
-            "ready", "go" and "timed" (see `alone`), timing_s (see `times`) and shares (see
-            `sharing`).
+        job: the values by key.
     """
 
     def __init__(self, job: Row) -> None:

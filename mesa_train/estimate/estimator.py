@@ -149,7 +149,7 @@ class Estimate:
         activations: bytes of a step beside the model states, on a GPU.
         batch: images a GPU.
         largest_batch: largest number of images a GPU that fits.
-        gpu_bytes: bytes on each GPU.
+        gpu_bytes: bytes on each GPU, the reserve included.
         fits: whether `batch` images fit.
         reason: "GPU memory" or "CPU memory" if they do not fit.
     """
@@ -394,7 +394,7 @@ def _forward_alone(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Activati
 
 
 def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
-    """The inputs of another batch size, without data."""
+    """The inputs of another batch size on the meta device."""
     images = resized(loaded.inputs, loaded.batch or own, size, data=False, make=loaded.make)
     if images is None:
         raise ValueError(f"{loaded.name}: {NO_BATCH}")

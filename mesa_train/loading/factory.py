@@ -1,7 +1,7 @@
 """Load a user's own model: `python:MODULE.FACTORY` and `python:PATH.py:FACTORY`.
 
-The factory returns a module or (module, inputs). The inputs are a tensor, a tuple of arguments, a
-dict of keyword arguments, or a function of the batch size that makes one of these. The factory is
+The factory returns a module or (module, inputs). The inputs are a tensor, a tuple of arguments or a
+dict of keyword arguments; or a function of the batch size that makes one of these. The factory is
 called with batch_size and image_size if it takes them. Every error of the factory becomes one line
 that says where it was raised.
 """
@@ -147,6 +147,7 @@ def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor among the inputs."""
     yield from tensors_in(inputs)
 
 

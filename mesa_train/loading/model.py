@@ -118,6 +118,7 @@ def load(
 
 
 def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A timm model with random weights, and random images of its size."""
     timm = _package("timm", "mesa_train[timm]")
     # The models of mesa_train are timm models after this import.
     with contextlib.suppress(ImportError):
@@ -135,6 +136,7 @@ def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 
 
 def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A torchvision model with random weights, and random images of its size."""
     torchvision = _package("torchvision", "mesa_train[timm]")
     if name not in torchvision.models.list_models():
         raise ValueError(unknown("torchvision model", name, torchvision.models.list_models()))
@@ -152,6 +154,7 @@ def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 
 
 def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A transformers model and random images; its weights are read if there are any."""
     transformers = _package("transformers", "transformers")
     config, folder, model_class = _transformers_config(transformers, name)
     if not hasattr(config, "image_size"):
@@ -259,10 +262,12 @@ def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> No
 
 
 def _images(channels: int, height: int, width: int) -> Callable[[int], torch.Tensor]:
+    """A function of the batch size that makes random images."""
     return lambda batch_size: torch.randn(batch_size, channels, height, width)
 
 
 def _package(name: str, install: str) -> Any:
+    """Import a package; ImportError says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

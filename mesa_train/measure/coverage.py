@@ -42,11 +42,16 @@ class CoverageRow:
 class Coverage:
     """The saved tensors of one forward and how each is stored.
 
+    The `how` of a row is one of these:
+
+    * a codec, or "1 bit";
+    * "shared": an earlier stash is used again;
+    * "rebuilt": from other stashes;
+    * "its size": the backward reads no element of the tensor;
+    * "uncompressed" with the reason, which is "exact" for a function that is left to PyTorch.
+
     Args:
-        rows: one row for each module, operator, operand and `how`. `how` is a codec, "1 bit",
-            "shared" (an earlier stash is used again), "rebuilt" (from other stashes), "its size"
-            (the backward reads no element of the tensor), or "uncompressed" with the reason, which
-            is "exact" for a function that is left to PyTorch.
+        rows: one row for each module, operator, operand and `how`.
     """
 
     rows: tuple[CoverageRow, ...]

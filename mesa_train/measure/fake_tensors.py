@@ -8,9 +8,11 @@ differences:
   `scaled_dot_product_attention` itself chooses for them as the device does;
 * on the CPU, the statistics of a norm are float32 if its input is narrower than its weight.
 
-Two differences stay. With a batch of one, elementwise operators on fake tensors normalise the
-stride of the batch, and a later convolution may choose another memory layout. The kernel of a
-recurrent layer keeps a workspace that fake tensors do not show.
+Two differences stay:
+
+* with a batch of one, elementwise operators on fake tensors normalise the stride of the batch, so a
+  later convolution may choose another memory layout;
+* the kernel of a recurrent layer keeps a workspace that fake tensors do not show.
 
 `gpu_norms` counts RMS norm as on a GPU: one kernel that saves its input, the gain and the
 reciprocal deviations. On a CPU, RMS norm is several operators, and each of them saves something.
@@ -70,15 +72,20 @@ class FakeModel:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Within the context, operators run on fake tensors, and new tensors are fake."""
+        """Within the context, operators run on fake tensors, and each new tensor is fake."""
         with self._mode, _NormStatistics(), _attention_choice():
             yield
 
     def of(self, value: Any) -> Any:
-        """Replace every tensor in `value` by its fake tensor; other values stay as they are."""
+        """Replace every tensor by its fake tensor.
+
+        Args:
+            value: tensors in any container; other values stay as they are.
+        """
         return pytree.tree_map_only(Tensor, self._one, value)
 
     def _one(self, tensor: Tensor) -> Tensor:
+        """The fake tensor of one tensor; made at the first call."""
         # The table holds the real tensor too, so that Python does not give its id to another
         # tensor.
         if id(tensor) not in self._made:

@@ -255,10 +255,12 @@ def _target(
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages of the tensors, each counted once."""
     return sum(storage.nbytes() for storage in by_address(tensors).values())
 
 
 def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sum the sizes by name, largest first."""
     totals: dict[str, int] = {}
     for name, size in pairs:
         totals[name] = totals.get(name, 0) + size

@@ -26,14 +26,18 @@ _TABLES = {"_parameters", "_buffers", "_modules"}
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]:
-    """Within the context, `model` has copies of its buffers; afterwards it is unchanged.
+    """Within the context, `model` has copies of its buffers, or fake tensors.
 
-    The random generators of the CPU and of the model's GPUs get their state back too.
+    Afterwards the model is unchanged. The random generators of the CPU and of the model's GPUs get
+    their state back too.
 
     Args:
         model: the module to run.
         fakes: replace all tensors of the model by these fake tensors; None copies the buffers
             alone.
+
+    Raises:
+        ValueError: a model with fake tensors reads values, which fake tensors do not have.
     """
     before = [
         (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
@@ -91,4 +95,5 @@ def _no_values(model: nn.Module) -> Iterator[None]:
 
 
 def _holds_tensor(value: Any) -> bool:
+    """Whether an attribute is or contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

@@ -136,19 +136,23 @@ class _Marks:
         self.keys = [(FORWARD, "")]
 
     def mark(self, phase: str, module: str) -> None:
+        """Begin a moment."""
         with record_function(f"{_MARK}{len(self.keys)}"):
             self.keys.append((phase, module))
 
     def enter(self, module: str) -> None:
+        """A module's forward begins."""
         self.mark(FORWARD, module)
 
     def leave(self, module: str) -> None:
         pass
 
     def arrive(self, module: str, _left: Any) -> None:
+        """The gradient of a module's output arrives."""
         self.mark(BACKWARD, module)
 
     def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        """Run `step` and return ((phase, module), most bytes) of its moments."""
         with profile(use_cpu=True, profile_memory=True) as recorded:
             step()
         events = recorded.kineto_results.events()
@@ -174,10 +178,12 @@ class _CudaMarks(_Marks):
         self.found: list[tuple[tuple[str, str], int]] = []
 
     def mark(self, phase: str, module: str) -> None:
+        """End the current moment and begin the next."""
         self._close()
         self.keys.append((phase, module))
 
     def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        """Run `step` and return ((phase, module), most bytes) of its moments."""
         self.before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         step()
@@ -185,6 +191,7 @@ class _CudaMarks(_Marks):
         return self.found
 
     def _close(self) -> None:
+        """Read and reset the allocator's peak."""
         highest = torch.cuda.max_memory_allocated(self.device) - self.before
         self.found.append((self.keys[-1], highest))
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -51,19 +51,41 @@ class StepRunner:
         return StepRunner(wide, inputs, None, self.loss).gradients(PLAIN)
 
     def gradients(self, method: Policy | str) -> list[Tensor | None]:
-        """The gradients of all trained parameters; None if the loss does not depend on one."""
+        """Run a step and return its gradients.
+
+        Args:
+            method: a Policy or the name of a method.
+
+        Returns:
+            The gradient of each trained parameter; None if the loss does not depend on it.
+        """
         with applied(self.model, method), isolated(self.model):
             return self.step.gradients(self.model, self.inputs)
 
     def peak(self, method: Policy | str) -> int:
-        """Most bytes allocated at once in a step, beyond the bytes allocated before it."""
+        """Run a step and return its peak.
+
+        Args:
+            method: a Policy or the name of a method.
+
+        Returns:
+            Most bytes allocated at once in the step, beyond the bytes allocated before it.
+        """
         # Memory that is allocated once and stays does not count for the step.
         self.gradients(method)
         with applied(self.model, method), isolated(self.model):
             return peak_of(self._run, self.device).allocated_bytes
 
     def workspace(self, method: Policy | str, counted: Timeline) -> Workspace:
-        """Bytes that a step allocates beyond the `counted` bytes, by moment."""
+        """Run a step and return its workspace.
+
+        Args:
+            method: a Policy or the name of a method.
+            counted: timeline of the same step on fake tensors.
+
+        Returns:
+            Bytes beyond the counted bytes, by moment.
+        """
         self.gradients(method)
         with applied(self.model, method), isolated(self.model):
             return workspace_of(self.model, self._run, self.device, counted)
@@ -95,5 +117,6 @@ class StepRunner:
         return times
 
     def _run(self) -> list[Tensor | None]:
+        """Run one step."""
         # autograd.grad, not .backward(): the user's .grad fields do not change.
         return self.step.gradients(self.model, self.inputs)

@@ -3,9 +3,10 @@
 Every saved tensor goes through the pack hook of `torch.autograd.graph.saved_tensors_hooks`. The
 result of the hook exists exactly as long as the graph node that saved the tensor. Therefore the
 hook returns a token for each saved tensor, and only the tokens that exist when the output is there
-count. A branch of the graph that was dropped during the forward costs nothing. A token holds the
-storage, so no address is used twice, and each storage is counted once, at its full size, for the
-operator that saved it first.
+count. A branch of the graph that was dropped during the forward costs nothing.
+
+A token holds the storage, so no address is used twice. Each storage is counted once, at its full
+size, for the operator that saved it first.
 
 Cost: the forward itself plus a Python call per torch call; no memory beyond the memory of training.
 """
@@ -92,7 +93,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record every tensor saved for the backward while the context is open."""
+        """Within the context, record every tensor saved for the backward.
+
+        Args:
+            model: the module whose forward runs. Its parameters and buffers do not count.
+        """
         self._weights = by_address(model.parameters())
         self._ignored = {**self._weights, **by_address(model.buffers())}
         self._devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
@@ -132,12 +137,15 @@ class Recorder:
 
     @onlooker
     def _pack(self, tensor: Tensor) -> _Token:
+        """The pack hook: a token for a saved tensor."""
         module = self._modules[-1] if self._modules else ""
         token = _Token(self.operator or _operator_on_stack(), module, tensor)
         self._tokens.append(weakref.ref(token))
         return token
 
     def _module_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks that record the innermost running module."""
+
         def enter(*_: Any) -> None:
             self._modules.append(name)
 
@@ -204,8 +212,8 @@ def _operator_on_stack() -> str:
     """The operator that saves, if the mode here saw no torch function.
 
     mesa_train's own mode is entered later, so PyTorch calls it first, and it saves tensors itself.
-    Checkpointing saves from plain Python. Both are on the Python stack, above the call of the
-    module. An autograd Function of another library is not.
+    Checkpointing saves from plain Python. Both have a frame on the Python stack between this
+    function and the call of the module. An autograd Function of another library has none.
     """
     name = _UNNAMED
     frame: types.FrameType | None = sys._getframe(2)
@@ -240,4 +248,5 @@ def by_address(tensors: Any) -> dict[int, torch.UntypedStorage]:
 
 
 def _no_backward(_: _Token) -> Tensor:
+    """The unpack hook: a measured forward has no backward."""
     raise RuntimeError("a forward that is being measured keeps no tensors: it has no backward")

@@ -46,8 +46,7 @@ class StashLog(Report):
     def __init__(self, holding: bool = False, blocks: Iterable[str] = ()) -> None:
         super().__init__()
         self.holding, self.blocks = holding, frozenset(blocks)
-        # True from the begin of the backward: the list leaves out stashes that a checkpoint makes
-        # again.
+        # True after the backward begins: stashes that a checkpoint recomputes are not in the list.
         self.closed = False
         self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
         # Inputs that checkpointed blocks save, by block.

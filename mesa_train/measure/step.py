@@ -56,7 +56,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Every tensor in an output: in containers, dataclasses and attributes of plain objects."""
+    """Yield every tensor in an output.
+
+    Args:
+        value: an output. Containers, dataclasses and attributes of plain objects are searched.
+    """
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -95,7 +99,15 @@ def default_loss(output: Any) -> Tensor:
 
 
 def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
+    """The relative L2 distance of two lists of gradients: ||g - r|| / ||r||.
+
+    Args:
+        gradients: g, all tensors as one vector; a missing gradient counts as zero.
+        reference: r, in the same order.
+
+    Returns:
+        The distance; infinite if only the reference is zero.
+    """
     distance = norm = 0.0
     for own, exact in zip(gradients, reference, strict=True):
         if exact is not None:
@@ -110,7 +122,15 @@ def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tenso
 
 
 def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """The cosine of the angle between two lists of tensors as vectors; 1 if both are zero."""
+    """The cosine of the angle between two lists of gradients.
+
+    Args:
+        gradients: all tensors as one vector; a missing gradient counts as zero.
+        reference: in the same order.
+
+    Returns:
+        The cosine; 1 if both vectors are zero, 0 if only one is zero.
+    """
     product = own_norm = norm = 0.0
     for own, exact in zip(gradients, reference, strict=True):
         if own is not None:
@@ -148,14 +168,24 @@ class Step:
         return 2.0**12 if self.autocast is torch.float16 else 1.0
 
     def forward(self, module: nn.Module, inputs: Any) -> Tensor:
-        """Run the forward and return the loss of one batch."""
+        """Run the forward and return the loss of one batch.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        """
         args, kwargs = arguments(inputs)
         torch.manual_seed(0)
         with autocasting(self.device, self.autocast):
             return self.loss(module(*args, **kwargs))
 
     def backward(self, module: nn.Module, inputs: Any) -> None:
-        """Write one batch's gradients to the parameters' `.grad`, which must be empty before."""
+        """Compute one batch's gradients in the parameters' `.grad`, which must be empty before.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        """
         loss = self.forward(module, inputs)
         (loss if self.scale == 1 else loss * self.scale).backward()
         if self.scale != 1:
@@ -164,7 +194,11 @@ class Step:
                     parameter.grad.div_(self.scale)
 
     def gradients(self, module: nn.Module, inputs: Any) -> list[Tensor | None]:
-        """Return one batch's gradients of the trained parameters; their `.grad` does not change.
+        """Compute one batch's gradients of the trained parameters; their `.grad` does not change.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
 
         Returns:
             One tensor for each trained parameter; None if the loss does not depend on it.

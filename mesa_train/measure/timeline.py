@@ -3,9 +3,11 @@
 Forward, loss and backward run on fake tensors (no data, no memory). Every storage that an operator
 makes is counted until it is freed. So the peak contains the working set of the backward: decoded
 copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients computed so far.
-Three things are not counted: static bytes (parameters, buffers, inputs, optimizer states), the
-memory that a kernel allocates inside itself and frees before it returns, and stashes that a policy
-offloaded to CPU memory.
+Three things are not counted:
+
+* static bytes: parameters, buffers, inputs, optimizer states;
+* workspace: the memory that a kernel allocates inside itself and frees before it returns;
+* stashes that a policy offloaded to CPU memory.
 
 Cost: one to a few seconds for a ViT, for any size and batch.
 
@@ -184,22 +186,26 @@ class _Live(TorchDispatchMode):
         return len(self._log.stored)
 
     def enter(self, module: str) -> None:
+        """A module's forward begins."""
         if self._log is not None and not self._backward:
             self._log.begins(module)
         self._mark(FORWARD, module, self.stored())
 
     def leave(self, module: str) -> int:
+        """A module's forward ends; return the number of stashes."""
         if self._log is not None and not self._backward:
             self._log.ends(module)
         return self.stored()
 
     def arrive(self, module: str, left: int) -> None:
+        """The gradient of a module's output arrives."""
         self._mark(BACKWARD, module, left)
         self._backward = True
         if self._log is not None:
             self._log.closed = True
 
     def _mark(self, phase: str, module: str, stored: int) -> None:
+        """End the current moment and begin the next."""
         self.close()
         self._now = phase, module, stored
 
@@ -213,6 +219,7 @@ class _Live(TorchDispatchMode):
             self._gradients = sum(g.nbytes for g in there)
 
     def _add(self, tensor: Tensor) -> None:
+        """Count a new storage."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known or address in self._alive or tensor.device.type == "meta":
@@ -223,6 +230,7 @@ class _Live(TorchDispatchMode):
         self.highest = max(self.highest, self.bytes)
 
     def _gone(self, address: int, size: int, _: Any) -> None:
+        """Count a freed storage."""
         del self._alive[address]
         self.bytes -= size
 
@@ -245,7 +253,12 @@ class StepListener(Protocol):
 
 @contextlib.contextmanager
 def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
-    """Within the context, `marked` is called at the forwards and backwards of `model`'s modules."""
+    """Within the context, call a listener at the forwards and backwards of `model`'s modules.
+
+    Args:
+        model: the module.
+        marked: the listener.
+    """
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             enter, leave = _hooks(marked, name)
@@ -255,6 +268,8 @@ def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
 
 
 def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
+    """The forward hooks of one module."""
+
     def enter(*_: Any) -> None:
         marked.enter(name)
 

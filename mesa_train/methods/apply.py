@@ -93,6 +93,11 @@ def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) 
     """Install a method on an unwrapped model.
 
     The policy stays installed. The checkpointing ends when `stack` closes.
+
+    Args:
+        model: the module.
+        method: a Policy or the name of a method.
+        stack: holds the context of the checkpointing.
     """
     policy, blocks = parts(method)
     if policy is not None:
@@ -102,7 +107,12 @@ def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) 
 
 
 def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContextManager[Any]:
-    """The context for the forward and backward of a method."""
+    """The context for the forward and backward of a method.
+
+    Args:
+        model: the module; its device decides whether saved tensors are pinned.
+        method: a Policy or the name of a method.
+    """
     if method == APPROX_BP:
         return ApproxBP()
     if method == SAVE_ON_CPU:
@@ -112,7 +122,11 @@ def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContex
 
 
 def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
-    """(policy, name of a policy, or None; whether blocks are checkpointed)."""
+    """Split a method into its policy and its checkpointing.
+
+    Returns:
+        (policy, name of a policy, or None; whether blocks are checkpointed).
+    """
     if method in (PLAIN, CHECKPOINT, APPROX_BP, SAVE_ON_CPU):
         return None, method == CHECKPOINT
     if isinstance(method, str) and method in BOTH:

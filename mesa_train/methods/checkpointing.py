@@ -1,9 +1,9 @@
 """Checkpoint every block, a baseline: save a block's input and recompute the rest.
 
-The blocks of a model are found without their names. They are the innermost modules that stand in a
-row of modules of one class (`nn.ModuleList` or `nn.Sequential`) and have at least two weight
-matrices. These are every Block of a ViT, of each Swin stage and of a Hugging Face encoder. The
-ConvNormAct of a stem has a single weight and is no block.
+The blocks of a model are found without their names. A row is an `nn.ModuleList` or `nn.Sequential`
+of modules of one class. Blocks are the innermost modules that stand in a row and have at least two
+weight matrices. These are every Block of a ViT, of each Swin stage and of a Hugging Face encoder.
+The ConvNormAct of a stem has a single weight and is no block.
 """
 
 from __future__ import annotations

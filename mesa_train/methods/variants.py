@@ -149,6 +149,7 @@ class _Token:
 
 
 def _no_backward(_: _Token) -> Tensor:
+    """The unpack hook: this forward has no backward."""
     raise RuntimeError("this forward was run to count what it keeps; it has no backward")
 
 

@@ -31,7 +31,7 @@ class OverBudget(ValueError):
         """Make the error.
 
         Args:
-            asked: the bounds in words.
+            asked: the budget and the other bounds in words.
             smallest: the plan with the smallest peak.
             static: bytes that exist during the whole step under every choice.
         """

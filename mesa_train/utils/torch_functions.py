@@ -1,9 +1,9 @@
 """Name torch functions, for reports and for the overrides of a policy.
 
-A function has one name for its in-place form, its operator and its reflected operator: `mul` stands
-for `mul`, `mul_`, `__imul__` and `__rmul__`. A name is known if torch has a function or an operator
-of that name, or if a library has registered an operator of that name. The known names are read when
-an override is read, so they cost nothing in a forward.
+A function has one name for its in-place form, its operator and its reflected operator: `mul` is the
+name of `mul`, `mul_`, `__imul__` and `__rmul__`. A name is known if torch has a function or an
+operator of that name, or if a library has registered such an operator. The known names are read
+when an override is read, so they cost nothing in a forward.
 """
 
 from __future__ import annotations

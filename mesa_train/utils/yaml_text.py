@@ -137,7 +137,7 @@ def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's safe loader without its guesses: no scalar is anything but text by itself."""
+        """PyYAML's safe loader without its rules for unquoted scalars: every scalar is text."""
 
         # Merges with `<<` stay; no other value is recognised by its form.
         yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012

@@ -72,7 +72,11 @@ class Candidate:
         return [8, *low, KEEP, *offloaded, *([REBUILD] if self.product else [])]
 
     def bytes(self, choice: int | str) -> int:
-        """Bytes that it saves on the device under a choice."""
+        """Bytes that the candidate saves on the device.
+
+        Args:
+            choice: one of `choices()`.
+        """
         if choice == REBUILD or choice in OFFLOADED_AS:
             return 0
         if choice == KEEP:
@@ -82,7 +86,11 @@ class Candidate:
         return sum(codec.bytes(rows, cols) for rows, cols in self.matrices)
 
     def offloaded_bytes(self, choice: int | str) -> int:
-        """Bytes that it offloads to CPU memory under a choice."""
+        """Bytes that the candidate offloads to CPU memory.
+
+        Args:
+            choice: one of `choices()`.
+        """
         return self.bytes(OFFLOADED_AS[choice]) if choice in OFFLOADED_AS else 0
 
 
@@ -110,7 +118,12 @@ def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
 def also_offloaded(
     table: dict[tuple[Key, int | str], float], candidates: Iterable[Candidate]
 ) -> None:
-    """Enter each offloaded choice with the value of the same choice without offload."""
+    """Enter each offloaded choice with the value of the same choice without offload.
+
+    Args:
+        table: values by (key, choice); changed in place.
+        candidates: all candidates.
+    """
     for candidate in candidates:
         for choice in candidate.choices():
             if choice in OFFLOADED_AS and (candidate.key, OFFLOADED_AS[choice]) in table:

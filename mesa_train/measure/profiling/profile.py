@@ -1,7 +1,7 @@
 """Measure the profile of one model and batch: the bytes, seconds and error of each choice.
 
 A planner computes plans from a profile (`planner/planner.py`). A profile takes about twenty passes
-to measure and a few milliseconds to load, so `save` and `load` keep one for later plans on the same
+to measure and a few milliseconds to load. So `save` and `load` keep one for later plans on the same
 machine.
 """
 

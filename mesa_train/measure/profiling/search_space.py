@@ -31,15 +31,18 @@ from .simulator import Choices, Order, Row, SimulatedStep, StepSimulator
 class SearchSpace:
     """The choices for one model and batch.
 
-    Its attributes are `candidates`, `block_inputs` (the saved inputs of checkpointed blocks, as
-    candidates), `simulator` (simulates steps, and lists the blocks), `order` (of the stashes) and
-    `rows` (moments of the steps with the simplest choices).
-
     Args:
         model: the module.
         inputs: as for `footprint`.
         autocast: the dtype of autocast; None runs without autocast.
         loss: from the output to a scalar.
+
+    Attributes:
+        candidates: the saved tensors to choose for.
+        simulator: simulates steps, and lists the blocks.
+        order: the stashes in the order of the forward.
+        rows: moments of the steps with the simplest choices.
+        block_inputs: the saved inputs of checkpointed blocks, as candidates.
 
     Raises:
         ValueError: there is nothing to choose.

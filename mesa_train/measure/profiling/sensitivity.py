@@ -1,11 +1,14 @@
 """Measure how much each candidate's codes add to the gradient's error: a few backwards, and theory.
 
-With a quantiser of 2^b - 1 steps the variance of the error adds up over tensors, Var = sum of c_l /
-(2^b - 1)^2 (ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357). Therefore c_l needs no pass for each
-tensor. For each kind (an operand of an operator), one pass codes all candidates in the blocks at 4
-bits, and one pass at 2 bits; all other candidates are uncompressed. The variance of the kind is
-divided among its candidates by the gradient errors of the parameters around each. The variance at 8
-bits follows from 4 bits by the formula.
+With a quantiser of 2^b - 1 steps, the variance of the error adds up over tensors (ActNN, arXiv
+2104.14129; GACT, arXiv 2206.11357):
+
+    Var = sum of c_l / (2^b - 1)^2
+
+Therefore c_l needs no pass for each tensor. A kind is an operand of an operator. For each kind, one
+pass codes all candidates in the blocks at 4 bits, and one pass at 2 bits. All other candidates are
+uncompressed. The variance of the kind is divided among its candidates by the gradient errors of the
+parameters around each. The variance at 8 bits follows from 4 bits by the formula.
 
 Cost: about fifteen passes for a ViT.
 """
@@ -28,7 +31,7 @@ from .candidates import KEEP, REBUILD, Candidate, as_policy
 _EIGHT = (15 / 255) ** 2
 _TWO = (15 / 3) ** 2
 
-# Variance of the 4-bit codes of a kind, relative to the squared gradient, for a model without data.
+# Variance of the 4-bit codes of a kind, relative to the squared gradient, for a model on meta.
 # Measured on a ViT of width 192 (docs/design.md has the study).
 _TYPICAL = {
     ("attention", "q"): 3e-3,
@@ -140,7 +143,11 @@ def calibrate(
 
 
 def typical(candidates: Sequence[Candidate]) -> Sensitivity:
-    """Estimate the sensitivity of a model without data, from theory and a study of a small ViT."""
+    """Estimate the sensitivity of a model on meta, from theory and a study of a small ViT.
+
+    Args:
+        candidates: all candidates, and the inputs of checkpointed blocks.
+    """
     variance: dict[tuple[Key, int | str], float] = {}
     coupled: dict[tuple[Key, int | str], float] = {}
     for kind in dict.fromkeys(s.kind for s in candidates):

@@ -3,7 +3,8 @@
 The times of single operators do not add up to the time of a step: caches, allocations and fused
 passes differ. So a few policies with one choice for everything are timed against plain, in turns.
 The difference is divided among the candidates by the times of their single operators, and among the
-blocks by their floating-point operations. A model without data has estimates alone.
+blocks by their floating-point operations. For a model on meta there are only the times of single
+operators.
 
 `OpTimings` has the seconds of coding, decoding and recomputing a matmul. It measures them once for
 a shape and keeps them in the user's cache folder.
@@ -89,7 +90,10 @@ def fit_time_model(space: SearchSpace, device: torch.device) -> tuple[float | No
 
 
 def _steps(space: SearchSpace) -> tuple[float | None, dict[int | str, float]]:
-    """Seconds of the plain step, and seconds of other steps beyond it; empty without data."""
+    """Seconds of the plain step, and of other steps beyond it.
+
+    None and nothing for a model on meta, or if plain does not fit the device.
+    """
     if not space.real:
         return None, {}
     asked = {choice: space.all(choice) for choice in (8, 4, KEEP)}
@@ -255,16 +259,19 @@ class OpTimings:
         return max(out, self._time(lambda: own.copy_(host, non_blocking=True)))
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
+        """Measure the seconds to code and decode a random tensor."""
         codec = Affine(bits, GROUP[bits], stochastic=bits < 8)
         x = torch.randn(rows, cols, device=self.device).to(self.dtype)
         return self._time(lambda: codec.decode(codec.encode(x), cols, self.dtype))
 
     def _matmul(self, rows: int, inner: int, cols: int) -> float:
+        """Measure the seconds of a matmul, with the cast of its float32 weight."""
         x = torch.randn(rows, inner, device=self.device).to(self.dtype)
         weight = torch.randn(cols, inner, device=self.device)
         return self._time(lambda: F.linear(x, weight.to(self.dtype)))
 
     def _time(self, run: Callable[[], Any]) -> float:
+        """The median seconds of _REPEATS calls, after two that warm up."""
         taken = []
         with torch.no_grad():
             for number in range(_REPEATS + 2):
@@ -277,10 +284,12 @@ class OpTimings:
         return statistics.median(taken)
 
     def _synchronize(self) -> None:
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _cached(self, key: str, measure: Callable[[], float]) -> float:
+        """The seconds of an operation; measured if the cache does not have them."""
         if key not in self._known:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 self._known[key] = measure()
@@ -288,12 +297,14 @@ class OpTimings:
         return self._known[key]
 
     def _read(self) -> dict[str, dict[str, float]]:
+        """The cache file: seconds by operation, by device and versions."""
         try:
             return json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}  # The file is missing or incomplete: measure again.
 
     def _write(self) -> None:
+        """Write the measured seconds to the cache file."""
         everything = {**self._read(), self._where: self._known}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
