@@ -8,7 +8,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import moved_modules as _moved
-from .api import unwrap, wrap
+from .api import plan, unwrap, wrap
 from .engine.checkpoint import checkpoint
 from .engine.intercept import compress
 from .policy import PRESETS, Policy
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .measure.coverage import Coverage, coverage
     from .measure.footprint import Footprint, footprint
     from .planner.plan import OverBudget, Plan
-    from .planner.planner import plan
 
 __version__ = "0.1.0"
 
@@ -47,7 +46,6 @@ _LATER = {
     "footprint": "measure.footprint",
     "OverBudget": "planner.plan",
     "Plan": "planner.plan",
-    "plan": "planner.planner",
 }
 
 

@@ -1,20 +1,24 @@
-"""`wrap` with a policy or a memory budget.
+"""`wrap` with a policy or a memory budget, and `plan`.
 
-This is the one module above both the engine and the planner. `engine/wrap.py` installs a policy;
-this module also makes a policy from a budget.
+These are the functions above both the engine and the planner. `engine/wrap.py` installs a policy;
+`wrap` here also makes a policy from a budget.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .engine.wrap import Model
 from .engine.wrap import unwrap as unwrap
 from .engine.wrap import wrap as wrap_with_policy
 from .policy import Policy
+
+if TYPE_CHECKING:
+    from .planner.plan import Plan
 
 
 def wrap(
@@ -56,9 +60,65 @@ def wrap(
             raise ValueError(
                 "wrap(budget=...) plans the policy from inputs=..., and takes no policy"
             )
-        from .planner.planner import plan
-
         policy = plan(model, inputs, budget, autocast=autocast).policy
     elif inputs is not None or autocast is not None:
         raise ValueError("wrap takes inputs and autocast for a budget only; budget is None")
     return wrap_with_policy(model, policy)
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    budget: int | str | None = None,
+    *,
+    max_time: float | None = None,
+    max_error: float | None = None,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer_bytes: int | None = None,
+    cpu_memory: int | str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Plan:
+    """Find the policy that fits `budget` with the least time and gradient error.
+
+    The model does not change.
+
+    Args:
+        model: the module to plan for. For a model on the meta device the plan is only counted: its
+            bytes are exact, its time and error are the values of a typical GPU and ViT.
+        inputs: as for `footprint`.
+        budget: most bytes allocated at once in a training step, such as "8GiB"; None for the
+            smallest peak that the other bounds allow.
+        max_time: most step time, as a multiple of the plain step's time (1.1: 10 % more); None for
+            no bound.
+        max_error: most relative error of the gradient that codes may add to plain's error; None for
+            no bound.
+        autocast: as for `footprint`.
+        loss: from the output to a scalar; default: `default_loss`.
+        optimizer_bytes: bytes of the optimizer's states; default: AdamW's for the trained
+            parameters.
+        cpu_memory: most CPU memory for offloaded stashes, such as "64GiB"; None for no bound.
+            Nothing is offloaded if the model is on a CPU.
+        progress: called with (step, its number from 0, number of steps).
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        OverBudget: nothing fits; this ValueError says what the smallest peak is.
+        ValueError: a bound is out of range, or `footprint` raises it.
+        TypeError: `footprint` raises it.
+        ImportError: scipy is missing; the message names the extra.
+    """
+    from .planner.planner import Planner
+
+    planner = Planner.of(
+        model,
+        inputs,
+        autocast=autocast,
+        loss=loss,
+        optimizer_bytes=optimizer_bytes,
+        cpu_memory=cpu_memory,
+        progress=progress,
+    )
+    return planner.plan(budget, max_time=max_time, max_error=max_error)

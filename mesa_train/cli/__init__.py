@@ -1,9 +1,12 @@
-"""`mesa-train`: what a model keeps for its backward, from the command line.
+"""`mesa-train`: measure the saved tensors of a model from the command line.
 
-compare puts methods side by side; profile shows where the bytes are; plan fits a model into a
-budget; estimate answers what fits on several GPUs. Tables go to stdout, progress and errors to
-stderr; with --json stdout is JSON alone. What a command needs is imported when it runs, so that
---help is quick.
+* `compare` measures methods side by side;
+* `profile` shows where the bytes are;
+* `plan` fits a model into a budget;
+* `estimate` shows which ways to train fit on several GPUs.
+
+Tables go to stdout, progress and errors to stderr; with --json, stdout is JSON alone. A command
+imports its packages when it runs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from .estimate import estimate
 from .plan import plan
 from .profile import profile
 
-# Before PyTorch is imported: its profiler tells stderr of the GPUs that it does not find.
+# Set before PyTorch is imported: its profiler writes to stderr about GPUs that it does not find.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class _OneLine(TyperGroup):
-    """A mistyped option or command is one line, as any other wrong request."""
+    """Reports a mistyped option or command in one line, as all other user errors."""
 
     def main(
         self,
@@ -37,7 +40,7 @@ class _OneLine(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command; with standalone_mode end the process with its exit code."""
+        """Run a command; with standalone_mode, end the process with its exit code."""
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except Exception as error:
@@ -64,7 +67,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _group(context: typer.Context) -> None:
-    """See, compare and plan what a model keeps for its backward."""
+    """Show, compare and plan the memory that a model saves for its backward."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -1,4 +1,4 @@
-"""`python -m mesa_train.cli`."""
+"""Run `python -m mesa_train.cli`."""
 
 from . import app
 

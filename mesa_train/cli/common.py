@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, loading, output, and errors of one line."""
+"""Common parts of the commands: arguments, loading, output, and errors of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DType(str, enum.Enum):
-    """The arithmetic of the forward. Weights stay float32."""
+    """Arithmetic of the forward. Weights stay float32."""
 
     auto = "auto"
     float32 = "float32"
@@ -61,7 +61,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 def device_name(device: str | None, fake: bool) -> str:
-    """The device that is measured on or counted for; ValueError where there is no such one."""
+    """The device to measure on, or to count for.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     import torch
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,8 +84,19 @@ def loading(
     fake: bool,
     tell: bool = True,
 ) -> tuple[Loaded, str]:
-    """The model (on meta for --fake) and the device that it is measured on or counted for. With
-    `tell`, stderr hears of inputs that are not as many as asked for."""
+    """Load the model, on meta for --fake.
+
+    Args:
+        name: the MODEL string.
+        batch_size: number of images.
+        image_size: height and width of the images; None for the model's own.
+        device: cpu or cuda; None for cuda if there is one, else cpu.
+        fake: count on fake tensors.
+        tell: write to stderr if the model has another number of inputs than `batch_size`.
+
+    Returns:
+        (the model with inputs, the device to measure on or to count for).
+    """
     from mesa_train.loading.model import load
 
     where = device_name(device, fake)
@@ -101,8 +116,11 @@ def loading(
 
 
 def resolved(loaded: Loaded, dtype: DType, where: str, fake: bool) -> DType:
-    """The dtype that `auto` means on a device; stderr hears if it is not bf16, or if the device only
-    emulates the dtype that was asked for. Weights in half precision need no autocast."""
+    """Replace `auto` by the dtype for a device.
+
+    Weights in half precision need no autocast. A line on stderr says if `auto` is not bf16, or if
+    the device only emulates the given dtype.
+    """
     from mesa_train.utils.precision import choose
 
     if dtype is DType.auto and _weights(loaded) not in ("float32", "mixed"):
@@ -115,8 +133,13 @@ def resolved(loaded: Loaded, dtype: DType, where: str, fake: bool) -> DType:
 
 
 def check_precision(loaded: Loaded, dtype: DType, where: str, fake: bool) -> None:
-    """ValueError where weights are in one half precision and autocast would be to the other, which a
-    CPU's norms refuse; PyTorch's own error would name neither."""
+    """Check that autocast and the model's weights are not two different half precisions on a CPU.
+
+    The norms of a CPU refuse that, and PyTorch's own error names neither dtype.
+
+    Raises:
+        ValueError: they are; the message names both.
+    """
     asked = autocast_of(dtype)
     own = _weights(loaded)
     if fake or asked is None or not where.startswith("cpu") or own in ("float32", "mixed"):
@@ -136,14 +159,14 @@ def _weights(loaded: Loaded) -> str:
 
 
 def autocast_of(dtype: DType) -> torch.dtype | None:
-    """The dtype of autocast, None for float32."""
+    """The dtype of autocast; None for float32."""
     import torch
 
     return {DType.bf16: torch.bfloat16, DType.fp16: torch.float16}.get(dtype)
 
 
 def setting_of(loaded: Loaded, dtype: DType, device: str, fake: bool) -> dict[str, Any]:
-    """What was measured, for JSON."""
+    """Model, inputs, dtype and device of a measurement, for JSON."""
     import torch
 
     return {
@@ -169,7 +192,7 @@ def title_of(loaded: Loaded, dtype: DType, device: str) -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, the program by its plain name."""
+    """The command line that the user typed, with the plain name of the program."""
     program = Path(sys.argv[0]).name
     if program in ("__main__.py", "cli.py"):
         return shlex.join(["python", "-m", "mesa_train.cli", *sys.argv[1:]])
@@ -177,7 +200,11 @@ def command_line() -> str:
 
 
 def writable_folder(folder: Path, option: str) -> None:
-    """Make a folder that results will go to; ValueError, naming the option, if that cannot be."""
+    """Make a folder for results.
+
+    Raises:
+        ValueError: the folder cannot be made or written to; the message names the option.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -187,8 +214,12 @@ def writable_folder(folder: Path, option: str) -> None:
 
 
 def writable_file(path: Path | None, option: str, ending: str) -> None:
-    """Make the folder of a file that a result will go to; ValueError, naming the option, if that
-    cannot be or the name does not have the ending."""
+    """Make the folder of a file for a result.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or the file has another ending than
+            `ending`; the message names the option.
+    """
     if path is None:
         return
     if path.suffix.lower() not in ending.split():
@@ -200,7 +231,7 @@ def writable_file(path: Path | None, option: str, ending: str) -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, gone when done; nothing at all where stderr is no terminal."""
+    """Show a bar on stderr until the end; show nothing if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -217,21 +248,21 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What libraries print while they build a model goes to stderr: stdout is for results."""
+    """Send the output of libraries that build a model to stderr: stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A wrong request ends in one line on stderr and exit code 2, not in a traceback."""
-    # It logs a traceback for what an operator refuses, which is one line here.
+    """End a wrong request with one line on stderr and exit code 2, without a traceback."""
+    # This logger writes a traceback if an operator refuses its arguments.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
-    except Exception as error:  # a user's own model may raise anything
+    except Exception as error:  # A user's own model may raise any error.
         from mesa_train.utils.errors import one_line
 
         logging.getLogger("mesa_train").debug("the error in full", exc_info=True)
@@ -240,7 +271,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def show(*renderables: Any) -> None:
-    """Print to stdout, leaving out None."""
+    """Print to stdout; leave out None."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -257,5 +288,5 @@ def console_width() -> int:
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """Print as JSON alone."""
+    """Print JSON alone."""
     typer.echo(json.dumps(value, indent=2))

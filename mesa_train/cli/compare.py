@@ -1,4 +1,4 @@
-"""`mesa-train compare`: methods side by side, each in a process of its own, and a report."""
+"""`mesa-train compare`: measure methods side by side, each in a process of its own, and report."""
 
 from __future__ import annotations
 
@@ -55,8 +55,11 @@ def compare(
     device: common.Device = None,
     as_json: common.Json = False,
 ) -> None:
-    """Methods side by side, and a report. Bytes kept, peak of the step, gradient error, step time,
-    largest batch; each method in a process of its own. Ctrl-C keeps what is done so far."""
+    """Compare methods side by side and write a report.
+
+    Measures saved bytes, peak of the step, gradient error, step time and largest batch, each method
+    in a process of its own. Ctrl-C keeps the finished rows.
+    """
     with common.one_line_errors():
         from mesa_train.compare.scheduler import Request, measure
         from mesa_train.report.results import Results
@@ -66,10 +69,10 @@ def compare(
         memory_bytes = None if memory is None else parse_bytes(memory, "--memory")
         where = common.device_name(device, fake)
         if out is not None:
-            # Here, and not when all is measured.
+            # Check now, not after all measurements.
             common.writable_folder(out, "--out")
-        # Also where every method runs elsewhere: what is wrong with the model shows here, at once. On
-        # the CPU, so that nothing of this process lies on the GPU that is measured.
+        # Load here too, although other processes run the methods: this shows an error of the model
+        # at once. Load on the CPU, so that this process takes no memory of the measured GPU.
         loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=fake)
         dtype = common.resolved(loaded, dtype, where, fake)
         common.check_precision(loaded, dtype, where, fake)
@@ -110,7 +113,7 @@ def compare(
 def _read(
     made: Generator[dict[str, Any], None, None], results: Results | None
 ) -> tuple[list[dict[str, Any]], bool]:
-    """(the rows as they come, each on disk at once; whether the user ended it)."""
+    """(the rows, each written to disk when it is measured; whether the user stopped)."""
     rows: list[dict[str, Any]] = []
     try:
         with _stoppable(), contextlib.closing(made):
@@ -124,6 +127,7 @@ def _read(
 
 
 def _show(title: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
+    """Print the table of a comparison."""
     from mesa_train.report import terminal
 
     common.show(title, terminal.comparison(rows, common.console_width()), *terminal.notes_of(rows))
@@ -133,7 +137,7 @@ def _show(title: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> No
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within the context a SIGTERM ends a comparison as Ctrl-C does: with the rows so far."""
+    """Within the context, SIGTERM ends a comparison as Ctrl-C does, with the finished rows."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -146,8 +150,11 @@ def _stoppable() -> Iterator[None]:
 
 
 def _methods(asked: str | None, fake: bool) -> list[str]:
-    """The methods of a comma-separated list, or all that can be measured; ValueError for a name
-    that is none."""
+    """The methods of a comma-separated list; without one, all that can be measured.
+
+    Raises:
+        ValueError: a name is no method.
+    """
     from mesa_train.methods.spec import DEFAULT, MethodSpec
 
     names = list(DEFAULT)
@@ -166,7 +173,7 @@ def _counted(
     progress: Callable[[str, int, int], None],
     device: str | None,
 ) -> Generator[dict[str, Any], None, None]:
-    """Rows of bytes alone."""
+    """Rows of bytes alone, counted on fake tensors."""
     import torch
 
     from mesa_train.compare.counted import count

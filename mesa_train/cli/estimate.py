@@ -1,4 +1,4 @@
-"""`mesa-train estimate`: what sharded training takes on every GPU, and what fits."""
+"""`mesa-train estimate`: estimate the memory of sharded training on every GPU."""
 
 from __future__ import annotations
 
@@ -52,8 +52,11 @@ def estimate(
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
-    """What sharded training takes on every GPU. Weights, gradients, optimizer states and activations
-    with DDP, ZeRO, FSDP2, offload and LoRA: what fits, and how to start the simplest."""
+    """Estimate the memory of sharded training on every GPU.
+
+    Counts weights, gradients, optimizer states and activations with DDP, ZeRO, FSDP2, offload and
+    LoRA. Shows which setups fit, and how to start the simplest of them.
+    """
     with one_line_errors():
         from mesa_train.estimate.estimator import POLICIES, SETUPS, best, estimates
         from mesa_train.estimate.launch import accelerate_config, command
@@ -103,6 +106,7 @@ def estimate(
 
 
 def _show(title: str, rows: list[Any]) -> None:
+    """Print the tables of the estimates."""
     from mesa_train.estimate.estimator import RESERVE
     from mesa_train.report import terminal
     from mesa_train.utils.formatting import format_gib
@@ -113,7 +117,7 @@ def _show(title: str, rows: list[Any]) -> None:
 
 
 def _instead(found: list[Any], batch_size: int) -> str:
-    """What would fit where the batch does not."""
+    """A line with a setup that fits fewer images, or with the advice to use more GPUs."""
     most = max(found, key=lambda e: e.largest_batch, default=None)
     if most is None or not most.largest_batch:
         return "not even one image a GPU fits; more or larger GPUs are needed"

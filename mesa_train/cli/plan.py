@@ -1,4 +1,4 @@
-"""`mesa-train plan`: the policy that fits a memory budget, and what it will cost."""
+"""`mesa-train plan`: find the policy that fits a memory budget, and predict its cost."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ def plan(
     fake: common.Fake = False,
     as_json: common.Json = False,
 ) -> None:
-    """A policy that fits a memory budget. Chooses for every stash whether it is saved uncompressed, in 8, 4 or
-    2 bits, rebuilt, or, on a GPU, moved to CPU memory, for every block whether to checkpoint it; says
-    what a step will take."""
+    """Find a policy that fits a memory budget.
+
+    Chooses for every stash: saved uncompressed, in 8, 4 or 2 bits, rebuilt, or, on a GPU, offloaded
+    to CPU memory. Chooses for every block whether to checkpoint it. Predicts the memory, time and
+    error of a step.
+    """
     with common.one_line_errors():
         from mesa_train.planner.planner import Planner
         from mesa_train.report import terminal
@@ -99,7 +102,7 @@ def plan(
 
 
 def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
-    """What --json says of a plan and of those of the frontier."""
+    """The JSON values of a plan and of the plans of the frontier."""
     return {
         "policy": found.policy.to_yaml(),
         "prediction": found.prediction.to_dict(),
@@ -110,7 +113,7 @@ def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
 
 
 def _check_baselines(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:
-    """ValueError if the rows are of another model or batch."""
+    """ValueError if the rows are measured with another model or batch."""
     for row in rows:
         own = row.get("model"), row.get("shapes", row.get("inputs"))
         if own != (loaded.name, loaded.shapes()):
@@ -123,7 +126,7 @@ def _check_baselines(path: Path | None, rows: list[dict[str, Any]], loaded: Load
 
 
 def _baselines(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]:
-    """The rows of a comparison; ValueError where they cannot be drawn."""
+    """The rows of a comparison; ValueError if they cannot be drawn."""
     from mesa_train.utils import records
 
     if path is None:

@@ -1,4 +1,4 @@
-"""`mesa-train profile`: where the bytes are, by operator and by module, and what is stored how."""
+"""`mesa-train profile`: show the saved bytes by operator and module, and how they are stored."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def profile(
     fake: common.Fake = False,
     as_json: common.Json = False,
 ) -> None:
-    """Where the bytes are, by operator and module. Plain against a policy, or two policies, and what
-    is stored how and why."""
+    """Show where the saved bytes are, by operator and module.
+
+    Compares plain with a policy, or two policies, and shows how each tensor is stored and why.
+    """
     with common.one_line_errors():
         from mesa_train.measure.footprint import footprint
 
@@ -77,7 +79,7 @@ def profile(
 
 
 def _method(name: str) -> Policy | str:
-    """A policy from its file, or a method's name; ValueError with the choices for another."""
+    """A policy from its file, or a method's name; ValueError with the choices for another name."""
     from mesa_train.methods.apply import check_method
     from mesa_train.policy import Policy
 
@@ -88,5 +90,5 @@ def _method(name: str) -> Policy | str:
 
 
 def _label(name: str) -> str:
-    """A name short enough for a column."""
+    """A name that is short enough for a column."""
     return name if len(name) <= 24 else name.rpartition("/")[2][-24:]

@@ -1,1 +1,1 @@
-"""Methods side by side: processes that measure them one by one, and what can be counted without running."""
+"""Compare methods: measure each in a process of its own, or count on fake tensors."""

@@ -1,7 +1,7 @@
-"""The largest batch that fits: on a straight line through computed peaks, or by trying.
+"""Find the largest batch that fits: on a straight line through computed peaks, or by trying.
 
-A step's bytes are a part that does not depend on the batch (copies of weights, gradients) and a
-part that grows with it.
+The bytes of a step have two parts. One does not depend on the batch (copies of weights, gradients),
+the other grows with it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ import torch
 def largest_batch_on_a_line(
     peak: Callable[[int], int], room: int, guess: int, per_image: float, gradients: int
 ) -> int:
-    """The largest batch whose peak is at most `room` bytes, taking the peak to be a straight line
-    from where activations outweigh the rest.
+    """Find the largest batch whose peak is at most `room` bytes, from the peaks of two batches.
 
-    peak: bytes of a step by batch size. It bends where the peak moves from the end of the backward,
-    where all `gradients` are there, to its beginning, where all activations are (`per_image` bytes
-    an image): so it is asked for two sizes beyond that, or near the first `guess`.
+    The peak is a straight line for batches whose activations outweigh the rest. In smaller batches
+    the peak is at the end of the backward, where all gradients exist. In larger ones it is at the
+    beginning of the backward, where all activations exist. So `peak` is called for two batches
+    beyond this bend, or near `guess` if that is smaller.
+
+    Args:
+        peak: bytes of a step by batch size.
+        room: bytes that the peak may have.
+        guess: first batch to try, in images.
+        per_image: bytes of the activations of an image.
+        gradients: bytes of all gradients.
+
+    Returns:
+        The batch; 0 if not even one image fits.
     """
     bend = int(4 * gradients / max(per_image, 1.0)) + 1
     first = max(1, min(bend, guess))
@@ -32,9 +42,14 @@ def largest_batch_on_a_line(
 
 
 def bisect(fits: Callable[[int], bool], guess: int, precision: float = 0.02) -> int:
-    """The largest batch for which `fits`, to a relative `precision`; 0 if not even 1 does.
+    """Find the largest batch for which `fits` is true; 0 if not even 1 fits.
 
-    Grows or halves from `guess`, then bisects: about ten trials.
+    The search doubles or halves from `guess`, then bisects: about ten trials.
+
+    Args:
+        fits: whether a batch fits.
+        guess: first batch to try.
+        precision: relative precision of the result.
     """
     low, size = 0, max(1, guess)
     while fits(size):
@@ -50,7 +65,7 @@ def bisect(fits: Callable[[int], bool], guess: int, precision: float = 0.02) -> 
 
 
 class Tries(Protocol):
-    """What trying needs of a bench."""
+    """The part of a benchmark that `largest_batch_by_trying` uses."""
 
     device: torch.device
     job: dict[str, int]
@@ -61,8 +76,15 @@ class Tries(Protocol):
 
 
 def largest_batch_by_trying(bench: Tries, memory: int) -> int | None:
-    """Bisect with real steps on a GPU limited to `memory` bytes; None where inputs have no batch
-    dimension."""
+    """Bisect with real steps on a GPU that is limited to `memory` bytes.
+
+    Args:
+        bench: the method to try.
+        memory: bytes that the GPU may allocate.
+
+    Returns:
+        The largest batch; None if an input has no batch dimension.
+    """
     if bench.resized(1) is None:
         return None
 
@@ -79,7 +101,7 @@ def largest_batch_by_trying(bench: Tries, memory: int) -> int | None:
 
 @contextlib.contextmanager
 def limited(device: torch.device, memory: int) -> Iterator[None]:
-    """Within the context the caching allocator of a GPU hands out at most `memory` bytes."""
+    """Within the context, the caching allocator of a GPU allocates at most `memory` bytes."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)

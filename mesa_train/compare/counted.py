@@ -1,5 +1,7 @@
-"""A comparison by counting alone: saved bytes, peak of the step, largest batch, on tensors without
-data. Any model and batch, in seconds; no times and no gradients."""
+"""Compare methods on fake tensors: saved bytes, peak of the step, largest batch.
+
+Works for any model and batch, in seconds. It gives no times and no gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,20 @@ def count(
     memory_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Generator[Row, None, None]:
-    """A row a method with what can be counted; what needs a real run has its reason as "note".
+    """Count a comparison on fake tensors.
 
-    make: loads the model, on the meta device.
+    Args:
+        make: loads the model on the meta device.
+        methods: names of the methods.
+        dtype: dtype of autocast, or None.
+        memory_bytes: bytes that the largest batch must fit; None finds no largest batch.
+        progress: called with (method, its number from 0, number of methods).
 
-    Raises ValueError for an unknown method or none at all, and what counting raises.
+    Yields:
+        A row for each method. If a method needs a real run, its row has the reason as "note".
+
+    Raises:
+        ValueError: a method is unknown, or there is none; and the errors of `footprint`.
     """
     if not methods:
         raise ValueError("a comparison needs a method, such as plain or mesa8")
@@ -62,6 +73,7 @@ def _counted(
     dtype: torch.dtype | None,
     memory_bytes: int | None,
 ) -> Row:
+    """The row of one method."""
     model, inputs = spec.cast(loaded.model, loaded.inputs)
     autocast = spec.autocast(dtype)
     found = footprint(model, inputs, policy=spec.variant, autocast=autocast, loss=default_loss)

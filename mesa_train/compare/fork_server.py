@@ -1,5 +1,7 @@
-"""The process that forks a child for every job (`worker.py`), seen from the other end: begin a job, ask
-what became of it, pause it, end it."""
+"""Control the process that forks a child for every job: start, watch, pause and end a job.
+
+`worker.py` is the code of that process.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ from typing import Any
 
 
 class Server:
-    """A context manager; `start` it in a thread that outlives its jobs, since Linux ends it with the
-    thread that started it. Started again when a job is begun after it died.
+    """The process that forks a child for every job; a context manager.
 
-    environment: variables beside those of this process.
+    Call `start` in a thread that ends after its jobs: Linux ends the process with the thread that
+    started it. If the process died, the next `begin` starts it again.
+
+    Args:
+        environment: variables beside the variables of this process.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -44,13 +49,13 @@ class Server:
         self._errors.close()
 
     def start(self) -> None:
-        """Import what all jobs need, while the caller goes on."""
+        """Start the process, which imports the packages of all jobs while the caller continues."""
         if self._closed:
             raise RuntimeError("this server is closed")
         if self._process is not None and self._process.poll() is None:
             return
         command = [sys.executable, "-m", "mesa_train.compare.worker"]
-        # The user's own modules are imported from where the command runs.
+        # The user's own modules are imported from the current folder.
         path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)  # noqa: PTH109
         self._process = subprocess.Popen(
             command,
@@ -59,14 +64,19 @@ class Server:
             stderr=self._errors,
             text=True,
             env={**self._environment, **os.environ, "PYTHONPATH": path},
-            # Ctrl-C in a terminal is for the caller alone, who ends this process and its jobs.
+            # Ctrl-C in a terminal reaches only the caller, which ends this process and its jobs.
             start_new_session=True,
         )
         self._lines = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
 
     def begin(self, job: dict[str, Any], limit_s: float) -> None:
-        """Start a job that may take `limit_s` seconds, pauses apart."""
+        """Start a job.
+
+        Args:
+            job: the values that the worker reads.
+            limit_s: most seconds of the job, without pauses.
+        """
         self.start()
         assert self._process is not None
         assert self._process.stdin is not None
@@ -78,7 +88,11 @@ class Server:
             self._process.stdin.flush()
 
     def outcome(self, timeout: float) -> tuple[bool, str | None]:
-        """(whether the job has ended, why it did not end well) after at most `timeout` seconds."""
+        """Wait at most `timeout` seconds for the job.
+
+        Returns:
+            (whether the job has ended, the reason if it failed).
+        """
         if self._paused_at is None and clock.monotonic() >= self._end:
             self._stop()
             return True, f"stopped after {self._limit:.0f} s"
@@ -104,11 +118,11 @@ class Server:
         return True, None
 
     def busy(self) -> bool:
-        """Whether the job goes on and has time left."""
+        """Whether the job is running and has time left."""
         return self._lines.empty() and clock.monotonic() < self._end
 
     def extend(self, seconds: float) -> None:
-        """Give the job more time."""
+        """Add seconds to the job's limit."""
         self._end += seconds
 
     def end(self) -> None:
@@ -116,13 +130,13 @@ class Server:
         self._stop()
 
     def pause(self) -> None:
-        """Hold the job and whatever it started until `resume`."""
+        """Stop the job and the processes that it started until `resume`."""
         with self._lock:
             self._paused_at = clock.monotonic()
             self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let the job go on; what it was held for does not count."""
+        """Continue the job; the pause does not count for its limit."""
         with self._lock:
             if self._paused_at is not None:
                 self._end += clock.monotonic() - self._paused_at
@@ -130,12 +144,16 @@ class Server:
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the process, which may be importing, and to its job with all that it started."""
+        """Send a signal to the process, which may be importing, and to its job.
+
+        The job's own child processes get it too.
+        """
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
         _signal_group(self._child, number)
 
     def _stop(self) -> None:
+        """Kill the process and its job."""
         with self._lock:
             process, self._process = self._process, None
             child, self._child = self._child, None
@@ -150,6 +168,7 @@ class Server:
                     stream.close()
 
     def _last_error(self) -> str:
+        """The last line that the process wrote to stderr."""
         if self._closed:
             return "the comparison was ended"
         self._errors.seek(0)
@@ -158,15 +177,16 @@ class Server:
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    """Put the lines of the process's stdout into a queue, then None."""
     assert process.stdout is not None
-    with contextlib.suppress(ValueError):  # closed while waiting
+    with contextlib.suppress(ValueError):  # Closed while this thread waits.
         for line in process.stdout:
             lines.put(line)
     lines.put(None)
 
 
 def _signal_group(child: int | None, number: signal.Signals) -> None:
-    """To a job and whatever it started: it leads its own group."""
+    """Send a signal to a job and its processes: the job leads a process group of its own."""
     if child is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, number)

@@ -1,13 +1,14 @@
-"""Contenders side by side, each measured in a process of its own.
+"""Measure methods side by side, each in a process of its own.
 
-A method that runs out of memory, crashes or takes too long becomes a row with its reason, and the
-next one starts clean. A server process imports PyTorch once and forks a child a method (see
-`fork_server.py` and `worker.py`).
+If a method runs out of memory, crashes or takes too long, its row has the reason. The next method
+starts in a new process. A server process imports PyTorch once and forks a child for each method
+(see `fork_server.py` and `worker.py`).
 
-Compiling takes most of the time of a method that compiles, and one core. So on a CPU of several cores
-these methods have a slot of their own: they compile and count their bytes while the others count
-theirs, with half of the threads, since two jobs with all of them wait for each other's barriers. The
-peak is taken and steps are timed alone: whoever is ready has its turn, and the other slot is held.
+A compiled method spends most of its time in the compiler, on one core. So on a CPU of several cores
+the compiled methods have a worker slot of their own. They compile and count their bytes while the
+other methods count bytes with half of the threads: two jobs with all threads would wait for each
+other's barriers. The peak is measured and steps are timed alone: the jobs take turns, and the other
+slot is paused.
 """
 
 from __future__ import annotations
@@ -34,20 +35,27 @@ from .fork_server import Server
 Row = dict[str, Any]
 
 _MEMINFO = Path("/proc/meminfo")
-# Of the seconds that a method has where all are to be done in time, the share for timed steps.
+# Share of a method's seconds for timed steps, if all methods together have a time limit.
 _TIMING = 0.4
-# A slot of its own for what compiles needs this many times what the first method took.
+# The second worker slot needs this many times the resident memory of the first method.
 _ROOM = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is measured.
+    """A comparison to measure.
 
-    model, batch_size, image_size, device: as for `load`. dtype: autocast's, "bfloat16", "float16"
-    or None. rounds: timed steps of every method, 0 for no times. memory_bytes: what the largest
-    batch has to fit, or None. limit_s: most seconds for one method, total_s: for all of them.
-    threads: None for torch's own.
+    Args:
+        model: the MODEL string, as for `load`.
+        batch_size: as for `load`.
+        image_size: as for `load`.
+        device: as for `load`.
+        dtype: dtype of autocast: "bfloat16", "float16" or None.
+        rounds: timed steps of every method; 0 for no times.
+        memory_bytes: bytes that the largest batch must fit, or None.
+        limit_s: most seconds for one method.
+        total_s: most seconds for all methods.
+        threads: number of threads; None for torch's default.
     """
 
     model: str
@@ -67,13 +75,21 @@ def measure(
     methods: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Generator[Row, None, None]:
-    """A row a method as they are done, which may not be their order; "note" holds the reason where
-    one failed.
+    """Measure the methods.
 
-    The first process also writes the float32 gradient that all are compared with.
+    The first process also writes the float32 gradient that all gradients are compared with.
 
-    Raises ValueError for an unknown method or none at all, and where the model fails by itself, so
-    that no method could do better.
+    Args:
+        request: the comparison.
+        methods: names of the methods.
+        progress: called with (running methods, number of finished methods, number of methods).
+
+    Yields:
+        A row for each method when it is finished, which may be another order than of `methods`. If
+            a method failed, its row has the reason as "note".
+
+    Raises:
+        ValueError: a method is unknown or there is none, or the model fails without any method.
     """
     if not methods:
         raise ValueError(f"a comparison needs a method; choose from {FLOAT32}, plain, or a preset")
@@ -102,11 +118,12 @@ def measure(
 
 
 def _told(tell: Callable[[str, int, int], None], done: int, total: int, running: str) -> None:
+    """Call `tell` with the running methods first."""
     tell(running, done, total)
 
 
 class _Bench:
-    """The rows of one comparison, made in one or two slots."""
+    """The rows of one comparison, measured in one or two worker slots."""
 
     def __init__(
         self, request: Request, methods: Sequence[str], folder: Path, servers: Sequence[Server]
@@ -117,7 +134,7 @@ class _Bench:
         self.two = request.device == "cpu" and (os.cpu_count() or 1) > 1
         numbers = range(len(methods))
         compiled = [n for n in numbers if self.two and MethodSpec.of(methods[n]).compiled]
-        # What has to be done by the one slot, and what either may do.
+        # Methods of the first slot alone, and methods for either slot.
         self.own = [n for n in numbers if n not in compiled]
         self.either = compiled
         self.running: dict[Server, str] = {}
@@ -127,18 +144,18 @@ class _Bench:
         self.first: Row | None = None
 
     def start(self) -> None:
-        """Begin. The servers start here: Linux would end them with the thread that starts them."""
+        """Start the slots. Servers start in this thread: Linux ends a server with its thread."""
         slots = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
         for number, server in enumerate(slots):
             server.start()
             threading.Thread(target=self._slot, args=(server, number == 0), daemon=True).start()
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Start no more jobs."""
         self.closed = True
 
     def next(self, tell: Callable[[str], None]) -> Row:
-        """The next row that is done; until then `tell` hears what is running."""
+        """Wait for the next finished row; `tell` is called with the running methods."""
         while True:
             with contextlib.suppress(queue.Empty):
                 row = self.rows.get(timeout=0.1)
@@ -148,6 +165,7 @@ class _Bench:
             tell(", ".join(list(self.running.values())))
 
     def _slot(self, server: Server, first: bool) -> None:
+        """Measure methods until none is left."""
         try:
             if not first:
                 self._until_there_is_room()
@@ -155,12 +173,12 @@ class _Bench:
                 row = self._measured(server, number)
                 self.first = self.first or row
                 self.rows.put(row)
-        except BaseException as error:  # to be raised where the rows are read
+        except BaseException as error:  # Raised again where the rows are read.
             if not self.closed:
                 self.rows.put(error)
 
     def _until_there_is_room(self) -> None:
-        """Wait for the first row, which writes the reference, and for memory to spare."""
+        """Wait for the first row, which writes the reference, and for enough free memory."""
         while not self.closed and (self.first is None or not self.reference.exists()):
             clock.sleep(0.05)
             with self.taking:
@@ -171,6 +189,7 @@ class _Bench:
             clock.sleep(0.5)
 
     def _take(self, first: bool) -> int | None:
+        """The number of the next method; None if there is none."""
         with self.taking:
             if self.closed:
                 return None
@@ -178,7 +197,7 @@ class _Bench:
             return waiting.pop(0) if waiting else None
 
     def _measured(self, server: Server, number: int) -> Row:
-        """The row of a method, from a process of its own."""
+        """Measure a method in a process of its own and return its row."""
         method = self.methods[number]
         why_not = MethodSpec.of(method).why_not(self.request.device)
         if why_not is not None:
@@ -188,10 +207,11 @@ class _Bench:
         if left <= 0:
             return self._row(method, None, f"not begun: {over}")
         job = self._job(method, number)
-        # What compiles has most of the other core; where both ask for all of them, both wait.
+        # A compiled method uses most of the other core. If both jobs use all threads, both wait.
         job["shares"] = bool(self.either or self.running) and self.first is not None
         waiting = 1 + len(self.own) + len(self.either)
-        # Two steps at least, whatever they take; None for no bound, which JSON does not have.
+        # At least two steps are timed, however long they take. None means no limit: JSON has no
+        # infinity.
         job["timing_s"] = None if math.isinf(left) else _TIMING * left / waiting
         self.running[server] = method
         server.begin(job, self.request.limit_s)
@@ -208,7 +228,7 @@ class _Bench:
         return self._row(method, Path(job["result"]), reason)
 
     def _time(self, server: Server, job: Row) -> None:
-        """Let a job take its peak and time its steps while the other slot is held."""
+        """Let a job measure its peak and time its steps while the other slot is paused."""
         others = [s for s in self.servers if s is not server]
         asked = clock.monotonic()
         with self.timing:
@@ -226,6 +246,7 @@ class _Bench:
                     other.resume()
 
     def _job(self, method: str, number: int) -> Row:
+        """The values that a worker reads."""
         gates = {gate: str(self.folder / f"{number}.{gate}") for gate in ("ready", "go", "timed")}
         return {
             **dataclasses.asdict(self.request),
@@ -239,6 +260,7 @@ class _Bench:
 
     @staticmethod
     def _row(method: str, result: Path | None, reason: str | None) -> Row:
+        """The row of a result file, with the reason if the job failed."""
         row: Row = {"method": method, "caveats": list(MethodSpec.of(method).caveats)}
         if result is not None and result.exists():
             row |= json.loads(result.read_text())
@@ -246,17 +268,17 @@ class _Bench:
 
 
 def _packages(request: Request, method: str) -> list[str]:
-    """What is imported before the fork, so that it is imported once."""
+    """The packages to import before the fork, so that they are imported once."""
     scheme, colon, _ = request.model.partition(":")
     known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
     own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
-    # On a GPU a compiler that looks for it would spoil the fork.
+    # On a GPU, the import of the compiler looks for the device, which breaks the fork.
     compiles = request.device == "cpu" and MethodSpec.of(method).compiled
     return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
 
 
 def _inductor(device: str) -> dict[str, str]:
-    """On a CPU two methods may compile side by side: each has its share of the cores."""
+    """On a CPU two methods may compile at once: each compiler gets half of the cores."""
     if device != "cpu":
         return {}
     threads = max(1, (os.cpu_count() or 1) // 2)
@@ -264,7 +286,7 @@ def _inductor(device: str) -> dict[str, str]:
 
 
 def _available() -> float:
-    """Bytes of CPU memory that are free or can be freed; infinite where the system does not tell."""
+    """Bytes of CPU memory that are free or can be freed; infinite if they are not known."""
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

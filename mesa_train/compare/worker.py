@@ -1,9 +1,9 @@
-"""One method measured in a process of its own: bytes, peak, gradient error, step time.
+"""Measure one method in a process of its own: bytes, peak, gradient error, step time.
 
-`python -m mesa_train.compare.worker` imports what all of them need once and forks a child for every
-job line on stdin, so that a comparison of twenty methods imports PyTorch once, and whatever a
-method breaks (an out-of-memory kill, a compiler's patches, allocator state) ends with its child.
-`scheduler.py` is the other end.
+`python -m mesa_train.compare.worker` imports the packages of all jobs once and forks a child for
+every job line on stdin. So a comparison of twenty methods imports PyTorch once. Damage by a method
+(an out-of-memory kill, a compiler's patches, allocator state) ends with its child. `scheduler.py`
+sends the jobs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,18 @@ _PR_SET_PDEATHSIG = 1
 class MethodBenchmark:
     """One method on one model and one batch.
 
-    job: model, batch_size, image_size, device, dtype (autocast's or None), method, rounds,
-    memory_bytes (or None), the path of the reference, which the first job writes, the paths "ready",
-    "go" and "timed" (see `alone`), timing_s (see `times`) and shares (see `sharing`).
+    A job has these keys:
+
+    * model, batch_size, image_size, device, method, rounds;
+    * dtype: of autocast, or None;
+    * memory_bytes: bytes that the largest batch must fit, or None;
+    * reference: path of the reference, which the first job writes;
+    * ready, go, timed: paths, see `alone`;
+    * timing_s: see `times`;
+    * shares: see `sharing`.
+
+    Args:
+        job: the values by key.
     """
 
     def __init__(self, job: Row) -> None:
@@ -75,7 +84,8 @@ class MethodBenchmark:
         self.exact: list[Tensor | None] | None = None
         inputs = loaded.inputs
         if reference.exists():
-            # Also the weights and inputs: a factory may draw others each time.
+            # The file also has the weights and inputs: a factory may make other random ones each
+            # time.
             kept = torch.load(reference, weights_only=False, map_location=self.device)
             loaded.model.load_state_dict(kept["state"])
             inputs, self.exact = kept["inputs"], kept["gradients"]
@@ -87,7 +97,11 @@ class MethodBenchmark:
         self.optimizer = self.spec.optimizer(self.model)
 
     def row(self, report: Callable[[Row], None]) -> Row:
-        """All columns. `report` is given what there is so far, should a later step fail."""
+        """Measure all columns.
+
+        Args:
+            report: called with the columns so far, in case a later step fails.
+        """
         row: Row = {"method": self.spec.name, "caveats": list(self.spec.caveats)}
         with self.sharing():
             row |= self.counted()
@@ -111,9 +125,11 @@ class MethodBenchmark:
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
-        """Within the context half of the threads, where another job has the others. Not for compiled
-        code, whose threads are compiled into it, and not for what is timed or whose workspace
-        is counted."""
+        """Within the context, torch uses half of the threads if another job runs.
+
+        Compiled code keeps its threads, because their number is compiled into it. Timed steps and
+        counts of workspace run outside of this context.
+        """
         threads = torch.get_num_threads()
         if self.job["shares"] and not self.spec.compiled:
             torch.set_num_threads(max(1, threads // 2))
@@ -124,8 +140,10 @@ class MethodBenchmark:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Within the context no other job runs: says when it is ready, waits for the word to go, and
-        says when it is done."""
+        """Within the context, no other job runs.
+
+        The job writes "ready", waits for the file "go", and writes "timed" at the end.
+        """
         Path(self.job["ready"]).touch()
         while not Path(self.job["go"]).exists():
             clock.sleep(0.02)
@@ -135,7 +153,7 @@ class MethodBenchmark:
             Path(self.job["timed"]).touch()
 
     def counted(self) -> Row:
-        """Gradient error, and bytes of what is kept and of weights, gradients and optimizer."""
+        """Gradient error, and bytes of saved tensors, weights, gradients and optimizer."""
         row: Row = {}
         self.forward_backward()
         if self.exact is not None:
@@ -155,18 +173,18 @@ class MethodBenchmark:
         return row | self.kept()
 
     def forward_backward(self, inputs: Any = None) -> None:
-        """Gradients of one batch."""
+        """Compute the gradients of one batch."""
         with self.variant.active() as module:
             self.run.backward(module, self.inputs if inputs is None else inputs)
 
     def step(self, inputs: Any = None) -> None:
-        """One whole training step."""
+        """Run one whole training step."""
         self.forward_backward(inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def kept(self) -> Row:
-        """Bytes saved for the backward, and by operator and module where they have names."""
+        """Bytes saved for the backward, and by operator and module if these have names."""
         if not self.spec.countable:
             kept = self.variant.saved_bytes(lambda module: self.run.forward(module, self.inputs))
             what = "compiled graph" if self.spec.compiled else "copies in CPU memory"
@@ -186,20 +204,23 @@ class MethodBenchmark:
         }
 
     def standing(self) -> int:
-        """Bytes that are there before and after a step."""
+        """Static bytes: they exist before and after a step."""
         tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
         own = [*self.model.parameters(), *self.model.buffers(), *tensors]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
         return sum(storages.values()) + optimizer_bytes(self.optimizer)
 
     def peak(self) -> Peak:
-        """The peak of one step."""
+        """Measure the peak of one step."""
         gc.collect()
         return peak_of(self.step, self.device)
 
     def times(self) -> Row:
-        """Whole steps after those that the other columns took: median, quartiles, images per second.
-        Fewer than asked for, but two, where they take longer than "timing_s"."""
+        """Time whole steps: median, quartiles, images per second.
+
+        The steps of the other columns have warmed up the method. If the steps take longer than
+        "timing_s" seconds in all, fewer steps than "rounds" are timed, but at least two.
+        """
         if not self.job["rounds"]:
             return {}
         taken: list[float] = []
@@ -217,7 +238,11 @@ class MethodBenchmark:
         }
 
     def largest_batch(self, peak: Peak, row: Row) -> tuple[int | None, str]:
-        """The largest batch whose step fits, and how that was found; None, and why it was not."""
+        """Find the largest batch whose step fits.
+
+        Returns:
+            (the batch, how it was found), or (None, the reason).
+        """
         batch, memory = self.batch, self.job["memory_bytes"]
         on_gpu = self.device.type == "cuda"
         if (on_gpu or self.spec.countable) and self.resized(1) is None:
@@ -242,13 +267,17 @@ class MethodBenchmark:
         return found, "largest batch: computed on tensors without data"
 
     def resized(self, batch: int) -> Any:
-        """Inputs of another batch size: on a GPU with data, else without. None where an input has no
-        batch dimension."""
+        """Make inputs of another batch size: with data on a GPU, without data elsewhere.
+
+        Returns:
+            The inputs; None if an input has no batch dimension.
+        """
         on_gpu = self.device.type == "cuda"
         other = resized(self.inputs, self.batch, batch, on_gpu, self.make)
         return None if other is None else self.spec.narrowed(other)
 
     def _write_reference(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        """Write weights, inputs and the float32 gradient of the plain model."""
         state = {key: value.clone() for key, value in model.state_dict().items()}
         narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
         own = copy.deepcopy(model) if narrow else model
@@ -266,7 +295,7 @@ class MethodBenchmark:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First and third; of fewer than four values the least and the greatest."""
+    """First and third quartile; minimum and maximum of fewer than four values."""
     if len(values) < 4:
         return [min(values), max(values)]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -274,7 +303,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def run(job: Row) -> None:
-    """Do one job and write its row to the path it names; a failure is a row with its reason."""
+    """Run one job and write its row to the path "result"; a failure is a row with its reason."""
     result = Path(job["result"])
 
     def report(row: Row) -> None:
@@ -292,16 +321,17 @@ def run(job: Row) -> None:
         row = _so_far(result, row) | {"note": f"out of memory: {_own(error)}"}
     except NoBlocks as error:
         row = _so_far(result, row) | {"note": _own(error)}
-    except Exception as error:  # whatever a baseline raises is its row's reason
+    except Exception as error:  # Any error of a baseline is the reason in its row.
         traceback.print_exc()
         note = f"{type(error).__name__}: {_own(error)}"
         row = _so_far(result, row) | {"note": note[:400]}
-        # Nothing at all was measured: for plain, the model's own fault.
+        # Nothing was measured: for plain, the model itself fails.
         row["broken"] = "saved_bytes" not in row
     report(row)
 
 
 def _so_far(result: Path, row: Row) -> Row:
+    """The columns that the job reported before it failed."""
     return json.loads(result.read_text()) if result.exists() else row
 
 
@@ -311,8 +341,10 @@ def _own(error: BaseException) -> str:
 
 
 def _end_with_parent() -> None:
-    """On Linux: be killed when the parent process ends, however it ends. Elsewhere a job that is
-    left alone runs to its end."""
+    """On Linux, end this process when its parent ends for any reason.
+
+    On other systems a job without its parent runs to its end.
+    """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -322,7 +354,7 @@ def serve() -> None:
     _end_with_parent()
     jobs = sys.stdin
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever libraries print goes to stderr.
+    # The output of libraries goes to stderr.
     os.dup2(2, 1)
     for line in jobs:
         job = json.loads(line)

@@ -1,1 +1,1 @@
-"""The memory of sharded training before it runs: model states, activations, LoRA and launch files."""
+"""Estimate the memory of sharded training: model states, activations, LoRA and launch files."""

@@ -1,8 +1,8 @@
-"""Estimate: what training of a model takes on every GPU, sharded or on one card, and what fits.
+"""Estimate the memory of training on every GPU, sharded or on one card, and which ways fit.
 
 Activations and the working set of the backward come from the model's own forward and backward on
-tensors without data, at three batch sizes; model states from `sharding.py`. Nothing is trained, and
-no GPU is needed. `mesa-train estimate` and the recipes' predictions are both made here.
+fake tensors, at three batch sizes. Model states come from `model_states.py`. Nothing is trained,
+and no GPU is needed. `mesa-train estimate` and the predictions of the recipes use this file.
 """
 
 from __future__ import annotations
@@ -12,34 +12,29 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from mesa_train.loading.inputs import NO_BATCH, resized
 from mesa_train.loading.model import Loaded
-from mesa_train.measure.fake_tensors import gpu_norms
-from mesa_train.measure.footprint import footprint
 from mesa_train.measure.optimizer_states import (
     IN_BACKWARD,
     OPTIMIZERS,
     adamw_bytes,
     in_backward_bytes,
 )
-from mesa_train.measure.step import default_loss
-from mesa_train.measure.timeline import timeline
 from mesa_train.methods.checkpointing import NoBlocks, find_blocks
 from mesa_train.policy import Policy
 
+from .activations import Activations, activations_of, forward_activations
 from .lora import with_lora
 from .model_states import Cluster, Parameters, States, states
 
-# CUDA's context, NCCL's buffers and what the caching allocator cannot use.
+# CUDA's context, NCCL's buffers and memory that the caching allocator cannot use.
 RESERVE = 2 << 30
 POLICIES = (
     "plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint", "mesa8+coded",
     "mesa8+offload",
 )  # fmt: skip
-# From the simplest to run to the slowest.
+# The setups, from the simplest to run to the slowest.
 SETUPS = (
     ("ddp", "none"),
     ("zero1", "none"),
@@ -52,17 +47,22 @@ SETUPS = (
     ("zero3", "cpu"),
     ("zero3", "nvme"),
 )
-# Operators on whole tokens, which tensor parallelism does not split.
-_ON_TOKENS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm", "checkpoint"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A way to train. strategy, offload: of `sharding.states`. optimizer: of `OPTIMIZERS`; those that
-    step in the backward belong to the strategy of that name. lora: rank of LoRA on a model frozen in
-    NF4, 0 for training all of it. half: weights in bfloat16 without float32 copies.
+    """A way to train.
 
-    Raises ValueError for an optimizer that is unknown or does not fit the strategy.
+    Args:
+        strategy: one of `model_states.STRATEGIES`.
+        offload: one of `model_states.OFFLOADS`.
+        optimizer: one of `OPTIMIZERS`. Optimizers that step in the backward need the strategy
+            "in_backward".
+        lora: rank of LoRA on a model that is frozen in NF4; 0 trains the whole model.
+        half: weights in bfloat16 without float32 copies.
+
+    Raises:
+        ValueError: the optimizer is unknown or does not fit the strategy.
     """
 
     strategy: str = "ddp"
@@ -83,46 +83,29 @@ class Setup:
 
     @property
     def autocast(self) -> bool:
-        """Whether float32 weights are on the GPU whole, so that autocast keeps copies of them."""
+        """Whether whole float32 weights are on the GPU, so that autocast saves copies of them."""
         return self.strategy == "ddp" and not self.half and not self.lora
 
 
 @dataclasses.dataclass(frozen=True)
-class Activations:
-    """Bytes of a step beside the model states. points: (batch, bytes) at rising batch sizes; between
-    them and beyond, on a line (from nothing, if there is one point). saved_per_image: what waits for
-    the backward, offloaded_per_image: in CPU memory. split: the share that tensor parallelism spreads."""
-
-    points: tuple[tuple[int, int], ...]
-    saved_per_image: int
-    split: float
-    offloaded_per_image: int = 0
-
-    def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
-        """Bytes for a batch on one GPU."""
-        (low, base), (high, top) = self._segment(lambda point: point[0] >= batch)
-        whole = base + (top - base) * (batch - low) / (high - low)
-        return int(whole * self._factor(tensor_parallel)) if batch else 0
-
-    def largest(self, room: int, tensor_parallel: int = 1) -> int:
-        """The largest batch that fits `room` bytes; 0 if none does."""
-        room = int(room / self._factor(tensor_parallel))
-        (low, base), (high, top) = self._segment(lambda point: point[1] > room)
-        return max(0, int(low + (room - base) * (high - low) / max(1, top - base)))
-
-    def _factor(self, tensor_parallel: int) -> float:
-        return 1 - self.split + self.split / tensor_parallel
-
-    def _segment(self, beyond: Callable[[tuple[int, int]], bool]) -> Sequence[tuple[int, int]]:
-        """The two points whose line holds up to the first that is `beyond`."""
-        points = self.points if len(self.points) > 1 else ((0, 0), *self.points)
-        end = next((i for i, point in enumerate(points) if beyond(point)), len(points) - 1)
-        return points[max(0, end - 1) :][:2]
-
-
-@dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One way to train: what lies on each GPU at `batch` images a GPU, and the largest batch."""
+    """The memory of one way to train.
+
+    Args:
+        strategy: as for `Setup`.
+        offload: as for `Setup`.
+        policy: name of the policy.
+        optimizer: as for `Setup`.
+        lora: as for `Setup`.
+        half: as for `Setup`.
+        states: bytes of the model states.
+        activations: bytes of a step beside the model states, on a GPU.
+        batch: images a GPU.
+        largest_batch: largest number of images a GPU that fits.
+        gpu_bytes: bytes on each GPU, the reserve included.
+        fits: whether `batch` images fit.
+        reason: "GPU memory" or "CPU memory" if they do not fit.
+    """
 
     strategy: str
     offload: str
@@ -139,15 +122,19 @@ class Estimate:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
+        """Return all fields as plain Python values."""
         return dataclasses.asdict(self)
 
 
 class Estimator:
-    """Estimates of one model; what they share is counted once.
+    """Estimates of one model; common parts are counted once.
 
-    make: loads the model, with inputs of `batch` images, on the meta device, anew with every call.
-    sizes: batches to count at; more of them make `largest_batch` better.
+    Args:
+        make: loads the model with inputs of `batch` images on the meta device, a new one with every
+            call.
+        batch: images a GPU.
+        sizes: batches to count at; more batches make `largest_batch` more exact. Default: 1,
+            `batch` and twice `batch`.
     """
 
     def __init__(
@@ -168,13 +155,17 @@ class Estimator:
         return self._parameters[key]
 
     def activations(self, setup: Setup, policy: str | Policy) -> Activations:
-        """What a step takes beside the model states. Raises NoBlocks where `policy` wants some."""
+        """Bytes of a step beside the model states.
+
+        Raises:
+            NoBlocks: `policy` checkpoints blocks and the model has none.
+        """
         frozen = setup.strategy == "frozen"
         key = ("" if frozen else policy, setup.autocast, setup.lora, frozen)
         if key not in self._activations:
             loaded = self.make()
             if frozen:
-                self._activations[key] = _forward_alone(loaded, self.batch, self.sizes)
+                self._activations[key] = forward_activations(loaded, self.batch, self.sizes)
             else:
                 self._activations[key] = activations_of(
                     loaded, self.batch, policy, setup.autocast, setup.lora, self.sizes
@@ -188,7 +179,14 @@ class Estimator:
         cluster: Cluster,
         reserve: int = RESERVE,
     ) -> Estimate:
-        """One way to train on `cluster`, of whose GPUs `reserve` bytes are not to be had."""
+        """Estimate one way to train.
+
+        Args:
+            setup: the way to train.
+            policy: name of a method, or a Policy.
+            cluster: the GPUs and machines.
+            reserve: bytes of each GPU that training cannot use.
+        """
         held = states(setup.strategy, setup.offload, self.parameters(setup), cluster)
         found = self.activations(setup, policy)
         split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
@@ -227,12 +225,25 @@ def estimates(
     setups: Sequence[tuple[str, str]] = SETUPS,
     reserve: int = RESERVE,
 ) -> Iterator[Estimate]:
-    """Every setup with every policy, the simplest setup first.
+    """Estimate every setup with every policy, the simplest setup first.
 
-    make, batch: as for `Estimator`. setups: strategies and offloads; of no matter for an optimizer
-    that steps in the backward. The rest as for `Setup`.
+    Args:
+        make: as for `Estimator`.
+        cluster: the GPUs and machines.
+        batch: as for `Estimator`.
+        policies: names of methods, or Policies.
+        optimizer: as for `Setup`.
+        lora: as for `Setup`.
+        half: as for `Setup`.
+        setups: (strategy, offload) pairs; ignored for an optimizer that steps in the backward.
+        reserve: bytes of each GPU that training cannot use.
 
-    Raises ValueError for an unknown optimizer, and what loading and counting raise.
+    Yields:
+        An `Estimate` for each setup and policy. Policies that checkpoint blocks are left out if the
+            model has none.
+
+    Raises:
+        ValueError: the optimizer is unknown, or loading or counting fails.
     """
     if optimizer in IN_BACKWARD:
         setups = [("in_backward", "none")]
@@ -247,7 +258,14 @@ def estimates(
 def parameters_of(
     model: nn.Module, optimizer: str = "adamw", lora: int = 0, half: bool = False
 ) -> Parameters:
-    """Counts of a model's parameters; `lora` changes the model as `with_lora` does."""
+    """Count a model's parameters.
+
+    Args:
+        model: the module; `lora` changes it as `with_lora` does.
+        optimizer: one of `OPTIMIZERS`.
+        lora: rank of LoRA; 0 for none.
+        half: weights in bfloat16 without float32 copies.
+    """
     frozen_bytes = with_lora(model, lora) if lora else None
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}.values()
@@ -258,7 +276,7 @@ def parameters_of(
     elif optimizer == "adamw8bit":
         moments = sum(adamw_bytes(p.numel(), 4, True) for p in trained)
     else:
-        # torch keeps moments in the weights' own precision.
+        # torch keeps the moments in the dtype of the weights.
         moments = (4 if half else 8) * sum(p.numel() for p in trained)
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = list(find_blocks(model).values()) or [model]
@@ -275,67 +293,9 @@ def parameters_of(
     )
 
 
-def activations_of(
-    loaded: Loaded,
-    batch: int,
-    policy: str | Policy,
-    autocast: bool,
-    lora: int = 0,
-    sizes: Sequence[int] = (),
-) -> Activations:
-    """What a step takes beside weights, gradients and optimizer states, at `sizes` images (one,
-    `batch` and twice as many). The gradients of the module whose turn it is are in it."""
-    model = loaded.model
-    if lora:
-        with_lora(model, lora)
-    dtype = torch.bfloat16 if autocast else None
-    if not autocast:
-        model = model.to(torch.bfloat16)
-    points = {}
-    with gpu_norms():
-        for size in sizes or sorted({1, batch, 2 * batch}):
-            images = _images(loaded, batch, size, not autocast)
-            points[size] = timeline(model, images, policy=policy, autocast=dtype).working_bytes
-        images = _images(loaded, batch, batch, not autocast)
-        found = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
-    on_tokens = sum(size for name, size in found.by_operator.items() if name in _ON_TOKENS)
-    return Activations(
-        points=tuple(points.items()),
-        saved_per_image=found.saved_bytes // batch,
-        split=1 - on_tokens / max(1, found.saved_bytes),
-        offloaded_per_image=found.offloaded_bytes // batch,
-    )
-
-
-def _forward_alone(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Activations:
-    """What a forward in bfloat16 takes that no backward follows."""
-    model = loaded.model.eval().to(torch.bfloat16)
-    points = []
-    with gpu_norms():
-        for size in sizes:
-            step = timeline(model, _images(loaded, batch, size, True), backward=False)
-            points.append((size, step.peak_bytes))
-    return Activations(tuple(points), 0, 1.0)
-
-
-def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
-    """The inputs of another batch size, without data."""
-    images = resized(loaded.inputs, loaded.batch or own, size, data=False, make=loaded.make)
-    if images is None:
-        raise ValueError(f"{loaded.name}: {NO_BATCH}")
-    return _narrow(images) if narrow else images
-
-
 def best(found: Sequence[Estimate]) -> Estimate | None:
-    """The simplest way that fits: the first setup and, in it, the first policy; None if none."""
+    """The simplest estimate that fits; None if none fits.
+
+    It is the first policy that fits in the first setup that has one.
+    """
     return next((e for e in found if e.fits), None)
-
-
-def _narrow(inputs: Any) -> Any:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map_only(
-        torch.Tensor,
-        lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t,
-        inputs,
-    )

@@ -1,4 +1,4 @@
-"""How to start what was estimated: accelerate's configuration file and the command."""
+"""Write the configuration file of accelerate and the command that starts an estimated training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from mesa_train.policy import OFFLOADED
 from .estimator import Estimate
 from .model_states import Cluster
 
-# Trains any model of timm's, whatever its name says.
+# Trains any timm model, not only the model of its name.
 _RECIPE = "recipes/litv2"
-# Trains ViT-22B and its siblings, sharded with tensor parallelism, or on one card.
+# Trains ViT-22B and its smaller versions, sharded with tensor parallelism, or on one card.
 _VIT22B = "recipes/vit22b"
 _OFFLOAD = {"optimizer": "cpu"}
 
 
 def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
-    """The YAML file for `accelerate launch --config_file`.
+    """Make the YAML text for `accelerate launch --config_file`.
 
-    blocks: class names of the modules that FSDP shards one by one; none: by size.
+    Args:
+        found: the way to train.
+        cluster: the GPUs and machines.
+        blocks: class names of the modules that FSDP shards one by one; if empty, FSDP shards by
+            size.
     """
     import yaml
 
@@ -35,7 +39,7 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
         "use_cpu": False,
     }
     if cluster.nodes > 1:
-        # The file of each machine has its own machine_rank.
+        # The file of each machine needs its own machine_rank.
         config |= {"main_process_ip": "ADDRESS_OF_MACHINE_0", "main_process_port": 29500}
     if cluster.gpus == 1 and found.strategy in ("ddp", "in_backward"):
         config["distributed_type"] = "NO"
@@ -81,9 +85,16 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
 def command(
     found: Estimate, model: str, path: str, gpus: int, image_size: int | None = None
 ) -> str:
-    """The command that trains with it: the recipe for a model of timm's, else a script to be named.
+    """Make the command that starts the training.
 
-    path: of accelerate's configuration. image_size: of the images, None for the recipe's own.
+    It runs a recipe for timm's models, and a script that the user fills in for other models.
+
+    Args:
+        found: the way to train.
+        model: the MODEL string.
+        path: path of accelerate's configuration.
+        gpus: number of GPUs.
+        image_size: height and width of the images; None for the recipe's default.
     """
     start = f"accelerate launch --config_file {path}"
     scheme, colon, rest = model.partition(":")
@@ -93,7 +104,7 @@ def command(
     if name.startswith("vit_22b"):
         return _vit22b(found, name, start, gpus)
     if found.strategy == "in_backward" or found.lora or found.half or "+coded" in found.policy:
-        return f"{start} YOUR_TRAINING_SCRIPT.py"  # The recipe for timm's models has none of these.
+        return f"{start} YOUR_TRAINING_SCRIPT.py"  # The recipe for timm models has none of these.
     preset, checkpointed = _parts(found.policy)
     settings = {
         "model.name": name,
@@ -130,7 +141,7 @@ def _vit22b(found: Estimate, model: str, start: str, gpus: int) -> str:
 
 
 def _parts(policy: str) -> tuple[str, bool]:
-    """(the preset or "plain", whether blocks are checkpointed)."""
+    """(name of the preset or "plain", whether blocks are checkpointed)."""
     if policy in OFFLOADED:
         return policy, False
     preset, plus, _ = policy.partition("+")
@@ -138,4 +149,5 @@ def _parts(policy: str) -> tuple[str, bool]:
 
 
 def _set(settings: dict[str, Any]) -> str:
+    """Settings as options of the command line."""
     return " ".join(f"--set {key}={value}" for key, value in settings.items())

@@ -1,7 +1,7 @@
-"""A model as NF4 + LoRA leaves it, for counting: frozen 4-bit Linears with small trained ones.
+"""Change a model as NF4 + LoRA does, for counting: frozen 4-bit Linears with small trained ones.
 
-For the meta device: the shapes and what is saved for the backward are those of QLoRA (arXiv
-2305.14314); there is nothing to run.
+It is for the meta device. The shapes and the saved tensors are equal to QLoRA's (arXiv 2305.14314);
+the model cannot run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Elements that share an 8-bit scale, and scales that share a float32 one: QLoRA's double
+# Elements that share an 8-bit scale, and scales that share a float32 scale: QLoRA's double
 # quantisation.
 _BLOCK, _BLOCKS = 64, 256
 
@@ -34,7 +34,7 @@ class Lora(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A Linear with its weight and bias frozen."""
+    """A Linear with LoRA; its weight and bias are frozen."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -45,8 +45,10 @@ class LoraLinear(nn.Module):
 
 
 class _Frozen(torch.autograd.Function):
-    """The product with a weight that is decoded in the forward and again in the backward; no policy
-    repeats it, and its input is not kept."""
+    """The product with a frozen weight, which is decoded in the forward and again in the backward.
+
+    No policy recomputes this product, and its input is not saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -60,11 +62,21 @@ class _Frozen(torch.autograd.Function):
 
 
 def with_lora(model: nn.Module, rank: int) -> int:
-    """Freeze `model` in place, give every Linear but the last a LoRA of `rank`, and every module with
-    an attribute `adapted` (ViT-22B's fused projections); the last Linear, the head, is trained whole.
-    Returns the bytes of the frozen parameters, matrices with a LoRA as NF4.
+    """Freeze `model` in place and add LoRA to its Linears.
 
-    ValueError for a rank below 1 or a model with fewer than two Linears.
+    Every Linear except the last gets a LoRA, if its weight has more than `rank` rows and columns.
+    So does every module with an attribute `adapted` (ViT-22B's fused projections). The last Linear,
+    the head, is trained whole.
+
+    Args:
+        model: the module.
+        rank: rank of LoRA.
+
+    Returns:
+        Bytes of the frozen parameters; matrices with a LoRA count as NF4.
+
+    Raises:
+        ValueError: the rank is below 1, or the model has fewer than two Linears.
     """
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")

@@ -1,11 +1,11 @@
-"""Model states of sharded training, by arithmetic: weights, gradients and optimizer states of one
-GPU, and of one machine's CPU memory.
+"""Compute the model states of sharded training: weights, gradients and optimizer states.
 
-DeepSpeed keeps 16-bit weights and gradients, and float32 gradients, weights and moments for the
-optimizer; what it adds up to is what its own `estimate_zero*_model_states_mem_needs` say. FSDP2
-keeps float32 weights, gradients and moments, all sharded, and gathers 16-bit weights of a block at
-a time. DDP keeps everything on every GPU. Steps in the backward keep 16-bit weights, one parameter's
-gradient and what the optimizer has. A frozen model keeps 16-bit weights.
+They are given for one GPU, and for the CPU memory of one machine. DeepSpeed keeps 16-bit weights
+and gradients, and float32 gradients, weights and moments for the optimizer. The sums are equal to
+the results of its own `estimate_zero*_model_states_mem_needs`. FSDP2 keeps float32 weights,
+gradients and moments, all sharded, and gathers the 16-bit weights of one block at a time. DDP keeps
+everything on every GPU. An optimizer in the backward keeps 16-bit weights, one parameter's gradient
+and its states. A frozen model keeps 16-bit weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 
 from mesa_train.measure.optimizer_states import UPDATE
 
-# DeepSpeed's own allowance for its buffers in CPU memory.
+# DeepSpeed's own factor for its buffers in CPU memory.
 BUFFERS = 1.5
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "in_backward", "frozen")
 OFFLOADS = ("none", "optimizer", "cpu", "nvme")
@@ -22,8 +22,18 @@ OFFLOADS = ("none", "optimizer", "cpu", "nvme")
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """gpus: in all. nodes: machines that they are spread over evenly. gpu_memory, cpu_memory: bytes
-    of a GPU and of a machine. tensor_parallel: GPUs that share a layer."""
+    """GPUs and machines.
+
+    Args:
+        gpus: number of GPUs in all.
+        gpu_memory: bytes of a GPU.
+        cpu_memory: bytes of CPU memory of a machine.
+        nodes: number of machines; the GPUs are divided evenly among them.
+        tensor_parallel: number of GPUs that share a layer.
+
+    Raises:
+        ValueError: a number is below 1, or the GPUs cannot be divided so.
+    """
 
     gpus: int
     gpu_memory: int
@@ -50,10 +60,19 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Counts of elements. trained, frozen: of all parameters. largest: of the module with the most
-    of its own; block: of the repeated block with the most; tensor: of the largest trained parameter.
-    frozen_bytes: as they lie on a GPU (two bytes an element, or NF4 codes). moments_bytes: of the
-    optimizer, for the trained ones. half: trained weights are 16-bit, without a float32 copy."""
+    """Numbers of elements and bytes of a model's parameters.
+
+    Args:
+        trained: elements of all trained parameters.
+        frozen: elements of all frozen parameters.
+        largest: most elements that one module has without its submodules.
+        block: elements of the largest repeated block.
+        frozen_bytes: bytes of the frozen parameters on a GPU (two bytes an element, or NF4 codes).
+        moments_bytes: bytes of the optimizer for the trained parameters.
+        buffers_bytes: bytes of the buffers.
+        tensor: elements of the largest trained parameter.
+        half: trained weights are 16-bit, without a float32 copy.
+    """
 
     trained: int
     frozen: int
@@ -67,14 +86,22 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All elements."""
+        """Elements of all parameters."""
         return self.trained + self.frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Bytes on one GPU: weights, gradients, optimizer (master weights included), gathered (what a
-    sharded layer is put together in). cpu: bytes of one machine's CPU memory; disk: on its NVMe."""
+    """Bytes of model states.
+
+    Args:
+        weights: on one GPU.
+        gradients: on one GPU.
+        optimizer: on one GPU, master weights included.
+        gathered: on one GPU, for the gathered parameters of a sharded layer.
+        cpu: in the CPU memory of one machine.
+        disk: on the NVMe of one machine.
+    """
 
     weights: int
     gradients: int
@@ -85,17 +112,23 @@ class States:
 
     @property
     def gpu(self) -> int:
-        """Bytes of one GPU."""
+        """Bytes on one GPU."""
         return self.weights + self.gradients + self.optimizer + self.gathered
 
 
 def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
-    """The model states of a strategy.
+    """Compute the model states of a strategy.
 
-    strategy: of `STRATEGIES`. offload: of `OFFLOADS`: "optimizer" leaves the weights on the GPU
-    (zero3 alone), "cpu" takes them along with zero3 and fsdp2, "nvme" puts both on disk (zero3).
+    Args:
+        strategy: one of `STRATEGIES`.
+        offload: one of `OFFLOADS`. "optimizer" offloads the optimizer and leaves the weights on the
+            GPU (only zero3). "cpu" also offloads the weights with zero3 and fsdp2. "nvme" offloads
+            both to disk (only zero3).
+        own: counts of the parameters.
+        cluster: the GPUs and machines.
 
-    Raises ValueError for another one, and for an offload that the strategy does not have.
+    Raises:
+        ValueError: the strategy or offload is unknown, or the strategy does not have this offload.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -122,18 +155,24 @@ def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> St
 
 
 def _frozen(_strategy: str, _offload: str, own: Parameters, _cluster: Cluster) -> States:
+    """A frozen model: 16-bit weights and buffers."""
     return States(2 * own.trained + own.frozen_bytes + own.buffers_bytes, 0, 0, 0)
 
 
 def _in_backward(_strategy: str, _offload: str, own: Parameters, _cluster: Cluster) -> States:
-    """The one gradient that exists is part of the backward's working set. Here are the float32 rows
-    of its update: gradient, new value, and three temporaries of the rounding."""
+    """An optimizer that steps in the backward.
+
+    The one gradient that exists is part of the backward's working set. Counted here are the float32
+    rows of its update: gradient, new value, and three temporaries of the rounding.
+    """
     weights = 2 * own.trained + own.frozen_bytes + own.buffers_bytes
     return States(weights, 5 * 4 * min(UPDATE, own.tensor), own.moments_bytes, 0)
 
 
 def _ddp(_strategy: str, _offload: str, own: Parameters, cluster: Cluster) -> States:
-    # Reduction buckets are a second copy of the gradients, unless they are the gradients.
+    """DDP: everything on every GPU."""
+    # Reduction buckets are a second copy of the gradients, unless gradients are views of the
+    # buckets.
     copies = 2 if cluster.gpus > 1 else 1
     each = 2 if own.half else 4
     weights = each * own.trained + own.frozen_bytes + own.buffers_bytes
@@ -145,10 +184,10 @@ def _zero12(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> S
     ranks, trained = cluster.gpus, own.trained
     weights = 2 * trained + own.frozen_bytes + own.buffers_bytes
     whole = 2 * trained if strategy == "zero1" else 0
-    # Beside weights and moments, bytes an element: a float32 weight and gradient, or neither.
+    # Bytes an element beside weights and moments: a float32 weight and gradient, or neither.
     masters = 0 if own.half else 8
     if offload == "cpu":
-        # What the optimizer has of all ranks of a machine, or what loading needs.
+        # The optimizer's states of all ranks of a machine, or the memory for loading.
         shared = masters * trained + own.moments_bytes
         cpu = int(max(4 * ranks * own.total, shared) * BUFFERS)
         return States(weights, whole, 0, 0, cpu)
@@ -159,20 +198,22 @@ def _zero12(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> S
     gradients = whole + (4 * trained) // ranks
     optimizer = (4 * trained + own.moments_bytes) // ranks
     if strategy == "zero2":
-        # As DeepSpeed counts: 18 bytes an element are spread, 16-bit gradients and a float32 copy
-        # of them among these.
+        # DeepSpeed counts 18 sharded bytes an element, which include 16-bit gradients and a float32
+        # copy of them.
         gradients = (18 * trained) // ranks - (12 * trained) // ranks
         optimizer = (12 * trained) // ranks - (8 * trained - own.moments_bytes) // ranks
     return States(weights, gradients, optimizer, 0, cpu)
 
 
 def _zero3(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
-    """As DeepSpeed's estimate_zero3_model_states_mem_needs with zero.Init: the optimizer on the GPUs
-    or in CPU memory, with the parameters in CPU memory or on NVMe."""
+    """ZeRO-3 as DeepSpeed's estimate_zero3_model_states_mem_needs with zero.Init.
+
+    The optimizer is on the GPUs or in CPU memory, with the parameters in CPU memory or on NVMe.
+    """
     ranks, trained = cluster.gpus, own.trained
     gathered = 4 * own.largest
-    # Gradients are 16-bit with a float32 copy, the optimizer has float32 weights: neither is there
-    # where weights are 16-bit alone.
+    # Gradients are 16-bit with a float32 copy, and the optimizer has float32 weights. With 16-bit
+    # weights alone there is neither.
     weights, gradients = 2 * trained + own.frozen_bytes, (2 if own.half else 4) * trained
     masters = 0 if own.half else 4 * trained
     if offload == "optimizer":
@@ -184,7 +225,7 @@ def _zero3(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> S
         away = int(spread / cluster.nodes * BUFFERS)
         if offload == "cpu":
             return States(own.buffers_bytes, 0, 0, gathered, cpu=away)
-        # Pinned buffers for what is on its way, twice the largest layer in float32 states.
+        # Pinned buffers for copies to NVMe: twice the largest layer in float32 states.
         cpu = int(2 * 16 * own.largest * cluster.per_node)
         return States(own.buffers_bytes, 0, 0, gathered, cpu=cpu, disk=away)
     cpu = int(own.largest * 4 * cluster.per_node * BUFFERS)
@@ -195,8 +236,9 @@ def _zero3(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> S
 
 
 def _fsdp2(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
+    """FSDP2: everything sharded, and gathered blocks."""
     ranks = cluster.gpus
-    # The 16-bit weights of two blocks (one is fetched ahead), and one's gradients, of this rank's
+    # The 16-bit weights of two blocks (one is prefetched) and the gradients of one, for this rank's
     # part of the layers.
     gathered = 3 * 2 * own.block // cluster.tensor_parallel
     each = 2 if own.half else 4

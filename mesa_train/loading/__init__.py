@@ -1,1 +1,1 @@
-"""A model with inputs from a name or a user's factory."""
+"""Load a model with inputs, from a name or a user's factory."""

@@ -1,8 +1,9 @@
-"""`python:MODULE.FACTORY` and `python:PATH.py:FACTORY`: a model of the user's own, with inputs for it.
+"""Load a user's own model: `python:MODULE.FACTORY` and `python:PATH.py:FACTORY`.
 
-The factory returns a module or (module, inputs), inputs being a tensor, a tuple of arguments, a dict
-of keyword arguments, or a function of the batch size that makes one. It is given batch_size and
-image_size if it takes them. Whatever it raises becomes one line that says where.
+The factory returns a module or (module, inputs). The inputs are a tensor, a tuple of arguments or a
+dict of keyword arguments; or a function of the batch size that makes one of these. The factory is
+called with batch_size and image_size if it takes them. Every error of the factory becomes one line
+that says where it was raised.
 """
 
 from __future__ import annotations
@@ -25,17 +26,29 @@ from mesa_train.utils.errors import one_line
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Inputs from a factory that takes no batch_size."""
+    """Inputs of a factory that takes no batch_size."""
 
     inputs: Any
 
 
 def from_factory(name: str, image_size: int | None, batch_size: int) -> tuple[nn.Module, Any]:
-    """(model, inputs or a function of the batch size) from `name` without its scheme; inputs that
-    the factory could make of one size alone are `Fixed`.
+    """Call the factory that `name` describes.
 
-    On the meta device a factory that needs values is called again on the CPU. Raises ValueError for
-    a module or factory that is not there or fails, TypeError for what it must not return.
+    On the meta device, a factory that needs values is called again on the CPU.
+
+    Args:
+        name: MODULE.FACTORY or PATH.py:FACTORY, without the scheme.
+        image_size: height and width of images, if the factory takes image_size; None for its
+            default.
+        batch_size: number of images, if the factory takes batch_size.
+
+    Returns:
+        (model, inputs or a function of the batch size). Inputs that the factory makes for one batch
+            size alone are `Fixed`.
+
+    Raises:
+        ValueError: the module or factory does not exist, or it fails.
+        TypeError: the factory returns something else.
     """
     module, attribute = _module(name)
     factory = getattr(module, attribute, None)
@@ -63,7 +76,7 @@ def from_factory(name: str, image_size: int | None, batch_size: int) -> tuple[nn
 def _on_the_cpu(
     name: str, factory: Callable[..., Any], given: dict[str, Any], error: BaseException
 ) -> Any:
-    """What a factory returns that failed on the meta device, and would not on a real one."""
+    """Call a factory again on the CPU if it failed on the meta device."""
     try:
         if torch.empty(0).device.type != "meta":
             raise error
@@ -78,6 +91,7 @@ def _on_the_cpu(
 
 
 def _checked(name: str, found: Any, image_size: int | None) -> tuple[nn.Module, Any]:
+    """(model, inputs) of a factory's result; without inputs, a function that makes images."""
     pair = isinstance(found, tuple) and len(found) == 2
     model, inputs = found if pair else (found, None)
     if not isinstance(model, nn.Module):
@@ -92,7 +106,11 @@ def _checked(name: str, found: Any, image_size: int | None) -> tuple[nn.Module, 
 
 
 def made(name: str, make: Callable[[int], Any], batch_size: int) -> Any:
-    """Inputs from a function of the batch size; ValueError, saying where, if it fails."""
+    """Call a function of the batch size that makes inputs; on the CPU again if it fails on meta.
+
+    Raises:
+        ValueError: the function fails; the message says where.
+    """
     try:
         return make(batch_size)
     except Exception as error:
@@ -103,8 +121,12 @@ def made(name: str, make: Callable[[int], Any], batch_size: int) -> Any:
 
 
 def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
-    """TypeError if there is no tensor among the inputs, ValueError if the model's forward does not
-    take them."""
+    """Check that the inputs fit the model.
+
+    Raises:
+        TypeError: the inputs have no tensor.
+        ValueError: the model's forward does not take these inputs.
+    """
     if not any(True for _ in _tensors(inputs)):
         raise TypeError(
             f"{name}: inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or a "
@@ -114,7 +136,7 @@ def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
-        return  # Written in C, with no signature to read.
+        return  # Written in C, without a signature.
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -125,11 +147,12 @@ def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor among the inputs."""
     yield from tensors_in(inputs)
 
 
 def _module(name: str) -> tuple[Any, str]:
-    """The module that a name is in, imported, and the name of the factory in it."""
+    """(the imported module that a name describes, the name of the factory in it)."""
     path, colon, attribute = name.rpartition(":")
     if colon and path.endswith(".py"):
         if not Path(path).is_file():
@@ -150,7 +173,7 @@ def _module(name: str) -> tuple[Any, str]:
     try:
         return importlib.import_module(module_name), attribute
     except ModuleNotFoundError as error:
-        # Something that the user's own module imports may be missing too: say which.
+        # The user's own module may also import a missing module: name that one.
         raise ValueError(f"python:{name}: no module named {error.name!r} to import") from error
     except SyntaxError as error:
         where = f"{Path(error.filename or '').name}, line {error.lineno}"
@@ -160,7 +183,7 @@ def _module(name: str) -> tuple[Any, str]:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is none of the known ones, with those that are close."""
+    """The message for an unknown name, with the closest known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
     if near:
@@ -170,10 +193,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def _keywords(factory: Callable[..., Any]) -> set[str]:
-    """Names of the parameters that can be given by keyword."""
+    """Names of the parameters that accept keyword arguments."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
-        return set()  # Written in C, with no signature to read.
+        return set()  # Written in C, without a signature.
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name for p in parameters if p.kind in named}

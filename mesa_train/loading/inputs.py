@@ -1,4 +1,4 @@
-"""Inputs of another batch size, made from those at hand or by their own function."""
+"""Make inputs of another batch size, from existing inputs or by a function of the user."""
 
 from __future__ import annotations
 
@@ -18,9 +18,19 @@ NO_BATCH = (
 def resized(
     inputs: Any, own: int, batch: int, data: bool, make: Callable[[int], Any] | None = None
 ) -> Any:
-    """`inputs` of `own` images as if they were `batch`: made by `make`, else repeated and cut along
-    the first dimension; on the meta device if without `data`. None where a tensor has no such
-    dimension."""
+    """Make inputs of `batch` images.
+
+    Args:
+        inputs: inputs of `own` images.
+        own: their number of images.
+        batch: number of images of the result.
+        data: False returns tensors on the meta device.
+        make: function of the batch size that makes the inputs; None repeats and cuts `inputs` along
+            the first dimension.
+
+    Returns:
+        The inputs; None if a tensor has no such dimension.
+    """
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if make is not None and tensors:
         return _made(make, batch, tensors[0].device if data else torch.device("meta"))
@@ -37,7 +47,7 @@ def resized(
 
 
 def _made(make: Callable[[int], Any], batch: int, device: torch.device) -> Any:
-    """From the function of the batch size; on the CPU first where it needs values."""
+    """Call the function of the batch size; on the CPU if it needs values and `device` is meta."""
     with torch.random.fork_rng(devices=[]):
         try:
             with device:
@@ -50,12 +60,12 @@ def _made(make: Callable[[int], Any], batch: int, device: torch.device) -> Any:
 
 
 def on_meta(inputs: Any) -> Any:
-    """`inputs` without their data."""
+    """Move `inputs` to the meta device, where they have no data."""
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
 def side_of(inputs: Any) -> int | None:
-    """Height of square images among the inputs, None if there are none."""
+    """Height of square images among the inputs; None if there are none."""
     for t in pytree.tree_leaves(inputs):
         if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == t.shape[3]:
             return t.shape[3]
@@ -63,8 +73,12 @@ def side_of(inputs: Any) -> int | None:
 
 
 def batch_of(inputs: Any, asked: int) -> int:
-    """How many images these inputs are: the first dimension that all tensors share, or as `asked`
-    where they share none."""
+    """Number of images of these inputs: the first dimension that all tensors share.
+
+    Args:
+        inputs: tensors in any container.
+        asked: the result if the tensors share no first dimension.
+    """
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     shared = {t.shape[0] if t.dim() else None for t in tensors}
     first = shared.pop() if len(shared) == 1 else None

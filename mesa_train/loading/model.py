@@ -1,9 +1,9 @@
-"""From a MODEL string to a model with inputs that fit it: what the command line measures.
+"""Load a model and inputs that fit it from the MODEL string of the command line.
 
-    vit_small_patch16_224             timm, random weights; litv2_s, vit_22b_tiny and kin too
+    vit_small_patch16_224             timm, random weights; also litv2_s, vit_22b_tiny and similar
     hf:vit                            transformers: a model type or class with its default config, a
                                       folder or config.json, or a name on the hub; random weights
-                                      where there is only a config
+                                      if there is only a config
     torchvision:vit_b_16              torchvision, random weights
     python:my_package.module.factory  any importable callable, or python:PATH.py:FACTORY (see
                                       `factory.py`)
@@ -37,10 +37,14 @@ from .inputs import batch_of, on_meta
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in training mode and inputs for it: a tensor, a tuple of arguments or a dict.
+    """A model in training mode and inputs for it.
 
-    batch: how many images these are, None where that is not known. make: inputs of another batch
-    size, None where the factory gave no function for that.
+    Args:
+        name: the MODEL string.
+        model: the module.
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        batch: number of images of the inputs; None if it is not known.
+        make: makes inputs of another batch size; None if the factory gave no such function.
     """
 
     name: str
@@ -57,11 +61,19 @@ class Loaded:
 def load(
     name: str, *, batch_size: int = 8, image_size: int | None = None, device: str = "cpu"
 ) -> Loaded:
-    """Build the model that `name` describes on `device`, with random images of its size or yours.
+    """Build the model that `name` describes, with random images.
 
-    Raises ValueError for an unknown scheme or name (with close ones) and for an image size that the
-    model refuses; ImportError, saying what to install, for a missing package; TypeError if a
-    factory returns no module.
+    Args:
+        name: the MODEL string.
+        batch_size: number of images.
+        image_size: height and width of the images; default: the model's own size.
+        device: device of model and inputs; "meta" allocates nothing.
+
+    Raises:
+        ValueError: the scheme or name is unknown (the message has close names), or the model
+            refuses the image size.
+        ImportError: a package is missing; the message says what to install.
+        TypeError: a factory returns no module.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -95,7 +107,7 @@ def load(
         inputs = inputs.inputs
         batch = batch_of(inputs, batch_size)
     if device == "meta":
-        # A factory may make tensors its own way.
+        # A factory may ignore the device and make its tensors elsewhere.
         model.to("meta")
         inputs = on_meta(inputs)
     model.train()
@@ -106,8 +118,9 @@ def load(
 
 
 def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A timm model with random weights, and random images of its size."""
     timm = _package("timm", "mesa_train[timm]")
-    # Our own models are timm's too, once they are imported.
+    # The models of mesa_train are timm models after this import.
     with contextlib.suppress(ImportError):
         importlib.import_module("mesa_train.models")
     if not timm.is_model(name):
@@ -123,6 +136,7 @@ def _timm(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 
 
 def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A torchvision model with random weights, and random images of its size."""
     torchvision = _package("torchvision", "mesa_train[timm]")
     if name not in torchvision.models.list_models():
         raise ValueError(unknown("torchvision model", name, torchvision.models.list_models()))
@@ -140,6 +154,7 @@ def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 
 
 def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
+    """A transformers model and random images; its weights are read if there are any."""
     transformers = _package("transformers", "transformers")
     config, folder, model_class = _transformers_config(transformers, name)
     if not hasattr(config, "image_size"):
@@ -164,7 +179,7 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
 
 
 def _transformers_config(transformers: Any, name: str) -> tuple[Any, str | None, Any]:
-    """(config, where weights can be read or None, the model class if the name gives it)."""
+    """(config, folder or name of the weights or None, the model class if the name is one)."""
     path = Path(name)
     if path.exists():
         folder = path if path.is_dir() else path.parent
@@ -200,7 +215,7 @@ def _transformers_config(transformers: Any, name: str) -> tuple[Any, str | None,
 
 
 def _classifier(transformers: Any, config: Any) -> Any:
-    """The image classifier for a config, or its bare model."""
+    """The image classifier for a config, else its base model."""
     mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if type(config) not in mapping:
         mapping = transformers.MODEL_MAPPING
@@ -219,11 +234,11 @@ def _built(
     image_size: int | None,
     *keywords: Callable[[int], dict[str, Any]],
 ) -> nn.Module:
-    """`build()`, given the image size by the first of `keywords` that it takes, if any."""
+    """Call `build`, with the image size under the first of `keywords` that it takes."""
     try:
         if image_size is not None:
             for keyword in keywords:
-                # A constructor that takes no such keyword says so with a TypeError.
+                # A constructor without this keyword raises a TypeError.
                 with contextlib.suppress(TypeError):
                     return build(**keyword(image_size))
         return build()
@@ -233,24 +248,26 @@ def _built(
 
 
 def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> None:
-    """A forward on fakes: what it raises is the model's way to refuse the size."""
+    """Run a forward on fake tensors: if it raises, the model refuses the image size."""
     own = device_of(model)
     fakes = FakeModel(torch.device("cpu") if own.type == "meta" else own)
     args, kwargs = arguments(inputs)
     try:
         with isolated(model, fakes), torch.no_grad():
             model(*fakes.of(args), **fakes.of(kwargs))
-    except Exception as error:  # whatever a model's own check raises
+    except Exception as error:  # Any error of the model's own check.
         raise ValueError(
             f"{name} refuses images of {image_size}x{image_size}: {one_line(error)}"
         ) from error
 
 
 def _images(channels: int, height: int, width: int) -> Callable[[int], torch.Tensor]:
+    """A function of the batch size that makes random images."""
     return lambda batch_size: torch.randn(batch_size, channels, height, width)
 
 
 def _package(name: str, install: str) -> Any:
+    """Import a package; ImportError says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Measure a model: saved tensors, coverage, peak memory, a timeline of one step, its time, and a profile for plans."""
+"""Measure a model: saved tensors, coverage, peak memory, timeline and time of a step, profile."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Profile", "profile"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: a profile needs more of the package than the modules beside it do.
+    # Imported on first use: a profile imports more of the package than the other modules here do.
     if name not in __all__:
         raise AttributeError(f"module 'mesa_train.measure' has no attribute {name!r}")
     from .profiling import profile

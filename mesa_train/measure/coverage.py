@@ -1,7 +1,8 @@
-"""Coverage: what the last forward of a wrapped model stored how, by module and operator, and what
-it left alone and why.
+"""Report how the last forward of a wrapped model stored each saved tensor, and why.
 
-Costs nothing of its own: the interception counts as it goes, and this only reads the counts.
+The rows go by module and operator. A tensor that stays uncompressed has a row with the reason.
+Coverage costs nothing extra: the recorder counts during the forward, and this file only reads the
+counts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from mesa_train.utils.formatting import format_bytes, format_table
 
 @dataclasses.dataclass(frozen=True)
 class CoverageRow:
-    """One operand of one operator in one module: how it was kept, how often, in how many new
-    bytes."""
+    """One operand of one operator in one module.
+
+    Args:
+        module: qualified name of the module.
+        operator: name of the torch function.
+        operand: name of the saved tensor of that operator.
+        how: how it is stored, see `Coverage`.
+        calls: number of calls.
+        bytes: new bytes that the calls stored.
+    """
 
     module: str
     operator: str
@@ -31,14 +40,28 @@ class CoverageRow:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What a forward stored. `how` of a row is a codec, "1 bit", "shared" (a stash that stood
-    already), "rebuilt" (from other stashes), "its size" (of a tensor of which the backward reads no
-    element), or "uncompressed" with the reason: "exact" for a function that is left to PyTorch."""
+    """The saved tensors of one forward and how each is stored.
+
+    The `how` of a row is one of these:
+
+    * a codec, or "1 bit";
+    * "shared": an earlier stash is used again;
+    * "rebuilt": from other stashes;
+    * "its size": the backward reads no element of the tensor;
+    * "uncompressed" with the reason, which is "exact" for a function that is left to PyTorch.
+
+    Args:
+        rows: one row for each module, operator, operand and `how`.
+    """
 
     rows: tuple[CoverageRow, ...]
 
     def by_operator(self) -> dict[tuple[str, str, str], tuple[int, int]]:
-        """(calls, bytes) by operator, operand and how, largest first."""
+        """Sum the rows over modules.
+
+        Returns:
+            (calls, bytes) by (operator, operand, how), most bytes first.
+        """
         totals: dict[tuple[str, str, str], tuple[int, int]] = {}
         for row in self.rows:
             key = (row.operator, row.operand, row.how)
@@ -47,7 +70,7 @@ class Coverage:
         return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
     def table(self) -> str:
-        """The rows summed over modules, as aligned text."""
+        """Format the rows, summed over modules, as aligned text."""
         body = [
             (*key, str(calls), format_bytes(total))
             for key, (calls, total) in self.by_operator().items()
@@ -55,11 +78,11 @@ class Coverage:
         return format_table(("operator", "operand", "saved as", "calls", "size"), body)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, one entry per row."""
+        """Return plain Python values, one entry a row."""
         return {"rows": [dataclasses.asdict(row) for row in self.rows]}
 
     def to_json(self) -> str:
-        """`to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
@@ -67,9 +90,17 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """What the last forward of a wrapped `model` kept, by module and operator.
+    """Read how the last forward of a wrapped model stored its saved tensors.
 
-    Raises ValueError if the model is not wrapped, or has not run a forward with gradients since.
+    Args:
+        model: a model that `mesa_train.wrap` wrapped.
+
+    Returns:
+        A `Coverage`, most bytes first.
+
+    Raises:
+        ValueError: the model is not wrapped, or it ran no forward with gradients since it was
+            wrapped.
     """
     report = report_of(model)
     if report is None:

@@ -1,18 +1,21 @@
-"""Fake tensors that stand for a device: no data and no memory, and the bytes of the real ones.
+"""Make fake tensors that stand for a device: no data, no memory, the bytes of the real tensors.
 
-PyTorch's FakeTensorMode picks nearly the same kernels for a fake of the CPU as the CPU would. Where
-it does not, it is corrected here, so that what is counted on fakes is what a real run keeps:
+A count on fake tensors must equal the bytes that a real run saves. PyTorch's FakeTensorMode picks
+nearly the same kernels for a fake CPU tensor as the CPU does. This file corrects the two
+differences:
 
-* `torch._fused_sdp_choice` answers "unfused" for fakes, though `scaled_dot_product_attention`
-  itself does choose for them as the device would;
-* the statistics of a norm whose input is narrower than its weight are float32 on the CPU.
+* `torch._fused_sdp_choice` answers "unfused" for fake tensors, although
+  `scaled_dot_product_attention` itself chooses for them as the device does;
+* on the CPU, the statistics of a norm are float32 if its input is narrower than its weight.
 
-What stays different: with a batch of one, elementwise operators on fakes normalise the stride of
-the batch, and a convolution behind them may choose another memory layout; a recurrent layer's
-kernel keeps a workspace that fakes do not show.
+Two differences stay:
 
-`gpu_norms` counts RMS norm as a GPU keeps it: one kernel that saves its input, the gain and the reciprocal
-deviations. On a CPU RMS norm is several operators, each of which saves something.
+* with a batch of one, elementwise operators on fake tensors normalise the stride of the batch, so a
+  later convolution may choose another memory layout;
+* the kernel of a recurrent layer keeps a workspace that fake tensors do not show.
+
+`gpu_norms` counts RMS norm as on a GPU: one kernel that saves its input, the gain and the
+reciprocal deviations. On a CPU, RMS norm is several operators, and each of them saves something.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What `torch._fused_sdp_choice` calls the kernels; everything else is 0, the unfused form.
+# Kernel numbers that `torch._fused_sdp_choice` returns. Every other kernel is 0, the unfused form.
 _ATTENTION_KERNELS = {
     "_scaled_dot_product_flash_attention_for_cpu": 1,
     "_scaled_dot_product_flash_attention": 1,
@@ -37,7 +40,7 @@ _ATTENTION_KERNELS = {
     "_scaled_dot_product_cudnn_attention": 3,
 }
 
-# What fakes raise where a model reads values. The second, a plain RuntimeError, where it leaves torch.
+# Exceptions of fake tensors if a model reads values.
 FAKES_CANNOT = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
@@ -56,7 +59,11 @@ _NORMS = (
 
 
 class FakeModel:
-    """Makes fakes of tensors on `device`, one for each tensor, so that tied weights stay tied."""
+    """Makes fake tensors on a device, one for each real tensor, so that tied weights stay tied.
+
+    Args:
+        device: the device that the fake tensors stand for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -65,16 +72,22 @@ class FakeModel:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Within the context fakes can be computed with, and new tensors are fakes."""
+        """Within the context, operators run on fake tensors, and each new tensor is fake."""
         with self._mode, _NormStatistics(), _attention_choice():
             yield
 
     def of(self, value: Any) -> Any:
-        """`value` with every tensor in it replaced by its fake; anything else as it is."""
+        """Replace every tensor by its fake tensor.
+
+        Args:
+            value: tensors in any container; other values stay as they are.
+        """
         return pytree.tree_map_only(Tensor, self._one, value)
 
     def _one(self, tensor: Tensor) -> Tensor:
-        # The tensor is held beside its fake: its id stays taken for as long as the table lives.
+        """The fake tensor of one tensor; made at the first call."""
+        # The table holds the real tensor too, so that Python does not give its id to another
+        # tensor.
         if id(tensor) not in self._made:
             if tensor.is_nested:
                 raise ValueError("nested tensors have no fakes: count with fake=False")
@@ -92,9 +105,11 @@ class FakeModel:
 
 @contextlib.contextmanager
 def _attention_choice() -> Iterator[None]:
-    """Within the context `torch._fused_sdp_choice` answers for fakes by what
-    `scaled_dot_product_attention` runs. Not a function mode: a checkpoint's second forward, which
-    the autograd engine runs, would not find it on."""
+    """Within the context, `torch._fused_sdp_choice` returns the true choice for fake tensors.
+
+    The true choice is the kernel that `scaled_dot_product_attention` runs. A function mode does not
+    work here: the autograd engine runs a checkpoint's second forward, and the mode is off there.
+    """
     own = torch._fused_sdp_choice
 
     def choice(query: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -112,7 +127,7 @@ def _attention_choice() -> Iterator[None]:
 
 
 class _Called(TorchDispatchMode):
-    """Remembers the names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,13 +139,13 @@ class _Called(TorchDispatchMode):
 
 
 class _NormStatistics(TorchDispatchMode):
-    """Makes mean and reciprocal deviation float32 where the CPU does."""
+    """Makes mean and reciprocal deviation float32 if the CPU does so."""
 
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """torch.compile may run under this mode, as eager `flex_attention` does."""
+        """Let torch.compile run under this mode, as eager `flex_attention` needs."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,8 +160,11 @@ class _NormStatistics(TorchDispatchMode):
 
 @contextlib.contextmanager
 def gpu_norms() -> Iterator[None]:
-    """Within the context `torch.nn.functional.rms_norm` keeps and allocates as a GPU's kernel does;
-    nothing is computed. Not a function mode: a checkpoint's second forward would not find it on."""
+    """Within the context, `torch.nn.functional.rms_norm` saves and allocates as a GPU kernel does.
+
+    It computes nothing. A function mode does not work here: it is off in a checkpoint's second
+    forward.
+    """
     own = torch.rms_norm
 
     def rms_norm(
@@ -162,6 +180,8 @@ def gpu_norms() -> Iterator[None]:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """RMS norm on fake tensors: saves the input, the gain and one float32 deviation a row."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: int, weight: Tensor | None) -> Tensor:
         deviation = x.new_empty(x.shape[:-dims], dtype=torch.float32)

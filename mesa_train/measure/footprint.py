@@ -1,9 +1,9 @@
-"""Footprint: the bytes a model keeps between its forward and its backward, to the byte and by name.
+"""Count the bytes that a model saves between its forward and its backward, to the byte and by name.
 
-One forward is run, on the real tensors or on fakes of them (no data, no memory, the same kernels
-chosen), and whatever autograd holds at its end is counted: each storage once and whole, with
-parameters and buffers apart because they are there anyway. Autocast's low-precision weight copies
-do count: they live until the backward, as "weight cast".
+One forward runs, on the real tensors or on fake tensors (no data, no memory, the same kernels). At
+its end, each storage that autograd holds is counted once, at its full size. Parameters and buffers
+are counted apart, because they exist with or without a backward. Low-precision copies of weights
+that autocast makes do count: they stay until the backward, as "weight cast".
 """
 
 from __future__ import annotations
@@ -32,15 +32,20 @@ from .step import arguments, autocasting, device_of, tensors_in
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """What one forward keeps for its backward. All sizes in bytes, every storage counted once.
+    """The bytes that one forward saves for its backward. Every storage is counted once.
 
-    saved_bytes: saved for the backward on the model's device, beyond parameters and buffers.
-    parameter_bytes, buffer_bytes: the model's own, there with or without a backward.
-    rows: one `Kept(operator, module, dtype, shape, saved_bytes)` a storage, in forward order.
-    notes: what a reader should know about how it was counted.
-    stored: under a policy, what was stored how and why (see `coverage`).
-    offloaded_bytes: saved for the backward in CPU memory, by a policy that offloads; not in the sums by
-    operator, dtype and module.
+    Args:
+        saved_bytes: bytes saved for the backward on the model's device, beyond parameters and
+            buffers.
+        parameter_bytes: bytes of the model's parameters, which exist with or without a backward.
+        buffer_bytes: bytes of the model's buffers.
+        rows: one `Kept(operator, module, dtype, shape, saved_bytes, offloaded)` for each storage,
+            in forward order.
+        notes: remarks on how the bytes were counted.
+        stored: under a policy, how each saved tensor is stored and why (see `coverage`); None
+            without one.
+        offloaded_bytes: bytes saved in CPU memory, under a policy that offloads. They are not part
+            of the sums by operator, dtype and module.
     """
 
     saved_bytes: int
@@ -58,20 +63,21 @@ class Footprint:
 
     @property
     def by_dtype(self) -> dict[str, int]:
-        """Bytes by dtype as kept (codes are uint8), largest first."""
+        """Bytes by dtype as saved (codes are uint8), largest first."""
         return _sums((row.dtype, row.saved_bytes) for row in self._here)
 
     @property
     def by_module(self) -> dict[str, int]:
-        """Bytes by qualified module name without submodules, "" for the model, largest first."""
+        """Bytes by qualified module name without submodules, largest first; "" is the model."""
         return _sums((row.module, row.saved_bytes) for row in self._here)
 
     @property
     def _here(self) -> list[Kept]:
+        """The rows on the model's device."""
         return [row for row in self.rows if not row.offloaded]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values."""
+        """Return all fields as plain Python values."""
         return {
             "saved_bytes": self.saved_bytes,
             "offloaded_bytes": self.offloaded_bytes,
@@ -86,11 +92,18 @@ class Footprint:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def table(self, by: str = "operator") -> str:
-        """An aligned plain-text table of the bytes by "operator", "dtype" or "module"."""
+        """Format the bytes as an aligned plain-text table.
+
+        Args:
+            by: "operator", "dtype" or "module".
+
+        Raises:
+            ValueError: `by` is another name.
+        """
         groups = {"operator": self.by_operator, "dtype": self.by_dtype, "module": self.by_module}
         if by not in groups:
             raise ValueError(f"table(by={by!r}): choose from {', '.join(groups)}")
@@ -125,20 +138,33 @@ def footprint(
     fake: bool = False,
     loss: Callable[[Any], Any] | None = None,
 ) -> Footprint:
-    """Count what `model(inputs)` keeps for its backward; model and random state stay untouched.
+    """Count the bytes that `model(inputs)` saves for its backward.
 
-    inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-    policy: None counts the model as it is, wrapped or not; "plain" counts it without mesa_train, a
-        Policy or a preset's name with that policy, "checkpoint" with every block checkpointed.
-    autocast: torch.bfloat16 or torch.float16 runs the forward under `torch.autocast` with it.
-    fake: count on fake tensors: no memory, no arithmetic, the same bytes. A model on the meta
-        device always is.
-    device: what the fakes stand for, "cpu" or "cuda"; default: the model's, "cpu" if on meta. What a
-        policy offloads is offloaded as on a GPU where the fakes stand for one or the model is on meta.
-    loss: called with the output inside the measurement, so that what a loss keeps counts too.
+    The model and the random state do not change.
 
-    Raises ValueError if no output requires grad, if the forward needs values that fakes do not
-    have, or if an argument is out of range; TypeError if `model` is no module.
+    Args:
+        model: the module to count.
+        inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        policy: None counts the model as it is, wrapped or not. "plain" counts it without
+            mesa_train. A Policy or the name of a preset counts it with that policy. "checkpoint"
+            counts it with every block checkpointed.
+        autocast: torch.bfloat16 or torch.float16 runs the forward under `torch.autocast` with that
+            dtype; None runs it without.
+        device: the device that the fake tensors stand for, "cpu" or "cuda"; default: the model's
+            device, "cpu" for a model on meta. Offloaded tensors are counted as on a GPU if the fake
+            tensors stand for a GPU or the model is on meta.
+        fake: count on fake tensors: no memory, no arithmetic, the same bytes. A model on the meta
+            device is always counted on fake tensors.
+        loss: called with the output inside the measurement, so that the tensors that a loss saves
+            count too.
+
+    Returns:
+        A `Footprint`.
+
+    Raises:
+        ValueError: no output requires grad, the forward needs values that fake tensors do not have,
+            or an argument is out of range.
+        TypeError: `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"footprint() counts an nn.Module, got {type(model).__name__}")
@@ -179,8 +205,16 @@ def footprint(
 
 
 def counted(own: torch.device, fakes: torch.device) -> CountedOffloadStream | None:
-    """How what is offloaded is counted on fakes on the device `fakes` of a model on `own`: offloaded as on
-    a GPU, unless it is a CPU's model."""
+    """Choose how to count offloaded tensors on fake tensors.
+
+    Args:
+        own: device of the model.
+        fakes: device that the fake tensors stand for.
+
+    Returns:
+        A stream that counts offloaded tensors as on a GPU; None for a model on a CPU, unless
+            `fakes` is a GPU.
+    """
     return (
         CountedOffloadStream(fakes)
         if own.type in ("meta", "cuda") or fakes.type == "cuda"
@@ -194,7 +228,7 @@ def _target(
     fake: bool,
     autocast: torch.dtype | None,
 ) -> tuple[torch.device, FakeModel | None, list[str]]:
-    """(device that the forward sees, fakes if it runs on them, notes)."""
+    """(device that the forward sees, the fake model if it runs on fake tensors, notes)."""
     own = device_of(model)
     on_meta = own.type == "meta"
     wanted = torch.device(device) if device is not None else torch.device("cpu") if on_meta else own
@@ -221,10 +255,12 @@ def _target(
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages of the tensors, each counted once."""
     return sum(storage.nbytes() for storage in by_address(tensors).values())
 
 
 def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sum the sizes by name, largest first."""
     totals: dict[str, int] = {}
     for name, size in pairs:
         totals[name] = totals.get(name, 0) + size

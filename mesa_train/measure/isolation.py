@@ -1,8 +1,8 @@
-"""Run a model without leaving a trace in it, and without memory if need be.
+"""Run a model without side effects on its buffers and random state.
 
-Inside `isolated` every buffer is a copy, so BatchNorm's running statistics are written to the
-copy; or, with `fakes`, every parameter, buffer and tensor attribute is a fake, and a model of any
-size runs in seconds. On the way out every module's attributes are what they were.
+Inside `isolated` every buffer is a copy, so BatchNorm writes its running statistics to the copy.
+With `fakes`, every parameter, buffer and tensor attribute is a fake tensor, and a model of any size
+runs in seconds and without memory. At the end every module gets its old attributes back.
 """
 
 from __future__ import annotations
@@ -19,15 +19,25 @@ from mesa_train.utils.errors import place
 
 from .fake_tensors import FAKES_CANNOT, NUMPY, FakeModel
 
-# nn.Module's own tables: parameters and buffers are replaced one by one, modules have their own.
+# nn.Module's own tables: parameters and buffers are replaced one by one, and each submodule is
+# visited.
 _TABLES = {"_parameters", "_buffers", "_modules"}
 
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]:
-    """Within the context `model` has copies of its buffers, or `fakes`; afterwards it is as it was.
+    """Within the context, `model` has copies of its buffers, or fake tensors.
 
-    The random generators of the CPU and of the model's devices are put back too.
+    Afterwards the model is unchanged. The random generators of the CPU and of the model's GPUs get
+    their state back too.
+
+    Args:
+        model: the module to run.
+        fakes: replace all tensors of the model by these fake tensors; None copies the buffers
+            alone.
+
+    Raises:
+        ValueError: a model with fake tensors reads values, which fake tensors do not have.
     """
     before = [
         (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
@@ -66,8 +76,10 @@ def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]
 
 @contextlib.contextmanager
 def _no_values(model: nn.Module) -> Iterator[None]:
-    """Within the context a model that reads values, which fakes do not have, is a ValueError that says
-    where and what measures it all the same."""
+    """Raise a ValueError that says where the model reads values, which fake tensors do not have.
+
+    The message also names the measurements that work for such a model.
+    """
     try:
         yield
     except (*FAKES_CANNOT, RuntimeError) as error:
@@ -83,4 +95,5 @@ def _no_values(model: nn.Module) -> Iterator[None]:
 
 
 def _holds_tensor(value: Any) -> bool:
+    """Whether an attribute is or contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

@@ -1,4 +1,4 @@
-"""The module tree with bytes: what a report or a terminal shows, with equal neighbours folded."""
+"""Build the tree of a model's modules with bytes, for reports; equal neighbours are folded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Node:
-    """A module: bytes of its subtree under each method, children, and how many such siblings."""
+    """A module of the tree.
+
+    Args:
+        label: last part of the module's name.
+        sizes: bytes of the subtree, one entry for each method.
+        children: the submodules.
+        count: number of equal siblings that this node stands for.
+    """
 
     label: str
     sizes: list[int]
@@ -20,7 +27,7 @@ class Node:
     count: int = 1
 
     def child(self, label: str) -> Node:
-        """The child of that name, made if it is not there."""
+        """Return the child of that name; add it if it is missing."""
         for node in self.children:
             if node.label == label:
                 return node
@@ -28,7 +35,7 @@ class Node:
         return self.children[-1]
 
     def same(self, other: Node) -> bool:
-        """Whether two subtrees keep the same bytes in the same places."""
+        """Whether two subtrees have the same bytes in the same places."""
         return (
             self.sizes == other.sizes
             and len(self.children) == len(other.children)
@@ -40,8 +47,14 @@ class Node:
 
 
 def grow(by_module: Sequence[Mapping[str, int]]) -> Node:
-    """The tree of one model under several methods: `by_module` maps qualified names, without their
-    submodules, to bytes. In order of first appearance, equal neighbours joined."""
+    """Build the tree of one model under several methods.
+
+    Args:
+        by_module: for each method, bytes by qualified module name, submodules not included.
+
+    Returns:
+        The root. Modules come in the order of their first appearance; equal neighbours are joined.
+    """
     root = Node("(model)", [0] * len(by_module))
     for index, sizes in enumerate(by_module):
         for module, size in sizes.items():
@@ -55,7 +68,7 @@ def grow(by_module: Sequence[Mapping[str, int]]) -> Node:
 
 
 def _fold(node: Node) -> None:
-    """Joins equal numbered neighbours into one line, and an only child into its parent's."""
+    """Join equal numbered neighbours into one node, and an only child into its parent."""
     folded: list[Node] = []
     first = ""
     for child in node.children:
@@ -75,8 +88,10 @@ def _fold(node: Node) -> None:
 
 
 def forward_order(footprint: Footprint) -> dict[str, int]:
-    """Bytes by module without submodules, in the order of the forward; what was offloaded to CPU memory is
-    none of them."""
+    """Bytes by module, submodules not included, in the order of the forward.
+
+    Bytes that are offloaded to CPU memory count as 0.
+    """
     sizes: dict[str, int] = {}
     for row in footprint.rows:
         sizes[row.module] = sizes.get(row.module, 0) + (0 if row.offloaded else row.saved_bytes)

@@ -1,7 +1,7 @@
-"""Bytes that a step has all the time, by arithmetic: optimizer states, weights, buffers and inputs.
+"""Compute the bytes that exist during the whole step: optimizer states, weights, buffers, inputs.
 
-AdamW keeps two moments, in full or in 8 bits. An optimizer that steps inside the backward keeps one moment at most
-(`mesa_train.training.optim.optimizer_in_backward`).
+AdamW has two moments, in full precision or in 8 bits. An optimizer that steps inside the backward
+has at most one moment (`mesa_train.training.optim.optimizer_in_backward`).
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from torch.utils import _pytree as pytree
 
 from mesa_train.codecs.affine import Affine
 
-# Adafactor's row and column means, or Lion's moment in 8-bit codes.
+# "factored": Adafactor's row and column means. "lion": Lion's moment in 8-bit codes.
 IN_BACKWARD = ("factored", "lion")
 OPTIMIZERS = ("adamw", "adamw8bit", *IN_BACKWARD)
 # Elements of a matrix that an optimizer in the backward updates at a time.
 UPDATE = 1 << 24
 # Elements in a group of Lion's codes.
 LION_GROUP = 128
-# bitsandbytes keeps tensors below this many elements in 32 bits, and a float32 range for every
-# block of this many elements of the others.
+# bitsandbytes keeps tensors with fewer elements than LEAST_8BIT in 32 bits. Larger tensors have a
+# float32 range for every _BLOCK elements.
 LEAST_8BIT, _BLOCK = 4096, 256
-# The step count of torch's AdamW, a float32 scalar a parameter.
+# The step count of torch's AdamW: one float32 scalar for each parameter.
 _STEP = 4
 
 
 def adamw_bytes(elements: int, itemsize: int, eight_bit: bool = False) -> int:
     """Bytes of AdamW's states of one parameter.
 
-    elements, itemsize: of the parameter; torch keeps its moments in the same dtype. eight_bit:
-    bitsandbytes' AdamW8bit, whose small tensors have float32 moments.
+    Args:
+        elements: number of elements of the parameter.
+        itemsize: bytes of an element of the parameter; torch keeps the moments in the same dtype.
+        eight_bit: bitsandbytes' AdamW8bit, whose small tensors have float32 moments.
     """
     if not eight_bit:
         return 2 * elements * itemsize + _STEP
@@ -43,7 +45,12 @@ def adamw_bytes(elements: int, itemsize: int, eight_bit: bool = False) -> int:
 
 
 def in_backward_bytes(shape: Sequence[int], optimizer: str) -> int:
-    """Bytes of the states of one parameter of `shape` that is stepped in the backward."""
+    """Bytes of the states of one parameter whose optimizer steps inside the backward.
+
+    Args:
+        shape: shape of the parameter.
+        optimizer: "factored" or "lion".
+    """
     rows = shape[0] if len(shape) > 1 else 1
     columns = math.prod(shape) // max(rows, 1)
     if optimizer == "factored":
@@ -52,8 +59,14 @@ def in_backward_bytes(shape: Sequence[int], optimizer: str) -> int:
 
 
 def static_bytes(model: nn.Module, inputs: Any, optimizer_bytes: int | None = None) -> int:
-    """Bytes that are there all the time: parameters, buffers, inputs, and the optimizer's states, by
-    default AdamW's of the trained parameters."""
+    """Bytes that exist during the whole step: parameters, buffers, inputs and optimizer states.
+
+    Args:
+        model: the model.
+        inputs: the tensors of one batch, in any container.
+        optimizer_bytes: bytes of the optimizer's states; default: AdamW's for the trained
+            parameters.
+    """
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if optimizer_bytes is None:
         trained = [p for p in model.parameters() if p.requires_grad]

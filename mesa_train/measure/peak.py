@@ -1,11 +1,12 @@
-"""The peak of a real step: most bytes allocated at once while it runs.
+"""Measure the peak memory of a real step: the most bytes allocated at once while the step runs.
 
-On a GPU the caching allocator keeps that number. On the CPU the profiler reports every allocation
-and release, and the peak is the highest running sum; what math libraries allocate behind PyTorch's
-back is not in it, so the highest resident-set size of the process stands beside it.
+On a GPU the caching allocator counts that number. On the CPU the profiler reports every allocation
+and release, and the peak is the highest running sum. Math libraries also allocate memory that
+PyTorch does not see. Therefore the highest resident-set size of the process is reported too.
 
-The workspace is what kernels allocate inside themselves and free before they return. Tensors without data do not
-show it, so `workspace_of` takes one real step apart at the moments of a timeline.
+The workspace is the memory that kernels allocate inside themselves and free before they return.
+Fake tensors do not show it. `workspace_of` measures it at the moments of a timeline in one real
+step.
 """
 
 from __future__ import annotations
@@ -28,15 +29,25 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """allocated_bytes: beyond what was allocated before the step. resident_bytes: the process's
-    highest resident set in the step, all of it; None where the system does not tell."""
+    """The peak memory of one step.
+
+    Args:
+        allocated_bytes: most bytes allocated at once, beyond the bytes allocated before the step.
+        resident_bytes: highest resident-set size of the whole process in the step; None if the
+            system does not report it.
+    """
 
     allocated_bytes: int
     resident_bytes: int | None
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> Peak:
-    """Run `step` once and return its peak."""
+    """Run `step` once and return its peak.
+
+    Args:
+        step: runs one step.
+        device: device of the model.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -66,12 +77,13 @@ def resident() -> int | None:
 
 
 def reset_resident_peak() -> None:
-    """Forget the highest resident set so far, where the system allows that."""
+    """Reset the highest resident-set size, if the system allows it."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
 
 
 def _status(field: str) -> int | None:
+    """A field of /proc/self/status in bytes; None if there is no such file or field."""
     if not _STATUS.exists():
         return None
     for line in _STATUS.read_text().splitlines():
@@ -88,7 +100,17 @@ _MARK = "mesa_train mark "
 def workspace_of(
     model: nn.Module, step: Callable[[], object], device: torch.device, counted: Timeline
 ) -> Workspace:
-    """What a real `step` of `model` allocates at once beyond what was `counted`, by moment."""
+    """Bytes that a real step allocates at once beyond the bytes counted on fake tensors, by moment.
+
+    Args:
+        model: the model that `step` runs.
+        step: runs one step.
+        device: device of the model.
+        counted: timeline of the same step on fake tensors.
+
+    Returns:
+        Bytes by (phase, module), at least 0.
+    """
     real = _highest(real_moments(model, step, device))
     counts = _highest(((m.phase, m.module), m.peak_bytes) for m in counted.moments)
     return {key: max(0, size - counts[key]) for key, size in real.items() if key in counts}
@@ -97,33 +119,40 @@ def workspace_of(
 def real_moments(
     model: nn.Module, step: Callable[[], object], device: torch.device
 ) -> list[tuple[tuple[str, str], int]]:
-    """((phase, module), most bytes allocated at once beyond what was there before) of the moments
-    of one `step`."""
+    """Most bytes allocated at once in each moment of one real step.
+
+    Returns:
+        ((phase, module), bytes beyond the bytes allocated before the step), one entry a moment.
+    """
     marks = _CudaMarks(device) if device.type == "cuda" else _Marks()
     with module_hooks(model, marks):
         return marks.run(step)
 
 
 class _Marks:
-    """On a CPU: the profiler's allocations, between events that stand for the marks."""
+    """On a CPU: the profiler's allocations; events in the profile separate the moments."""
 
     def __init__(self) -> None:
         self.keys = [(FORWARD, "")]
 
     def mark(self, phase: str, module: str) -> None:
+        """Begin a moment."""
         with record_function(f"{_MARK}{len(self.keys)}"):
             self.keys.append((phase, module))
 
     def enter(self, module: str) -> None:
+        """A module's forward begins."""
         self.mark(FORWARD, module)
 
     def leave(self, module: str) -> None:
         pass
 
     def arrive(self, module: str, _left: Any) -> None:
+        """The gradient of a module's output arrives."""
         self.mark(BACKWARD, module)
 
     def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        """Run `step` and return ((phase, module), most bytes) of its moments."""
         with profile(use_cpu=True, profile_memory=True) as recorded:
             step()
         events = recorded.kineto_results.events()
@@ -141,7 +170,7 @@ class _Marks:
 
 
 class _CudaMarks(_Marks):
-    """On a GPU: the caching allocator's own numbers, which do not wait for the device."""
+    """On a GPU: the numbers of the caching allocator, without a synchronisation of the device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -149,10 +178,12 @@ class _CudaMarks(_Marks):
         self.found: list[tuple[tuple[str, str], int]] = []
 
     def mark(self, phase: str, module: str) -> None:
+        """End the current moment and begin the next."""
         self._close()
         self.keys.append((phase, module))
 
     def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
+        """Run `step` and return ((phase, module), most bytes) of its moments."""
         self.before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         step()
@@ -160,6 +191,7 @@ class _CudaMarks(_Marks):
         return self.found
 
     def _close(self) -> None:
+        """Read and reset the allocator's peak."""
         highest = torch.cuda.max_memory_allocated(self.device) - self.before
         self.found.append((self.keys[-1], highest))
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -168,6 +200,7 @@ class _CudaMarks(_Marks):
 def _highest(
     moments: Iterable[tuple[tuple[str, str], int]],
 ) -> dict[tuple[str, str], int]:
+    """The largest size of each (phase, module)."""
     found: dict[tuple[str, str], int] = {}
     for key, size in moments:
         found[key] = max(size, found.get(key, 0))

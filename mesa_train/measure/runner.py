@@ -1,4 +1,4 @@
-"""Runs real steps of one model with any method: gradients, peak memory, workspace and seconds."""
+"""Run real steps of one model with any method: gradients, peak memory, workspace and seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from .timeline import Timeline
 
 
 class StepRunner:
-    """Real steps of one model on one batch, all with the same random numbers and buffers."""
+    """Real steps of one model on one batch, all with the same random numbers and buffers.
+
+    Args:
+        model: the module; it is unchanged after each call.
+        inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        autocast: the dtype of autocast; None runs without autocast.
+        loss: from the output to a scalar.
+    """
 
     def __init__(
         self,
@@ -44,18 +51,41 @@ class StepRunner:
         return StepRunner(wide, inputs, None, self.loss).gradients(PLAIN)
 
     def gradients(self, method: Policy | str) -> list[Tensor | None]:
-        """The gradient of all trainable parameters, None where the loss does not depend on one."""
+        """Run a step and return its gradients.
+
+        Args:
+            method: a Policy or the name of a method.
+
+        Returns:
+            The gradient of each trained parameter; None if the loss does not depend on it.
+        """
         with applied(self.model, method), isolated(self.model):
             return self.step.gradients(self.model, self.inputs)
 
     def peak(self, method: Policy | str) -> int:
-        """Most bytes allocated at once in a step, beyond what was before it."""
-        self.gradients(method)  # What is allocated once and stays is not the step's.
+        """Run a step and return its peak.
+
+        Args:
+            method: a Policy or the name of a method.
+
+        Returns:
+            Most bytes allocated at once in the step, beyond the bytes allocated before it.
+        """
+        # Memory that is allocated once and stays does not count for the step.
+        self.gradients(method)
         with applied(self.model, method), isolated(self.model):
             return peak_of(self._run, self.device).allocated_bytes
 
     def workspace(self, method: Policy | str, counted: Timeline) -> Workspace:
-        """What a step allocates beyond what was counted, moment by moment."""
+        """Run a step and return its workspace.
+
+        Args:
+            method: a Policy or the name of a method.
+            counted: timeline of the same step on fake tensors.
+
+        Returns:
+            Bytes beyond the counted bytes, by moment.
+        """
         self.gradients(method)
         with applied(self.model, method), isolated(self.model):
             return workspace_of(self.model, self._run, self.device, counted)
@@ -66,7 +96,16 @@ class StepRunner:
         rounds: int,
         tell: Callable[[str], None] = lambda _: None,
     ) -> list[list[float]]:
-        """Seconds of `rounds` steps for each method, taking turns, after one that warms up."""
+        """Time steps of all methods in turns, after one step of each that warms up.
+
+        Args:
+            methods: the methods to time.
+            rounds: number of timed steps of each method.
+            tell: called with a line of progress before every round.
+
+        Returns:
+            Seconds of `rounds` steps for each method.
+        """
         times: list[list[float]] = [[] for _ in methods]
         for number in range(rounds + 1):
             tell(f"time: round {number} of {rounds}" if number else "time: warming up")
@@ -78,5 +117,6 @@ class StepRunner:
         return times
 
     def _run(self) -> list[Tensor | None]:
-        # Not .backward(): the user's .grad fields stay as they are.
+        """Run one step."""
+        # autograd.grad, not .backward(): the user's .grad fields do not change.
         return self.step.gradients(self.model, self.inputs)

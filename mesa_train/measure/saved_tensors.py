@@ -1,12 +1,14 @@
-"""Watches one forward and knows, at its end, which storages autograd holds and for whom.
+"""Record which storages autograd holds at the end of a forward, and which operator saved them.
 
-Everything kept goes through the pack hook of `torch.autograd.graph.saved_tensors_hooks`; what the
-hook returns lives exactly as long as the graph node that keeps it. So a token is handed out per
-saved tensor, and only tokens still alive when the output is there count: a branch of the graph that
-was dropped on the way costs nothing. A token holds the storage, hence no address is used twice and
-each storage is counted once, whole, for the first that saved it.
+Every saved tensor goes through the pack hook of `torch.autograd.graph.saved_tensors_hooks`. The
+result of the hook exists exactly as long as the graph node that saved the tensor. Therefore the
+hook returns a token for each saved tensor, and only the tokens that exist when the output is there
+count. A branch of the graph that was dropped during the forward costs nothing.
 
-Cost: the forward itself plus a Python call per torch call; no memory beyond what training keeps.
+A token holds the storage, so no address is used twice. Each storage is counted once, at its full
+size, for the operator that saved it first.
+
+Cost: the forward itself plus a Python call per torch call; no memory beyond the memory of training.
 """
 
 from __future__ import annotations
@@ -31,8 +33,16 @@ _UNNAMED = "other"
 
 
 class Kept(NamedTuple):
-    """One storage saved for the backward: who saved it first, as what, and its whole size; whether it
-    waits in CPU memory."""
+    """One storage saved for the backward.
+
+    Args:
+        operator: the operator that saved the storage first.
+        module: qualified name of its module.
+        dtype: dtype of the saved tensor.
+        shape: shape of the saved tensor.
+        saved_bytes: full size of the storage.
+        offloaded: whether it is in CPU memory until the backward.
+    """
 
     operator: str
     module: str
@@ -43,9 +53,10 @@ class Kept(NamedTuple):
 
 
 class _Token:
-    """Lives as long as the graph node that saved a tensor.
+    """Exists as long as the graph node that saved a tensor.
 
-    Holds storages, not the tensor: that may be the node's own output, and a cycle would live on.
+    It holds the storages, not the tensor. The tensor may be the node's own output, and then the
+    cycle is never freed.
     """
 
     __slots__ = ("__weakref__", "module", "operator", "parts")
@@ -57,7 +68,7 @@ class _Token:
             (
                 t.untyped_storage(),
                 str(t.dtype).removeprefix("torch."),
-                # A nested tensor has no shape, but a number of elements.
+                # A nested tensor has no shape, only a number of elements.
                 (t.numel(),) if t.is_nested else tuple(t.shape),
                 t.device.type,
             )
@@ -66,7 +77,10 @@ class _Token:
 
 
 class Recorder:
-    """`with recorder.watching(model): output = model(x)`, then `kept()` while `output` lives."""
+    """Records saved tensors: `with recorder.watching(model): output = model(x)`, then `kept()`.
+
+    Call `kept` while `output` exists.
+    """
 
     def __init__(self) -> None:
         self.operator: str | None = None
@@ -79,7 +93,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record every tensor saved for the backward while the context is open."""
+        """Within the context, record every tensor saved for the backward.
+
+        Args:
+            model: the module whose forward runs. Its parameters and buffers do not count.
+        """
         self._weights = by_address(model.parameters())
         self._ignored = {**self._weights, **by_address(model.buffers())}
         self._devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
@@ -91,13 +109,14 @@ class Recorder:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _no_backward))
             stack.enter_context(_Operators(self))
-            # Under a dispatch mode compiled code would not run compiled: such models go without.
+            # Under a dispatch mode compiled code does not run compiled: compiled models run without
+            # this mode.
             if not any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
                 stack.enter_context(_WeightCasts(self._weights, self._casts))
             yield
 
     def kept(self) -> list[Kept]:
-        """What is held right now, each storage once, in the order of the forward."""
+        """The storages that autograd holds now, each once, in the order of the forward."""
         seen: set[int] = set()
         rows = []
         for reference in self._tokens:
@@ -110,7 +129,7 @@ class Recorder:
                     continue
                 seen.add(address)
                 operator = WEIGHT_CAST if address in self._casts else token.operator
-                # Fakes that stand for a GPU's tensors, and are a CPU's, are offloaded to the meta device.
+                # Fake CPU tensors that stand for GPU tensors are offloaded to the meta device.
                 away = bool(self._devices) and device not in self._devices
                 offloaded = away and device in ("cpu", "meta")
                 rows.append(Kept(operator, token.module, dtype, shape, size, offloaded))
@@ -118,12 +137,15 @@ class Recorder:
 
     @onlooker
     def _pack(self, tensor: Tensor) -> _Token:
+        """The pack hook: a token for a saved tensor."""
         module = self._modules[-1] if self._modules else ""
         token = _Token(self.operator or _operator_on_stack(), module, tensor)
         self._tokens.append(weakref.ref(token))
         return token
 
     def _module_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks that record the innermost running module."""
+
         def enter(*_: Any) -> None:
             self._modules.append(name)
 
@@ -134,7 +156,7 @@ class Recorder:
 
 
 class _Operators(TorchFunctionMode):
-    """Keeps the name of the torch function that runs, the outermost where one calls another."""
+    """Records the name of the torch function that runs; the outer one of two nested functions."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -151,13 +173,13 @@ class _Operators(TorchFunctionMode):
 
 
 class _WeightCasts(TorchDispatchMode):
-    """Marks the copies that autocast makes of parameters, out of a torch function mode's sight."""
+    """Records autocast's copies of parameters, which a torch function mode does not see."""
 
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """torch.compile may run under this mode, as eager `flex_attention` does."""
+        """Let torch.compile run under this mode, as eager `flex_attention` needs."""
         return True
 
     def __init__(
@@ -179,7 +201,7 @@ class _WeightCasts(TorchDispatchMode):
 def operator_name(func: Callable[..., Any]) -> str:
     """A torch function's plain name: `linear`, `mul` for `Tensor.__rmul__`, `relu` for `relu_`."""
     name = getattr(func, "__name__", type(func).__name__)
-    if name in ("__get__", "__set__"):  # a property such as Tensor.T
+    if name in ("__get__", "__set__"):  # A property, such as Tensor.T.
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     name = name.strip("_")
     arithmetic = re.fullmatch(r"[ri]?(add|sub|mul|truediv|div|matmul|pow)", name)
@@ -187,11 +209,11 @@ def operator_name(func: Callable[..., Any]) -> str:
 
 
 def _operator_on_stack() -> str:
-    """Who saves, when no torch function runs that the mode here was asked about.
+    """The operator that saves, if the mode here saw no torch function.
 
-    mesa_train's own mode, entered later, is asked first and saves from inside; checkpointing saves
-    from plain Python. Both stand on the stack, this side of the module that called them. Somebody
-    else's autograd Function does not.
+    mesa_train's own mode is entered later, so PyTorch calls it first, and it saves tensors itself.
+    Checkpointing saves from plain Python. Both have a frame on the Python stack between this
+    function and the call of the module. An autograd Function of another library has none.
     """
     name = _UNNAMED
     frame: types.FrameType | None = sys._getframe(2)
@@ -205,7 +227,10 @@ def _operator_on_stack() -> str:
 
 
 def _plain_tensors(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold the data: those inside a wrapper subclass or a sparse one, else it."""
+    """The tensors that hold the data: the parts of a wrapper subclass or sparse tensor.
+
+    A plain strided tensor is its own part; other layouts have none.
+    """
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [inner for name in names for inner in _plain_tensors(getattr(tensor, name))]
@@ -217,10 +242,11 @@ def _plain_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def by_address(tensors: Any) -> dict[int, torch.UntypedStorage]:
-    """The storages of tensors (and of what wrapper subclasses hold), each once."""
+    """The storages of tensors, and of the parts of wrapper subclasses, each once, by address."""
     storages = [inner.untyped_storage() for t in tensors for inner in _plain_tensors(t)]
     return {storage._cdata: storage for storage in storages}
 
 
 def _no_backward(_: _Token) -> Tensor:
+    """The unpack hook: a measured forward has no backward."""
     raise RuntimeError("a forward that is being measured keeps no tensors: it has no backward")

@@ -1,4 +1,4 @@
-"""The stash log: the stashes of one forward in order, for the planner and the timeline."""
+"""Record the stashes of one forward in order, for the planner and the timeline."""
 
 from __future__ import annotations
 
@@ -15,42 +15,50 @@ from mesa_train.stash.stash import Leaf, Stash
 # (module, operator, operand).
 Key = tuple[str, str, str]
 
-# In the place of an operator in a key: (block, BLOCK, "") is the block itself.
+# Stands for the operator in a key: (block, BLOCK, "") is the block itself.
 BLOCK = "block"
 
 
 @dataclasses.dataclass
 class CheckpointInput:
-    """What a checkpointed block saves of its inputs: the (rows, cols) of every tensor, and the bytes of all
-    as whole tensors."""
+    """The inputs that a checkpointed block saves.
+
+    Args:
+        matrices: (rows, cols) of every tensor.
+        saved_bytes: bytes of all these tensors if they are uncompressed.
+    """
 
     matrices: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     saved_bytes: int = 0
 
 
 class StashLog(Report):
-    """A report that also lists the stored stashes in the order of the forward, and where each of the
-    `blocks` begins and ends among them.
+    """A report that also lists the stored stashes in the order of the forward.
 
-    holding: keeps the stashes themselves, to look into what is rebuilt from what; they are not freed
-    in the backward then, so such a timeline's peak is none.
+    The list also shows where each of the `blocks` begins and ends.
+
+    Args:
+        holding: hold the stashes themselves, to read from which stashes a rebuilt stash is made.
+            Then the backward does not free them, so the peak of such a timeline means nothing.
+        blocks: qualified names of the blocks.
     """
 
     def __init__(self, holding: bool = False, blocks: Iterable[str] = ()) -> None:
         super().__init__()
         self.holding, self.blocks = holding, frozenset(blocks)
-        # Set when the backward begins: what a checkpoint makes again is not there before.
+        # True after the backward begins: stashes that a checkpoint recomputes are not in the list.
         self.closed = False
         self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
-        # What checkpointed blocks keep of their inputs.
+        # Inputs that checkpointed blocks save, by block.
         self.inputs: dict[str, CheckpointInput] = {}
         self.rebuilt: dict[Key, Stash] = {}
         self.leaves: dict[int, tuple[Stash, Key]] = {}
-        # By the id of a weight, which is held: the name of its module.
+        # (weight, name of its module) by the id of the weight. Holding the weight keeps its id
+        # unique.
         self.modules: dict[int, tuple[torch.Tensor, str]] = {}
 
     def installed(self, model: nn.Module) -> None:
-        """Take the place of a wrapped model's report."""
+        """Take the place of the report of a wrapped model."""
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, torch.Tensor):
@@ -60,12 +68,12 @@ class StashLog(Report):
             entry.installed.report = self
 
     def begins(self, module: str) -> None:
-        """A module's forward begins."""
+        """Note that a module's forward begins."""
         if module in self.blocks:
             self.stored.append(((module, BLOCK, "begin"), 0, None))
 
     def ends(self, module: str) -> None:
-        """A module's forward ends."""
+        """Note that a module's forward ends."""
         if module in self.blocks:
             self.stored.append(((module, BLOCK, "end"), 0, None))
 
@@ -78,7 +86,7 @@ class StashLog(Report):
         size: int,
         stash: Stash | None = None,
     ) -> None:
-        """As `Report.add`; called once an operand and call."""
+        """Add a stash, as `Report.add` does; called once for each operand and call."""
         super().add(module, operator, operand, how, size)
         if self.closed:
             return

@@ -1,5 +1,7 @@
-"""One step: forward, loss and backward of one batch with fixed random numbers, its seconds, and how far its gradients
-are from others."""
+"""Run one step with fixed random numbers: forward, loss and backward of one batch.
+
+A step is timed, and its gradients are compared with other gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs): a mapping is keyword arguments, a tuple or list positional ones."""
+    """Return (args, kwargs): a mapping is keyword arguments, a tuple or list positional ones."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
@@ -27,7 +29,15 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def autocasting(
     device: torch.device, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[Any]:
-    """`torch.autocast` with `dtype` on `device`; nothing for None; ValueError for another dtype."""
+    """Return `torch.autocast` with `dtype` on `device`.
+
+    Args:
+        device: device of the forward.
+        dtype: torch.bfloat16 or torch.float16; None returns a context that does nothing.
+
+    Raises:
+        ValueError: `dtype` is another one.
+    """
     if dtype is None:
         return contextlib.nullcontext()
     if dtype not in (torch.bfloat16, torch.float16):
@@ -36,14 +46,21 @@ def autocasting(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model is: meta if any part is, else its first tensor's device, else the CPU."""
+    """The device of the model: meta if any part is on meta, else the device of its first tensor.
+
+    The device of a model without tensors is the CPU.
+    """
     devices = [t.device for t in (*model.parameters(), *model.buffers())]
     meta = [d for d in devices if d.type == "meta"]
     return (meta or devices or [torch.device("cpu")])[0]
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Every tensor in an output: containers, dataclasses and plain objects are looked into."""
+    """Yield every tensor in an output.
+
+    Args:
+        value: an output. Containers, dataclasses and attributes of plain objects are searched.
+    """
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -57,10 +74,13 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 def default_loss(output: Any) -> Tensor:
-    """A float32 scalar of any output: its own loss, cross entropy of scores or a mean square.
+    """Return a float32 scalar of any output: its own loss, cross entropy or a mean square.
 
-    Scores are a first output of shape (batch, classes); the targets are fixed and spread over the
-    classes. Raises ValueError if no floating-point tensor of the output requires grad.
+    The cross entropy is taken of scores: a first output of shape (batch, classes). Their targets
+    are fixed and spread over the classes.
+
+    Raises:
+        ValueError: no floating-point tensor of the output requires grad.
     """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.requires_grad:
@@ -79,7 +99,15 @@ def default_loss(output: Any) -> Tensor:
 
 
 def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """||g - r|| / ||r|| over all tensors as one vector; a missing gradient counts as zero."""
+    """The relative L2 distance of two lists of gradients: ||g - r|| / ||r||.
+
+    Args:
+        gradients: g, all tensors as one vector; a missing gradient counts as zero.
+        reference: r, in the same order.
+
+    Returns:
+        The distance; infinite if only the reference is zero.
+    """
     distance = norm = 0.0
     for own, exact in zip(gradients, reference, strict=True):
         if exact is not None:
@@ -94,7 +122,15 @@ def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tenso
 
 
 def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
-    """The cosine of the angle between two lists of tensors as vectors; 1 where both are zero."""
+    """The cosine of the angle between two lists of gradients.
+
+    Args:
+        gradients: all tensors as one vector; a missing gradient counts as zero.
+        reference: in the same order.
+
+    Returns:
+        The cosine; 1 if both vectors are zero, 0 if only one is zero.
+    """
     product = own_norm = norm = 0.0
     for own, exact in zip(gradients, reference, strict=True):
         if own is not None:
@@ -112,7 +148,10 @@ def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None
 class Step:
     """Forward, loss and backward of one batch. Each call draws the same random numbers.
 
-    device: of the model. autocast: its dtype, None for none. loss: from the output to a scalar.
+    Args:
+        device: device of the model.
+        autocast: the dtype of autocast; None runs without autocast.
+        loss: from the output to a scalar.
     """
 
     device: torch.device
@@ -121,18 +160,32 @@ class Step:
 
     @property
     def scale(self) -> float:
-        """The factor of float16's loss, as a GradScaler's: gradients of a mean over a batch may vanish."""
+        """Factor on the loss: 2^12 under float16 autocast, else 1.
+
+        As with a GradScaler, the factor keeps small gradients of a mean over a batch from becoming
+        zero.
+        """
         return 2.0**12 if self.autocast is torch.float16 else 1.0
 
     def forward(self, module: nn.Module, inputs: Any) -> Tensor:
-        """The loss of one batch."""
+        """Run the forward and return the loss of one batch.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        """
         args, kwargs = arguments(inputs)
         torch.manual_seed(0)
         with autocasting(self.device, self.autocast):
             return self.loss(module(*args, **kwargs))
 
     def backward(self, module: nn.Module, inputs: Any) -> None:
-        """Add one batch's gradients to the parameters' `.grad`, which is empty before."""
+        """Compute one batch's gradients in the parameters' `.grad`, which must be empty before.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        """
         loss = self.forward(module, inputs)
         (loss if self.scale == 1 else loss * self.scale).backward()
         if self.scale != 1:
@@ -141,8 +194,15 @@ class Step:
                     parameter.grad.div_(self.scale)
 
     def gradients(self, module: nn.Module, inputs: Any) -> list[Tensor | None]:
-        """One batch's gradients of the trained parameters, whose `.grad` stays as it was; None where the loss does
-        not depend on one."""
+        """Compute one batch's gradients of the trained parameters; their `.grad` does not change.
+
+        Args:
+            module: the module to run.
+            inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+        Returns:
+            One tensor for each trained parameter; None if the loss does not depend on it.
+        """
         parameters = [p for p in module.parameters() if p.requires_grad]
         loss = self.forward(module, inputs)
         loss = loss if self.scale == 1 else loss * self.scale
@@ -152,7 +212,7 @@ class Step:
         return [None if g is None else g / self.scale for g in gradients]
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Seconds of a call, with the device waited for before and after."""
+        """Seconds of a call, with a synchronisation of the device before and after it."""
         self.synchronize()
         start = clock.perf_counter()
         run()
@@ -160,6 +220,6 @@ class Step:
         return clock.perf_counter() - start
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,16 +1,19 @@
-"""Timeline: how many bytes are live at every moment of a step, without running it.
+"""Count the bytes that are live at every moment of a step, without running the step.
 
-Forward, loss and backward run on fake tensors (no data, no memory), and every storage that an
-operator makes is counted from its birth to its death. So the peak contains the working set of the
-backward: decoded copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients
-that have come so far. What stays there all the time (parameters, buffers, inputs, optimizer states)
-is not counted, nor what a kernel allocates inside itself and frees before it returns, nor what a policy
-offloaded to CPU memory.
+Forward, loss and backward run on fake tensors (no data, no memory). Every storage that an operator
+makes is counted until it is freed. So the peak contains the working set of the backward: decoded
+copies, rebuilt matmuls, a checkpointed block's second forward, and the gradients computed so far.
+Three things are not counted:
 
-Cost: one to a few seconds for a ViT, whatever its size and batch.
+* static bytes: parameters, buffers, inputs, optimizer states;
+* workspace: the memory that a kernel allocates inside itself and frees before it returns;
+* stashes that a policy offloaded to CPU memory.
 
-`module_hooks` tells a listener when a module's forward begins and when the gradient of its output arrives.
-The time between two of these calls is a moment of the step, here as in a real run (`peak.py`).
+Cost: one to a few seconds for a ViT, for any size and batch.
+
+`module_hooks` calls a listener when a module's forward begins and when the gradient of its output
+arrives. The time between two of these calls is a moment of the step. `peak.py` measures the same
+moments in a real run.
 """
 
 from __future__ import annotations
@@ -41,10 +44,15 @@ from .step import arguments, autocasting, default_loss, device_of, tensors_in
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """From a module's forward or backward on until the next moment: most bytes live in it.
+    """The time from a module's forward or backward to the next moment.
 
-    stored: how many stashes stand then, of those that the forward made in order (see `StashLog`).
-    gradient_bytes: of the parameters' gradients that are there when it begins.
+    Args:
+        phase: "forward" or "backward".
+        module: qualified name of the module.
+        peak_bytes: most bytes live in the moment.
+        stored: number of stashes that exist then, counted in the order of the forward (see
+            `StashLog`).
+        gradient_bytes: bytes of the parameters' gradients that exist when the moment begins.
     """
 
     phase: str
@@ -56,19 +64,24 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The moments of one step in order, and the bytes of gradients that it leaves."""
+    """The moments of one step in order.
+
+    Args:
+        moments: in the order of the step.
+        gradient_bytes: bytes of the gradients that exist after the step.
+    """
 
     moments: tuple[Moment, ...]
     gradient_bytes: int
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes live at once, beyond what is there before and after the step."""
+        """Most bytes live at once, beyond the bytes that exist before and after the step."""
         return max(moment.peak_bytes for moment in self.moments)
 
     @property
     def working_bytes(self) -> int:
-        """Most bytes live at once beside the parameters' gradients."""
+        """Most bytes live at once, without the parameters' gradients."""
         return max(moment.peak_bytes - moment.gradient_bytes for moment in self.moments)
 
     @property
@@ -87,13 +100,26 @@ def timeline(
     log: StashLog | None = None,
     backward: bool = True,
 ) -> Timeline:
-    """The timeline of a step of `model(inputs)` with `policy`; the model stays as it was.
+    """Count a step of `model(inputs)` with `policy`; the model does not change.
 
-    log: takes the place of the report of the wrapped model, and counts the stashes.
-    backward: False runs the forward alone, without a graph.
+    The fake tensors stand for CPU tensors, because the autograd engine needs a real GPU for fake
+    GPU tensors.
 
-    The fakes stand for CPU tensors: the autograd engine would want a real GPU for those of one.
-    Arguments and errors as for `footprint`.
+    Args:
+        model: as for `footprint`.
+        inputs: as for `footprint`.
+        policy: as for `footprint`.
+        autocast: as for `footprint`.
+        loss: from the output to a scalar; default: `default_loss`.
+        log: takes the place of the report of the wrapped model, and counts the stashes.
+        backward: False runs the forward alone, without a graph.
+
+    Returns:
+        A `Timeline`.
+
+    Raises:
+        ValueError: as for `footprint`.
+        TypeError: as for `footprint`.
     """
     args, kwargs = arguments(inputs)
     fakes = FakeModel(torch.device("cpu"))
@@ -115,7 +141,7 @@ def timeline(
                 value = (loss or default_loss)(value) if backward else value
             if backward:
                 live.arrive("", live.stored())
-                # Not value.backward(): the fakes' function mode would be off inside.
+                # Not value.backward(): the function mode of the fake tensors is off inside it.
                 torch.autograd.backward(value)
         del value
         live.close()
@@ -128,7 +154,7 @@ def timeline(
 
 
 class _Live(TorchDispatchMode):
-    """Counts the storages that operators make while it is on; `known` ones are not its business."""
+    """Counts the storages that operators make while the mode is on, except `known` storages."""
 
     def __init__(
         self, known: tuple[Tensor, ...], log: StashLog | None, parameters: list[nn.Parameter]
@@ -154,34 +180,37 @@ class _Live(TorchDispatchMode):
         return output
 
     def stored(self) -> int:
-        """How many stashes stand: those made so far in the forward, fewer and fewer in the
-        backward."""
+        """Number of existing stashes: all made so far in the forward, fewer in the backward."""
         if self._backward or self._log is None:
             return self._now[2]
         return len(self._log.stored)
 
     def enter(self, module: str) -> None:
+        """A module's forward begins."""
         if self._log is not None and not self._backward:
             self._log.begins(module)
         self._mark(FORWARD, module, self.stored())
 
     def leave(self, module: str) -> int:
+        """A module's forward ends; return the number of stashes."""
         if self._log is not None and not self._backward:
             self._log.ends(module)
         return self.stored()
 
     def arrive(self, module: str, left: int) -> None:
+        """The gradient of a module's output arrives."""
         self._mark(BACKWARD, module, left)
         self._backward = True
         if self._log is not None:
             self._log.closed = True
 
     def _mark(self, phase: str, module: str, stored: int) -> None:
+        """End the current moment and begin the next."""
         self.close()
         self._now = phase, module, stored
 
     def close(self) -> None:
-        """The moment that is on ends. In a forward moment stashes come while it lasts."""
+        """End the current moment. In a forward moment stashes are added while it lasts."""
         phase, module, _ = self._now
         self.moments.append(Moment(phase, module, self.highest, self.stored(), self._gradients))
         self.highest = self.bytes
@@ -190,16 +219,18 @@ class _Live(TorchDispatchMode):
             self._gradients = sum(g.nbytes for g in there)
 
     def _add(self, tensor: Tensor) -> None:
+        """Count a new storage."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known or address in self._alive or tensor.device.type == "meta":
-            return  # On the meta device is what was offloaded to CPU memory.
+            return  # Tensors offloaded to CPU memory are on the meta device.
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
         self.bytes += size
         self.highest = max(self.highest, self.bytes)
 
     def _gone(self, address: int, size: int, _: Any) -> None:
+        """Count a freed storage."""
         del self._alive[address]
         self.bytes -= size
 
@@ -208,21 +239,26 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 class StepListener(Protocol):
-    """What is told of the marks."""
+    """The calls that `module_hooks` makes."""
 
     def enter(self, module: str) -> None:
         """A module's forward begins: for the first time, or again in a checkpoint's recompute."""
 
     def leave(self, module: str) -> Any:
-        """A module's forward ends; what it returns comes back in `arrive`."""
+        """A module's forward ends; the return value is passed to `arrive`."""
 
     def arrive(self, module: str, left: Any) -> None:
-        """The gradient of a module's output has come."""
+        """The gradient of a module's output arrives."""
 
 
 @contextlib.contextmanager
 def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
-    """Within the context the forwards of `model`'s modules, and their backwards, are told."""
+    """Within the context, call a listener at the forwards and backwards of `model`'s modules.
+
+    Args:
+        model: the module.
+        marked: the listener.
+    """
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             enter, leave = _hooks(marked, name)
@@ -232,12 +268,14 @@ def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
 
 
 def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
+    """The forward hooks of one module."""
+
     def enter(*_: Any) -> None:
         marked.enter(name)
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         left = marked.leave(name)
-        # On the node: a hook on the tensor would keep operators from being recorded together.
+        # On the graph node: a hook on the tensor keeps a Linear from fusing with its layer scale.
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(lambda _: marked.arrive(name, left))

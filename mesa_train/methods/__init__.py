@@ -1,1 +1,1 @@
-"""The methods that are compared: their names, and how each is put on a model."""
+"""Name the methods of a comparison, and put each on a model."""

@@ -1,8 +1,9 @@
-"""Methods: the ways to train a model that are measured against each other, put on and taken off.
+"""Put a method on a model and take it off again.
 
-A method is "plain", "checkpoint", "approx-bp", a preset's name, a preset's name with "+checkpoint",
-"+coded" or "+offload", or a Policy.
-Whatever mesa_train had installed on the model before is back afterwards, with its report.
+A method is a way to train a model; methods are measured against each other. Its name is "plain",
+"checkpoint", "approx-bp", a preset's name, or a preset's name with "+checkpoint", "+coded" or
+"+offload". A Policy is a method too. After a method is taken off, the model has its former policy
+and report again.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ CHECKPOINT = "checkpoint"
 APPROX_BP = "approx-bp"
 SAVE_ON_CPU = "save_on_cpu"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
-# A preset whose blocks are checkpointed as well.
+# A preset whose blocks are also checkpointed.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
-# And whose blocks' inputs are 8-bit codes.
+# A preset whose blocks are also checkpointed, with 8-bit codes of their inputs.
 CODED = {f"{preset}+coded": preset for preset in PRESETS if preset != "paper"}
 
 
 def check_method(method: str, more: tuple[str, ...] = ()) -> None:
-    """ValueError with the choices and the closest name if `method` is none, nor one of `more`."""
+    """Check the name of a method.
+
+    Args:
+        method: the name.
+        more: further names that are allowed.
+
+    Raises:
+        ValueError: the name is unknown; the message has the choices and the closest name.
+    """
     choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *more)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
@@ -48,16 +57,21 @@ def check_method(method: str, more: tuple[str, ...] = ()) -> None:
 
 @contextlib.contextmanager
 def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
-    """Within the context `model` runs with `method`; None leaves it as it is.
+    """Within the context, `model` runs with `method`.
 
-    Raises ValueError for an unknown method or a policy that does not fit the model, TypeError for
-    another type.
+    Args:
+        model: the module; its former policy comes back at the end.
+        method: name of a method or a Policy; None leaves the model unchanged.
+
+    Raises:
+        ValueError: the method is unknown, or the policy does not fit the model.
+        TypeError: `method` has another type.
     """
     if isinstance(method, str):
         check_method(method)
     report = report_of(model)
     reported = dict(report.rows) if report is not None else {}
-    # `wrap` and `checkpointed` change nothing but the `__dict__` of modules.
+    # `wrap` and `checkpointed` change only the `__dict__` of modules.
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         with contextlib.ExitStack() as stack:
@@ -76,7 +90,15 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
 
 
 def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) -> None:
-    """Install a method on an unwrapped model: its policy for good, its checkpointing until `stack` closes."""
+    """Install a method on an unwrapped model.
+
+    The policy stays installed. The checkpointing ends when `stack` closes.
+
+    Args:
+        model: the module.
+        method: a Policy or the name of a method.
+        stack: holds the context of the checkpointing.
+    """
     policy, blocks = parts(method)
     if policy is not None:
         wrap(model, policy)
@@ -85,7 +107,12 @@ def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) 
 
 
 def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContextManager[Any]:
-    """The context that forward and backward of a method run in."""
+    """The context for the forward and backward of a method.
+
+    Args:
+        model: the module; its device decides whether saved tensors are pinned.
+        method: a Policy or the name of a method.
+    """
     if method == APPROX_BP:
         return ApproxBP()
     if method == SAVE_ON_CPU:
@@ -95,7 +122,11 @@ def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContex
 
 
 def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
-    """(the policy, its name, or None; whether blocks are checkpointed)."""
+    """Split a method into its policy and its checkpointing.
+
+    Returns:
+        (policy, name of a policy, or None; whether blocks are checkpointed).
+    """
     if method in (PLAIN, CHECKPOINT, APPROX_BP, SAVE_ON_CPU):
         return None, method == CHECKPOINT
     if isinstance(method, str) and method in BOTH:

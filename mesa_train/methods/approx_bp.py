@@ -1,15 +1,19 @@
-"""Approx-BP, a baseline to measure against: GELU and SiLU that keep two bits an element.
+"""Approx-BP, a baseline: GELU and SiLU that save two bits an element.
 
 Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
-Backpropagation" (ICML 2024, arXiv 2406.16282). The forward is PyTorch's; the backward takes a
-function of four steps for the derivative, so two bits say which step an input is on. Thresholds and
-steps are those of the authors' code (github.com/yyyyychen/LowMemoryBP, lomem/csrc/activation_cuda.cu).
+Backpropagation" (ICML 2024, arXiv 2406.16282). The forward is PyTorch's. The backward replaces the
+derivative by a function of four steps, so two bits say which step an input is on. Thresholds and
+steps are copied from the authors' code (github.com/yyyyychen/LowMemoryBP,
+lomem/csrc/activation_cuda.cu).
 
-The paper's other half is left out: norms that share their output with the Linear behind them have
-their weight and bias merged into it, so other parameters are trained and there is no gradient to
-compare. What is kept and the gradient's error are the method's own; its time is that of torch
-operators and this library's bit masks, not of the authors' CUDA kernels. It is meant for fine-tuning:
-the error falls as the inputs spread (deviation 0.4 in a ViT of random weights).
+The other half of the paper is left out. There, a norm shares its output with the Linear behind it,
+and its weight and bias are merged into that Linear. So other parameters are trained, and there is
+no gradient to compare.
+
+This file reproduces the method's saved bytes and gradient error, but not its time: it uses torch
+operators and this library's bit masks, not the authors' CUDA kernels. The method is meant for
+fine-tuning: the error falls as the inputs spread (standard deviation 0.4 in a ViT with random
+weights).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ REMARK = (
     "near 0, where four steps fit its derivative worst"
 )
 
-# Three thresholds, and what the derivative rises by at each.
+# Three thresholds, and the rise of the derivative at each.
 _GELU = (
     (-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
     (-0.04922261145617846, 1.0979632065417297, -0.048740595085551286),
@@ -41,7 +45,7 @@ _STEPS: dict[Any, tuple[tuple[float, ...], tuple[float, ...]]] = {F.gelu: _GELU,
 
 
 class ApproxBP(TorchFunctionMode):
-    """Context manager: gelu (the exact one) and silu inside keep two bits an element."""
+    """Within the context, exact gelu and silu save two bits an element."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,6 +58,8 @@ class ApproxBP(TorchFunctionMode):
 
 
 class _Stepped(torch.autograd.Function):
+    """An activation with a stepped derivative; saves two bit masks."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, func: Any) -> Tensor:
         (low, middle, high), ctx.rises = _STEPS[func]

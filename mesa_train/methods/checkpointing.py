@@ -1,9 +1,9 @@
-"""Checkpointing of every block, the baseline: keeps a block's input, computes the rest again.
+"""Checkpoint every block, a baseline: save a block's input and recompute the rest.
 
-The blocks of a model are found, not named: the finest modules that stand in a row of their own
-class (`nn.ModuleList` or `nn.Sequential`) and hold at least two weight matrices. That is every
-Block of a ViT, of each Swin stage, of a Hugging Face encoder; not the ConvNormAct of a stem, which
-has a single weight.
+The blocks of a model are found without their names. A row is an `nn.ModuleList` or `nn.Sequential`
+of modules of one class. Blocks are the innermost modules that stand in a row and have at least two
+weight matrices. These are every Block of a ViT, of each Swin stage and of a Hugging Face encoder.
+The ConvNormAct of a stem has a single weight and is no block.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 class NoBlocks(ValueError):
-    """The model has no rows of equal blocks."""
+    """The model has no row of equal blocks."""
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of `model` by qualified name, in its order; empty if there are none."""
+    """Find the repeated blocks of `model`.
+
+    Returns:
+        The blocks by qualified name, in the order of the model; empty if there are none.
+    """
     return dict(_blocks(model, ""))
 
 
 @contextlib.contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the context every block is checkpointed (non-reentrant). NoBlocks if there is none."""
+    """Within the context, every block is checkpointed (non-reentrant).
+
+    Raises:
+        NoBlocks: the model has no blocks.
+    """
     blocks = find_blocks(model)
     if not blocks:
         raise NoBlocks(
@@ -37,7 +45,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     own = [(block, vars(block).get("forward")) for block in blocks.values()]
     try:
         for block in blocks.values():
-            # An attribute of the instance goes before the method of its class.
+            # Python finds the instance's attribute before the method of its class.
             vars(block)["forward"] = functools.partial(
                 checkpoint, block.forward, use_reentrant=False
             )
@@ -51,6 +59,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The innermost blocks below a module, with their qualified names."""
     in_row = _is_row(module)
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
@@ -61,7 +70,7 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_row(module: nn.Module) -> bool:
-    """Whether `module` is a row of blocks of one class, each with two weight matrices or more."""
+    """Whether `module` is a row of blocks of one class, each with at least two weight matrices."""
     elements = list(module.children())
     return (
         isinstance(module, nn.ModuleList | nn.Sequential)

@@ -1,7 +1,7 @@
-"""Contenders: what a name in `mesa-train compare --methods` stands for, and what to know about it.
+"""Read the names of `mesa-train compare --methods`.
 
-A method is a variant of the model (`plain`, a preset, checkpointing, a compiler...), an
-arithmetic and an optimizer. Names are joined with "+": `mesa8+checkpoint`, `mesa8+adamw8bit`. A
+A method is a variant of the model (`plain`, a preset, checkpointing, a compiler...), an arithmetic
+and an optimizer. Names are joined with "+": `mesa8+checkpoint`, `mesa8+adamw8bit`. The path of a
 policy's YAML file is a name too.
 """
 
@@ -34,7 +34,7 @@ DEFAULT = (
     APPROX_BP,
     f"{PLAIN}+{ADAMW8BIT}",
     f"mesa8+{ADAMW8BIT}",
-    # Compiling takes longest: what a limit of time cuts off should be the last of these.
+    # Compiling takes longest, so the compiled methods come last: a time limit cuts them off first.
     COMPILE,
     "compile-budget-0.5",
     "compile-fp8",
@@ -66,8 +66,15 @@ _CODES = "forward exact; the gradient is taken from codes"
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """name: as asked. variant: for `Variant`. pure: weights and inputs in that dtype and no
-    autocast, or None for autocast as asked. eight_bit: AdamW with 8-bit states."""
+    """A method of a comparison.
+
+    Args:
+        name: the name that the user gave.
+        variant: the method for `Variant`.
+        pure: dtype of weights and inputs, without autocast; None for the autocast of the
+            comparison.
+        eight_bit: AdamW with 8-bit states.
+    """
 
     name: str
     variant: str | Policy
@@ -76,7 +83,12 @@ class MethodSpec:
 
     @classmethod
     def of(cls, name: str) -> MethodSpec:
-        """ValueError with the choices if `name` is none; OSError if its file is not there."""
+        """Read the name of a method.
+
+        Raises:
+            ValueError: the name is unknown; the message has the choices.
+            OSError: the policy's file does not exist.
+        """
         rest, plus, last = name.rpartition("+")
         base = rest if last == ADAMW8BIT and plus else name
         pure = {FLOAT32: torch.float32, PURE_BF16: torch.bfloat16}.get(base)
@@ -94,7 +106,7 @@ class MethodSpec:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What a reader of its numbers should know."""
+        """Remarks for the reader of the method's numbers."""
         parts = (self.name, *self.name.split("+"), self.name.partition(":")[0])
         found = dict.fromkeys(_CAVEATS[part] for part in parts if part in _CAVEATS)
         coded = isinstance(self.variant, Policy) or any(
@@ -103,7 +115,7 @@ class MethodSpec:
         return ((_CODES,) if coded else ()) + tuple(found)
 
     def why_not(self, device: str) -> str | None:
-        """Why it would say nothing on a device, None where it does."""
+        """The reason why the method shows nothing on a device; None if it does."""
         if (
             isinstance(self.variant, str)
             and self.variant in OFFLOADED
@@ -114,25 +126,25 @@ class MethodSpec:
 
     @property
     def compiled(self) -> bool:
-        """Whether torch.compile is part of it."""
+        """Whether the method uses torch.compile."""
         return isinstance(self.variant, str) and self.variant.startswith(COMPILE)
 
     @property
     def countable(self) -> bool:
-        """Whether its bytes can be counted on tensors without data."""
+        """Whether its bytes can be counted on fake tensors."""
         return not self.compiled and self.variant != SAVE_ON_CPU
 
     def autocast(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """The dtype of autocast for this method, of a comparison that `asked` for one."""
+        """The dtype of autocast for this method, in a comparison with the dtype `asked`."""
         return None if self.pure is not None else asked
 
     def cast(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-        """Model (in place) and inputs in the method's own dtype."""
+        """Cast the model (in place) and the inputs to the method's own dtype."""
         moved = self.narrowed(inputs)
         return (model if self.pure is None else model.to(self.pure)), moved
 
     def narrowed(self, inputs: Any) -> Any:
-        """Inputs in the method's own dtype."""
+        """Cast the inputs to the method's own dtype."""
         dtype = self.pure
         if dtype is None:
             return inputs
@@ -141,13 +153,15 @@ class MethodSpec:
         )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW at learning rate 0, which does all of its work and leaves the weights.
+        """Make AdamW with learning rate 0: it does all of its work, but no weight changes.
 
-        ImportError, saying what to install, where the 8-bit one is missing.
+        Raises:
+            ImportError: bitsandbytes is missing for the 8-bit optimizer; the message says what to
+                install.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.eight_bit:
-            # Fused, so that no temporary of the optimizer is the peak of the step.
+            # Fused, because the temporaries of an unfused step could be the peak of the step.
             return torch.optim.AdamW(parameters, lr=0.0, fused=True)
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -1,9 +1,9 @@
-"""Variants: one model made ready once for each method, all on the same Parameters.
+"""Prepare one model once for each method; all variants share the same Parameters.
 
-`torch.compile` is asked for once per model, so a method that compiles cannot be put on and taken
-off around every step as `applied` does. A variant is a copy of the modules that shares parameters
-and buffers with the original: the copies cost no memory to speak of, one optimizer serves them all,
-and they can take turns within a process.
+`torch.compile` compiles a model once, so a compiled method cannot be put on and taken off around
+every step, as `applied` does. A variant is a copy of the modules that shares parameters and buffers
+with the original. So the copies cost hardly any memory, one optimizer steps them all, and they can
+run in turns within a process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from .apply import (
 
 COMPILE = "compile"
 
-# PyTorch's own pass that casts what the compiled backward reads to 8-bit floats; undocumented, so
-# the options stand here. No size threshold: the default of 100 MB would pass by a small ViT.
+# PyTorch's own pass that casts the saved tensors of a compiled backward to 8-bit floats. It is
+# undocumented, so its options are here. The size threshold is 0: with the default of 100 MB, the
+# pass would skip all tensors of a small ViT.
 _FP8 = {
     "activation_quantization_aten_pass": {
         "quant_type": "torch.float8_e4m3fn",
@@ -47,8 +48,8 @@ _FP8 = {
     }
 }
 
-# method: activation_memory_budget, inductor's post_grad_fusion_options. A budget of 0.5 is as far
-# down as a ViT recomputes elementwise operations alone; 0.2 repeats matmuls.
+# method: (activation_memory_budget, inductor's post_grad_fusion_options). 0.5 is the smallest
+# budget with which a ViT recomputes only elementwise operations; 0.2 recomputes matmuls.
 _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
     COMPILE: (1.0, {}),
     "compile-budget-0.5": (0.5, {}),
@@ -63,17 +64,24 @@ CHOICES = (
 
 
 def check_variant(method: str) -> None:
-    """ValueError with the choices and the closest name if `method` is none."""
+    """Check the name of a method.
+
+    Raises:
+        ValueError: the name is unknown; the message has the choices and the closest name.
+    """
     check_method(method, (SAVE_ON_CPU, *_COMPILED))
 
 
 class Variant:
-    """`model` for one method: call it within `active()`.
+    """A model with one method; call it within `active()`.
 
-    model: stays as it is; its parameters and buffers are the variant's too.
-    method: one of `CHOICES`, or a Policy.
+    Args:
+        model: the module; it does not change. The variant shares its parameters and buffers.
+        method: one of `CHOICES`, or a Policy.
 
-    Raises ValueError for another name, NoBlocks where checkpointing finds nothing.
+    Raises:
+        ValueError: the method is unknown.
+        NoBlocks: the method checkpoints blocks and the model has none.
     """
 
     def __init__(self, model: nn.Module, method: str | Policy) -> None:
@@ -83,7 +91,7 @@ class Variant:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.module = unwrap(copy.deepcopy(model, shared))
         eager = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
-        # Never closed: the copy is checkpointed for good.
+        # Never closed: the copy stays checkpointed.
         self._installed = contextlib.ExitStack()
         put_on(self.module, PLAIN if eager in _COMPILED else eager, self._installed)
         if method in _COMPILED:
@@ -91,14 +99,16 @@ class Variant:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The module, ready to run forward and backward."""
+        """Within the context, the returned module runs forward and backward with the method."""
         with running(self.module, self.method):
             yield self.module
 
     def saved_bytes(self, run: Callable[[nn.Module], Tensor]) -> int:
-        """Bytes kept between forward and backward, each storage once, parameters and buffers apart.
+        """Bytes saved for the backward, each storage once, without parameters and buffers.
 
-        run: from the module to the loss; called twice, since what compiles does so first.
+        Args:
+            run: from the module to the loss. It is called twice, because a compiled module compiles
+                first.
         """
         weights = {
             t.untyped_storage().data_ptr()
@@ -124,13 +134,13 @@ class Variant:
         alive = [token for token in (reference() for reference in tokens) if token is not None]
         del loss
         if self.method == SAVE_ON_CPU:
-            return copies  # It copies whatever is saved, as often as it is saved.
+            return copies  # save_on_cpu copies every saved tensor, each time that it is saved.
         storages = {token.storage.data_ptr(): token.storage.nbytes() for token in alive}
         return sum(size for address, size in storages.items() if address not in weights)
 
 
 class _Token:
-    """Lives as long as the graph node that saved a tensor, and holds its storage."""
+    """Exists as long as the graph node that saved a tensor, and holds its storage."""
 
     __slots__ = ("__weakref__", "storage")
 
@@ -139,12 +149,16 @@ class _Token:
 
 
 def _no_backward(_: _Token) -> Tensor:
+    """The unpack hook: this forward has no backward."""
     raise RuntimeError("this forward was run to count what it keeps; it has no backward")
 
 
 def _backend(budget: float, fusion: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor with these options. A function of its own each time: what was compiled for another
-    variant of the same code is not taken for this one."""
+    """Inductor with these options.
+
+    Each call makes a new function. So torch.compile does not reuse the code that it compiled for
+    another variant of the same model.
+    """
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._functorch import config as functorch

@@ -1,1 +1,1 @@
-"""Plan a policy that fits a memory budget: candidates, models of memory, time and error, an integer program."""
+"""Plan a policy that fits a memory budget: an integer program over memory, time and error."""

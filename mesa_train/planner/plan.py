@@ -1,4 +1,4 @@
-"""What a planner returns: a policy, and what a step with it takes."""
+"""Describe a plan: a policy with the predicted memory, time and error of a step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from mesa_train.measure.stash_log import Key
 from mesa_train.policy import Policy
 from mesa_train.utils.formatting import format_bytes
 
-# What a squared gradient error of one is worth in time, as a multiple of the plain step: an error
-# of 5 % is worth 10 % of the step.
+# Weight of a squared gradient error of one, as a multiple of the time of the plain step. An error
+# of 5 % costs as much as 10 % of the step.
 ERROR_WEIGHT = 0.10 / 0.05**2
 
 
 class OverBudget(ValueError):
-    """No policy fits the budget. `smallest` is the plan with the smallest peak."""
+    """No policy fits the budget.
+
+    Args:
+        message: the text of the error.
+        smallest: the plan with the smallest peak.
+    """
 
     def __init__(self, message: str, smallest: Plan) -> None:
         super().__init__(message)
@@ -23,7 +28,13 @@ class OverBudget(ValueError):
 
     @classmethod
     def of(cls, asked: str, smallest: Plan, static: int) -> OverBudget:
-        """The error for what was `asked`; `static` bytes are there whatever is chosen."""
+        """Make the error.
+
+        Args:
+            asked: the budget and the other bounds in words.
+            smallest: the plan with the smallest peak.
+            static: bytes that exist during the whole step under every choice.
+        """
         peak = format_bytes(smallest.prediction.peak_bytes)
         how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
         return cls(
@@ -36,13 +47,17 @@ class OverBudget(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a step with a plan's policy takes.
+    """Predicted memory, time and error of a step.
 
-    saved_bytes: for the backward on the device, each storage once. peak_bytes: allocated at once in a
-    step, with weights, buffers, inputs, gradients, optimizer states and the kernels' own workspace.
-    step_s: forward and backward, None for a model without data or where plain does not fit;
-    time_ratio: by plain's. gradient_error: relative L2 distance from the float32 gradient.
-    offloaded_bytes: in CPU memory between forward and backward.
+    Args:
+        saved_bytes: bytes saved for the backward on the device, each storage once.
+        peak_bytes: most bytes allocated at once in a step: with weights, buffers, inputs,
+            gradients, optimizer states and the kernels' workspace.
+        step_s: seconds of forward and backward; None for a model without data, or if plain does not
+            fit.
+        time_ratio: `step_s` divided by the seconds of the plain step, or None.
+        gradient_error: relative L2 distance from the float32 gradient.
+        offloaded_bytes: bytes in CPU memory between forward and backward.
     """
 
     saved_bytes: int
@@ -53,14 +68,22 @@ class Prediction:
     offloaded_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
+        """Return all fields as plain Python values."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """policy: for `wrap`. choices: by candidate, bits or "keep" or "rebuild". gap: how far the choice may
-    be from the best one, relative to its cost. plain: what the step takes without a policy."""
+    """A policy and the prediction for it.
+
+    Args:
+        policy: for `wrap`.
+        prediction: for a step with the policy.
+        choices: by candidate: a number of bits, "keep" or "rebuild", or these offloaded; by block:
+            its strategy.
+        gap: proven bound on the distance of these choices from the best, relative to their cost.
+        plain: prediction for a step without a policy.
+    """
 
     policy: Policy
     prediction: Prediction
@@ -70,12 +93,12 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Time and gradient error in one number, as a multiple of the plain step."""
+        """Time and gradient error in one number, as a multiple of the plain step's time."""
         said = self.prediction
         return (said.time_ratio or 0.0) + ERROR_WEIGHT * said.gradient_error**2
 
     def summary(self) -> list[tuple[str, str, int]]:
-        """(operator.operand, choice, how many candidates), in the order of the model."""
+        """(operator.operand, choice, number of candidates), in the order of the model."""
         counts: dict[tuple[str, str], int] = {}
         for (_, operator, operand), choice in self.choices.items():
             said = f"{choice} bits" if isinstance(choice, int) else choice

@@ -1,12 +1,13 @@
-"""Plan a policy for a memory budget: arithmetic on a profile.
+"""Plan a policy for a memory budget, computed from a profile.
 
-A profile (`measure/profiling/profile.py`) holds what may be chosen for every saved tensor and block, with the bytes,
-seconds and gradient error of each choice. The planner makes an integer program of it (`solver.py`).
+A profile (`measure/profiling/profile.py`) has the choices for every saved tensor and block, with
+the bytes, seconds and gradient error of each choice. The planner makes an integer program of it
+(`solver.py`).
 
-The bytes beside the stashes change with the choices. Where the model is at hand, a step with the answer is
-simulated on fake tensors, the program is corrected by it and solved again until both agree: the predicted bytes
-are then those of the policy itself. A plan from a loaded profile alone takes the bytes beside the stashes from
-the steps that were profiled.
+The bytes beside the stashes change with the choices. With a model, the planner simulates a step
+with the solution on fake tensors, corrects the program and solves it again until both agree. Then
+the predicted bytes are the counted bytes of the policy itself. A plan from a loaded profile alone
+takes the bytes beside the stashes from the profiled steps.
 """
 
 from __future__ import annotations
@@ -28,76 +29,36 @@ from mesa_train.utils.formatting import format_bytes, parse_bytes
 from .plan import ERROR_WEIGHT, OverBudget, Plan, Prediction
 from .solver import COST, PEAK, HostLink, Moment, Problem, Solution, solve
 
-# A peak this much above the smallest is as good, relatively.
+# A peak that is larger than the smallest by at most this part is as good.
 _ABOUT = 2e-3
 
 
-def plan(
-    model: nn.Module,
-    inputs: Any,
-    budget: int | str | None = None,
-    *,
-    max_time: float | None = None,
-    max_error: float | None = None,
-    autocast: torch.dtype | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-    optimizer_bytes: int | None = None,
-    cpu_memory: int | str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Plan:
-    """The policy that fits `budget` at the least time and gradient error; the model stays as it was.
-
-    inputs, autocast: as for `footprint`. A model on the meta device is planned for by counting
-    alone: bytes are exact, time and error are those of a typical GPU and ViT.
-    budget: most bytes allocated at once in a training step, such as "8GiB"; None for as few as the
-        other bounds allow.
-    max_time: most step time, as a multiple of plain's (1.1: 10 % more). max_error: most relative
-        error of the gradient that codes may add to plain's.
-    loss: from the output to a scalar; default: `default_loss`.
-    optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
-    cpu_memory: most CPU memory for what is offloaded there, such as "64GiB"; None for any. Nothing is
-        offloaded where the model is on a CPU.
-
-    Raises OverBudget, a ValueError that says what the smallest peak is, if nothing fits; ValueError
-    for a bound out of range; ImportError, naming the extra, without scipy; what `footprint` raises.
-    """
-    planner = Planner.of(
-        model,
-        inputs,
-        autocast=autocast,
-        loss=loss,
-        optimizer_bytes=optimizer_bytes,
-        cpu_memory=cpu_memory,
-        progress=progress,
-    )
-    return planner.plan(budget, max_time=max_time, max_error=max_error)
-
-
 class _Answer(NamedTuple):
-    """A solution with the step that it makes, simulated where the model is at hand."""
+    """A solution, with its simulated step if there is a model."""
 
     solution: Solution
     step: SimulatedStep | None
 
     @property
     def peak_bytes(self) -> int:
+        """Peak of the simulated step, else of the program, without static bytes."""
         if self.step is None:
             return math.ceil(self.solution.peak_bytes)
         return self.step.timeline.peak_bytes
 
 
-# Most seconds of the choices, and most variance.
+# (most seconds of the choices, most variance); None for no bound.
 _Bounds = tuple[float | None, float | None]
 
 
 class Planner:
-    """Plans for one profile; `plan` may be called several times.
+    """Makes plans from one profile; `plan` may be called several times.
 
     Args:
-        profile: of the model and batch that is planned for.
-        model: measures and simulates that model, so that predicted bytes are counted; None to take them from the
-            profile.
-        cpu_memory: most CPU memory for what is offloaded, such as "64GiB"; None for any.
+        profile: of the model and batch.
+        model: measures and simulates that model, so that predicted bytes are counted; None takes
+            them from the profile.
+        cpu_memory: most CPU memory for offloaded stashes, such as "64GiB"; None for no bound.
     """
 
     def __init__(
@@ -111,7 +72,8 @@ class Planner:
         self.profile, self.model = profile, model
         self.host_link = None
         if profile.times.host_link is not None:
-            # A backward takes twice a forward: what goes over the link meanwhile takes no time.
+            # A backward takes twice the time of a forward. Copies over the link that overlap with
+            # computation take no time.
             step_s = profile.step_s
             self.host_link = HostLink(profile.times.host_link, step_s / 3, 2 * step_s / 3, room)
         self._least: list[_Answer | None] = []
@@ -128,7 +90,17 @@ class Planner:
         cpu_memory: int | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Planner:
-        """The planner of a model and batch, which are profiled first. Arguments as for `plan`."""
+        """Profile a model and batch and make their planner.
+
+        Args:
+            model: as for `plan`.
+            inputs: as for `plan`.
+            autocast: as for `plan`.
+            loss: as for `plan`.
+            optimizer_bytes: as for `plan`.
+            cpu_memory: as for `plan`.
+            progress: as for `plan`.
+        """
         if cpu_memory is not None:
             _bytes("cpu_memory", cpu_memory)
         profiler = Profiler(
@@ -143,12 +115,12 @@ class Planner:
 
     @property
     def static(self) -> int:
-        """Bytes that are there whatever is chosen."""
+        """Bytes that exist during the whole step under every choice."""
         return self.profile.static_bytes
 
     @property
     def plain(self) -> Prediction:
-        """What a step takes without a policy."""
+        """Prediction for a step without a policy."""
         own = self.profile
         ratio = None if own.plain_s is None else 1.0
         peak, error = own.static_bytes + own.plain_peak_bytes, math.sqrt(own.sensitivity.floor)
@@ -161,7 +133,17 @@ class Planner:
         max_time: float | None = None,
         max_error: float | None = None,
     ) -> Plan:
-        """As `plan`, for this model and batch."""
+        """Make a plan for this model and batch.
+
+        Args:
+            budget: as for the function `plan`.
+            max_time: as for the function `plan`.
+            max_error: as for the function `plan`.
+
+        Raises:
+            OverBudget: nothing fits; this ValueError says what the smallest peak is.
+            ValueError: a bound is out of range.
+        """
         room = None if budget is None else _bytes("budget", budget) - self.static
         bounds = self._bounds(max_time, max_error)
         if room is not None and self.plain.peak_bytes - self.static <= room:
@@ -180,8 +162,15 @@ class Planner:
         raise OverBudget.of(" and ".join(filter(None, asked)), smallest, self.static)
 
     def frontier(self, points: int = 8) -> list[Plan]:
-        """Plans for budgets spread between the smallest peak within reach and plain's, the smallest
-        peak first; one that is beaten both in its peak and in what it costs is left out."""
+        """Make plans for budgets between the smallest possible peak and plain's peak.
+
+        Args:
+            points: number of budgets.
+
+        Returns:
+            The plans, the smallest peak first. A plan is left out if another has both a smaller
+                peak and a lower cost.
+        """
         smallest = self._smallest()
         low, high = smallest.prediction.peak_bytes, self.plain.peak_bytes
         plans = [smallest]
@@ -197,29 +186,36 @@ class Planner:
         return best
 
     def _smallest(self) -> Plan:
-        """The plan with the smallest peak, whatever it costs."""
+        """The plan with the smallest peak, at any cost."""
         least = self._least_peak()
         found = None if least is None else self._plan(least)
         return found if found is not None and self._below_plain(found) else self._as_plain()
 
     def _below_plain(self, found: Plan) -> bool:
+        """Whether a plan has a smaller peak than plain."""
         return found.prediction.peak_bytes < self.plain.peak_bytes
 
     def _fitted(self, room: int | None, bounds: _Bounds) -> Plan | None:
+        """The best plan within `room` bytes and the bounds; None if nothing fits."""
         found = self._search(room, bounds)
         if found is not None and room is None:
             found = self._cheapest(found, bounds)
         return None if found is None else self._plan(found)
 
     def _cheapest(self, least: _Answer, bounds: _Bounds) -> _Answer:
-        """Of the choices with about the smallest peak, those that cost least: many have it, where the
-        gradients weigh more than what is kept."""
+        """The cheapest of all choices with about the smallest peak.
+
+        Many choices have this peak if the gradients take more bytes than the saved tensors.
+        """
         found = self._search(int(least.peak_bytes * (1 + _ABOUT)), bounds)
         return least if found is None else found
 
     def _search(self, room: int | None, bounds: _Bounds) -> _Answer | None:
-        """The best choices, with a host link and without: what is on its way takes memory too, so in a small
-        model it may be better to move nothing."""
+        """The better of the best choices with a host link and without.
+
+        Stashes take memory while they are copied, so offloading nothing may be better in a small
+        model.
+        """
         found = self._searched(room, bounds, self.host_link)
         if self.host_link is None:
             return found
@@ -231,7 +227,7 @@ class Planner:
     def _searched(
         self, room: int | None, bounds: _Bounds, host_link: HostLink | None
     ) -> _Answer | None:
-        """Solve, simulate the answer through the timeline, correct the program by it, and again."""
+        """Solve the program, simulate the solution, correct the program by it, and repeat."""
         best: _Answer | None = None
         now: _Answer | None = None
         limit, restarted = room, False
@@ -245,7 +241,7 @@ class Planner:
                 price=ERROR_WEIGHT * self.profile.step_s,
             )
             if found is None:
-                # Near other choices, with another working set, there may be room yet.
+                # Other choices have another working set and may still fit.
                 least = None if room is None or restarted else self._least_peak()
                 if least is None or room is None or least.peak_bytes > room:
                     break
@@ -264,18 +260,20 @@ class Planner:
             if known or (fits and math.isclose(found.peak_bytes, now.peak_bytes, rel_tol=5e-3)):
                 break
             if not fits and found.choices == before:
-                # The program sees the same peak and calls it smaller: a rounding of its own.
+                # The program counts this peak smaller than the simulated step does, by its own
+                # rounding.
                 assert limit is not None
                 limit -= max(now.peak_bytes - limit, 2**16)
         if best is None and room is not None:
-            # Near none of these choices the program and the step agreed: there is still the least.
+            # The program and the simulated step agreed for none of these choices. The smallest peak
+            # may fit.
             least = self._least_peak()
             if least is not None and least.peak_bytes <= room and least.solution.within(*bounds):
                 best = least
         return best
 
     def _least_peak(self) -> _Answer | None:
-        """What has the smallest peak, searched for once."""
+        """The choices with the smallest peak, searched once."""
         if not self._least:
             self._least.append(self._search(None, (None, None)))
             if self._least[0] is not None:
@@ -283,6 +281,7 @@ class Planner:
         return self._least[0]
 
     def _better(self, found: _Answer, best: _Answer, room: int | None) -> bool:
+        """Whether a solution is better: a smaller peak without `room`, else a lower cost."""
         if room is None:
             return found.peak_bytes < best.peak_bytes
         return found.solution.cost(ERROR_WEIGHT * self.profile.step_s) < best.solution.cost(
@@ -290,9 +289,11 @@ class Planner:
         )
 
     def _problem(self, near: _Answer | None, host_link: HostLink | None) -> Problem:
-        """The program near choices whose timeline is known (None: 8 bits for all): what is live
-        beside the stashes is taken to be the same; in other strategies of a block as where all blocks
-        are in that strategy."""
+        """Make the program near choices whose step is simulated (None: 8 bits for all).
+
+        The bytes beside the stashes are assumed equal to the bytes of that step. For the other
+        strategies of a block they are taken from the step in which all blocks have that strategy.
+        """
         own = self.profile
         rows = dict(own.rows)
         if self.model is not None and near is not None and near.step is not None:
@@ -311,6 +312,7 @@ class Planner:
         )
 
     def _plan(self, answer: _Answer) -> Plan:
+        """The plan of a solution, with its prediction."""
         solution, own = answer.solution, self.profile
         policy = own.policy(solution.choices)
         if self.model is None:
@@ -326,11 +328,12 @@ class Planner:
         return Plan(policy, prediction, solution.choices, solution.gap, self.plain)
 
     def _as_plain(self) -> Plan:
+        """The plan without a policy."""
         choices: dict[Key, int | str] = {s.key: KEEP for s in self.profile.candidates}
         return Plan(Policy(enabled=False), self.plain, choices, 0.0, self.plain)
 
     def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
-        """(most seconds of the choices, most variance)."""
+        """(most seconds of the choices, most variance) from the user's bounds."""
         if max_time is not None and max_time < 1:
             raise ValueError(f"max_time is a multiple of plain's time, at least 1, got {max_time}")
         if max_error is not None and max_error <= 0:
@@ -346,6 +349,7 @@ class Planner:
 
 
 def _bytes(field: str, given: int | str) -> int:
+    """The bytes of a number or a text such as "8GiB"; ValueError if they are not above 0."""
     size = parse_bytes(given) if isinstance(given, str) else given
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ValueError(f"{field} is bytes or text such as '8GiB', got {given!r}")

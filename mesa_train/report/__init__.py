@@ -1,1 +1,1 @@
-"""Reports of measurements: tables for the terminal, charts, an HTML page and rows on disk."""
+"""Report measurements: tables for the terminal, charts, an HTML page and rows on disk."""

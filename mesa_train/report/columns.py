@@ -1,4 +1,4 @@
-"""Columns of a comparison: what follows from other columns, and how a value is written."""
+"""Compute and format the columns of a comparison."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from mesa_train.utils.formatting import format_bytes
 
 Row = Mapping[str, Any]
 
-# Behind plain is a step this many times as long, or a gradient error this many times as large.
+# A step that is longer than plain's by this factor, or a gradient error that is larger by this
+# factor, counts as worse than plain.
 TIME_MARGIN, ERROR_MARGIN = 1.05, 2.0
 
 
 def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with how many times less than plain each keeps, and how many times slower it is."""
+    """Add the ratios to plain to each row.
+
+    `saved_ratio` is plain's saved bytes divided by the row's. `step_ratio` is the row's step time
+    divided by plain's.
+    """
     plain = next((row for row in rows if row["method"] == "plain"), {})
     found = []
     for row in rows:
@@ -29,7 +34,7 @@ def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
-    """Whether a value is behind plain's by more than noise."""
+    """Whether a value is worse than plain's by more than noise."""
     own, base = row.get(key), plain.get(key)
     if row is plain or own is None or base is None:
         return False
@@ -43,7 +48,7 @@ def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
 
 
 def notes(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Why rows are not complete: the methods by their note."""
+    """The reasons why rows are incomplete, with the methods of each reason."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.get("note"):
@@ -52,7 +57,7 @@ def notes(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def cell(key: str, row: Row) -> str:
-    """A value as it is written in a table, "" where there is none."""
+    """Format a value for a table; "" if there is none."""
     value = row.get(key)
     if value is None:
         return ""
@@ -73,9 +78,9 @@ def cell(key: str, row: Row) -> str:
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with a `name` sorted as readers expect: plain, the presets, then any other name.
+    """Sort rows with a `name`: plain, the presets, then any other name.
 
-    Runs may have finished in any order; rows of one name keep theirs.
+    Runs may finish in any order. Rows of one name keep their order.
     """
     known = ["plain", *PRESETS]
     return sorted(

@@ -1,4 +1,4 @@
-"""Training curves from recorded rows: mean over seeds in bold, every seed behind it."""
+"""Draw training curves from recorded rows: a bold mean over seeds, a thin line for each seed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; plain is black.
+# Okabe and Ito's colours, which differ for any colour vision; plain is black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PLAIN = "#000000"
 
 
 def figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
-    """A row of `columns` panels. ImportError, naming the extra, without matplotlib."""
+    """Make a figure with one row of panels.
+
+    Args:
+        columns: number of panels.
+        title: title of the figure.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as MatplotlibFigure
@@ -45,10 +53,16 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
-    """Draws `value` (times `scale`) over epochs: one bold line per name, thin ones per seed.
+    """Draw `value` over epochs: a bold line for the mean of each name, thin lines for its seeds.
 
-    Rows need the keys name, seed and epoch. Lines that coincide stay visible: each name's is
-    thinner than the one below it.
+    Lines that coincide stay visible, because each name's line is thinner than the line below it.
+
+    Args:
+        axis: the panel.
+        rows: rows with the keys name, seed, epoch and `value`.
+        value: key of the values.
+        label: title of the panel.
+        scale: factor on the values.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -82,7 +96,14 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
 
 
 def bars(axis: Axes, values: Mapping[str, float], label: str, unit: str) -> None:
-    """Horizontal bars by name, each with its value and its ratio to the first."""
+    """Draw horizontal bars by name, each with its value and its ratio to the first.
+
+    Args:
+        axis: the panel.
+        values: value of each name.
+        label: title of the panel.
+        unit: unit of the values.
+    """
     palette = colours(list(values))
     names = list(values)
     first = values[names[0]]
@@ -105,9 +126,17 @@ def bars(axis: Axes, values: Mapping[str, float], label: str, unit: str) -> None
 
 
 def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
-    """One dot per seed in a column per name, and a short line at each name's mean.
+    """Draw one dot for each seed in a column for each name, and a short line at each name's mean.
 
-    Dots of one seed are joined across names, so that a seed's own luck can be told from a name's.
+    Lines join the dots of one seed across names. So the effect of a seed can be told from the
+    effect of a name.
+
+    Args:
+        axis: the panel.
+        rows: rows with the keys name, seed and `value`.
+        value: key of the values.
+        label: title of the panel.
+        scale: factor on the values.
     """
     by_name = group_by(rows, "name")
     names = [name for (name,) in by_name]
@@ -126,6 +155,6 @@ def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float =
 
 
 def save(canvas: Figure, path: Path) -> None:
-    """Writes the picture, making its folder."""
+    """Write the picture and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path)

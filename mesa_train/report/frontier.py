@@ -1,4 +1,4 @@
-"""The frontier of a planner: what every budget costs in time and error, with baselines beside it."""
+"""Draw the frontier of a planner: the time and error of every budget, with baselines."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _PLANNED, _RIVAL = 34, 30
 
 
 def draw(plans: Sequence[Plan], baselines: Sequence[Row], title: str) -> Figure:
-    """Peak of the step against time, or against gradient error where nothing was timed.
+    """Draw the peak of the step against time, or against gradient error if nothing was timed.
 
-    plans: as `Planner.frontier` gives them. baselines: rows of a comparison of the same model and
-    batch; their times are set against its "plain", so that another machine or load cancels out.
+    Args:
+        plans: the plans of `Planner.frontier`.
+        baselines: rows of a comparison of the same model and batch. Their times are divided by the
+            time of its "plain", so that another machine or load cancels out.
+        title: title of the chart.
     """
     timed = all(p.prediction.time_ratio is not None for p in plans)
     canvas, (axis,) = figure(1, "")
@@ -64,8 +67,10 @@ def draw(plans: Sequence[Plan], baselines: Sequence[Row], title: str) -> Figure:
 
 
 def _comparable(baselines: Sequence[Row], timed: bool) -> list[tuple[Row, float, float]]:
-    """(row, peak in MiB, time or error) of the baselines that meet the same budget: other weights and
-    optimizer states are another one."""
+    """(row, peak in MiB, time or error) of the baselines with comparable budgets.
+
+    Methods with other weights or other optimizer states have another budget and are left out.
+    """
     plain: Row = next((r for r in baselines if r["method"] == "plain"), {})
     found = []
     for row in baselines:
@@ -80,6 +85,7 @@ def _comparable(baselines: Sequence[Row], timed: bool) -> list[tuple[Row, float,
 
 
 def _legend(canvas: Figure, axis: Axes, families: Sequence[str], timed: bool) -> None:
+    """Add the legend below the chart."""
     for name in FAMILIES:
         if name in families:
             axis.scatter(

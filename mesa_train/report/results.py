@@ -1,4 +1,4 @@
-"""A comparison on disk: rows as they come, then all of them in order, the charts and the page."""
+"""Write a comparison to disk: rows when they are measured, then sorted rows, charts and page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ from .html import write_report
 
 
 class Results:
-    """The folder of one comparison. setting: what was measured, as the commands print it in JSON."""
+    """The folder of one comparison.
+
+    Args:
+        folder: the folder.
+        setting: model, inputs, dtype and device of the comparison, as the commands print them in
+            JSON.
+        device: device of the measurement.
+        command: the command line.
+    """
 
     def __init__(self, folder: Path, setting: Mapping[str, Any], device: str, command: str) -> None:
-        charts.check()  # Now, and not when all is measured.
+        charts.check()  # Fail now, not after all measurements.
         self.folder = folder
         source = records.provenance(device)
         self.told = {
@@ -33,11 +41,11 @@ class Results:
         self._write([])
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row, so that whatever happens next does not lose it."""
+        """Append a row, so that no later failure loses it."""
         records.append(self.folder / "rows.jsonl", {**self.told, **row})
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """All rows in their order, the charts and the page."""
+        """Write all rows in their order, the charts and the page."""
         self._write(rows)
         title = describe(self.told)
         for name, chart in (
@@ -45,20 +53,21 @@ class Results:
             ("where", charts.where(rows, title)),
         ):
             path = self.folder / f"{name}.png"
-            # What another comparison left would be taken for this one's.
+            # A chart of an earlier comparison must not stay beside these rows.
             path.unlink(missing_ok=True)
             if chart is not None:
                 charts.save_png(chart, path)
         write_report(self.folder / "report.html", rows, self.told)
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the file of rows."""
         path = self.folder / "rows.jsonl"
         path.unlink(missing_ok=True)
         records.append(path, *({**self.told, **row} for row in rows))
 
 
 def _versions(model: str) -> dict[str, str]:
-    """Of what else the rows depend on."""
+    """Versions of the other packages that the rows depend on."""
     packages = {"hf": "transformers", "torchvision": "torchvision"}
     wanted = ["bitsandbytes", *filter(None, [packages.get(model.partition(":")[0])])]
     found = {}

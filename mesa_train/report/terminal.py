@@ -1,8 +1,8 @@
-"""What the command line shows: rich tables of a comparison and of a profile, for 80 columns on.
+"""Make the tables of the command line with rich, for terminals of at least 80 columns.
 
-The module tree folds what repeats: neighbours whose whole subtrees keep the same bytes become one
-line, `0-11  x12` with the bytes of one of them. Names give way to the numbers where a terminal is
-narrow.
+The module tree folds repeated parts. Neighbours whose whole subtrees save the same bytes become one
+line, `0-11  x12`, with the bytes of one of them. In a narrow terminal, names are shortened before
+numbers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from mesa_train.estimate.estimator import Estimate
     from mesa_train.planner.plan import Plan
 
-# Cells and the style of the whole line.
+# The cells and the style of a line.
 _Line = tuple[Sequence[str | Text], str]
 
-# A module below this share of either total is left out of the tree.
+# A module below this share of both totals is left out of the tree.
 _LEAST_SHARE = 0.0005
 
 
-# key, heading, and the least width of a terminal that has room for it.
+# (key, heading, least width of a terminal that shows the column).
 _COLUMNS = (
     ("saved_bytes", "saved for\nbackward", 0),
     ("saved_ratio", "less than\nplain", 100),
@@ -51,8 +51,14 @@ _COLUMNS = (
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
-    """One line a method; columns that no row has are left out, and the less telling ones in a narrow
-    terminal."""
+    """Make a table with one line for each method.
+
+    Columns that no row has are left out. A narrow terminal shows only the more important columns.
+
+    Args:
+        rows: the rows of the methods.
+        width: characters in a line of the terminal.
+    """
     rows = with_ratios(rows)
     columns = [
         (key, heading)
@@ -71,12 +77,18 @@ def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
 
 
 def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why rows are not complete, one line a reason."""
+    """The reasons why rows are incomplete, one line a reason."""
     return [f"{', '.join(methods)}: {note}" for note, methods in notes(rows).items()]
 
 
 def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Table:
-    """Bytes by operator under two methods, largest of the first one's first."""
+    """Bytes by operator under two methods, the largest of the first method first.
+
+    Args:
+        one: footprint of the first method.
+        other: footprint of the second method.
+        names: names of the two methods.
+    """
     before, after, whole = one.by_operator, other.by_operator, one.saved_bytes
     lines: list[_Line] = [
         ([operator, *_cells(before.get(operator, 0), whole, after.get(operator, 0))], "")
@@ -97,7 +109,14 @@ def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Tab
 def by_module(
     one: Footprint, other: Footprint, names: tuple[str, str], depth: int | None = None
 ) -> Table:
-    """The module tree to `depth`, every line with its subtree's bytes under two methods."""
+    """The module tree; each line has the bytes of its subtree under two methods.
+
+    Args:
+        one: footprint of the first method.
+        other: footprint of the second method.
+        names: names of the two methods.
+        depth: levels to show; None for all.
+    """
     root = grow([forward_order(one), forward_order(other)])
     least = _LEAST_SHARE * one.saved_bytes, _LEAST_SHARE * other.saved_bytes
     lines: list[_Line] = []
@@ -111,7 +130,7 @@ def by_module(
 
 
 def stored(footprint: Footprint) -> Table | None:
-    """What a policy stored how and why, by operator and operand; None without a policy."""
+    """How a policy stored each operand and why, by operator; None without a policy."""
     if footprint.stored is None:
         return None
     lines: list[_Line] = [
@@ -124,6 +143,7 @@ def stored(footprint: Footprint) -> Table | None:
 def _lines(
     node: Node, least: tuple[float, float], depth: int | None, prefix: str = "", indent: str = ""
 ) -> Iterator[tuple[str, Node]]:
+    """(branch of the tree, node) for each line of the tree."""
     yield prefix, node
     if depth == 0:
         return
@@ -139,6 +159,7 @@ def _lines(
 
 
 def _cells(before: int, whole: int, after: int, count: int = 1) -> list[str]:
+    """Bytes, share, bytes of the other method, and ratio."""
     share = f"{count * before / whole:.1%}" if whole else ""
     return [format_bytes(before), share, format_bytes(after), format_ratio(before, after)]
 
@@ -149,10 +170,12 @@ def _table(
     rule_before: int | None = None,
     whole_names: bool = False,
 ) -> Table:
-    # Whole names leave less room between columns.
+    """A table in the style of all commands."""
+    # Whole names need the space between columns.
     padding = (0, 0, 0, 1) if whole_names else (0, 1)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding)
-    # Rich narrows columns that may wrap before others: the names may, but their text will not.
+    # Rich narrows the columns that may wrap first. The column of names may wrap, but its text may
+    # not.
     table.add_column(head[0], no_wrap=whole_names)
     for title in head[1:]:
         table.add_column(title, justify="right", no_wrap=True)
@@ -167,7 +190,7 @@ def _table(
 
 
 def prediction(plan: Plan) -> Table:
-    """What a step takes with a plan's policy, beside plain."""
+    """The predicted memory, time and error of a step with a plan's policy, beside plain."""
     own, plain = plan.prediction, plan.plain
     lines: list[_Line] = [
         (
@@ -190,13 +213,13 @@ def prediction(plan: Plan) -> Table:
 
 
 def choices(plan: Plan) -> Table:
-    """How many stashes of each kind are stored how."""
+    """The number of stashes of each kind under each choice."""
     lines: list[_Line] = [([kind, how, str(n)], "") for kind, how, n in sorted(plan.summary())]
     return _table(["stash", "saved as", "places"], lines)
 
 
 def estimates(found: Sequence[Estimate]) -> list[Table | str]:
-    """What lies on each GPU whatever the policy, what the policies add, and the largest batches."""
+    """Tables of the bytes on each GPU: model states, activations by policy, and largest batches."""
     setups = {_setup(e): e for e in found}
     policies = list(dict.fromkeys(e.policy for e in found))
     by_place = {(_setup(e), e.policy): e for e in found}
@@ -214,7 +237,8 @@ def estimates(found: Sequence[Estimate]) -> list[Table | str]:
         )
         held.append(([name, *map(format_gib, sizes)], ""))
     head = ["GiB", "weights", "grads", "states", "gather", "a GPU", "main\nmemory", "disk"]
-    # With copies of float32 weights or without: the same for all setups of a kind.
+    # The bytes depend on copies of float32 weights: they are equal for all setups with them, and
+    # without.
     added: dict[tuple[int, ...], list[str]] = {}
     for name in setups:
         own_sizes = tuple(by_place[name, p].activations for p in policies if (name, p) in by_place)
@@ -246,11 +270,13 @@ def estimates(found: Sequence[Estimate]) -> list[Table | str]:
 
 
 def _setup(e: Estimate) -> str:
+    """A setup in words."""
     away = {"none": "", "cpu": " CPU", "optimizer": " CPU states", "nvme": " NVMe"}
     return e.strategy + away[e.offload]
 
 
 def _largest(e: Estimate | None) -> str:
+    """The largest batch as text; in brackets if the asked batch does not fit."""
     if e is None:
         return "-"
     if e.reason == "CPU memory":

@@ -1,1 +1,1 @@
-"""Formatting, one-line errors, YAML and records of measurements. Nothing here knows of policies or models."""
+"""Helpers: text formats, one-line errors, YAML, records. They do not use policies or models."""

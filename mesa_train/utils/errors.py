@@ -1,4 +1,4 @@
-"""An error as one line: what a model of the user's own raised, and where in their file."""
+"""Shorten an error to one line: the message, and the line of the user's own file that raised it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ _OURS = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple(
     Path(folder).resolve() for folder in {*sysconfig.get_paths().values()} if "lib" in folder
 )
-# Characters of a message that is not ours.
+# Most characters of a message that is not from mesa_train.
 _MOST = 300
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of its message; with its type, and the user's file and line, if it came out of
-    their code."""
+    """The first line of an error's message.
+
+    If the error passed through the user's code, the line has its type, and the user's file and
+    line.
+    """
     text = str(error).strip()
     line = text.splitlines()[0] if text else "no message"
     where = place(error)
@@ -26,8 +29,10 @@ def one_line(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str:
-    """`my_model.py, line 23`: the last line of the user's own code that the error went through; ""
-    if there is none."""
+    """The last line of the user's own code that an error passed through: `my_model.py, line 23`.
+
+    Returns "" if there is none.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if not path.is_file():

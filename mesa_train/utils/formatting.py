@@ -1,4 +1,4 @@
-"""Plain text for sizes and tables: what a Footprint prints without any other package."""
+"""Format sizes, settings and tables as plain text, without any other package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?")
 
 
 def format_bytes(size: int) -> str:
-    """`size` in the unit that reads best: 0, 16 B, 4.0 KiB, 550.4 MiB, from 10 GiB on 12.3 GiB."""
+    """Format a size in its best unit: 0, 16 B, 4.0 KiB, 550.4 MiB, and from 10 GiB on 12.3 GiB."""
     if size < 2**10:
         return f"{size} B" if size else "0"
     if size < 2**20 / 10:
@@ -21,18 +21,27 @@ def format_bytes(size: int) -> str:
 
 
 def format_gib(size: int) -> str:
-    """A size in GiB as a plain number, "-" for none."""
+    """Format a size in GiB as a plain number; "-" for 0."""
     if not size:
         return "-"
     return f"{size / 2**30:.2f}" if size >= 0.005 * 2**30 else "<0.01"
 
 
 def parse_bytes(text: str, option: str = "") -> int:
-    """Bytes of a size as people write it: "24GiB", "800 MB", "1.5T", "4096".
+    """Read a size: "24GiB", "800 MB", "1.5T", "4096".
 
-    Binary units with an i (KiB, MiB, GiB, TiB) and without a B; decimal ones as KB, MB, GB, TB.
-    option: of the command line, for the errors; there a number under a million needs a unit.
-    ValueError for anything else, zero and less.
+    Units with an i (KiB, MiB, GiB, TiB) or without a B are binary; KB, MB, GB and TB are decimal.
+
+    Args:
+        text: the size.
+        option: name of the command line's option, for the errors. With it, a number under a million
+            needs a unit.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: the text is no size, or the size is zero or less.
     """
     found = _SIZE.fullmatch(text.strip().lower())
     start = f"{option}: " if option else ""
@@ -49,7 +58,7 @@ def parse_bytes(text: str, option: str = "") -> int:
 
 
 def format_shapes(shapes: Sequence[Sequence[int]], most: int = 4) -> str:
-    """`8x3x224x224, 8x12`; of more than `most` tensors the first ones, and how many there are."""
+    """Format shapes as `8x3x224x224, 8x12`; of more than `most` tensors the first, and a count."""
     said = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
     if len(said) <= most:
         return ", ".join(said)
@@ -57,16 +66,22 @@ def format_shapes(shapes: Sequence[Sequence[int]], most: int = 4) -> str:
 
 
 def format_precision(dtype: str | None, weights: str = "float32") -> str:
-    """The arithmetic of a comparison in words: `dtype` of autocast, None or "float32" for none."""
+    """Describe the arithmetic of a comparison in words.
+
+    Args:
+        dtype: of autocast; None or "float32" for no autocast.
+        weights: dtype of the weights, or "mixed".
+    """
     if dtype in (None, "float32"):
         return weights if weights != "mixed" else "no autocast"
     return f"{dtype} autocast" if weights == "float32" else f"{dtype} autocast, {weights} weights"
 
 
 def describe(setting: Mapping[str, Any]) -> str:
-    """One line for what was measured on what: model, inputs, arithmetic, device, threads.
+    """Describe a measurement in one line: model, inputs, arithmetic, device, threads.
 
-    setting: model, shapes, dtype, device, and perhaps device_name and threads.
+    Args:
+        setting: model, shapes, dtype and device; optional are weights, device_name and threads.
     """
     parts = [
         str(setting["model"]),
@@ -81,7 +96,7 @@ def describe(setting: Mapping[str, Any]) -> str:
 
 
 def format_ratio(before: int, after: int) -> str:
-    """How many times less `after` is than `before`, or "-" where there is nothing to compare."""
+    """Format `before` divided by `after`; "-" if one of them is 0."""
     if not before or not after:
         return "-"
     ratio = before / after
@@ -92,7 +107,13 @@ def format_ratio(before: int, after: int) -> str:
 def format_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], rule_before: int | None = None
 ) -> str:
-    """An aligned table, first column to the left; a rule under the head and before one row."""
+    """Format an aligned table, the first column to the left.
+
+    Args:
+        head: the headings.
+        rows: the cells.
+        rule_before: index of a row with a rule above it; None for a rule under the head alone.
+    """
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [_aligned(head, widths), rule]
@@ -104,6 +125,7 @@ def format_table(
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """One aligned line."""
     cells = [
         cell.rjust(width) if index else cell.ljust(width)
         for index, (cell, width) in enumerate(zip(row, widths, strict=True))

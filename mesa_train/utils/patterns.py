@@ -1,4 +1,7 @@
-"""Patterns of a policy: names of modules with `*`, operators and operands, and the near miss of a mistyped one."""
+"""Match the patterns of a policy: module names with `*`, operators and operands.
+
+An error for a mistyped pattern has the closest names.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,18 @@ from .torch_functions import checked, is_function, plain_name
 def match_override(
     pattern: str, names: list[str], operators: Mapping[str, tuple[str, ...]]
 ) -> tuple[set[str] | None, str | None, str | None]:
-    """(module names covered or None for all, operator or None, operand or None) of an override's
-    pattern.
+    """Match the pattern of an override.
 
-    operators: their operands by their names. ValueError if the pattern matches nothing.
+    Args:
+        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND.
+        names: qualified names of the model's modules.
+        operators: operands by the name of the operator.
+
+    Returns:
+        (names of the covered modules or None for all, operator or None, operand or None).
+
+    Raises:
+        ValueError: the pattern matches nothing.
     """
     modules, _, operation = pattern.rpartition(":")
     if not modules and operation.partition(".")[0] not in operators:
@@ -48,17 +59,17 @@ def match_override(
 
 
 def matching(pattern: str, names: Iterable[str]) -> set[str]:
-    """The names that a pattern with `*` matches whole."""
+    """The names that a pattern with `*` matches as a whole."""
     expression = re.compile(fnmatch.translate(pattern))
     return {n for n in names if expression.match(n)}
 
 
 def is_inside(name: str, outer: str) -> bool:
-    """Whether a module is another one or a part of it; "" is the model."""
+    """Whether a module is `outer` or a part of it; "" is the model."""
     return not outer or name == outer or name.startswith(outer + ".")
 
 
 def near_miss(value: Any, choices: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" with the choice that is closest to `value`, or ""."""
+    """The text " (did you mean 'x'?)" with the choice closest to `value`, or ""."""
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,15 +1,16 @@
-"""Which arithmetic a training computes in: `auto` takes what the device has by itself.
+"""Choose the arithmetic of a training: `auto` takes the best that the device has natively.
 
-Without bfloat16 instructions a processor emulates them: on AVX2 alone a training step under bfloat16
-autocast takes about 25 times float32's (ViT-Ti, batch 4: 5.8 s against 0.23 s). A GPU before Ampere
-emulates bfloat16 too, and has float16, which needs loss scaling. So `auto` is
+Without bfloat16 instructions a processor emulates bfloat16. On AVX2 alone, a training step under
+bfloat16 autocast takes about 25 times as long as in float32 (ViT-Ti, batch 4: 5.8 s against 0.23
+s). A GPU before Ampere emulates bfloat16 too, and has float16, which needs loss scaling. So `auto`
+is
 
-- bfloat16 where the device has it: AVX512_BF16 or AMX on x86, BF16 on Arm, compute capability 8.0 on
+* bfloat16 if the device has it: AVX512_BF16 or AMX on x86, BF16 on Arm, compute capability 8.0 on
   NVIDIA, macOS 14 on Apple's GPUs;
-- else float32 on a processor;
-- else float16 with a gradient scaler on a GPU, or float32 for a training without a scaler.
+* else float32 on a processor;
+* else float16 with a gradient scaler on a GPU, or float32 for a training without a scaler.
 
-Needs torch alone. Asking costs microseconds.
+Needs only torch. A probe takes microseconds.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ _WORDS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a device computes by itself, not by emulation.
+    """The dtypes in which a device computes natively, without emulation.
 
-    kind: "cpu", "cuda", "mps" or another device type of torch. name: for messages.
+    Args:
+        kind: "cpu", "cuda", "mps" or another device type of torch.
+        name: name of the device, for messages.
+        bf16: whether it computes in bfloat16.
+        fp16: whether it computes in float16.
     """
 
     kind: str
@@ -41,8 +46,10 @@ class Arithmetic:
 class Choice:
     """A precision for a device.
 
-    name: "no" (float32), "bf16" or "fp16". scaler: whether gradients need scaling. line: the choice
-    and its reason for people. emulated: whether the device only emulates it.
+    Args:
+        name: "no" (float32), "bf16" or "fp16".
+        line: a sentence with the choice and its reason.
+        emulated: whether the device only emulates the dtype.
     """
 
     name: str
@@ -51,21 +58,24 @@ class Choice:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Autocast's dtype, None for float32."""
+        """Autocast's dtype; None for float32."""
         return DTYPES[self.name]
 
     @property
     def scaler(self) -> bool:
+        """Whether gradients need a scaler."""
         return self.name == "fp16"
 
 
 def choose(asked: str, device: Arithmetic | str, *, fp16: bool = True) -> Choice:
-    """The precision that `asked` means on a device.
+    """Choose the precision for a device.
 
     Args:
         asked: "auto", "no", "bf16" or "fp16".
-        device: a device type, which is probed, or what it can do.
-        fp16: whether the training can scale its loss; without, auto takes float32 for float16.
+        device: a device type, which is probed, or its arithmetic.
+        fp16: whether the training can scale its loss; if not, auto takes float32 in place of
+            float16.
+
     Raises:
         ValueError: `asked` is none of these.
     """
@@ -92,8 +102,10 @@ def choose(asked: str, device: Arithmetic | str, *, fp16: bool = True) -> Choice
 
 
 def probe(kind: str) -> Arithmetic:
-    """What this machine's device of a type computes by itself. A GPU that is not here, which bytes are
-    counted for, is taken for a current one."""
+    """The native arithmetic of this machine's device of a type.
+
+    A GPU that is not present is assumed to be a current one: its bytes are only counted.
+    """
     kind = kind.partition(":")[0]
     if kind == "cpu":
         return of_processor(torch.cpu.get_capabilities())
@@ -112,13 +124,17 @@ def probe(kind: str) -> Arithmetic:
 
 
 def of_processor(flags: Any) -> Arithmetic:
-    """A processor by torch's names of its instructions. Instructions that convert bfloat16 alone, and
-    AVX-512 without its BF16 extension, do not count."""
+    """The native arithmetic of a processor, from torch's names of its instructions.
+
+    Two kinds do not count: instructions that only convert bfloat16, and AVX-512 without its BF16
+    extension.
+    """
     bf16 = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     fp16 = any(flags.get(flag, False) for flag in ("avx512_fp16", "amx_fp16", "fp16_arith"))
     return Arithmetic("cpu", f"this processor{_called(flags)}", bf16, fp16)
 
 
 def _called(flags: Any) -> str:
+    """The processor's name in brackets, or ""."""
     name = flags.get("cpu_name", "")
     return f" ({name})" if isinstance(name, str) and name else ""

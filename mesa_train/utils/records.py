@@ -1,7 +1,7 @@
-"""Measurements as JSON lines: one row a measurement, complete enough to be read years later.
+"""Store measurements as JSON lines: one complete row a measurement, to be read years later.
 
-A row carries the versions, the commit and the machine it came from. Tables and plots in the docs
-are made from these files and from nothing else.
+A row has the versions, the commit and the machine of its measurement. Tables and plots in the docs
+are made from these files alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def append(path: Path, *rows: Mapping[str, Any]) -> None:
-    """Append rows to a JSON-lines file, making its folder.
+    """Append rows to a JSON-lines file and make its folder.
 
-    A last line that an interrupted run cut short is dropped first. OSError names the path.
+    If an interrupted run left an incomplete last line, that line is removed first.
+
+    Raises:
+        OSError: the file cannot be written; the error names the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -40,11 +43,11 @@ def append(path: Path, *rows: Mapping[str, Any]) -> None:
             file.truncate(whole)
             file.write(text.encode())
     except OSError as error:
-        # Writing to an open file leaves its name out.
+        # The error of a write to an open file does not have the file's name.
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
-# Columns by the names that rows were written under before.
+# New names of columns by the names in older rows.
 _RENAMED = {
     "kept_bytes": "saved_bytes",
     "moved_bytes": "offloaded_bytes",
@@ -57,10 +60,12 @@ _RENAMED = {
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a JSON-lines file; none if there is no such file.
+    """Read all rows of a JSON-lines file; none if there is no such file.
 
-    A last line cut short by an interrupted run is left out; any other broken line raises
-    ValueError. Columns that were renamed since have their new names.
+    An incomplete last line of an interrupted run is left out. Renamed columns get their new names.
+
+    Raises:
+        ValueError: another line is broken.
     """
     if not path.exists():
         return []
@@ -77,15 +82,18 @@ def read(path: Path) -> list[Row]:
 
 
 def _renamed(value: Any) -> Any:
-    """A row with today's names of its columns, nested ones included."""
+    """A row with the new names of its columns, nested columns included."""
     if isinstance(value, dict):
         return {_RENAMED.get(key, key): _renamed(item) for key, item in value.items()}
     return [_renamed(item) for item in value] if isinstance(value, list) else value
 
 
 def provenance(device: str | torch.device = "cpu") -> Row:
-    """Where and with what a row was measured: device, a CPU's widest arithmetic, threads, versions, commit,
-    UTC date."""
+    """The machine and versions of a measurement.
+
+    Returns:
+        Device, a CPU's widest arithmetic, threads, number of CPUs, versions, commit and UTC date.
+    """
     device = torch.device(device)
     return {
         "device": _device_name(device.type),
@@ -102,7 +110,7 @@ def provenance(device: str | torch.device = "cpu") -> Row:
 
 
 def group_by(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by the values of `keys`, groups and rows in order of first appearance."""
+    """Group rows by the values of `keys`; the order of first appearance stays."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -118,6 +126,7 @@ def _arithmetic() -> str:
 
 @cache
 def _device_name(device_type: str) -> str:
+    """The model name of the GPU or the processor."""
     if device_type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -130,6 +139,7 @@ def _device_name(device_type: str) -> str:
 
 @cache
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of Python and of the installed packages among `packages`."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -141,7 +151,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """Short hash of the checkout, with `-dirty` where tracked files differ; `unknown` without."""
+    """Short hash of the checkout, "-dirty" if tracked files differ; "unknown" without one."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

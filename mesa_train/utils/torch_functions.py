@@ -1,9 +1,9 @@
-"""Names of torch functions, as reports show them and as overrides write them.
+"""Name torch functions, for reports and for the overrides of a policy.
 
-A function has one name for its in-place form, its operator and its reflected operator: `mul` stands
-for `mul`, `mul_`, `__imul__` and `__rmul__`. A name is known if torch has a function or an operator
-of that name, or if a library has registered an operator of that name. Known names are looked up when
-an override is read, so they cost nothing in a forward.
+A function has one name for its in-place form, its operator and its reflected operator: `mul` is the
+name of `mul`, `mul_`, `__imul__` and `__rmul__`. A name is known if torch has a function or an
+operator of that name, or if a library has registered such an operator. The known names are read
+when an override is read, so they cost nothing in a forward.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _OWNERS = (torch, Tensor, F)
 
 
 def function_name(func: Any) -> str:
-    """A torch function's plain name: `linear`, `mul` for `Tensor.__rmul__`, `relu` for `relu_`, `bar`
-    for the operator `foo::bar`."""
+    """A torch function's plain name.
+
+    Examples: `linear`, `mul` for `Tensor.__rmul__`, `relu` for `relu_`, `bar` for the operator
+    `foo::bar`.
+    """
     name = str(getattr(func, "__name__", type(func).__name__))
-    if name in ("__get__", "__set__"):  # a property such as Tensor.T
+    if name in ("__get__", "__set__"):  # A property, such as Tensor.T.
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     return plain_name(name.partition(".")[0])
 
@@ -36,13 +39,16 @@ def plain_name(name: str) -> str:
 
 
 def is_function(name: str) -> bool:
-    """Whether torch, or a library that is loaded, has a function of this plain name."""
+    """Whether torch, or a loaded library, has a function of this plain name."""
     return any(hasattr(owner, name) for owner in _OWNERS) or name in _registered()
 
 
 def checked(pattern: str, name: str) -> str:
-    """The plain name of the function `name` in an override's `pattern`. ValueError with close names if
-    there is no such function."""
+    """The plain name of the function `name` in an override's `pattern`.
+
+    Raises:
+        ValueError: there is no such function; the message has close names.
+    """
     plain = plain_name(name)
     if not is_function(plain):
         public = {n for owner in _OWNERS for n in dir(owner) if not n.startswith("_")}
@@ -56,6 +62,6 @@ def checked(pattern: str, name: str) -> str:
 
 
 def _registered() -> set[str]:
-    """Plain names of the operators that libraries have registered up to now."""
+    """Plain names of the operators that libraries have registered so far."""
     every = torch._C._dispatch_get_all_op_names()
     return {plain_name(n.partition("::")[2].partition(".")[0]) for n in every}

@@ -1,9 +1,9 @@
-"""YAML whose unquoted values stay as they were written, for the schema to read by each field's type.
+"""Read YAML with unquoted values as written, so that a schema can read them by each field's type.
 
-PyYAML reads `no` and `off` as False, `2024` as a number, `010` as 8, `1:30` as 90 and `1e-4` as text.
-Here an unquoted scalar is a `Plain`: a text field takes it as it stands, a number field as a number
-(`resolved`). Keys are always text. A key that is given twice is an error, where PyYAML takes the last.
-Needs PyYAML, which is loaded on use.
+PyYAML reads `no` and `off` as False, `2024` as a number, `010` as 8, `1:30` as 90 and `1e-4` as
+text. Here an unquoted scalar is a `Plain`. A text field takes it unchanged; a number field takes it
+as a number (`resolved`). Keys are always text. A repeated key is an error; PyYAML takes the last
+one. Needs PyYAML, which is imported on use.
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
 class Plain(str):
-    """An unquoted scalar, as it was written."""
+    """An unquoted scalar, as written."""
 
 
 def read(text: str | bytes) -> Any:
-    """Nested dicts and lists of `Plain`, of text that was quoted, and of values with an explicit tag.
+    """Read YAML into nested dicts and lists.
 
-    Raises yaml.YAMLError, also for a key that is given twice.
+    Returns:
+        Values: `Plain`, text that was quoted, and values with an explicit tag.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML, or a key is repeated.
     """
     import yaml
 
-    return yaml.load(text, _loader())  # a SafeLoader
+    return yaml.load(text, _loader())  # Loader is a SafeLoader.
 
 
 def resolved(value: Any) -> Any:
-    """Values as YAML means them: None, bool, int, float, or text where it is none of these.
+    """Convert values as YAML means them: None, bool, int, float, or else text.
 
-    Takes what `read` gives, keys left alone. `1e-4` is a number; `010` and `1:30` stay text.
+    `1e-4` is a number; `010` and `1:30` stay text.
+
+    Args:
+        value: the result of `read`; keys do not change.
     """
     if isinstance(value, dict):
         return {key: resolved(inner) for key, inner in value.items()}
@@ -58,7 +65,12 @@ def resolved(value: Any) -> Any:
 
 
 def by_field(fields: dict[str, Any], texts: Container[str]) -> dict[str, Any]:
-    """Nested fields: those named in `texts`, and lists of such, as written; all others `resolved`."""
+    """Convert nested fields: as written if named in `texts`, else `resolved`.
+
+    Args:
+        fields: nested fields from `read`.
+        texts: names of the text fields, and of lists of texts.
+    """
     return {
         name: by_field(value, texts)
         if isinstance(value, dict)
@@ -70,6 +82,7 @@ def by_field(fields: dict[str, Any], texts: Container[str]) -> dict[str, Any]:
 
 
 def _as_written(value: Any) -> Any:
+    """A value with every scalar as text."""
     if isinstance(value, list):
         return [_as_written(inner) for inner in value]
     return str(value) if isinstance(value, str) else value
@@ -81,7 +94,10 @@ def is_null(text: Plain) -> bool:
 
 
 def to_bool(text: str) -> bool | None:
-    """true, yes, on, false, no, off in lower case, capitals or with a capital; None for others."""
+    """Read true, yes, on, false, no, off; None for others.
+
+    The word is in lower case, in capitals or with a capital.
+    """
     if text not in (text.lower(), text.upper(), text.capitalize()):
         return None
     word = text.lower()
@@ -89,7 +105,10 @@ def to_bool(text: str) -> bool | None:
 
 
 def to_int(text: str) -> int | None:
-    """Decimal, 0x, 0o, 0b, with underscores between digits; None for others and for leading zeros."""
+    """Read a decimal, 0x, 0o or 0b number, with underscores between digits.
+
+    Returns None for others and for leading zeros.
+    """
     try:
         return int(text, 0)
     except ValueError:
@@ -97,7 +116,10 @@ def to_int(text: str) -> int | None:
 
 
 def to_float(text: str) -> float | None:
-    """Any decimal number, .inf and .nan; None for others and for integers with leading zeros."""
+    """Read any decimal number, .inf and .nan.
+
+    Returns None for others and for integers with leading zeros.
+    """
     if special := _SPECIAL.fullmatch(text):
         return float(special[1] + special[2])
     if _LEADING_ZERO.fullmatch(text):
@@ -111,12 +133,13 @@ def to_float(text: str) -> float | None:
 
 @cache
 def _loader() -> type[yaml.SafeLoader]:
+    """The class of the loader, made once."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's safe loader without its guesses: no scalar is anything but text by itself."""
+        """PyYAML's safe loader without its rules for unquoted scalars: every scalar is text."""
 
-        # `<<` merges stay; nothing else is recognised by how it is written.
+        # Merges with `<<` stay; no other value is recognised by its form.
         yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
 
         def construct_mapping(
@@ -137,7 +160,7 @@ def _loader() -> type[yaml.SafeLoader]:
         written = loader.construct_scalar(node)
         return Plain(written) if node.style is None and node.tag == _TEXT else str(written)
 
-    # The tag of text that no other rule has claimed; `!!str no` has it too, and is text either way.
+    # The tag of text without another rule. `!!str no` has it too, and is text in both cases.
     Loader.add_constructor(_TEXT, text)
     return Loader
 

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from mesa_train.estimate import estimator as estimate
-from mesa_train.estimate.estimator import Estimator, Setup, activations_of, best, estimates
+from mesa_train.estimate.activations import activations_of
+from mesa_train.estimate.estimator import Estimator, Setup, best, estimates
 from mesa_train.estimate.launch import accelerate_config, command
 from mesa_train.estimate.model_states import Cluster
 from mesa_train.loading.model import Loaded

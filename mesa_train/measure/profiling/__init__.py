@@ -1,1 +1,1 @@
-"""Profile a model for planning: what may be chosen, and what each choice takes in bytes, seconds and error."""
+"""Profile a model for planning: the choices, and the bytes, seconds and error of each choice."""

@@ -1,8 +1,8 @@
-"""What may be done with a whole block: stash by stash, left to PyTorch, or checkpointed.
+"""List the strategies for a whole block: stash by stash, left to PyTorch, or checkpointed.
 
-A checkpointed block keeps its input, as it is or as codes, and makes the rest again when its turn comes
-in the backward; for that time the rest is kept by PyTorch or as codes. So a choice for a block is one
-for all of its stashes at once.
+A checkpointed block saves its input, uncompressed or as codes, and recomputes the rest at its
+backward. During its backward, PyTorch's tensors or codes hold the rest. So a block's strategy is
+one choice for all of its stashes at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 from mesa_train.measure.stash_log import BLOCK
 from mesa_train.policy import Policy
 
-# Bits of codes: elements of a group. Fewer bits get smaller groups: the error grows with a group's
-# range, and the scales of a group of 32 cost a bit an element.
+# Group size by bits of the codes. Fewer bits get smaller groups: the error grows with a group's
+# range, and the scales of a group of 32 cost 1 bit an element.
 GROUP = {8: 128, 4: 64, 2: 32}
-# The choice of a block whose stashes are chosen one by one.
+# The strategy of a block whose stashes are chosen one by one.
 STASHES = "stash by stash"
 
 
 class BlockStrategy(NamedTuple):
-    """checkpointed: keeps its input alone. bits: of the input, None for the tensor itself. codes: its
-    stashes are 8-bit codes, else PyTorch's own tensors. offloaded: the input waits in CPU memory."""
+    """One strategy for all stashes of a block.
+
+    Args:
+        checkpointed: the block saves its input alone and recomputes the rest.
+        bits: bits of the codes of the input; None saves the input uncompressed.
+        codes: the stashes are 8-bit codes; False leaves them to PyTorch.
+        offloaded: the input is in CPU memory between forward and backward.
+    """
 
     checkpointed: bool
     bits: int | None = None
@@ -46,8 +52,14 @@ PYTORCH = "PyTorch"
 
 
 class BlockOption(NamedTuple):
-    """What a block takes in a mode: bytes saved until its backward, seconds beyond plain's, variance
-    of the gradient, bytes offloaded to CPU memory."""
+    """The costs of one strategy for one block.
+
+    Args:
+        saved_bytes: bytes on the device until the block's backward.
+        seconds: seconds beyond the plain step.
+        variance: squared relative error that the strategy adds to the gradient.
+        offloaded_bytes: bytes in CPU memory.
+    """
 
     saved_bytes: int
     seconds: float
@@ -57,27 +69,35 @@ class BlockOption(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block with what it takes in every mode but stash by stash."""
+    """A block with its costs under every strategy except stash by stash.
+
+    Args:
+        name: qualified name of the module.
+        options: costs by the name of the strategy.
+    """
 
     name: str
     options: Mapping[str, BlockOption]
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Its key among the choices."""
+        """The block's key among the choices."""
         return self.name, BLOCK, ""
 
 
 def block_of(module: str, blocks: Sequence[str]) -> str | None:
-    """The block that a module is or stands in; blocks are never nested."""
+    """The block that a module is or is part of, None if there is none. Blocks are never nested."""
     return next((b for b in blocks if module == b or module.startswith(b + ".")), None)
 
 
 def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int]) -> Policy:
-    """`policy` with every block in its mode.
+    """Return `policy` with the strategy of every block.
 
-    modes: by block. rows: how many modules stand in a row, by the name of what holds them: where all
-    of them have one mode, one pattern names them.
+    Args:
+        policy: policy of the stashes that are chosen one by one.
+        modes: name of the strategy by block.
+        rows: number of modules that a parent module holds, by the parent's name. If all of them are
+            blocks with one strategy, one pattern names them.
     """
     checkpointed: list[str] = []
     overrides: dict[str, Mapping[str, Any]] = dict(policy.overrides)
@@ -100,7 +120,7 @@ def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int
 
 
 def _patterns(modes: Mapping[str, str], rows: Mapping[str, int]) -> list[tuple[str, str]]:
-    """(pattern, mode) for all blocks, in their order."""
+    """(pattern, strategy) for all blocks, in their order."""
     parents: dict[str, list[str]] = {}
     for name in modes:
         parents.setdefault(name.rpartition(".")[0], []).append(name)

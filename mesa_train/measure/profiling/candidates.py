@@ -1,8 +1,9 @@
-"""Candidates: the stashes that a model's forward makes, and what else could be done with each.
+"""Find the candidates of a model: the stashes of its forward, with the choices for each.
 
-A candidate is one operand of one operator in one module, the finest thing that a policy's override can
-name. It may be stored in 8, 4 or 2 bits, kept as it is, or rebuilt by repeating the matmul that made
-it. What there is to choose from is read off three forwards on tensors without data.
+A candidate is one operand of one operator in one module. A policy's override can name nothing
+smaller. A candidate may be stored in 8, 4 or 2 bits, saved uncompressed, or rebuilt: the matmul
+that computed it is recomputed. On a GPU it may be offloaded. Three forwards on fake tensors show
+the candidates and their choices.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ from mesa_train.stash.stash import Stash
 
 from .blocks import GROUP, block_of, with_blocks
 
-# The choices for a candidate: bits, then what is no number of bits.
+# The choices for a candidate that are no number of bits: saved uncompressed, or recomputed.
 KEEP, REBUILD = "keep", "rebuild"
-# In CPU memory between forward and backward, and as what.
+# In CPU memory between forward and backward, as codes or uncompressed.
 OFFLOAD8, OFFLOAD = "8 bits, offloaded", "keep, offloaded"
 OFFLOADED_AS: dict[int | str, int | str] = {OFFLOAD8: 8, OFFLOAD: KEEP}
 
 
 @dataclasses.dataclass
 class Candidate:
-    """key: (module, operator, operand). order: of its first stash in the forward.
+    """A saved tensor, or several with one name, for which the planner chooses.
 
-    matrices: the (rows, cols) of every tensor stored for it. saved_bytes: as whole tensors.
-    product: name of the Linear whose repetition rebuilds it, or None. source: for that Linear, the
-    candidate that its input is rebuilt from. block: that it stands in, or None. offloadable: to CPU memory.
+    Args:
+        key: (module, operator, operand).
+        order: number of its first stash in the forward.
+        matrices: (rows, cols) of every tensor stored for it.
+        saved_bytes: bytes of these tensors if they are uncompressed.
+        product: name of the Linear that is recomputed to rebuild the candidate, or None.
+        source: the candidate from which the input of that Linear is rebuilt, or None.
+        block: name of the block that contains it, or None.
+        offloadable: whether it may be offloaded to CPU memory.
     """
 
     key: Key
@@ -55,17 +62,21 @@ class Candidate:
 
     @property
     def elements(self) -> int:
-        """Elements stored."""
+        """Number of stored elements."""
         return sum(rows * cols for rows, cols in self.matrices)
 
     def choices(self) -> list[int | str]:
-        """What may be done with it."""
+        """All choices for this candidate."""
         low = [] if self.key[1] == "fallback" else [4, 2]
         offloaded = OFFLOADED_AS if self.offloadable else ()
         return [8, *low, KEEP, *offloaded, *([REBUILD] if self.product else [])]
 
     def bytes(self, choice: int | str) -> int:
-        """Bytes that it keeps on the device under a choice."""
+        """Bytes that the candidate saves on the device.
+
+        Args:
+            choice: one of `choices()`.
+        """
         if choice == REBUILD or choice in OFFLOADED_AS:
             return 0
         if choice == KEEP:
@@ -75,13 +86,27 @@ class Candidate:
         return sum(codec.bytes(rows, cols) for rows, cols in self.matrices)
 
     def offloaded_bytes(self, choice: int | str) -> int:
-        """Bytes that it moves to CPU memory under a choice."""
+        """Bytes that the candidate offloads to CPU memory.
+
+        Args:
+            choice: one of `choices()`.
+        """
         return self.bytes(OFFLOADED_AS[choice]) if choice in OFFLOADED_AS else 0
 
 
 def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
-    """Of the first `stored` entries of an order, the first that is on the device even if it is offloaded:
-    on its way out in the forward, on its way back in the backward."""
+    """Find the first offloaded stash that is still on the device, or on it again.
+
+    In the forward the last stashes are still being copied out. In the backward the next stashes are
+    already being copied back. At most `WINDOW` stashes are copied at a time.
+
+    Args:
+        order: (key, share) of all entries in the order of the forward.
+        stored: number of entries that exist.
+
+    Returns:
+        Index of that stash among the first `stored` entries.
+    """
     left = WINDOW
     for index in range(stored - 1, -1, -1):
         left -= order[index][0][1] != BLOCK
@@ -93,7 +118,12 @@ def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
 def also_offloaded(
     table: dict[tuple[Key, int | str], float], candidates: Iterable[Candidate]
 ) -> None:
-    """Enter for what is offloaded what holds for the same where it is not."""
+    """Enter each offloaded choice with the value of the same choice without offload.
+
+    Args:
+        table: values by (key, choice); changed in place.
+        candidates: all candidates.
+    """
     for candidate in candidates:
         for choice in candidate.choices():
             if choice in OFFLOADED_AS and (candidate.key, OFFLOADED_AS[choice]) in table:
@@ -103,7 +133,14 @@ def also_offloaded(
 def candidates_of(
     stored: StashLog, rebuilding: StashLog, whole: StashLog, blocks: Sequence[str] = ()
 ) -> list[Candidate]:
-    """The candidates of a model, from reports of 8 bits, of `recompute="linear"` and of 32 bits."""
+    """List the candidates of a model from three logs.
+
+    Args:
+        stored: log of a forward with 8-bit codes.
+        rebuilding: log of a forward with `recompute="linear"`, which holds its stashes.
+        whole: log of a forward with 32 bits, which is uncompressed.
+        blocks: qualified names of the blocks.
+    """
     candidates: dict[Key, Candidate] = {}
     for order, (key, _, matrix) in enumerate(stored.stored):
         if matrix is not None:
@@ -133,25 +170,27 @@ def candidates_of(
 
 
 def _product(stash: Stash) -> Stash | None:
-    """The repeated Linear in a stash's recipe, if it is one and the only one."""
+    """The recomputed Linear in a stash's recipe; None if there is none or more than one."""
     found = [s for s in _nodes(stash) if isinstance(s.recipe, RecomputedLinear)]
     return found[0] if len(found) == 1 else None
 
 
 def _leaves(stash: Stash, log: StashLog) -> Iterator[tuple[Stash, Key]]:
+    """The stored stashes of a recipe, with their keys."""
     for node in _nodes(stash):
         if id(node) in log.leaves:
             yield log.leaves[id(node)]
 
 
 def _nodes(stash: Stash) -> Iterator[Stash]:
+    """A stash and all stashes of its recipe."""
     yield stash
     for source in stash.sources:
         yield from _nodes(source)
 
 
 def weights_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every Linear by its name."""
+    """(out, in) of the weight of every Linear, by its name."""
     return {
         name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in model.named_modules()
@@ -165,9 +204,18 @@ def as_policy(
     choices: Mapping[Key, int | str],
     rows: Mapping[str, int] | None = None,
 ) -> Policy:
-    """The policy that does with every candidate and block what `choices` says: one override an operand
-    with the commonest choice, one for each candidate that differs, then those of the blocks (see
-    `with_blocks`). Candidates without a choice are left to their block's."""
+    """Make the policy of these choices.
+
+    The policy has one override for each kind of operand, with the commonest choice. Then it has one
+    for each candidate with another choice, then the overrides of the blocks (see `with_blocks`).
+    Candidates without a choice follow the strategy of their block.
+
+    Args:
+        base: policy of all fields that the choices do not set.
+        candidates: all candidates.
+        choices: choice of each candidate and strategy of each block, by key.
+        rows: number of modules that the parent of each block holds, by the parent's name.
+    """
     modes = {key[0]: str(choice) for key, choice in choices.items() if key[1] == BLOCK}
     candidates = [candidate for candidate in candidates if candidate.key in choices]
     sources = {s.source for s in candidates if choices[s.key] == REBUILD}
@@ -176,12 +224,12 @@ def as_policy(
     common: dict[tuple[str, str], dict[str, Any]] = {}
     for kind in dict.fromkeys(s.kind for s in candidates):
         own = [wanted[s.key] for s in candidates if s.kind == kind]
-        # A candidate of the model itself has no name of its own in a pattern.
+        # A candidate of the model itself has no module name for a pattern.
         rooted = [wanted[s.key] for s in candidates if s.kind == kind and not s.key[0]]
         common[kind] = rooted[0] if rooted else max(own, key=own.count)
         overrides[".".join(kind)] = common[kind]
-    # A module's pattern covers its submodules: theirs have to come later. What a pattern before it
-    # changes and this one does not goes back to the policy's own.
+    # A module's pattern covers its submodules, so the submodules' patterns come later. A field that
+    # an earlier pattern changes, and this one does not, gets the value of the base policy again.
     for candidate in sorted(candidates, key=lambda s: s.key[0].count(".")):
         module, operator, operand = candidate.key
         outer = [
@@ -199,7 +247,7 @@ def as_policy(
 
 
 def _changes(choice: int | str, feeds_matmul: bool) -> dict[str, Any]:
-    """The fields of an override."""
+    """The fields of an override for a choice."""
     if choice in OFFLOADED_AS:
         return {**_changes(OFFLOADED_AS[choice], feeds_matmul), "offload": True}
     if choice == REBUILD:

@@ -1,7 +1,8 @@
-"""The profile of one model and batch: what may be chosen, and the bytes, seconds and error of each choice.
+"""Measure the profile of one model and batch: the bytes, seconds and error of each choice.
 
-A planner does arithmetic on a profile (`planner/planner.py`). A profile takes about twenty passes to measure and
-a few milliseconds to load, so `save` and `load` keep one for later plans on the same machine.
+A planner computes plans from a profile (`planner/planner.py`). A profile takes about twenty passes
+to measure and a few milliseconds to load. So `save` and `load` keep one for later plans on the same
+machine.
 """
 
 from __future__ import annotations
@@ -33,26 +34,28 @@ from .sensitivity import Sensitivity, calibrate, parameter_names, typical
 from .simulator import Choices, Order, Part, Row, SimulatedStep
 from .times import CHECKPOINT, CHECKPOINT_CODES, TimeModel, fit_time_model, logger
 
-# Raised with every change of the file's format.
+# Increase with every change of the file's format.
 _VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Args:
-    candidates: the saved tensors that are chosen for, in the order of the forward.
-    siblings: how many modules the parent of each block holds, by the parent's name.
-    blocks: with the bytes, seconds and variance of each strategy.
-    order: the candidates' stashes in the order of the forward.
-    rows: bytes that are live beside the stashes at each moment, by (block, strategy).
-    times: seconds that each choice adds to the plain step.
-    sensitivity: squared relative gradient error that each choice adds.
-    plain_s: seconds of the plain step; None where it was not timed.
-    static_bytes: weights, buffers, inputs and optimizer states.
-    plain_saved_bytes: what plain saves for the backward.
-    plain_peak_bytes: the most that plain allocates in a step, beside `static_bytes`.
-    other_saved_bytes: what is saved beside the candidates, whatever is chosen.
-    source: device, versions and date of the measurement.
+    """The choices for one model and batch, with the bytes, seconds and error of each.
+
+    Args:
+        candidates: the saved tensors to choose for, in the order of the forward.
+        siblings: number of modules that the parent of each block holds, by the parent's name.
+        blocks: the blocks, with the bytes, seconds and variance of each strategy.
+        order: the candidates' stashes in the order of the forward.
+        rows: bytes that are live beside the stashes at each moment, by (block, strategy).
+        times: seconds that each choice adds to the plain step.
+        sensitivity: squared relative gradient error that each choice adds.
+        plain_s: seconds of the plain step; None if it was not timed.
+        static_bytes: bytes of weights, buffers, inputs and optimizer states.
+        plain_saved_bytes: bytes that plain saves for the backward.
+        plain_peak_bytes: most bytes that plain allocates in a step, beside `static_bytes`.
+        other_saved_bytes: bytes saved beside the candidates under every choice.
+        source: device, versions and date of the measurement.
     """
 
     candidates: tuple[Candidate, ...]
@@ -71,8 +74,8 @@ class Profile:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the plain step, estimated where it was not timed."""
-        # The repeated matmuls are about a fifth of a ViT's step.
+        """Seconds of the plain step; an estimate if the step was not timed."""
+        # The matmuls that may be recomputed take about a fifth of a ViT's step.
         eight = sum(self.times.candidates[s.key, 8] for s in self.candidates)
         return self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * eight
 
@@ -95,7 +98,11 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read a profile that `save` wrote. ValueError, with the path, if the file is no such profile."""
+        """Read a profile that `save` wrote.
+
+        Raises:
+            ValueError: the file is no profile of this version; the message has the path.
+        """
         try:
             return _decoded(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError) as error:
@@ -111,19 +118,23 @@ def profile(
     optimizer_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Profile:
-    """Measure once what plans of `model` need; the model stays as it was.
+    """Measure the profile that plans of `model` need; the model does not change.
 
     Args:
-        inputs: as for `footprint`. A model on the meta device is counted alone: its seconds and errors are those
-            of a typical GPU and ViT.
-        autocast: the dtype of autocast, None for none.
+        model: the module to measure.
+        inputs: as for `footprint`. A model on the meta device is only counted: its seconds and
+            errors are the values of a typical GPU and ViT.
+        autocast: the dtype of autocast; None runs without autocast.
         loss: from the output to a scalar; default: `default_loss`.
-        optimizer_bytes: of the optimizer's states; default: AdamW's of the trained parameters.
-        progress: called with (step, its number from 0, how many).
+        optimizer_bytes: bytes of the optimizer's states; default: AdamW's for the trained
+            parameters.
+        progress: called with (step, its number from 0, number of steps).
+
     Returns:
         A `Profile`, for `Planner` or `Profile.save`.
+
     Raises:
-        ValueError: the model saves nothing that could be chosen for.
+        ValueError: the model saves no tensor to choose for.
     """
     return Profiler(
         model,
@@ -136,7 +147,16 @@ def profile(
 
 
 class Profiler:
-    """Measures a profile and simulates steps of the model that it was measured on. Arguments as for `profile`."""
+    """Measures a profile and simulates steps of the same model.
+
+    Args:
+        model: as for `profile`.
+        inputs: as for `profile`.
+        autocast: as for `profile`.
+        loss: as for `profile`.
+        optimizer_bytes: as for `profile`.
+        progress: as for `profile`.
+    """
 
     def __init__(
         self,
@@ -180,18 +200,19 @@ class Profiler:
         )
 
     def step(self, choices: Choices) -> SimulatedStep:
-        """A step with these choices on tensors without data, as it is counted."""
+        """Simulate a step with these choices on fake tensors."""
         return self.space.simulator.simulated(self.space.policy(choices), choices)
 
     def rows(self, step: SimulatedStep) -> dict[Part, list[Row]]:
-        """The moments of a simulated step."""
+        """The moments of a simulated step, by (block, strategy)."""
         return self.space.simulator.rows(step, self.space.order)
 
     def footprint(self, policy: Policy | str) -> Footprint:
-        """What a step saves with a policy, counted without data."""
+        """Count the bytes that a step saves with a policy, on fake tensors."""
         return self.space.footprint(policy)
 
     def _plain_peak(self) -> int:
+        """Most bytes that plain allocates in a step, beside the static bytes."""
         counted = timeline(
             self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
         )
@@ -199,6 +220,7 @@ class Profiler:
         return self.space.simulator.whole(counted, plain).peak_bytes
 
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
+        """Measure the gradient errors; on meta or without enough memory, use typical errors."""
         space = self.space
         every = [*space.candidates, *space.block_inputs.values()]
         if not space.real:
@@ -224,13 +246,14 @@ class Profiler:
                 checkpointing,
             )
         except torch.OutOfMemoryError:
-            # The passes keep nearly everything: where that does not fit, theory has to do.
+            # The passes save nearly everything uncompressed. If that does not fit, the errors come
+            # from theory.
             logger.info("no room to measure gradient errors: those of a typical ViT are taken")
             return typical(every)
 
 
 def blocks_of(space: SearchSpace, times: TimeModel, sensitivity: Sensitivity) -> list[Block]:
-    """What every block takes in its strategies."""
+    """The costs of every block under each strategy."""
     blocks = []
     for name in space.simulator.blocks:
         inside = sum(sensitivity.variance[s.key, 8] for s in space.candidates if s.block == name)
@@ -250,7 +273,7 @@ def blocks_of(space: SearchSpace, times: TimeModel, sensitivity: Sensitivity) ->
 
 
 def _stored(order: Order, choices: Choices) -> float:
-    """Bytes of all entries of an order at the end of the forward, on the device and at rest."""
+    """Bytes of all entries on the device after the forward, when no copy is under way."""
     total = 0.0
     for key, share in order.entries:
         if key[1] == BLOCK:
@@ -262,7 +285,7 @@ def _stored(order: Order, choices: Choices) -> float:
 
 
 def _encoded(own: Profile) -> dict[str, Any]:
-    """A profile as JSON values. Tables by tuples become lists of [*key, value]."""
+    """A profile as JSON values. Tables with tuple keys become lists of [*key, value]."""
     return {
         "version": _VERSION,
         "candidates": [dataclasses.asdict(candidate) for candidate in own.candidates],
@@ -300,6 +323,7 @@ _SCALARS = ("plain_s", "static_bytes", "plain_saved_bytes", "plain_peak_bytes", 
 
 
 def _decoded(given: Mapping[str, Any]) -> Profile:
+    """The profile of the JSON values that `_encoded` made."""
     if given["version"] != _VERSION:
         raise ValueError(f"version {given['version']}, not {_VERSION}")
 

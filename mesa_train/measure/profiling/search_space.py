@@ -1,9 +1,8 @@
-"""Prospect: what a planner may choose from on one model and batch, and how a step goes with the
-simplest choices.
+"""List the choices for one model and batch, and simulate steps with the simplest choices.
 
-Candidates and blocks are read off forwards on tensors without data; steps with all candidates in 8 bits, with all
-blocks left to PyTorch and with all of them checkpointed show the working set of every part in every
-mode; two real steps show the kernels' workspace.
+Forwards on fake tensors show candidates and blocks. Three kinds of simulated steps show the working
+set of every part under each strategy: all candidates in 8 bits, all blocks left to PyTorch, and all
+blocks checkpointed. Two real steps show the workspace of the kernels.
 """
 
 from __future__ import annotations
@@ -30,10 +29,23 @@ from .simulator import Choices, Order, Row, SimulatedStep, StepSimulator
 
 
 class SearchSpace:
-    """candidates: what may be chosen for. simulator: of steps, with the blocks. order: of the stashes. rows: of
-    the steps with the simplest choices. block_inputs: what checkpointed blocks keep, as candidates.
+    """The choices for one model and batch.
 
-    Raises ValueError if there is nothing to choose.
+    Args:
+        model: the module.
+        inputs: as for `footprint`.
+        autocast: the dtype of autocast; None runs without autocast.
+        loss: from the output to a scalar.
+
+    Attributes:
+        candidates: the saved tensors to choose for.
+        simulator: simulates steps, and lists the blocks.
+        order: the stashes in the order of the forward.
+        rows: moments of the steps with the simplest choices.
+        block_inputs: the saved inputs of checkpointed blocks, as candidates.
+
+    Raises:
+        ValueError: there is nothing to choose.
     """
 
     def __init__(
@@ -46,7 +58,7 @@ class SearchSpace:
         self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
         device = device_of(model)
         self.real = device.type != "meta"
-        # On a CPU there is nothing to move; without data it is planned for a GPU.
+        # A CPU has nothing to offload. A model on meta is planned for a GPU.
         self.offloadable = device.type in ("meta", "cuda")
         self.modes = {n: m for n, m in STRATEGIES.items() if self.offloadable or not m.offloaded}
         self.base = PRESETS["mesa8"]
@@ -82,7 +94,7 @@ class SearchSpace:
             self._blocks()
 
     def _blocks(self) -> None:
-        """Steps with all blocks checkpointed, or left to PyTorch."""
+        """Count steps with all blocks checkpointed, or left to PyTorch."""
         modes = self.simulator.blocks
         watch, _ = self.simulator.watch(self.policy(self.all(8, "checkpoint, input 8 bits")))
         self.block_inputs = {
@@ -112,19 +124,28 @@ class SearchSpace:
                     continue
                 like = "checkpoint of codes" if mode.codes else "checkpoint"
                 row = self.rows[block, f"{like}, input 8 bits"][0]
-                # Beside the codes stands the decoded input, which is the input itself here.
+                # The decoded input exists beside its codes. An uncompressed input is not decoded.
                 own = 0 if mode.bits is None else self.input_bytes(block, mode.bits)
                 fixed = row.fixed - self.input_bytes(block, 8) + own
                 self.rows[block, name] = [Row(fixed, row.stored)]
 
     def input_bytes(self, block: str, bits: int | None) -> int:
-        """Of a checkpointed block's input, in so many bits or as it is."""
+        """Bytes of a checkpointed block's input in `bits` bits, uncompressed if None."""
         candidate = self.block_inputs.get(block)
         return 0 if candidate is None else candidate.bytes(KEEP if bits is None else bits)
 
     def all(self, choice: int | str, mode: str = STASHES) -> dict[Key, int | str]:
-        """The same choice for every candidate, or the same mode for every block and the choice for the
-        candidates outside."""
+        """The same choice for every candidate, or the same strategy for every block.
+
+        Args:
+            choice: choice of every candidate; 8 bits for a candidate that does not have this
+                choice.
+            mode: strategy of every block. If it is not stash by stash, `choice` is for the
+                candidates outside of blocks.
+
+        Returns:
+            The choices by key.
+        """
         blocks: dict[Key, int | str] = {(b, BLOCK, ""): mode for b in self.simulator.blocks}
         candidates = {
             s.key: choice if choice in s.choices() else 8
@@ -134,6 +155,7 @@ class SearchSpace:
         return {**candidates, **blocks}
 
     def _measure_workspace(self, first: Timeline) -> None:
+        """Measure the workspace of a real step in 8 bits and of one left to PyTorch."""
         if not self.real:
             return
         runs = StepRunner(self.model, self.inputs, self.autocast, self.loss)
@@ -152,7 +174,7 @@ class SearchSpace:
         return as_policy(self.base, self.candidates, choices, self.siblings)
 
     def footprint(self, policy: Policy | str) -> Footprint:
-        """What a step keeps with a policy, counted without data."""
+        """Count the bytes that a step saves with a policy, on fake tensors."""
         return footprint(
             self.model,
             self.inputs,

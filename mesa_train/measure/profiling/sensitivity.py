@@ -1,10 +1,16 @@
-"""How much each candidate's codes add to the gradient's error: a few backward passes, and theory.
+"""Measure how much each candidate's codes add to the gradient's error: a few backwards, and theory.
 
-With a quantiser of 2^b - 1 steps the error's variance adds up over tensors, Var = sum of
-c_l / (2^b - 1)^2 (ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357). So c_l is not asked for tensor
-by tensor: one pass codes all candidates of a kind (an operand of an operator) in the blocks at 4 bits, and one
-at 2 bits, everything else kept; the kind's variance is shared out over its candidates by where the gradient
-was off. 8 bits follow from 4 by the formula. For a ViT that makes about fifteen passes.
+With a quantiser of 2^b - 1 steps, the variance of the error adds up over tensors (ActNN, arXiv
+2104.14129; GACT, arXiv 2206.11357):
+
+    Var = sum of c_l / (2^b - 1)^2
+
+Therefore c_l needs no pass for each tensor. A kind is an operand of an operator. For each kind, one
+pass codes all candidates in the blocks at 4 bits, and one pass at 2 bits. All other candidates are
+uncompressed. The variance of the kind is divided among its candidates by the gradient errors of the
+parameters around each. The variance at 8 bits follows from 4 bits by the formula.
+
+Cost: about fifteen passes for a ViT.
 """
 
 from __future__ import annotations
@@ -21,12 +27,12 @@ from mesa_train.policy import Policy
 
 from .candidates import KEEP, REBUILD, Candidate, as_policy
 
-# (2^4 - 1)^2 / (2^8 - 1)^2, and for 2 bits.
+# (2^4 - 1)^2 / (2^8 - 1)^2, and (2^4 - 1)^2 / (2^2 - 1)^2.
 _EIGHT = (15 / 255) ** 2
 _TWO = (15 / 3) ** 2
 
-# Variance of a kind's 4-bit codes relative to the squared gradient, where there is no data to ask:
-# a ViT of width 192 (docs/design.md has the study).
+# Variance of the 4-bit codes of a kind, relative to the squared gradient, for a model on meta.
+# Measured on a ViT of width 192 (docs/design.md has the study).
 _TYPICAL = {
     ("attention", "q"): 3e-3,
     ("attention", "k"): 3e-3,
@@ -36,7 +42,7 @@ _TYPICAL = {
     ("checkpoint", "input"): 1e-2,
 }
 _OTHERWISE = 1e-3
-# Candidates outside of blocks that get passes of their own.
+# Up to this many candidates outside of blocks get passes of their own.
 _FEW = 8
 
 
@@ -44,9 +50,12 @@ _FEW = 8
 class Sensitivity:
     """Squares of relative errors of the gradient.
 
-    variance: that each candidate adds, by choice; also the inputs of checkpointed blocks, as candidates.
-    coupled: that a source's choice adds if a product is rebuilt from it. floor: of keeping
-    everything, against float32. passes: forwards with backwards that were run.
+    Args:
+        variance: added by each candidate, by choice. The inputs of checkpointed blocks are
+            candidates too.
+        coupled: added by the choice of a source if a product is rebuilt from that source.
+        floor: error with everything uncompressed, against float32.
+        passes: number of forwards with backwards that ran.
     """
 
     variance: dict[tuple[Key, int | str], float]
@@ -64,11 +73,18 @@ def calibrate(
     inputs: Sequence[Candidate] = (),
     checkpointing: Mapping[int | None, Policy] | None = None,
 ) -> Sensitivity:
-    """Measure with `gradients`, which runs one pass with a policy ("plain" without, None in
-    float32) and returns the gradient of the parameters called `names`.
+    """Measure the sensitivity.
 
-    inputs: what blocks keep when they are checkpointed. checkpointing: policies that checkpoint all
-    of them, by the bits of these inputs, None first.
+    Args:
+        candidates: all candidates.
+        base: policy of all fields that the choices do not set.
+        gradients: runs one pass with a policy and returns the gradients of the parameters; "plain"
+            runs without mesa_train, None in float32.
+        names: names of these parameters.
+        progress: called with the name of each pass.
+        inputs: the saved inputs of checkpointed blocks, as candidates.
+        checkpointing: policies that checkpoint all blocks, by the bits of these inputs; None comes
+            first.
     """
     everything: dict[Key, int | str] = {s.key: KEEP for s in candidates}
     progress("float32")
@@ -95,7 +111,7 @@ def calibrate(
             passes += 1
             if any(s.key in sources for s in own):
                 progress(f"{'.'.join(kind)} at {bits} bits, rebuilding")
-                # A candidate that something is rebuilt from: its noise enters there too.
+                # A product may be rebuilt from this candidate: its noise enters the product too.
                 again = {
                     **choices,
                     **{s.key: REBUILD for s in candidates if s.source in choices and s.product},
@@ -127,7 +143,11 @@ def calibrate(
 
 
 def typical(candidates: Sequence[Candidate]) -> Sensitivity:
-    """From theory and a study of a small ViT, for a model without data."""
+    """Estimate the sensitivity of a model on meta, from theory and a study of a small ViT.
+
+    Args:
+        candidates: all candidates, and the inputs of checkpointed blocks.
+    """
     variance: dict[tuple[Key, int | str], float] = {}
     coupled: dict[tuple[Key, int | str], float] = {}
     for kind in dict.fromkeys(s.kind for s in candidates):
@@ -151,9 +171,11 @@ def typical(candidates: Sequence[Candidate]) -> Sensitivity:
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The candidates that one pass codes together: those of a kind that stand in blocks. One outside, such
-    as the norm before the classifier, enters the gradient in its own way: it is alone, unless there
-    are many."""
+    """Group the candidates that one pass codes together: all of one kind in the blocks.
+
+    A candidate outside of blocks, such as the norm before the classifier, affects the gradient in
+    its own way. It gets a pass of its own, unless there are many of them.
+    """
     inside = [s for s in candidates if s.block is not None]
     outside = [s for s in candidates if s.block is None]
     alone = [[s] for s in outside] if inside and len(outside) <= _FEW else []
@@ -168,8 +190,11 @@ def _shares(
     gradients: Sequence[Tensor | None],
     reference: Sequence[Tensor | None],
 ) -> dict[Key, float]:
-    """The squared relative error of a pass, shared out over the candidates that were coded: in
-    proportion to the squared error of the parameters around each, and to its elements."""
+    """Divide the squared relative error of a pass among the coded candidates.
+
+    The share of a candidate is in proportion to the squared error of the parameters around it, and
+    to its number of elements.
+    """
     norm = sum(_square(r) for r in reference) or 1.0
     errors: dict[str, float] = {}
     for name, gradient, exact in zip(names, gradients, reference, strict=True):
@@ -186,8 +211,11 @@ def _shares(
 
 
 def _around(module: str, errors: dict[str, float]) -> float:
-    """The squared error of the parameters in the block that a module stands in: the innermost
-    numbered one, else the module itself."""
+    """The squared error of the parameters around a module.
+
+    They are the parameters of the innermost numbered block that contains the module, else of the
+    module itself.
+    """
     parts = module.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     prefix = ".".join(parts[: numbers[-1] + 1]) if numbers else module
@@ -195,6 +223,7 @@ def _around(module: str, errors: dict[str, float]) -> float:
 
 
 def _square(tensor: Tensor | None) -> float:
+    """The sum of squares of a tensor; 0 for None."""
     return 0.0 if tensor is None else float(tensor.double().square().sum())
 
 

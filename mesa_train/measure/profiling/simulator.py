@@ -1,9 +1,9 @@
-"""StepSimulator: a step with a policy on tensors without data, as rows of the planner's program.
+"""Simulate a step with a policy on fake tensors, as rows of the planner's integer program.
 
-A policy's timeline says how many bytes are live at every moment. Those of the stashes that stand then
-are known by choice; what remains is the working set of that moment, which the program takes to be the
-same for other choices near by. Where a block is checkpointed or left to PyTorch, all of it is one
-moment: the highest.
+The timeline of a policy has the live bytes of every moment. The choices give the bytes of the
+stashes that exist at that moment. The other bytes are the working set of the moment; the program
+assumes the same working set for other choices near by. A block that is checkpointed or left to
+PyTorch is one moment: its highest.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from .blocks import STASHES, STRATEGIES, block_of
 from .candidates import Candidate, under_way
 
 Choices = Mapping[Key, int | str]
-# (block, mode), or (None, None) outside of blocks.
+# (block, strategy), or (None, None) outside of blocks.
 Part = tuple[str | None, str | None]
 
 
 class Row(NamedTuple):
-    """A moment: bytes live beyond those of the first `stored` entries of the order."""
+    """A moment of a simulated step.
+
+    Args:
+        fixed: bytes live beyond the bytes of the first `stored` entries of the order.
+        stored: number of entries of the order that exist.
+    """
 
     fixed: float
     stored: int
@@ -36,9 +41,15 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Order:
-    """entries: the candidates of all stashes in the order of the forward, each with its share of its candidate's
-    bytes, and the keys of where blocks begin and end. candidates: by key. kept: bytes of a block in a mode
-    other than stash by stash."""
+    """The stashes of a forward in order.
+
+    Args:
+        entries: (key, share) of all stashes, the share being a part of its candidate's bytes. Keys
+            of blocks show where a block begins and ends; their share is 0.
+        candidates: by key.
+        kept: bytes saved of a block under a strategy other than stash by stash, by (block,
+            strategy).
+    """
 
     entries: list[tuple[Key, float]]
     candidates: Mapping[Key, Candidate]
@@ -46,7 +57,7 @@ class Order:
 
     @classmethod
     def of(cls, watch: StashLog, candidates: Sequence[Candidate]) -> Order:
-        """The order of a forward that stores all there is."""
+        """The order of a forward that stores all candidates."""
         by_key = {candidate.key: candidate for candidate in candidates}
         entries = [
             (key, 0.0 if matrix is None else matrix[0] * matrix[1] / by_key[key].elements)
@@ -55,12 +66,14 @@ class Order:
         return cls(entries, by_key)
 
     def begins(self, block: str) -> int:
-        """How many entries come before a block."""
+        """Number of entries before a block."""
         return next(i for i, (key, _) in enumerate(self.entries) if key == (block, BLOCK, "begin"))
 
     def bytes(self, choices: Choices) -> list[float]:
-        """Bytes of the first 0, 1, 2... entries under these choices, with what is on its way to main
-        memory or back."""
+        """Bytes on the device of the first 0, 1, 2... entries under these choices.
+
+        They include offloaded stashes that are being copied to CPU memory or back.
+        """
         sums, offloaded = [0.0], [0.0]
         for key, share in self.entries:
             size = 0.0
@@ -81,8 +94,14 @@ class Order:
         ]
 
     def places(self, order: Sequence[Key]) -> list[int]:
-        """For a forward that stored `order`: after how many entries each of its stashes comes, and
-        last of all the end."""
+        """Find the stashes of another forward among the entries.
+
+        Args:
+            order: keys of the stashes that the forward stored.
+
+        Returns:
+            For each stash, the number of entries before it; at the end, the number of all entries.
+        """
         found, start = [], 0
         for key in order:
             place = next(
@@ -98,7 +117,13 @@ class Order:
 
 
 class SimulatedStep(NamedTuple):
-    """Choices, the timeline of a step with them, and the stashes in the order that they were made."""
+    """A step on fake tensors.
+
+    Args:
+        choices: the choices of the step.
+        timeline: its timeline.
+        order: keys of its stashes, in the order of the forward.
+    """
 
     choices: Choices
     timeline: Timeline
@@ -106,9 +131,17 @@ class SimulatedStep(NamedTuple):
 
 
 class StepSimulator:
-    """Steps of one model and batch.
+    """Simulates steps of one model and batch.
 
-    workspace: of blocks that keep codes, and of those that are left to PyTorch (False, True).
+    The attribute `workspace` has the workspace of blocks that save codes (False) and of blocks that
+    are left to PyTorch (True).
+
+    Args:
+        model: the module.
+        inputs: as for `footprint`.
+        autocast: the dtype of autocast; None runs without autocast.
+        loss: from the output to a scalar.
+        blocks: qualified names of the blocks.
     """
 
     def __init__(
@@ -124,7 +157,15 @@ class StepSimulator:
         self.workspace: dict[bool, Workspace] = {}
 
     def watch(self, policy: Policy, holding: bool = False) -> tuple[StashLog, Timeline]:
-        """A step with `policy`, its stashes and its timeline as counted."""
+        """Count a step with `policy`.
+
+        Args:
+            policy: the policy.
+            holding: hold the stashes, see `StashLog`.
+
+        Returns:
+            (its stashes, its timeline without workspace).
+        """
         watch = StashLog(holding, self.blocks)
         played = timeline(
             self.model,
@@ -137,14 +178,14 @@ class StepSimulator:
         return watch, played
 
     def simulated(self, policy: Policy, choices: Choices) -> SimulatedStep:
-        """A step with the `policy` of these `choices`, workspace included."""
+        """Simulate a step with the `policy` of these `choices`, workspace included."""
         watch, counted = self.watch(policy)
         return SimulatedStep(
             choices, self.whole(counted, choices), [key for key, *_ in watch.stored]
         )
 
     def whole(self, counted: Timeline, choices: Choices) -> Timeline:
-        """A timeline with the workspace that counting does not show."""
+        """Add the workspace, which fake tensors do not show, to a timeline."""
         moments = []
         for moment in counted.moments:
             block = block_of(moment.module, self.blocks)

@@ -1,10 +1,13 @@
-"""The time model: the seconds that each choice adds to a step, from whole steps on this device.
+"""Fit the time model: the seconds that each choice adds to a step, from whole steps on this device.
 
-`OpTimings` holds the seconds of coding, decoding and repeating a matmul, measured once for a shape and kept in
-the user's cache folder. Operators timed alone do not add up to a step: caches, allocations and fused passes differ.
-So a few policies that do the same with everything are timed against plain, in turns. The difference
-is shared out over the candidates by what their operators take alone, over the blocks by their arithmetic.
-Without data there is only the arithmetic.
+The times of single operators do not add up to the time of a step: caches, allocations and fused
+passes differ. So a few policies with one choice for everything are timed against plain, in turns.
+The difference is divided among the candidates by the times of their single operators, and among the
+blocks by their floating-point operations. For a model on meta there are only the times of single
+operators.
+
+`OpTimings` has the seconds of coding, decoding and recomputing a matmul. It measures them once for
+a shape and keeps them in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -42,14 +45,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 4
-# Names of the policies that are timed beside those of single choices.
+# Names of the timed policies that checkpoint all blocks.
 CHECKPOINT, CHECKPOINT_CODES = "checkpoint", "checkpoint of codes"
 
 
 class TimeModel(NamedTuple):
-    """Seconds beyond plain's step. candidates: by candidate and choice. matmuls: of repeating each product.
-    blocks: of checkpointing each block and its input's codes, by CHECKPOINT or CHECKPOINT_CODES. host_link:
-    bytes a second to CPU memory and back, None where nothing is offloaded."""
+    """Seconds that the choices add to the plain step.
+
+    Args:
+        candidates: seconds by (candidate, choice).
+        matmuls: seconds to recompute each product.
+        blocks: seconds to checkpoint each block and code its input, by (block, CHECKPOINT or
+            CHECKPOINT_CODES).
+        host_link: bytes per second to CPU memory and back; None if nothing is offloaded.
+    """
 
     candidates: dict[tuple[Key, int | str], float]
     matmuls: dict[str, float]
@@ -58,7 +67,15 @@ class TimeModel(NamedTuple):
 
 
 def fit_time_model(space: SearchSpace, device: torch.device) -> tuple[float | None, TimeModel]:
-    """Seconds of plain's step, None where it was not timed, and what the choices take."""
+    """Time the choices.
+
+    Args:
+        space: the choices for one model and batch.
+        device: device of the model; meta stands for a typical GPU.
+
+    Returns:
+        (seconds of the plain step, None if it was not timed; the time model).
+    """
     timings = OpTimings(device, space.autocast or torch.float32)
     weights = weights_of(space.model)
     alone, matmuls = seconds_of(timings, space.candidates, weights)
@@ -73,7 +90,10 @@ def fit_time_model(space: SearchSpace, device: torch.device) -> tuple[float | No
 
 
 def _steps(space: SearchSpace) -> tuple[float | None, dict[int | str, float]]:
-    """Seconds of plain's step, and what others take beyond it; nothing without data."""
+    """Seconds of the plain step, and of other steps beyond it.
+
+    None and nothing for a model on meta, or if plain does not fit the device.
+    """
     if not space.real:
         return None, {}
     asked = {choice: space.all(choice) for choice in (8, 4, KEEP)}
@@ -89,7 +109,7 @@ def _steps(space: SearchSpace) -> tuple[float | None, dict[int | str, float]]:
     except torch.OutOfMemoryError:
         logger.info("plain does not fit this device: plans go without times")
         return None, {}
-    # Whatever else the machine does makes a step slower, never faster.
+    # Other work of the machine makes a step slower, never faster.
     least = min(plain)
     return least, {c: min(own) - least for c, own in zip(asked, others, strict=True)}
 
@@ -101,11 +121,15 @@ def times(
     forwards: Mapping[str, float],
     steps: Mapping[int | str, float],
 ) -> TimeModel:
-    """Share out what was timed.
+    """Divide the measured times among candidates and blocks.
 
-    alone, matmuls: seconds of the operators by themselves. forwards: of the blocks' forwards.
-    steps: what whole steps took beyond plain's, by the choice of all candidates, or CHECKPOINT...; empty
-    where nothing was timed.
+    Args:
+        candidates: all candidates.
+        alone: seconds of the single operators, by (candidate, choice).
+        matmuls: seconds to recompute each product alone.
+        forwards: seconds of the forward of each block.
+        steps: seconds of whole steps beyond the plain step, by the choice of all candidates, or
+            CHECKPOINT, or CHECKPOINT_CODES; empty if nothing was timed.
     """
     again = sum(forwards.values())
     if not steps:
@@ -120,7 +144,7 @@ def times(
     for choice in (8, 4, 2, KEEP):
         own = {s.key: alone[s.key, choice if choice in s.choices() else 8] for s in candidates}
         total = sum(own.values())
-        # 2 bits take what 4 do, but for what coding them alone takes more.
+        # 2 bits take the time of 4 bits plus the difference of their single operators.
         more = total - sum(alone[s.key, 4 if 4 in s.choices() else 8] for s in candidates)
         took = steps[4] + more if choice == 2 else steps[choice]
         for candidate in candidates:
@@ -134,7 +158,7 @@ def times(
         took = max(0.1 * sum(products.values()), steps[REBUILD] - steps[8] + saved)
         products = {p: t * took / sum(products.values()) for p, t in products.items()}
     blocks = {
-        # A forward more takes time, whatever a busy machine says.
+        # One more forward takes time, even if a busy machine measures less.
         (block, kind): max(0.3 * again, steps[kind])
         * (time / again if again else 1 / len(forwards))
         for kind in (CHECKPOINT, CHECKPOINT_CODES)
@@ -145,7 +169,7 @@ def times(
 
 
 def flops_of(model: nn.Module, inputs: Any, autocast: torch.dtype | None) -> dict[str, int]:
-    """Floating-point operations of each module's forward, by name; without running it."""
+    """Count the floating-point operations of each module's forward, by name, on fake tensors."""
     args, kwargs = arguments(inputs)
     fakes = FakeModel(torch.device("cpu"))
     args, kwargs = fakes.of(args), fakes.of(kwargs)
@@ -163,21 +187,23 @@ def flops_of(model: nn.Module, inputs: Any, autocast: torch.dtype | None) -> dic
     }
 
 
-# Bytes per second of memory, operations per second of matmuls, and bytes per second of the link to CPU
-# memory (PCIe 4 with 16 lanes) of an A100, where nothing can be measured.
+# Bytes per second of memory, operations per second of matmuls, and bytes per second of the link to
+# CPU memory (PCIe 4 with 16 lanes) of an A100: used if nothing can be measured.
 _BANDWIDTH, _MATMULS, _BUS = 1.3e12, 2e14, 2.5e10
-# Bytes of a copy that is timed.
+# Bytes of the timed copy.
 _COPY = 1 << 26
 _REPEATS = 5
-# Matmuls are timed on at most this many rows: beyond, time goes in proportion.
+# Matmuls are timed on at most this many rows; more rows take time in proportion.
 _ROWS = 4096
 
 
 class OpTimings:
     """Seconds of single operations on one device.
 
-    device: where they run; meta stands for a typical GPU. dtype: of the tensors. path: of the
-    cache; default: `timings.json` in `$XDG_CACHE_HOME/mesa_train`.
+    Args:
+        device: device of the operations; meta stands for a typical GPU.
+        dtype: dtype of the tensors.
+        path: file of the cache; default: `timings.json` in `$XDG_CACHE_HOME/mesa_train`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, path: Path | None = None) -> None:
@@ -194,7 +220,7 @@ class OpTimings:
     def code(self, rows: int, cols: int, bits: int) -> float:
         """Seconds to code a (rows, cols) tensor and to decode it once."""
         if self.device.type == "meta":
-            # Read, write codes, read codes, write.
+            # Read the tensor, write the codes, read the codes, write the tensor.
             return rows * cols * (2 * self.dtype.itemsize + bits / 4) / _BANDWIDTH
         few = min(rows, _ROWS)
         return self._cached(f"code {few}x{cols} {bits}", lambda: self._code(few, cols, bits)) * (
@@ -210,8 +236,12 @@ class OpTimings:
         return self._cached(key, lambda: self._matmul(few, inner, cols)) * (rows / few)
 
     def flops(self, count: int, matmul: tuple[int, int, int]) -> float:
-        """Seconds of so many floating-point operations, at the pace of a (rows, inner, cols)
-        product."""
+        """Seconds of `count` floating-point operations, at the speed of a matmul.
+
+        Args:
+            count: number of operations.
+            matmul: (rows, inner, cols) of the matmul.
+        """
         rows, inner, cols = matmul
         return count * self.matmul(rows, inner, cols) / (2 * rows * inner * cols)
 
@@ -222,22 +252,26 @@ class OpTimings:
         return _COPY / self._cached("host_link", self._bus)
 
     def _bus(self) -> float:
+        """Seconds of a copy of _COPY bytes, in the slower direction."""
         host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
         own = torch.empty(_COPY, dtype=torch.uint8, device=self.device)
         out = self._time(lambda: host.copy_(own, non_blocking=True))
         return max(out, self._time(lambda: own.copy_(host, non_blocking=True)))
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
+        """Measure the seconds to code and decode a random tensor."""
         codec = Affine(bits, GROUP[bits], stochastic=bits < 8)
         x = torch.randn(rows, cols, device=self.device).to(self.dtype)
         return self._time(lambda: codec.decode(codec.encode(x), cols, self.dtype))
 
     def _matmul(self, rows: int, inner: int, cols: int) -> float:
+        """Measure the seconds of a matmul, with the cast of its float32 weight."""
         x = torch.randn(rows, inner, device=self.device).to(self.dtype)
         weight = torch.randn(cols, inner, device=self.device)
         return self._time(lambda: F.linear(x, weight.to(self.dtype)))
 
     def _time(self, run: Callable[[], Any]) -> float:
+        """The median seconds of _REPEATS calls, after two that warm up."""
         taken = []
         with torch.no_grad():
             for number in range(_REPEATS + 2):
@@ -250,10 +284,12 @@ class OpTimings:
         return statistics.median(taken)
 
     def _synchronize(self) -> None:
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _cached(self, key: str, measure: Callable[[], float]) -> float:
+        """The seconds of an operation; measured if the cache does not have them."""
         if key not in self._known:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 self._known[key] = measure()
@@ -261,12 +297,14 @@ class OpTimings:
         return self._known[key]
 
     def _read(self) -> dict[str, dict[str, float]]:
+        """The cache file: seconds by operation, by device and versions."""
         try:
             return json.loads(self.path.read_text())
         except (OSError, ValueError):
-            return {}  # Not there yet, or cut short: measured anew.
+            return {}  # The file is missing or incomplete: measure again.
 
     def _write(self) -> None:
+        """Write the measured seconds to the cache file."""
         everything = {**self._read(), self._where: self._known}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,15 +312,21 @@ class OpTimings:
             partial.write_text(json.dumps(everything, indent=1))
             partial.replace(self.path)
         except OSError:
-            return  # A folder that cannot be written to costs time, no more.
+            return  # A folder without write permission costs time, nothing else.
 
 
 def seconds_of(
     timings: OpTimings, candidates: Sequence[Candidate], weights: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[tuple[Key, int | str], float], dict[str, float]]:
-    """(seconds by candidate and choice, seconds of repeating each product).
+    """Time the single operators of all candidates.
 
-    weights: (out, in) of the Linears by name.
+    Args:
+        timings: the timings of the device.
+        candidates: all candidates.
+        weights: (out, in) of the weight of each Linear, by its name.
+
+    Returns:
+        (seconds by (candidate, choice), seconds to recompute each product).
     """
     seconds: dict[tuple[Key, int | str], float] = {}
     products: dict[str, float] = {}
@@ -295,7 +339,8 @@ def seconds_of(
                 )
         if candidate.product and candidate.product not in products:
             outs, ins = weights[candidate.product]
-            # Of q, k and v each is a part of the product: it has as many rows as all of them.
+            # q, k and v are parts of one product, so the product has as many rows as all parts
+            # together.
             parts = [s.elements for s in candidates if s.product == candidate.product]
             products[candidate.product] = timings.matmul(max(1, sum(parts) // outs), ins, outs)
     return seconds, products
