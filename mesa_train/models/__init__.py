@@ -1,6 +1,7 @@
-"""Models of this project, registered with timm: `import mesa_train.models` and `timm.create_model`.
+"""Models of this project, registered with timm: `import mesa_train.models`, then
+`timm.create_model`.
 
-Needs timm and torchvision: pip install 'mesa_train[timm]'.
+They need timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
 from . import lit as lit
