@@ -170,7 +170,7 @@ def _shown(value: Any) -> str:
 
 
 def _remedy(kind: Any, value: Any) -> str:
-    """A hint about the correct spelling; "" if the field's type says enough."""
+    """A hint about the correct spelling; "" if the name of the field's type is enough."""
     if kind is str and (value is None or isinstance(value, Plain)):
         return '; write "" for none, or the word in quotes'
     if kind in (int, float) and isinstance(value, str):

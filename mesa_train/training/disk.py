@@ -141,8 +141,8 @@ def to_the_end(model: Any = None) -> Iterator[None]:
     write meets the other ranks in a different collective: gloo aborts the process, NCCL waits.
 
     Args:
-        model: if it is a DeepSpeed engine, the writes of the engine are included. Other models
-            write through `torch.save`.
+        model: if it is a DeepSpeed engine, its own writes are included. Other models write through
+            `torch.save`.
     """
     import torch
 

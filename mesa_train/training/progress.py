@@ -208,9 +208,11 @@ class Dashboard:
             )
 
     def _images_per_s(self, step_ms: float) -> float:
+        """Images per second at a step time in milliseconds."""
         return 1e3 * self.batch_size / step_ms
 
     def _view(self) -> Group:
+        """The table of all runs and the bar."""
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("run", "saved for\nbackward", "step", "images/s", "epoch"):
             table.add_column(heading, justify="left" if heading == "run" else "right")

@@ -67,6 +67,7 @@ def build(
 
 
 def _default_size(name: str, data: ImageSet) -> int:
+    """The default image size of a model in pixels."""
     if name == SMALL_VIT:
         return data.image_size
     from timm.models import get_pretrained_cfg
@@ -103,6 +104,7 @@ class ConvStem(nn.Module):
 
 
 def _small_vit(image_size: int, classifier: dict[str, int]) -> nn.Module:
+    """The small ViT."""
     from timm.models import VisionTransformer
 
     return VisionTransformer(

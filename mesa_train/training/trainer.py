@@ -159,6 +159,7 @@ class Trainer:
         return loss / len(data.held_out), correct / len(data.held_out)
 
     def _logits(self, images: Tensor) -> Tensor:
+        """Logits in float32 of a forward under the configured autocast."""
         dtype = self.config.autocast
         device_type = torch.device(self.config.device).type
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):

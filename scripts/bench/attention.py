@@ -47,6 +47,7 @@ class MSA(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         tokens = height * width
         return tokens * (4 * DIM**2 + 2 * tokens * DIM)
 
@@ -69,6 +70,7 @@ class Windows(nn.Module):
         return self.block._attn(x)
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         return height * width * (4 * DIM**2 + 2 * self.window**2 * DIM)
 
 
@@ -85,6 +87,7 @@ class SpatialReduction(nn.Module):
         return self.attn(x.flatten(1, 2), list(x.shape[1:3])).view(x.shape)
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         tokens, pooled = height * width, height * width // 4
         return tokens * 2 * DIM**2 + pooled * (4 + 2) * DIM**2 + 2 * tokens * pooled * DIM
 

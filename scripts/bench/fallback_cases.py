@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 SHAPE = (128, 96)  # 48 KiB: three times the smallest size that is coded
-# Distributions of the elements: those of a network's inputs, and those that suit codes badly.
+# Distributions of the elements: usual ones of a network, and ones that suit codes badly.
 DRAWN: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "normal": lambda shape: torch.randn(shape),
     "offset: 100 and standard deviation 1": lambda shape: torch.randn(shape) + 100,
@@ -139,10 +139,12 @@ def _coordinates() -> Iterator[Call]:
 
 
 def _softplus(x: Tensor) -> Tensor:
+    """Softplus written with exp and log."""
     return torch.log(1 + torch.exp(x))
 
 
 def _softsign(x: Tensor) -> Tensor:
+    """Softsign written with a division."""
     return x / (1 + x.abs())
 
 

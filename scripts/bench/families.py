@@ -189,11 +189,13 @@ class _Steps:
         self.done = 0
 
     def next(self, what: str) -> None:
+        """Report the next step."""
         if self.progress is not None:
             self.progress(what, self.done, self.total)
         self.done += 1
 
     def finish(self) -> None:
+        """Report the end."""
         if self.progress is not None:
             self.progress("done", self.total, self.total)
 

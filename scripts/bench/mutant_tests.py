@@ -225,12 +225,14 @@ class _Noting:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, Any]:
+        """Record the marks that collection executes."""
         self.seen.clear()
         report = yield
         self._share(collector.nodeid)
         return report
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep at most `_OF_A_FILE` tests of each file."""
         files: dict[str, list[Any]] = {}
         for item in items:
             files.setdefault(item.nodeid.partition("::")[0], []).append(item)
@@ -239,10 +241,12 @@ class _Noting:
         items[:] = [item for item in items if item in taken]
 
     def pytest_runtest_protocol(self) -> None:
+        """Start the record of a test."""
         self.seen.clear()
         self.begun = time.process_time()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the outcome of a phase of a test."""
         row = self.rows.setdefault(
             report.nodeid, {"name": report.nodeid, "seconds": 0.0, "passed": True}
         )
@@ -281,16 +285,19 @@ class _First:
         self.by: str | None = None
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep the given tests in the given order."""
         items[:] = sorted(
             (item for item in items if item.nodeid in self.order),
             key=lambda item: self.order[item.nodeid],
         )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the first failure of a test."""
         if report.failed and self.by is None:
             self.by = report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
+        """Record the first failure of collection."""
         if report.failed and self.by is None:
             self.by = f"{report.nodeid} (collected)"
 

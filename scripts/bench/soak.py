@@ -60,6 +60,7 @@ class Kept:
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        """Record the storage of a saved tensor."""
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             self.storages.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor

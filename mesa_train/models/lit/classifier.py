@@ -55,9 +55,11 @@ class Classifier(nn.Module):
         return x
 
     def forward_features(self, images: Tensor) -> Tensor:
+        """Features of images, before pooling."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features, apply dropout and the head. With `pre_logits`, skip the head."""
         if self.global_pool:
             x = self.pooled(x)
         x = F.dropout(x, self.drop_rate, self.training)
@@ -108,6 +110,7 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
+        """The head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -125,9 +128,11 @@ class Classifier(nn.Module):
         init_linear(self.head)
 
     def _classifier(self) -> nn.Module:
+        """A head of `num_classes`; the identity for 0."""
         return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     def _pool(self, name: str) -> str:
+        """Check a name of `global_pool`. ValueError if it is none of `pools`."""
         if name not in self.pools:
             choices = ", ".join(map(repr, self.pools[:-1])) + f" or {self.pools[-1]!r}"
             raise ValueError(f"global_pool must be {choices}, got {name!r}")

@@ -118,6 +118,7 @@ class HiLo(nn.Module):
         return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
     def extra_repr(self) -> str:
+        """The arguments for printing."""
         return (
             f"{self.dim}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}, window={self.window}"
         )

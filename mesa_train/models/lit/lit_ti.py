@@ -1,8 +1,7 @@
 """LIT-Ti (arXiv 2105.14217): the smallest LIT, which has separate code in the authors' repository.
 
 It has learned absolute positions at the start of every stage, layer norms with eps 1e-6, and a
-class token. The class token is added in stage 4 and is the output. Names are those of the authors'
-code.
+class token. The class token is added in stage 4 and is the output. Names follow the authors' code.
 """
 
 from __future__ import annotations
@@ -105,6 +104,7 @@ class LITTi(Classifier):
             yield x
 
     def pooled(self, x: Tensor) -> Tensor:
+        """The class token, or the mean of all other tokens."""
         return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
 
     def as_map(self, x: Tensor) -> Tensor:
@@ -112,12 +112,14 @@ class LITTi(Classifier):
         return x if x.dim() == 4 else x[:, 1:].unflatten(1, self.grids[3])
 
     def drop_stages(self, kept: int) -> None:
+        """Remove all stages but the first `kept`."""
         for stage in _STAGES[kept:]:
             for name in ("patch_embed", "block", "pos_embed"):
                 delattr(self, f"{name}{stage}")
         self.depth = kept
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -125,6 +127,7 @@ class LITTi(Classifier):
         return {"cls_token"}
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
+        """Run one stage. ValueError for images of another size than `img_size`."""
         if stage == 1 and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
                 f"LITTi was made for images of {self.img_size[0]}x{self.img_size[1]}, not "

@@ -3,8 +3,8 @@ ones.
 
 `lit_s`, `lit_m` and `lit_b` have a table of relative position biases in stages 3 and 4. The size of
 the table fixes the size of the images: set `img_size` when the model is built. `lit_ti` (`LITTi`)
-has learned absolute positions and a class token. Parameters and their names are those of the
-authors' code.
+has learned absolute positions and a class token. Parameters and their names follow the authors'
+code.
 
 | | parameters | multiply-adds at 224 |
 |---|---|---|
@@ -142,6 +142,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> Any:
+    """Build a variant through timm."""
     return create(LIT, variant, pretrained, pretrained_filter_fn=resize_biases, **options)
 
 

@@ -1,9 +1,9 @@
 """LITv2 (arXiv 2205.13213): no attention in early stages, HiLo at stride 16, full attention at 32.
 
 Every MLP has a depthwise convolution, which replaces position embeddings. Deformable token merging
-connects the stages. Parameters, their names and their initialisation are those of the authors'
-code, so its checkpoints load (`mesa_train.models.lit.official`). Images may have any size of at
-least 29 pixels. `features_only=True` builds the authors' backbone for dense tasks.
+connects the stages. Parameters, their names and their initialisation follow the authors' code, so
+its checkpoints load (`mesa_train.models.lit.official`). Images may have any size of at least 29
+pixels. `features_only=True` builds the authors' backbone for dense tasks.
 
 | | parameters | multiply-adds at 224 |
 |---|---|---|

@@ -220,13 +220,16 @@ class Pyramid(Classifier):
         return unmerged(self.patch_embed, self.layers, images)
 
     def pooled(self, x: Tensor) -> Tensor:
+        """The mean over all tokens."""
         return x.mean((1, 2))
 
     def drop_stages(self, kept: int) -> None:
+        """Remove all stages but the first `kept`."""
         self.layers = self.layers[:kept]
         self.layers[-1].downsample = None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
@@ -269,8 +272,8 @@ class PyramidFeatures(nn.Module):
     """A Pyramid as a backbone for dense tasks, as timm's `features_only=True` builds it.
 
     The map of every chosen stage, before merging, passes a LayerNorm of its own, `norm{i}`. Modules
-    and keys are those of the authors' backbones. Images (B, C, H, W) become maps (B, C_i, H_i,
-    W_i), or (B, H_i, W_i, C_i) if output_fmt is "NHWC".
+    and keys match the authors' backbones. Images (B, C, H, W) become maps (B, C_i, H_i, W_i), or
+    (B, H_i, W_i, C_i) if output_fmt is "NHWC".
 
     Args:
         model: the Pyramid, whose modules are used.
@@ -303,6 +306,7 @@ class PyramidFeatures(nn.Module):
         return found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 

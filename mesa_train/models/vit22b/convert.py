@@ -192,6 +192,7 @@ def _kernel(key: str, value: Tensor) -> Tensor:
 
 
 def _tensor(value: Any) -> Tensor:
+    """Convert an array to a tensor."""
     return value if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
@@ -216,6 +217,7 @@ class _Taker:
         return self._by_head(name, 1)
 
     def _by_head(self, name: str, dim: int) -> Tensor:
+        """Split a matrix by head along `dim`. ValueError if it does not divide."""
         value = self(name)
         if value.dim() != 2 or value.shape[dim] % self.num_heads:
             raise ValueError(

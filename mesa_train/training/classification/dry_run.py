@@ -85,7 +85,7 @@ def plan(config: Config, images: int, world: int) -> Plan:
 
 
 def use_cpu(config: Config) -> bool:
-    """Whether the run uses no GPU: the configuration says so, or there is none."""
+    """Whether the run uses no GPU, by its configuration or because there is none."""
     return config.train.device == "cpu" or not torch.cuda.is_available()
 
 
@@ -197,7 +197,7 @@ def memory(config: Config, classes: int) -> dict[str, int]:
 
 
 def batches(config: Config, made: Plan) -> str:
-    """Text that says how a global batch is divided."""
+    """Text that describes the parts of a global batch."""
     train = config.train
     return (
         f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
@@ -206,6 +206,7 @@ def batches(config: Config, made: Plan) -> str:
 
 
 def _processes(world: int) -> str:
+    """Text with a number of processes."""
     return "1 process" if world == 1 else f"{world} processes"
 
 

@@ -154,7 +154,11 @@ def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def resume(run: Run, how: str) -> bool:
-    """Continue as `how` says (see `beginning`). True if the run continues, False if it is new."""
+    """Continue from the checkpoint that `how` names (see `beginning`).
+
+    Returns:
+        True if the run continues, False if it is new.
+    """
     found, metrics = beginning(run.config, how), run.out / METRICS
     if found is not None:
         run.resume(*found)

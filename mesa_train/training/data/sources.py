@@ -87,6 +87,7 @@ def _folder(config: DataConfig) -> Sources:
 
 
 def _of_path(path: str, label: int) -> tuple[str, int, str]:
+    """The record of a file: (path, label, path for messages)."""
     return path, label, folder.shown(path)
 
 
@@ -199,6 +200,7 @@ class Samples(Dataset[Sample]):
 
 
 def _in_a_line(error: Exception) -> str:
+    """An error's message in one line; its type if the message is empty."""
     text = folder.shown(" ".join(str(error).split()))
     return text or type(error).__name__
 

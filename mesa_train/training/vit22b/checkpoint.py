@@ -368,6 +368,7 @@ def _alone() -> Iterator[None]:
 
 
 def _rank() -> int:
+    """The number of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

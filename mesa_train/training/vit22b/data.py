@@ -1,7 +1,7 @@
 """Images for the ViT-22B recipes: the paper's crops, pixels from -1 to 1.
 
-The sources are those of all recipes: folders, parquet files, a hub's data sets, packaged sets. A
-global batch depends on (seed, step) only. Each data-parallel rank reads its own part of the batch.
+All recipes share the sources: folders, parquet files, a hub's data sets, packaged sets. A global
+batch depends on (seed, step) only. Each data-parallel rank reads its own part of the batch.
 """
 
 from __future__ import annotations

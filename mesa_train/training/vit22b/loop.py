@@ -1,7 +1,7 @@
 """Training loop of the ViT-22B recipes: same batches, schedule, log and checkpoints on any backend.
 
 A global batch depends on (seed, step) only, and each data-parallel rank reads its own part
-(`data.py`). The losses therefore equal those of a single process, for any number of ranks.
+(`data.py`). The losses therefore equal the losses of a single process, for any number of ranks.
 """
 
 from __future__ import annotations

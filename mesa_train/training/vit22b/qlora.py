@@ -192,6 +192,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _bitsandbytes() -> Any:
+    """Import bitsandbytes. ImportError with the remedy if it is missing."""
     try:
         import bitsandbytes
     except ImportError as error:
