@@ -1,5 +1,6 @@
-"""Models of this project, registered with timm: `import mesa_train.models`, then
-`timm.create_model`.
+"""Models of this project, registered with timm.
+
+Import `mesa_train.models`, then call `timm.create_model`.
 
 They need timm and torchvision: pip install 'mesa_train[timm]'.
 """

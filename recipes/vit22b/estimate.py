@@ -24,8 +24,7 @@ def main(
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
     out: Annotated[Path | None, typer.Option(help="JSON lines to append a row to.")] = None,
 ) -> None:
-    """Print the saved bytes of an image for every preset, and the batch sizes that fit on five
-    machines."""
+    """Print an image's saved bytes for every preset, and the batches that fit on five machines."""
     try:
         counted = estimates.estimator(name, image_size)
         parameters = counted.parameters(SCHEMES["fsdp2"][1]).total

@@ -170,8 +170,11 @@ class Images:
 
 
 def training_images(train: str, held_out: Path | None, size: int, flip: float | None) -> Images:
-    """Training and held-out images of a built-in set or of two folders. ValueError if both are
-    missing."""
+    """Training and held-out images of a built-in set or of two folders.
+
+    Raises:
+        ValueError: `train` is no built-in set, and `held_out` is missing.
+    """
     builtin = train in data.BUILTIN
     # A mirrored digit is no digit.
     share = flip if flip is not None else 0.0 if builtin else 0.5

@@ -87,8 +87,10 @@ def main(
 
 
 def leave(code: int) -> None:
-    """End this process at once: gloo's threads may abort an orderly exit after all files are
-    written."""
+    """End this process at once, because gloo's threads may abort an orderly exit.
+
+    All files are written by then.
+    """
     sys.stdout.flush()
     if "RANK" in os.environ:
         os._exit(code)

@@ -1,5 +1,6 @@
-"""Measurement of the saved tensors that tolerate codes: gradient error of every differentiable
-function.
+"""Measurement of the saved tensors that tolerate codes.
+
+The script measures the gradient error of every differentiable function of torch.
 
 Each call runs twice: in plain PyTorch, and with 8-bit codes of every float tensor that the call
 saves, independent of the library's own choice. A third run replaces the saved tensors by NaN. It
@@ -58,8 +59,7 @@ def main(
 
 
 def calls() -> Iterator[Call]:
-    """The calls written by hand, then PyTorch's functions on large tensors and on PyTorch's own
-    samples."""
+    """The calls written by hand, then torch's functions on large tensors and torch's samples."""
     yield from named()
     for op in op_db:
         if op.supports_autograd and torch.float32 in op.supported_backward_dtypes("cpu"):

@@ -112,8 +112,9 @@ def compare(
     loss: Callable[[Any], Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
-    """Measure `methods` on `model(inputs)`, one Row for each in their order; the model stays
-    unchanged.
+    """Measure `methods` on `model(inputs)`, one Row for each in their order.
+
+    The model stays unchanged.
 
     Args:
         inputs, autocast, fake, device: as for `footprint`. Fake tensors, and a model on the meta

@@ -1,5 +1,4 @@
-"""Training parity of LITv2 under mesa_train: the quickstart recipe with several seeds, plain and
-coded.
+"""Training parity of LITv2 under mesa_train: the quickstart recipe, several seeds, plain and coded.
 
 Every run is the recipe itself under `accelerate launch`. A row for each epoch goes to
 docs/results/litv2_parity.jsonl. A seed and policy that already have rows are not repeated.

@@ -258,8 +258,10 @@ class _Noting:
             row["own"] = set(self.seen)
 
     def _share(self, node: str) -> None:
-        """Count marks executed during collection and setup for all tests of a file: they may share
-        a fixture."""
+        """Count marks executed in collection and setup for all tests of a file.
+
+        The tests may share a fixture.
+        """
         self.shared.setdefault(node.partition("::")[0], set()).update(self.seen)
 
     def finished(self) -> list[dict[str, Any]]:

@@ -124,8 +124,7 @@ class Place(NamedTuple):
 
     @property
     def marks(self) -> set[tuple[str, int]]:
-        """(file, line) of its statement; of every function of the file if the statement runs on
-        import."""
+        """(file, line) of its statement; of every function of the file if it runs on import."""
         return {(self.file, line) for line in self.mutant.marks}
 
 
@@ -223,8 +222,7 @@ def _run(
 
 
 def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
-    """The tests that execute one of these marks, the shortest first, at most MOST_S seconds in
-    total.
+    """The tests that execute one of these marks, shortest first, at most MOST_S seconds in all.
 
     A file of constants has no marks: all tests count.
     """

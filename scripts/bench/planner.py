@@ -1,5 +1,6 @@
-"""Benchmark of the planner: predictions of `plan` against measured steps, for several models and
-budgets.
+"""Benchmark of the planner: predictions of `plan` against measured steps.
+
+The script covers models of several families and several budgets.
 
 One row for each model and budget goes to docs/results/plans.jsonl. A budget is a share: 0 is the
 smallest reachable peak, 1 is plain's peak. Times are forward plus backward; plain and the plan take

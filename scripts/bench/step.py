@@ -1,5 +1,4 @@
-"""Benchmark of whole training steps of real models: time, saved bytes and gradient error of
-methods.
+"""Benchmark of whole training steps of real models: time, saved bytes and gradient error.
 
 All methods share one model, one batch and one process, and take turns: a round runs every method
 once, in a rotating order. A method's time ratio is the median over rounds of its time over plain's
@@ -125,8 +124,7 @@ def measure(
     rounds: int,
     advance: Callable[[], None],
 ) -> list[records.Row]:
-    """One row for each method. A method that does not apply to the model gets a row with the
-    reason."""
+    """One row for each method; a reason instead of numbers if it does not apply to the model."""
     bench = Bench(loaded, autocast)
     reference = bench.gradients(None)
     advance()

@@ -1,5 +1,6 @@
-"""Sweep of PyTorch's tested operators: every sample of every differentiable function under
-mesa_train.
+"""Sweep of PyTorch's tested operators: every sample of every differentiable function.
+
+Each sample runs under mesa_train's interception.
 
 One row for each function goes to docs/results/sweep_opinfo.jsonl: samples run, samples whose
 outputs differ, the largest lossless and 8-bit error of a gradient, and the failures.

@@ -110,8 +110,7 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
-    """(configuration, shape of images or videos). The fields in `whole` keep the model's own
-    values."""
+    """(configuration, shape of images or videos); the fields in `whole` keep the model's values."""
     made = shrunk(
         transformers.AutoConfig.for_model(kind), {k: v for k, v in SMALL.items() if k not in whole}
     )

@@ -21,8 +21,9 @@ LEAST_IMAGE_SIZE = 29
 
 
 class Classifier(nn.Module):
-    """Image classifier: images (B, C, H, W) to logits (B, num_classes), or to features without
-    classes.
+    """Image classifier: images (B, C, H, W) to logits (B, num_classes), or to features.
+
+    A model without classes (`num_classes=0`) returns features.
 
     Attributes:
         pools: the choices of `global_pool`.
@@ -42,8 +43,7 @@ class Classifier(nn.Module):
         self.head = self._classifier()
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the output of each stage before merging. Each stage runs when its output is
-        requested."""
+        """Yield the output of each stage before merging. Each stage runs when it is requested."""
         raise NotImplementedError
 
     def pooled(self, x: Tensor) -> Tensor:

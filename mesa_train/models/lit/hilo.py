@@ -1,5 +1,4 @@
-"""HiLo attention (arXiv 2205.13213): some heads attend locally, the others globally at low
-resolution.
+"""HiLo attention (arXiv 2205.13213): some heads attend locally, others globally at low resolution.
 
 Hi-Fi heads attend inside windows of `window x window` tokens. Lo-Fi heads attend from every token
 to the map averaged over those windows. Of h heads, int(h * alpha) are Lo-Fi.
@@ -70,8 +69,7 @@ class HiLo(nn.Module):
         return torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]
 
     def hi_fi(self, x: Tensor) -> Tensor:
-        """Attention inside windows: (B, H, W, dim) to (B, H, W, hi_dim). The window must divide H
-        and W."""
+        """Attention inside windows that divide H and W: (B, H, W, dim) to (B, H, W, hi_dim)."""
         batch, height, width, _ = x.shape
         s = self.window
         rows, columns = height // s, width // s

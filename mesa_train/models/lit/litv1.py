@@ -1,5 +1,4 @@
-"""LIT (arXiv 2105.14217), LITv2's predecessor: only MLPs in early stages, plain attention in late
-ones.
+"""LIT (arXiv 2105.14217), LITv2's predecessor: only MLPs in early stages, full attention later.
 
 `lit_s`, `lit_m` and `lit_b` have a table of relative position biases in stages 3 and 4. The size of
 the table fixes the size of the images: set `img_size` when the model is built. `lit_ti` (`LITTi`)
@@ -33,8 +32,9 @@ _BIAS, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
 class RelativeAttention(nn.Module):
-    """Attention of a map (B, H, W, dim) of one size, with a learned bias for each distance and
-    head.
+    """Attention of a map (B, H, W, dim) of one size with learned relative position biases.
+
+    There is one bias for each distance and head.
 
     Args:
         dim: width.

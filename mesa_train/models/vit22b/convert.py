@@ -1,5 +1,6 @@
-"""Conversion of ViT-22B's weights: one matrix for each projection, timm's `ParallelScalingBlock`,
-Flax.
+"""Conversion of ViT-22B's weights from and to other layouts.
+
+The layouts are one matrix for each projection, timm's `ParallelScalingBlock`, and Flax.
 
 Our layout fuses the projections and groups rows and columns by head (`model.py`). The functions
 here are exact permutations, with one exception. timm's unfused block has a bias after each of its

@@ -98,8 +98,10 @@ def _draw(kind: str, seed: int, name: str, block: int, rows: int, columns: int) 
 
 
 def _distribution(name: str, shape: tuple[int, ...], head_bias: float) -> tuple[str, float]:
-    """The distribution of a parameter: ("constant", value), ("normal", deviation) or ("uniform",
-    bound)."""
+    """The kind and the size of a parameter's distribution.
+
+    The pairs are ("constant", value), ("normal", deviation) and ("uniform", bound).
+    """
     last = name.rpartition(".")[2]
     if name.startswith("head."):
         return "constant", 0.0 if last == "weight" else head_bias
@@ -140,8 +142,7 @@ def _bounds(model: VisionTransformer, name: str, size: float) -> float | Tensor:
 
 
 def _shard(parameter: nn.Parameter) -> tuple[Tensor, tuple[int, int]]:
-    """This rank's part of a parameter, and the row and column of the whole at which the part
-    begins."""
+    """This rank's part of a parameter, and the part's first row and column in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter.data, (0, 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

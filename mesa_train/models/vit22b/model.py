@@ -320,8 +320,7 @@ def sigmoid_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks of `mesh`. The gradient of the sum is the gradient of every rank's
-    part."""
+    """The sum over the ranks of `mesh`. Its gradient is also the gradient of each rank's part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, mesh: DeviceMesh) -> Tensor:  # noqa: ARG004

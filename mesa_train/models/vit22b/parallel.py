@@ -28,8 +28,7 @@ from .model import ViT22B
 
 
 def mesh_of(device: str, world: int, tensor_parallel: int = 1) -> DeviceMesh:
-    """Build a mesh (dp, tp) over all ranks. ValueError if `tensor_parallel` does not divide
-    `world`."""
+    """Build a mesh (dp, tp) over all ranks. ValueError if the ranks do not divide."""
     if tensor_parallel < 1 or world % tensor_parallel:
         raise ValueError(
             f"tensor_parallel={tensor_parallel} must divide the {world} processes; "
@@ -90,8 +89,9 @@ def shard_parameters(
     reshard: bool = True,
     offload: bool = False,
 ) -> ViT22B:
-    """Apply FSDP2 over a one-dimensional mesh, in place: a unit for each block and the pooling
-    head.
+    """Apply FSDP2 over a one-dimensional mesh, in place.
+
+    Each block and the pooling head is one unit.
 
     Args:
         model: on the meta device.

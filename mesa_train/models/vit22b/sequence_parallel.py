@@ -33,8 +33,7 @@ def scattered(part: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def cut(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's tokens of a tensor that every rank has computed whole. ValueError if they do not
-    divide."""
+    """This rank's tokens of a tensor that every rank has. ValueError if they do not divide."""
     if tokens.shape[TOKENS] % mesh.size():
         raise ValueError(
             f"sequence parallelism over {mesh.size()} ranks must divide the "

@@ -210,8 +210,7 @@ def _check(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-    """Raise ConfigError for a negative number where none is allowed, or for a pair that is no
-    range."""
+    """Raise ConfigError for a forbidden negative number, or for a pair that is no range."""
     augment, optim, train = config.augment, config.optim, config.train
     for name, value in (
         ("augment.color_jitter", augment.color_jitter),

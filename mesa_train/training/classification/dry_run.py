@@ -44,8 +44,9 @@ class Plan:
 
 
 def shared(config: Config, world: int) -> Config:
-    """The configuration for `world` processes: a micro-batch is at most one process's part of the
-    batch.
+    """The configuration for `world` processes.
+
+    A micro-batch is at most one process's part of the global batch.
 
     Raises:
         ConfigError: micro-batches do not divide that part. The message names a size that does.
@@ -144,8 +145,9 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
 
 
 def check_model(config: Config, classes: int) -> None:
-    """Check on the meta device that the model is known and accepts the image size. Allocates no
-    memory.
+    """Check on the meta device that the model is known and accepts the image size.
+
+    The check allocates no memory.
 
     Raises:
         ConfigError: the model is unknown, refuses the size, or is no classifier of images.

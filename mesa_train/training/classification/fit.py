@@ -51,8 +51,10 @@ MISTAKES = (
 
 
 def dry_run(config: Config, world: int) -> str:
-    """The text of a dry run. The data set is opened only if the configuration lacks classes or
-    images."""
+    """The text of a dry run.
+
+    The data set is opened only if the configuration lacks classes or images.
+    """
     classes, images = config.model.classes, config.data.train_images
     if classes is None or images is None:
         check_files(config)
@@ -254,8 +256,10 @@ def _append(metrics: Path, row: records.Row) -> None:
 
 @contextlib.contextmanager
 def _written(run: Run) -> Iterator[None]:
-    """Turn an error of writing metrics, trackers' files or curves into one line with the last
-    checkpoint."""
+    """Turn a failed write of a run's files into one line with the last checkpoint.
+
+    The files are metrics, trackers' files and curves.
+    """
     try:
         yield
     except OSError as error:
@@ -384,8 +388,9 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
 
 
 def told_once(error: Exception) -> str | int:
-    """The argument of `sys.exit` after an error: the line on the first process, the status 1 on
-    others.
+    """The argument of `sys.exit` after an error.
+
+    It is the line on the first process, and the status 1 on other processes.
 
     All processes have the same line. Only one process meets an image that cannot be decoded, so
     that process prints the line.

@@ -179,8 +179,11 @@ class Run:
                 self.save()
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step of `accumulation` micro-batches. Returns (mean loss, gradient
-        norm)."""
+        """Take one optimizer step of `accumulation` micro-batches.
+
+        Returns:
+            (mean loss, gradient norm).
+        """
         clip, position, total = self.config.optim.clip, self.position, None
         norm = torch.zeros((), device=self.accelerator.device)
         self.schedule.at(position.step)
@@ -341,8 +344,7 @@ class Run:
         return disk.last_good(self.out / CHECKPOINTS)
 
     def _mean(self, window: _Window) -> tuple[float, float]:
-        """Mean loss and gradient norm over ranks and steps. FloatingPointError if the loss is not
-        finite."""
+        """Mean loss and gradient norm. FloatingPointError if the loss is not finite."""
         loss = self.accelerator.reduce(window.loss, reduction="mean")
         value, norm = (loss / window.steps).item(), (window.norm / window.steps).item()
         if not math.isfinite(value):

@@ -62,8 +62,7 @@ class Listing:
 
 
 class Rows:
-    """The (path, label) pairs of a split, by index or as a shuffled stream of rows as in
-    `datasets`."""
+    """The (path, label) pairs of a split, by index or as a shuffled stream of `datasets`' rows."""
 
     def __init__(self, paths: list[str], labels: list[int], order: list[int] | None = None) -> None:
         self.paths, self.labels = paths, labels
@@ -136,8 +135,10 @@ def load_one(folder: str, field: str) -> tuple[Rows, list[str]]:
 
 
 def shown(path: str) -> str:
-    """Format a path for a message: bytes that are not UTF-8, and control characters, get
-    backslashes."""
+    """Format a path for a message.
+
+    Bytes that are not UTF-8, and control characters, get backslashes.
+    """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -149,11 +149,10 @@ def _cause(error: BaseException) -> str:
 
 
 def _files(config: DataConfig) -> list[list[str]]:
-    """The files of both splits: SPLIT*.KIND in the folder, or a folder SPLIT as `datasets` saves
-    it.
+    """The files of both splits: SPLIT*.KIND in the folder, or in a folder SPLIT.
 
-    A letter after SPLIT makes a different name: `validation-0.parquet` does not belong to split
-    `val`.
+    `datasets` saves a split as a folder SPLIT. A letter after SPLIT makes a different name:
+    `validation-0.parquet` does not belong to split `val`.
     """
     folder, kind = Path(config.path or "."), config.source
     found = []

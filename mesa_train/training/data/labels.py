@@ -1,5 +1,4 @@
-"""Check of a data set's labels when it is opened. The error names the file and row of a wrong
-label.
+"""Check of a data set's labels when it is opened; an error names file and row of the wrong label.
 
 A label must be an integer from 0 to the number of classes minus 1. `datasets` marks images without
 labels by -1. Text labels are often read as text. A missing label makes pandas turn the column into

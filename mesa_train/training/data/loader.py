@@ -119,8 +119,7 @@ class Loader:
 
 
 class _Told(IterableDataset["Sample | Exception"]):
-    """A stream that yields its errors instead of raising them, as `Samples.__getitems__` returns
-    them."""
+    """A stream that yields its errors instead of raising them, as `Samples.__getitems__` does."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream

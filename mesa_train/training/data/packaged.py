@@ -99,8 +99,9 @@ BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, 
 
 
 def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
-    """Load a built-in image set with a fixed, stratified split. The split depends on no training
-    seed.
+    """Load a built-in image set with a fixed, stratified split.
+
+    The split depends on no training seed.
 
     Args:
         name: "mnist5k" or "digits".

@@ -228,8 +228,7 @@ def seed_all(*numbers: int) -> None:
 def train_order(
     count: int, *, seed: int, epoch: int, first: int, rank: int, world: int, micro: int, accum: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """One rank's micro-batches of an epoch, from optimizer step `first`. Incomplete ones are
-    dropped.
+    """One rank's whole micro-batches of an epoch, from optimizer step `first`.
 
     Step, micro-step and rank cut the same permutation for any number of ranks.
     """

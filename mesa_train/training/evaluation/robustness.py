@@ -56,8 +56,10 @@ class LabelMap:
         return cls(tuple(tuple(c) for c in columns))
 
     def logits(self, logits: Tensor) -> Tensor:
-        """Map logits (B, training labels) to (B, labels of the set). Labels without a mapping get
-        -inf."""
+        """Map logits to the labels of the set: (B, training labels) to (B, labels of the set).
+
+        Labels without a mapping get -inf.
+        """
         mapped = [
             logits[:, list(c)].amax(1) if c else logits.new_full((len(logits),), -torch.inf)
             for c in self.columns

@@ -233,8 +233,7 @@ def round_to_bfloat16(value: Tensor, generator: torch.Generator | None = None) -
 
 
 def write_rounded(weight: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
-    """Write a float32 value to a weight in place, with stochastic rounding if the weight is
-    bfloat16."""
+    """Write a float32 value to a weight in place; rounds stochastically to a bfloat16 weight."""
     if weight.dtype is torch.bfloat16:
         value = round_to_bfloat16(value, generator)
     weight.copy_(value)

@@ -207,8 +207,7 @@ class FSDP2Backend:
             return self.model(images)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients. The last micro-batch of a step reduces them over the
-        ranks."""
+        """Add a micro-batch's gradients. The last micro-batch reduces them over the ranks."""
         self.pending += 1
         if hasattr(self.model, "set_requires_gradient_sync"):
             self.model.set_requires_gradient_sync(self.pending == self.accumulate)
@@ -286,8 +285,7 @@ class ZeRO3Backend:
         settings["gradient_accumulation_steps"] = self.accumulate
         settings["train_batch_size"] = train.global_batch
         settings["gradient_clipping"] = config.optim.clip
-        # DeepSpeed's bf16 mode, not torch_autocast, which keeps float32 weights in the model as
-        # well.
+        # DeepSpeed's bf16 mode, not torch_autocast, which keeps float32 weights beside the model.
         if train.precision == "bf16":
             settings["bf16"] = {"enabled": True}
         elif train.precision == "pure_bf16":
@@ -396,8 +394,9 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def size_buffers(
     settings: dict[str, Any], model: nn.Module, whole: tuple[type, ...], ranks: int
 ) -> None:
-    """Set the size and number of the NVMe buffers for weights, if DeepSpeed's configuration does
-    not.
+    """Set size and number of the NVMe buffers for weights.
+
+    Values in DeepSpeed's configuration take precedence.
 
     One buffer holds this rank's share of the largest parameter. The number covers two modules that
     are gathered whole (one computes, the next one is prefetched), and all parameters outside such
@@ -422,8 +421,9 @@ def size_buffers(
 
 
 def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = "adamw") -> None:
-    """Check DeepSpeed's configuration for faults that are silent, or that appear after much memory
-    is used.
+    """Check DeepSpeed's configuration for silent or late faults.
+
+    A late fault appears only after much memory is used.
 
     Args:
         settings: DeepSpeed's configuration.

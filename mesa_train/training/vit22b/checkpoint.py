@@ -268,8 +268,10 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
 
 
 def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
-    """Raise the errors of `load_export` without reading weights. The model may be on the meta
-    device."""
+    """Raise the errors of `load_export` without reading weights.
+
+    The model may be on the meta device.
+    """
     _opened(source, model, fresh_head)
 
 

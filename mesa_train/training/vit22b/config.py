@@ -1,5 +1,6 @@
-"""Configuration of the ViT-22B recipes: a strict schema, read from YAML, changed by
-`section.key=value`.
+"""Configuration of the ViT-22B recipes: a strict schema, read from YAML.
+
+Values are changed by `section.key=value`.
 
 A mistake gives one line with the key, the value and the choices, before any model is built.
 """

@@ -116,8 +116,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops_of(device_name: str) -> float | None:
-    """The bfloat16 peak of a card in 1e12 operations a second; None if its name is not in the
-    table."""
+    """A card's bfloat16 peak in 1e12 operations a second; None for an unknown name."""
     return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 

@@ -61,8 +61,11 @@ class AttentionWatch:
                 hook.remove()
 
     def row(self) -> dict[str, list[float]]:
-        """The last measurement: {"logit_max": one number a block, "entropy": one number a block},
-        or {}."""
+        """The last measurement by name, one number a block; {} without a measurement.
+
+        Returns:
+            {"logit_max": [...], "entropy": [...]}.
+        """
         if not self.found:
             return {}
         looked = [self.found[i] for i in sorted(self.found)]
@@ -96,8 +99,7 @@ def attention_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Guard:
-    """Raise DivergenceError at the first loss or gradient norm that is not finite or is over
-    `limit`.
+    """Raise DivergenceError at the first loss or gradient norm over `limit` or not finite.
 
     The message names the first block, in the order of the forward, whose output is not finite. If
     all outputs are finite, it names the block whose output grew most over its input.
@@ -114,8 +116,10 @@ class Guard:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Context manager around the forward of step `number`: the largest value of one image after
-        each block."""
+        """Context manager around the forward of step `number`.
+
+        It records the largest value of one image after each block.
+        """
         self.number, self.sizes = number, []
         hooks = [block.register_forward_hook(self._keep) for block in self.blocks]
         try:
