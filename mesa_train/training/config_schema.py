@@ -119,7 +119,7 @@ def of_values(schema: Any, values: Any, prefix: str = "") -> Any:
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """Convert `value`, from YAML or plain Python, to `kind`. ConfigError if that is not possible."""
+    """Convert `value`, from YAML or plain Python, to `kind`. ConfigError if it does not fit."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     kind = options[0]
     # The empty text is null in a field that may be null, and "" in a text field.

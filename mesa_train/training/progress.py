@@ -159,7 +159,7 @@ class Dashboard:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def restart(self, title: str) -> None:
-        """Empty the table for the next set of runs with the same names. The bar keeps its position."""
+        """Empty the table for the next runs with the same names. The bar keeps its position."""
         self.title = title
         self.lines = {name: _Line() for name in self.lines}
         if not self.console.is_terminal:

@@ -147,7 +147,7 @@ def main(
 
 
 def counted(name: str, side: int, batch: int) -> dict[str, int]:
-    """Parameters, multiply-adds of one map, and saved bytes of `batch` maps, plain and under mesa8."""
+    """Parameters, multiply-adds of one map, and saved bytes of `batch` maps for each policy."""
     with torch.device("meta"):
         layer = layers(side)[name]
     # A norm precedes an attention layer, and the count includes the norm's saved bytes.

@@ -155,7 +155,7 @@ def _gradients(
 
 
 def _coded(tensor: Tensor) -> Tensor:
-    """A tensor after 8-bit coding and decoding. Tensors with one element per group stay unchanged."""
+    """A tensor after 8-bit coding and decoding; unchanged with one element per group."""
     if not tensor.numel() or tensor.shape[-1] == 1:
         return tensor
     layout, matrix = MatrixLayout.of(tensor, (tensor.dim() - 1,))

@@ -115,7 +115,7 @@ def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
 
 
 def _begins(node: ast.stmt, text: list[str]) -> bool:
-    """Whether a line may be inserted before the statement: not in an `elif`, nor after `def f():`."""
+    """Whether a line may precede the statement: not in an `elif`, nor after `def f():`."""
     line = text[node.lineno - 1]
     return not line[: node.col_offset].strip() and not line.lstrip().startswith("elif ")
 

@@ -53,7 +53,7 @@ class _Fails(torch.autograd.Function):
 
 
 class Kept:
-    """Context manager that records the tensors saved for the backward inside, without Parameters."""
+    """Context manager that records the tensors saved for the backward, without Parameters."""
 
     def __init__(self) -> None:
         self.storages: list[StorageWeakRef] = []

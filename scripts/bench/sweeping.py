@@ -74,7 +74,7 @@ def limited(make: Make, seconds: int) -> Row:
 
 
 def row_of(make: Make, row: Row) -> None:
-    """Fill in `row` step by step, so that it shows the progress. `failed_in` is the current step."""
+    """Fill in `row` step by step, to show the progress. `failed_in` is the current step."""
     row["failed_in"] = "making"
     torch.manual_seed(0)
     model, inputs = make()

@@ -32,7 +32,7 @@ MakeBlock = Callable[[int, int, tuple[int, int], float], nn.Module]
 
 
 class PatchEmbed(nn.Module):
-    """Embed images (B, in_chans, H, W), padded to a multiple of 4, as maps (B, H / 4, W / 4, dim)."""
+    """Embed images (B, in_chans, H, W), padded to multiples of 4, as (B, H / 4, W / 4, dim)."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear. With `depthwise`, a 3x3 depthwise convolution of the map before GELU."""
+    """Linear, GELU, Linear. With `depthwise`, a 3x3 depthwise convolution precedes GELU."""
 
     def __init__(self, dim: int, ratio: float = 4.0, *, depthwise: bool) -> None:
         super().__init__()

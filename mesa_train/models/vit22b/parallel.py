@@ -155,9 +155,10 @@ def sharded(
 def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
     """Complete the gradients after the last backward of a step, clip their norm and return it.
 
-    Under tensor parallelism, a rank has only a part of some gradients. The gains of the query and
-    key norms see this rank's heads. With sharded tokens, the other norms and the output's bias see
-    this rank's tokens. This function sums these gradients over the ranks, all blocks at once.
+    Under tensor parallelism, a rank has only a part of some gradients. Its gradients of the query
+    and key norms' gains depend on its own heads. With sharded tokens, its gradients of the other
+    norms and of the output's bias depend on its own tokens. This function sums these gradients over
+    the ranks, all blocks at once.
 
     Args:
         model: sharded or not.
@@ -184,7 +185,7 @@ def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
 
 
 def _partial(model: ViT22B) -> Iterator[nn.Parameter]:
-    """Parameters that are not sharded and whose gradient is only a part on a tensor-parallel rank."""
+    """Unsharded parameters whose gradient is only a part on a tensor-parallel rank."""
     block: Any
     for block in model.blocks:
         yield from block.q_norm.parameters()

@@ -68,7 +68,7 @@ def _tell_of_what_is_ignored(accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def trackers(config: Config, accelerator: Any) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Context manager: start a run's trackers and end them. Gives the function that logs to them."""
+    """Context manager: start and end a run's trackers. Gives the function that logs to them."""
     started = bool(accelerator.log_with)
     if started:
         values = {

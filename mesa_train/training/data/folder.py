@@ -203,7 +203,7 @@ def _listed(folder: str, field: str) -> Listing:
 
 
 def _walk(top: str, name: str, paths: list[str], found: Listing) -> None:
-    """Append the images of a class folder and of the folders inside it. Each folder is read once."""
+    """Append the images of a class folder and its subfolders. Each folder is read once."""
     seen: set[tuple[int, int]] = set()
     waiting = [(top, name)]
     while waiting:

@@ -171,7 +171,7 @@ class Stream(IterableDataset[Sample]):
                 )
 
     def _rows(self, turn: int) -> Any:
-        """The rows of the stream, shuffled for training. `turn` counts the passes over the stream."""
+        """The rows of the stream, shuffled for training. `turn` numbers the pass."""
         stream = self.samples.records.stream
         assert stream is not None
         if not self.samples.replace:

@@ -68,7 +68,7 @@ class ImageSet:
         return self.train.images.shape[1]
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of whole batches in an epoch. ValueError if the training images do not fill one."""
+        """Number of whole batches in an epoch. ValueError if the images do not fill one."""
         if not 1 <= batch_size <= len(self.train):
             raise ValueError(f"batch_size={batch_size} must lie between 1 and {len(self.train)}")
         return len(self.train) // batch_size

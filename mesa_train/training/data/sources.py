@@ -248,7 +248,11 @@ def val_order(count: int, *, rank: int, world: int, batch: int) -> Iterator[list
 
 
 def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[str]] | Exception:
-    """Stack samples: images (N, 3, H, W), labels (N,), skipped paths; or the first sample's error."""
+    """Stack samples into a batch.
+
+    Returns:
+        Images (N, 3, H, W), labels (N,), skipped paths; or the first error among the samples.
+    """
     for sample in samples:
         if isinstance(sample, Exception):
             return sample

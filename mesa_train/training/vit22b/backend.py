@@ -214,7 +214,7 @@ class FSDP2Backend:
         (loss / self.accumulate).backward()
 
     def step(self, lr: float) -> float:
-        """Clip the gradients and take an optimizer step. Returns the gradient norm before clipping."""
+        """Clip the gradients and take an optimizer step. Returns the norm before clipping."""
         norm = self.finish(self.model, self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -276,7 +276,11 @@ def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
 
 
 def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any], Any]:
-    """The open file of each parameter, and the (old, new) grids of the position embedding or None."""
+    """Open the files and check names and shapes.
+
+    Returns:
+        The open file of each parameter, and the (old, new) grids of the position embedding or None.
+    """
     from safetensors import safe_open
 
     files = files_of(source)
@@ -300,7 +304,7 @@ def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any],
 
 
 def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
-    """(old grid, new grid) if the position embeddings differ only in their square grids, else None."""
+    """(old grid, new grid) if the position embeddings differ only in their grids, else None."""
     old, new = found.get("pos_embed"), wanted.get("pos_embed")
     if old is None or new is None or old == new or old[2] != new[2]:
         return None
@@ -363,7 +367,7 @@ def _unit(name: str) -> int:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Silence PyTorch's warning about a single process, because a single process is intended here."""
+    """Silence PyTorch's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -24,7 +24,7 @@ _TAG, _UNIVERSAL = "zero", "universal"
 
 
 def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
-    """Write `folder/step-N` from all ranks; returns it. CheckpointError as for `checkpoint.save`."""
+    """Write `folder/step-N` from all ranks and return it. Errors as for `checkpoint.save`."""
 
     def note() -> dict[str, Any]:
         shapes = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
