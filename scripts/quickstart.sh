@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small ViT on real images with and without mesa_train, side by side, in a few minutes.
-# The first call makes .venv. Options go to the training script: scripts/quickstart.sh --help
+# The first call creates .venv. Options go to the training script: scripts/quickstart.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

@@ -1,10 +1,10 @@
-# Sourced by the other scripts: makes .venv with this package and one extra, and activates it.
+# Creates .venv with this package and one extra, and activates it. The other scripts source this file.
 #
 #   setup_env EXTRA        EXTRA is a key of [project.optional-dependencies] in pyproject.toml
 #
-# A stamp in .venv remembers what was installed for which pyproject.toml, so that a second call
-# costs nothing. `dev` contains every other extra that the scripts use.
-# PYTHON names the interpreter of a new environment (default python3); pip reads its usual settings.
+# A stamp in .venv records the extra and the hash of pyproject.toml, so that a second call costs nothing.
+# `dev` contains every other extra that the scripts use. PYTHON names the interpreter of a new
+# environment (default python3). pip reads its usual settings.
 
 setup_env() {
     local extra=$1 digest quiet=
@@ -24,7 +24,7 @@ setup_env() {
     if [ "$(cat ".venv/.installed-$extra" 2>/dev/null)" != "$digest" ] &&
         [ "$(cat .venv/.installed-dev 2>/dev/null)" != "$digest" ]; then
         echo "Installing mesa_train[$extra] and what it needs; the first time this takes minutes"
-        [ -t 1 ] || quiet=--quiet # on a terminal pip shows what it downloads
+        [ -t 1 ] || quiet=--quiet # on a terminal pip shows its downloads
         .venv/bin/python -m pip install --disable-pip-version-check $quiet --editable ".[$extra]"
         echo "$digest" >".venv/.installed-$extra"
     fi

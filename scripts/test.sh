@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: lint, format, types, tables, tests. Makes .venv if needed.
+# Runs all checks before a commit: lint, format, types, tables, tests. Creates .venv if needed.
 #
 #   scripts/test.sh [--quick] [PYTEST ARGUMENT...]
 #
-#   --quick   without the tests marked slow: what compiles, starts processes or trains; for daily use
-#   --help    this text
+#   --quick   skip the tests marked slow, which compile, start processes or train; for daily use
+#   --help    print this text
 #
-# All else goes to pytest: scripts/test.sh tests/ops -k linear
-# MESA_TRAIN_TEST_WORKERS is the number of processes; as many as cores, at most 8, if unset.
+# All other arguments go to pytest: scripts/test.sh tests/ops -k linear
+# MESA_TRAIN_TEST_WORKERS is the number of processes; default: the number of cores, at most 8.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ done
 source scripts/setup_env.sh
 setup_env dev
 
-# One command a line: bash does not stop at a failure inside an && list.
+# One command for each line, because bash does not stop at a failure inside an && list.
 echo "== ruff"
 ruff check .
 ruff format --check .
@@ -36,11 +36,11 @@ mypy
 echo "== tables"
 python scripts/bench/make_tables.py --check
 echo "== pytest"
-# As many processes as cores, each with one thread: threads of two processes on one core wait for
-# each other far longer than they work.
+# As many processes as cores, each with one thread. Threads of two processes on one core would wait
+# for each other far longer than they compute.
 workers=${MESA_TRAIN_TEST_WORKERS:-$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')}
-# Whole files to a process: a fixture that compiles, measures or starts workers then runs once.
-# In the order that tests/conftest.py gives them.
+# Each file runs in one process, so a fixture that compiles, measures or starts workers runs once.
+# tests/conftest.py sets the order of the files.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec python -m pytest -n "$workers" --dist loadfile \
     --no-loadscope-reorder \
     ${selection[@]+"${selection[@]}"} ${given[@]+"${given[@]}"}

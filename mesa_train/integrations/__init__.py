@@ -1,2 +1,4 @@
-"""One call that turns mesa_train on in somebody else's training framework. Each loads that framework
-where it is used."""
+"""Integrations with training frameworks: one call turns mesa_train on in each.
+
+Each integration imports its framework only when it is used.
+"""

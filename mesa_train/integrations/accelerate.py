@@ -1,10 +1,11 @@
-"""Accelerate: one call after `Accelerator(...)`, or one field of a recipe's YAML.
+"""Accelerate integration: one call after `Accelerator(...)`, or one field of a recipe's YAML.
 
     accelerator = mesa_train.integrations.accelerate.enable(Accelerator(), config["mesa_train"])
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-Without it, `accelerator.prepare(mesa_train.wrap(model))` and `mesa_train.wrap(accelerator.prepare(model))`
-do the same, under DDP, FSDP2 and DeepSpeed alike.
+Without this call, `accelerator.prepare(mesa_train.wrap(model))` and
+`mesa_train.wrap(accelerator.prepare(model))` have the same effect, under DDP, FSDP2 and DeepSpeed
+alike.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ AnyAccelerator = TypeVar("AnyAccelerator")
 def enable(
     accelerator: AnyAccelerator, policy: Policy | str | Mapping[str, Any] | bool | None = True
 ) -> AnyAccelerator:
-    """Let every model that `accelerator.prepare` is given from now on be wrapped first. Returns the
-    accelerator; calling again replaces the policy.
+    """Make `accelerator.prepare` wrap every model by mesa_train first.
 
-    policy: a `Policy`, a preset's name, or what a YAML file holds: True for the default, a mapping of
-        `Policy`'s fields (with `preset` to start from one), False or None to leave models alone.
+    A second call replaces the policy.
 
-    Raises ValueError or TypeError for what is no policy, TypeError for what is no Accelerator.
+    Args:
+        accelerator: Accelerate's.
+        policy: a `Policy`, the name of a preset, or a value of a YAML file. True (default): the
+            default policy. A mapping: fields of `Policy`, with `preset` as a base. False or None:
+            models are not wrapped.
+    Returns:
+        The accelerator.
+    Raises:
+        ValueError: the policy is wrong.
+        TypeError: the policy has a wrong type, or `accelerator` is no Accelerator.
     """
     if not callable(getattr(accelerator, "prepare", None)):
         raise TypeError(f"enable takes an Accelerator, got {type(accelerator).__name__}")
@@ -52,6 +60,7 @@ def enable(
 
 
 def _policy(given: Policy | str | Mapping[str, Any] | bool | None) -> Policy | None:
+    """The Policy of an argument of `enable`; None for no wrapping."""
     if given is None or given is False:
         return None
     if given is True:

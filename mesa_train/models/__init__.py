@@ -1,6 +1,8 @@
-"""Models of this project, registered with timm: `import mesa_train.models` and `timm.create_model`.
+"""Models of this project, registered with timm.
 
-Needs timm and torchvision: pip install 'mesa_train[timm]'.
+Import `mesa_train.models`, then call `timm.create_model`.
+
+They need timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
 from . import lit as lit

@@ -1,4 +1,4 @@
-"""What the recipes and experiments share: data, the training loop, records, progress, plots.
+"""Training code that recipes and experiments share: data, training loop, records, progress, plots.
 
-Nothing here is needed to use mesa_train, and `import mesa_train` does not load it.
+mesa_train works without this package, and `import mesa_train` does not load it.
 """

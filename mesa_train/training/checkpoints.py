@@ -1,9 +1,12 @@
-"""Checkpoints that are whole or not there: written beside, synced, listed by hash, then renamed.
+"""Atomic checkpoints: a checkpoint is either complete or absent.
 
-A checkpoint is a folder `step-00000120`: Accelerate's state (weights in safetensors, optimizer,
-scaler), `state.json` (position, best accuracy, the model's keys and shapes), and `manifest.json`
-with every file's size and SHA-256, written last. A kill in the middle leaves a folder named
-`.partial-...` that is never read; the symbolic link `last` moves once the folder is complete.
+A checkpoint is a folder `step-00000120`. It holds Accelerate's state (weights in safetensors,
+optimizer, scaler) and `state.json` (position, best accuracy, the model's keys and shapes).
+`manifest.json` lists the size and SHA-256 of every file, and is written last.
+
+The files are first written to a folder `.partial-...` and synced. Then the folder is renamed and
+the symbolic link `last` is moved to it. A process killed in the middle leaves a `.partial-...`
+folder, which is never read.
 """
 
 from __future__ import annotations
@@ -26,18 +29,26 @@ _log = logging.getLogger(__name__)
 
 
 def partial(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is complete."""
+    """The folder in which the checkpoint of `step` is written before it is complete."""
     return folder / f"{PARTIAL}step-{step:08d}"
 
 
 def clear(written: Path) -> None:
-    """Empty the place where a checkpoint is about to be written."""
+    """Empty the folder in which a checkpoint is about to be written."""
     remove(written)
     written.mkdir(parents=True)
 
 
 def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
-    """Completes a partial checkpoint, points `last` at it, and drops all but the newest `keep`."""
+    """Complete a partial checkpoint, point `last` at it, and remove old checkpoints.
+
+    Args:
+        written: the partial folder, with all files but the state and the manifest.
+        state: contents of `state.json`.
+        keep: how many of the newest checkpoints stay.
+    Returns:
+        The folder of the complete checkpoint.
+    """
     folder = written.parent
     (written / STATE).write_text(json.dumps(state))
     files = {
@@ -63,14 +74,17 @@ def commit(written: Path, state: Mapping[str, Any], keep: int) -> Path:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first, by name; nothing is read."""
+    """List the complete checkpoints of a folder by name, oldest first. Reads no file."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose every file is as it was written.
+    """Check every file of a checkpoint against the manifest and read the state.
 
-    Raises CheckpointError naming the file that is missing, truncated or changed.
+    Returns:
+        The contents of `state.json`.
+    Raises:
+        CheckpointError: names the file that is missing, truncated or changed.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -105,7 +119,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest usable checkpoint and its state; damaged ones are reported and passed over."""
+    """Find the newest usable checkpoint and its state. Damaged checkpoints are logged and skipped.
+
+    Returns:
+        (checkpoint folder, state), or None if there is no usable checkpoint.
+    """
     for left in folder.glob(f"{PARTIAL}*"):
         _log.warning("%s was cut short while being written; it is not used", left)
     for checkpoint in reversed(complete(folder)):
@@ -117,12 +135,20 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Every key of the state dict with its shape."""
+    """The shape of every key of the state dict."""
     return {name: list(value.shape) for name, value in model.state_dict().items()}
 
 
 def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where keys or shapes differ, naming some of each kind."""
+    """Check that two state dicts have the same keys and shapes.
+
+    Args:
+        name: the checkpoint or file, for the message.
+        found: shapes by key, as read.
+        wanted: shapes by key, as the model has them.
+    Raises:
+        CheckpointError: names up to five keys of each kind (missing, unexpected, of another shape).
+    """
     problems = []
     for label, keys in (
         ("missing", [key for key in wanted if key not in found]),
@@ -140,22 +166,31 @@ def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, 
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file into `model`. Raises CheckpointError naming file and keys."""
+    """Load a safetensors file into `model`.
+
+    Raises:
+        CheckpointError: names the file and the keys that do not fit.
+    """
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # SafetensorError, OSError, and what torch makes of the bytes
+    except Exception as error:  # SafetensorError, OSError or an error of torch's
         raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from None
     check_keys(path, {key: value.shape for key, value in weights.items()}, shapes(model))
     model.load_state_dict(weights)
 
 
 def save_weights(path: Path, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Write a safetensors file in one go: the old one stays until the new one is complete.
+    """Write a safetensors file atomically: the old file stays until the new one is complete.
 
-    Raises CheckpointError, naming the path, if it cannot be written.
+    Args:
+        path: the file.
+        weights: tensors by key.
+        about: metadata of the file.
+    Raises:
+        CheckpointError: the file cannot be written; names `path`.
     """
     from safetensors.torch import save_file
 
@@ -171,11 +206,12 @@ def save_weights(path: Path, weights: Mapping[str, Any], about: Mapping[str, str
 
 
 def beside(path: Path) -> Path:
-    """Where a file is written before it is complete."""
+    """The path at which a file is written before it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def _digest(path: Path) -> str:
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -184,6 +220,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    """Sync a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Recipes' configurations: frozen dataclasses read from YAML, changed by `section.key=value`.
+"""Configurations of recipes: frozen dataclasses, read from YAML and changed by `section.key=value`.
 
-A value is read by its field's type, and an unquoted one counts as it is written (`yaml_text.py`): in a
-text field `no`, `off`, `2024` and `1:30` are text. A mistake is one line that names the key, the value
-and the choices.
+The type of the field decides how a value is read. An unquoted value counts as its text
+(`yaml_text.py`): in a text field, `no`, `off`, `2024` and `1:30` are text. A mistake gives one line
+with the key, the value and the choices.
 """
 
 from __future__ import annotations
@@ -21,11 +21,21 @@ from mesa_train.utils.yaml_text import Plain
 
 
 class ConfigError(ValueError):
-    """A mistake in a recipe's configuration, told in one line."""
+    """A mistake in a recipe's configuration. The message is one line."""
 
 
 def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """The sections of a YAML file after `section.key=value` changes. Raises ConfigError."""
+    """Read the sections of a YAML file and apply changes.
+
+    Args:
+        path: the YAML file.
+        changes: texts of the form `section.key=value`.
+    Returns:
+        Nested values, by section and key.
+    Raises:
+        ConfigError: the file is missing, is not YAML or holds no sections, or a change is
+            malformed.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
@@ -45,8 +55,13 @@ def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Nested values after `section.key=value` changes. ConfigError for one that is not of that
-    form."""
+    """Apply changes of the form `section.key=value` to nested values, in place.
+
+    Returns:
+        `values`.
+    Raises:
+        ConfigError: a change does not have that form.
+    """
     import yaml
 
     for change in changes:
@@ -61,7 +76,8 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
                 f"--set {name}: {text!r} is not a YAML value; put text in quotes"
             ) from None
         if value is None or isinstance(value, Plain):
-            # No document, or a scalar. A command line has no comments and no anchors: `a #1` is a folder.
+            # The text is empty or a scalar. A command line has no comments and no anchors: `a #1`
+            # is a folder.
             value = Plain(text.strip())
         within = values.setdefault(section, {})
         if isinstance(within, Plain) and yaml_text.is_null(within):
@@ -73,7 +89,15 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 
 
 def of_values(schema: Any, values: Any, prefix: str = "") -> Any:
-    """A dataclass, its sections dataclasses themselves, of nested plain values. Raises ConfigError."""
+    """Build a dataclass from nested plain values. Its sections may be dataclasses too.
+
+    Args:
+        schema: the dataclass.
+        values: values by field name.
+        prefix: the section's name and a dot, for messages.
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+    """
     if isinstance(values, Plain) and yaml_text.is_null(values):
         values = {}
     if not isinstance(values, Mapping):
@@ -95,10 +119,10 @@ def of_values(schema: Any, values: Any, prefix: str = "") -> Any:
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """`value`, from YAML or plain Python, as `kind`. ConfigError if it is none."""
+    """Convert `value`, from YAML or plain Python, to `kind`. ConfigError if it does not fit."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     kind = options[0]
-    # The empty text is null where a field may be, and "" in a text field.
+    # The empty text is null in a field that may be null, and "" in a text field.
     null = value is None or (isinstance(value, Plain) and yaml_text.is_null(value))
     if null and type(None) in options:
         return None
@@ -122,8 +146,10 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def _of_text(kind: Any, text: Plain) -> Any:
-    """An unquoted scalar as a field's type, None if it is not of it. In a text field `null` is
-    refused, since it is more often meant than written."""
+    """Convert an unquoted scalar to a field's type; None if that is not possible.
+
+    A text field refuses `null`, because a user who writes `null` usually means no value.
+    """
     if kind is str:
         return None if text and yaml_text.is_null(text) else str(text)
     readers: dict[Any, Any] = {
@@ -133,7 +159,10 @@ def _of_text(kind: Any, text: Plain) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value for an error: numbers, booleans and null as Python writes them, text in quotes."""
+    """Format a value for an error message.
+
+    Numbers, booleans and null appear as Python writes them, text in quotes.
+    """
     plain = yaml_text.resolved(value)
     if isinstance(value, Plain) and isinstance(plain, int | float) and not isinstance(plain, bool):
         return str(value)
@@ -141,7 +170,7 @@ def _shown(value: Any) -> str:
 
 
 def _remedy(kind: Any, value: Any) -> str:
-    """What to write instead, where that is not plain from the type."""
+    """A hint about the correct spelling; "" if the name of the field's type is enough."""
     if kind is str and (value is None or isinstance(value, Plain)):
         return '; write "" for none, or the word in quotes'
     if kind in (int, float) and isinstance(value, str):
@@ -154,7 +183,7 @@ def _remedy(kind: Any, value: Any) -> str:
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    """ConfigError, with the closest choice, if `value` is none of them."""
+    """Raise ConfigError, with the closest choice, if `value` is not one of `choices`."""
     if value not in choices:
         near = difflib.get_close_matches(value, list(choices), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -162,6 +191,6 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    """ConfigError unless value is above 0 and finite."""
+    """Raise ConfigError unless `value` is above 0 and finite."""
     if not 0 < value < math.inf:
         raise ConfigError(f"{name} must be positive, got {value}")

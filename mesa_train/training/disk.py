@@ -1,11 +1,13 @@
-"""Failures of reading and writing a run's files, each told in one line with its path.
+"""Errors of reading and writing a run's files: each becomes one line with the path.
 
-A full disk is an OSError to Python, a RuntimeError to torch.save, a SafetensorError to safetensors and
-a BaseException to torch.distributed.checkpoint; damaged files raise as many types. So any exception
-while a file is written or read is taken for the file's. A checkpoint that could not be written is
-removed, and the error names the last one that is whole. All ranks learn of a rank's failure, so
-that none waits for it. A rank whose write fails still takes part in what all ranks do together
-(`to_the_end`): where it left, the others would wait, or meet it in another collective.
+A full disk raises a different type in each library: OSError in Python, RuntimeError in torch.save,
+SafetensorError in safetensors, BaseException in torch.distributed.checkpoint. Damaged files raise
+as many types. Therefore any exception during a read or a write counts as an error of the file.
+
+A checkpoint that could not be written is removed. The error names the last complete checkpoint. All
+ranks learn of one rank's failure, so that no rank waits for it. A rank whose write fails still
+takes part in the collectives of the other ranks (`to_the_end`). If it left, the others would wait,
+or would run a different collective than this rank.
 """
 
 from __future__ import annotations
@@ -22,27 +24,30 @@ Gather = Callable[[list[str]], list[str]]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used or written; the message names the file or the keys."""
+    """A checkpoint cannot be used or written. The message names the file or the keys."""
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """The types of a failure to read or write; a keyboard interrupt is none."""
+    """The exception types of a failed read or write. KeyboardInterrupt is not one of them."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return Exception, CheckpointException
 
 
 def reason(error: BaseException) -> str:
-    """Why, in a line: the operating system's words if it was asked, else the exception's."""
+    """The reason of an error in one line.
+
+    An error of the operating system gives the system's own text. Others give the exception's text.
+    """
     inner = getattr(error, "failures", None)
-    if isinstance(inner, dict) and inner:  # torch.distributed.checkpoint: rank to (error, stack)
+    if isinstance(inner, dict) and inner:  # failures by rank: (error, stack)
         error = next(iter(inner.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    # C++ errors go on for many lines; the first says what happened.
+    # C++ errors have many lines; the first one names the error.
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[0].split())[:200] if lines else ""
-    if "inline_container" in text:  # torch.save's own words name positions in its archive
+    if "inline_container" in text:  # torch.save's message names positions in its archive
         return "torch.save could not write all of it"
     known = isinstance(error, CheckpointError) or type(error).__name__ == "SafetensorError"
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
@@ -50,7 +55,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Any failure inside becomes a CheckpointError that names `path`."""
+    """Turn any error inside into a CheckpointError that names `path`."""
     try:
         yield
     except CheckpointError:
@@ -63,16 +68,18 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
-    """Any failure inside becomes a CheckpointError that names `path`, with the room that is left.
+    """Turn any error inside into a CheckpointError that names `path` and the free disk space.
 
-    beside: what is written first and renamed at the end; removed after a failure.
+    Args:
+        path: the file or folder to write.
+        beside: the partial file, which is renamed at the end; removed after an error.
     """
     try:
         yield
     except CheckpointError:
         raise
     except failures() as error:
-        # Asked before the removal makes room again.
+        # Measured before the removal, which frees space.
         room = _room(Path(path))
         if beside is not None:
             remove(beside)
@@ -82,15 +89,17 @@ def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
 def together(
     step: Callable[[], None], path: Path, partial: Path, gather: Gather, folder: Path | None = None
 ) -> None:
-    """Run a step of writing on every rank; if it fails on one, all raise.
+    """Run one step of a write on every rank. If the step fails on one rank, all ranks raise.
 
     Args:
-        path: what is written, as it will be called.
-        partial: what is written first; removed after a failure.
-        gather: gives all ranks the lists of all, one after the other; the identity for one process.
-        folder: the folder of checkpoints named `step-*`; None for that of `path`.
+        step: writes this rank's part.
+        path: the final name of the file or folder.
+        partial: the file or folder that is written first; removed after an error.
+        gather: joins the lists of all ranks on every rank, in the order of the ranks. The identity
+            for one process.
+        folder: the folder of checkpoints named `step-*`; default: the folder of `path`.
     Raises:
-        CheckpointError: names `path`, the reason, and the last good checkpoint.
+        CheckpointError: names `path`, the reason and the last complete checkpoint.
     """
     if faults := _faults(writing(path), step, gather):
         remove(partial)
@@ -98,11 +107,11 @@ def together(
 
 
 def read_together(step: Callable[[], None], path: Path, gather: Gather) -> None:
-    """Run a step of reading on every rank; if it fails on one, all raise.
+    """Run one step of a read on every rank. If the step fails on one rank, all ranks raise.
 
     Args:
         step: reads this rank's part. It must not wait for another rank.
-        path: what is read.
+        path: the file or folder to read.
         gather: as for `together`.
     Raises:
         CheckpointError: names `path` and the reason.
@@ -114,7 +123,7 @@ def read_together(step: Callable[[], None], path: Path, gather: Gather) -> None:
 def _faults(
     context: contextlib.AbstractContextManager[None], step: Callable[[], None], gather: Gather
 ) -> list[str]:
-    """The errors of all ranks that fail in a step."""
+    """The error messages of all ranks on which a step fails."""
     fault = ""
     try:
         with context:
@@ -126,13 +135,14 @@ def _faults(
 
 @contextlib.contextmanager
 def to_the_end(model: Any = None) -> Iterator[None]:
-    """Context manager: a write that fails raises at the end, not in the middle.
+    """Context manager: a failed write raises at the end, not in the middle.
 
-    DeepSpeed and Accelerate wait for all ranks between their writes. A rank that leaves at a failed write meets the
-    others in another collective: gloo aborts the process, NCCL waits.
+    DeepSpeed and Accelerate wait for all ranks between their writes. A rank that raises at a failed
+    write meets the other ranks in a different collective: gloo aborts the process, NCCL waits.
 
     Args:
-        model: if it is a DeepSpeed engine, its own writes are meant too. Others use `torch.save`.
+        model: if it is a DeepSpeed engine, its own writes are included. Other models write through
+            `torch.save`.
     """
     import torch
 
@@ -153,7 +163,7 @@ def to_the_end(model: Any = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _late(owner: Any, name: str, faults: list[BaseException]) -> Iterator[None]:
-    """Let `owner.name` append its failures to `faults` instead of raising them."""
+    """Let `owner.name` append its errors to `faults` instead of raising them."""
     own, call = name in vars(owner), getattr(owner, name)
 
     def late(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +172,8 @@ def _late(owner: Any, name: str, faults: list[BaseException]) -> Iterator[None]:
         except failures() as error:
             faults.append(error)
             if name == "save_checkpoint":
-                # DeepSpeed's last wait, which this rank has not come to.
+                # The barrier at the end of DeepSpeed's `save_checkpoint`, which this rank has not
+                # reached.
                 import torch.distributed as dist
 
                 dist.barrier()
@@ -179,13 +190,16 @@ def _late(owner: Any, name: str, faults: list[BaseException]) -> Iterator[None]:
 
 
 def last_good(folder: Path) -> str:
-    """The newest complete checkpoint of a folder, in words."""
+    """Text that names the newest complete checkpoint of a folder."""
     found = sorted(path for path in folder.glob("step-*") if path.is_dir())
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint is there yet"
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there; a failure is a warning. Ranks may do so at once."""
+    """Remove a file or a folder if it exists. A failure is logged as a warning.
+
+    Several ranks may call this at the same time.
+    """
     try:
         while path.is_dir() and not path.is_symlink():
             # Another rank may remove a file that this one has listed.
@@ -197,13 +211,13 @@ def remove(path: Path) -> None:
 
 
 def peer_ended(error: BaseException) -> bool:
-    """Whether a rank fails because another one has ended, whose own line says why."""
+    """Whether this rank fails because another rank has ended. That rank logs the reason."""
     text = str(error)
     return "by peer" in text and "Connection" in text
 
 
 def _room(path: Path) -> str:
-    """How much room is left where `path` was to be, in words; "" where that is unknown."""
+    """Text with the free disk space at `path`; "" if it is unknown."""
     from mesa_train.utils.formatting import format_bytes
 
     there: Any = next((p for p in path.absolute().parents if p.exists()), None)

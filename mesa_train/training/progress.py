@@ -1,7 +1,8 @@
-"""A live view of training runs: a line per run, and one bar over all steps with the time left.
+"""Live view of training runs: one line for each run, and one bar over all steps with the time left.
 
-On a terminal the table is redrawn in place. Elsewhere (a log file, CI) every epoch is one line, and
-between them a line every few seconds says how far the run is. Each line is flushed as it is written.
+A terminal shows a table that is redrawn in place. Without a terminal (a log file, CI), every epoch
+prints one line. Between epochs, a line every few seconds reports the step. Each line is flushed at
+once.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from mesa_train.utils.formatting import format_bytes
 
 from .trainer import EpochResult, StepEvent
 
-# Seconds between two lines where there is no terminal.
+# Seconds between two lines if there is no terminal.
 EVERY_S = 5.0
 
 
 @contextlib.contextmanager
 def waiting(what: str, console: Console | None = None) -> Iterator[None]:
-    """Say what is waited for: a spinner on a terminal, elsewhere a line now and every few seconds."""
+    """Context manager: show that `what` is in progress.
+
+    A terminal shows a spinner. Without one, a line is printed now and every few seconds.
+    """
     console = console or Console()
     if console.is_terminal:
         with console.status(what):
@@ -63,7 +67,7 @@ def waiting(what: str, console: Console | None = None) -> Iterator[None]:
 
 
 class Every:
-    """Says a line on stderr if none was said for a few seconds."""
+    """Print a line on stderr if the last line is at least `EVERY_S` seconds old."""
 
     def __init__(self) -> None:
         self.spoken = time.monotonic()
@@ -76,22 +80,28 @@ class Every:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, "3:07"."""
+    """Format seconds as minutes and seconds, "3:07"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 @dataclass
 class _Line:
+    """The recent losses and step times of one run, and its last epoch's result."""
+
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     times_ms: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     result: EpochResult | None = None
 
 
 class Dashboard:
-    """Shows runs by name as their steps and epochs are reported; a context manager.
+    """Context manager that shows runs by name while they report steps and epochs.
 
-    `saved_bytes` names the runs and says what each keeps for its backward. `total_steps` counts the
-    steps of all runs together, `batch_size` turns step times into images per second.
+    Args:
+        title: heading of the table.
+        saved_bytes: bytes saved for the backward, by the run's name.
+        total_steps: steps of all runs together.
+        batch_size: images in a batch, to turn step times into images per second.
+        console: rich console; default: stdout.
     """
 
     def __init__(
@@ -126,14 +136,16 @@ class Dashboard:
         self.skipped = 0.0
 
     def start_at(self, step: int) -> None:
-        """Steps that were done before this process."""
+        """Set the number of steps that an earlier process has done."""
         self.progress.update(self.task, completed=step)
         self.skipped = step
 
     def alive(self, what: str, further: int = 0) -> None:
-        """Without a terminal: a line about what is done now, if none was written for a while.
+        """Without a terminal: print a line about the current work, if the last line is old enough.
 
-        further: steps since the last report.
+        Args:
+            what: the current work.
+            further: steps since the last report.
         """
         now = self.progress.get_time()
         if self.console.is_terminal or now - self.spoken < EVERY_S:
@@ -147,7 +159,7 @@ class Dashboard:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def restart(self, title: str) -> None:
-        """Empties the table for the next set of runs of the same names; the bar goes on."""
+        """Empty the table for the next runs with the same names. The bar keeps its position."""
         self.title = title
         self.lines = {name: _Line() for name in self.lines}
         if not self.console.is_terminal:
@@ -169,7 +181,7 @@ class Dashboard:
             self.live.stop()
 
     def on_step(self, event: StepEvent, steps: int = 1) -> None:
-        """Show a step, or the mean of the last `steps`."""
+        """Show one step, or the mean of the last `steps` steps."""
         line = self.lines[event.name]
         line.losses.append(event.loss)
         line.times_ms.append(event.time_ms)
@@ -182,6 +194,7 @@ class Dashboard:
         self.alive(f"{event.name:<18} loss {statistics.fmean(line.losses):.3f}  {rate}")
 
     def on_epoch(self, result: EpochResult) -> None:
+        """Show the result of an epoch."""
         self.lines[result.name].result = result
         if not self.console.is_terminal:
             self.spoken = self.progress.get_time()
@@ -195,9 +208,11 @@ class Dashboard:
             )
 
     def _images_per_s(self, step_ms: float) -> float:
+        """Images per second at a step time in milliseconds."""
         return 1e3 * self.batch_size / step_ms
 
     def _view(self) -> Group:
+        """The table of all runs and the bar."""
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("run", "saved for\nbackward", "step", "images/s", "epoch"):
             table.add_column(heading, justify="left" if heading == "run" else "right")

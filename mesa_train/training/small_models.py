@@ -1,6 +1,6 @@
-"""Models for small images: a ViT sized for them, or any timm model.
+"""Models for small images: a small ViT, or any timm model.
 
-Weights are drawn from the seed alone, so two builds with one seed are the same model.
+The seed alone determines the weights: two builds with one seed give the same model.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ from torch import Tensor, nn
 
 from mesa_train.training.data.packaged import ImageSet
 
-# A ViT for images of 28x28: 16 tokens of width 128 through 6 blocks, 1.2 million parameters.
+# A ViT for images of 28x28: 16 tokens of width 128, 6 blocks, 1.2 million parameters.
 SMALL_VIT = "small_vit"
 _WIDTH, _DEPTH, _HEADS = 128, 6, 4
 
-# The most that other models are given, if not told otherwise: patches of 16 make no sense of less.
+# The largest default image size of other models. Patches of 16 need about this many pixels.
 DEFAULT_IMAGE_SIZE = 64
 
 
 def build(
     name: str, data: ImageSet, *, seed: int, image_size: int | None = None
 ) -> tuple[nn.Module, ImageSet]:
-    """A classifier of `data` named "small_vit" or as in timm, and the images resized to suit it.
+    """Build a classifier and resize the images to its input size.
 
-    `image_size` in pixels defaults to the data's own for the small ViT, and for timm models to 64 or
-    what they are meant for, if that is less.
-    Raises ValueError for an unknown name or a size that the model refuses.
+    Args:
+        name: "small_vit" or a timm model.
+        data: the images and labels.
+        seed: of the weights.
+        image_size: in pixels. Default for "small_vit": the size of the data. Default for timm
+            models: 64, or the model's own input size if that is smaller.
+    Returns:
+        (model, resized data).
+    Raises:
+        ValueError: the name is unknown, or the model refuses the image size.
     """
     import timm
 
@@ -60,6 +67,7 @@ def build(
 
 
 def _default_size(name: str, data: ImageSet) -> int:
+    """The default image size of a model in pixels."""
     if name == SMALL_VIT:
         return data.image_size
     from timm.models import get_pretrained_cfg
@@ -69,10 +77,10 @@ def _default_size(name: str, data: ImageSet) -> int:
 
 
 class ConvStem(nn.Module):
-    """Patches through convolutions of stride 2 instead of one of stride 8 (arXiv 2106.14881).
+    """Patch embedding by convolutions of stride 2 instead of one of stride 8 (arXiv 2106.14881).
 
-    With a few thousand images a ViT learns several times faster from it. Takes the place of timm's
-    PatchEmbed: images (N, in_chans, H, W) to tokens (N, H/8 * W/8, embed_dim), rounded up.
+    With a few thousand images, a ViT learns several times faster with this stem. It replaces timm's
+    PatchEmbed: images (N, in_chans, H, W) become tokens (N, H/8 * W/8, embed_dim), rounded up.
     """
 
     def __init__(self, img_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
@@ -96,6 +104,7 @@ class ConvStem(nn.Module):
 
 
 def _small_vit(image_size: int, classifier: dict[str, int]) -> nn.Module:
+    """The small ViT."""
     from timm.models import VisionTransformer
 
     return VisionTransformer(
@@ -111,7 +120,7 @@ def _small_vit(image_size: int, classifier: dict[str, int]) -> nn.Module:
 
 
 def _of_timm(name: str, image_size: int, classifier: dict[str, int]) -> nn.Module:
-    """timm's model, told the image size if its constructor takes one."""
+    """Create timm's model, with the image size if its constructor takes one."""
     import timm
 
     try:

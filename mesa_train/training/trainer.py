@@ -1,11 +1,11 @@
-"""A plain training loop for small experiments: AdamW, cosine schedule with warm-up, evaluation.
+"""Plain training loop for small experiments: AdamW, cosine schedule with warm-up, evaluation.
 
-A `Trainer` owns one model's optimisation. `fit` drives several at once, step by step over the
-same batches, so that a comparison of their times is not at the mercy of what else the machine
-does; with a single trainer it is an ordinary loop.
+A `Trainer` optimises one model. `fit` trains several models at once, step by step over the same
+batches. Other load on the machine therefore slows all models alike, and their times stay
+comparable. With one trainer, `fit` is an ordinary loop.
 
-Before each step the global random streams are seeded from (seed, step). Dropout and drop path
-are therefore the same for every trainer of one seed, whatever ran in between.
+Before each step, the global random generators are seeded from (seed, step). Dropout and drop path
+are therefore the same for all trainers of one seed, independent of other work in between.
 """
 
 from __future__ import annotations
@@ -25,10 +25,20 @@ from mesa_train.training.data.packaged import ImageSet, Transform, held_out_batc
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One experiment's hyperparameters; `autocast` is None or the dtype of the forward pass.
+    """Hyperparameters of one experiment.
 
-    `lr` is the peak rate for this batch size (it is not scaled), reached after the share `warmup`
-    of all steps and then lowered along a cosine to a hundredth of itself.
+    Attributes:
+        epochs: passes over the data; default 10; at least 1.
+        batch_size: images in a step; default 64; at least 1.
+        lr: peak learning rate at this batch size (it is not scaled); default 1e-3; above 0. A
+            cosine lowers it to a hundredth.
+        weight_decay: of AdamW; default 0.05.
+        warmup: share of all steps in which the rate rises; default 0.1; in [0, 1).
+        label_smoothing: default 0.1; in [0, 1).
+        clip_norm: largest norm of the gradient; default 1.0; above 0.
+        autocast: dtype of the forward; default bfloat16; None for no autocast.
+        seed: of data order, dropout and drop path; default 0.
+        device: default "cpu".
     """
 
     epochs: int = 10
@@ -53,7 +63,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one trainer did in one epoch; `epoch` counts from 1, `step_ms` is a median."""
+    """The result of one trainer in one epoch.
+
+    Attributes:
+        name: of the trainer.
+        epoch: counts from 1.
+        train_loss: mean over the steps, label smoothing included.
+        val_loss: mean over the held-out images.
+        val_accuracy: top-1, 0 to 1.
+        step_ms: median time of a step in milliseconds.
+        lr: learning rate after the epoch.
+    """
 
     name: str
     epoch: int
@@ -64,11 +84,18 @@ class EpochResult:
     lr: float
 
     def row(self) -> dict[str, str | int | float]:
+        """The result as a dictionary of plain values."""
         return dataclasses.asdict(self)
 
 
 class Trainer:
-    """One model with its optimizer and schedule."""
+    """One model with its optimizer and schedule.
+
+    Args:
+        model: moved to `config.device`.
+        config: the hyperparameters.
+        steps_per_epoch: optimizer steps in an epoch.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         from timm.optim import create_optimizer_v2
@@ -89,20 +116,21 @@ class Trainer:
             warmup_lr_init=config.lr / 100,
             t_in_epochs=False,
         )
-        # Float16's gradients are too small without; the scaler leaves other dtypes alone.
+        # Float16 gradients underflow without scaling. The scaler is off for other dtypes.
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.autocast is torch.float16)
         self.steps = 0
 
     @property
     def lr(self) -> float:
+        """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
     def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in float32 of a forward pass under the configured autocast."""
+        """Mean cross-entropy in float32 of a forward under the configured autocast."""
         return F.cross_entropy(self._logits(images), labels, label_smoothing=label_smoothing)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
-        """One optimizer step on a batch; returns its loss, label smoothing included."""
+        """Take one optimizer step on a batch. Returns its loss, label smoothing included."""
         config = self.config
         torch.manual_seed(config.seed * 1_000_003 + self.steps)
         self.model.train()
@@ -131,6 +159,7 @@ class Trainer:
         return loss / len(data.held_out), correct / len(data.held_out)
 
     def _logits(self, images: Tensor) -> Tensor:
+        """Logits in float32 of a forward under the configured autocast."""
         dtype = self.config.autocast
         device_type = torch.device(self.config.device).type
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
@@ -139,7 +168,14 @@ class Trainer:
 
 @dataclass
 class StepEvent:
-    """Told to `fit`'s watcher after every step; `step` counts from 1 over the whole run."""
+    """One step of one trainer, passed to the `watch` callback of `fit`.
+
+    Attributes:
+        name: of the trainer.
+        step: counts from 1 over the whole run.
+        loss: with label smoothing.
+        time_ms: milliseconds.
+    """
 
     name: str
     step: int
@@ -149,6 +185,8 @@ class StepEvent:
 
 @dataclass
 class _Tally:
+    """Losses and step times of one trainer in one epoch."""
+
     losses: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
 
@@ -161,9 +199,18 @@ def fit(
     transform: Transform | None = None,
     watch: Callable[[StepEvent], None] | None = None,
 ) -> Iterator[EpochResult]:
-    """Train all `trainers` on the same batches, one step each in turn, turns reversed every step.
+    """Train all trainers on the same batches, one step each in turn.
 
-    Yields one result per trainer and epoch. All trainers must have been built with `config`.
+    The order of the trainers is reversed after every step.
+
+    Args:
+        trainers: by name, all built with `config`.
+        data: training and held-out images.
+        config: the hyperparameters.
+        transform: augmentation of a batch; None for none.
+        watch: called after every step.
+    Yields:
+        One result for each trainer and epoch.
     """
     names = list(trainers)
     for epoch in range(config.epochs):

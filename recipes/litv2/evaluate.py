@@ -1,4 +1,4 @@
-"""Evaluate a run's best weights, a safetensors file, or the authors' checkpoint on a data set.
+"""Evaluation on a data set of a run's best weights, a safetensors file or an official checkpoint.
 
 python recipes/litv2/evaluate.py --run runs/litv2_quickstart
 python recipes/litv2/evaluate.py --config recipes/litv2/litv2_s_imagenet.yaml --weights litv2_s.pth

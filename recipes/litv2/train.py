@@ -1,9 +1,9 @@
-"""Train LITv2, or any model that timm knows, as a YAML file says.
+"""Training of LITv2, or of any timm model, from a YAML file.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/litv2/train.py \\
         --config recipes/litv2/quickstart.yaml --set train.policy=mesa4
 
-`--dry-run` prints what would happen (steps, parameter groups, predicted memory) and stops.
+`--dry-run` prints the plan (steps, parameter groups, predicted memory) and stops.
 """
 
 from __future__ import annotations

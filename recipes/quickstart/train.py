@@ -1,7 +1,7 @@
-"""A ViT on 4,000 handwritten digits, trained with and without mesa_train, step by step in turn.
+"""Training of a ViT on 4,000 handwritten digits with and without mesa_train, step by step in turn.
 
-Both models start from the same weights and see the same batches. What differs is what is kept
-between forward and backward: PyTorch's tensors, or their codes.
+Both models start from the same weights and see the same batches. They differ only in the saved
+tensors: PyTorch saves the tensors themselves, mesa_train saves codes.
 
     python recipes/quickstart/train.py
     python recipes/quickstart/train.py --policy mesa4-recompute --epochs 12
@@ -66,7 +66,7 @@ def main(
         plain, images = models.build(model, images, seed=seed, image_size=image_size)
         ours, _ = models.build(model, images, seed=seed, image_size=image_size)
         mesa_train.wrap(ours, policy)
-        # Here, and not after the first epoch.
+        # Checked here, not after the first epoch.
         out.mkdir(parents=True, exist_ok=True)
         metrics.unlink(missing_ok=True)
     except (ValueError, ImportError, OSError) as error:
@@ -106,7 +106,7 @@ def main(
 
 
 def check_device(device: str) -> None:
-    """ValueError for a device that is none or is not here."""
+    """Raise ValueError for an unknown device, or for one that this machine lacks."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -114,7 +114,7 @@ def check_device(device: str) -> None:
 
 
 def summary(results: list[EpochResult], kept: dict[str, int]) -> Table:
-    """The last epoch's numbers of both runs, and how they compare."""
+    """A table of both runs' last epoch and their comparison."""
     table = Table(title="Summary", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run")
     for heading in (
@@ -139,7 +139,7 @@ def summary(results: list[EpochResult], kept: dict[str, int]) -> Table:
 
 
 def draw(rows: list[records.Row], kept: dict[str, int], title: str, path: Path) -> None:
-    """Loss, accuracy and kept memory of both runs."""
+    """Draw loss, accuracy and saved bytes of both runs."""
     figure, (loss, accuracy, memory) = plots.figure(3, title)
     plots.curves(loss, rows, "train_loss", "training loss")
     plots.curves(accuracy, rows, "val_accuracy", "held-out accuracy (%)", scale=100)

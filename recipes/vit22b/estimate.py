@@ -1,4 +1,4 @@
-"""What a model of this family needs on 1x24, 1x80, 8x24, 8x40 and 8x80 GB, counted on the meta device.
+"""Memory estimate of a ViT-22B model on 1x24, 1x80, 8x24, 8x40 and 8x80 GB, on the meta device.
 
 python recipes/vit22b/estimate.py vit_22b
 """
@@ -24,7 +24,7 @@ def main(
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
     out: Annotated[Path | None, typer.Option(help="JSON lines to append a row to.")] = None,
 ) -> None:
-    """Print saved bytes of an image for every preset, and what fits on five machines."""
+    """Print an image's saved bytes for every preset, and the batches that fit on five machines."""
     try:
         counted = estimates.estimator(name, image_size)
         parameters = counted.parameters(SCHEMES["fsdp2"][1]).total

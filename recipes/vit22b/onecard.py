@@ -1,12 +1,13 @@
-"""A model of 22 billion parameters on one card, from random weights or your own.
+"""Training of a model of 22 billion parameters on one card, from random weights or your own.
 
     python recipes/vit22b/onecard.py nf4 --model vit_22b      # 24 GB: 4-bit weights, LoRA
     python recipes/vit22b/onecard.py lion --model vit_22b     # 80 GB: every parameter, 8-bit moment
     python recipes/vit22b/onecard.py factored --model vit_22b # 80 GB: every parameter, Adafactor
 
-Says first what memory it expects, part by part, and refuses if the card has less; then trains a few
-steps on images in the model's resolution and says what it took: peak, images/s, and the share of the
-card's peak arithmetic that the model itself needed (mfu). scripts/bench/gpu_22b.sh runs all three.
+The script first prints the expected memory by component, and stops if the card has less. Then it
+trains a few steps on images in the model's resolution. At the end it prints the peak, images/s, and
+the share of the card's peak arithmetic that the model itself needs (mfu). scripts/bench/gpu_22b.sh
+runs all three methods.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def main(
 
 
 def check(method: str, model: str, policy: str, checkpointing: str, images: str) -> None:
-    """ValueError or ConfigError for what cannot be run, before memory is spent."""
+    """Raise ValueError or ConfigError for arguments that cannot run, before memory is used."""
     one_of("method", method, METHODS)
     one_of("model", model, SIZES)
     one_of("policy", policy, ("plain", *PRESETS, *OFFLOADED))
@@ -129,7 +130,7 @@ def check(method: str, model: str, policy: str, checkpointing: str, images: str)
 
 
 def check_room(expected: int, batch: int, device: str) -> None:
-    """ValueError if the card has less than what is expected."""
+    """Raise ValueError if the card has less memory than expected."""
     if device != "cuda":
         return
     free, _ = torch.cuda.mem_get_info()
@@ -149,8 +150,17 @@ def build(
     device: str,
     rank: int,
 ) -> Any:
-    """The model on the device, in 4 bits or bfloat16, from weights or random ones that the device
-    draws itself. shape: channels and classes."""
+    """Build the model on the device, in 4 bits or bfloat16.
+
+    Args:
+        method: "nf4", "lion" or "factored".
+        name: of the model.
+        size: of the images in pixels.
+        shape: (channels, classes).
+        weights: file or folder; None for random weights, which the device draws.
+        device: of the model.
+        rank: of nf4's adapters.
+    """
     channels, classes = shape
     with torch.device("meta"):
         net: Any = timm.create_model(
@@ -174,7 +184,7 @@ def build(
 
 
 def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[Any, Any]]:
-    """(pixels, labels) without end, in the model's resolution, on the device."""
+    """Yield (pixels, labels) endlessly, in the model's resolution, on the device."""
     if images == RANDOM:
         stream = torch.Generator(device).manual_seed(0)
         made: dict[str, Any] = {"device": device, "generator": stream}
@@ -193,7 +203,7 @@ def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[A
 def run(
     net: Any, method: str, drawn: Iterator[tuple[Any, Any]], steps: int, lr: float, device: str
 ) -> tuple[list[float], list[float]]:
-    """Losses and seconds of the steps."""
+    """Train. Returns losses and seconds of the steps."""
     parameters = groups(net)
     stepper = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
     optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)

@@ -1,11 +1,12 @@
 """Linear probe, nearest neighbours and robustness of a frozen model.
 
     python recipes/vit22b/probe.py                                   # random weights, digits
-    python recipes/vit22b/probe.py --model vit_22b --weights W --train DIR --held-out DIR --image-size 224
+    python recipes/vit22b/probe.py --model vit_22b --weights W --train DIR --held-out DIR
+    --image-size 224
     ... --set-folder IMAGENET_R --mapping labels.yaml --set-crop 0.875
 
-Folders hold one folder a class. Features are cached under OUT by `datasets`, so that a second call
-is a matter of seconds.
+An image folder holds one folder for each class. `datasets` caches the features under OUT, so a
+second call takes seconds.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main(
     set_crop: Annotated[float, typer.Option(help="Central crop of the set; 0.75 for A.")] = 0.875,
     out: Annotated[Path, typer.Option(help="Cache and results.")] = Path("runs/vit22b/probe"),
 ) -> None:
-    """Print and write accuracies."""
+    """Print accuracies and write them to a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         sets = training_images(train, held_out, image_size, flip)
@@ -69,7 +70,8 @@ def main(
         predicted = estimates.one_card(model, "probe", image_size, batch_size, "plain")
         parts = estimates.components(predicted)
         print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in parts.items() if v))
-        # Weights that were written anew are others.
+        # The time of the last change is part of the cache key: rewritten weights give other
+        # features.
         stamp = max((f.stat().st_mtime_ns for f in files_in(weights)), default=0)
         identity = f"{model} {weights} {stamp} {image_size} {train}"
 
@@ -118,7 +120,11 @@ def files_in(weights: Path | None) -> list[Path]:
 
 
 def build(name: str, weights: Path | None, size: int, device: str) -> Any:
-    """The frozen model, from weights or drawn from seed 0. ValueError for another name or size."""
+    """Build the frozen model, from weights or drawn from seed 0.
+
+    Raises:
+        ValueError: the name or the size is wrong.
+    """
     one_of("--model", name, SIZES)
     if size % SIZES[name][0]:
         raise ValueError(f"--image-size must be a multiple of {SIZES[name][0]}, got {size}")
@@ -133,14 +139,24 @@ def build(name: str, weights: Path | None, size: int, device: str) -> Any:
 
 
 class Images:
-    """Images as batches: splits by name, the classes' names, transforms for views and for testing."""
+    """Images as batches.
+
+    Args:
+        splits: images and labels, by the split's name.
+        labels: names of the classes.
+        augment: transform of a training view.
+        test: transform for evaluation.
+    """
 
     def __init__(self, splits: dict[str, Any], labels: list[str], augment: Any, test: Any) -> None:
         self.splits, self.labels, self.augment, self.test = splits, labels, augment, test
 
     def batches(self, split: str, view: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels in order; view 0 is as for testing, others are augmented, each by a
-        stream of its own."""
+        """Yield images and labels in order.
+
+        View 0 uses the transform for evaluation. Other views are augmented, each batch with its own
+        seed.
+        """
         found = self.splits[split]
         transform = self.augment if view else self.test
         said = Every()
@@ -154,12 +170,16 @@ class Images:
 
 
 def training_images(train: str, held_out: Path | None, size: int, flip: float | None) -> Images:
-    """Training and held-out images of a built-in set or of two folders. ValueError for neither."""
+    """Training and held-out images of a built-in set or of two folders.
+
+    Raises:
+        ValueError: `train` is no built-in set, and `held_out` is missing.
+    """
     builtin = train in data.BUILTIN
-    # Digits are not themselves in a mirror.
+    # A mirrored digit is no digit.
     share = flip if flip is not None else 0.0 if builtin else 0.5
     crops = CropConfig(scale=(0.7, 1.0), hflip=share)
-    # The built-in digits fill their frame: nothing is cut from the ones to test with.
+    # The built-in digits fill their frame, so the evaluation crops nothing.
     cut = transforms(DataConfig(image_size=size), crops, 1.0 if builtin else 0.875)
     if builtin:
         found = data.load(train)
@@ -178,7 +198,7 @@ def training_images(train: str, held_out: Path | None, size: int, flip: float | 
 
 
 def images_of_set(path: Path, size: int, crop: float) -> Images:
-    """A folder of another set, held out as a whole."""
+    """The images of another set's folder, all held out."""
     rows, labels = folder.load_one(str(path), "--set-folder")
     cut = transforms(DataConfig(image_size=size), CropConfig(), crop)
     return Images({"held_out": rows}, labels, *cut)
@@ -190,7 +210,7 @@ def pairs(split: data.Split) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def picture(found: Any, index: int) -> tuple[Any, int]:
-    """(RGB image, label) of a split. ValueError, naming the file, if it cannot be decoded."""
+    """(RGB image, label) of a split. ValueError, with the file's name, if it cannot be decoded."""
     if not isinstance(found, folder.Rows):
         image, label = found[index]
         return image.convert("RGB"), label

@@ -1,10 +1,11 @@
-"""Train a ViT-22B or a smaller sibling, on one process or sharded over several.
+"""Training of ViT-22B or a smaller model of its family, on one process or sharded over several.
 
     python recipes/vit22b/train.py recipes/vit22b/tiny.yaml
     accelerate launch --config_file recipes/vit22b/accelerate/fsdp2.yaml \\
         recipes/vit22b/train.py recipes/vit22b/tiny.yaml --set train.tensor_parallel=2
 
-Rows go to OUT/metrics.jsonl, checkpoints to OUT/step-*, the final weights to OUT/weights.
+The script writes rows to OUT/metrics.jsonl, checkpoints to OUT/step-* and the final weights to
+OUT/weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(
         int | None, typer.Option(min=1, help="Processes that a dry run counts for.")
     ] = None,
 ) -> None:
-    """Train as CONFIG says."""
+    """Train as the file CONFIG specifies."""
     out: Path | None = None
     try:
         settings = sharded_config.load(config, changes or [])
@@ -73,7 +74,7 @@ def main(
         line = " ".join(str(error).split())
         if isinstance(error, OSError) and out is not None:
             line += f"; {last_good(out)}"
-        # A file that cannot be read or written may be one process's; other mistakes are all processes'.
+        # One process alone may fail to read or write a file. All processes meet any other mistake.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, (sources.CorruptImage, OSError)):
             print(f"error: {line}", file=sys.stderr)
             sys.stderr.flush()
@@ -86,7 +87,10 @@ def main(
 
 
 def leave(code: int) -> None:
-    """End this process at once: threads of gloo may abort an orderly exit after all is written."""
+    """End this process at once, because gloo's threads may abort an orderly exit.
+
+    All files are written by then.
+    """
     sys.stdout.flush()
     if "RANK" in os.environ:
         os._exit(code)

@@ -1,8 +1,8 @@
-"""One attention layer of each kind: parameters, work, time, and what it keeps for the backward.
+"""Benchmark of one attention layer of each kind: parameters, operations, time and saved bytes.
 
-HiLo, attention of all tokens, windows, shifted windows, and spatial reduction (PVT), each of width
-768 with 12 heads on a map of tokens. Kept bytes are counted for `--count-batch` images without
-computing anything. Times are medians of rounds in which all layers take turns, after warm-up.
+The layers are HiLo, full attention, windows, shifted windows and spatial reduction (PVT), each of
+width 768 with 12 heads on a map of tokens. Saved bytes are counted for `--count-batch` images on
+the meta device. Times are medians over rounds in which all layers take turns, after warm-up.
 
     python scripts/bench/attention.py --side 14 --batch 8
     python scripts/bench/attention.py --side 64 --batch 1
@@ -34,7 +34,7 @@ DIM, HEADS = 768, 12
 
 
 class MSA(nn.Module):
-    """Attention of every token to every token, fused."""
+    """Fused attention of every token to every token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,13 @@ class MSA(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         tokens = height * width
         return tokens * (4 * DIM**2 + 2 * tokens * DIM)
 
 
 class Windows(nn.Module):
-    """Swin's attention in windows of 7x7 (8x8 where 8 divides the map), shifted or not."""
+    """Swin's attention in windows of 7x7 (8x8 if 8 divides the map), shifted or not."""
 
     def __init__(self, side: int, shifted: bool) -> None:
         super().__init__()
@@ -69,11 +70,12 @@ class Windows(nn.Module):
         return self.block._attn(x)
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         return height * width * (4 * DIM**2 + 2 * self.window**2 * DIM)
 
 
 class SpatialReduction(nn.Module):
-    """PVT's attention to a map that a convolution has made four times smaller."""
+    """PVT's attention to a map that a convolution reduces to a quarter of its tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,12 +87,13 @@ class SpatialReduction(nn.Module):
         return self.attn(x.flatten(1, 2), list(x.shape[1:3])).view(x.shape)
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the matmuls for one map."""
         tokens, pooled = height * width, height * width // 4
         return tokens * 2 * DIM**2 + pooled * (4 + 2) * DIM**2 + 2 * tokens * pooled * DIM
 
 
 def layers(side: int) -> dict[str, Any]:
-    """The contestants for maps of side x side."""
+    """The compared layers for maps of side x side."""
     return {
         "HiLo": HiLo(DIM, HEADS, window=2, alpha=0.9, qkv_bias=True),
         "MSA": MSA(),
@@ -108,7 +111,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
-    """Measure every layer and record a row each."""
+    """Measure every layer and append a row for each."""
     rows: list[records.Row] = [
         {
             "layer": name,
@@ -144,10 +147,10 @@ def main(
 
 
 def counted(name: str, side: int, batch: int) -> dict[str, int]:
-    """Parameters, multiply-adds of one map, saved bytes of `batch` maps, plain and under mesa8."""
+    """Parameters, multiply-adds of one map, and saved bytes of `batch` maps for each policy."""
     with torch.device("meta"):
         layer = layers(side)[name]
-    # What comes before an attention layer is a norm, and what it keeps is part of the price.
+    # A norm precedes an attention layer, and the count includes the norm's saved bytes.
     model = nn.Sequential(nn.LayerNorm(DIM, device="meta"), layer)
     maps = torch.empty(batch, side, side, DIM, device="meta", requires_grad=True)
     kept = {
@@ -195,6 +198,8 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
 
 
 def _forward(model: nn.Module, maps: Tensor) -> Callable[[], None]:
+    """A forward without gradients."""
+
     def call() -> None:
         with torch.no_grad(), torch.autocast(maps.device.type, torch.bfloat16):
             model(maps)
@@ -203,6 +208,7 @@ def _forward(model: nn.Module, maps: Tensor) -> Callable[[], None]:
 
 
 def _train(model: nn.Module, maps: Tensor) -> Callable[[], None]:
+    """A forward and a backward."""
     leaf = maps.clone().requires_grad_()
 
     def call() -> None:

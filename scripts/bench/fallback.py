@@ -1,9 +1,13 @@
-"""Which saved tensors tolerate codes: the gradient error of every differentiable function of torch.
+"""Measurement of the saved tensors that tolerate codes.
 
-Each call runs twice: in plain PyTorch, and with 8-bit codes of every float tensor that the call saves,
-whatever the library itself would do. A third run puts NaN in their place, which shows whether the
-backward reads more than their size. One row per call goes to docs/results/fallback.jsonl; docs/fallback.md
-is made of the rows. Functions come from PyTorch's own list of tested operators and from fallback_cases.
+The script measures the gradient error of every differentiable function of torch.
+
+Each call runs twice: in plain PyTorch, and with 8-bit codes of every float tensor that the call
+saves, independent of the library's own choice. A third run replaces the saved tensors by NaN. It
+shows whether the backward reads more than their size.
+
+One row for each call goes to docs/results/fallback.jsonl, from which docs/fallback.md is generated.
+The functions come from PyTorch's own list of tested operators and from fallback_cases.
 
     python scripts/bench/fallback.py
     python scripts/bench/fallback.py --functions sin,grid_sample
@@ -32,9 +36,9 @@ from mesa_train.utils import records
 from mesa_train.utils.records import Row
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/fallback.jsonl"
-SAMPLES = 4  # of PyTorch's own, per function
-FAILED = 1e9  # the error where codes make the backward fail, or where the plain gradient is 0
-# Calls that read a saved float as an index would read anywhere if it were NaN.
+SAMPLES = 4  # PyTorch's own samples, per function
+FAILED = 1e9  # error if codes make the backward fail, or if the plain gradient is 0
+# Calls that use a saved float as an index would read outside their memory if it were NaN.
 INDEXED = ("grid_sample", "grid_sampler_2d", "grid_sampler_3d", "roi", "deform_conv2d")
 
 
@@ -55,7 +59,7 @@ def main(
 
 
 def calls() -> Iterator[Call]:
-    """The calls written by hand, then PyTorch's functions on large tensors and on its own samples."""
+    """The calls written by hand, then torch's functions on large tensors and torch's samples."""
     yield from named()
     for op in op_db:
         if op.supports_autograd and torch.float32 in op.supported_backward_dtypes("cpu"):
@@ -64,6 +68,7 @@ def calls() -> Iterator[Call]:
 
 
 def _samples(op: OpInfo) -> Iterator[Call]:
+    """A function's calls on PyTorch's own samples."""
     samples = op.sample_inputs("cpu", torch.float32, requires_grad=True)
     for number, sample in enumerate(itertools.islice(samples, SAMPLES)):
         given = (sample.input, *sample.args, *sample.kwargs.values())
@@ -76,7 +81,10 @@ def _samples(op: OpInfo) -> Iterator[Call]:
 
 
 def measured(call: Call) -> Row | None:
-    """The row of a call; None if it fails in plain PyTorch, saves no floats, or has no finite gradient."""
+    """The row of a call.
+
+    None if the call fails in plain PyTorch, saves no floats, or has no finite gradient.
+    """
     leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in call.tensors]
     if any(t.layout is not torch.strided for t in leaves) or not leaves:
         return None
@@ -110,7 +118,7 @@ def measured(call: Call) -> Row | None:
         "inputs": call.inputs,
         "saved_bytes": sum(keep),
         "sizes_alone": sizes,
-        # Of the gradient that is furthest off.
+        # The error of the worst gradient.
         "error": error,
     }
 
@@ -121,7 +129,7 @@ def _gradients(
     kept: Callable[[Tensor], Tensor],
     sizes: list[int] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of the leaves where `kept` takes the place of every float tensor that is saved."""
+    """The gradients of the leaves if `kept` replaces every saved float tensor."""
 
     def pack(tensor: Tensor) -> Tensor:
         if (
@@ -147,7 +155,7 @@ def _gradients(
 
 
 def _coded(tensor: Tensor) -> Tensor:
-    """A tensor as its 8-bit codes give it back; one element per group is kept whole."""
+    """A tensor after 8-bit coding and decoding; unchanged with one element per group."""
     if not tensor.numel() or tensor.shape[-1] == 1:
         return tensor
     layout, matrix = MatrixLayout.of(tensor, (tensor.dim() - 1,))
@@ -157,6 +165,7 @@ def _coded(tensor: Tensor) -> Tensor:
 
 
 def _error(found: Tensor | None, exact: Tensor | None) -> float:
+    """Relative L2 distance of a gradient."""
     if found is None or exact is None or not exact.numel():
         return 0.0
     distance, size = (found - exact).double().norm().item(), exact.double().norm().item()
@@ -164,6 +173,7 @@ def _error(found: Tensor | None, exact: Tensor | None) -> float:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two gradients are equal or both missing."""
     return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
 
 

@@ -1,7 +1,8 @@
-"""Calls that scripts/bench/fallback.py measures: realistic sizes, and the inputs that hurt codes.
+"""Calls that scripts/bench/fallback.py measures: realistic sizes, and inputs that suit codes badly.
 
-`NAMED` are calls written by hand: coordinates, angles, indices as floats, recurrent layers, products of
-several operands. `pointwise` puts PyTorch's own element-wise and reducing functions on large tensors.
+`named` yields calls written by hand: coordinates, angles, indices as floats, recurrent layers,
+products of several operands. `pointwise` applies PyTorch's own element-wise and reducing functions
+to large tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from torch.testing._internal.opinfo.core import (
 
 
 class Call(NamedTuple):
-    """A function's call on tensors. inputs: which inputs these are, in words."""
+    """A function's call on tensors.
+
+    Attributes:
+        function: its name.
+        inputs: description of the inputs.
+        call: the function.
+        tensors: its inputs.
+    """
 
     function: str
     inputs: str
@@ -30,8 +38,8 @@ class Call(NamedTuple):
     tensors: list[Tensor]
 
 
-SHAPE = (128, 96)  # 48 KiB: three times the size from which tensors are coded
-# How elements are drawn: the inputs that a network has, and those that hurt codes.
+SHAPE = (128, 96)  # 48 KiB: three times the smallest size that is coded
+# Distributions of the elements: usual ones of a network, and ones that suit codes badly.
 DRAWN: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "normal": lambda shape: torch.randn(shape),
     "offset: 100 and standard deviation 1": lambda shape: torch.randn(shape) + 100,
@@ -43,8 +51,10 @@ DRAWN: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
 
 
 def pointwise(op: OpInfo) -> Iterator[Call]:
-    """An element-wise or reducing function of torch on large tensors, drawn in each way that fits the
-    function's domain."""
+    """An element-wise or reducing function of torch on large tensors.
+
+    The elements have each distribution that fits the function's domain.
+    """
     if not isinstance(op, (UnaryUfuncInfo, BinaryUfuncInfo, ReductionOpInfo)):
         return
     name = full_name(op)
@@ -58,12 +68,12 @@ def pointwise(op: OpInfo) -> Iterator[Call]:
 
 
 def full_name(op: OpInfo) -> str:
-    """An OpInfo's name with its variant's."""
+    """The name of an OpInfo and of its variant."""
     return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
 
 
 def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    """`x` folded into a function's domain, poles and bounds apart."""
+    """Map `x` into a function's domain, away from poles and bounds."""
     if low is not None and high is not None:
         return low + (high - low) * (0.001 + 0.998 * torch.sigmoid(x))
     if low is not None:
@@ -72,13 +82,13 @@ def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
 
 def _smooth(*shape: int) -> Tensor:
-    """Images of which neighbouring pixels differ little, as a picture's do."""
+    """Images with small differences between neighbouring pixels, as in photographs."""
     small = torch.randn(shape[0], shape[1], shape[2] // 8, shape[3] // 8)
     return F.interpolate(small, size=shape[2:], mode="bicubic")
 
 
 def _grid(n: int, size: int) -> Tensor:
-    """A grid of `grid_sample`, a few pixels off the identity."""
+    """A grid for `grid_sample`, a few pixels away from the identity."""
     lines = torch.linspace(-1, 1, size)
     grid = torch.stack(torch.meshgrid(lines, lines, indexing="xy"), -1).expand(n, -1, -1, -1)
     return grid + 0.05 * torch.randn(n, size, size, 2)
@@ -92,6 +102,7 @@ def _boxes(images: int, count: int) -> Tensor:
 
 
 def _coordinates() -> Iterator[Call]:
+    """Functions of coordinates and angles."""
     for words, picture in [("noise", torch.randn(2, 8, 64, 64)), ("smooth", _smooth(2, 8, 64, 64))]:
         for mode in ("bilinear", "bicubic"):
             yield Call(
@@ -128,14 +139,17 @@ def _coordinates() -> Iterator[Call]:
 
 
 def _softplus(x: Tensor) -> Tensor:
+    """Softplus written with exp and log."""
     return torch.log(1 + torch.exp(x))
 
 
 def _softsign(x: Tensor) -> Tensor:
+    """Softsign written with a division."""
     return x / (1 + x.abs())
 
 
 def _torchvision() -> Iterator[Call]:
+    """torchvision's functions, if it is installed."""
     try:
         from torchvision import ops
     except ImportError:
@@ -235,6 +249,7 @@ def _products(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterator
 
 
 def _recurrent(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterator[Call]:
+    """Recurrent layers."""
     for name, kind in [("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU), ("rnn_tanh", torch.nn.RNN)]:
         layer = kind(96, 64, bidirectional=True)
         weights = list(layer.parameters())
@@ -244,6 +259,7 @@ def _recurrent(words: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Iterato
 
 
 def _sizes() -> Iterator[Call]:
+    """Pooling, padding, indexing and Fourier functions."""
     x, index = torch.randn(2, 8, 32, 32), torch.randint(32, (2, 8, 32, 32))
     for name, call in [
         ("max_pool1d", lambda x: F.max_pool1d(x.flatten(2), 2)),

@@ -1,8 +1,7 @@
-"""What each family of models keeps for the backward, plain against presets, and the gradient error
-that costs.
+"""Benchmark of model families: saved bytes, plain against presets, and the gradient error.
 
-One row per model and method goes to docs/results/families.jsonl. Random weights, drop path off,
-bf16 autocast.
+One row for each model and method goes to docs/results/families.jsonl. The models have random
+weights, drop path off and bf16 autocast.
 
     python scripts/bench/families.py
     python scripts/bench/families.py --models vit_tiny_patch16_224,hf:dinov2 --batch-size 2
@@ -74,13 +73,16 @@ def main(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method's measurements; None is what was not asked for or cannot be had (see `notes`).
+    """One method's measurements. None: not requested or not possible (see `notes`).
 
-    saved_bytes: saved for the backward, each storage once.
-    saved_ratio: how many times less than plain.
-    gradient_error: relative L2 distance from the plain float32 gradient over all parameters.
-    time_ms: median of forward plus backward.
-    time_ratio: median over the rounds of this method's time by plain's.
+    Attributes:
+        method: its name.
+        saved_bytes: saved for the backward, each storage once.
+        saved_ratio: plain's saved bytes over this method's.
+        gradient_error: relative L2 distance from the plain float32 gradient over all parameters.
+        time_ms: median milliseconds of forward plus backward.
+        time_ratio: median over the rounds of this method's time over plain's.
+        notes: reasons for missing values.
     """
 
     method: str
@@ -110,16 +112,22 @@ def compare(
     loss: Callable[[Any], Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
-    """Measure `methods` on `model(inputs)`, one Row each in their order; the model stays as it was.
+    """Measure `methods` on `model(inputs)`, one Row for each in their order.
 
-    inputs, autocast, fake, device: as for `footprint`; fakes, and a model on the meta device, give
-        bytes alone.
-    loss: from the output to a scalar, for the real steps; default: `default_loss`.
-    rounds: timed runs of every method, after one that warms up.
-    progress: called before every step with what it is, its number from 0 and how many there are,
-        and once at the end.
+    The model stays unchanged.
 
-    Raises ValueError for an unknown method, no method or rounds < 1, and what `footprint` raises.
+    Args:
+        inputs, autocast, fake, device: as for `footprint`. Fake tensors, and a model on the meta
+            device, give only bytes.
+        methods: names of methods.
+        error: measure the gradient error.
+        time: measure the time.
+        rounds: timed runs of every method, after one warm-up run.
+        loss: from the output to a scalar, for the real steps; default: `default_loss`.
+        progress: called before every step with (description, number from 0, total), and once at the
+            end.
+    Raises:
+        ValueError: a method is unknown, there is no method, rounds < 1, or an error of `footprint`.
     """
     if not methods:
         raise ValueError(f"compare() needs a method; choose from {', '.join(METHODS)}, or a preset")
@@ -167,7 +175,7 @@ def compare(
 
 
 class _Steps:
-    """Counts what `progress` is told."""
+    """Counts the steps for `progress`."""
 
     def __init__(
         self,
@@ -182,11 +190,13 @@ class _Steps:
         self.done = 0
 
     def next(self, what: str) -> None:
+        """Report the next step."""
         if self.progress is not None:
             self.progress(what, self.done, self.total)
         self.done += 1
 
     def finish(self) -> None:
+        """Report the end."""
         if self.progress is not None:
             self.progress("done", self.total, self.total)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What a GPU has to show, in under 8 minutes: the Triton kernels against the reference, each operator
-# against a copy, and whole training steps of vit_base at batch 128. Makes .venv if needed.
+# Checks and measures a GPU in under 8 minutes: the Triton kernels against the reference, each
+# operator against a copy, and whole training steps of vit_base at batch 128. Creates .venv if needed.
 #
 #   bash scripts/bench/gpu.sh             rows go to docs/results
 #   OUT=/somewhere bash scripts/bench/gpu.sh
-#   PYTHON=python3 bash scripts/bench/gpu.sh    an environment that is there already
+#   PYTHON=python3 bash scripts/bench/gpu.sh    use an existing environment
 #
-# A speed counts only where the kernels are right: the first step that fails ends the script.
+# A speed counts only if the kernels are correct: the first step that fails ends the script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [ -z "${PYTHON:-}" ]; then
@@ -38,7 +38,7 @@ step() {
 }
 
 step "device" "$PYTHON" -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)'
-# Nearly all of this is Triton's compiler, once for every dtype, alignment and number of bits.
+# Triton's compiler takes nearly all of this time, once for each dtype, alignment and number of bits.
 side_by_side=$("$PYTHON" -c 'import importlib.util as u, os
 print(f"-n {min(8, os.cpu_count())}" if u.find_spec("xdist") else "")')
 # shellcheck disable=SC2086 # one option and its number, or nothing

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# ViT-22B on one card, at full size from random weights: every parameter trained in 80 GB, and a
-# fine-tuning in 4 bits. A few steps each; expected and measured memory, images/s and model-flops
-# utilisation go to docs/results/vit22b_onecard/results.jsonl.
+# Trains ViT-22B on one card, at full size from random weights: every parameter in 80 GB, and adapters
+# on 4-bit weights. Each method takes a few steps. Expected and measured memory, images/s and
+# model-flops utilisation go to docs/results/vit22b_onecard/results.jsonl.
 #
 #   bash scripts/bench/gpu_22b.sh
-#   PYTHON=python3 bash scripts/bench/gpu_22b.sh                  an environment that is there already
+#   PYTHON=python3 bash scripts/bench/gpu_22b.sh                  use an existing environment
 #   MODEL=vit_22b_3b BATCH=32 bash scripts/bench/gpu_22b.sh       a card of 24 GB
 #   MODEL=vit_22b_tiny SIZE=56 BATCH=4 bash scripts/bench/gpu_22b.sh   a rehearsal, on a CPU too
 #
-# A method that fails does not keep the next from running; the script's end says which did.
+# If a method fails, the next one still runs; the last line names the methods that failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 if [ -z "${PYTHON:-}" ]; then

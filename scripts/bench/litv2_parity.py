@@ -1,9 +1,11 @@
-"""Does LITv2 train as well under mesa_train? The quickstart recipe, several seeds, plain and coded.
+"""Training parity of LITv2 under mesa_train: the quickstart recipe, several seeds, plain and coded.
 
-Every run is the recipe itself under `accelerate launch`. A row per epoch goes to
-docs/results/litv2_parity.jsonl; a seed and policy that the file has already is not repeated. The
-row's `minutes` are the launch's on the clock, `processor_minutes` what all its processes computed,
-which other work on the machine hardly changes; both are null for a run that was cut and continued.
+Every run is the recipe itself under `accelerate launch`. A row for each epoch goes to
+docs/results/litv2_parity.jsonl. A seed and policy that already have rows are not repeated.
+
+`minutes` is the wall-clock time of the launch. `processor_minutes` is the processor time of all its
+processes, which other load on the machine hardly changes. Both are null for a run that was
+interrupted and continued.
 
     python scripts/bench/litv2_parity.py
     python scripts/bench/litv2_parity.py --processes 2 --seeds 0
@@ -36,7 +38,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/litv2_parity"),
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
-    """Train every policy with every seed through the recipe."""
+    """Train every policy with every seed by the recipe."""
     settings = {"processes": processes, "changes": sorted(set)}
     done = {(r["name"], r["seed"]) for r in records.read(out) if r["settings"] == settings}
     for seed in seeds.split(","):
@@ -55,7 +57,7 @@ def main(
 
 
 def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float | None]:
-    """One run of the recipe: what it took. Raises CalledProcessError if it fails."""
+    """Run the recipe once. Returns its minutes. CalledProcessError if it fails."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "recipes/accelerate" / LAUNCH[processes]),
@@ -78,7 +80,7 @@ def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float 
 
 
 def _processor_seconds() -> float:
-    """What the processes that this one has started and seen end have computed."""
+    """Processor time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

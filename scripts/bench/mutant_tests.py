@@ -1,9 +1,11 @@
-"""Runs tests on a copy of the repository, in forked children, for `mutate.py`.
+"""Test runs on a copy of the repository, in forked children, for `mutate.py`.
 
-A first run notes which tests execute the statements of the drawn mutants: a call stands before each of
-these statements (`sys.settrace` makes tests five times slower). A mutant is then met by those tests alone,
-the shortest first, so most mutants die within a second. This process imports torch and other libraries
-once, never mesa_train, and every child checks that it imports the copy.
+A first run records which tests execute the statements of the drawn mutants. It inserts a call
+before each of these statements (`sys.settrace` makes tests five times slower). Only those tests
+then run against a mutant, the shortest first, so most mutants die within a second.
+
+This process imports torch and other libraries once, never mesa_train. Every child checks that it
+imports the copy.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _COPIED = ("mesa_train", "tests", "pyproject.toml", "recipes", "scripts", "README.md", "docs")
-# Imported before the forks; those that are absent are left to the tests to miss.
+# Imported before the forks. If a library is missing, the tests report it.
 _LIBRARIES = (
     *(
         "torch",
@@ -41,14 +43,14 @@ _LIBRARIES = (
     *("numpy", "timm", "torchvision", "scipy.optimize", "yaml", "rich.console", "typer.testing"),
     *("hypothesis", "PIL.Image", "sklearn.datasets", "pytest", "_pytest.assertion.rewrite"),
 )
-_MEMORY = 20 * 2**30  # of a child, where a changed number would take all of it
-_OF_A_FILE = 1000  # tests, drawn from a file that has more
+_MEMORY = 20 * 2**30  # limit of a child, because a mutant may allocate all memory
+_OF_A_FILE = 1000  # largest number of tests of a file; drawn at random from more
 _OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu")
-# Of libraries that were imported before pytest began.
+# Silences a warning about libraries imported before pytest starts.
 _QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
-_WATCH = "mesa_train_watch"  # a module of the copy
+_WATCH = "mesa_train_watch"  # name of a module in the copy
 _WATCHING = """SEEN = set()
 
 
@@ -63,7 +65,13 @@ seen._dynamo_marked_constant = True
 
 @dataclasses.dataclass
 class Test:
-    """seconds: of the processor. marks: numbers of the marks that it executes."""
+    """A test.
+
+    Attributes:
+        name: pytest's node id.
+        seconds: processor time.
+        marks: numbers of the marks that it executes.
+    """
 
     name: str
     seconds: float
@@ -71,12 +79,12 @@ class Test:
 
     @property
     def file(self) -> str:
-        """Where it is, from the repository's root."""
+        """Its file, relative to the repository's root."""
         return self.name.partition("::")[0]
 
 
 def copy_to(folder: Path) -> None:
-    """The repository without caches, into an empty folder; and the libraries into this process."""
+    """Copy the repository without caches into an empty folder, and import the libraries."""
     assert "mesa_train" not in sys.modules
     for library in _LIBRARIES:
         with contextlib.suppress(ImportError):
@@ -91,7 +99,13 @@ def copy_to(folder: Path) -> None:
 
 
 def noted(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) -> list[Test]:
-    """The tests that pass in these files. marks: (file below the package, line of a statement) each."""
+    """The tests in `files` that pass.
+
+    Args:
+        copy: the copied repository.
+        files: test files.
+        marks: (file relative to the package, line of a statement) for each mark.
+    """
     report = copy / "noted.json"
     report.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
@@ -110,7 +124,12 @@ def noted(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) ->
 
 
 def marked(source: str, lines: Mapping[int, int]) -> str:
-    """A file with a call before the statements that begin at these lines, with these numbers."""
+    """The text of a file with a call before each of the given lines.
+
+    Args:
+        source: the text.
+        lines: number of the mark, by line.
+    """
     text = source.splitlines(keepends=True)
     for line in sorted(lines, reverse=True):
         before = text[line - 1]
@@ -123,12 +142,17 @@ def marked(source: str, lines: Mapping[int, int]) -> str:
 
 
 def first_failure(copy: Path, tests: Sequence[Test], limit_s: float) -> tuple[str | None, float]:
-    """(the first of `tests` that fails, None if all pass; seconds)."""
+    """Run tests until one fails.
+
+    Returns:
+        (name of the first test that fails or None, seconds).
+    """
     report = copy / "outcome.json"
     report.unlink(missing_ok=True)
     begun = time.monotonic()
     names = [test.name for test in tests]
-    # Of the processor, as the machine may be busy; ten times as long if nothing happens at all.
+    # The limit is processor time, because the machine may be busy. Ten times the limit in
+    # wall-clock time covers a process that does not run at all.
     status = _wait(_child(copy, lambda: _fail(names, report), limit_s), 10 * limit_s)
     taken = time.monotonic() - begun
     if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
@@ -139,9 +163,13 @@ def first_failure(copy: Path, tests: Sequence[Test], limit_s: float) -> tuple[st
 
 
 def _child(copy: Path, work: Any, limit_s: float | None = None) -> int:
-    """Fork; the child imports the copy, does `work` and ends. Its process id.
+    """Fork. The child imports the copy, does `work` and ends.
 
-    limit_s: seconds of the processor, after which the child is ended."""
+    Args:
+        limit_s: limit of processor seconds.
+    Returns:
+        The child's process id.
+    """
     child = os.fork()
     if child:
         return child
@@ -166,7 +194,7 @@ def _child(copy: Path, work: Any, limit_s: float | None = None) -> int:
 
 
 def _wait(child: int, limit_s: float) -> int | None:
-    """The status of a child, None if it took too long; whatever it started is ended."""
+    """The status of a child; None after a timeout. Also ends all processes of the child."""
     end, status = time.monotonic() + limit_s, None
     while status is None and time.monotonic() < end:
         ended, found = os.waitpid(child, os.WNOHANG)
@@ -180,6 +208,7 @@ def _wait(child: int, limit_s: float) -> int | None:
 
 
 def _import(copy: Path) -> None:
+    """Import mesa_train and check that it is the copy."""
     import mesa_train
 
     assert mesa_train.__file__ is not None
@@ -187,7 +216,7 @@ def _import(copy: Path) -> None:
 
 
 class _Noting:
-    """A plugin of pytest: the outcome, seconds and executed marks of each test."""
+    """pytest plugin that records the outcome, seconds and executed marks of each test."""
 
     def __init__(self, seen: set[int]) -> None:
         self.seen, self.begun = seen, 0.0
@@ -196,12 +225,14 @@ class _Noting:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, Any]:
+        """Record the marks that collection executes."""
         self.seen.clear()
         report = yield
         self._share(collector.nodeid)
         return report
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep at most `_OF_A_FILE` tests of each file."""
         files: dict[str, list[Any]] = {}
         for item in items:
             files.setdefault(item.nodeid.partition("::")[0], []).append(item)
@@ -210,10 +241,12 @@ class _Noting:
         items[:] = [item for item in items if item in taken]
 
     def pytest_runtest_protocol(self) -> None:
+        """Start the record of a test."""
         self.seen.clear()
         self.begun = time.process_time()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the outcome of a phase of a test."""
         row = self.rows.setdefault(
             report.nodeid, {"name": report.nodeid, "seconds": 0.0, "passed": True}
         )
@@ -225,17 +258,21 @@ class _Noting:
             row["own"] = set(self.seen)
 
     def _share(self, node: str) -> None:
-        """What collecting and setting up executes counts for all tests of a file: a fixture may serve
-        all of them."""
+        """Count marks executed in collection and setup for all tests of a file.
+
+        The tests may share a fixture.
+        """
         self.shared.setdefault(node.partition("::")[0], set()).update(self.seen)
 
     def finished(self) -> list[dict[str, Any]]:
+        """The recorded rows."""
         for name, row in self.rows.items():
             row["marks"] = sorted(row.pop("own", set()) | self.shared[name.partition("::")[0]])
         return list(self.rows.values())
 
 
 def _note(copy: Path, files: Sequence[str], report: Path) -> None:
+    """Run test files and write the recorded rows."""
     _import(copy)
     noting = _Noting(importlib.import_module(_WATCH).SEEN)
     pytest.main([*_OPTIONS, *_QUIET, *files], plugins=[noting])
@@ -243,28 +280,32 @@ def _note(copy: Path, files: Sequence[str], report: Path) -> None:
 
 
 class _First:
-    """A plugin of pytest: runs given tests in given order, and remembers what fails first."""
+    """pytest plugin that runs given tests in a given order and records the first failure."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.order = {name: number for number, name in enumerate(names)}
         self.by: str | None = None
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep the given tests in the given order."""
         items[:] = sorted(
             (item for item in items if item.nodeid in self.order),
             key=lambda item: self.order[item.nodeid],
         )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the first failure of a test."""
         if report.failed and self.by is None:
             self.by = report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
+        """Record the first failure of collection."""
         if report.failed and self.by is None:
             self.by = f"{report.nodeid} (collected)"
 
 
 def _fail(names: Sequence[str], report: Path) -> None:
+    """Run tests and write the name of the first failure."""
     sys.dont_write_bytecode = True
     try:
         _import(Path.cwd())
@@ -280,7 +321,7 @@ def _fail(names: Sequence[str], report: Path) -> None:
 
 @contextlib.contextmanager
 def changed(path: Path, source: str) -> Iterator[None]:
-    """A context in which a file has another text."""
+    """Context manager in which a file has another text."""
     before = path.read_text()
     _replace(path, source)
     try:
@@ -290,7 +331,8 @@ def changed(path: Path, source: str) -> Iterator[None]:
 
 
 def _replace(path: Path, source: str) -> None:
-    # Python takes a file of the same size and second for the same file.
+    """Write a file and remove its cached bytecode."""
+    # Python does not notice a change that keeps a file's size and second of modification.
     for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
         cached.unlink()
     path.write_text(source)

@@ -1,8 +1,8 @@
-"""Mutants: small wrong changes of a Python file, for `mutate.py`.
+"""Mutants for `mutate.py`: small wrong changes of a Python file.
 
-A mutant replaces one node of the syntax tree, at its place in the text, so that all other lines stay
-as they are. Left alone are docstrings, annotations, messages of errors and logs, names of things, and
-code that only a type checker reads: no test is expected to notice those.
+A mutant replaces one node of the syntax tree at its place in the text, so all other lines stay
+unchanged. Docstrings, annotations, messages of errors and logs, names, and code for type checkers
+are not changed, because no test checks them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BINARY: dict[type[ast.operator], ast.operator] = {
     ast.LShift: ast.RShift(),
     ast.RShift: ast.LShift(),
 }
-# The bound of an order, and the sense of an equality.
+# Changes the bound of an order and the sense of an equality.
 _COMPARED: dict[type[ast.cmpop], ast.cmpop] = {
     ast.Lt: ast.LtE(),
     ast.LtE: ast.Lt(),
@@ -37,18 +37,27 @@ _COMPARED: dict[type[ast.cmpop], ast.cmpop] = {
     ast.In: ast.NotIn(),
     ast.NotIn: ast.In(),
 }
-# Calls whose loss or arguments no test is asked to notice.
+# Calls whose removal or arguments no test needs to detect.
 _SPOKEN = ("logger", "warnings", "logging", "typing", "TypeVar", "cast")
-# Raise at once with their arguments swapped.
+# Functions that raise at once if their arguments are swapped.
 _ORDERED = ("isinstance", "issubclass", "getattr", "hasattr", "setattr")
 _SPOKEN_NAMES = ("__slots__", "__all__", "logger")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """line, column: of the node, from 1. kind: of the change. before, after: the text of the node.
-    source: the whole file with the change. marks: the line where the statement begins that holds the node;
-    where the node runs on import or Triton compiles it, a line of each other function of the file."""
+    """One change of a file.
+
+    Attributes:
+        line: of the node, from 1.
+        column: of the node, from 1.
+        kind: of the change.
+        before: text of the node.
+        after: text that replaces it.
+        source: the whole file with the change.
+        marks: the first line of the statement that holds the node. If the node runs on import, or
+            Triton compiles it: one line in each other function of the file.
+    """
 
     line: int
     column: int
@@ -85,7 +94,7 @@ def mutants(source: str) -> list[Mutant]:
 
 
 def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
-    """The line where the statement of each node in a function begins."""
+    """The first line of the statement of each node inside a function."""
     found: dict[int, int] = {}
 
     def visit(node: ast.AST, inside: bool, line: int) -> None:
@@ -95,7 +104,7 @@ def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
             found[id(node)] = line
         function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _compiled(node)
         for field, value in ast.iter_fields(node):
-            # Defaults and decorators run outside.
+            # Defaults and decorators run outside the function.
             within = inside or (function and field == "body")
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
@@ -106,13 +115,13 @@ def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
 
 
 def _begins(node: ast.stmt, text: list[str]) -> bool:
-    """Whether a line may be put before the statement: not within an `elif`, or after `def f():`."""
+    """Whether a line may precede the statement: not in an `elif`, nor after `def f():`."""
     line = text[node.lineno - 1]
     return not line[: node.col_offset].strip() and not line.lstrip().startswith("elif ")
 
 
 def _first_statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """The first of each function, after its docstring."""
+    """The first statement of each function, after its docstring."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _compiled(node):
             body = node.body[ast.get_docstring(node) is not None :]
@@ -120,7 +129,7 @@ def _first_statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _compiled(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether Triton compiles the function: nobody sees which of its lines run."""
+    """Whether Triton compiles the function: then its executed lines are unknown."""
     return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
@@ -128,7 +137,7 @@ _Change = tuple[ast.expr | ast.stmt, str, str]
 
 
 def _changes(tree: ast.Module) -> Iterator[_Change]:
-    """(node, kind, text instead of it) of each change."""
+    """(node, kind, replacement text) of each change."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -157,7 +166,7 @@ def _below(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _spoken(node: ast.Expr | ast.Call) -> bool:
-    """Whether it is a docstring, a message, or for a type checker."""
+    """Whether a node is a docstring, a message, or for a type checker."""
     if isinstance(node, ast.Expr):
         if isinstance(node.value, ast.Constant):
             return True
@@ -166,6 +175,7 @@ def _spoken(node: ast.Expr | ast.Call) -> bool:
 
 
 def _assigned(node: ast.Assign) -> str:
+    """The target of an assignment, as text."""
     return ast.unparse(node.targets[0])
 
 
@@ -206,13 +216,15 @@ def _of(node: ast.AST) -> Iterator[_Change]:
 
 
 def _does(node: ast.Expr) -> bool:
-    """Whether a statement is for its effect: no message, and no yield, without which a generator is
-    none."""
+    """Whether a statement exists for its effect: no message and no yield.
+
+    Without its yield, a function is no generator.
+    """
     return not _spoken(node) and not isinstance(node.value, (ast.Yield, ast.YieldFrom))
 
 
 def _about_types(node: ast.BinOp) -> bool:
-    """Whether `X | Y` joins types."""
+    """Whether `X | Y` is a union of types."""
     return isinstance(node.op, ast.BitOr) and any(
         isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right)
     )

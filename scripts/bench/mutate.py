@@ -1,5 +1,6 @@
-"""Mutation testing: makes random wrong changes of the package, one at a time, and runs the fast tests of
-their area. A mutant that no test notices shows a line that no test guards.
+"""Mutation testing: random wrong changes of the package, one at a time, against the fast tests.
+
+A mutant that no test detects shows a line that no test guards.
 
     python scripts/bench/mutate.py --count 200 --seed 0
     python scripts/bench/mutate.py --areas ops --count 40       more of one area
@@ -8,10 +9,12 @@ their area. A mutant that no test notices shows a line that no test guards.
     python scripts/bench/mutate.py --equivalent ID "the reason"
     python scripts/bench/mutate.py --summary
 
-Mutants are drawn without repetition; what has a row already is not run again, so a run may be cut and
-continued, and a larger count adds to a smaller one. The package and its tests are copied to a temporary
-folder and changed there. A mutant is met by those tests of its area that execute its statement; it counts
-as killed too if they take five times as long as without it, and a minute.
+Mutants are drawn without repetition. A mutant with a row does not run again, so a run may be
+interrupted and continued, and a larger count adds to a smaller one. The script copies the package
+and its tests to a temporary folder and changes the copy.
+
+Only the tests of the mutant's area that execute its statement run against it. A mutant also counts
+as killed if the tests take five times as long as without it, and a minute more.
 """
 
 from __future__ import annotations
@@ -34,23 +37,28 @@ from mutant_tests import REPOSITORY, Test
 from mutants import Mutant, mutants
 
 RESULTS = REPOSITORY / "docs" / "results" / "mutations.jsonl"
-MANY = 500  # tests of one file
-MOST_S = 30.0  # of the tests that meet one mutant
+MANY = 500  # a file with more tests runs last
+MOST_S = 30.0  # seconds of all tests for one mutant
 
 
 class Area(NamedTuple):
-    """sources: patterns of files below mesa_train. tests: patterns of what guards them; after `!`, of
-    what does not."""
+    """A part of the package.
+
+    Attributes:
+        sources: patterns of files below mesa_train.
+        tests: patterns of the tests that guard them; `!` excludes files.
+    """
 
     sources: tuple[str, ...]
     tests: tuple[str, ...]
 
 
 def _area(sources: str, tests: str) -> Area:
+    """An area from patterns separated by spaces."""
     return Area(tuple(sources.split()), tuple(tests.split()))
 
 
-# A file belongs to the first area with a pattern for it.
+# A file belongs to the first area with a matching pattern.
 AREAS = {
     "policy": _area(
         "policy.py utils/yaml_text.py",
@@ -88,7 +96,8 @@ AREAS = {
         "training/*.py training/*/*.py", "training/test_*.py training/*/test_*.py utils/test_*.py"
     ),
 }
-# No area: files that need a GPU, run in processes of their own, draw, or hold no part of the method.
+# Files without an area: they need a GPU, run in separate processes, draw pictures, or hold no part
+# of the method.
 APART = (
     "ops/attention_cuda.py",
     *("compare/worker.py", "compare/fork_server.py", "compare/scheduler.py", "measure/on_gpu.py"),
@@ -100,7 +109,7 @@ APART = (
 
 
 class Place(NamedTuple):
-    """A mutant and where it is."""
+    """A mutant and its location."""
 
     area: str
     file: str
@@ -108,14 +117,14 @@ class Place(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The same for the same change of the same line, wherever in the file it stands."""
+        """The same for the same change of the same line, at any position in the file."""
         line = self.mutant.source.splitlines()[self.mutant.line - 1]
         said = "|".join((self.file, str(self.mutant.column), self.mutant.kind, line))
         return hashlib.sha1(said.encode()).hexdigest()[:10]
 
     @property
     def marks(self) -> set[tuple[str, int]]:
-        """(file, line) of its statement; of every function of the file, where it runs on import."""
+        """(file, line) of its statement; of every function of the file if it runs on import."""
         return {(self.file, line) for line in self.mutant.marks}
 
 
@@ -168,11 +177,12 @@ def _places() -> dict[str, list[Place]]:
 
 
 def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file matches one of the patterns."""
     return any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
 
 
 def _tests(patterns: tuple[str, ...]) -> list[str]:
-    """The files of tests that these patterns name, from the repository's root."""
+    """The test files that match these patterns, relative to the repository's root."""
     found: dict[str, None] = {}
     for pattern in patterns:
         files = sorted((REPOSITORY / "tests").glob(pattern.lstrip("!")))
@@ -190,6 +200,7 @@ def _tests(patterns: tuple[str, ...]) -> list[str]:
 def _run(
     drawn: dict[str, Place], rows: dict[str, dict[str, Any]], out: Path, patterns: str
 ) -> None:
+    """Run mutants against their tests and write the rows."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
         mutant_tests.copy_to(copy)
@@ -211,18 +222,27 @@ def _run(
 
 
 def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
-    """The tests that execute one of these marks, for a file of constants all of them; the shortest
-    first, at most MOST_S of them."""
+    """The tests that execute one of these marks, shortest first, at most MOST_S seconds in all.
+
+    A file of constants has no marks: all tests count.
+    """
     ran = sorted((t for t in tests if not marks or t.marks & marks), key=lambda t: t.seconds)
     total = itertools.accumulate(test.seconds for test in ran)
     return [test for test, so_far in zip(ran, total, strict=True) if so_far <= MOST_S]
 
 
 def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str]) -> dict[str, Any]:
-    """The row of a mutant. large: files of tests that come last."""
+    """The row of a mutant.
+
+    Args:
+        copy: the copied repository.
+        place: the mutant.
+        tests: that run against it.
+        large: test files that run last.
+    """
     mutant, path = place.mutant, copy / "mesa_train" / place.file
     by, seconds = None, 0.0
-    # To collect a file of a thousand tests takes longer than most mutants live.
+    # Collecting a file of a thousand tests takes longer than killing most mutants.
     parts = [[t for t in tests if (t.file in large) == last] for last in (False, True)]
     with mutant_tests.changed(path, mutant.source):
         for part in filter(None, parts):
@@ -247,6 +267,7 @@ def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str])
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file, by id."""
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -254,18 +275,21 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write rows atomically."""
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     partial.replace(path)
 
 
 def _mark(rows: dict[str, dict[str, Any]], which: str, reason: str) -> None:
+    """Mark a mutant as equivalent."""
     if which not in rows:
         raise SystemExit(f"no row has the id {which!r}")
     rows[which] |= {"outcome": "equivalent", "by": None, "reason": reason}
 
 
 def _tell(rows: dict[str, dict[str, Any]]) -> None:
+    """Print counts by area, and the survivors."""
     for name in dict.fromkeys(row["area"] for row in rows.values()):
         counts = Counter(row["outcome"] for row in rows.values() if row["area"] == name)
         print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))

@@ -1,25 +1,27 @@
-"""Every operator against a copy of the bytes it must move: what a kernel could at best take.
+"""Benchmark of every operator against a copy of the bytes that it must move: a kernel's best time.
 
-An operator must read each of its inputs and write each of its outputs once. Beside it, in turns,
-runs a copy that reads and writes as many bytes altogether, into memory that is there already; the
-operator allocates its output, as it does in training. Caches are flushed before each. `share` is
-the copy's time by the operator's, the median over rounds of the ratio within one round, so 1 means
-that the arithmetic is free.
+An operator must read each of its inputs and write each of its outputs once. The baseline is a copy
+that reads and writes as many bytes in total, into allocated memory. The operator allocates its
+output, as in training. Operator and copy take turns, and caches are flushed before each. `share` is
+the copy's time over the operator's, the median over rounds of the ratio within one round. A share
+of 1 means that the arithmetic costs nothing.
 
-Two things make the copy comparable. After the flush, on the CPU, either is called once on a few rows
-of other tensors: a step calls each operator dozens of times, and without that 40 to 60 us of every
-call went to fetching dispatcher and code from memory, where the copy's took 14. And where an input's
-rows do not follow each other in memory, the copy reads rows that lie as they do: on one core that
-alone takes 1.8 times as long as reading as many bytes in one piece.
+Two measures make the copy comparable:
+
+- On the CPU, after the flush, operator and copy are each called once on a few rows of other
+  tensors. A step calls each operator dozens of times. Without the first call, every operator call
+  spends 40 to 60 us on loading dispatcher and code from memory, and every copy 14 us.
+- If an input's rows are not adjacent in memory, the copy reads rows with the same layout. On one
+  core this alone takes 1.8 times as long as reading as many contiguous bytes.
 
     python scripts/bench/ops.py                   shapes of vit_small at batch 16 on the CPU
     python scripts/bench/ops.py --device cuda     shapes of vit_base at batch 128
     python scripts/bench/ops.py --operators affine_encode,norm_backward --bits 4
-    python scripts/bench/ops.py --dtype float32   what a processor without bfloat16 trains in
+    python scripts/bench/ops.py --dtype float32   for a processor without bfloat16
 
 Rows go to docs/results/ops.jsonl. On a GPU the time is the device's own (events around each call),
-and `host_us` is what a call costs the processor that launches it.
-MESA_TRAIN_CPU_KERNELS=0 and MESA_TRAIN_TRITON=0 measure the plain-torch reference instead.
+and `host_us` is the time that a launch costs the processor. MESA_TRAIN_CPU_KERNELS=0 and
+MESA_TRAIN_TRITON=0 measure the plain-torch reference instead.
 """
 
 from __future__ import annotations
@@ -46,17 +48,24 @@ from mesa_train.utils.formatting import format_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GROUP_SIZE = 128
-# The one that codes several operands in a pass is the CPU's.
+# affine_encode_parts codes several operands in one pass; it exists on the CPU only.
 OPERATORS = (*triton_load.OPERATORS, "affine_encode_parts")
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-# tokens, width and hidden width of the model whose shapes are measured.
+# Tokens, width and hidden width of the measured model.
 SHAPES = {"cpu": (16 * 197, 384, 1536), "cuda": (128 * 197, 768, 3072)}
-# More than the last-level cache of a GPU, or of the cores a process has.
+# More than the last-level cache of a GPU, or of a process's cores.
 FLUSH_BYTES = 128 * 2**20
 
 
 class Case(NamedTuple):
-    """One call. `reads` are the tensors it must read; what it returns it must write."""
+    """One call.
+
+    Attributes:
+        operator: its name.
+        variant: of the inputs.
+        call: the call; it must write its results.
+        reads: the tensors that it must read.
+    """
 
     operator: str
     variant: str
@@ -64,7 +73,7 @@ class Case(NamedTuple):
     reads: tuple[Tensor, ...]
 
 
-# Rows of the call before a measured one.
+# Rows of the small call before a measured call.
 FEW = 16
 
 
@@ -117,14 +126,14 @@ def main(
 
 
 def offered(device: str) -> tuple[str, ...]:
-    """The operators that are used on a kind of device."""
+    """The operators that a kind of device uses."""
     if device == "cpu":
         return tuple(o for o in OPERATORS if o != "activation_pair_sum")
     return tuple(triton_load.OPERATORS)
 
 
 def backend(operator: str, device: str) -> str:
-    """Which body of an operator runs on a kind of device."""
+    """The body of an operator that runs on a kind of device."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not has_kernel(f"mesa_train::{operator}", device.upper()):
         return "reference"
@@ -209,7 +218,7 @@ def cases(
 
 
 def softmax_cases(b: int, scores: Tensor) -> Iterator[Case]:
-    """The calls on attention's weights, in `b` bits."""
+    """The calls on attention weights, in `b` bits."""
     ops = torch.ops.mesa_train
     code = b, GROUP_SIZE, False, 0
     coded = ops.affine_encode.default(scores.softmax(1), *code)
@@ -235,7 +244,7 @@ def encode_cases(
     statistics: tuple[Tensor, Tensor],
     parameters: tuple[Tensor, Tensor],
 ) -> Iterator[Case]:
-    """The calls that make codes of `b` bits."""
+    """The calls that produce codes of `b` bits."""
     ops = torch.ops.mesa_train
     (mean, rstd), (weight, bias) = statistics, parameters
     for stochastic in (False, True):
@@ -289,14 +298,14 @@ def mask_cases(x: Tensor, grad: Tensor) -> Iterator[Case]:
     )
 
 
-# A call that is measured, and one on a few rows that goes before it.
+# A measured call, and a call on a few rows that precedes it.
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
-# (operator, copy, rounds): microseconds of each in every round, and of a launch on a GPU.
+# From (operator, copy, rounds) to microseconds of each in every round, and of a launch on a GPU.
 Timer = Callable[[Calls, Calls, int], tuple[list[float], list[float], Any]]
 
 
 def on_cpu(operator: Calls, copy: Calls, rounds: int) -> tuple[list[float], list[float], None]:
-    """Wall-clock times of the two in turns."""
+    """Wall-clock times of operator and copy in turns."""
     flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):  # the first one warms up
@@ -312,14 +321,14 @@ def on_cpu(operator: Calls, copy: Calls, rounds: int) -> tuple[list[float], list
 
 
 def on_gpu(operator: Calls, copying: Calls, rounds: int) -> tuple[list[float], list[float], float]:
-    """Times between events in turns, and the host's time per launch."""
+    """Times between events of operator and copy in turns, and the host's time per launch."""
     call, copy = operator[0], copying[0]
     flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
     call(), copy()
     marks = []
     for _ in range(rounds):
         for run in (call, copy):
-            # The device is busy with this while the host prepares the call behind it.
+            # The flush keeps the device busy while the host prepares the next call.
             flush.add_(1)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -338,7 +347,7 @@ def on_gpu(operator: Calls, copying: Calls, rounds: int) -> tuple[list[float], l
 
 
 def copying(case: Case, moved: int) -> Callable[[], Any]:
-    """A copy of moved / 2 bytes, from rows that lie as those of the operator's input do."""
+    """A copy of moved / 2 bytes, from rows with the layout of the operator's input."""
     x = case.reads[0]
     if x.is_contiguous():
         source = torch.ones(moved // 2, dtype=torch.uint8, device=x.device)
@@ -351,7 +360,7 @@ def copying(case: Case, moved: int) -> Callable[[], Any]:
 
 
 def measure(case: Case, small: Case, rounds: int, timer: Timer) -> records.Row:
-    """The row of one call; `small` is the same on a few rows."""
+    """The row of one call. `small` is the same call on a few rows."""
     result = case.call()
     writes = (result,) if isinstance(result, Tensor) else result
     moved = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])

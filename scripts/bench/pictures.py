@@ -1,4 +1,4 @@
-"""A trained model and images to look at it with, for the scripts that draw pictures."""
+"""Trained model and input images for the scripts that draw pictures."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Plans against measurement: for models of several families and several budgets, what `plan`
-predicts and what a real step then takes.
+"""Benchmark of the planner: predictions of `plan` against measured steps.
 
-One row per model and budget goes to docs/results/plans.jsonl. A budget is given as a share of the
-option from the smallest reachable peak (0) to plain's (1). Times are forward plus backward, of plain
-and the plan in turns.
+The script covers models of several families and several budgets.
+
+One row for each model and budget goes to docs/results/plans.jsonl. A budget is a share: 0 is the
+smallest reachable peak, 1 is plain's peak. Times are forward plus backward; plain and the plan take
+turns.
 
     python scripts/bench/planner.py
     python scripts/bench/planner.py --models swin_tiny_patch4_window7_224 --batch-size 4
@@ -112,6 +113,7 @@ def measured(
 
 
 def _line(name: str, share: float, row: records.Row) -> str:
+    """One line that compares predictions and measurements."""
     said, seen = row["predicted"], row["measured"]
     return (
         f"{name} {share:.0%}: kept {format_bytes(said['saved_bytes'])} ({format_bytes(seen['saved_bytes'])}), "

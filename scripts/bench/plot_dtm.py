@@ -1,7 +1,8 @@
-"""Where deformable token merging samples: LIT's figure, for one token of the last stage.
+"""Plot of the sampling points of deformable token merging: LIT's figure, for one last-stage token.
 
-A token of the last stage is a merge of 2x2 points in stage 3, each of these of 2x2 in stage 2, and
-so on: 4, 16 and 64 points. Grey squares mark the regular grid, coloured dots where the offsets move it.
+A token of the last stage merges 2x2 points of stage 3, each of these merges 2x2 points of stage 2,
+and so on: 4, 16 and 64 points. Grey squares mark the regular grid, coloured dots the points after
+the offsets.
 
     python scripts/bench/plot_dtm.py --model litv2_s --weights litv2_s.pth --image photo.jpg
     python scripts/bench/plot_dtm.py --run runs/litv2_quickstart
@@ -59,7 +60,11 @@ def main(
 
 @torch.no_grad()
 def sampled_points(model: nn.Module, images: Tensor) -> tuple[list[Any], list[Any]]:
-    """Per image and level the points (4, 2), (16, 2), (64, 2) in pixels (y, x), moved and regular."""
+    """The points of each image and level, (4, 2), (16, 2), (64, 2) in pixels (y, x).
+
+    Returns:
+        (moved points, regular points).
+    """
     merges = [m for m in model.modules() if isinstance(m, DeformConv)]
     offsets: list[Tensor] = []
     hooks = [
@@ -88,7 +93,7 @@ def _trace(maps: list[Tensor], start: Tensor, moved: bool) -> list[Tensor]:
         taps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).float()
         shift = offset[:, rows, columns].T.view(-1, 4, 2) if moved else 0
         points = (2 * points[:, None] + taps + shift).flatten(0, 1)
-        # A token of the finer map covers this many pixels.
+        # Pixels that a token of the finer map covers.
         stride = 4 * 2 ** (len(maps) - 1 - depth)
         levels.append((points + 0.5) * stride - 0.5)
     return levels

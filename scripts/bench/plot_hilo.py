@@ -1,7 +1,8 @@
-"""What HiLo's branches look at: the magnitude of the frequencies in their outputs.
+"""Plot of the frequencies in the outputs of HiLo's two branches.
 
-For every block with HiLo: log |FFT| of the Hi-Fi and the Lo-Fi output, shifted so that low
-frequencies are in the middle, averaged over images and channels; and the share of high frequencies.
+For every block with HiLo, the plot shows log |FFT| of the Hi-Fi and the Lo-Fi output, averaged over
+images and channels, with low frequencies in the middle. It also gives the share of high
+frequencies.
 
     python scripts/bench/plot_hilo.py --run runs/litv2_quickstart
     python scripts/bench/plot_hilo.py --model litv2_s --weights litv2_s.pth --image photo.jpg
@@ -54,7 +55,7 @@ def main(
 
 @torch.no_grad()
 def spectra(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean log magnitude (H, W) of both branches by the name of the layer that has both."""
+    """Mean log magnitude (H, W) of both branches, by the name of each layer that has both."""
     maps: dict[str, list[Tensor]] = {}
     hooks = []
     for name, layer in model.named_modules():
@@ -76,6 +77,8 @@ def high_share(spectrum: Tensor) -> float:
 
 
 def _note(into: list[Tensor]) -> Any:
+    """A hook that stores a branch's output."""
+
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         into.append(output.float())
 
@@ -83,7 +86,7 @@ def _note(into: list[Tensor]) -> Any:
 
 
 def _log_magnitude(maps: Tensor) -> Tensor:
-    """Of maps (B, H, W, C): (H, W)."""
+    """Mean log magnitude (H, W) of maps (B, H, W, C)."""
     transformed = torch.fft.fftshift(torch.fft.fft2(maps, dim=(1, 2)), dim=(1, 2))
     return transformed.abs().clamp_min(1e-8).log().mean((0, 3))
 

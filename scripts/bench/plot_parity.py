@@ -1,8 +1,8 @@
-"""Draws docs/results/train_parity.png from the rows that train_parity.py wrote.
+"""Plot of the rows that train_parity.py wrote: docs/results/train_parity.png.
 
     python scripts/bench/plot_parity.py [ROWS.jsonl] [PICTURE.png]
 
-Rows of other settings than those of the newest row are left out.
+Only rows with the settings of the newest row are drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(
     rows: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.jsonl",
     picture: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.png",
 ) -> None:
-    """Draw loss, held-out accuracy, and every seed's final accuracy, per policy."""
+    """Draw loss, held-out accuracy, and every seed's final accuracy, for each policy."""
     recorded = records.read(rows)
     if not recorded:
         raise SystemExit(f"plot_parity: no rows in {rows}; run scripts/bench/train_parity.py first")
@@ -39,11 +39,11 @@ def main(
     )
     plots.curves(loss, recorded, "train_loss", "training loss")
     plots.curves(accuracy, recorded, "val_accuracy", "held-out accuracy (%)", scale=100)
-    # The first epochs would squeeze the differences at the end out of sight.
+    # With the first epochs in range, the differences at the end would be invisible.
     worst = 100 * min(row["val_accuracy"] for row in final)
     accuracy.set_ylim(max(0, 100 - 4 * (100 - worst)), 100)
     plots.dots(last, final, "val_accuracy", "final held-out accuracy (%)", scale=100)
-    # Three points at least, so that a handful of images does not look like a difference.
+    # A range of at least three points, so that a few images do not look like a difference.
     low, high = last.get_ylim()
     margin = max(0, 3 - (high - low)) / 2
     last.set_ylim(low - margin, high + margin)

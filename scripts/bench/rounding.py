@@ -1,7 +1,8 @@
-"""Rounding, group size and bits: the gradient error of each choice behind the presets, and its bytes.
+"""Benchmark of rounding, group size and bits: the gradient error and bytes of the presets' choices.
 
-One row per variant goes to docs/results/rounding.jsonl. One batch, one random initialisation: it shows
-noise, not bias, so it is no proof that a choice trains as well; train_parity.py is.
+One row for each variant goes to docs/results/rounding.jsonl. The script uses one batch and one
+random initialisation. It therefore shows noise, not bias, and does not prove that a choice trains
+as well; train_parity.py does.
 
     python scripts/bench/rounding.py
 """

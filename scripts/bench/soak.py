@@ -1,12 +1,15 @@
-"""Trains a small model for thousands of steps with every preset, and with fused forwards, and watches what
-stays: resident memory, and the tensors that were saved for the backward.
+"""Soak test: thousands of training steps with every preset, and with fused forwards, against leaks.
 
-Two steps of ten raise, one in the forward and one in the backward, as a training run's bad batch would.
-Appends a row per policy to docs/results/soak.jsonl, with the slope of resident memory over the second half
-of its steps, and prints it; fails if a slope exceeds `--limit` bytes per step, or if anything that was kept
-outlives its step. A leak of one stash a step would be 8 KiB or more; what an allocator does is noise of
-tens of bytes per step over 2,000 steps. Steps are under bfloat16 autocast. A processor that only emulates
-bfloat16 takes it in one step of three, and float32 in the others.
+The script watches resident memory and the tensors saved for the backward. Two steps of ten raise,
+one in the forward and one in the backward, as a bad batch of a training run would.
+
+It prints a row for each policy and appends the row to docs/results/soak.jsonl, with the slope of
+resident memory over the second half of the steps. It fails if a slope exceeds `--limit` bytes per
+step, or if a saved tensor outlives its step. A leak of one stash a step would be 8 KiB or more. The
+allocator's noise is tens of bytes per step over 2,000 steps.
+
+Steps are under bfloat16 autocast. A processor that only emulates bfloat16 uses it in one step of
+three, and float32 in the others.
 
     python scripts/bench/soak.py                         2,000 steps of each policy
     python scripts/bench/soak.py --steps 300 --out ''    a short look
@@ -38,7 +41,7 @@ POLICIES = {
 
 
 class _Fails(torch.autograd.Function):
-    """Raises in its backward."""
+    """The identity, with a backward that raises."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:  # noqa: ARG004
@@ -50,14 +53,14 @@ class _Fails(torch.autograd.Function):
 
 
 class Kept:
-    """Context manager: notes what is saved for the backward inside. `left()` is how many of those
-    storages still live, Parameters apart."""
+    """Context manager that records the tensors saved for the backward, without Parameters."""
 
     def __init__(self) -> None:
         self.storages: list[StorageWeakRef] = []
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        """Record the storage of a saved tensor."""
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             self.storages.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor
@@ -70,6 +73,7 @@ class Kept:
         self.hooks.__exit__(*error)
 
     def left(self) -> int:
+        """The number of recorded storages that still exist."""
         return len([s for s in self.storages if not s.expired()])
 
 
@@ -79,7 +83,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     out: Annotated[str, typer.Option(help="File for the rows; '' for none.")] = str(RESULTS),
 ) -> None:
-    """Resident memory over many steps of every policy."""
+    """Measure resident memory over many steps of every policy."""
     torch.manual_seed(0)
     grown = []
     for name, policy in POLICIES.items():
@@ -100,14 +104,18 @@ def main(
 
 
 def soak(policy: mesa_train.Policy, steps: int, batch_size: int) -> records.Row:
-    """The slope of resident memory over the second half of the steps, the memory at the end, how many
-    steps failed, and how many storages outlived their step."""
+    """Train under one policy.
+
+    Returns:
+        The slope of resident memory over the second half of the steps, the memory at the end, the
+            number of failed steps, and the number of storages that outlived their step.
+    """
     model = mesa_train.wrap(_small_vit(), policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen: list[tuple[int, int]] = []
     failed = left = 0
     every = 3 if choose("bf16", "cpu").emulated else 1
-    # Collections are of what the steps leave, not of all that was imported.
+    # The garbage collector then visits only objects of the steps, not all imported modules.
     gc.freeze()
     before = Kept()
     for step in range(steps):
@@ -115,7 +123,7 @@ def soak(policy: mesa_train.Policy, steps: int, batch_size: int) -> records.Row:
         half = step % every == 0
         failed += not _step(model, optimizer, torch.randn(batch_size, 3, 32, 32), step, kept, half)
         if step % 50 in (14, 15, 18):
-            # What a failed backward handed on goes with the next one that works.
+            # Objects of a failed backward are freed with the next backward that works.
             gc.collect()
             left += kept.left() + before.left()
         if step % 50 == 15 and step >= steps // 2:
@@ -137,7 +145,7 @@ def _step(
     kept: Kept,
     half: bool,
 ) -> bool:
-    """One step of training, `half` under bfloat16 autocast; whether it came to its end."""
+    """Take one step, under bfloat16 autocast if `half`. Returns whether the step completed."""
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=half), kept:
             loss = _run(model, images, step)
@@ -151,6 +159,7 @@ def _step(
 
 
 def _small_vit() -> nn.Module:
+    """A ViT of two blocks and width 64."""
     import timm
 
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -158,7 +167,7 @@ def _small_vit() -> nn.Module:
 
 
 def _run(model: nn.Module, images: Tensor, step: int) -> Tensor:
-    """The loss; now and then a hook in the middle of the model fails."""
+    """The loss. In two steps of ten, a hook in the middle of the model raises."""
     if step % 10 not in (3, 7):
         return model(images).float().square().mean()
 

@@ -1,14 +1,14 @@
-"""Whole training steps of real models: time, saved bytes and gradient error of baselines in one run.
+"""Benchmark of whole training steps of real models: time, saved bytes and gradient error.
 
 All methods share one model, one batch and one process, and take turns: a round runs every method
-once, in an order that rotates. A method's time ratio is the median over rounds of its time by
-plain's in the same round, so that a machine that slows down slows all of them. The optimizer is
-AdamW at learning rate 0: it does all of its work and leaves the weights where they are.
+once, in a rotating order. A method's time ratio is the median over rounds of its time over plain's
+in the same round. A slow phase of the machine therefore slows all methods. The optimizer is AdamW
+at learning rate 0: it does all of its work and does not change the weights.
 
     python scripts/bench/step.py                      rows go to docs/results/bench_step.jsonl
     python scripts/bench/step.py --quick              3 rounds, rows go to runs/bench_step.jsonl
     python scripts/bench/step.py --models deit3_small_patch16_224 --methods plain,mesa4
-    python scripts/bench/step.py --dtype float32      what a processor without bfloat16 trains in
+    python scripts/bench/step.py --dtype float32      for a processor without bfloat16
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ METHODS = (
     "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,approx-bp,"
     "compile,compile-budget-0.5,compile-fp8,compile:mesa8"
 )
-# Policies that are no preset, under names of their own.
+# Policies beside the presets, by name.
 POLICIES = {"mesa8-fused": Policy(forward="fused")}
-# What a reader has to know of a row's time.
+# Remarks on the time of a method.
 REMARKS = {APPROX_BP: approx_bp.REMARK}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
@@ -124,7 +124,7 @@ def measure(
     rounds: int,
     advance: Callable[[], None],
 ) -> list[records.Row]:
-    """One row a method. A method that does not apply to the model gets a row with its reason."""
+    """One row for each method; a reason instead of numbers if it does not apply to the model."""
     bench = Bench(loaded, autocast)
     reference = bench.gradients(None)
     advance()
@@ -139,7 +139,7 @@ def measure(
             rows[method] = {"method": method, "note": str(reason)}
             continue
         except RuntimeError as reason:
-            # What a compiler refuses is a row too.
+            # A method that the compiler refuses gets a row too.
             lines = str(reason).strip().splitlines()
             rows[method] = {"method": method, "note": f"{type(reason).__name__}: {lines[0]}"}
             continue
@@ -176,8 +176,11 @@ def measure(
 
 
 def largest_batch(model: nn.Module, saved_per_image: float) -> int:
-    """Largest batch whose saved bytes fit `BUDGET_BYTES` beside float32 weights, gradients and
-    AdamW's two moments; the transient buffers of a single operator are left out."""
+    """The largest batch whose saved bytes fit `BUDGET_BYTES` with the static bytes.
+
+    Static bytes are float32 weights, gradients and AdamW's two moments. The workspace of single
+    operators does not count.
+    """
     states = 16 * sum(p.numel() for p in model.parameters())
     return max(0, int((BUDGET_BYTES - states) / saved_per_image))
 
@@ -194,13 +197,13 @@ class Bench:
         self.variants: dict[str, Variant] = {}
 
     def variant(self, method: str) -> Variant:
-        """The model made ready for `method`, once."""
+        """The model prepared for `method`; prepared once."""
         if method not in self.variants:
             self.variants[method] = Variant(self.model, POLICIES.get(method, method))
         return self.variants[method]
 
     def saved_bytes(self, method: str) -> int:
-        """Bytes saved for the backward; for save_on_cpu those of the copies in CPU memory."""
+        """Bytes saved for the backward. For save_on_cpu, bytes of the copies in CPU memory."""
         if method != SAVE_ON_CPU and not method.startswith(COMPILE):
             policy = POLICIES.get(method, method)
             found = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
@@ -208,7 +211,7 @@ class Bench:
         return self.variant(method).saved_bytes(lambda m: self.step.forward(m, self.inputs))
 
     def gradients(self, method: str | None) -> list[Tensor | None]:
-        """Every parameter's gradient with `method`; None is plain float32, the reference."""
+        """Every parameter's gradient with `method`; None for plain float32, the reference."""
         with self.variant(method or PLAIN).active() as module:
             (self.step if method else self.exact).backward(module, self.inputs)
         gradients = [p.grad for p in self.model.parameters()]
@@ -221,8 +224,7 @@ class Bench:
             return 1e3 * self.step.seconds(lambda: self._step(module))
 
     def peak_bytes(self, method: str) -> int:
-        """Most bytes allocated in a step, those of weights, optimizer states and inputs among
-        them."""
+        """Peak of allocated bytes in a step, with weights, optimizer states and inputs."""
         standing = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.inputs)]
         with self.variant(method).active() as module:
             peak = peak_of(lambda: self._step(module), self.device)
@@ -230,13 +232,14 @@ class Bench:
         return peak.allocated_bytes + states + sum([t.nbytes for t in standing])
 
     def _step(self, module: nn.Module) -> None:
+        """One whole training step."""
         self.step.backward(module, self.inputs)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def _quartiles(values: list[float]) -> list[float]:
-    """First and third; of fewer than four values the least and the greatest."""
+    """First and third quartile; minimum and maximum of fewer than four values."""
     if len(values) < 4:
         return [min(values), max(values)]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

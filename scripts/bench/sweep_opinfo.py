@@ -1,8 +1,10 @@
-"""Every sample of every differentiable function of PyTorch's own test list, under the interception.
+"""Sweep of PyTorch's tested operators: every sample of every differentiable function.
 
-One row per function goes to docs/results/sweep_opinfo.jsonl: samples run, samples whose outputs differ, the
-largest lossless and 8-bit error of a gradient, and the failures. tests/ops/test_opinfo.py runs a few samples
-of each.
+Each sample runs under mesa_train's interception.
+
+One row for each function goes to docs/results/sweep_opinfo.jsonl: samples run, samples whose
+outputs differ, the largest lossless and 8-bit error of a gradient, and the failures.
+tests/ops/test_opinfo.py runs a few samples of each function.
 
     python scripts/bench/sweep_opinfo.py
     python scripts/bench/sweep_opinfo.py --functions exp,nn.functional.conv2d
@@ -61,7 +63,7 @@ def row_of(op: OpInfo, most: int) -> Row:
         for policy, given in POLICIES.items():
             try:
                 found, coded = _run(op, sample, given)
-            except Exception as error:  # whatever a row or the fallback raises
+            except Exception as error:  # any error of an operator or of the fallback
                 row["failures"].append(f"{policy}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             row["outputs_differ"] += not all(map(_same, found, outputs))
@@ -73,10 +75,12 @@ def row_of(op: OpInfo, most: int) -> Row:
 def _run(
     op: OpInfo, sample: Any, policy: Policy | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs and gradients of one sample, under a policy or in plain PyTorch."""
     torch.manual_seed(0)
     given = (sample.input, sample.args, sample.kwargs)
     leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
-    # No leaves: a leaf that needs a gradient would be taken for a parameter, which is never coded.
+    # The inputs are no leaves: a leaf that needs a gradient counts as a parameter, which is never
+    # coded.
     input, args, kwargs = tree_map(_activation, given)
     if policy is None:
         output = op(input, *args, **kwargs)
@@ -92,7 +96,7 @@ def _run(
 
 
 def _activation(value: Any) -> Any:
-    """A copy with the same strides, no leaf and no view of one."""
+    """A copy with the same strides that is no leaf and no view of a leaf."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     if value.layout is not torch.strided or 0 in value.stride():
@@ -101,17 +105,18 @@ def _activation(value: Any) -> Any:
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs are equal, with NaNs equal too."""
     found, expected = found.detach(), expected.detach()
     if found.layout is not torch.strided:
         found, expected = found.to_dense(), expected.to_dense()
     if found.is_complex() and expected.is_complex():
-        # Of complex half numbers PyTorch replaces no NaN.
+        # PyTorch does not replace NaN in complex half numbers.
         found, expected = (torch.view_as_real(t.resolve_conj()) for t in (found, expected))
     return torch.equal(torch.nan_to_num(found, 7e7), torch.nan_to_num(expected, 7e7))
 
 
 def _error(found: Tensor | None, exact: Tensor | None) -> float:
-    """Relative L2; absolute for a gradient smaller than 0.1 per element."""
+    """Relative L2 distance; absolute for a gradient smaller than 0.1 per element."""
     if found is None or exact is None or exact.layout is not torch.strided or not exact.numel():
         return 0.0 if (found is None) == (exact is None) else 1e9
     if not bool(exact.isfinite().all()):

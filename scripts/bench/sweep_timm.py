@@ -1,8 +1,8 @@
-"""Every model file of timm, one small variant each: outputs, gradients and saved bytes against plain.
+"""Sweep of timm: one small variant of every model file; outputs, gradients and saved bytes.
 
-Random weights, float32, the smallest batch and image that the model accepts and whose batch norms average
-over 16 values. One row per file goes to
-docs/results/sweep_timm.jsonl; a second run goes on where the first one stopped.
+The script compares each policy with plain PyTorch. It uses random weights, float32, and the
+smallest batch and image that the model accepts and whose batch norms average over 16 values. One
+row for each file goes to docs/results/sweep_timm.jsonl. A second run continues after the last row.
 
     python scripts/bench/sweep_timm.py
     python scripts/bench/sweep_timm.py --files beit,swin_transformer --again
@@ -25,11 +25,11 @@ from torch import nn
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_timm.jsonl"
 SIZES = (64, 96, 128, 160, 192, 224, 256)
-# In names of small variants, the smallest first.
+# Words in the names of small variants, the smallest first.
 SMALL = "test_ femto atto nano pico xxs xxt tiny _ti micro mini _xs small _s _0 18 26 base".split()
 LARGEST = 100_000_000  # parameters
-# Values that each batch norm has to average over. With two values the derivative through it is nearly 0,
-# and every error is large beside it.
+# Values over which each batch norm must average. With two values, the derivative through the norm
+# is nearly 0, so every error is large relative to it.
 LEAST = 16
 
 
@@ -39,7 +39,7 @@ def main(
     again: Annotated[bool, typer.Option("--again", help="Also what has a row.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
-    """Compare one variant per file."""
+    """Compare one variant of each file."""
     wanted = [f.strip() for f in files.split(",") if f.strip()] or sorted(_module_to_models)
     unknown = sorted(set(wanted) - set(_module_to_models))
     if unknown:
@@ -48,13 +48,13 @@ def main(
 
 
 def makers(files: list[str]) -> Iterator[tuple[str, Make]]:
-    """(name of the file, how to make its variant and images)."""
+    """(name of the file, function that builds its variant and images)."""
     for file in files:
         yield file, functools.partial(smallest, file)
 
 
 def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
-    """The smallest of a file's likely variants with the smallest batch that it accepts."""
+    """The smallest of a file's likely variants, with the smallest batch that it accepts."""
     names = sorted(_module_to_models[file], key=lambda name: (_rank(name), len(name)))
     sizes = {}
     for name in names[:4]:
@@ -76,8 +76,10 @@ def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], least: int) -> bool:
-    """Whether a variant takes a batch of this shape and each of its batch norms averages over `least`
-    values, seen on tensors without data."""
+    """Whether a variant accepts a batch of this shape, checked on the meta device.
+
+    Each of its batch norms must average over at least `least` values.
+    """
 
     def check(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if inputs[0].numel() < least * inputs[0].shape[1]:
@@ -89,14 +91,15 @@ def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], least: 
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.register_forward_pre_hook(check)
-            # Batch norm over one element raises in training alone.
+            # Batch norm over one element raises only in training.
             model.train()(torch.empty(shape))
-    except Exception:  # each model says it in its own way
+    except Exception:  # each model raises its own type of error
         return False
     return True
 
 
 def _rank(name: str) -> int:
+    """The rank of a name by size, the smallest first."""
     return next((i for i, word in enumerate(SMALL) if word in name), len(SMALL))
 
 

@@ -1,8 +1,9 @@
-"""Every vision model of transformers, made small: outputs, gradients and saved bytes against plain.
+"""Sweep of transformers: every vision model, made small; outputs, gradients and saved bytes.
 
-The configurations are each model's own, with two layers a stage, small images and few queries; random
-weights, batch 2, float32. One row per model and task goes to docs/results/sweep_transformers.jsonl; a
-second run goes on where the first one stopped.
+The script compares each policy with plain PyTorch. The configurations are each model's own, with
+two layers a stage, small images and few queries. Weights are random, the batch is 2, the dtype
+float32. One row for each model and task goes to docs/results/sweep_transformers.jsonl. A second run
+continues after the last row.
 
     python scripts/bench/sweep_transformers.py
     python scripts/bench/sweep_transformers.py --models vit,segformer --again
@@ -24,7 +25,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_transformers.jsonl"
-# Name of the auto class, and of its table of models.
+# Table of models, by the name of the auto class.
 TASKS = {
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForSemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
@@ -37,7 +38,7 @@ TASKS = {
     "AutoBackbone": "MODEL_FOR_BACKBONE_MAPPING_NAMES",
     "AutoModel": "MODEL_FOR_IMAGE_MAPPING_NAMES",
 }
-# Fields of configurations that make a model small, where it has them.
+# Values that make a model small, by the configuration's field.
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "encoder_layers": 2,
@@ -47,9 +48,9 @@ SMALL: dict[str, Any] = {
     "num_frames": 4,
     "use_pretrained_backbone": False,
 }
-# A head may take the outputs of certain layers, more than two.
+# Fields of layers: a head may read the outputs of certain layers, more than two.
 LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers")
-# Take videos, of a task whose others take images.
+# Models for videos in a task for images.
 VIDEOS = ("videomt",)
 LARGEST = 130_000_000  # parameters
 
@@ -84,9 +85,10 @@ def kinds() -> Iterator[tuple[str, str]]:
 def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small model of a kind, and a batch of images for it.
 
-    ValueError if no model of the kind has at most LARGEST parameters.
+    Raises:
+        ValueError: no model of the kind has at most LARGEST parameters.
     """
-    # Some cannot run without data; they take small layers and images of their own size.
+    # Some models cannot run on the meta device; they get small layers and images of their own size.
     chosen = _shrunk(kind, auto, ("image_size",))
     for whole in ((), ("image_size",), LAYERS):
         made, shape = _shrunk(kind, auto, whole)
@@ -94,7 +96,7 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             with torch.device("meta"):
                 model = getattr(transformers, auto).from_config(made)
                 model(**{_images(model): torch.empty(shape)})
-        except Exception:  # each model says it in its own way
+        except Exception:  # each model raises its own type of error
             continue
         chosen = made, shape
         break
@@ -108,7 +110,7 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
-    """(configuration, shape of images or videos); the fields `whole` are as the model has them."""
+    """(configuration, shape of images or videos); the fields in `whole` keep the model's values."""
     made = shrunk(
         transformers.AutoConfig.for_model(kind), {k: v for k, v in SMALL.items() if k not in whole}
     )
@@ -121,14 +123,14 @@ def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[in
 
 
 def _images(model: nn.Module) -> str:
-    """The name of the argument that takes images or videos."""
+    """The name of the argument for images or videos."""
     takes = inspect.signature(model.forward).parameters
     return "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"
 
 
 def shrunk(config: Any, fields: dict[str, Any]) -> Any:
-    """The configuration with small values in every field that it has, also in parts of it."""
-    config.architectures = []  # an auto class of DeiT's asks for this list
+    """The configuration with small values in all fields that it has, also in its parts."""
+    config.architectures = []  # an auto class of DeiT reads this list
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             shrunk(value, fields)
@@ -143,7 +145,7 @@ def shrunk(config: Any, fields: dict[str, Any]) -> Any:
         getattr(config, "num_hidden_layers", None),
     )
     if stages and layers and len(stages) > layers + 1:
-        # A backbone's last stage is one of those that are left.
+        # The last stage of a backbone must be one of the remaining stages.
         config.stage_names = stages[: layers + 1]
         config._out_features, config._out_indices = config.stage_names[-1:], [layers]
     return config

@@ -1,8 +1,9 @@
-"""What the sweeps share: one model in plain PyTorch and under presets, as one row.
+"""Shared code of the sweeps: one model in plain PyTorch and under presets, as one row.
 
-A row says whether the outputs are equal bit for bit, how far the gradients are from plain PyTorch's,
-and how many bytes each policy keeps. A failure of plain PyTorch is a row too: such a model cannot be
-compared. float32 on a CPU, random weights, in training mode, with the same random stream in each run.
+A row records whether the outputs are equal bit for bit, the distance of the gradients from plain
+PyTorch's, and the saved bytes of each policy. A failure of plain PyTorch gives a row too: such a
+model cannot be compared. Runs are in float32 on a CPU, with random weights, in training mode, and
+with the same seed in each run.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from mesa_train.utils import records
 from mesa_train.utils.records import Row
 
 POLICIES = ("plain", "lossless", "mesa8", "mesa8-recompute")
-# Of these only the bytes are counted.
+# Policies whose bytes only are counted.
 COUNTED = ("mesa4", "mesa4-recompute")
-# Makes a model and its inputs: a tensor, or a mapping of keyword arguments.
+# Builds a model and its inputs: a tensor, or a mapping of keyword arguments.
 Make = Callable[[], tuple[nn.Module, Any]]
 
 
@@ -34,9 +35,13 @@ class TooLongError(Exception):
 
 
 def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bool) -> None:
-    """Append a row per model to `out`; models with a row already are left out unless `again`.
+    """Append a row for each model to `out`. Models with a row are skipped unless `again`.
 
-    seconds: after which a model is given up and its row says so.
+    Args:
+        makers: (name, function that builds model and inputs).
+        out: JSON lines.
+        seconds: limit for a model; a model that exceeds it gets a row with that failure.
+        again: repeat models that have a row.
     """
     done = set() if again else {row["model"] for row in records.read(out)}
     for name, make in makers:
@@ -50,7 +55,7 @@ def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bo
 
 
 def limited(make: Make, seconds: int) -> Row:
-    """`row_of` with a limit of time; every error becomes the row's failure."""
+    """`row_of` with a time limit. Every error becomes the row's failure."""
 
     def stop(*_: object) -> None:
         raise TooLongError(f"longer than {seconds} s")
@@ -60,7 +65,7 @@ def limited(make: Make, seconds: int) -> Row:
     row: Row = {"failure": ""}
     try:
         row_of(make, row)
-    except Exception as error:  # whatever a stranger's model raises
+    except Exception as error:  # a foreign model may raise any error
         row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     finally:
         signal.alarm(0)
@@ -69,7 +74,7 @@ def limited(make: Make, seconds: int) -> Row:
 
 
 def row_of(make: Make, row: Row) -> None:
-    """Fill in `row` step by step, so that it says how far it came; `failed_in` is the step under way."""
+    """Fill in `row` step by step, to show the progress. `failed_in` is the current step."""
     row["failed_in"] = "making"
     torch.manual_seed(0)
     model, inputs = make()
@@ -84,7 +89,7 @@ def row_of(make: Make, row: Row) -> None:
         row["failed_in"] = policy
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                # A buffer that a forward makes anew has another shape.
+                # A buffer that a forward replaces may have another shape.
                 if name in state and state[name].shape == buffer.shape:
                     buffer.copy_(state[name])
         if policy != "plain":
@@ -109,7 +114,7 @@ def row_of(make: Make, row: Row) -> None:
 
 
 def _kept(model: nn.Module, inputs: Any, policy: str) -> int:
-    """Bytes that a policy keeps; on real tensors if the forward reads values."""
+    """Bytes that a policy saves; on real tensors if the forward reads values."""
     for fake in (True, False):
         torch.manual_seed(1)
         try:
@@ -123,7 +128,7 @@ def _kept(model: nn.Module, inputs: Any, policy: str) -> int:
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs, and the parameters' gradients of a fixed weighting of every output."""
+    """Outputs, and the parameters' gradients of a fixed weighting of all outputs."""
     torch.manual_seed(1)
     model.zero_grad(set_to_none=True)
     output = model(*args, **kwargs)

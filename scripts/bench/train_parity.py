@@ -1,9 +1,9 @@
-"""Does it train as well? A small ViT from scratch, several seeds, plain against policies.
+"""Training parity: a small ViT from scratch with several seeds, plain against policies.
 
-All runs of one seed start from the same weights and take turns step by step over the same
-batches, so times compare too. A row per epoch goes to docs/results/train_parity.jsonl when its
-seed is done; a seed and policy that the file already has, with the same settings, is not run
-again.
+All runs of one seed start from the same weights and take turns step by step over the same batches,
+so times are comparable too. When a seed is complete, a row for each epoch goes to
+docs/results/train_parity.jsonl. A seed and policy that already have rows with the same settings do
+not run again.
 
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
@@ -97,7 +97,7 @@ def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module
 
 
 def saved_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
-    """What one run's forward keeps for its backward, for a whole batch."""
+    """Bytes that one run saves for the backward of a whole batch."""
     module, images = build(name, model, images, seed=0)
     batch = images.normalise(images.train.images[: config.batch_size].float() / 255)
     return mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
@@ -111,7 +111,7 @@ def train(
     seed: int,
     dashboard: Dashboard,
 ) -> Iterator[EpochResult]:
-    """Every name's run with one seed, together. Yields what `fit` yields."""
+    """Run every name with one seed, in turns. Yields the results of `fit`."""
     config = dataclasses.replace(config, seed=seed)
     trainers = {}
     for name in names:
@@ -121,7 +121,7 @@ def train(
 
 
 def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
-    """What must agree for two runs to be comparable; the seed may differ."""
+    """The settings that must agree for two runs to be comparable. The seed may differ."""
     settings = dataclasses.asdict(config)
     del settings["seed"]
     settings["autocast"] = str(config.autocast).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""LITv1, LITv2 and their parts: HiLo attention, deformable token merging, the authors' checkpoints."""
+"""LITv1, LITv2 and their parts: HiLo attention, deformable token merging, official checkpoints."""
 
 from . import litv1 as litv1
 from . import litv2 as litv2

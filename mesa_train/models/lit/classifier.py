@@ -1,7 +1,8 @@
-"""What timm asks of an image classifier, written once for the models here.
+"""Base class of the image classifiers: timm's interface, written once for all models here.
 
-A subclass makes its parts, gives `stages`, `pooled` and `forward_features`, and has the rest:
-`forward_head`, `forward_intermediates`, `get_classifier`, `reset_classifier` behave as timm's.
+A subclass defines its modules, `stages`, `pooled` and `forward_features`. The base class gives
+`forward_head`, `forward_intermediates`, `get_classifier` and `reset_classifier`, which behave as
+timm's.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-# The smallest side whose map, 8 tokens at stride 4, survives three halvings.
+# The smallest side whose map, 8 tokens at stride 4, can be halved three times.
 LEAST_IMAGE_SIZE = 29
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) to logits (B, num_classes), or to features without classes.
+    """Image classifier: images (B, C, H, W) to logits (B, num_classes), or to features.
 
-    `pools` are the choices of `global_pool`; `depth` is the number of stages that are left.
+    A model without classes (`num_classes=0`) returns features.
+
+    Attributes:
+        pools: the choices of `global_pool`.
+        depth: the number of stages that are left.
     """
 
     pools: tuple[str, ...] = ("avg", "")
@@ -32,17 +37,17 @@ class Classifier(nn.Module):
     depth: int
 
     def set_head(self, num_classes: int, global_pool: str, drop_rate: float = 0.0) -> None:
-        """Adds the head, last of a subclass's modules; its weights are still to be drawn."""
+        """Add the head, the last module of a subclass. Its weights are not drawn yet."""
         self.head_hidden_size, self.drop_rate = self.num_features, drop_rate
         self.num_classes, self.global_pool = num_classes, self._pool(global_pool)
         self.head = self._classifier()
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Each stage's own output in turn; a stage is computed when it is asked for."""
+        """Yield the output of each stage before merging. Each stage runs when it is requested."""
         raise NotImplementedError
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features to (B, num_features), as `global_pool` says."""
+        """Pool features to (B, num_features), by `global_pool`."""
         raise NotImplementedError
 
     def as_map(self, x: Tensor) -> Tensor:
@@ -50,9 +55,11 @@ class Classifier(nn.Module):
         return x
 
     def forward_features(self, images: Tensor) -> Tensor:
+        """Features of images, before pooling."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features, apply dropout and the head. With `pre_logits`, skip the head."""
         if self.global_pool:
             x = self.pooled(x)
         x = F.dropout(x, self.drop_rate, self.training)
@@ -70,7 +77,7 @@ class Classifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """timm's interface: each stage's map before it is merged, and the final features."""
+        """timm's interface: the map of each stage before merging, and the final features."""
         output_fmt = map_format(output_fmt)
         count = self.depth
         take, last = feature_take_indices(count, indices)
@@ -89,7 +96,7 @@ class Classifier(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """timm's interface: drop what features of `indices` do not need."""
+        """timm's interface: remove the modules that the features of `indices` do not need."""
         take, last = feature_take_indices(self.depth, indices)
         self.drop_stages(last + 1)
         if prune_norm:
@@ -99,14 +106,20 @@ class Classifier(nn.Module):
         return take
 
     def drop_stages(self, kept: int) -> None:
-        """Only the first `kept` stages stay."""
+        """Remove all stages but the first `kept`."""
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
+        """The head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`, or none for 0; `global_pool` is one of `pools`."""
+        """Replace the head by a new one of `num_classes`, or by none for 0.
+
+        Args:
+            num_classes: 0 for no head.
+            global_pool: one of `pools`; default: unchanged.
+        """
         if global_pool is not None:
             self.global_pool = self._pool(global_pool)
         self.num_classes = num_classes
@@ -115,9 +128,11 @@ class Classifier(nn.Module):
         init_linear(self.head)
 
     def _classifier(self) -> nn.Module:
+        """A head of `num_classes`; the identity for 0."""
         return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     def _pool(self, name: str) -> str:
+        """Check a name of `global_pool`. ValueError if it is none of `pools`."""
         if name not in self.pools:
             choices = ", ".join(map(repr, self.pools[:-1])) + f" or {self.pools[-1]!r}"
             raise ValueError(f"global_pool must be {choices}, got {name!r}")
@@ -125,7 +140,7 @@ class Classifier(nn.Module):
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of a model: how its images are made."""
+    """timm's description of a model's input images."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -142,14 +157,14 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """One rate a block, from 0 to `last`. ValueError unless 0 <= last < 1."""
+    """One rate for each block, from 0 to `last`. ValueError unless 0 <= last < 1."""
     if not 0 <= last < 1:
         raise ValueError(f"drop_path_rate={last} must lie in [0, 1)")
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
 def check_image_size(name: str, height: int, width: int) -> None:
-    """ValueError for images that leave no token in the last stage."""
+    """Raise ValueError for images that leave no token in the last stage."""
     if min(height, width) < LEAST_IMAGE_SIZE:
         raise ValueError(
             f"{name}: images of {height}x{width} are too small, at least "
@@ -158,7 +173,7 @@ def check_image_size(name: str, height: int, width: int) -> None:
 
 
 def check_stages(name: str, **lists: Any) -> None:
-    """ValueError unless what is given per stage is given for equally many."""
+    """Raise ValueError unless all lists of values per stage have one length."""
     lengths = [len(values) for values in lists.values()]
     if len(set(lengths)) > 1:
         *most, last = lists
@@ -169,20 +184,20 @@ def check_stages(name: str, **lists: Any) -> None:
 
 
 def map_format(name: Any) -> str:
-    """timm's name of a layout, "NCHW" or "NHWC". ValueError for another."""
-    name = getattr(name, "value", name)  # timm has an enumeration of them
+    """timm's name of a layout, "NCHW" or "NHWC". ValueError for any other name."""
+    name = getattr(name, "value", name)  # timm has an enumeration of the layouts
     if name not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {name!r}")
     return name
 
 
 def in_format(x: Tensor, output_fmt: str) -> Tensor:
-    """A map (B, H, W, C) in that layout."""
+    """A map (B, H, W, C) in the layout `output_fmt`."""
     return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights, biases of zero: the start of every Linear."""
+    """Initialise a Linear: truncated normal weights, biases of zero."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

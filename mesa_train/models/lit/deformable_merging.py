@@ -1,8 +1,9 @@
-"""Deformable token merging, DTM (arXiv 2105.14217): a 2x2 merge that chooses where it samples.
+"""Deformable token merging, DTM (arXiv 2105.14217): a 2x2 merge with learned sampling positions.
 
-A deformable convolution (arXiv 1703.06211) of kernel and stride 2, batch norm, GELU. The offsets
-start at zero, where it equals a plain convolution. The sampling is torchvision's `deform_conv2d`,
-in float32 also under autocast, as the authors run theirs: offsets lose pixels in bfloat16.
+It is a deformable convolution (arXiv 1703.06211) of kernel and stride 2, batch norm and GELU. The
+offsets start at zero, so the initial operation is a plain convolution. The sampling is
+torchvision's `deform_conv2d`, in float32 also under autocast, as in the authors' code: bfloat16
+offsets are too coarse for pixels.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torchvision.ops import deform_conv2d
 
 
 class DeformConv(nn.Module):
-    """2x2 stride-2 deformable convolution of (B, C, H, W), odd sizes rounded down.
+    """2x2 stride-2 deformable convolution of (B, C, H, W). Odd sizes are rounded down.
 
-    `conv_offset` predicts 8 channels: for kernel tap t = 2 * ky + kx the vertical offset 2t and the
-    horizontal one 2t + 1, in input pixels.
+    `conv_offset` predicts 8 channels. For kernel tap t = 2 * ky + kx, channel 2t is the vertical
+    offset and channel 2t + 1 the horizontal offset, in input pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -32,7 +33,7 @@ class DeformConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The weights of a plain convolution, offsets of zero."""
+        """Initialise the weights as a plain convolution's, and the offsets to zero."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
@@ -44,8 +45,9 @@ class DeformConv(nn.Module):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x = x.to(self.weight.dtype)
             offset = self.conv_offset(x).to(wide)
-            # Where an offset is NaN, torchvision's kernels read outside their memory: samples are
-            # not moved there, and every output is NaN through the bias, for a scaler to see.
+            # torchvision's kernels read outside their memory if an offset is NaN. Such samples are
+            # not moved. Instead, the bias makes every output NaN, so that a gradient scaler detects
+            # it.
             broken = 0 * offset.detach().sum()
             offset = offset.masked_fill(offset.isnan(), 0)
             bias = self.bias.to(wide) + broken
@@ -54,7 +56,7 @@ class DeformConv(nn.Module):
 
 
 class DeformableMerging(nn.Module):
-    """Token map (B, H, W, dim) to (B, H // 2, W // 2, out_dim)."""
+    """Merge a token map (B, H, W, dim) to (B, H // 2, W // 2, out_dim)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -67,14 +69,14 @@ class DeformableMerging(nn.Module):
         return F.gelu(self.norm_layer(x)).permute(0, 2, 3, 1).contiguous()
 
     def flops(self, height: int, width: int, *, offsets: int = 8) -> int:
-        """Multiply-adds for one map; the authors count 12 offset channels instead of 8."""
+        """Multiply-adds for one map. The authors count 12 offset channels instead of 8."""
         tokens = (height // 2) * (width // 2)
         convolution = 4 * self.dim * self.out_dim + self.out_dim
         return tokens * (4 * self.dim * offsets + offsets + convolution + self.out_dim)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off; nothing on devices that have none, such as meta."""
+    """Context manager: autocast off. No effect on devices without autocast, such as meta."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -1,9 +1,11 @@
-"""HiLo attention (arXiv 2205.13213): some heads look closely, the others far and at low resolution.
+"""HiLo attention (arXiv 2205.13213): some heads attend locally, others globally at low resolution.
 
-Hi-Fi heads attend inside windows of `window x window` tokens; Lo-Fi heads attend from every token
-to the map averaged over those windows. Of h heads, int(h * alpha) are Lo-Fi. A map that the window
-does not divide is padded with zeros on the right and at the bottom, unmasked, as the authors' code
-for dense prediction does. Any height and width work, and no parameter depends on them.
+Hi-Fi heads attend inside windows of `window x window` tokens. Lo-Fi heads attend from every token
+to the map averaged over those windows. Of h heads, int(h * alpha) are Lo-Fi.
+
+If the window does not divide a map, the map is padded with zeros on the right and at the bottom,
+without a mask, as in the authors' code for dense prediction. Any height and width work, and no
+parameter depends on them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,17 @@ from torch import Tensor, nn
 class HiLo(nn.Module):
     """Self-attention of a token map (B, H, W, dim), to the same shape.
 
-    `window=1` makes every head attend to every token, whatever `alpha` says. Parameters are named
-    as in the authors' code. Raises ValueError naming the argument that does not fit.
+    Parameters have the names of the authors' code.
+
+    Args:
+        dim: width.
+        num_heads: default 8; must divide `dim`.
+        window: side of a window in tokens; default 2. With 1, every head attends to every token,
+            for any `alpha`.
+        alpha: share of Lo-Fi heads; default 0.5; in [0, 1].
+        qkv_bias: biases of queries, keys and values; default false.
+    Raises:
+        ValueError: names the argument that is out of range.
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class HiLo(nn.Module):
         return torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]
 
     def hi_fi(self, x: Tensor) -> Tensor:
-        """Attention inside windows: (B, H, W, dim) to (B, H, W, hi_dim); the window divides both."""
+        """Attention inside windows that divide H and W: (B, H, W, dim) to (B, H, W, hi_dim)."""
         batch, height, width, _ = x.shape
         s = self.window
         rows, columns = height // s, width // s
@@ -79,7 +90,8 @@ class HiLo(nn.Module):
         s = self.window
         q = self.l_q(x).view(batch, height * width, self.lo_heads, self.head_dim).transpose(1, 2)
         if s > 1:
-            # A mean over windows is average pooling, without what a pooling kernel would keep.
+            # A mean over windows equals average pooling, and saves less than a pooling kernel
+            # would.
             _, high, wide, _ = padded.shape
             padded = padded.reshape(batch, high // s, s, wide // s, s, self.dim).mean((2, 4))
         kv = self.l_kv(padded).view(batch, -1, 2, self.lo_heads, self.head_dim)
@@ -88,7 +100,7 @@ class HiLo(nn.Module):
         return self.l_proj(out.transpose(1, 2).reshape(batch, height, width, self.lo_dim))
 
     def flops(self, height: int, width: int) -> int:
-        """Multiply-adds of the matmuls for one map; softmax, pooling and biases not counted."""
+        """Multiply-adds of the matmuls for one map, without softmax, pooling and biases."""
         s = self.window
         tokens = (height + -height % s) * (width + -width % s)
         pooled = tokens // (s * s)
@@ -98,11 +110,13 @@ class HiLo(nn.Module):
         return hi_fi + lo_fi
 
     def _pad(self, x: Tensor) -> Tensor:
+        """Pad a map with zeros to a multiple of the window."""
         s = self.window
         bottom, right = -x.shape[1] % s, -x.shape[2] % s
         return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
     def extra_repr(self) -> str:
+        """The arguments for printing."""
         return (
             f"{self.dim}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}, window={self.window}"
         )

@@ -1,7 +1,7 @@
-"""LIT-Ti (arXiv 2105.14217): the smallest LIT, which its authors wrote apart from the others.
+"""LIT-Ti (arXiv 2105.14217): the smallest LIT, which has separate code in the authors' repository.
 
-Learned absolute positions at the start of every stage, a class token that joins in stage 4 and is
-read out, layer norms with eps 1e-6. Names are those of the authors' code.
+It has learned absolute positions at the start of every stage, layer norms with eps 1e-6, and a
+class token. The class token is added in stage 4 and is the output. Names follow the authors' code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,20 @@ _STAGES = (1, 2, 3, 4)
 
 
 class LITTi(Classifier):
-    """Image classifier for images of `img_size`; a timm model."""
+    """Image classifier for images of `img_size`; a timm model.
+
+    Args:
+        img_size: in pixels; default 224; fixed by the position embeddings.
+        in_chans: default 3.
+        num_classes: default 1000.
+        global_pool: "token" (default), "avg" or "".
+        widths: channels, per stage.
+        depths: blocks, per stage.
+        num_heads: heads, per stage; stages 1 and 2 have no attention.
+        mlp_ratios: per stage.
+        drop_rate: dropout before the head; default 0.
+        drop_path_rate: of the last block; default 0.
+    """
 
     pools = ("token", "avg", "")
 
@@ -84,33 +97,37 @@ class LITTi(Classifier):
         return self.norm(x)
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Maps (B, H, W, C); of stage 4 tokens, the class token first."""
+        """Maps (B, H, W, C). Stage 4 gives tokens, the class token first."""
         x: Tensor = images
         for stage in _STAGES[: self.depth]:
             x = self._stage(stage, x)
             yield x
 
     def pooled(self, x: Tensor) -> Tensor:
+        """The class token, or the mean of all other tokens."""
         return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
 
     def as_map(self, x: Tensor) -> Tensor:
-        """Without the class token."""
+        """A stage's output as a map, without the class token."""
         return x if x.dim() == 4 else x[:, 1:].unflatten(1, self.grids[3])
 
     def drop_stages(self, kept: int) -> None:
+        """Remove all stages but the first `kept`."""
         for stage in _STAGES[kept:]:
             for name in ("patch_embed", "block", "pos_embed"):
                 delattr(self, f"{name}{stage}")
         self.depth = kept
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """As in the authors' code: their position embeddings are decayed."""
+        """The class token only: the authors' code decays the position embeddings."""
         return {"cls_token"}
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
+        """Run one stage. ValueError for images of another size than `img_size`."""
         if stage == 1 and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
                 f"LITTi was made for images of {self.img_size[0]}x{self.img_size[1]}, not "
@@ -134,7 +151,7 @@ class LITTi(Classifier):
 
 
 def resize_positions(weights: Mapping[str, Tensor], model: LITTi) -> dict[str, Tensor]:
-    """A LIT-Ti checkpoint's weights for the size of `model`: positions are interpolated."""
+    """A LIT-Ti checkpoint's weights for the image size of `model`, with interpolated positions."""
     resized = dict(weights)
     for stage, grid in zip(_STAGES, model.grids, strict=True):
         key = f"pos_embed{stage}"

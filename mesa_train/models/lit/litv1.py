@@ -1,8 +1,9 @@
-"""LIT (arXiv 2105.14217), LITv2's predecessor: MLPs alone early, plain attention late.
+"""LIT (arXiv 2105.14217), LITv2's predecessor: only MLPs in early stages, full attention later.
 
-`lit_s`, `lit_m` and `lit_b` have a table of relative position biases in stages 3 and 4, whose size
-fixes that of the images: give `img_size` when the model is made. `lit_ti` (`LITTi`) has learned
-absolute positions and a class token. Parameters and their names are those of the authors' code.
+`lit_s`, `lit_m` and `lit_b` have a table of relative position biases in stages 3 and 4. The size of
+the table fixes the size of the images: set `img_size` when the model is built. `lit_ti` (`LITTi`)
+has learned absolute positions and a class token. Parameters and their names follow the authors'
+code.
 
 | | parameters | multiply-adds at 224 |
 |---|---|---|
@@ -31,7 +32,15 @@ _BIAS, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
 class RelativeAttention(nn.Module):
-    """Attention of a map (B, H, W, dim) of one size, with a learned bias per distance and head."""
+    """Attention of a map (B, H, W, dim) of one size with learned relative position biases.
+
+    There is one bias for each distance and head.
+
+    Args:
+        dim: width.
+        num_heads: number of heads.
+        resolution: (H, W) of the map.
+    """
 
     relative_position_index: Tensor
 
@@ -68,9 +77,14 @@ class RelativeAttention(nn.Module):
 
 
 class LIT(Pyramid):
-    """Image classifier for images of `img_size`; `attends` says which stages have attention.
+    """Image classifier for images of `img_size`.
 
-    `options` are those of Pyramid.
+    Args:
+        depths: blocks, per stage.
+        num_heads: heads, per stage.
+        attends: whether a stage has attention, per stage.
+        mlp_ratio: default 4.
+        options: arguments of `Pyramid`.
     """
 
     def __init__(
@@ -90,11 +104,12 @@ class LIT(Pyramid):
         super().__init__(make_block, depths=depths, **options)
 
     def no_weight_decay(self) -> set[str]:
+        """The tables of relative position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith(_BIAS)}
 
 
 def resize_biases(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A LIT checkpoint's weights for the size of `model`: bias tables are interpolated."""
+    """A LIT checkpoint's weights for the image size of `model`, with interpolated bias tables."""
     own = model.state_dict()
     resized = {}
     for key, value in weights.items():
@@ -108,7 +123,7 @@ def resize_biases(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def _distances(height: int, width: int) -> Tensor:
-    """(tokens, tokens): the table's row for the distance between two tokens."""
+    """(tokens, tokens): the row of the table for the distance between two tokens."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     y, x = y.flatten(), x.flatten()
     rows = y[:, None] - y[None, :] + height - 1
@@ -127,12 +142,13 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> Any:
+    """Build a variant through timm."""
     return create(LIT, variant, pretrained, pretrained_filter_fn=resize_biases, **options)
 
 
 @register_model
 def lit_ti(pretrained: bool = False, **options: Any) -> LITTi:
-    """LIT-Ti; its authors train it with drop_path_rate=0.1."""
+    """LIT-Ti. Its authors train it with drop_path_rate=0.1."""
     return build_model_with_cfg(
         LITTi,
         "lit_ti",
@@ -145,18 +161,18 @@ def lit_ti(pretrained: bool = False, **options: Any) -> LITTi:
 
 @register_model
 def lit_s(pretrained: bool = False, **options: Any) -> LIT:
-    """LIT-S; its authors train it with drop_path_rate=0.2."""
+    """LIT-S. Its authors train it with drop_path_rate=0.2."""
     return _create("lit_s", pretrained, **options)
 
 
 @register_model
 def lit_m(pretrained: bool = False, **options: Any) -> LIT:
-    """LIT-M; its authors train it with drop_path_rate=0.3."""
+    """LIT-M. Its authors train it with drop_path_rate=0.3."""
     return _create("lit_m", pretrained, **{"depths": (2, 2, 18, 2)} | options)
 
 
 @register_model
 def lit_b(pretrained: bool = False, **options: Any) -> LIT:
-    """LIT-B; its authors train it with drop_path_rate=0.5 and activation checkpointing."""
+    """LIT-B. Its authors train it with drop_path_rate=0.5 and activation checkpointing."""
     base = {"width": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
     return _create("lit_b", pretrained, **base | options)

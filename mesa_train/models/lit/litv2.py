@@ -1,9 +1,9 @@
-"""LITv2 (arXiv 2205.13213): no attention early, HiLo attention at stride 16, all tokens at stride 32.
+"""LITv2 (arXiv 2205.13213): no attention in early stages, HiLo at stride 16, full attention at 32.
 
-Every MLP has a depthwise convolution, which takes the place of position embeddings; stages are
-joined by deformable token merging. Parameters, their names and their start are those of the
-authors' code, so its checkpoints load (`mesa_train.models.lit.official`); images may have any size of
-at least 29 pixels. `features_only=True` is their backbone for dense tasks.
+Every MLP has a depthwise convolution, which replaces position embeddings. Deformable token merging
+connects the stages. Parameters, their names and their initialisation follow the authors' code, so
+its checkpoints load (`mesa_train.models.lit.official`). Images may have any size of at least 29
+pixels. `features_only=True` builds the authors' backbone for dense tasks.
 
 | | parameters | multiply-adds at 224 |
 |---|---|---|
@@ -11,7 +11,7 @@ at least 29 pixels. `features_only=True` is their backbone for dense tasks.
 | litv2_m | 48.8 M | 7.48 G |
 | litv2_b | 86.5 M | 13.19 G |
 
-`litv2_tiny` is ours: a small one for images of 32 to 64 pixels and for tests.
+`litv2_tiny` is a small model of this project, for images of 32 to 64 pixels and for tests.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ from .pyramid import Block, Mlp, Pyramid, create
 
 
 class LITv2(Pyramid):
-    """Image classifier; `options` are those of Pyramid.
+    """Image classifier.
 
-    num_heads: per stage. windows: per stage, 0 for no attention, 1 for plain attention, else HiLo's
-    window. alpha: HiLo's share of Lo-Fi heads.
+    Args:
+        depths: blocks, per stage.
+        num_heads: heads, per stage.
+        windows: per stage: 0 for no attention, 1 for plain attention, else HiLo's window.
+        alpha: HiLo's share of Lo-Fi heads; default 0.9.
+        mlp_ratio: default 4.
+        options: arguments of `Pyramid`.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def litv2_tiny(pretrained: bool = False, **options: Any) -> LITv2:
-    """1.2 million parameters; stages of 4x4 tokens and fewer attend with all heads at 32 pixels."""
+    """1.2 million parameters. At 32 pixels, stages of at most 4x4 tokens attend with all heads."""
     small = {
         "img_size": 32,
         "width": 32,
@@ -79,25 +84,25 @@ def litv2_tiny(pretrained: bool = False, **options: Any) -> LITv2:
 
 @register_model
 def litv2_s(pretrained: bool = False, **options: Any) -> LITv2:
-    """LITv2-S; its authors train it with drop_path_rate=0.2."""
+    """LITv2-S. Its authors train it with drop_path_rate=0.2."""
     return create(LITv2, "litv2_s", pretrained, **options)
 
 
 @register_model
 def litv2_m(pretrained: bool = False, **options: Any) -> LITv2:
-    """LITv2-M; its authors train it with drop_path_rate=0.3."""
+    """LITv2-M. Its authors train it with drop_path_rate=0.3."""
     return create(LITv2, "litv2_m", pretrained, **{"depths": (2, 2, 18, 2)} | options)
 
 
 @register_model
 def litv2_b(pretrained: bool = False, **options: Any) -> LITv2:
-    """LITv2-B; its authors train it with drop_path_rate=0.5."""
+    """LITv2-B. Its authors train it with drop_path_rate=0.5."""
     return create(LITv2, "litv2_b", pretrained, **_B | options)
 
 
 @register_model
 def litv2_b_384(pretrained: bool = False, **options: Any) -> LITv2:
-    """LITv2-B for images of 384 pixels: the same parameters."""
+    """LITv2-B for images of 384 pixels, with the same parameters."""
     return create(LITv2, "litv2_b_384", pretrained, **_B | {"img_size": 384} | options)
 
 

@@ -1,8 +1,9 @@
-"""Checkpoints of LITv2's and LIT's authors, read without running what they might contain.
+"""Official checkpoints of LITv2 and LIT, read without running code that they may contain.
 
-Their files hold `{"model": weights, ...}` or the weights alone. Those that their trainer wrote carry
-its configuration, a yacs object, in the same pickle. Only tensors and plain containers are ever
-unpickled; with `allow_config` that one class is read as a plain dictionary as well, and dropped.
+The files hold `{"model": weights, ...}` or only the weights. The files of the authors' trainer also
+hold its configuration, a yacs object, in the same pickle. This reader unpickles only tensors and
+plain containers. With `allow_config` it also reads that one class as a plain dictionary, and drops
+it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ from .litv1 import resize_biases
 
 
 class _Config:
-    """Stands for yacs.config.CfgNode: its entries, none of its code."""
+    """Replaces yacs.config.CfgNode: the entries of a configuration, without the class's code."""
 
     def __new__(cls) -> Any:
-        # The unpickler that reads only weights fills this very type.
+        # The weights-only unpickler fills exactly this type.
         return OrderedDict()
 
 
 def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, Tensor]:
-    """The weights in a checkpoint file, on the CPU.
+    """Read the weights of a checkpoint file, on the CPU.
 
-    Raises ValueError for a file that is no checkpoint, and for one that holds objects other than
-    tensors, with the remedy where there is a safe one.
+    Args:
+        path: of the file.
+        allow_config: accept the trainer's configuration in the file; default false.
+    Raises:
+        ValueError: the file is no checkpoint, or holds objects other than tensors. The message
+            names the remedy if there is a safe one.
     """
     allowed: list[Any] = [(_Config, "yacs.config.CfgNode")] if allow_config else []
     try:
@@ -60,10 +65,16 @@ def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, 
 def load_official(
     model: nn.Module, path: str | Path, *, allow_config: bool = False, head: bool = True
 ) -> None:
-    """Load a checkpoint into a model of the same variant, of any image size.
+    """Load a checkpoint into a model of the same variant, for any image size.
 
-    head: False leaves the model's own classifier, for another number of classes. Raises ValueError
-    naming keys that are missing, unexpected or of another shape; the model is then as it was.
+    Args:
+        model: the model.
+        path: of the file.
+        allow_config: accept the trainer's configuration in the file; default false.
+        head: load the classifier; false keeps the model's own, for another number of classes.
+    Raises:
+        ValueError: names keys that are missing, unexpected or of another shape. The model is then
+            unchanged.
     """
     weights = adapted(read_official(path, allow_config=allow_config), model)
     own = model.state_dict()
@@ -92,7 +103,7 @@ def load_official(
 
 
 def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights for the image size of `model`: position biases and embeddings are interpolated."""
+    """Weights for the image size of `model`, with interpolated position biases and embeddings."""
     if isinstance(model, LITTi):
         return resize_positions(weights, model)
     return resize_biases(weights, model)

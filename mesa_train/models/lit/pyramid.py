@@ -1,7 +1,7 @@
-"""The skeleton that LITv2 and LIT share: four stages of token maps at strides 4, 8, 16 and 32.
+"""Base of LITv2 and LIT: four stages of token maps at strides 4, 8, 16 and 32.
 
-Maps are (B, H, W, C) throughout. A `Pyramid` is a timm model: `forward_features`, `forward_head`,
-`reset_classifier`, `features_only=True` and the rest behave as timm's own models do.
+All maps are (B, H, W, C). A `Pyramid` is a timm model: `forward_features`, `forward_head`,
+`reset_classifier`, `features_only=True` and the rest behave as in timm's own models.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .classifier import (
 )
 from .deformable_merging import DeformableMerging
 
-# (stage from 0, width, map of an image of `img_size`, drop path rate) to a block of (B, H, W, C).
+# From (stage from 0, width, map size for `img_size`, drop path rate) to a block of (B, H, W, C).
 MakeBlock = Callable[[int, int, tuple[int, int], float], nn.Module]
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, in_chans, H, W), padded to a multiple of 4, to maps (B, H / 4, W / 4, dim)."""
+    """Embed images (B, in_chans, H, W), padded to multiples of 4, as (B, H / 4, W / 4, dim)."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class PatchEmbed(nn.Module):
         x = self.proj(images).permute(0, 2, 3, 1)
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # CUDA's autocast runs layer norm in float32, a CPU's does not: without this the
-            # residual stream would be float32 on the one and bfloat16 on the other.
+            # Autocast runs layer norm in float32 on CUDA, but not on a CPU. Without this cast, the
+            # residual stream would be float32 on CUDA and bfloat16 on a CPU.
             x = x.float()
         return self.norm(x)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear; with `depthwise`, a 3x3 depthwise convolution of the map before GELU."""
+    """Linear, GELU, Linear. With `depthwise`, a 3x3 depthwise convolution precedes GELU."""
 
     def __init__(self, dim: int, ratio: float = 4.0, *, depthwise: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(x))
 
     def flops(self, tokens: int) -> int:
-        """Multiply-adds; of the biases only the convolution's are counted, as the authors do."""
+        """Multiply-adds. Of the biases only the convolution's count, as in the authors' code."""
         hidden, dim = self.fc1.weight.shape
         return tokens * (2 * dim * hidden + (10 * hidden if self.depthwise else 0))
 
@@ -88,12 +88,12 @@ class DepthwiseConv(nn.Module):
         nn.init.zeros_(self.dwconv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The permuted map is in channels-last layout, so nothing is copied on either side.
+        # The permuted map has the channels-last layout, so neither permutation copies.
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
-    """x + drop(attn(norm1(x))), without attn that is left out, then x + drop(mlp(norm2(x)))."""
+    """x + drop(attn(norm1(x))), which is left out without attn, then x + drop(mlp(norm2(x)))."""
 
     def __init__(
         self,
@@ -118,13 +118,14 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, height: int, width: int) -> int:
+        """Multiply-adds for one map."""
         tokens, dim = height * width, self.norm2.weight.numel()
         attention = self.attn.flops(height, width) + tokens * dim if self.attends else 0
         return attention + tokens * dim + self.mlp.flops(tokens)
 
 
 class Stage(nn.Module):
-    """Blocks and, but for the last stage, the merging that follows them."""
+    """The blocks of a stage and the merging after them. The last stage has no merging."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: DeformableMerging | None) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Stage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """The stage's own map, before it is merged."""
+        """The map of the stage before merging."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -147,11 +148,19 @@ class Stage(nn.Module):
 
 
 class Pyramid(Classifier):
-    """Image classifier of `len(depths)` stages whose widths double.
+    """Image classifier of `len(depths)` stages. The width doubles with each stage.
 
-    make_block: makes the blocks. img_size: the size it is first meant for, an int or (height,
-        width); only `flops` and subclasses that say so depend on it. width: channels of the first
-        stage. depths: blocks per stage. drop_path_rate: of the last block; it rises linearly from 0.
+    Args:
+        make_block: builds a block.
+        img_size: intended image size, an int or (height, width); default 224. Only `flops` and some
+            subclasses depend on it.
+        in_chans: default 3.
+        num_classes: default 1000.
+        global_pool: "avg" (default) or "".
+        width: channels of the first stage; default 96.
+        depths: blocks, per stage.
+        drop_rate: dropout before the head; default 0.
+        drop_path_rate: of the last block; default 0; the rate rises linearly from 0.
     """
 
     output_fmt = "NHWC"
@@ -194,10 +203,11 @@ class Pyramid(Classifier):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
+        """The number of stages."""
         return len(self.layers)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The last stage's normalised map (B, H / 32, W / 32, num_features)."""
+        """The normalised map of the last stage (B, H / 32, W / 32, num_features)."""
         check_image_size(type(self).__name__, *images.shape[2:])
         x = self.patch_embed(images)
         for stage in self.layers:
@@ -205,27 +215,30 @@ class Pyramid(Classifier):
         return self.norm(x)
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Each stage's map, before it is merged."""
+        """Yield the map of each stage before merging."""
         check_image_size(type(self).__name__, *images.shape[2:])
         return unmerged(self.patch_embed, self.layers, images)
 
     def pooled(self, x: Tensor) -> Tensor:
+        """The mean over all tokens."""
         return x.mean((1, 2))
 
     def drop_stages(self, kept: int) -> None:
+        """Remove all stages but the first `kept`."""
         self.layers = self.layers[:kept]
         self.layers[-1].downsample = None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of two dims that are not decayed; optimizers exempt those of one dim."""
+        """Matrices without weight decay: none. Optimizers exempt parameters of one dim."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's interface for layer-wise rates."""
+        """timm's interface for layer-wise learning rates."""
         blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.(?:blocks\.(\d+)|downsample)"
         ends = [(blocks, None if coarse else (0,)), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": ends}
@@ -233,10 +246,14 @@ class Pyramid(Classifier):
     def flops(
         self, img_size: int | tuple[int, int] | None = None, *, corrected: bool = False
     ) -> int:
-        """Multiply-adds of one image, counted as the authors' code does.
+        """Multiply-adds of one image, counted as in the authors' code.
 
-        Their count has two slips: 12 offset channels where there are 8, and the final norm's tokens
-        over 16 where they are 64 times fewer than stage 1's. `corrected` counts without them.
+        The authors' count has two errors. It counts 12 offset channels instead of 8. It counts the
+        tokens of the final norm as stage 1's over 16 instead of over 64.
+
+        Args:
+            img_size: in pixels; default: the model's own.
+            corrected: count without the two errors; default false.
         """
         height, width = (-(-side // 4) for side in to_2tuple(img_size or self.img_size))
         first = height * width
@@ -252,11 +269,16 @@ class Pyramid(Classifier):
 
 
 class PyramidFeatures(nn.Module):
-    """A Pyramid's backbone for dense tasks, as timm's `features_only=True` builds it.
+    """A Pyramid as a backbone for dense tasks, as timm's `features_only=True` builds it.
 
-    Every chosen stage's map, before it is merged, goes through a LayerNorm of its own, `norm{i}`:
-    the authors' backbones and their keys. Images (B, C, H, W) to maps (B, C_i, H_i, W_i), or with
-    the channels last for output_fmt "NHWC".
+    The map of every chosen stage, before merging, passes a LayerNorm of its own, `norm{i}`. Modules
+    and keys match the authors' backbones. Images (B, C, H, W) become maps (B, C_i, H_i, W_i), or
+    (B, H_i, W_i, C_i) if output_fmt is "NHWC".
+
+    Args:
+        model: the Pyramid, whose modules are used.
+        out_indices: the chosen stages; default: all four.
+        output_fmt: "NCHW" (default) or "NHWC".
     """
 
     def __init__(
@@ -284,12 +306,13 @@ class PyramidFeatures(nn.Module):
         return found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
 
 def unmerged(patch_embed: nn.Module, stages: Any, images: Tensor) -> Iterator[Tensor]:
-    """Each stage's map (B, H, W, C) in turn, before it is merged for the next."""
+    """Yield the map (B, H, W, C) of each stage before merging."""
     x = patch_embed(images)
     for stage in stages:
         x = stage.run_blocks(x)
@@ -299,7 +322,7 @@ def unmerged(patch_embed: nn.Module, stages: Any, images: Tensor) -> Iterator[Te
 
 
 def create(cls: type[Pyramid], variant: str, pretrained: bool, **options: Any) -> Any:
-    """A model as timm makes it; `features_only=True` gives a `PyramidFeatures`."""
+    """Build a model through timm. `features_only=True` gives a `PyramidFeatures`."""
     features = {
         "out_indices": (0, 1, 2, 3),
         "feature_cls": PyramidFeatures,

@@ -1,13 +1,18 @@
-"""ViT-22B's weights in other layouts: one matrix a projection, timm's `ParallelScalingBlock`, Flax.
+"""Conversion of ViT-22B's weights from and to other layouts.
 
-Ours fuses the projections and groups rows and columns by head (`vit22b.py`). The functions here are
-exact permutations, with one exception: timm's unfused block has a bias behind either output
-projection, which enter as a sum; what goes back is that sum behind the MLP and zeros behind
-attention. All take a mapping and yield (name, tensor) pairs one at a time, so that a mapping that
-reads lazily converts a model larger than the memory. Names outside the blocks are timm's in every
-layout but Flax's.
+The layouts are one matrix for each projection, timm's `ParallelScalingBlock`, and Flax.
 
-plain, per block: norm, q, k, v, q_norm, k_norm, fc1, proj, fc2 (weights; biases of fc1 and fc2).
+Our layout fuses the projections and groups rows and columns by head (`model.py`). The functions
+here are exact permutations, with one exception. timm's unfused block has a bias after each of its
+two output projections, and only the sum of both matters. `to_timm` therefore writes the sum as the
+MLP's bias, and zeros as attention's.
+
+All functions take a mapping and yield (name, tensor) pairs one at a time. With a mapping that reads
+lazily, they convert a model larger than the memory. Names outside the blocks are timm's in every
+layout except Flax's.
+
+The plain layout has for each block: norm, q, k, v, q_norm, k_norm, fc1, proj, fc2 (weights; biases
+of fc1 and fc2).
 """
 
 from __future__ import annotations
@@ -24,7 +29,11 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def from_plain(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
-    """From one matrix a projection. ValueError names what is missing or of the wrong shape."""
+    """Convert from one matrix for each projection.
+
+    Raises:
+        ValueError: names a parameter that is missing or has the wrong shape.
+    """
     yield from _outside(state)
     for block in _blocks(state):
         take = _Taker(state, block, num_heads)
@@ -39,7 +48,7 @@ def from_plain(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
 
 
 def to_plain(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
-    """To one matrix a projection; the inverse of `from_plain`."""
+    """Convert to one matrix for each projection; the inverse of `from_plain`."""
     yield from _outside(state)
     for block in _blocks(state):
         take = _Taker(state, block, num_heads)
@@ -54,7 +63,11 @@ def to_plain(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
 
 
 def from_timm(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
-    """From timm's `ParallelScalingBlock`, output projection fused or not, without a QKV bias."""
+    """Convert from timm's `ParallelScalingBlock`, with the output projection fused or not.
+
+    Raises:
+        ValueError: the block has a QKV bias, or a parameter is missing.
+    """
     yield from _outside(state)
     for block in _blocks(state):
         take = _Taker(state, block, num_heads)
@@ -80,7 +93,7 @@ def from_timm(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
 
 
 def to_timm(state: Mapping[str, Tensor], num_heads: int, fuse_out_proj: bool = False) -> Pairs:
-    """To timm's `ParallelScalingBlock(qkv_bias=False, fuse_out_proj=...)`."""
+    """Convert to timm's `ParallelScalingBlock(qkv_bias=False, fuse_out_proj=...)`."""
     yield from _outside(state)
     for block in _blocks(state):
         take = _Taker(state, block, num_heads)
@@ -101,11 +114,14 @@ def to_timm(state: Mapping[str, Tensor], num_heads: int, fuse_out_proj: bool = F
 
 
 def from_flax(params: Mapping[str, Any], num_heads: int) -> Pairs:
-    """From a flat mapping of arrays named as Flax and big_vision name the modules of a ViT.
+    """Convert from a flat mapping of arrays, with the names of Flax and big_vision for a ViT.
 
-    Names such as `Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel`, kernels
-    as (in, out) or (in, heads, head_dim). ViT-22B's own checkpoint is not public, so the names of
-    its parallel block are those of the parts it is made of.
+    A name is such as `Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel`.
+    Kernels are (in, out) or (in, heads, head_dim). ViT-22B's own checkpoint is not public. The
+    names in its parallel block are therefore assumed: the names of the parts of the block.
+
+    Raises:
+        ValueError: a name is unknown.
     """
     found = {name.removeprefix("params/"): _tensor(value) for name, value in params.items()}
     plain: dict[str, Tensor] = {}
@@ -164,7 +180,7 @@ _FLAX: list[tuple[str, str]] = [
 
 
 def _kernel(key: str, value: Tensor) -> Tensor:
-    """A Flax kernel as a torch weight."""
+    """Convert a Flax kernel to a torch weight."""
     if key in ("pos_embed", "attn_pool.latent"):
         return value
     if key == "patch_embed.proj.weight":  # (h, w, in, out)
@@ -177,6 +193,7 @@ def _kernel(key: str, value: Tensor) -> Tensor:
 
 
 def _tensor(value: Any) -> Tensor:
+    """Convert an array to a tensor."""
     return value if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
@@ -193,14 +210,15 @@ class _Taker:
         return self.state[key]
 
     def rows(self, name: str) -> Tensor:
-        """(heads, rows of a head, columns)."""
+        """Split by rows: (heads, rows of a head, columns)."""
         return self._by_head(name, 0)
 
     def columns(self, name: str) -> Tensor:
-        """(rows, heads, columns of a head)."""
+        """Split by columns: (rows, heads, columns of a head)."""
         return self._by_head(name, 1)
 
     def _by_head(self, name: str, dim: int) -> Tensor:
+        """Split a matrix by head along `dim`. ValueError if it does not divide."""
         value = self(name)
         if value.dim() != 2 or value.shape[dim] % self.num_heads:
             raise ValueError(
@@ -211,7 +229,7 @@ class _Taker:
 
 
 def _input_parts(take: _Taker) -> list[Tensor]:
-    """q, k, v and the MLP's part of our first matmul, each (rows, dim) in order of heads."""
+    """q, k, v and the MLP's part of our first matmul, each (rows, dim) in the order of heads."""
     rows = take.rows("in_proj.weight")
     head_dim = rows.shape[2] // take.num_heads
     parts = rows.split([head_dim] * 3 + [rows.shape[1] - 3 * head_dim], 1)
@@ -227,12 +245,14 @@ def _output_parts(take: _Taker) -> list[Tensor]:
 
 
 def _head_norms(state: Mapping[str, Tensor], block: str) -> Pairs:
+    """The norms of queries and keys, if there are any."""
     for name in ("q_norm.weight", "k_norm.weight"):
         if block + name in state:
             yield block + name, state[block + name]
 
 
 def _outside(state: Mapping[str, Tensor]) -> Pairs:
+    """The parameters outside the blocks."""
     for name in state:
         if not _BLOCK.match(name):
             yield name, state[name]

@@ -1,13 +1,13 @@
-"""Initial weights of ViT-22B, parameter by parameter and shard by shard.
+"""Initialisation of ViT-22B's weights, parameter by parameter and shard by shard.
 
-Every block of 64 rows of a parameter is drawn from a stream of its own, named by (seed, parameter,
-block). A rank draws the blocks that its shard touches and nothing else, so the whole model is never
-in one process's memory, and the weights are the same on 1 rank and on 1000, under FSDP, tensor
-parallelism and ZeRO-3.
+Every block of 64 rows of a parameter is drawn from its own generator, seeded by (seed, parameter,
+block). A rank draws only the blocks that its shard covers, so no process holds the whole model. The
+weights are the same on 1 rank and on 1000, under FSDP, tensor parallelism and ZeRO-3.
 
-The distributions are big_vision's for a ViT: kernels of attention and MLP uniform after Xavier (each
-role of a fused kernel by its own fans), MLP biases of 1e-6, position embedding 1/sqrt(D), classifier
-0 with bias -10, so that all sigmoids start near 0. Whether ViT-22B itself used them is not published.
+The distributions are big_vision's for a ViT: Xavier uniform for kernels of attention and MLP (each
+part of a fused kernel by its own fans), 1e-6 for MLP biases, 1/sqrt(D) for the position embedding,
+0 for the classifier with bias -10, so that all sigmoids start near 0. The initialisation of ViT-22B
+itself is not published.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ ROWS = 64
 
 @torch.no_grad()
 def initialise(model: VisionTransformer, seed: int, head_bias: float = -10.0) -> None:
-    """Fill all parameters of `model`: plain ones, DTensors (this rank's shard), and DeepSpeed's
-    partitioned ones (gathered one at a time). Every rank must call this with the same seed.
+    """Fill all parameters of a model. Every rank must call this with the same seed.
 
-    ValueError if a parameter is still on the meta device.
+    Args:
+        model: with plain parameters, DTensors (this rank's shard is filled), or DeepSpeed's
+            partitioned parameters (gathered one at a time).
+        seed: of all weights.
+        head_bias: bias of the classifier; default -10.
+    Raises:
+        ValueError: a parameter is on the meta device.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -63,7 +68,7 @@ def _fill(
     if kind == "constant":
         value.fill_(size)
         return
-    # (rows, columns): a vector is one column, everything behind the first dim is columns.
+    # (rows, columns): a vector is one column; all dims after the first are columns.
     whole = (shape[0], math.prod(shape[1:])) if shape[0] > 1 else (math.prod(shape), 1)
     part = value.reshape(value.shape[0], -1) if shape[0] > 1 else value.reshape(-1, 1)
     bounds = _bounds(model, name, size)
@@ -84,7 +89,7 @@ def _fill(
 
 
 def _draw(kind: str, seed: int, name: str, block: int, rows: int, columns: int) -> Tensor:
-    """(rows, columns) float32: uniform in -1 to 1, or normal."""
+    """Draw (rows, columns) in float32: uniform in -1 to 1, or normal."""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     if kind == "normal":
@@ -93,7 +98,10 @@ def _draw(kind: str, seed: int, name: str, block: int, rows: int, columns: int) 
 
 
 def _distribution(name: str, shape: tuple[int, ...], head_bias: float) -> tuple[str, float]:
-    """("constant", value), ("normal", deviation) or ("uniform", bound)."""
+    """The kind and the size of a parameter's distribution.
+
+    The pairs are ("constant", value), ("normal", deviation) and ("uniform", bound).
+    """
     last = name.rpartition(".")[2]
     if name.startswith("head."):
         return "constant", 0.0 if last == "weight" else head_bias
@@ -113,13 +121,13 @@ def _distribution(name: str, shape: tuple[int, ...], head_bias: float) -> tuple[
         return "constant", 0.0
     if name.startswith("patch_embed"):
         return "normal", math.prod(shape[1:]) ** -0.5
-    # kv is two square kernels side by side.
+    # kv consists of two square kernels.
     fan_out = shape[0] // 2 if name.endswith(".kv.weight") else shape[0]
     return "uniform", math.sqrt(6 / (fan_out + math.prod(shape[1:])))
 
 
 def _bounds(model: VisionTransformer, name: str, size: float) -> float | Tensor:
-    """The factor of each row (rows, 1) or column (1, columns): fused kernels mix two fans."""
+    """The factor of each row (rows, 1) or column (1, columns): fused kernels have two fans."""
     if not name.endswith(("in_proj.weight", "out_proj.weight")):
         return size
     dim = model.embed_dim
@@ -134,7 +142,7 @@ def _bounds(model: VisionTransformer, name: str, size: float) -> float | Tensor:
 
 
 def _shard(parameter: nn.Parameter) -> tuple[Tensor, tuple[int, int]]:
-    """This rank's part and the row and column of the whole where it begins."""
+    """This rank's part of a parameter, and the part's first row and column in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter.data, (0, 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -143,7 +151,7 @@ def _shard(parameter: nn.Parameter) -> tuple[Tensor, tuple[int, int]]:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     offset = placed[1]
-    # Behind the first dim only a matrix is ever cut (a kernel's columns under tensor parallelism).
+    # After the first dim, only a matrix is sharded (a kernel's columns under tensor parallelism).
     if parameter.shape[0] == 1:
         offset = (offset[0], 0)
     return parameter.to_local(), (offset[0], offset[1] if len(offset) == 2 else 0)

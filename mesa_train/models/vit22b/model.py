@@ -1,33 +1,37 @@
-"""ViT-22B (arXiv 2302.05442): attention and MLP in parallel behind one norm, two matmuls a block.
+"""ViT-22B (arXiv 2302.05442): attention and MLP in parallel after one norm, two matmuls a block.
 
-    y = norm(x);  x + W_out [attention(qn(q), kn(k), v), gelu(m)] + b_out,  (q, k, v, m) = W_in y + (0, 0, 0, b_m)
+    y = norm(x);  x + W_out [attention(qn(q), kn(k), v), gelu(m)] + b_out,
+    (q, k, v, m) = W_in y + (0, 0, 0, b_m)
 
-The rows of W_in lie head by head, [q | k | v | the head's share of the MLP], and so do the columns
-of W_out, [attention | MLP]: any cut between heads is a valid tensor-parallel shard, and a sharded
-block needs one sum over the ranks. The MLP's bias is part of the first matmul, so the four parts are
-views of one product and nothing is added to them.
+The rows of W_in are grouped by head, [q | k | v | the head's share of the MLP]. So are the columns
+of W_out, [attention | MLP]. Any cut between heads is therefore a valid tensor-parallel shard, and a
+sharded block needs one sum over the ranks. The MLP's bias is part of the first matmul, so the four
+parts are views of one product without any further addition.
 
-What a block keeps between forward and backward, per token, with width D, H heads of d = D / H, an
-MLP of M = 4D, in units of elements (mesa8 needs 1 byte for each, 4 for every 128, and 4 for the
-reciprocal deviation of each norm):
+A block saves the following elements per token for the backward, with width D, H heads of d = D / H
+and an MLP of M = 4D. mesa8 needs 1 byte for each element, 4 for every 128, and 4 for the reciprocal
+deviation of each norm:
 
-    x_hat of the block's norm          D    serves the norm and, as norm(x), the first matmul
-    x_hat of q's and k's norms        2D    serves the norms and, as qn(q) and kn(k), attention
-    v, attention's output             2D    the output serves attention and the second matmul
-    the MLP's hidden, before GELU     4D    serves GELU and, as gelu(m), the second matmul
+    x_hat of the block's norm          D    for the norm and, as norm(x), for the first matmul
+    x_hat of q's and k's norms        2D    for the norms and, as qn(q) and kn(k), for attention
+    v, attention's output             2D    the output: for attention and the second matmul
+    the MLP's hidden, before GELU     4D    for GELU and, as gelu(m), for the second matmul
 
-q and k are kept before their norm's gain: x_hat is what the norm's derivative reads, and the gain
-is a product away, while the input would need the statistics and the output a division.
-9D elements, 9D + 36D/128 + 4 + 8H bytes with mesa8 (57,412 for ViT-22B: 14.0 MiB an image), half the
-codes with mesa4. `recompute="linear"` repeats the first matmul and keeps x_hat, attention's output
-and the deviations: 2D + 8D/128 + 4 + 8H bytes (13,060: 3.2 MiB), and 14D a block for the bias.
-Kernels that need the logsumexp add 4H bytes (flash on a GPU; on a CPU none up to 512 tokens in half
-precision). PyTorch keeps 17D elements of two bytes (51 MiB), and 21D with a separate bias.
+q and k are saved before the gain of their norm. The norm's derivative reads x_hat, and one product
+with the gain gives the norm's output. The norm's input would need the statistics too, and its
+output a division.
 
-Sources disagree on three points, which are switches: queries and keys are normalised without
-centring, as the paper says (`qk_norm="rms"`), or with, as Flax does (`"layer"`); GELU is the tanh
-form, Flax's default, or exact; the pooling head's queries, keys and values have biases, as in
-big_vision, or none (`pool_bias=False`).
+The sum is 9D elements, 9D + 36D/128 + 4 + 8H bytes with mesa8 (57,412 for ViT-22B: 14.0 MiB an
+image), and half the codes with mesa4. `recompute="linear"` repeats the first matmul and saves
+x_hat, attention's output and the deviations: 2D + 8D/128 + 4 + 8H bytes (13,060: 3.2 MiB), and 14D
+a block for the bias. Kernels that need the logsumexp add 4H bytes (flash on a GPU; on a CPU none up
+to 512 tokens in half precision). PyTorch saves 17D elements of two bytes (51 MiB), and 21D with a
+separate bias.
+
+The sources differ in three points, which are options. Queries and keys are normalised without
+centring, as in the paper (`qk_norm="rms"`), or with centring, as in Flax (`"layer"`). GELU is the
+tanh form, Flax's default, or exact. The queries, keys and values of the pooling head have biases,
+as in big_vision, or none (`pool_bias=False`).
 """
 
 from __future__ import annotations
@@ -52,8 +56,8 @@ QK_NORMS = ("rms", "layer", "none")
 GELUS = ("tanh", "none")
 EPS = 1e-6
 
-# name: patch, width, depth, heads. MLP 4 x width throughout. With bf16 weights and 8-bit Adam
-# vit_22b_3b fills one card of 24 GB and vit_22b_11b one of 80 (recipes/vit22b).
+# By name: patch, width, depth, heads. The MLP is always 4 x width. With bf16 weights and 8-bit
+# Adam, vit_22b_3b fills one card of 24 GB and vit_22b_11b one of 80 GB (recipes/vit22b).
 SIZES = {
     "vit_22b_tiny": (14, 64, 3, 4),
     "vit_22b_small": (14, 384, 12, 6),
@@ -67,12 +71,16 @@ SIZES = {
 class GroupedInput(nn.Module):
     """The projections of queries, keys, values and the MLP's hidden in one matmul.
 
-    weight: (heads * (3 head_dim + share), dim), grouped per head; mlp_bias: (heads * share,).
-    A shard of whole heads may stand in for either. Input (..., dim); returns q, k, v
-    (..., heads, head_dim) and m (..., heads, share), views of one product.
-    mesh: the tensor-parallel ranks that share the heads, or None. sequence: whether y is cut over
-    them along the tokens (`vit22b_tokens`).
-    adapted: computes the product in the weight's place, from y and the bias, or None.
+    Input (..., dim). Output: q, k, v (..., heads, head_dim) and m (..., heads, share), views of one
+    product.
+
+    Attributes:
+        weight: (heads * (3 head_dim + share), dim), grouped by head; may be a shard of whole heads.
+        mlp_bias: (heads * share,); may be a shard of whole heads.
+        mesh: the tensor-parallel ranks that share the heads; None for one rank.
+        sequence: whether the tokens of y are sharded over the mesh (`sequence_parallel`).
+        adapted: module that computes the product from y and the bias, instead of the weight; or
+            None.
     """
 
     mesh: DeviceMesh | None = None
@@ -90,15 +98,16 @@ class GroupedInput(nn.Module):
         if self.mesh is not None and self.sequence:
             y = gathered(y, self.mesh)
         elif self.mesh is not None and y.requires_grad:
-            # Each rank knows the gradient through its own heads. A hook, not a function of y: y
-            # stays the norm's output, whose stash the matmul shares.
+            # Each rank has the gradient through its own heads. This is a hook, not a function of y,
+            # so that y stays the output of the norm. The matmul shares the stash of that output.
             y.register_hook(partial(summed, mesh=self.mesh))
-        # q, k and v have no bias: zeros, which cost one row of the output.
+        # q, k and v have no bias: the zeros cost one row of the output.
         bias = F.pad(mlp_bias.view(-1, self.share), (3 * self.head_dim, 0)).flatten()
         if self.adapted is not None:
             product = self.adapted(y, bias)
         elif self.sequence and torch.compiler.is_compiling():
-            # The compiler joins a gather to a product without a bias, and this sum to what reads it.
+            # The compiler fuses a gather with a product without a bias, and this sum with its
+            # readers.
             product = F.linear(y, local(self.weight)) + bias
         else:
             product = F.linear(y, local(self.weight), bias)
@@ -109,9 +118,12 @@ class GroupedInput(nn.Module):
 class GroupedOutput(nn.Module):
     """The output projections of attention and MLP in one matmul.
 
-    weight: (dim, heads * (head_dim + share)), columns grouped per head; bias: (dim,).
     Input: attention's output (..., heads, head_dim) and the activated hidden (..., heads, share).
-    mesh, sequence, adapted: as for `GroupedInput`.
+
+    Attributes:
+        weight: (dim, heads * (head_dim + share)), columns grouped by head.
+        bias: (dim,).
+        mesh, sequence, adapted: as for `GroupedInput`.
     """
 
     mesh: DeviceMesh | None = None
@@ -135,7 +147,20 @@ class GroupedOutput(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """One block of ViT-22B. x: (B, N, dim) to (B, N, dim)."""
+    """One block of ViT-22B: (B, N, dim) to (B, N, dim).
+
+    Args:
+        dim: width.
+        num_heads: number of heads; must divide `dim` and the MLP's width.
+        mlp_ratio: width of the MLP over `dim`; default 4.
+        drop_path: drop path rate; default 0.
+        qk_norm: "rms" (default), "layer" or "none".
+        gelu: "tanh" (default) or "none", the exact form.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: an argument is out of range.
+    """
 
     def __init__(
         self,
@@ -174,16 +199,20 @@ class ParallelBlock(nn.Module):
 
 
 class ViT22B(VisionTransformer):
-    """timm's VisionTransformer around `ParallelBlock`s, with attention pooling and no class token.
+    """timm's VisionTransformer with `ParallelBlock`s, attention pooling and no class token.
 
-    Images (B, 3, H, W) of any multiple of the patch; the position embedding, learned on the grid of
-    `img_size`, is resampled to theirs. Returns logits (B, num_classes), meant for
-    `F.binary_cross_entropy_with_logits` (see `sigmoid_loss`).
+    Images are (B, 3, H, W), with H and W any multiples of the patch. The position embedding,
+    learned on the grid of `img_size`, is resampled to the grid of the images. The output is logits
+    (B, num_classes) for `F.binary_cross_entropy_with_logits` (see `sigmoid_loss`). On the meta
+    device no weight is initialised; see `init.initialise`.
 
-    qk_norm: "rms", "layer" or "none". gelu: "tanh" or "none" (exact). pool_bias: whether queries, keys
-    and values of the pooling head have biases. On the meta device nothing is
-    initialised; see `vit22b_init.initialise`.
-    tokens: the ranks that tokens are cut over between the matmuls, or None.
+    Args:
+        qk_norm: "rms", "layer" or "none".
+        gelu: "tanh" or "none" (exact).
+        pool_bias: biases of the pooling head's queries, keys and values.
+        made: device and dtype of the parameters. All other arguments are timm's.
+    Attributes:
+        tokens: the ranks over which tokens are sharded between the matmuls; or None.
     """
 
     tokens: DeviceMesh | None = None
@@ -232,39 +261,41 @@ class ViT22B(VisionTransformer):
         if not pool_bias:
             for projection in (self.attn_pool.q, self.attn_pool.kv):
                 projection.register_parameter("bias", None)
-        # The one pooled token is taken in `pool`: FSDP wants no views out of its units.
+        # `pool` selects the pooled token, because FSDP allows no views as outputs of its units.
         self.attn_pool.pool = "none"
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens (B, N, D) to the features (B, D) that the classifier reads."""
+        """Pool tokens (B, N, D) to features (B, D), the input of the classifier."""
         pooled = super().pool(x, pool_type)
         return pooled if self.attn_pool is None else pooled.flatten(1)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:  # noqa: ARG002
-        """Draw all weights from torch's global stream; on the meta device nothing happens."""
+        """Draw all weights from torch's global generator. Does nothing on the meta device."""
         if not any(p.is_meta for p in self.parameters()):
             initialise(self, int(torch.randint(2**62, (), device="cpu")))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """x (B, h, w, D) to tokens (B, h * w, D), the position embedding added."""
+        """Flatten x (B, h, w, D) to tokens (B, h * w, D) and add the position embedding."""
         grid = (x.shape[1], x.shape[2])
         position = resampled(self.pos_embed, self.patch_embed.grid_size, grid)
         tokens = self.pos_drop(x.flatten(1, 2) + position)
         return tokens if self.tokens is None else cut(tokens, self.tokens)
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """All tokens (B, N, D) behind the last norm."""
+        """All tokens (B, N, D) after the last norm."""
         tokens = super().forward_features(x, *args, **kwargs)
         return tokens if self.tokens is None else joined(tokens, self.tokens)
 
     def no_weight_decay(self) -> set[str]:
-        """What decays in no recipe; biases and norms are left out by their dimension."""
+        """Matrices without weight decay. Biases and norms are exempt by their dimension."""
         return {"pos_embed", "attn_pool.latent"}
 
 
 def resampled(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position embedding (1, h * w, D) on another grid: bilinear, corners on corners, as
-    big_vision's `resample_posemb` does with scipy's zoom."""
+    """Resample a position embedding (1, h * w, D) to another grid.
+
+    Bilinear with aligned corners, as in big_vision's `resample_posemb` with scipy's zoom.
+    """
     if old == new:
         return position
     grid = position.float().unflatten(1, old).permute(0, 3, 1, 2)
@@ -273,10 +304,12 @@ def resampled(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 def sigmoid_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Sigmoid cross-entropy summed over classes, averaged over images, in float32.
+    """Sigmoid cross-entropy in float32, summed over classes and averaged over images.
 
-    logits: (B, classes). targets: labels (B,) or a share for each class (B, classes).
-    z_loss: weight of log(sum(exp(logits)))^2, which keeps the logits from drifting.
+    Args:
+        logits: (B, classes).
+        targets: labels (B,), or a share for each class (B, classes).
+        z_loss: weight of log(sum(exp(logits)))^2, which bounds the drift of the logits; default 0.
     """
     logits = logits.float()
     if targets.dim() == 1:
@@ -287,7 +320,7 @@ def sigmoid_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks of `mesh`; every rank needs, and passes on, the sum's gradient."""
+    """The sum over the ranks of `mesh`. Its gradient is also the gradient of each rank's part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, mesh: DeviceMesh) -> Tensor:  # noqa: ARG004
@@ -299,24 +332,26 @@ class _Sum(torch.autograd.Function):
 
 
 def summed(part: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A new tensor: the sum of `part` over the ranks of a one-dimensional mesh."""
+    """Sum `part` over the ranks of a one-dimensional mesh, into a new tensor."""
     total = part.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=mesh.get_group())
     return total
 
 
 def local(weight: Tensor) -> Tensor:
-    """This rank's part of a tensor-parallel weight; any other weight itself."""
+    """This rank's part of a tensor-parallel weight; any other weight unchanged."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _head_norm(kind: str, head_dim: int, made: dict[str, Any]) -> nn.Module:
+    """The norm of queries or keys of a kind."""
     if kind == "rms":
         return nn.RMSNorm(head_dim, eps=EPS, **made)
     return nn.LayerNorm(head_dim, EPS, bias=False, **made) if kind == "layer" else nn.Identity()
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -340,6 +375,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> ViT22B:
+    """Build a model of `SIZES` through timm."""
     patch, width, depth, heads = SIZES[name]
     sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     return build_model_with_cfg(ViT22B, name, pretrained, **{**sizes, **options})
@@ -347,7 +383,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> ViT22B:
 
 @register_model
 def vit_22b_tiny(pretrained: bool = False, **options: Any) -> ViT22B:
-    """0.3 million parameters: for tests and two CPU processes."""
+    """0.3 million parameters, for tests and two CPU processes."""
     return _create("vit_22b_tiny", pretrained, options)
 
 

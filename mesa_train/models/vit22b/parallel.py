@@ -1,12 +1,14 @@
-"""Sharding ViT-22B with PyTorch's own tools: built on the meta device, cut, then given memory.
+"""Sharding of ViT-22B with PyTorch's own tools: built on the meta device, sharded, then allocated.
 
-Tensor parallelism (`mesh["tp"]`) gives each rank whole heads: rows of the first matmul, columns of
-the second, with their share of the MLP. A block then needs one sum over the ranks in the forward
-and one in the backward, half of what a sequential block needs; norms, embeddings and the pooling
-head are computed by every rank. FSDP (`mesh["dp"]`, `fully_shard`) cuts what is left over the other
-ranks, a unit a block: its weights are gathered just before the block runs, while the one before
-still computes. `docs/vit22b.md` says what overlaps with what, and how that relates to the paper's
-asynchronous parallel linear operations.
+Tensor parallelism (`mesh["tp"]`) gives each rank whole heads: rows of the first matmul and columns
+of the second, with their share of the MLP. A block then needs one sum over the ranks in the forward
+and one in the backward, half of a sequential block's. Every rank computes norms, embeddings and the
+pooling head.
+
+FSDP (`mesh["dp"]`, `fully_shard`) shards the rest over the other ranks, with one unit for each
+block. It gathers a block's weights just before the block runs, while the previous block computes.
+`docs/vit22b.md` describes the overlap, and its relation to the paper's asynchronous parallel linear
+operations.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .model import ViT22B
 
 
 def mesh_of(device: str, world: int, tensor_parallel: int = 1) -> DeviceMesh:
-    """A mesh (dp, tp) over all ranks. ValueError if the ranks do not divide."""
+    """Build a mesh (dp, tp) over all ranks. ValueError if the ranks do not divide."""
     if tensor_parallel < 1 or world % tensor_parallel:
         raise ValueError(
             f"tensor_parallel={tensor_parallel} must divide the {world} processes; "
@@ -38,7 +40,7 @@ def mesh_of(device: str, world: int, tensor_parallel: int = 1) -> DeviceMesh:
 
 
 def check_heads(num_heads: int, tensor_parallel: int) -> None:
-    """ValueError if a rank would get part of a head."""
+    """Raise ValueError if a rank would get part of a head."""
     if num_heads % tensor_parallel:
         choices = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ValueError(
@@ -48,10 +50,17 @@ def check_heads(num_heads: int, tensor_parallel: int) -> None:
 
 
 def shard_heads(model: ViT22B, mesh: DeviceMesh, sequence: bool = False) -> ViT22B:
-    """Tensor parallelism over a one-dimensional mesh, in place. Weights keep their names and global
-    shapes (DTensors). Before `shard_parameters`, and before memory is given.
+    """Apply tensor parallelism over a one-dimensional mesh, in place.
 
-    sequence: cut the tokens over the ranks too, where a block is not at its matmuls.
+    Weights keep their names and global shapes (DTensors). Call this before `shard_parameters`, and
+    before the parameters are allocated.
+
+    Args:
+        model: on the meta device.
+        mesh: one-dimensional.
+        sequence: shard the tokens over the ranks too, outside of a block's matmuls.
+    Raises:
+        ValueError: the heads do not divide.
     """
     block: Any
     check_heads(
@@ -80,11 +89,18 @@ def shard_parameters(
     reshard: bool = True,
     offload: bool = False,
 ) -> ViT22B:
-    """FSDP2 over a one-dimensional mesh, in place: one unit a block, one for the pooling head.
+    """Apply FSDP2 over a one-dimensional mesh, in place.
 
-    compute: dtype of gathered weights and of the arithmetic; gradients are reduced in float32.
-    reshard: drop gathered weights after a block's forward and gather them again in its backward.
-    offload: keep shards, gradients and optimizer in host memory.
+    Each block and the pooling head is one unit.
+
+    Args:
+        model: on the meta device.
+        mesh: one-dimensional.
+        compute: dtype of gathered weights and of the arithmetic; gradients are reduced in float32.
+            Default: the parameters' dtype.
+        reshard: free gathered weights after a block's forward and gather them again in its
+            backward; default true.
+        offload: keep shards, gradients and optimizer states in CPU memory; default false.
     """
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
     if compute is not None:
@@ -93,7 +109,7 @@ def shard_parameters(
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.blocks:
         fully_shard(block, **options)
-    # The pooling head is as large as a block; in the root's unit it would stay gathered.
+    # The pooling head is as large as a block. In the root's unit it would stay gathered.
     fully_shard(model.attn_pool, **options)
     fully_shard(model, **options)
     return model
@@ -109,8 +125,21 @@ def sharded(
     sequence: bool = False,
     **fsdp: Any,
 ) -> ViT22B:
-    """Cut a model on the meta device over a mesh (dp, tp), give this rank's shards memory and
-    draw their initial weights: the same on every mesh. See `shard_parameters` for the rest."""
+    """Shard a model over a mesh (dp, tp), allocate this rank's shards and draw their weights.
+
+    The weights are the same on every mesh.
+
+    Args:
+        model: on the meta device.
+        mesh: from `mesh_of`.
+        device: of the shards.
+        seed: of the weights.
+        head_bias: bias of the classifier; default -10.
+        sequence: as for `shard_heads`.
+        fsdp: arguments of `shard_parameters`.
+    Raises:
+        ValueError: the model is not on the meta device, or the heads do not divide.
+    """
     if not all(p.is_meta for p in model.parameters()):
         raise ValueError(
             "build the model under torch.device('meta'), so that no rank holds it whole"
@@ -124,11 +153,18 @@ def sharded(
 
 
 def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
-    """After the last backward of a step: complete the gradients, clip their norm, return it.
+    """Complete the gradients after the last backward of a step, clip their norm and return it.
 
-    The gains of the query and key norms serve this rank's heads alone under tensor parallelism, and
-    where tokens are cut the other norms and the output's bias serve its own tokens; their gradients
-    are summed here, all blocks' at once. The norm is over all ranks' shards.
+    Under tensor parallelism, a rank has only a part of some gradients. Its gradients of the query
+    and key norms' gains depend on its own heads. With sharded tokens, its gradients of the other
+    norms and of the output's bias depend on its own tokens. This function sums these gradients over
+    the ranks, all blocks at once.
+
+    Args:
+        model: sharded or not.
+        max_norm: largest norm; default: no clipping.
+    Returns:
+        The norm over all ranks' shards, before clipping.
     """
     mesh = model.blocks[0].in_proj.mesh
     if mesh is not None:
@@ -149,7 +185,7 @@ def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
 
 
 def _partial(model: ViT22B) -> Iterator[nn.Parameter]:
-    """Whole parameters of which a tensor-parallel rank knows a part of the gradient."""
+    """Unsharded parameters whose gradient is only a part on a tensor-parallel rank."""
     block: Any
     for block in model.blocks:
         yield from block.q_norm.parameters()
@@ -163,8 +199,11 @@ def _partial(model: ViT22B) -> Iterator[nn.Parameter]:
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The L2 norm of all gradients, whatever their meshes: squares are summed over the mesh
-    dimensions that cut a gradient, and counted once where it is repeated."""
+    """The L2 norm of all gradients, for any mesh.
+
+    Squares are summed over the mesh dimensions that shard a gradient, and counted once over the
+    dimensions that repeat it.
+    """
     squares: dict[tuple[Any, ...], Tensor] = {}
     for parameter in model.parameters():
         grad = parameter.grad
@@ -188,5 +227,6 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def _own(grad: Tensor | None) -> Tensor:
+    """This rank's part of a gradient."""
     assert grad is not None
     return grad.to_local() if isinstance(grad, DTensor) else grad

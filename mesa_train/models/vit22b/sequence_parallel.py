@@ -1,9 +1,9 @@
-"""Tokens cut over the tensor-parallel ranks: what moves where a rank needs the others' tokens.
+"""Sequence parallelism: tokens sharded over the tensor-parallel ranks, and the transfers it needs.
 
-With sequence parallelism a rank holds its own tokens between the matmuls of a block, which need all
-of them: an all-gather comes before the first, a reduce-scatter behind the second. Together they
-move what one sum moves, and each sits beside a matmul, so that PyTorch's asynchronous tensor
-parallelism can pass parts while others are multiplied. Tensors are (B, N, D), cut along N.
+Between the matmuls of a block, a rank holds only its own tokens. The matmuls need all tokens: an
+all-gather runs before the first, a reduce-scatter after the second. Together both transfer as much
+as one sum. Each is next to a matmul, so PyTorch's asynchronous tensor parallelism can overlap
+transfer and multiplication, part by part. Tensors are (B, N, D), sharded along N.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 TOKENS = 1
 
-# Below the functions of torch.distributed._functional_collectives, which were renamed on the way;
-# the compiler matches these operators in either release.
+# These operators are below the functions of torch.distributed._functional_collectives, which were
+# renamed between releases. The compiler matches the operators in both releases.
 _ops = torch.ops._c10d_functional
 
 
 def gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
-    """All tokens, of which every rank uses its own heads' part: their gradients are summed."""
+    """All tokens. Every rank uses its own heads' part of them, so the gradients are summed."""
     return _Gather.apply(own, mesh.get_group().group_name, mesh.size())
 
 
@@ -33,7 +33,7 @@ def scattered(part: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def cut(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's tokens of what every rank has computed whole. ValueError if they do not divide."""
+    """This rank's tokens of a tensor that every rank has. ValueError if they do not divide."""
     if tokens.shape[TOKENS] % mesh.size():
         raise ValueError(
             f"sequence parallelism over {mesh.size()} ranks must divide the "
@@ -43,21 +43,25 @@ def cut(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def joined(own: Tensor, mesh: DeviceMesh) -> Tensor:
-    """All tokens, with which every rank goes on to compute the same."""
+    """All tokens. Every rank then computes the same with them, so the gradients are not summed."""
     return _Join.apply(own, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
 
 
 def _gather(own: Tensor, group: str, ranks: int) -> Tensor:
+    """All-gather along the tokens."""
     every = _ops.wait_tensor(_ops.all_gather_into_tensor(own.contiguous(), ranks, group))
     return torch.cat(torch.split(every, own.shape[0]), TOKENS)
 
 
 def _scatter(part: Tensor, group: str, ranks: int) -> Tensor:
+    """Reduce-scatter along the tokens."""
     stacked = torch.cat(torch.split(part, part.shape[TOKENS] // ranks, TOKENS))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(stacked, "sum", ranks, group))
 
 
 class _Gather(torch.autograd.Function):
+    """All-gather; its backward is a reduce-scatter."""
+
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: str, ranks: int) -> Tensor:
         ctx.of = group, ranks
@@ -69,6 +73,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
+    """Reduce-scatter; its backward is an all-gather."""
+
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: str, ranks: int) -> Tensor:
         ctx.of = group, ranks
@@ -80,6 +86,8 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
+    """This rank's tokens; the backward is an all-gather."""
+
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, group: str, ranks: int, rank: int) -> Tensor:
         ctx.of = group, ranks
@@ -91,6 +99,8 @@ class _Cut(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
+    """All-gather; the backward selects this rank's tokens."""
+
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: str, ranks: int, rank: int) -> Tensor:
         ctx.of = ranks, rank
@@ -103,10 +113,16 @@ class _Join(torch.autograd.Function):
 
 
 def overlapped(model: Any, mesh: DeviceMesh) -> None:
-    """Asynchronous tensor parallelism: each block is compiled, and the compiler splits its gather and
-    its scatter into parts that travel while others are multiplied.
+    """Turn on asynchronous tensor parallelism: compile each block and overlap its transfers.
 
-    Needs tokens that are cut, and CUDA devices that read each other's memory: ValueError otherwise.
+    The compiler splits the gather and the scatter of a block into parts, and transfers one part
+    while it multiplies others.
+
+    Args:
+        model: with sharded tokens.
+        mesh: the tensor-parallel ranks.
+    Raises:
+        ValueError: the devices are not CUDA devices that can access each other's memory.
     """
     check_overlap(mesh)
     from torch._inductor import config
@@ -115,12 +131,13 @@ def overlapped(model: Any, mesh: DeviceMesh) -> None:
     enable_symm_mem_for_group(mesh.get_group().group_name)
     config._micro_pipeline_tp = True
     for block in model.blocks:
-        # The forward alone: FSDP's hooks and a checkpoint around it stay as they are.
+        # Only the forward is compiled: FSDP's hooks and a checkpoint around the block stay
+        # unchanged.
         block.forward = torch.compile(block.forward)
 
 
 def check_overlap(mesh: DeviceMesh) -> None:
-    """ValueError where the ranks' devices have no symmetric memory."""
+    """Raise ValueError if the ranks' devices have no symmetric memory."""
     if mesh.device_type != "cuda":
         raise ValueError(
             f"asynchronous tensor parallelism needs CUDA devices with peer access, these are "

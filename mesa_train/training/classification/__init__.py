@@ -1,1 +1,1 @@
-"""Train any classifier through Accelerate: configuration, dry run, training run and fit."""
+"""Training of any classifier through Accelerate: configuration, dry run, training run and fit."""

@@ -1,4 +1,4 @@
-"""Accelerate for a run: its accelerator, its trackers, and texts gathered from all ranks."""
+"""Accelerate setup of a run: the accelerator, the trackers, and texts gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 def accelerator(config: Config, plan: Plan) -> Any:
-    """Accelerate's accelerator for a plan; it has been told of the batches that it will not see."""
+    """Build Accelerate's accelerator for a plan.
+
+    The data loader is not prepared by Accelerate. The accelerator therefore gets batch size and
+    accumulation as plain numbers.
+
+    Raises:
+        ConfigError: the device does not support the precision.
+    """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
@@ -47,7 +54,7 @@ def accelerator(config: Config, plan: Plan) -> Any:
 
 
 def _tell_of_what_is_ignored(accelerator: Any) -> None:
-    """Accelerate shards nothing on CPUs and says nothing of it."""
+    """Warn that Accelerate shards nothing on CPUs; Accelerate itself logs nothing."""
     used = str(accelerator.distributed_type).rpartition(".")[2]
     for name in ("DEEPSPEED", "FSDP"):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
@@ -61,7 +68,7 @@ def _tell_of_what_is_ignored(accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def trackers(config: Config, accelerator: Any) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Starts a run's trackers, gives the function that logs to them, and ends them."""
+    """Context manager: start and end a run's trackers. Gives the function that logs to them."""
     started = bool(accelerator.log_with)
     if started:
         values = {
@@ -75,8 +82,8 @@ def trackers(config: Config, accelerator: Any) -> Iterator[Callable[[dict[str, f
     try:
         yield lambda row, step: accelerator.log(row, step=step) if started else None
     except BaseException:
-        # The group of processes stays. Without it the other ranks fail at once, and the launcher ends this one before
-        # it has said why.
+        # The process group stays open. If it closed, the other ranks would fail at once, and the
+        # launcher would end this process before it prints the reason.
         for tracker in accelerator.trackers:
             tracker.finish()
         raise
@@ -84,7 +91,7 @@ def trackers(config: Config, accelerator: Any) -> Iterator[Callable[[dict[str, f
 
 
 def gather(texts: list[str]) -> list[str]:
-    """The lists of all ranks in one; each rank waits for the others."""
+    """Join the lists of all ranks on every rank. Each rank waits for the others."""
     from accelerate.utils import gather_object
 
     gathered: list[str] = gather_object(texts)
@@ -92,6 +99,7 @@ def gather(texts: list[str]) -> list[str]:
 
 
 def _installed(tracker: str) -> bool:
+    """Whether the tracker's package is installed."""
     import importlib.util
 
     return importlib.util.find_spec(tracker) is not None

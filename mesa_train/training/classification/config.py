@@ -1,7 +1,7 @@
-"""A recipe's configuration: a strict schema, read from YAML, changed by `section.key=value`.
+"""Configuration of a recipe: a strict schema, read from YAML, changed by `section.key=value`.
 
-Whatever is wrong is one line naming the key, the value and the choices, said before any data or
-model is loaded. The defaults are LITv2's official ImageNet recipe for S.
+A mistake gives one line with the key, the value and the choices, before any data or model is
+loaded. The defaults are LITv2's official ImageNet recipe for S.
 """
 
 from __future__ import annotations
@@ -24,10 +24,20 @@ PRECISIONS = ("no", "bf16", "fp16", "auto")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`weights` is a safetensors file, or the authors' .pth, to start from; a head of other classes
-    stays behind. `allow_config` lets a .pth carry its trainer's configuration, which is dropped.
-    `classes` must match the data if given. `early_stages_without_attention` is for
-    timm's Swin and PVT v2 models."""
+    """The model and its initial weights.
+
+    Attributes:
+        name: a timm model, LITv2's included; default "litv2_s".
+        classes: default: as in the data; must match the data if given.
+        drop_path: highest drop path rate; default 0.2; in [0, 1).
+        weights: a safetensors file or the authors' .pth to start from; default: none. A head of
+            other classes is not loaded.
+        allow_config: let a .pth carry its trainer's configuration, which is dropped; default false.
+        sync_batch_norm: synchronise batch norms over the processes; default false; GPUs only.
+        grad_checkpointing: turn on timm's activation checkpointing; default false.
+        early_stages_without_attention: first stages that lose their attention, for timm's Swin and
+            PVT v2 models; default 0.
+    """
 
     name: str = "litv2_s"
     classes: int | None = None
@@ -41,11 +51,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Rates are for a global batch of `lr_batch` and scale linearly with it; 0 leaves them alone.
+    """The optimizer and its schedule.
 
-    offset_scale multiplies the rate of the offset convolutions' weights. Their floor is the
-    official one with offset_floor="shared" (every group's, so that they hardly decay) and scaled
-    like their peak with "scaled".
+    Rates are for a global batch of `lr_batch` images and scale linearly with the batch.
+
+    Attributes:
+        name: "adamw" (default), "adamw8bit", "paged_adamw8bit" or "lion8bit".
+        lr: peak rate; default 5e-4; above 0.
+        warmup_lr: rate at the first step; default 5e-7; at least 0.
+        min_lr: rate at the last step; default 5e-6; at least 0.
+        lr_batch: global batch of the rates; default 512; 0: the rates are not scaled.
+        betas: of the moments; default (0.9, 0.999); each in [0, 1).
+        eps: default 1e-8; at least 0.
+        weight_decay: default 0.05; at least 0.
+        warmup_epochs: default 20; fewer than `train.epochs`.
+        clip: largest norm of the gradient; default 5.0; above 0.
+        offset_scale: factor on the rate of the offset convolutions' weights; default 0.01; at least
+            0.
+        offset_floor: lowest rate of the offset convolutions. "shared" (default) is the official
+            one: the floor of all groups, so that the offsets' rate hardly decays. "scaled": the
+            floor is scaled like the peak.
     """
 
     name: str = "adamw"
@@ -64,14 +89,25 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. micro_batch is the most images a process takes at once; with the processes it says
-    how many are accumulated to global_batch.
+    """One run: batches, precision, policy, checkpoints.
 
-    precision: "auto" is bf16 where the device has it, else float32 on a CPU, fp16 on a GPU (`precision.py`).
-    policy: "plain" or a mesa_train preset, "+offload" behind it or not. save_every: optimizer steps
-        between checkpoints, 0 for once an epoch. ema: decay of the averaged weights, reached gradually,
-        0 for none; `best` is then of these. device: "auto" takes GPUs where there are any, "cpu" leaves
-        them alone. out: the run's own folder.
+    Attributes:
+        epochs: default 300; at least 1.
+        global_batch: images in an optimizer step over all processes; default 1024.
+        micro_batch: most images in a process at once; default 128; even with mixup. accumulation =
+            global_batch / (micro_batch * processes).
+        precision: "no", "bf16", "fp16" or "auto" (default). "auto": bf16 if the device has it, else
+            float32 on a CPU, fp16 on a GPU (`precision.py`).
+        policy: "plain" or a mesa_train preset, with or without "+offload"; default "mesa8".
+        seed: default 0; at least 0.
+        ema: decay of the averaged weights, reached gradually; default 0: none; in [0, 1). With it,
+            `best` holds the averaged weights.
+        log_every: optimizer steps between log lines; default 10.
+        save_every: optimizer steps between checkpoints; default 0: once an epoch.
+        keep: how many of the newest checkpoints stay; default 2.
+        tracker: "tensorboard" (default), "wandb" or "none".
+        device: "auto" (default) uses GPUs if there are any; "cpu" does not.
+        out: folder of the run; default "runs/litv2".
     """
 
     epochs: int = 300
@@ -91,7 +127,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A recipe: one section for each concern."""
+    """Configuration of a recipe, one section for each topic.
+
+    Attributes:
+        model: the model and its initial weights.
+        data: the data set and its loader.
+        augment: augmentation of training images.
+        optim: the optimizer and its schedule.
+        train: batches, precision, policy, checkpoints.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -100,23 +144,32 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as in the YAML."""
+        """Nested plain values, as in the YAML."""
         return dataclasses.asdict(self)
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
+    """Read a YAML file, apply `section.key=value` changes and check every value.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
     return of_dict(read_yaml(path, changes))
 
 
 def of_dict(values: Mapping[str, Any]) -> Config:
-    """A checked Config of nested plain values. Raises ConfigError."""
+    """Build and check a Config from nested plain values.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
     config: Config = of_values(Config, values)
     _check(config)
     return config
 
 
 def _check(config: Config) -> None:
+    """Check every value and the values that depend on each other. Raises ConfigError."""
     from mesa_train.policy import OFFLOADED, PRESETS
 
     data, optim, train, augment = config.data, config.optim, config.train, config.augment
@@ -157,7 +210,7 @@ def _check(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-    """ConfigError for a negative number where there is none, or a pair of no range."""
+    """Raise ConfigError for a forbidden negative number, or for a pair that is no range."""
     augment, optim, train = config.augment, config.optim, config.train
     for name, value in (
         ("augment.color_jitter", augment.color_jitter),
@@ -188,7 +241,11 @@ def _check_ranges(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """ConfigError for a folder or file that is not there."""
+    """Check that the folders and files of a configuration exist and that `train.out` is writable.
+
+    Raises:
+        ConfigError: names the key and the path.
+    """
     weights = config.model.weights
     check_path(config.data)
     if weights and not Path(weights).is_file():

@@ -1,8 +1,10 @@
-"""What a recipe will do before it does it: batches, steps, parameter groups, memory on a device.
+"""Dry run of a recipe: its batches, steps, parameter groups and memory on a device.
 
-Memory is counted on the meta device: the activations that the loss keeps (bf16 autocast included)
-to the byte, and weights, gradients and optimizer state by their sizes. Working memory of kernels,
-the allocator's slack and the CUDA context (about 1 to 2 GiB together) come on top.
+Memory is counted on the meta device. The bytes of the tensors saved for the backward (under bf16
+autocast too) are exact. Weights, gradients and optimizer states are counted by their sizes.
+
+Not counted: the workspace of kernels, unused memory of the allocator and the CUDA context, together
+about 1 to 2 GiB.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """Batches and steps of a run on `world` processes."""
+    """Batches and steps of a run.
+
+    Attributes:
+        world: number of processes.
+        accumulation: micro-batches in an optimizer step.
+        steps_per_epoch: optimizer steps in an epoch.
+        steps: optimizer steps of the run.
+    """
 
     world: int
     accumulation: int
@@ -35,9 +44,12 @@ class Plan:
 
 
 def shared(config: Config, world: int) -> Config:
-    """The configuration for `world` processes: a micro-batch is no more than one's part of the batch.
+    """The configuration for `world` processes.
 
-    ConfigError, with one that would fit, if micro-batches do not make up that part.
+    A micro-batch is at most one process's part of the global batch.
+
+    Raises:
+        ConfigError: micro-batches do not divide that part. The message names a size that does.
     """
     train, even = config.train, config.augment.mixup + config.augment.cutmix > 0
     part, rest = divmod(train.global_batch, world)
@@ -56,7 +68,15 @@ def shared(config: Config, world: int) -> Config:
 
 
 def plan(config: Config, images: int, world: int) -> Plan:
-    """ConfigError if the images do not fill a batch; `config` is one that `shared` returned."""
+    """Compute batches and steps of a run.
+
+    Args:
+        config: as `shared` returns it.
+        images: number of training images.
+        world: number of processes.
+    Raises:
+        ConfigError: the images do not fill one batch.
+    """
     train = config.train
     steps = images // train.global_batch
     if not steps:
@@ -66,17 +86,17 @@ def plan(config: Config, images: int, world: int) -> Plan:
 
 
 def use_cpu(config: Config) -> bool:
-    """Whether the run leaves GPUs alone, or finds none."""
+    """Whether the run uses no GPU, by its configuration or because there is none."""
     return config.train.device == "cpu" or not torch.cuda.is_available()
 
 
 def precision(config: Config) -> Choice:
-    """The precision that a configuration means on this machine."""
+    """The precision of a configuration on this machine."""
     return choose(config.train.precision, "cpu" if use_cpu(config) else "cuda")
 
 
 def check_machine(config: Config) -> None:
-    """ConfigError for what this machine or its packages cannot do."""
+    """Raise ConfigError for a setting that this machine or its packages do not support."""
     on_cpu = use_cpu(config)
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError(
@@ -88,7 +108,11 @@ def check_machine(config: Config) -> None:
 
 
 def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
-    """The model, unwrapped. ConfigError for an unknown name or an image size it refuses."""
+    """Build the model, not wrapped by mesa_train.
+
+    Raises:
+        ConfigError: the name is unknown, or the model refuses the image size.
+    """
     import difflib
 
     import timm
@@ -121,7 +145,13 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
 
 
 def check_model(config: Config, classes: int) -> None:
-    """ConfigError if the model is unknown or refuses the image size; no memory is taken."""
+    """Check on the meta device that the model is known and accepts the image size.
+
+    The check allocates no memory.
+
+    Raises:
+        ConfigError: the model is unknown, refuses the size, or is no classifier of images.
+    """
     size = config.data.image_size
     model = build_model(config, classes, "meta").eval()
     try:
@@ -135,12 +165,16 @@ def check_model(config: Config, classes: int) -> None:
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
-    """The dtype that a configuration's precision computes in; None for float32 throughout."""
+    """The autocast dtype of a configuration; None for float32 throughout."""
     return precision(config).dtype
 
 
 def memory(config: Config, classes: int) -> dict[str, int]:
-    """Predicted bytes on one device that holds the whole model, by what they are for."""
+    """Predicted bytes on one device that holds the whole model.
+
+    Returns:
+        Bytes by use: weights, gradients, optimizer, activations, images.
+    """
     model = build_model(config, classes, "meta").train()
     size = config.data.image_size
     images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
@@ -165,7 +199,7 @@ def memory(config: Config, classes: int) -> dict[str, int]:
 
 
 def batches(config: Config, made: Plan) -> str:
-    """How a global batch is made up, in words."""
+    """Text that describes the parts of a global batch."""
     train = config.train
     return (
         f"batch {train.global_batch} = {train.micro_batch} x {made.accumulation} accumulated x "
@@ -174,11 +208,12 @@ def batches(config: Config, made: Plan) -> str:
 
 
 def _processes(world: int) -> str:
+    """Text with a number of processes."""
     return "1 process" if world == 1 else f"{world} processes"
 
 
 def report(config: Config, classes: int, images: int, world: int) -> str:
-    """The dry run's text."""
+    """The text of the dry run."""
     config = shared(config, world)
     made = plan(config, images, world)
     model = build_model(config, classes, "meta")

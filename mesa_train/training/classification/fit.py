@@ -1,7 +1,7 @@
-"""A recipe from its configuration to its curves: everything is checked, then built, then trained.
+"""Training of a recipe from its configuration to its curves: check everything, build, train.
 
-A run's folder holds `metrics.jsonl` (rows of kind "step" and "epoch"), `curves.png`, the trackers'
-files, `best.safetensors`, and `checkpoints/last`.
+The folder of a run holds `metrics.jsonl` (rows of kind "step" and "epoch"), `curves.png`, the files
+of the trackers, `best.safetensors` and `checkpoints/last`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from .run import CHECKPOINTS, Run, Scores, StepResult
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
-# What a recipe's script tells in one line; anything else is a fault of ours and shows its traceback.
+# Errors that a recipe's script prints in one line. Any other error is a bug and shows its
+# traceback.
 MISTAKES = (
     ConfigError,
     checkpoints.CheckpointError,
@@ -50,7 +51,10 @@ MISTAKES = (
 
 
 def dry_run(config: Config, world: int) -> str:
-    """What the run would be, as text. The data set is opened only to learn what is not given."""
+    """The text of a dry run.
+
+    The data set is opened only if the configuration lacks classes or images.
+    """
     classes, images = config.model.classes, config.data.train_images
     if classes is None or images is None:
         check_files(config)
@@ -61,7 +65,11 @@ def dry_run(config: Config, world: int) -> str:
 
 
 def prepare(config: Config) -> Run:
-    """A run that is ready to start. ConfigError for whatever does not fit together."""
+    """Check a configuration and build a run that is ready to start.
+
+    Raises:
+        ConfigError: parts of the configuration do not fit together, or do not fit this machine.
+    """
     from accelerate import PartialState
 
     check_files(config)
@@ -93,7 +101,12 @@ def prepare(config: Config) -> Run:
 
 
 def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None:
-    """Load weights to fine-tune: a head of other classes stays as it is, all else must fit."""
+    """Load weights to fine-tune. A head of other classes is not loaded; all other keys must fit.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        CheckpointError: keys or shapes differ.
+    """
     from safetensors.torch import load_file
 
     from mesa_train.models.lit.official import adapted, read_official
@@ -118,10 +131,16 @@ def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None
 
 
 def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from and its state, None for a new run.
+    """Find the checkpoint to continue from.
 
-    how: "auto" for the newest that is whole, "" for none, or a checkpoint's path. ConfigError if
-    there is no such checkpoint or a new run would overwrite another.
+    Args:
+        config: of the run.
+        how: "auto" for the newest complete checkpoint, "" for a new run, or the path of a
+            checkpoint.
+    Returns:
+        (checkpoint, its state), or None for a new run.
+    Raises:
+        ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
     if how not in ("", "auto"):
         if not Path(how).is_dir():
@@ -137,7 +156,11 @@ def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def resume(run: Run, how: str) -> bool:
-    """Continue as `how` says (see `beginning`). True if the run goes on, False if it starts."""
+    """Continue from the checkpoint that `how` names (see `beginning`).
+
+    Returns:
+        True if the run continues, False if it is new.
+    """
     found, metrics = beginning(run.config, how), run.out / METRICS
     if found is not None:
         run.resume(*found)
@@ -150,7 +173,14 @@ def resume(run: Run, how: str) -> bool:
 
 
 def fit(run: Run, saved_bytes: int) -> Scores | None:
-    """Train to the end; returns the last epoch's scores, None if there was nothing left to do."""
+    """Train to the end.
+
+    Args:
+        run: from `prepare`.
+        saved_bytes: bytes saved for the backward of a micro-batch, for the records.
+    Returns:
+        The scores of the last epoch; None if no step was left.
+    """
     config, made, main = run.config, run.plan, run.accelerator.is_main_process
     metrics = run.out / METRICS
     scores = None
@@ -203,7 +233,8 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
                         step_ms, run.lr,
                     )
                 )  # fmt: skip
-            # Last, so that a kill before it repeats the epoch's end, rows included.
+            # Saved last: a process killed before this line repeats the end of the epoch, rows
+            # included.
             run.position.loss, run.position.losses = 0.0, 0
             run.save()
     if main:
@@ -213,8 +244,11 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
 
 
 def _append(metrics: Path, row: records.Row) -> None:
-    """Append a row. OSError if the run's folder was removed: it may be a disk that is no longer mounted,
-    so it is not made again."""
+    """Append a row to the metrics.
+
+    Raises OSError if the run's folder was removed. The folder is not created again, because it may
+    be on a disk that is no longer mounted.
+    """
     if not metrics.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the run's folder was removed", str(metrics.parent))
     records.append(metrics, row)
@@ -222,8 +256,10 @@ def _append(metrics: Path, row: records.Row) -> None:
 
 @contextlib.contextmanager
 def _written(run: Run) -> Iterator[None]:
-    """A failure to write a run's metrics, trackers' files or curves is one line, with the checkpoint
-    to go on from."""
+    """Turn a failed write of a run's files into one line with the last checkpoint.
+
+    The files are metrics, trackers' files and curves.
+    """
     try:
         yield
     except OSError as error:
@@ -234,7 +270,7 @@ def _written(run: Run) -> Iterator[None]:
 
 
 def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]:
-    """Images per second and median step time on made-up images; nothing is saved."""
+    """Measure images per second and the median step time on random images. Saves nothing."""
     data, train = run.config.data, run.config.train
     images = torch.randn(train.micro_batch, 3, data.image_size, data.image_size)
     labels = torch.arange(train.micro_batch) % run.classes
@@ -256,7 +292,7 @@ def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]
 
 
 def draw(metrics: Path, picture: Path, title: str) -> None:
-    """Curves of a metrics file; said, not raised, where matplotlib is missing."""
+    """Draw the curves of a metrics file. Logs a warning if matplotlib is missing."""
     rows = [row for row in records.read(metrics) if row["kind"] == "epoch"]
     try:
         figure, (loss, held_out, accuracy) = plots.figure(3, title)
@@ -270,7 +306,7 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
 
 
 def describe(run: Run, saved_bytes: int) -> str:
-    """One line about a run that starts or goes on."""
+    """One line about a run that starts or continues."""
     train, made = run.config.train, run.plan
     return (
         f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
@@ -280,7 +316,7 @@ def describe(run: Run, saved_bytes: int) -> str:
 
 
 class _Silent:
-    """Stands for the dashboard on all ranks but the first."""
+    """Replaces the dashboard on all ranks but the first."""
 
     def __enter__(self) -> Any:
         return self
@@ -299,13 +335,14 @@ class _Silent:
 
 
 def preparing(run: Run, what: str) -> contextlib.AbstractContextManager[None]:
-    """Says on the first rank what is waited for."""
+    """Context manager: show on the first rank that `what` is in progress."""
     if not run.accelerator.is_main_process:
         return contextlib.nullcontext()
     return waiting(what, Console(stderr=True))
 
 
 def _view(run: Run, saved_bytes: int) -> Any:
+    """The dashboard of a run on the first rank; a silent one on other ranks."""
     if not run.accelerator.is_main_process:
         return _Silent()
     view = Dashboard(
@@ -319,14 +356,14 @@ def _view(run: Run, saved_bytes: int) -> Any:
 
 
 def _peak(run: Run) -> dict[str, float]:
-    """The most memory that was allocated on this rank's GPU, in bytes."""
+    """The peak of allocated memory on this rank's GPU, in bytes."""
     if run.accelerator.device.type != "cuda":
         return {}
     return {"peak_bytes": float(torch.cuda.max_memory_allocated(run.accelerator.device))}
 
 
 def _forget_after(metrics: Path, step: int) -> None:
-    """Drop rows of steps that will be done again."""
+    """Remove the rows of steps that will be repeated."""
     beside = metrics.with_suffix(".partial")
     with disk.reading(metrics):
         rows = [row for row in records.read(metrics) if row["step"] <= step]
@@ -337,7 +374,11 @@ def _forget_after(metrics: Path, step: int) -> None:
 
 
 def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
-    """The configuration that a run's newest checkpoint was trained with, changed."""
+    """The configuration of a run's newest checkpoint, with changes applied.
+
+    Raises:
+        ConfigError: the folder holds no checkpoint, or a change is wrong.
+    """
     found = checkpoints.newest(folder / CHECKPOINTS)
     if found is None:
         raise ConfigError(f"{folder} holds no checkpoint")
@@ -347,8 +388,13 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
 
 
 def told_once(error: Exception) -> str | int:
-    """What to leave a script with: the line from the first process, the status alone from others, which
-    have the same line. An image that cannot be decoded is the mistake of one process, which says it."""
+    """The argument of `sys.exit` after an error.
+
+    It is the line on the first process, and the status 1 on other processes.
+
+    All processes have the same line. Only one process meets an image that cannot be decoded, so
+    that process prints the line.
+    """
     line = " ".join(str(error).split())
     alone = isinstance(error, sources.CorruptImage)
     return f"litv2: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1

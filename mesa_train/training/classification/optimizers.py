@@ -1,7 +1,8 @@
 """Parameter groups, optimizers and the schedule of LITv2's recipe.
 
-Three groups: weights, tensors of one dimension without decay, and the offset convolutions' weights
-at a hundredth of the rate (their biases are one-dimensional and keep the full rate, as officially).
+There are three groups: weights; tensors of one dimension, without weight decay; the weights of the
+offset convolutions, at a hundredth of the rate. The biases of the offset convolutions are
+one-dimensional and keep the full rate, as in the official code.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ Groups = list[dict[str, Any]]
 
 
 def scaled(config: OptimConfig, value: float, global_batch: int) -> float:
-    """A rate for the global batch, by the linear rule."""
+    """Scale a rate to the global batch by the linear rule."""
     return value * global_batch / config.lr_batch if config.lr_batch else value
 
 
 def groups(model: nn.Module, config: OptimConfig, global_batch: int) -> Groups:
-    """Parameter groups "weights", "no_decay" and "offsets"; empty ones are left out."""
+    """The parameter groups "weights", "no_decay" and "offsets". Empty groups are left out."""
     lr = scaled(config, config.lr, global_batch)
     offsets: dict[str, Any] = {"name": "offsets", "weight_decay": config.weight_decay}
     if config.offset_floor == "scaled":
@@ -50,7 +51,11 @@ def groups(model: nn.Module, config: OptimConfig, global_batch: int) -> Groups:
 
 
 def check(name: str, device_type: str) -> None:
-    """ConfigError, before anything is built, if the optimizer cannot run there."""
+    """Check, before anything is built, that the optimizer runs on the device.
+
+    Raises:
+        ConfigError: bitsandbytes is missing or does not support the device.
+    """
     if name == "adamw":
         return
     _bitsandbytes(name)
@@ -70,7 +75,11 @@ def check(name: str, device_type: str) -> None:
 
 
 def build(config: OptimConfig, parameter_groups: Groups) -> torch.optim.Optimizer:
-    """The optimizer by name; ConfigError without bitsandbytes where it is needed."""
+    """Build the optimizer of a configuration.
+
+    Raises:
+        ConfigError: the optimizer needs bitsandbytes, and bitsandbytes is missing.
+    """
     common = {"lr": parameter_groups[0]["lr"], "betas": config.betas}
     if config.name == "adamw":
         return torch.optim.AdamW(parameter_groups, eps=config.eps, **common)
@@ -82,15 +91,16 @@ def build(config: OptimConfig, parameter_groups: Groups) -> torch.optim.Optimize
 
 
 def state_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of optimizer state on the device; paged states are counted, as they may be resident."""
+    """Bytes of optimizer states on the device. Paged states count, because they may be resident."""
     if name == "adamw":
         return sum(adamw_bytes(p.numel(), p.element_size()) for p in parameters)
     two = sum(adamw_bytes(p.numel(), p.element_size(), eight_bit=True) for p in parameters)
-    # Lion has one moment where Adam has two.
+    # Lion has one moment; Adam has two.
     return two // 2 if name == "lion8bit" else two
 
 
 def _bitsandbytes(name: str) -> Any:
+    """Import bitsandbytes. ConfigError if it is missing."""
     try:
         import bitsandbytes
     except ImportError:
@@ -101,7 +111,10 @@ def _bitsandbytes(name: str) -> Any:
 
 
 class Schedule:
-    """timm's cosine over optimizer steps, the warm-up inside the cosine's time; no state."""
+    """timm's cosine schedule over optimizer steps. The warm-up is part of the cosine's time.
+
+    The schedule has no state.
+    """
 
     def __init__(
         self, optimizer: Any, config: OptimConfig, global_batch: int, epochs: int, steps: int
@@ -118,5 +131,5 @@ class Schedule:
         )
 
     def at(self, step: int) -> None:
-        """Sets the rates for the optimizer step that comes after `step` steps."""
+        """Set the rates of the optimizer step that follows `step` steps."""
         self._cosine.step_update(step)

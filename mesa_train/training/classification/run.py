@@ -1,8 +1,8 @@
-"""One training run on any number of processes, through Accelerate: steps, evaluation, checkpoints.
+"""Training run on any number of processes, through Accelerate: steps, evaluation, checkpoints.
 
-Everything random in a step is seeded from (seed, step, rank), and a checkpoint holds the rest, so a
-run that was killed continues exactly. Gradients are clipped once per optimizer step. Evaluation uses
-the first rank's batch norm statistics, as its checkpoint will.
+The random generators of a step are seeded from (seed, step, rank). A checkpoint holds all other
+state, so a run that was killed continues exactly. Gradients are clipped once in an optimizer step.
+Evaluation uses the batch norm statistics of the first rank, because the checkpoint holds these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass
 class TrainState:
-    """Where a run is: optimizer steps done, the best accuracy, and the current epoch's sums."""
+    """Position of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        best: best top-1 accuracy, 0 to 1; -1 before the first evaluation.
+        loss: sum of the losses in the current epoch.
+        losses: number of losses in that sum.
+        skipped: images that could not be decoded.
+    """
 
     step: int = 0
     best: float = -1.0
@@ -48,7 +56,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """The mean over the steps since the last report; `step` counts from 1."""
+    """Means over the steps since the last report.
+
+    Attributes:
+        step: counts from 1.
+        loss: mean loss.
+        grad_norm: mean norm of the gradient.
+        lr: learning rate.
+        step_ms: mean time of a step in milliseconds.
+        steps: steps since the last report.
+    """
 
     step: int
     loss: float
@@ -60,7 +77,14 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of the validation images: mean loss, shares of right answers (0 to 1), how many images."""
+    """Scores on the validation images.
+
+    Attributes:
+        loss: mean loss.
+        top1: share of correct answers, 0 to 1.
+        top5: share of correct answers among the best five, 0 to 1.
+        images: number of images.
+    """
 
     loss: float
     top1: float
@@ -69,7 +93,15 @@ class Scores:
 
 
 class Run:
-    """A model in training. `model` is the bare one, wrapped by mesa_train here if the policy says so."""
+    """A model in training.
+
+    Args:
+        config: of the run.
+        model: the plain model. The constructor wraps it by mesa_train if the policy is not "plain".
+        plan: batches and steps.
+        loader: training and validation batches.
+        classes: number of classes.
+    """
 
     def __init__(
         self, config: Config, model: nn.Module, plan: Plan, loader: Loader, classes: int
@@ -99,6 +131,7 @@ class Run:
 
     @property
     def rank(self) -> int:
+        """The number of this process."""
         return self.accelerator.process_index
 
     @property
@@ -108,16 +141,18 @@ class Run:
 
     @property
     def bare(self) -> nn.Module:
-        """The model without what Accelerate put around it."""
+        """The model without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
     def train_epoch(
         self, report: Callable[[StepResult], None], tick: Callable[[int], None] | None = None
     ) -> None:
-        """Train to the end of the current epoch, saving every `save_every` steps.
+        """Train to the end of the current epoch, and save every `save_every` steps.
 
-        report: called every `log_every` steps. tick: called after every step with the steps since the
-        last report; reads nothing from the device.
+        Args:
+            report: called every `log_every` steps.
+            tick: called after every step with the number of steps since the last report. Reads
+                nothing from the device.
         """
         config, plan, position = self.config.train, self.plan, self.position
         epoch, first = divmod(position.step, plan.steps_per_epoch)
@@ -144,7 +179,11 @@ class Run:
                 self.save()
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step of `accumulation` micro-batches: (mean loss, gradient norm)."""
+        """Take one optimizer step of `accumulation` micro-batches.
+
+        Returns:
+            (mean loss, gradient norm).
+        """
         clip, position, total = self.config.optim.clip, self.position, None
         norm = torch.zeros((), device=self.accelerator.device)
         self.schedule.at(position.step)
@@ -153,7 +192,7 @@ class Run:
             if skipped:
                 position.skipped += len(skipped)
                 _log.warning("skipped %s", ", ".join(skipped))
-            # Mixup, drop path and dropout draw from these.
+            # Mixup, drop path and dropout use these generators.
             seed_all(self.config.train.seed, position.step, turn, self.rank)
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(images, labels)
@@ -171,7 +210,7 @@ class Run:
         return total / self.plan.accumulation, norm
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy in float32, of soft targets with mixup."""
+        """Cross-entropy in float32. With mixup the targets are soft."""
         device, smoothing = self.accelerator.device, self.config.augment.label_smoothing
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.mixup is not None:
@@ -181,12 +220,16 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The rate of the first group."""
+        """The learning rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
     def evaluate(self, averaged: bool = False, tick: Callable[[], None] | None = None) -> Scores:
-        """Scores of the model, or of its averaged weights, on all validation images. `tick` is called
-        after every batch."""
+        """Score the model, or its averaged weights, on all validation images.
+
+        Args:
+            averaged: score the averaged weights.
+            tick: called after every batch.
+        """
         model: Any = self.ema.module if averaged and self.ema is not None else self.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._same_buffers(model.module)
@@ -195,9 +238,12 @@ class Run:
             return score(model, self.loader.validation(), self.accelerator, tick)
 
     def save(self) -> Path:
-        """Write a checkpoint; all ranks take part. Returns where it is.
+        """Write a checkpoint. All ranks take part.
 
-        Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+        Returns:
+            The folder of the checkpoint.
+        Raises:
+            CheckpointError: on all ranks if one rank fails; names the last complete checkpoint.
         """
         folder, main = self.out / CHECKPOINTS, self.accelerator.is_main_process
         written = checkpoints.partial(folder, self.position.step)
@@ -219,17 +265,18 @@ class Run:
             }
             checkpoints.commit(written, state, self.config.train.keep)
 
-        # Each waits for all ranks.
+        # Each call waits for all ranks.
         disk.together(lambda: checkpoints.clear(written) if main else None, final, written, gather)
         disk.together(write, final, written, gather)
         disk.together(lambda: commit() if main else None, final, written, gather)
         return final
 
     def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that `checkpoints.verify` has passed.
+        """Continue from a checkpoint that `checkpoints.verify` has accepted.
 
-        Raises CheckpointError if it is of another model, ConfigError if its run was cut into other
-        steps, which could not be continued.
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+            ConfigError: batch size, epochs, seed or data differ, so that the steps would not match.
         """
         with disk.reading(checkpoint):
             position = TrainState(**state["position"])
@@ -245,7 +292,7 @@ class Run:
                     f"{name}={now}, but {checkpoint} was trained with {then}; "
                     "keep it or choose another train.out"
                 )
-        # Older checkpoints do not say.
+        # Older checkpoints lack this key.
         if state.get("images", self.images) != self.images:
             raise ConfigError(
                 f"data: {self.images} training images, but {checkpoint} was trained on "
@@ -262,9 +309,13 @@ class Run:
         self.position = position
 
     def save_best(self, scores: Scores, averaged: bool) -> bool:
-        """Keep the weights as `best.safetensors` if no scores before were better.
+        """Write the weights to `best.safetensors` if the scores are the best so far.
 
-        Raises CheckpointError on all ranks, with the last good checkpoint, if they cannot be written.
+        Returns:
+            Whether the weights were written.
+        Raises:
+            CheckpointError: on all ranks if the file cannot be written; names the last complete
+                checkpoint.
         """
         if scores.top1 <= self.position.best:
             return False
@@ -289,10 +340,11 @@ class Run:
         return True
 
     def last_good(self) -> str:
-        """The checkpoint that a failed run can go on from, in words."""
+        """Text that names the checkpoint from which a failed run can continue."""
         return disk.last_good(self.out / CHECKPOINTS)
 
     def _mean(self, window: _Window) -> tuple[float, float]:
+        """Mean loss and gradient norm. FloatingPointError if the loss is not finite."""
         loss = self.accelerator.reduce(window.loss, reduction="mean")
         value, norm = (loss / window.steps).item(), (window.norm / window.steps).item()
         if not math.isfinite(value):
@@ -303,31 +355,35 @@ class Run:
         return value, norm
 
     def _same_buffers(self, module: nn.Module) -> None:
+        """Copy the first rank's buffers to all ranks."""
         from accelerate.utils import broadcast
 
         for buffer in module.buffers():
             buffer.copy_(broadcast(buffer.detach().clone()))
 
     def _averaged(self) -> Any:
+        """A copy of the model with averaged weights."""
         from timm.utils import ModelEmaV3
 
         if not isinstance(self.model, (type(self.bare), nn.parallel.DistributedDataParallel)):
             raise ConfigError("train.ema needs the whole model on every device, not FSDP or ZeRO")
-        # Without a warm-up the average of a short run would hardly leave its start.
+        # Without a warm-up, the average of a short run would stay close to the initial weights.
         return ModelEmaV3(self.bare, decay=self.config.train.ema, use_warmup=True)
 
 
 class _Window:
-    """Sums since the last report, left on the device until then."""
+    """Sums since the last report. They stay on the device until the report."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
         self.steps, self.start = 0, time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Add one step."""
         self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
 
     def time_ms(self) -> float:
+        """Mean time of a step in milliseconds."""
         return (time.perf_counter() - self.start) * 1e3 / max(self.steps, 1)
 
 
@@ -338,7 +394,11 @@ def score(
     accelerator: Any,
     tick: Callable[[], None] | None = None,
 ) -> Scores:
-    """Evaluate on every rank's batches; what is labelled `IGNORED` does not count."""
+    """Evaluate a model on the batches of every rank. Labels equal to `IGNORED` do not count.
+
+    Raises:
+        ConfigError: no validation image can be decoded.
+    """
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
@@ -362,6 +422,7 @@ def score(
 
 
 def _mixup(config: Config, classes: int) -> Any:
+    """timm's Mixup of a configuration; None if both mixup and cutmix are off."""
     from timm.data import Mixup
 
     augment = config.augment

@@ -1,1 +1,1 @@
-"""Images for training: sources, decoding, labels and loaders."""
+"""Training images: sources, decoding, labels and loaders."""

@@ -1,20 +1,20 @@
-"""Decode one picture of any mode to 8-bit RGB.
+"""Decoding of one picture of any mode to 8-bit RGB.
 
-Pillow's `convert("RGB")` clips 16-bit and float pixels, so a 16-bit scan becomes white or black. This
-file scales such pixels first, by rules that look at one picture alone:
+Pillow's `convert("RGB")` clips 16-bit and float pixels, so a 16-bit scan becomes white or black.
+This file scales such pixels first. The rules depend on one picture alone:
 
-- 16-bit integers (I;16, I;16B, I;16L; mode I whose pixels lie in 0..65535): the upper 8 bits, `>> 8`,
-  as libpng, OpenCV and torchvision do. 12-bit pixels in 16-bit files therefore stay dark.
-- other 32-bit integers (mode I): the picture's own range, from its least to its largest pixel.
-- floats (mode F): pixels in 0..1 are multiplied by 255, pixels in 0..255 are taken as 8-bit, pixels in
-  0..65535 are divided by 257, all others by the picture's own range. NaN becomes the range's lower
-  end, infinities its ends.
-- alpha is dropped, as torchvision's ImageFolder does; palettes, CMYK, LAB, YCbCr, 1-bit and grey
-  pictures are converted by Pillow.
+- 16-bit integers (I;16, I;16B, I;16L; mode I with pixels in 0..65535): the upper 8 bits, `>> 8`, as
+  in libpng, OpenCV and torchvision. 12-bit pixels in 16-bit files therefore stay dark.
+- Other 32-bit integers (mode I): scaled from the picture's smallest and largest pixel.
+- Floats (mode F): pixels in 0..1 are multiplied by 255. Pixels in 0..255 count as 8-bit. Pixels in
+  0..65535 are divided by 257. All others are scaled from the picture's own range. NaN becomes the
+  lower end of the range, infinities its ends.
+- Alpha is dropped, as in torchvision's ImageFolder. Pillow converts palettes, CMYK, LAB, YCbCr,
+  1-bit and grey pictures.
 
-The picture is turned as its EXIF orientation says; a damaged EXIF block is ignored. Of a file with
-several frames the first is taken. 8-bit RGB costs one `convert`; 16-bit and float pictures cost a
-few NumPy passes more.
+The picture is turned by its EXIF orientation. A damaged EXIF block is ignored. A file with several
+frames gives the first one. 8-bit RGB costs one `convert`; 16-bit and float pictures cost a few
+NumPy passes more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 _ORIENTATION = 0x0112
-# EXIF orientation to Pillow's operation; 1 is upright.
+# Pillow's operation for each EXIF orientation; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,39 +39,45 @@ _TURNS = {
 
 
 def decode(encoded: Any) -> Image.Image:
-    """An upright 8-bit RGB picture of a file's bytes, a path, or an array (H, W) or (H, W, 3).
+    """Decode a picture to upright 8-bit RGB.
 
-    Raises any exception of Pillow or the file system; ValueError if there is no picture.
+    Args:
+        encoded: a file's bytes, a path, or an array (H, W) or (H, W, 3).
+    Raises:
+        ValueError: there is no picture.
+        Exception: any exception of Pillow or of the file system.
     """
     if encoded is None:
         raise ValueError("there is no picture, the cell is null")
     if isinstance(encoded, np.ndarray):
         return _rgb(Image.fromarray(encoded))
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-        # Before `info` is read: some formats fill it as they load.
+        # Load before `info` is read: some formats fill it while they load.
         image.load()
         turn, rgb = _turn(image), _rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    """The operation that makes a picture upright; None if there is none."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's readers of damaged EXIF raise errors of many types
+    except Exception:  # damaged EXIF raises errors of many types in Pillow
         return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB."""
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        # Pillow warns if it has to drop a palette's transparency itself.
+        # Pillow warns if it drops a palette's transparency itself.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
 def _to_8_bits(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Integer or float pixels (H, W) as uint8, by the rules above."""
+    """Convert integer or float pixels (H, W) to uint8, by the rules at the top of this file."""
     if np.issubdtype(pixels.dtype, np.integer):
         if pixels.min() >= 0 and pixels.max() <= 65535:
             return (pixels.astype(np.uint16) >> 8).astype(np.uint8)
@@ -88,10 +94,10 @@ def _to_8_bits(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _stretched(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The picture's own range as 0..255; a picture of one value becomes black."""
+    """Scale the picture's own range to 0..255. A picture of one value becomes black."""
     low, high = pixels.min(), pixels.max()
     if high == low:
         return np.zeros(pixels.shape, np.uint8)
-    # Halves first: the range of float64's largest pixels would overflow.
+    # Halves first, because the range of float64's largest pixels would overflow.
     scaled = (pixels / 2 - low / 2) / (high / 2 - low / 2)
     return np.rint(scaled * 255).astype(np.uint8)

@@ -1,18 +1,20 @@
-"""A folder of images, one folder a class: PATH/SPLIT/CLASS/**/*.jpg, listed by this file itself.
+"""Reader of an image folder with one folder for each class: PATH/SPLIT/CLASS/**/*.jpg.
 
-`datasets`' imagefolder guesses splits from words in paths, so that a class named `train` or `dev`
-moves images between training and validation. This reader takes exactly PATH/train_split and
-PATH/val_split, and every path literally: brackets and stars are no patterns.
+The imagefolder reader of `datasets` guesses splits from words in paths. A class named `train` or
+`dev` therefore moves images between training and validation. This reader takes exactly
+PATH/train_split and PATH/val_split. It takes every path literally: brackets and stars are no
+patterns.
 
-- The classes are the folders in the training split, sorted by name as torchvision's ImageFolder
-  sorts them; the validation images get the numbers of the training classes.
-- A folder within a class belongs to that class. Symbolic links are followed, each folder once.
-- Names that begin with a dot are passed over. So are files without the ending of an image format
-  that this Pillow reads (any case), metadata.csv and its like included: labels come from folders.
+- The classes are the folders in the training split, sorted by name as in torchvision's ImageFolder.
+  The validation images get the numbers of the training classes.
+- A folder inside a class belongs to that class. Symbolic links are followed, each folder once.
+- Names that begin with a dot are skipped. Files without the suffix of an image format that this
+  Pillow reads (upper or lower case) are skipped too, such as metadata.csv: labels come from
+  folders.
 - A name that is not UTF-8 is kept (surrogateescape) and printed with backslashes.
 
-An oddity that training survives is one warning a split; one that it does not is a ConfigError.
-Listing reads names alone, no file: about 1 s for 100,000 images on a local disk.
+An oddity that does not stop training gives one warning for each split. Any other is a ConfigError.
+Listing reads names only, no file: about 1 s for 100,000 images on a local disk.
 """
 
 from __future__ import annotations
@@ -29,14 +31,25 @@ from typing import Any
 from mesa_train.training.config_schema import ConfigError
 
 _log = logging.getLogger(__name__)
-# Pillow registers these formats and has no reader for them.
+# Pillow registers these formats but has no reader for them.
 _STUBS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 _SHOWN = 3
 
 
 @dataclass
 class Listing:
-    """The images of one split by class, and the names of what was passed over."""
+    """The images of one split by class, and the names that were skipped.
+
+    Attributes:
+        folder: of the split.
+        classes: paths of the images, by class.
+        no_images: files that are no images.
+        outside: images outside the class folders.
+        hidden: images whose name begins with a dot.
+        nested: folders inside class folders; their images are not skipped.
+        unreadable: folders that cannot be read.
+        twice: links to a folder that is listed already.
+    """
 
     folder: str
     classes: dict[str, list[str]]
@@ -49,7 +62,7 @@ class Listing:
 
 
 class Rows:
-    """(path, label) of a split's images, by index or shuffled as a stream of `datasets`' rows."""
+    """The (path, label) pairs of a split, by index or as a shuffled stream of `datasets`' rows."""
 
     def __init__(self, paths: list[str], labels: list[int], order: list[int] | None = None) -> None:
         self.paths, self.labels = paths, labels
@@ -66,7 +79,7 @@ class Rows:
             }
 
     def shuffle(self, seed: int, buffer_size: int = 0) -> Rows:
-        """The same rows in an order that depends on the seed; the whole split is the buffer."""
+        """The same rows in an order that depends on the seed. The buffer is the whole split."""
         del buffer_size
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
@@ -78,13 +91,17 @@ def load(
     val_folder: str,
     fields: tuple[str, str] = ("data.train_split", "data.val_split"),
 ) -> tuple[Rows, Rows, list[str]]:
-    """(training rows, validation rows, names of the classes).
+    """List the images of both splits.
 
     Args:
-        fields: the settings that name the folders, for the errors.
+        train_folder: folder of the training split.
+        val_folder: folder of the validation split.
+        fields: the settings that name the folders, for error messages.
+    Returns:
+        (training rows, validation rows, names of the classes).
     Raises:
-        ConfigError: a folder is missing, holds no image or no class folder; training has one class,
-            or a class without images; validation has a class that training has not.
+        ConfigError: a folder is missing, or holds no image or no class folder. Training has one
+            class only, or a class without images. Validation has a class that training lacks.
     """
     train, val = _listed(train_folder, fields[0]), _listed(val_folder, fields[1])
     _check_train(train, fields[0])
@@ -104,8 +121,13 @@ def load(
 
 
 def load_one(folder: str, field: str) -> tuple[Rows, list[str]]:
-    """(rows, names of the classes) of a single folder with a folder a class. ConfigError as `load`,
-    but for the number of classes."""
+    """List the images of a single folder with one folder for each class.
+
+    Returns:
+        (rows, names of the classes).
+    Raises:
+        ConfigError: the folder is missing, or holds no image or no class folder.
+    """
     listing = _listed(folder, field)
     _report(listing)
     names = sorted(listing.classes)
@@ -113,12 +135,16 @@ def load_one(folder: str, field: str) -> tuple[Rows, list[str]]:
 
 
 def shown(path: str) -> str:
-    """A path for people: bytes that are not UTF-8, and control characters, with backslashes."""
+    """Format a path for a message.
+
+    Bytes that are not UTF-8, and control characters, get backslashes.
+    """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _rows(listing: Listing, names: list[str]) -> Rows:
+    """The rows of a split, sorted by class and path."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -129,6 +155,7 @@ def _rows(listing: Listing, names: list[str]) -> Rows:
 
 
 def _check_train(train: Listing, field: str) -> None:
+    """Raise ConfigError if the training split has an empty class or a single class."""
     folder = shown(train.folder)
     empty = [name for name, paths in train.classes.items() if not paths]
     if empty:
@@ -143,7 +170,7 @@ def _check_train(train: Listing, field: str) -> None:
 
 
 def _listed(folder: str, field: str) -> Listing:
-    """One split's images. ConfigError if there are none."""
+    """List the images of one split. ConfigError if there are none."""
     if not Path(folder).is_dir():
         if not field.endswith("_split"):
             raise ConfigError(f"{field}: no such folder {shown(folder)}")
@@ -176,7 +203,7 @@ def _listed(folder: str, field: str) -> Listing:
 
 
 def _walk(top: str, name: str, paths: list[str], found: Listing) -> None:
-    """Append the images of a class folder and of the folders within; a folder is read once."""
+    """Append the images of a class folder and its subfolders. Each folder is read once."""
     seen: set[tuple[int, int]] = set()
     waiting = [(top, name)]
     while waiting:
@@ -203,7 +230,7 @@ def _walk(top: str, name: str, paths: list[str], found: Listing) -> None:
 
 
 def _entries(folder: str, found: Listing) -> list[os.DirEntry[str]]:
-    """A folder's entries by name, hidden ones left out."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -215,7 +242,7 @@ def _entries(folder: str, found: Listing) -> list[os.DirEntry[str]]:
 
 
 def _report(listing: Listing) -> None:
-    """One warning of what was passed over in a split, and of folders within classes."""
+    """Log one warning about the skipped names of a split and about folders inside classes."""
     parts = []
     for names, one, what in (
         (listing.no_images, "file that is no image", "files that are no images"),
@@ -237,7 +264,7 @@ def _report(listing: Listing) -> None:
 
 
 def _found(path: str) -> str:
-    """The names in a folder, for an error."""
+    """The names in a folder, for an error message."""
     try:
         names = sorted(entry.name for entry in Path(path).iterdir())
     except OSError:
@@ -246,14 +273,17 @@ def _found(path: str) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """A few names and how many more there are."""
+    """A few names, and the number of further names."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(shown, names[:_SHOWN])) + more
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """ "folder", "image" or "other". A broken link is what its name says, so that its path is told
-    when the image is read; a pipe or a device is "other", since reading it may wait for ever."""
+    """Classify an entry: "folder", "image" or "other".
+
+    The suffix classifies a broken link, so that reading the image fails with its path. A pipe or a
+    device is "other", because reading it may block forever.
+    """
     try:
         if entry.is_dir():
             return "folder"
@@ -264,12 +294,13 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(name: str) -> bool:
+    """Whether a name has the suffix of an image format that Pillow reads."""
     return Path(name).suffix.lower() in _endings()
 
 
 @cache
 def _endings() -> frozenset[str]:
-    """The endings of the formats that this Pillow reads."""
+    """The suffixes of the formats that this Pillow reads."""
     from PIL import Image
 
     known = Image.registered_extensions()

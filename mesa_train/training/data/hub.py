@@ -1,8 +1,8 @@
-"""Images through `datasets`: Parquet and Arrow files, or a data set by its name on a hub.
+"""Images through `datasets`: Parquet and Arrow files, or a data set on a hub by name.
 
-Local files are listed here and handed over by name, since `datasets` takes names for patterns. All
-labels are checked when the data set is opened (`labels.py`); those of a stream when a row is read.
-An image without a path is named after its file and row.
+This file lists local files itself and passes escaped names, because `datasets` reads names as
+patterns. All labels are checked when the data set is opened (`labels.py`). The labels of a stream
+are checked when a row is read. An image without a path is named by its file and row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _TEXT_OR_BYTES = ("string", "large_string", "string_view", "binary", "large_bina
 
 
 def load(config: DataConfig, wanted: int | None) -> Sources:
-    """Open a data set. `wanted` is the number of classes asked for, which a stream needs.
+    """Open a data set.
 
+    Args:
+        config: the section `data`.
+        wanted: configured number of classes; a stream needs it.
     Raises:
         ConfigError: the data set cannot be read, lacks a split or a column, or has a wrong label.
     """
@@ -56,7 +59,7 @@ def load(config: DataConfig, wanted: int | None) -> Sources:
 
 
 class _Splits:
-    """The opened training and validation split, and how their rows are named."""
+    """The opened training and validation split, and functions that name their rows."""
 
     def __init__(
         self, opened: tuple[Any, Any], names: tuple[str, str], files: Sequence[list[str]] = ()
@@ -65,20 +68,20 @@ class _Splits:
         self.tables = [_Files(paths) for paths in files]
 
     def where(self, which: int) -> Callable[[int], str]:
-        """Names a row of split 0 (training) or 1 (validation)."""
+        """A function that names a row of split 0 (training) or 1 (validation)."""
         if self.tables:
             return self.tables[which].row
         return lambda index: f"split {self.names[which]!r} row {index}"
 
 
 class _Files:
-    """Parquet or Arrow files that make up one split, in order."""
+    """The Parquet or Arrow files of one split, in order."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
 
     def row(self, index: int) -> str:
-        """File and row of a split's row, both counted from 0."""
+        """File and row of a row of the split, both counted from 0."""
         which = bisect.bisect_right(self._ends, index)
         if which == len(self.paths):
             return f"row {index} of {len(self.paths)} files"
@@ -87,11 +90,12 @@ class _Files:
 
     @cached_property
     def _ends(self) -> list[int]:
+        """The number of rows up to the end of each file."""
         return list(itertools.accumulate(map(_rows_of, self.paths)))
 
 
 def _rows_of(path: str) -> int:
-    """Rows of a Parquet or Arrow file, by its metadata."""
+    """Number of rows of a Parquet or Arrow file, from its metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,12 +111,13 @@ def _rows_of(path: str) -> int:
 
 
 def _splits(config: DataConfig) -> _Splits:
+    """Open both splits of a data set."""
     kind, names = config.source, (config.train_split, config.val_split)
     options: dict[str, Any] = {"data_dir": config.path} if config.path else {}
     files: list[list[str]] = []
     if kind in FILES:
         files = _files(config)
-        # The splits' own names may be none that `datasets` allows.
+        # The configured names may be names that `datasets` does not allow.
         names = ("train", "validation")
         options = {
             "data_files": {
@@ -124,7 +129,7 @@ def _splits(config: DataConfig) -> _Splits:
 
     try:
         found = datasets.load_dataset(kind, streaming=config.streaming, **options)
-    except Exception as error:  # of datasets, pyarrow, fsspec, the hub's client and the network
+    except Exception as error:  # from datasets, pyarrow, fsspec, the hub's client or the network
         near = difflib.get_close_matches(kind, [*builtin.BUILTIN, "imagefolder", *FILES], n=1)
         hint = f" (did you mean {near[0]}?)" if near and near[0] != kind else ""
         reason = " ".join(f"{error}{_cause(error)}".split())
@@ -139,14 +144,15 @@ def _splits(config: DataConfig) -> _Splits:
 
 
 def _cause(error: BaseException) -> str:
-    """`datasets` says that it could not, and leaves the reason to the cause."""
+    """The cause of an error: `datasets` puts the reason there, not in its own message."""
     return f" ({error.__cause__})" if error.__cause__ is not None else ""
 
 
 def _files(config: DataConfig) -> list[list[str]]:
-    """Both splits' files: SPLIT*.KIND in the folder, or a folder SPLIT as `datasets` saves it.
+    """The files of both splits: SPLIT*.KIND in the folder, or in a folder SPLIT.
 
-    A letter after SPLIT makes another name: `validation-0.parquet` is no file of the split `val`.
+    `datasets` saves a split as a folder SPLIT. A letter after SPLIT makes a different name:
+    `validation-0.parquet` does not belong to split `val`.
     """
     folder, kind = Path(config.path or "."), config.source
     found = []
@@ -170,12 +176,13 @@ def _files(config: DataConfig) -> list[list[str]]:
 
 
 def _belongs(path: Path, split: str) -> bool:
+    """Whether a file belongs to a split, by its name."""
     rest = path.name.removeprefix(split)
     return path.name.startswith(split) and not rest[:1].isalpha()
 
 
 def _ending(folder: Path, kind: str) -> list[Path]:
-    """A folder's files of a kind; none where there is no folder."""
+    """The files of a kind in a folder; empty if there is no folder."""
     if not folder.is_dir():
         return []
     return [
@@ -186,7 +193,7 @@ def _ending(folder: Path, kind: str) -> list[Path]:
 
 
 def _check_images(feature: Any, key: str) -> None:
-    """ConfigError for a column that holds no images, their files' bytes or their paths."""
+    """Raise ConfigError for a column that holds no images, no bytes of files and no paths."""
     import datasets
 
     if isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in _TEXT_OR_BYTES:
@@ -198,13 +205,13 @@ def _check_images(feature: Any, key: str) -> None:
 
 
 def _checked(config: DataConfig, splits: _Splits, classes: int | None) -> int:
-    """The number of classes after all labels of both splits were found right."""
+    """Check all labels of both splits. Returns the number of classes."""
     for index, (split, name) in enumerate(zip(splits.opened, ("train", "val"), strict=True)):
         if not len(split):
             raise ConfigError(f"data.{name}_split: {splits.names[index]!r} holds no images")
         column = split.data.column(config.label_key)
         largest = labels.check(column, splits.where(index), classes, config.label_key)
-        # Without the names of classes the training labels say how many there are.
+        # If the data set does not name its classes, the training labels give their number.
         classes = 1 + largest if classes is None else classes
     assert classes is not None
     return classes
@@ -213,6 +220,7 @@ def _checked(config: DataConfig, splits: _Splits, classes: int | None) -> int:
 def _records(
     config: DataConfig, split: Any, where: Callable[[int], str], count: int, classes: int
 ) -> Records:
+    """The records of one split."""
     import datasets
 
     split = split.cast_column(config.image_key, datasets.Image(decode=False))

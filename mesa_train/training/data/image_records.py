@@ -1,4 +1,4 @@
-"""The records that every source of images gives: encoded images by key, with label and path."""
+"""Records that every image source returns: encoded images by key, with label and path."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 
 
 class CorruptImage(RuntimeError):
-    """An image that cannot be decoded; the message names its path."""
+    """An image cannot be decoded. The message names its path."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """Encoded or decoded images: `read(key)` gives (bytes, path, array or None; label; path).
+    """Images of one split, encoded or decoded.
 
-    A key is an index below `count`, or, where there is a `stream`, one of the rows it yields.
+    Attributes:
+        read: from a key to (bytes, path, array or None; label; path). A key is an index below
+            `count`, or a row of `stream`.
+        count: number of images.
+        stream: iterable of rows; None if images are read by index.
     """
 
     read: Callable[[Any], tuple[Any, int, str]]
@@ -25,7 +29,13 @@ class Records:
 
 @dataclass(frozen=True)
 class Sources:
-    """Training and validation records of one data set."""
+    """Training and validation records of one data set.
+
+    Attributes:
+        train: training records.
+        val: validation records.
+        classes: number of classes.
+    """
 
     train: Records
     val: Records

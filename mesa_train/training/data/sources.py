@@ -1,8 +1,8 @@
-"""Images by index from a folder, through `datasets` or from a package, with their paths, and what to
-do when one cannot be decoded.
+"""Images by index, with their paths: from a folder, through `datasets`, or from a package.
 
-A sample depends on (seed, epoch, index) alone: its random augmentation is drawn from a stream of
-its own, so that neither the number of workers nor a resume in the middle of an epoch changes it.
+This file also handles images that cannot be decoded. A sample depends on (seed, epoch, index) only,
+because each sample seeds its own random augmentation. The number of workers, or a resume in the
+middle of an epoch, does not change it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ from .image_records import Sources as Sources
 
 IGNORED = -1
 Sample = tuple[Tensor, int, list[str]]
-# A data set's mistakes, each told in one line.
+# Errors of a data set, each of one line.
 MISTAKES = (CorruptImage, ConfigError)
 
 
 def load(config: DataConfig, classes: int | None) -> Sources:
-    """Open a data set. ConfigError if a split, a column or the class count does not fit."""
+    """Open a data set.
+
+    Args:
+        config: the section `data`.
+        classes: configured number of classes; None if it is not configured.
+    Raises:
+        ConfigError: a split, a column or the number of classes does not fit.
+    """
     if config.source in builtin.BUILTIN:
         found = _builtin(config)
     elif config.source == "imagefolder":
@@ -48,6 +55,7 @@ def load(config: DataConfig, classes: int | None) -> Sources:
 
 
 def _builtin(config: DataConfig) -> Sources:
+    """The records of an image set shipped in a package."""
     images = builtin.load(config.source)
 
     def records(split: builtin.Split, name: str) -> Records:
@@ -62,6 +70,7 @@ def _builtin(config: DataConfig) -> Sources:
 
 
 def _folder(config: DataConfig) -> Sources:
+    """The records of an image folder."""
     columns = (("image_key", config.image_key, "image"), ("label_key", config.label_key, "label"))
     for field, asked, own in columns:
         if asked != own:
@@ -78,13 +87,17 @@ def _folder(config: DataConfig) -> Sources:
 
 
 def _of_path(path: str, label: int) -> tuple[str, int, str]:
+    """The record of a file: (path, label, path for messages)."""
     return path, label, folder.shown(path)
 
 
 def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
-    """timm's transforms for training and for testing (resize to 256/224 of the size, then crop).
+    """timm's transforms (for training, for validation).
 
-    ConfigError for a `rand_augment` that timm does not read.
+    Validation resizes to 256/224 of the image size, then crops.
+
+    Raises:
+        ConfigError: timm does not accept `rand_augment`.
     """
     from timm.data import create_transform
 
@@ -115,10 +128,11 @@ def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
 
 
 class Samples(Dataset[Sample]):
-    """(image, label, paths that could not be decoded) of an (epoch, index) pair.
+    """Samples of a data set: (epoch, index) to (image, label, skipped paths).
 
-    An index of -1 is padding: a black image with the label `IGNORED`. With `on_corrupt="skip"` a
-    training image that fails gives way to the next index, a test image (`replace=False`) is ignored.
+    An index of -1 is padding: a black image with the label `IGNORED`. With `on_corrupt="skip"`, the
+    next index replaces a training image that cannot be decoded. A validation image
+    (`replace=False`) is ignored.
     """
 
     def __init__(
@@ -129,8 +143,11 @@ class Samples(Dataset[Sample]):
         self.reason = ""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | Exception]:
-        """A batch's samples, as PyTorch's loader asks for them. A mistake of the data set is returned
-        for the loader to raise: a worker process would put its traceback into the message."""
+        """The samples of a batch. PyTorch's loader calls this method.
+
+        An error of the data set is returned, and the loader raises it. If a worker process raised
+        it, PyTorch would put the traceback into the message.
+        """
         try:
             return [self[key] for key in keys]
         except MISTAKES as error:
@@ -155,10 +172,14 @@ class Samples(Dataset[Sample]):
     def of_record(
         self, epoch: int, position: int, key: Any
     ) -> tuple[Tensor | None, int, list[str]]:
-        """(image, label, no paths) of one record, or (None, IGNORED, its path) if it is corrupt.
+        """Read and transform one record.
 
-        Any error of reading, decoding or transforming is the image's: Pillow and its plugins raise
-        errors of many types, for too large pictures (decompression bombs) among them.
+        Any error of reading, decoding or transforming counts as a corrupt image. Pillow and its
+        plugins raise errors of many types, also for pictures that are too large (decompression
+        bombs).
+
+        Returns:
+            (image, label, no paths), or (None, IGNORED, its path) if the image is corrupt.
         """
         path = f"image {position}"
         try:
@@ -179,13 +200,14 @@ class Samples(Dataset[Sample]):
 
 
 def _in_a_line(error: Exception) -> str:
+    """An error's message in one line; its type if the message is empty."""
     text = folder.shown(" ".join(str(error).split()))
     return text or type(error).__name__
 
 
 @contextlib.contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """What is drawn inside leaves python's, numpy's and torch's streams as they were."""
+    """Context manager: restore the random generators of Python, NumPy and torch at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
@@ -196,19 +218,19 @@ def keeping_random_state() -> Iterator[None]:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed python's, numpy's and torch's streams from several numbers."""
+    """Seed the random generators of Python, NumPy and torch from several numbers."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's mixup draws from the global stream
+    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's mixup uses NumPy's generator
     torch.manual_seed(seed)
 
 
 def train_order(
     count: int, *, seed: int, epoch: int, first: int, rank: int, world: int, micro: int, accum: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """One rank's micro-batches of an epoch from optimizer step `first` on, incomplete ones dropped.
+    """One rank's whole micro-batches of an epoch, from optimizer step `first`.
 
-    Step, micro-step and rank cut the same permutation whatever the number of ranks.
+    Step, micro-step and rank cut the same permutation for any number of ranks.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     batch = micro * accum * world
@@ -219,14 +241,18 @@ def train_order(
 
 
 def val_order(count: int, *, rank: int, world: int, batch: int) -> Iterator[list[tuple[int, int]]]:
-    """One rank's share in order; padded so that every rank makes equally many batches."""
+    """One rank's share in order, padded so that all ranks have the same number of batches."""
     for start in range(0, count, batch * world):
         own = range(start + rank * batch, start + (rank + 1) * batch)
         yield [(0, i if i < count else -1) for i in own]
 
 
 def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[str]] | Exception:
-    """Images (N, 3, H, W), labels (N,), paths that were skipped; or the first sample's mistake."""
+    """Stack samples into a batch.
+
+    Returns:
+        Images (N, 3, H, W), labels (N,), skipped paths; or the first error among the samples.
+    """
     for sample in samples:
         if isinstance(sample, Exception):
             return sample

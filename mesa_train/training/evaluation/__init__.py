@@ -1,1 +1,1 @@
-"""Evaluate a trained model: linear probes, calibration and robustness."""
+"""Evaluation of a trained model: linear probes, calibration and robustness."""

@@ -1,11 +1,11 @@
-"""Frozen features: extracted once, cached on disk by `datasets`, judged by a linear probe and by
-nearest neighbours.
+"""Linear probe and nearest neighbours on frozen features, which are extracted once and cached.
 
-ViT-22B's probe is SGD with momentum for 10 epochs at 224 px over features of a frozen model, with a
-mild crop and a flip as the only augmentation (arXiv 2302.05442). An epoch through 22 billion
-parameters costs far more than the probe, so a few views of every image are cached, and each epoch
-takes the next of them. Neighbours are looked for among views that are not augmented. The features
-are what the classifier reads: attention pooling's output.
+ViT-22B's probe is SGD with momentum for 10 epochs at 224 px on features of a frozen model. Its only
+augmentation is a mild crop and a flip (arXiv 2302.05442). An epoch through 22 billion parameters
+costs far more than the probe. Therefore `datasets` caches a few views of every image on disk, and
+each epoch takes the next view. Nearest neighbours use views without augmentation.
+
+The features are the input of the classifier: the output of attention pooling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def extract(
     model: Any, batches: Batches, device: str | torch.device, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features (B, D) float32, labels (B,)) of batches of images and labels, on the CPU."""
+    """Compute features of batches of images.
+
+    Args:
+        model: with timm's `forward_features` and `forward_head`.
+        batches: images and labels.
+        device: of the model.
+        autocast: dtype of autocast; default: none.
+    Yields:
+        (features (B, D) in float32, labels (B,)), on the CPU.
+    """
     training = model.training
     model.eval()
     kind = torch.device(device).type
@@ -45,9 +54,17 @@ def extract(
 def cached(
     folder: Path, key: str, make: Callable[[], Batches], half: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float32 and labels (N,) named `key`, from `folder` or made and written there.
+    """Read features from a folder, or compute and write them there.
 
-    half: store 2 bytes a number (float16). ValueError if a feature does not fit into it.
+    Args:
+        folder: of the cache.
+        key: identifies the features.
+        make: computes batches of features and labels.
+        half: store float16, 2 bytes a number; default true.
+    Returns:
+        (features (N, D) in float32, labels (N,)).
+    Raises:
+        ValueError: a feature is not finite in the stored dtype.
     """
     from datasets import Dataset, Features, List, Value, load_from_disk
 
@@ -77,7 +94,7 @@ def cached(
                 keep_in_memory=False,
             )
         except Exception as error:
-            # `datasets` wraps what a generator raises.
+            # `datasets` wraps the error of a generator.
             if isinstance(error.__cause__, ValueError):
                 raise ValueError(str(error.__cause__)) from None
             raise
@@ -91,7 +108,14 @@ def cached(
 
 @dataclass(frozen=True)
 class Probe:
-    """A trained linear classifier: weight (classes, D), bias (classes,), and how it was found."""
+    """A trained linear classifier.
+
+    Attributes:
+        weight: (classes, D).
+        bias: (classes,).
+        lr: the chosen learning rate.
+        accuracy: on the held-out images, 0 to 1.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -99,6 +123,7 @@ class Probe:
     accuracy: float
 
     def logits(self, features: Tensor) -> Tensor:
+        """Logits (N, classes) of features (N, D)."""
         return F.linear(features, self.weight, self.bias)
 
 
@@ -112,12 +137,21 @@ def linear_probe(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Probe:
-    """SGD with momentum and a cosine schedule on frozen features; `rates` are swept.
+    """Train a linear classifier on frozen features: SGD with momentum and a cosine schedule.
 
-    views: (features, labels) of the same images, one entry a view. batch_size: by default at most
-    1,024, and as small as it takes for 500 steps (16 at the least): ten epochs of a small set in
-    large batches end far from the optimum. The rate is chosen on a tenth of the training images, the
-    accuracy is the held-out images'. ValueError if views differ.
+    The learning rate is chosen on a tenth of the training images.
+
+    Args:
+        views: (features, labels) of the same images, one entry for each view.
+        held_out: (features, labels) for the accuracy.
+        rates: learning rates to compare.
+        epochs: default 10.
+        momentum: default 0.9.
+        batch_size: default: at most 1,024, at least 16, and small enough for 500 steps. Ten epochs
+            of a small set in large batches end far from the optimum.
+        seed: of the order.
+    Raises:
+        ValueError: the views hold different images.
     """
     labels = views[0][1]
     if any(len(x) != len(labels) or not torch.equal(y, labels) for x, y in views):
@@ -140,8 +174,16 @@ def linear_probe(
 def nearest_neighbours(
     train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], k: int = 20, heat: float = 0.07
 ) -> float:
-    """Accuracy of the vote of the k most similar training features (cosine), weighted by
-    exp(similarity / heat). ValueError if there are fewer than k."""
+    """Accuracy of the vote of the k training features with the highest cosine similarity.
+
+    Args:
+        train: (features, labels).
+        held_out: (features, labels).
+        k: default 20.
+        heat: a vote counts exp(similarity / heat); default 0.07.
+    Raises:
+        ValueError: there are fewer than k training features.
+    """
     if not 1 <= k <= len(train[0]):
         raise ValueError(f"k={k} must lie between 1 and the {len(train[0])} training features")
     known = F.normalize(train[0], dim=-1)
@@ -164,8 +206,9 @@ def _fit(
     batch_size: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    # Features of a large model differ in scale; the probe sees them standardised, and the result is
-    # folded back into a weight and bias for the features themselves.
+    """Train the classifier at one rate. Returns (weight, bias)."""
+    # Features of a large model differ in scale. The classifier is trained on standardised features.
+    # The mean and deviation are then folded into its weight and bias.
     everything = views[0][0][images]
     mean, deviation = everything.mean(0), everything.std(0).clamp_min(1e-6)
     weight = torch.zeros(classes, len(mean), requires_grad=True)
@@ -188,4 +231,5 @@ def _fit(
 
 
 def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """Share of correct answers, 0 to 1."""
     return (F.linear(features, weight, bias).argmax(-1) == labels).float().mean().item()

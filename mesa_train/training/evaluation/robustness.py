@@ -1,9 +1,9 @@
-"""Accuracy and calibration on sets whose labels are not the training labels: ImageNet-A and -R,
-ImageNet-v2, ObjectNet and the like, given as folders.
+"""Accuracy and calibration on image sets whose labels differ from the training labels.
 
-A mapping file says, for each training label, which label of the set it counts as (YAML or JSON,
-`training label: set's label`); labels that are left out take no part. Several training labels may
-map to one: the set's label scores as the best of them.
+Such sets are ImageNet-A and -R, ImageNet-v2 and ObjectNet, given as folders. A mapping file (YAML
+or JSON, `training label: set's label`) gives the set's label for each training label. Training
+labels that are not in the file are ignored. If several training labels map to one label, the best
+of them gives its score.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ from mesa_train.utils import yaml_text
 
 @dataclass(frozen=True)
 class LabelMap:
-    """columns[j]: training labels (indices) that count as the set's label j, maybe none."""
+    """Mapping from training labels to the labels of an image set.
+
+    Attributes:
+        columns: columns[j] holds the indices of the training labels that count as the set's label
+            j; may be empty.
+    """
 
     columns: tuple[tuple[int, ...], ...]
 
     @classmethod
     def read(cls, path: Path, train_labels: Sequence[str], set_labels: Sequence[str]) -> LabelMap:
-        """From a mapping file; names or indices on either side. ValueError names what is unknown."""
+        """Read a mapping file. Both sides may be names or indices.
+
+        Raises:
+            ValueError: the file is missing or malformed, or a label is unknown.
+        """
         if not path.is_file():
             raise ValueError(f"no mapping file {path}")
         import yaml
@@ -47,7 +56,10 @@ class LabelMap:
         return cls(tuple(tuple(c) for c in columns))
 
     def logits(self, logits: Tensor) -> Tensor:
-        """(B, training labels) to (B, labels of the set); unmapped ones are -inf."""
+        """Map logits to the labels of the set: (B, training labels) to (B, labels of the set).
+
+        Labels without a mapping get -inf.
+        """
         mapped = [
             logits[:, list(c)].amax(1) if c else logits.new_full((len(logits),), -torch.inf)
             for c in self.columns
@@ -57,7 +69,14 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class Robustness:
-    """Over the images whose label is mapped: their number, accuracy, expected calibration error."""
+    """Scores over the images whose label is mapped.
+
+    Attributes:
+        images: number of scored images.
+        left_out: number of images without a mapping.
+        accuracy: 0 to 1.
+        calibration_error: expected calibration error, 0 to 1.
+    """
 
     images: int
     left_out: int
@@ -66,7 +85,15 @@ class Robustness:
 
 
 def evaluate(logits: Tensor, labels: Tensor, mapping: LabelMap | None = None) -> Robustness:
-    """logits (N, training labels), labels (N,) of the set. ValueError if no image can be scored."""
+    """Score logits on an image set.
+
+    Args:
+        logits: (N, training labels).
+        labels: (N,) of the set.
+        mapping: default: the labels are the training labels.
+    Raises:
+        ValueError: no image can be scored.
+    """
     total = len(labels)
     if mapping is not None:
         scored = torch.tensor([bool(c) for c in mapping.columns])[labels]
@@ -84,8 +111,10 @@ def evaluate(logits: Tensor, labels: Tensor, mapping: LabelMap | None = None) ->
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: |accuracy - confidence| in equal bins of confidence, weighted by
-    how many fall in (arXiv 1706.04599)."""
+    """Expected calibration error (arXiv 1706.04599).
+
+    It is |accuracy - confidence| in equal bins of confidence, weighted by the images in each bin.
+    """
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
     error = 0.0
     for b in index.unique():
@@ -96,10 +125,11 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def _index(name: object, known: Sequence[str], what: str) -> int:
+    """The index of a label that is given by name or number. ValueError if it is unknown."""
     name = str(name) if isinstance(name, str) else name
     if str(name) in known:
         return list(known).index(str(name))
-    # The text counts first: a label may be called 7 or no. JSON's keys are always in quotes.
+    # A name is tried before a number: a label may be called 7 or no. JSON's keys are always quoted.
     number = yaml_text.to_int(name) if isinstance(name, str) else None
     if number is not None and 0 <= number < len(known):
         return number

@@ -1,17 +1,18 @@
-"""Optimizer steps taken inside the backward, so that never more than one parameter's gradient exists.
+"""Optimizer steps inside the backward, so that at most one parameter's gradient exists at a time.
 
-As soon as a parameter's gradient is complete, the parameter is stepped and the gradient dropped
-(`Tensor.register_post_accumulate_grad_hook`). What a step keeps is one of
+When a parameter's gradient is complete, the optimizer steps the parameter and drops the gradient
+(`Tensor.register_post_accumulate_grad_hook`). There are two methods:
 
     factored   Adafactor (arXiv 1804.04235): row and column means of the squared gradient, no first
                moment; rows + columns floats for a matrix. Updates are clipped to a root mean
-               square of `clip`, which takes the place of a global norm: that is not known yet.
-    lion       Lion (arXiv 2302.06675): one moment, kept as 8-bit codes of mesa_train's codec,
+               square of `clip`. A global norm is not possible: it is not known yet.
+    lion       Lion (arXiv 2302.06675): one moment, stored as 8-bit codes of mesa_train's codec,
                1.03 bytes an element, rounded stochastically so that small changes add up.
 
-Arithmetic is in float32, a few rows at a time (`UPDATE` elements); bfloat16 weights are written with
-stochastic rounding. So a model needs 2 bytes a weight for itself, and 0.00 or 1.03 for the state.
-Gradients cannot be accumulated over several backwards, nor clipped by their global norm.
+Arithmetic is in float32, a few rows at a time (`UPDATE` elements). bfloat16 weights are written
+with stochastic rounding. A model thus needs 2 bytes a weight for the weights, and 0.00 or 1.03 for
+the states. Gradients cannot be accumulated over several backwards, nor clipped by their global
+norm.
 """
 
 from __future__ import annotations
@@ -26,16 +27,25 @@ from mesa_train.codecs.affine import Affine
 from mesa_train.measure.optimizer_states import IN_BACKWARD, LION_GROUP, UPDATE
 
 METHODS = IN_BACKWARD
-# Keeps a row of zeros from a division by zero.
+# Prevents a division by zero for a row of zeros.
 _TINY = 1e-30
 
 
 class InBackward:
-    """Steps parameters as their gradients complete; `lr` may be changed between backwards.
+    """Step parameters as soon as their gradients are complete.
 
-    groups: as for an optimizer: dicts with "params" and "weight_decay". beta2_cap: Adafactor's decay
-    is 1 - t^-0.8, at most this. betas: Lion's. seed: of all stochastic rounding.
-    Raises ValueError for an unknown method, or a parameter that another InBackward steps already.
+    `lr` may be changed between backwards.
+
+    Args:
+        groups: as for an optimizer: dicts with "params" and "weight_decay".
+        lr: learning rate.
+        method: "factored" (default) or "lion".
+        clip: largest root mean square of an Adafactor update; default 1.0.
+        beta2_cap: upper bound of Adafactor's decay 1 - t^-0.8; default 0.999.
+        betas: of Lion; default (0.9, 0.99).
+        seed: of all stochastic rounding; default 0.
+    Raises:
+        ValueError: the method is unknown, or another InBackward already steps a parameter.
     """
 
     def __init__(
@@ -73,16 +83,16 @@ class InBackward:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def begin(self) -> None:
-        """Before each step's forward."""
+        """Start a step. Call it before each step's forward."""
         self.steps += 1
         self.squares = []
 
     def norm(self) -> Tensor:
-        """The global norm of the gradients of the last backward, known once it is over."""
+        """The global norm of the gradients of the last backward. Call it after the backward."""
         return torch.stack(self.squares).sum().sqrt() if self.squares else torch.zeros(())
 
     def remove(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters:
@@ -94,7 +104,11 @@ class InBackward:
         return {"steps": self.steps, "method": self.method, "states": self.states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError if the state is another method's or of other parameters."""
+        """Load a state.
+
+        Raises:
+            ValueError: the state is of another method or of other parameters.
+        """
         if state["method"] != self.method or len(state["states"]) != len(self.states):
             raise ValueError(
                 f"a state of {state['method']!r} with {len(state['states'])} parameters does not fit "
@@ -108,6 +122,8 @@ class InBackward:
     def _stepper(
         self, index: int, update: Callable[..., None], decay: float
     ) -> Callable[[Tensor], None]:
+        """The hook that steps one parameter."""
+
         @torch.no_grad()
         def step(parameter: Tensor) -> None:
             if self.steps == 0:
@@ -127,6 +143,7 @@ class InBackward:
     def _factored(
         self, state: dict[str, Any], weight: Tensor, grad: Tensor, decay: float, stream: Any
     ) -> None:
+        """One Adafactor step of a matrix or vector."""
         beta = min(1 - self.steps**-0.8, self.beta2_cap)
         if weight.dim() == 1:
             square = grad.float().square().add_(_TINY)
@@ -135,7 +152,7 @@ class InBackward:
             row, column = _means(grad)
             row = _average(state, "row", row, beta)
             column = _average(state, "column", column, beta)
-            # E[g^2] is about row * column / mean(row).
+            # E[g^2] is approximated by row * column / mean(row).
             scales = ((row / row.mean()).rsqrt()[:, None], column.rsqrt())
 
         def change(part: slice, g: Tensor) -> Tensor:
@@ -153,6 +170,7 @@ class InBackward:
     def _lion(
         self, state: dict[str, Any], weight: Tensor, grad: Tensor, decay: float, stream: Any
     ) -> None:
+        """One Lion step of a matrix or vector."""
         codec = Affine(8, LION_GROUP, stochastic=True, seed=self.seed + self.steps)
         kept = state.setdefault("moment", {})
         for number, (_, g, w) in enumerate(_chunks(weight, grad)):
@@ -166,7 +184,7 @@ class InBackward:
 
 
 def _chunks(weight: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]]:
-    """(rows, gradient in float32, weight) a few rows at a time; a vector whole."""
+    """Yield (rows, gradient in float32, weight), a few rows at a time. A vector is one chunk."""
     rows = max(1, UPDATE // weight[0].numel()) if weight.dim() > 1 else len(weight)
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
@@ -174,7 +192,7 @@ def _chunks(weight: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tenso
 
 
 def _means(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the squared gradient (rows,) and (columns,)."""
+    """Means of the squared gradient: (rows,) and (columns,)."""
     row, column = [], torch.zeros(grad.shape[1], device=grad.device)
     for _, g, _ in _chunks(grad, grad):
         square = g.square().add_(_TINY)
@@ -184,7 +202,7 @@ def _means(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _average(state: dict[str, Any], name: str, value: Tensor, beta: float) -> Tensor:
-    """Keep a running average under `name` and return it."""
+    """Update the running average `name` and return it."""
     if name not in state:
         state[name] = torch.zeros_like(value)
     state[name].lerp_(value, 1 - beta)
@@ -192,11 +210,20 @@ def _average(state: dict[str, Any], name: str, value: Tensor, beta: float) -> Te
 
 
 def round_to_bfloat16(value: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """float32 to bfloat16, each element to one of its two neighbours, the nearer one more often, so
-    that the expectation is `value`. Infinities and NaNs stay, and exact values do too."""
+    """Round float32 to bfloat16 stochastically.
+
+    Each element becomes one of its two neighbours, the nearer one with higher probability. The
+    expectation is `value`. Infinities, NaNs and exact values do not change.
+
+    Args:
+        value: float32.
+        generator: of the noise; default: the global one.
+    Raises:
+        TypeError: `value` is not float32.
+    """
     if value.dtype is not torch.float32:
         raise TypeError(f"round_to_bfloat16 takes float32, got {value.dtype}")
-    # The lower 16 bits of a float32 are what bfloat16 drops: add a random 16-bit number and cut.
+    # bfloat16 drops the lower 16 bits of a float32. Add a random 16-bit number, then cut.
     noise = torch.randint(
         0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator
     )
@@ -206,7 +233,7 @@ def round_to_bfloat16(value: Tensor, generator: torch.Generator | None = None) -
 
 
 def write_rounded(weight: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
-    """Write a float32 value to a weight in place, stochastically if the weight is bfloat16."""
+    """Write a float32 value to a weight in place; rounds stochastically to a bfloat16 weight."""
     if weight.dtype is torch.bfloat16:
         value = round_to_bfloat16(value, generator)
     weight.copy_(value)

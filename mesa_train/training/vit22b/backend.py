@@ -1,8 +1,8 @@
-"""How one optimizer step runs on one process, under FSDP2 with tensor parallelism, or under ZeRO-3.
+"""Backends of the ViT-22B training: one optimizer step on one process, under FSDP2 or ZeRO-3.
 
-An engine owns the model, the optimizer and the processes; the loop (`sharded_loop.py`) is the same
-for all. `FSDP2Backend` is plain PyTorch, sharded or not. `ZeRO3Backend` is DeepSpeed through Accelerate, which
-reads offloading from the launcher's configuration.
+A backend holds the model, the optimizer and the process group. The loop (`loop.py`) is the same for
+all backends. `FSDP2Backend` is plain PyTorch, sharded (with or without tensor parallelism) or not.
+`ZeRO3Backend` is DeepSpeed through Accelerate; the launcher's configuration sets its offloading.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ from . import checkpoint as checkpoints
 from .config import Config, ConfigError, accumulation, precision_of
 from .schedule import groups
 
-# What processes talk through.
+# Communication backend of torch.distributed, by device.
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl"}
 
 
 class Backend(Protocol):
-    """One run's model and optimizer. `data_rank` of `data_ranks` says which images are its own."""
+    """Model and optimizer of one run.
+
+    Attributes:
+        model: the model, wrapped by mesa_train unless the policy is "plain".
+        device: of this process.
+        data_rank: this process's part of the images, from 0.
+        data_ranks: number of parts.
+        rank: of this process.
+    """
 
     model: nn.Module
     device: torch.device
@@ -51,15 +59,21 @@ class Backend(Protocol):
 
 
 def make_backend(config: Config, classes: int, checkpoint: Path | None = None) -> Backend:
-    """The engine that configuration and launcher ask for. ConfigError where they disagree.
+    """Build the backend that the configuration and the launcher select.
 
-    checkpoint: will be loaded. CheckpointError if it, or the weights to start from, are another model's.
+    Args:
+        config: of the run.
+        classes: number of classes.
+        checkpoint: the checkpoint that will be loaded; None for a new run.
+    Raises:
+        ConfigError: configuration and launcher do not match.
+        CheckpointError: the checkpoint, or the initial weights, are of another model.
     """
     backend = backend_name(config, int(os.environ.get("WORLD_SIZE", "1")))
     name = precision_of(config).name
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=name))
     check_precision(config.train.precision)
-    # Before any memory is given.
+    # Check the files before any memory is allocated.
     if config.model.weights:
         sketch, head = build(config, classes, "meta"), config.model.fresh_head
         checkpoints.check_export(Path(config.model.weights), sketch, head)
@@ -71,8 +85,11 @@ def make_backend(config: Config, classes: int, checkpoint: Path | None = None) -
 
 
 def backend_name(config: Config, world: int) -> str:
-    """ "single", "fsdp2" or "zero3", for a launch of `world` processes. ConfigError where configuration
-    and launcher disagree."""
+    """The backend of a launch with `world` processes: "single", "fsdp2" or "zero3".
+
+    Raises:
+        ConfigError: configuration and launcher do not match.
+    """
     backend = config.train.backend
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if backend == "auto":
@@ -93,7 +110,7 @@ def backend_name(config: Config, world: int) -> str:
 
 
 def build(config: Config, classes: int, device: str) -> Any:
-    """The model on `device`; on "meta" nothing is initialised."""
+    """Build the model on `device`. On "meta", no weight is initialised."""
     import timm
 
     import mesa_train.models  # noqa: F401  registers them with timm
@@ -117,7 +134,7 @@ def build(config: Config, classes: int, device: str) -> Any:
 
 
 def check_precision(precision: str) -> None:
-    """ConfigError for bfloat16 on a GPU that has none (before Ampere)."""
+    """Raise ConfigError for bfloat16 on a GPU without bfloat16 (before Ampere)."""
     if precision != "no" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name()
         raise ConfigError(
@@ -126,7 +143,13 @@ def check_precision(precision: str) -> None:
 
 
 class FSDP2Backend:
-    """One process, or FSDP2 (times tensor parallelism) over all of them."""
+    """One process, or FSDP2 (with or without tensor parallelism) over all processes.
+
+    Args:
+        config: of the run.
+        classes: number of classes.
+        sharded: use FSDP2.
+    """
 
     def __init__(self, config: Config, classes: int, sharded: bool) -> None:
         from mesa_train.models.vit22b import init as vit22b_init
@@ -139,7 +162,7 @@ class FSDP2Backend:
         self.device = torch.device(place)
         self.config, self.rank, self.data_rank, self.data_ranks = config, 0, 0, 1
         self.finish = vit22b_parallel.finish_gradients
-        # FSDP gathers shards in bfloat16 itself; a whole model computes so under autocast.
+        # FSDP casts gathered weights to bfloat16 itself. A model on one process uses autocast.
         half = train.precision == "bf16"
         self.autocast = half and not sharded
         model = build(config, classes, "meta")
@@ -179,17 +202,19 @@ class FSDP2Backend:
         self.pending = 0
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of a micro-batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.model(images)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; they are reduced over the ranks once, at the last."""
+        """Add a micro-batch's gradients. The last micro-batch reduces them over the ranks."""
         self.pending += 1
         if hasattr(self.model, "set_requires_gradient_sync"):
             self.model.set_requires_gradient_sync(self.pending == self.accumulate)
         (loss / self.accumulate).backward()
 
     def step(self, lr: float) -> float:
+        """Clip the gradients and take an optimizer step. Returns the norm before clipping."""
         norm = self.finish(self.model, self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -199,19 +224,29 @@ class FSDP2Backend:
         return norm.item()
 
     def save(self, folder: Path, state: dict[str, Any]) -> Path:
+        """Write a checkpoint from all ranks."""
         return checkpoints.save(folder, self.model, self.optimizer, state)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Read a checkpoint. Returns its state."""
         return checkpoints.load(checkpoint, self.model, self.optimizer)
 
     def close(self) -> None:
+        """End the process group."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
 class ZeRO3Backend:
-    """DeepSpeed's ZeRO-3 through Accelerate, offloading as the launcher's configuration says."""
+    """DeepSpeed's ZeRO-3 through Accelerate.
+
+    The launcher's configuration sets the offloading.
+
+    Args:
+        config: of the run.
+        classes: number of classes.
+    """
 
     def __init__(self, config: Config, classes: int) -> None:
         import deepspeed
@@ -223,7 +258,7 @@ class ZeRO3Backend:
         from mesa_train.models.vit22b.model import ParallelBlock
 
         train = config.train
-        # Without this, Accelerate on a CPU takes every process for the only one.
+        # Without this handler, Accelerate on a CPU starts every process as the only one.
         handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
         self.accelerator = Accelerator(kwargs_handlers=handlers)
         world = int(os.environ["WORLD_SIZE"])
@@ -250,7 +285,7 @@ class ZeRO3Backend:
         settings["gradient_accumulation_steps"] = self.accumulate
         settings["train_batch_size"] = train.global_batch
         settings["gradient_clipping"] = config.optim.clip
-        # Its own mode, not torch_autocast: that keeps float32 weights beside the model.
+        # DeepSpeed's bf16 mode, not torch_autocast, which keeps float32 weights beside the model.
         if train.precision == "bf16":
             settings["bf16"] = {"enabled": True}
         elif train.precision == "pure_bf16":
@@ -259,10 +294,11 @@ class ZeRO3Backend:
                 "bf16_master_weights_and_grads": True,
                 "bf16_optimizer_states": True,
             }
-        # Every module's parameters leave this process as soon as the module is built.
+        # ZeRO-3 partitions the parameters of each module as soon as the module is built.
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = build(config, classes, str(self.device))
-        # A stash is rebuilt from weights of its whole block: they have to be there together.
+        # A stash is rebuilt from the weights of its whole block, so ZeRO-3 must gather them
+        # together.
         set_z3_leaf_modules(model, list(whole))
         initialise(model, train.seed, config.model.head_bias)
         if config.model.weights:
@@ -272,31 +308,37 @@ class ZeRO3Backend:
         self.model: Any = plain
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of a micro-batch."""
         dtype = images.dtype if self.config.train.precision == "no" else torch.bfloat16
         return self.engine(images.to(dtype))
 
     def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients."""
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
     def step(self, lr: float) -> float:
+        """Take an optimizer step. Returns the gradient norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def save(self, folder: Path, state: dict[str, Any]) -> Path:
+        """Write a checkpoint from all ranks."""
         from .zero3_checkpoint import save
 
         return save(folder, self, state)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Read a checkpoint. Returns its state."""
         from .zero3_checkpoint import load
 
         return load(checkpoint, self)
 
     def close(self) -> None:
+        """Wait for all ranks and end the process group."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if dist.is_initialized():
@@ -304,13 +346,13 @@ class ZeRO3Backend:
 
 
 def load_weights(config: Config, model: Any) -> None:
-    """The weights that a configuration starts from."""
+    """Load the initial weights of a configuration."""
     assert config.model.weights
     checkpoints.load_export(Path(config.model.weights), model, config.model.fresh_head)
 
 
 def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
-    """mesa_train on the model, unless the policy is "plain"."""
+    """Wrap the model by mesa_train, unless the policy is "plain"."""
     if policy == "plain":
         return model
     chosen = Policy.preset(policy)
@@ -320,7 +362,11 @@ def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
 
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with 8-bit moments, over body, head and what does not decay."""
+    """Build AdamW, or bitsandbytes' AdamW with 8-bit moments, over the parameter groups.
+
+    Raises:
+        ConfigError: bitsandbytes is needed and missing.
+    """
     optim = config.optim
     parameters = groups(model, optim.weight_decay, optim.head_decay)
     if optim.name == "adamw":
@@ -338,7 +384,8 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         return LocalShards(parameters, make)
     made = make(parameters)
-    # ZeRO-3 steps what it has flattened, in which norms and biases are large enough for 8 bits.
+    # ZeRO-3 flattens the parameters before a step. The flat tensor of norms and biases is so large
+    # that bitsandbytes would use 8 bits; 32 bits are set for it here.
     small = [g["name"] for g in parameters].index("no_decay")
     made.mng.index2config[small, 0] = {"optim_bits": 32}
     return made
@@ -347,9 +394,20 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def size_buffers(
     settings: dict[str, Any], model: nn.Module, whole: tuple[type, ...], ranks: int
 ) -> None:
-    """Buffers between disk and memory for weights on NVMe, where DeepSpeed's configuration leaves them
-    open: one holds the largest parameter's share, and there are enough for two modules that are
-    gathered as a `whole`, one at work and one on its way, beside all that is in none."""
+    """Set size and number of the NVMe buffers for weights.
+
+    Values in DeepSpeed's configuration take precedence.
+
+    One buffer holds this rank's share of the largest parameter. The number covers two modules that
+    are gathered whole (one computes, the next one is prefetched), and all parameters outside such
+    modules.
+
+    Args:
+        settings: DeepSpeed's configuration, changed in place.
+        model: on the meta device.
+        whole: classes of modules that are gathered whole.
+        ranks: number of processes.
+    """
     target = settings.get("zero_optimization", {}).get("offload_param") or {}
     if target.get("device") != "nvme":
         return
@@ -357,13 +415,23 @@ def size_buffers(
     inside = {id(p) for parameters in gathered for p in parameters}
     outside = sum(id(p) not in inside for p in model.parameters())
     largest = max(p.numel() for p in model.parameters())
-    # The share is rounded up to what a disk reads at once.
+    # The share is rounded up to the size of a disk read.
     target.setdefault("buffer_size", -(-largest // ranks) + 2**20)
     target.setdefault("buffer_count", 2 * max(map(len, gathered)) + outside)
 
 
 def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = "adamw") -> None:
-    """ConfigError for what would go wrong silently, or after much memory was spent."""
+    """Check DeepSpeed's configuration for silent or late faults.
+
+    A late fault appears only after much memory is used.
+
+    Args:
+        settings: DeepSpeed's configuration.
+        parameters: number of parameters of the model.
+        optimizer: "adamw" or "adamw8bit".
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
     import shutil
 
     zero = settings.get("zero_optimization", {})
@@ -375,7 +443,7 @@ def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = 
             f"optim.name=adamw8bit steps on the card, but zero_optimization.offload_optimizer.device "
             f"is {device}; take optim.name=adamw"
         )
-    # float32 weight and two moments beside the optimizer, a bfloat16 weight beside the model.
+    # The optimizer holds a float32 weight and two moments; the model holds a bfloat16 weight.
     for key, bytes_each in (("offload_param", 2), ("offload_optimizer", 12)):
         target = zero.get(key) or {}
         if target.get("device") != "nvme":

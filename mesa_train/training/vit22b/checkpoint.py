@@ -1,9 +1,11 @@
-"""Checkpoints of sharded models: every rank writes its shards, any number of ranks reads them.
+"""Checkpoints of sharded models: every rank writes its shards, and any number of ranks reads them.
 
-`save` and `load` are torch.distributed.checkpoint with a state file beside it, in a folder
-`step-00000120` that appears whole: it is written under another name and renamed. `export` writes
-plain safetensors, one file a block as on the hub, gathering one parameter at a time, so no rank
-ever holds more than a block; `load_export` reads from such files only what a rank's shards need.
+`save` and `load` use torch.distributed.checkpoint and a state file, in a folder `step-00000120`.
+The folder is written under another name and then renamed, so it is complete or absent.
+
+`export` writes plain safetensors, one file for each block, in Hugging Face's layout. It gathers one
+parameter at a time, so no rank holds more than one block. `load_export` reads from such files only
+the parts that a rank's shards need.
 """
 
 from __future__ import annotations
@@ -35,9 +37,12 @@ STATE, INDEX = "state.json", "model.safetensors.index.json"
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-N` from all ranks (N is state["step"]); returns it.
+    """Write `folder/step-N` from all ranks; N is state["step"].
 
-    Raises CheckpointError on all ranks, with the last good checkpoint, if one of them fails.
+    Returns:
+        The folder of the checkpoint.
+    Raises:
+        CheckpointError: on all ranks if one rank fails; names the last complete checkpoint.
     """
 
     def shards(partial: Path) -> None:
@@ -51,9 +56,17 @@ def save(
 def written(
     folder: Path, state: Mapping[str, Any], shards: Callable[[Path], None], note: Any = dict
 ) -> Path:
-    """Write `folder/step-N`: `shards` writes on all ranks, into a folder that is renamed at the end.
+    """Write `folder/step-N` under a partial name and rename it at the end.
 
-    note: gives what the state file holds besides, when the shards are written.
+    Args:
+        folder: of the checkpoints.
+        state: contents of the state file.
+        shards: writes this rank's shards into the given folder.
+        note: gives further entries of the state file, after the shards are written.
+    Returns:
+        The folder of the checkpoint.
+    Raises:
+        CheckpointError: on all ranks if one rank fails.
     """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".partial-{final.name}"
@@ -69,7 +82,7 @@ def written(
             disk.remove(final)
             partial.rename(final)
 
-    # Each waits for all ranks.
+    # Each step waits for all ranks.
     for step in (begin, lambda: shards(partial), end):
         disk.together(step, final, partial, gather)
     return final
@@ -78,9 +91,12 @@ def written(
 def load(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model and its optimizer, sharded in any way; returns the state.
+    """Read a checkpoint into a model and its optimizer, with any sharding.
 
-    Raises CheckpointError, before anything is read, if parameters are missing or of other shapes.
+    Returns:
+        The state of the checkpoint.
+    Raises:
+        CheckpointError: before any read, if parameters are missing or have other shapes.
     """
     check(checkpoint, model)
     optimizers = () if optimizer is None else optimizer
@@ -96,7 +112,7 @@ def load(
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """The state file of a checkpoint. CheckpointError if it is missing or damaged."""
+    """Read the state file of a checkpoint. CheckpointError if it is missing or damaged."""
     if not (checkpoint / STATE).is_file():
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {STATE}")
     with disk.reading(checkpoint / STATE):
@@ -106,8 +122,14 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def check(checkpoint: Path, model: nn.Module) -> None:
-    """CheckpointError if a checkpoint is incomplete or its parameters are not the model's, which may be
-    on the meta device. Reads no weights."""
+    """Check that a checkpoint is complete and holds the model's parameters. Reads no weights.
+
+    Args:
+        checkpoint: its folder.
+        model: may be on the meta device.
+    Raises:
+        CheckpointError: the checkpoint is incomplete or of another model.
+    """
     state = state_of(checkpoint)
     if (checkpoint / ".metadata").is_file():
         with disk.reading(checkpoint / ".metadata"):
@@ -117,20 +139,24 @@ def check(checkpoint: Path, model: nn.Module) -> None:
             for key, entry in entries.items()
             if key.startswith("model.") and hasattr(entry, "size")
         }
-    else:  # DeepSpeed's, whose shapes `sharded_zero` notes beside it
+    else:  # DeepSpeed's: `zero3_checkpoint` writes the shapes to the state file
         with disk.reading(checkpoint / STATE):
             found = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
     compare(checkpoint, found, model)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder."""
+    """The newest complete checkpoint in a folder; None if there is none."""
     found = sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
     return found[-1] if found else None
 
 
 def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """CheckpointError where names or (global) shapes differ from the model's, naming some."""
+    """Compare names and global shapes with the parameters of a model.
+
+    Raises:
+        CheckpointError: names up to three differences of each kind.
+    """
     wanted = {
         name: tuple(getattr(value, "ds_shape", value.shape))
         for name, value in model.state_dict(keep_vars=True).items()
@@ -154,10 +180,21 @@ def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module
 
 
 def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
-    """Write consolidated safetensors, one file for each block and one for the rest, and the index
-    that Hugging Face's tools read. Parameters are gathered one at a time, by all ranks. The folder
-    appears whole, in the place of an older one; CheckpointError on all ranks, with the last good
-    checkpoint beside it, if it cannot be written."""
+    """Write consolidated safetensors: one file for each block, one for the rest, and an index.
+
+    Hugging Face's tools read the index. All ranks gather the parameters together, one at a time.
+    The folder appears complete and replaces an older one.
+
+    Args:
+        folder: to write.
+        model: sharded or not.
+        dtype: of the files; default: the parameters' own.
+    Returns:
+        `folder`.
+    Raises:
+        CheckpointError: on all ranks if a file cannot be written; names the last complete
+            checkpoint in the parent folder.
+    """
     from safetensors.torch import save_file
 
     names = list(model.state_dict())
@@ -201,12 +238,17 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
 
 
 def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
-    """Read safetensors (a file, or a folder with an index) into a model: for each parameter only
-    this rank's rows and columns, straight from disk. A position embedding of another square grid is
-    resampled.
+    """Read safetensors (a file, or a folder with an index) into a model.
 
-    fresh_head: leave the model's classifier as it is, and the file's unread.
-    Raises CheckpointError, before anything is read, if names or shapes differ.
+    Each rank reads only the rows and columns of its shards, directly from the disk. A position
+    embedding of another square grid is resampled.
+
+    Args:
+        source: the file or folder.
+        model: sharded or not.
+        fresh_head: do not load the classifier.
+    Raises:
+        CheckpointError: before any read, if names or shapes differ.
     """
     opened, grid = _opened(source, model, fresh_head)
     with torch.no_grad():
@@ -226,12 +268,19 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
 
 
 def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
-    """What `load_export` raises, without reading weights; the model may be on the meta device."""
+    """Raise the errors of `load_export` without reading weights.
+
+    The model may be on the meta device.
+    """
     _opened(source, model, fresh_head)
 
 
 def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any], Any]:
-    """(the open file of each parameter, the grids that its position embedding is resampled between)."""
+    """Open the files and check names and shapes.
+
+    Returns:
+        The open file of each parameter, and the (old, new) grids of the position embedding or None.
+    """
     from safetensors import safe_open
 
     files = files_of(source)
@@ -240,7 +289,7 @@ def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any],
     for file in sorted(set(files.values()) if files else [source]):
         try:
             here = safe_open(file, "pt")
-        except Exception as error:  # SafetensorError, OSError, and what torch makes of the bytes
+        except Exception as error:  # SafetensorError, OSError or an error of torch's
             raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
         for name in here.keys():  # noqa: SIM118  not a mapping
             found[name], opened[name] = tuple(here.get_slice(name).get_shape()), here
@@ -255,7 +304,7 @@ def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any],
 
 
 def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
-    """(old grid, new grid) if the position embeddings differ in nothing else, or None."""
+    """(old grid, new grid) if the position embeddings differ only in their grids, else None."""
     old, new = found.get("pos_embed"), wanted.get("pos_embed")
     if old is None or new is None or old == new or old[2] != new[2]:
         return None
@@ -266,6 +315,7 @@ def _resampled(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
 
 
 def _into_partitioned(parameter: Any, part: Any) -> None:
+    """Write a tensor to a parameter that ZeRO-3 has partitioned."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -274,6 +324,7 @@ def _into_partitioned(parameter: Any, part: Any) -> None:
 
 
 def _slices(parameter: DTensor) -> tuple[slice, ...]:
+    """The slices of the global tensor that this rank's shard holds."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
@@ -283,7 +334,7 @@ def _slices(parameter: DTensor) -> tuple[slice, ...]:
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """The file of each parameter, empty for a single file."""
+    """The file of each parameter; empty if `source` is a single file."""
     if source.is_file():
         return {}
     if not (source / INDEX).is_file():
@@ -294,7 +345,7 @@ def files_of(source: Path) -> dict[str, Path]:
 
 
 def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters on the CPU, one at a time; all ranks must take part."""
+    """Yield whole parameters on the CPU, one at a time. All ranks must take part."""
     state = model.state_dict(keep_vars=True)
     for name in names:
         value: Any = state[name]
@@ -310,23 +361,25 @@ def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unit(name: str) -> int:
+    """The number of a parameter's block; -1 outside the blocks."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """PyTorch warns of a single process, which is what is meant where there is one."""
+    """Silence PyTorch's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _rank() -> int:
+    """The number of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(texts: list[str]) -> list[str]:
-    """The lists of all ranks in one; each rank waits for the others."""
+    """Join the lists of all ranks on every rank. Each rank waits for the others."""
     if not dist.is_initialized():
         return texts
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -1,6 +1,8 @@
-"""Configuration of the ViT-22B recipes: a strict schema, read from YAML, changed by
-`section.key=value`. A mistake is one line that names the key, the value and the choices, said
-before any model is built.
+"""Configuration of the ViT-22B recipes: a strict schema, read from YAML.
+
+Values are changed by `section.key=value`.
+
+A mistake gives one line with the key, the value and the choices, before any model is built.
 """
 
 from __future__ import annotations
@@ -27,10 +29,19 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of mesa_train.models.vit22b.
+    """A model of mesa_train.models.vit22b and its initial weights.
 
-    classes: must match the data if given; a stream needs it. weights: safetensors file or folder to
-    start from. fresh_head: but for the classifier.
+    Attributes:
+        name: a model of `SIZES`; default "vit_22b_tiny".
+        image_size: in pixels; default 224; a multiple of the patch.
+        classes: default: as in the data; must match the data if given. A stream needs it.
+        qk_norm: norm of queries and keys: "rms" (default), "layer" or "none".
+        gelu: "tanh" (default) or "none", the exact form.
+        pool_bias: biases of the pooling head's queries, keys and values; default true.
+        drop_path: highest drop path rate; default 0.
+        head_bias: initial bias of the classifier; default -10.
+        weights: safetensors file or folder to start from; default: none.
+        fresh_head: do not load the classifier from `weights`; default false.
     """
 
     name: str = "vit_22b_tiny"
@@ -47,7 +58,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The paper's values by default, but for the length of the run."""
+    """The optimizer and its schedule. The defaults are the paper's, except the length of the run.
+
+    Attributes:
+        name: "adamw" (default) or "adamw8bit".
+        lr: peak rate; default 1e-3; above 0.
+        warmup: steps of linear warm-up; default 10,000.
+        cooldown: steps of linear cool-down; default 30,000. warmup + cooldown <= `train.steps`.
+        timescale: steps of the reciprocal square root; default 10,000; above 0.
+        betas: default (0.9, 0.999).
+        weight_decay: of matrices; default 0.03.
+        head_decay: of the classifier's weight; default 3.0.
+        clip: largest norm of the gradient; default 1.0; above 0.
+        z_loss: weight of the z-loss; default 0.
+    """
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -63,7 +87,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CropConfig:
-    """The paper's augmentation: random crops of a share and a ratio, and mirror images."""
+    """The paper's augmentation: random crops and horizontal flips.
+
+    Attributes:
+        scale: range of the crop's area; default (0.05, 1.0); within (0, 1].
+        ratio: range of the crop's aspect ratio; default (3/4, 4/3).
+        hflip: probability of a flip; default 0.5; in [0, 1].
+    """
 
     scale: tuple[float, float] = (0.05, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -72,19 +102,40 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. global_batch / (micro_batch * data-parallel ranks) micro-batches are accumulated.
+    """One run: processes, precision, memory, batches, checkpoints.
 
-    backend: "auto" is zero3 under a DeepSpeed launch, fsdp2 with several processes, else single.
-    precision: "bf16" keeps float32 weights and computes in bfloat16; "pure_bf16" keeps bfloat16
-        weights (and loses small updates: see recipes/vit22b/README.md); "auto" is bf16 where the
-        device computes in it, else "no" (`precision.py`).
-    sequence_parallel: cut tokens too over the tensor-parallel ranks. async_tensor_parallel: and pass
-        them on while the matmuls run (CUDA devices with peer access; compiles the blocks).
-    offload: keep FSDP2's shards in CPU memory. nvme_path: folder that takes the place of the one in
-        DeepSpeed's configuration, where that offloads to NVMe.
-    policy: "plain" or a preset of mesa_train.
-    checkpointing: "block" keeps each block's input, "coded" its 8-bit codes; both run it again in
-        the backward, where one block's stashes are kept at a time.
+    A data-parallel rank accumulates global_batch / (micro_batch * data-parallel ranks)
+    micro-batches.
+
+    Attributes:
+        backend: "auto" (default), "single", "fsdp2" or "zero3". "auto": zero3 under a DeepSpeed
+            launch, fsdp2 with several processes, else single.
+        tensor_parallel: ranks that share the heads; default 1; must divide the heads.
+        sequence_parallel: shard the tokens too over the tensor-parallel ranks; default false.
+        async_tensor_parallel: overlap the transfer of tokens with the matmuls; default false. Needs
+            CUDA devices with peer access; compiles the blocks.
+        reshard: FSDP2 frees gathered weights after a block's forward; default true.
+        offload: keep FSDP2's shards in CPU memory; default false.
+        nvme_path: folder that replaces the one in DeepSpeed's configuration, if that offloads to
+            NVMe.
+        precision: "no", "bf16", "pure_bf16" or "auto" (default). "bf16": float32 weights, bfloat16
+            arithmetic. "pure_bf16": bfloat16 weights, which lose small updates
+            (recipes/vit22b/README.md). "auto": bf16 if the device supports it, else "no"
+            (`precision.py`).
+        policy: "plain" or a preset of mesa_train; default "mesa8".
+        checkpointing: "none" (default), "block" or "coded". "block" saves each block's input,
+            "coded" the input's 8-bit codes. Both run the block again in the backward, with the
+            stashes of one block at a time.
+        global_batch: images in an optimizer step over all processes; default 64; above 0.
+        micro_batch: images of a rank at once; default 64; above 0.
+        steps: optimizer steps of the run; default 100; above 0.
+        seed: default 0.
+        save_every: optimizer steps between checkpoints; default 0: no checkpoint.
+        resume: a checkpoint's folder, or "last" for the newest in `out`; default: none.
+        watch_every: steps between measurements of the attention; default 0: never.
+        peak_tflops: peak of the device in 1e12 operations a second, for the MFU; default 0: by the
+            device's name.
+        out: folder of the run; default "runs/vit22b".
     """
 
     backend: str = "auto"
@@ -110,7 +161,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A recipe: one section for each concern."""
+    """Configuration of a recipe, one section for each topic.
+
+    Attributes:
+        model: the model and its initial weights.
+        data: the data set and its loader.
+        augment: augmentation of training images.
+        optim: the optimizer and its schedule.
+        train: processes, precision, memory, batches, checkpoints.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -119,12 +178,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as in the YAML."""
+        """Nested plain values, as in the YAML."""
         return dataclasses.asdict(self)
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes, check everything. Raises ConfigError."""
+    """Read a YAML file, apply `section.key=value` changes and check every value.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
     values = read_yaml(path, changes)
     config: Config = of_values(Config, values)
     if "image_size" in (values.get("data") or {}):
@@ -139,6 +202,7 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
 
 
 def _check(config: Config) -> None:
+    """Check every value and the values that depend on each other. Raises ConfigError."""
     from mesa_train.models.vit22b.model import GELUS, QK_NORMS, SIZES
 
     model, optim, train = config.model, config.optim, config.train
@@ -189,7 +253,7 @@ def _check(config: Config) -> None:
 
 
 def _check_tokens(model: ModelConfig, train: TrainConfig) -> None:
-    """ConfigError for tokens that cannot be cut."""
+    """Raise ConfigError if the tokens cannot be sharded."""
     from mesa_train.models.vit22b.model import SIZES
 
     if train.async_tensor_parallel and not train.sequence_parallel:
@@ -207,7 +271,7 @@ def _check_tokens(model: ModelConfig, train: TrainConfig) -> None:
 
 
 def _check_crop(crop: CropConfig) -> None:
-    """ConfigError for a crop that cannot be."""
+    """Raise ConfigError for an impossible crop."""
     if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
         raise ConfigError(f"augment.scale must be a range within 0 and 1, got {list(crop.scale)}")
     if not 0 <= crop.hflip <= 1:
@@ -215,8 +279,11 @@ def _check_crop(crop: CropConfig) -> None:
 
 
 def accumulation(train: TrainConfig, ranks: int) -> int:
-    """Micro-batches that a data-parallel rank accumulates. ConfigError if the batch does not
-    divide."""
+    """Micro-batches that a data-parallel rank accumulates.
+
+    Raises:
+        ConfigError: the global batch is not divisible.
+    """
     if train.global_batch % (train.micro_batch * ranks):
         raise ConfigError(
             f"train.global_batch={train.global_batch} is no multiple of "
@@ -226,8 +293,10 @@ def accumulation(train: TrainConfig, ranks: int) -> int:
 
 
 def precision_of(config: Config) -> Choice:
-    """The precision that a configuration means on this machine. These recipes do without loss scaling,
-    so a GPU without bfloat16 computes in float32."""
+    """The precision of a configuration on this machine.
+
+    These recipes do not scale the loss, so a GPU without bfloat16 computes in float32.
+    """
     import torch
 
     from mesa_train.utils.precision import choose

@@ -1,7 +1,7 @@
-"""Images for the ViT-22B recipes: the sources that all recipes share (folders, parquet, a hub's name,
-what ships with packages), cropped as the paper crops, pixels from -1 to 1.
+"""Images for the ViT-22B recipes: the paper's crops, pixels from -1 to 1.
 
-A global batch depends on (seed, step) alone; each data-parallel rank takes its own part of it.
+All recipes share the sources: folders, parquet files, a hub's data sets, packaged sets. A global
+batch depends on (seed, step) only. Each data-parallel rank reads its own part of the batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ _PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
 def transforms(data: DataConfig, augment: Any, crop: float = 0.875) -> tuple[Any, Any]:
-    """(for training, for testing) of PIL images.
+    """Transforms of PIL images (for training, for validation).
 
-    augment: has `scale` and `ratio` of random crops and the share `hflip` of mirrored images. crop:
-    the central share of a test image.
+    Args:
+        data: the section `data`.
+        augment: with `scale` and `ratio` of random crops, and `hflip`, the probability of a flip.
+        crop: central share of a validation image; default 0.875.
     """
     from timm.data import create_transform
 
@@ -46,7 +48,11 @@ def transforms(data: DataConfig, augment: Any, crop: float = 0.875) -> tuple[Any
 
 
 def load(config: Config) -> sources.Sources:
-    """Open the data. ConfigError if it is not there, or too small for a batch."""
+    """Open the data.
+
+    Raises:
+        ConfigError: the data is missing, or smaller than one batch.
+    """
     found = sources.load(config.data, config.model.classes)
     if found.train.count < config.train.global_batch:
         raise ConfigError(
@@ -58,7 +64,7 @@ def load(config: Config) -> sources.Sources:
 def batches(
     config: Config, found: sources.Sources, rank: int, ranks: int, first: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """This rank's micro-batches (images, labels) of each step, from step `first` on."""
+    """This rank's micro-batches (images, labels) of each step, from step `first`."""
     train = config.train
     per_epoch = found.train.count // train.global_batch
     accumulated = accumulation(train, ranks)

@@ -1,5 +1,7 @@
-"""What a ViT-22B recipe will do, before it does it: batches, parameter groups, and the memory of a
-card by component, counted on the meta device by `mesa_train.estimate.estimator`."""
+"""Dry run of a ViT-22B recipe: its batches, parameter groups and the memory of a card by component.
+
+`mesa_train.estimate.estimator` counts the memory on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _UNLIMITED = 1 << 60
 
 
 def method_of(policy: str, checkpointing: str) -> str:
-    """The estimate's name of a policy and a kind of checkpointing."""
+    """The estimator's name for a policy and a kind of checkpointing."""
     if checkpointing == "none":
         return policy
     if policy == "plain":
@@ -33,7 +35,11 @@ def method_of(policy: str, checkpointing: str) -> str:
 
 
 def predict(config: Config, world: int) -> Estimate:
-    """One card of `world`, for a micro-batch. ConfigError where the launcher does not fit."""
+    """Estimate the memory of one card of `world`, for a micro-batch.
+
+    Raises:
+        ConfigError: configuration and launcher do not match.
+    """
     train, backend = config.train, backend_name(config, world)
     offload = "none"
     if backend == "zero3":
@@ -50,7 +56,11 @@ def predict(config: Config, world: int) -> Estimate:
 
 
 def report(config: Config, world: int, classes: int) -> str:
-    """The dry run's text. ConfigError if the batch does not divide over the ranks."""
+    """The text of the dry run.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks.
+    """
     train, model = config.train, build(config, classes, "meta")
     if world % train.tensor_parallel:
         from mesa_train.models.vit22b.parallel import mesh_of
@@ -94,13 +104,14 @@ def report(config: Config, world: int, classes: int) -> str:
 
 
 def deepspeed_settings() -> dict[str, Any]:
-    """DeepSpeed's configuration as the launcher names it; empty without one."""
+    """DeepSpeed's configuration that the launcher names; empty if it names none."""
     path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
     settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return settings
 
 
 def _offload(settings: dict[str, Any]) -> str:
+    """The estimator's name for the offloading in DeepSpeed's configuration."""
     zero = settings.get("zero_optimization", {})
     weights, optimizer = (
         (zero.get(key) or {}).get("device", "none")

@@ -1,8 +1,8 @@
-"""What the ViT-22B recipes need on five machines, part by part: `mesa_train.estimate.estimator` with the
-recipes' ways to train as its setups.
+"""Memory estimates of the ViT-22B recipes on five machines, by component.
 
-Nothing is counted here. GPU kernels keep attention's logsumexp, 4 bytes a token and head, where a
-CPU's in half precision keep nothing up to 512 tokens.
+This file defines the recipes' training setups; `mesa_train.estimate.estimator` does all counting.
+GPU kernels save attention's logsumexp, 4 bytes for each token and head. CPU kernels in half
+precision save nothing up to 512 tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIB = 2**30
 CODED = "mesa8+coded"
 RANK = 16
 
-# By name, a title and what it is for the estimate.
+# By name: a title, and the setup for the estimator.
 SCHEMES = {
     "fsdp2": ("FSDP2, AdamW in float32", Setup("fsdp2")),
     "fp32+adam8": ("FSDP2, float32 weights, 8-bit Adam", Setup("fsdp2", optimizer="adamw8bit")),
@@ -43,15 +43,16 @@ SCHEMES = {
     "nf4": ("NF4 frozen, LoRA", Setup(lora=RANK)),
     "probe": ("bfloat16 frozen, features only", Setup("frozen")),
 }
-# Methods that a single card takes; the others shard.
+# Schemes for a single card; the others shard.
 ALONE = ("lion", "factored", "nf4", "probe")
-# name: GPUs, GiB of one. Main memory is not a limit here: what is needed of it is said.
+# By name: number of GPUs, GiB of one GPU. CPU memory is not limited here; the estimate states the
+# CPU memory that a scheme needs.
 MACHINES = {"1x24": (1, 24), "1x80": (1, 80), "8x24": (8, 24), "8x40": (8, 40), "8x80": (8, 80)}
 POLICIES = (PLAIN, "mesa8", "mesa8-recompute", CODED)
 
 
 def cluster(machine: str) -> Cluster:
-    """A machine of `MACHINES`, without a limit to its CPU memory."""
+    """A machine of `MACHINES`, with unlimited CPU memory."""
     gpus, memory = MACHINES[machine]
     return Cluster(gpus, memory * GIB, 1 << 60)
 
@@ -59,7 +60,7 @@ def cluster(machine: str) -> Cluster:
 def estimator(
     name: str, image_size: int, batch: int = 64, sizes: Sequence[int] | None = None
 ) -> Estimator:
-    """Of a model by its timm name. ValueError as for `load`."""
+    """An estimator of a model by its timm name. ValueError as for `load`."""
 
     def make() -> Loaded:
         return load(name, batch_size=batch, image_size=image_size, device="meta")
@@ -70,10 +71,17 @@ def estimator(
 def one_card(
     name: str, scheme: str, image_size: int, batch: int, method: str, rank: int = RANK
 ) -> Estimate:
-    """What one card needs for a step of `batch` images.
+    """Estimate the memory that one card needs for a step.
 
-    scheme: of `ALONE`. method: as for `mesa_train.methods.apply`. rank: of nf4's adapters.
-    ValueError for others.
+    Args:
+        name: a timm model.
+        scheme: one of `ALONE`.
+        image_size: in pixels.
+        batch: images in the step.
+        method: as for `mesa_train.methods.apply`.
+        rank: of nf4's adapters; default 16.
+    Raises:
+        ValueError: the scheme is unknown.
     """
     if scheme not in ALONE:
         raise ValueError(f"scheme must be one of {', '.join(ALONE)}, got {scheme!r}")
@@ -84,7 +92,7 @@ def one_card(
 
 
 def components(found: Estimate) -> dict[str, int]:
-    """Bytes of one GPU, by what they are for; without the reserve, they are all of it."""
+    """Bytes of one GPU by component. Their sum is the total without the reserve."""
     held = found.states
     return {
         "weights": held.weights,
@@ -96,7 +104,7 @@ def components(found: Estimate) -> dict[str, int]:
 
 
 def kept(name: str, image_size: int, method: str) -> int:
-    """Bytes that one image more keeps between forward and backward."""
+    """Bytes that each further image saves for the backward."""
     sizes = []
     for images in (1, 2):
         loaded = load(name, batch_size=images, image_size=image_size, device="meta")
@@ -107,19 +115,23 @@ def kept(name: str, image_size: int, method: str) -> int:
 
 
 def saved_by_method(name: str, image_size: int) -> dict[str, int]:
-    """`kept` for PyTorch, checkpointing, every preset, and coded block inputs."""
+    """`kept` for PyTorch, checkpointing, every preset and coded block inputs."""
     return {m: kept(name, image_size, m) for m in (PLAIN, CHECKPOINT, *PRESETS, CODED)}
 
 
 def fits(of: Estimator, policies: tuple[str, ...] = POLICIES) -> list[dict[str, Any]]:
-    """For every machine and scheme whose states leave room for an image: bytes of states a card and
-    on the host, and for each policy the images that a card can take at once."""
+    """The machines and schemes whose states leave memory for at least one image.
+
+    Returns:
+        For each: bytes of states on a card, on the host and on the disk, and the largest batch of a
+            card for each policy.
+    """
     found: list[dict[str, Any]] = []
     for machine, (cards, _) in MACHINES.items():
         for key, (title, setup) in SCHEMES.items():
             if key in ALONE and cards > 1:
                 continue
-            # Features alone keep nothing, whatever the policy.
+            # Frozen features save nothing for the backward, under any policy.
             counted = policies[:1] if key == "probe" else policies
             made = {p: of.estimate(setup, p, cluster(machine), RESERVE) for p in counted}
             images = {p: e.largest_batch for p, e in made.items()}

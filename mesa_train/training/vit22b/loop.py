@@ -1,7 +1,7 @@
-"""The loop of the ViT-22B recipes: the same batches, schedule, log and checkpoints on any engine.
+"""Training loop of the ViT-22B recipes: same batches, schedule, log and checkpoints on any backend.
 
-A global batch depends on (seed, step) alone, and each data-parallel rank takes its own part of it
-(`sharded_data.py`), so losses are those of a single process whatever the number of ranks.
+A global batch depends on (seed, step) only, and each data-parallel rank reads its own part
+(`data.py`). The losses therefore equal the losses of a single process, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def train(config: Config, report: Report) -> Backend:
-    """Train as configured. `report` is called on rank 0 with one row a step: step, loss, lr, norm,
-    images_per_s, and where a GPU is, peak_bytes and mfu. Returns the engine, still open."""
+    """Train as configured.
+
+    Args:
+        config: of the run.
+        report: called on rank 0 with one row for each step: step, loss, lr, norm, images_per_s, and
+            on a GPU peak_bytes and mfu.
+    Returns:
+        The backend, still open.
+    """
     schedule = _schedule(config)
     data = sharded_data.load(config)
     out, first, checkpoint = Path(config.train.out), 0, None
@@ -58,7 +65,7 @@ def train(config: Config, report: Report) -> Backend:
         norm = engine.step(schedule(step))
         if engine.data_ranks > 1:
             dist.all_reduce(loss)
-            # Tensor-parallel ranks hold the same loss, and are summed as often.
+            # Tensor-parallel ranks hold the same loss, so the sum counts it once for each of them.
             loss /= dist.get_world_size()
         guard.check(loss.item(), norm)
         if engine.rank == 0:
@@ -73,8 +80,10 @@ def train(config: Config, report: Report) -> Backend:
 
 
 def _check_images(checkpoint: Path, images: int) -> None:
-    """ConfigError if a checkpoint was trained on another number of images: an epoch would be another
-    number of steps. Older checkpoints do not say."""
+    """Raise ConfigError if a checkpoint was trained on another number of images.
+
+    An epoch would then have another number of steps. Older checkpoints lack this entry.
+    """
     before = state_of(checkpoint).get("images", images)
     if before != images:
         raise ConfigError(
@@ -85,15 +94,17 @@ def _check_images(checkpoint: Path, images: int) -> None:
 
 
 def model_flops(name: str, image_size: int) -> float:
-    """Floating-point operations of one image's forward and backward, attention included and
-    recomputation not."""
+    """Floating-point operations of one image's forward and backward.
+
+    Attention counts; recomputation does not.
+    """
     patch, width, depth, _ = SIZES[name]
     tokens = (image_size // patch) ** 2
     return tokens * depth * (6 * 12 * width**2 + 12 * width * tokens)
 
 
-# Dense bfloat16 multiply-adds with float32 sums, in 1e12 operations a second, from the data sheets;
-# the first name that a device's own contains.
+# Dense bfloat16 multiply-adds with float32 sums, in 1e12 operations a second, from the data sheets.
+# The first name that occurs in the device's name applies.
 _PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -105,7 +116,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops_of(device_name: str) -> float | None:
-    """The peak arithmetic of a card in bfloat16, or None if its name is not known here."""
+    """A card's bfloat16 peak in 1e12 operations a second; None for an unknown name."""
     return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
@@ -118,13 +129,14 @@ def append_to(path: Path) -> Report:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            # Writing to an open file leaves its name out.
+            # An error on an open file does not name the file.
             raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
     return report
 
 
 def _schedule(config: Config) -> ReciprocalSqrt:
+    """The schedule of a configuration."""
     optim = config.optim
     return ReciprocalSqrt(
         optim.lr, optim.warmup, optim.cooldown, config.train.steps, optim.timescale
@@ -132,6 +144,7 @@ def _schedule(config: Config) -> ReciprocalSqrt:
 
 
 def _speed(config: Config, seconds: float) -> dict[str, float]:
+    """Images per second, peak bytes and MFU of a step, as far as they are known."""
     rate = config.train.global_batch / seconds
     row: dict[str, float] = {"images_per_s": rate}
     if torch.cuda.is_available():

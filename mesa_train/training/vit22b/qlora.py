@@ -1,12 +1,14 @@
-"""A frozen ViT-22B in 4 bits with low-rank adapters: QLoRA (arXiv 2305.14314) on the fused matmuls.
+"""QLoRA for ViT-22B: a frozen model in 4 bits with low-rank adapters (arXiv 2305.14314).
 
-Every large matrix is kept as NF4 codes of bitsandbytes (4 bits an element, and a byte for every 64
-with double quantisation: 0.52 bytes) and decoded in the forward and again in the backward; none of
-its inputs are kept. What trains: W + (alpha / rank) B A beside each of the two fused matmuls of a
-block and those of the pooling head, and the classifier, in float32.
+Every large matrix is stored as NF4 codes of bitsandbytes: 4 bits an element, and a byte for every
+64 with double quantisation, 0.52 bytes in total. The codes are decoded in the forward and again in
+the backward. No input of a frozen matrix is saved.
 
-The weights are read and coded one matrix at a time, so neither host nor card ever holds more than
-one of them whole: 0.5 GiB for ViT-22B.
+The trained parameters are float32: adapters W + (alpha / rank) B A at the two fused matmuls of each
+block and at the matmuls of the pooling head, and the classifier.
+
+The weights are read and encoded one matrix at a time. Host and card therefore hold at most one
+whole matrix: 0.5 GiB for ViT-22B.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ from mesa_train.training.disk import CheckpointError
 from .checkpoint import files_of
 
 BLOCK = 64
-# A matrix below this stays in bfloat16: the patch embedding of the small siblings.
+# A smaller matrix stays in bfloat16: the patch embedding of the small models.
 LEAST = 4096
 
 
 class Nf4Weight(nn.Module):
-    """A frozen matrix in 4 bits with an adapter beside it. weight: (out, in) on any device.
+    """A frozen matrix in 4 bits with an adapter.
 
-    Called with x (..., in) and a bias (out,) or None; returns x W^T + bias + scale (x A^T) B^T.
+    It maps x (..., in) and a bias (out,) or None to x W^T + bias + scale (x A^T) B^T.
+
+    Args:
+        weight: (out, in), on any device.
+        rank: of the adapter.
+        alpha: scale = alpha / rank.
     """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
@@ -49,7 +56,7 @@ class Nf4Weight(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         self.scale = alpha / rank
         rows, columns = weight.shape
-        # As LoRA starts: A random, B zero, so that nothing changes at first.
+        # The initial values of LoRA: A random, B zero, so that the product is unchanged at first.
         self.a = nn.Parameter(torch.randn(rank, columns, device=weight.device) / columns**0.5)
         self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
@@ -63,19 +70,19 @@ class Nf4Weight(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + scale B A in float32, decoded from the codes."""
+        """W + scale B A in float32, with W decoded from the codes."""
         weight = _bitsandbytes().functional.dequantize_4bit(self.codes, self.state).float()
         return weight + self.scale * self.b @ self.a
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of codes and their scales."""
+        """Bytes of the codes and their scales."""
         second = self.state.state2
         return sum(t.nbytes for t in (self.codes, self.state.absmax, second.absmax))
 
 
 class Adapted(nn.Module):
-    """A Linear of the pooling head in 4 bits, its bias frozen."""
+    """A Linear of the pooling head in 4 bits, with a frozen bias."""
 
     def __init__(self, adapted: Any, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -93,11 +100,20 @@ def quantised(
     rank: int = 16,
     alpha: float = 32.0,
 ) -> Any:
-    """Turn a model on the meta device into one that trains adapters and its classifier, in place.
+    """Give a model on the meta device its weights in place, so that adapters and classifier train.
 
-    read: gives the named parameter's weights (`reader` from files, `random_weights` for a trial).
-    Matrices become NF4, other parameters frozen bfloat16, the classifier float32. ValueError if the
-    model has memory already; CheckpointError from `read`.
+    Matrices become NF4, other parameters frozen bfloat16, the classifier float32.
+
+    Args:
+        model: on the meta device.
+        read: from a parameter's name and shape to its weights: `reader` for files, `random_weights`
+            for a trial.
+        device: of the weights.
+        rank: of the adapters; default 16.
+        alpha: of the adapters; default 32.
+    Raises:
+        ValueError: the model is not on the meta device.
+        CheckpointError: from `read`.
     """
     if not all(p.is_meta for p in model.parameters()):
         raise ValueError("build the model under torch.device('meta'): it is read layer by layer")
@@ -130,7 +146,7 @@ def quantised(
 
 
 def reader(source: Path) -> Callable[[str, torch.Size], Tensor]:
-    """Reads single parameters of consolidated weights (`sharded_checkpoint.export`)."""
+    """A function that reads single parameters of consolidated weights (`checkpoint.export`)."""
     from safetensors import safe_open
 
     files = files_of(source)
@@ -151,7 +167,10 @@ def reader(source: Path) -> Callable[[str, torch.Size], Tensor]:
 
 
 def random_weights(seed: int, device: str | torch.device) -> Callable[[str, torch.Size], Tensor]:
-    """Weights for a trial without a checkpoint: gains 1, the rest normal with deviation 1/sqrt(in)."""
+    """A function that draws weights for a trial without a checkpoint.
+
+    Gains are 1, biases 0, all others normal with deviation 1/sqrt(in).
+    """
     stream = torch.Generator(device).manual_seed(seed)
 
     def read(name: str, shape: torch.Size) -> Tensor:
@@ -166,13 +185,14 @@ def random_weights(seed: int, device: str | torch.device) -> Callable[[str, torc
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What trains: the adapters and the classifier, by name."""
+    """The trained parameters by name: the adapters and the classifier."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
 
 
 def _bitsandbytes() -> Any:
+    """Import bitsandbytes. ImportError with the remedy if it is missing."""
     try:
         import bitsandbytes
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""The schedule and the decay of ViT-22B: reciprocal square root with warm-up and cool-down, decay
-that differs between body and classifier.
+"""Learning rate schedule and weight decay of ViT-22B.
 
-The form is big_vision's: a linear warm-up, 1 / sqrt(1 + (t - warmup) / timescale), and a linear
-cool-down to zero over the last steps. ViT-22B: peak 1e-3, 10,000 steps of warm-up, 30,000 of
-cool-down, 177,000 in all; the timescale is that of the public ViT-g recipe, 10,000.
+The schedule is big_vision's reciprocal square root: a linear warm-up, 1 / sqrt(1 + (t - warmup) /
+timescale), and a linear cool-down to zero over the last steps. ViT-22B uses peak 1e-3, 10,000 steps
+of warm-up, 30,000 of cool-down, 177,000 in total. The timescale is that of the public ViT-g recipe,
+10,000. The decay differs between body and classifier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ReciprocalSqrt:
-    """Learning rate by optimizer step. ValueError if warm-up and cool-down overlap."""
+    """Learning rate by optimizer step.
+
+    Attributes:
+        peak: highest rate.
+        warmup: steps of linear warm-up; at least 0.
+        cooldown: steps of linear cool-down; at least 0.
+        total: steps of the run; at least warmup + cooldown.
+        timescale: in steps; default 10,000; above 0.
+    Raises:
+        ValueError: a value is out of range, or warm-up and cool-down overlap.
+    """
 
     peak: float
     warmup: int
@@ -36,7 +46,7 @@ class ReciprocalSqrt:
             )
 
     def __call__(self, step: int) -> float:
-        """The rate of the optimizer step that comes after `step` steps."""
+        """The rate of the optimizer step that follows `step` steps."""
         up = min(1.0, step / self.warmup) if self.warmup else 1.0
         down = min(1.0, (self.total - step) / self.cooldown) if self.cooldown else 1.0
         behind = max(0, step - self.warmup)
@@ -46,14 +56,17 @@ class ReciprocalSqrt:
 def groups(
     model: nn.Module, weight_decay: float = 0.03, head_decay: float = 3.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups "body", "head" (the classifier's weight) and "no_decay" (biases, norms,
-    position embedding, probe); empty ones are left out. Decay is decoupled: lr * decay * weight."""
+    """Parameter groups of ViT-22B. Empty groups are left out.
+
+    "head" is the classifier's weight. "no_decay" holds biases, norms, position embedding and probe.
+    "body" is the rest. The decay is decoupled: lr * decay * weight.
+    """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     members: dict[str, list[nn.Parameter]] = {"body": [], "head": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # ZeRO-3 leaves an empty tensor and keeps the shape beside it.
+        # ZeRO-3 leaves an empty tensor and stores the shape in `ds_shape`.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         vector = len(shape) < 2 or name in exempt
         kind = "no_decay" if vector else "head" if name == "head.weight" else "body"

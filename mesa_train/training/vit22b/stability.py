@@ -1,10 +1,10 @@
-"""What goes wrong first in a large ViT, watched at low cost.
+"""Early signs of divergence in a large ViT, measured at low cost.
 
 Without norms on queries and keys, models of several billion parameters diverge: attention logits
-grow until softmax is one-hot and its entropy zero (arXiv 2302.05442). `AttentionWatch` records the
-largest logit and the mean entropy of every block, on one image, every so many steps. `Guard` says
-which block was the first to leave the finite numbers. Neither moves a value to the host during a
-step, and neither changes what is computed.
+grow until softmax is one-hot and its entropy is zero (arXiv 2302.05442). `AttentionWatch` records
+the largest logit and the mean entropy of every block, on one image, at a fixed interval of steps.
+`Guard` names the first block whose output is not finite. Both copy no value to the host during a
+step, and do not change the computation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from torch import Tensor, nn
 
 
 class DivergenceError(RuntimeError):
-    """The run left the finite numbers; the message names the step and the first block."""
+    """The run diverged. The message names the step and the first block."""
 
 
 class AttentionWatch:
-    """Largest attention logit and mean entropy (nats; log N when uniform) of every block.
+    """Largest attention logit and mean entropy of every block.
 
-    every: steps between two looks; 0 never looks. A look costs the scores of one image: N^2 D
-    products a block, 1/B of the attention's own. Under tensor parallelism each rank sees its heads.
+    The entropy is in nats: log N if attention is uniform. A measurement costs the scores of one
+    image: N^2 D products a block, 1/B of the attention's own. Under tensor parallelism, each rank
+    measures its own heads.
+
+    Args:
+        model: with `blocks`.
+        every: steps between two measurements; default 100; 0: never.
     """
 
     def __init__(self, model: Any, every: int = 100) -> None:
@@ -37,7 +42,7 @@ class AttentionWatch:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the forward of step `number`."""
+        """Context manager around the forward of step `number`."""
         self.found = {}
         if not self.every or number % self.every:
             yield
@@ -56,7 +61,11 @@ class AttentionWatch:
                 hook.remove()
 
     def row(self) -> dict[str, list[float]]:
-        """{"logit_max": a number a block, "entropy": a number a block}, or {} if nobody looked."""
+        """The last measurement by name, one number a block; {} without a measurement.
+
+        Returns:
+            {"logit_max": [...], "entropy": [...]}.
+        """
         if not self.found:
             return {}
         looked = [self.found[i] for i in sorted(self.found)]
@@ -66,8 +75,10 @@ class AttentionWatch:
         }
 
     def _keep(self, index: int, which: str, seen: dict[str, Tensor]) -> Any:
+        """A hook that stores the queries or keys of a block, and measures once both are there."""
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
-            # A checkpoint's recompute comes by again; the first look is enough.
+            # The recompute of a checkpoint runs the hook again; the first measurement stays.
             if index in self.found:
                 return
             seen[which] = output.detach()[0]  # (N, heads, head_dim)
@@ -88,9 +99,14 @@ def attention_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Guard:
-    """Raises DivergenceError at the first loss or gradient norm that is not finite or over `limit`,
-    and says which block's output, in order of the forward, was the first to be not finite, or else
-    which grew most over its input.
+    """Raise DivergenceError at the first loss or gradient norm over `limit` or not finite.
+
+    The message names the first block, in the order of the forward, whose output is not finite. If
+    all outputs are finite, it names the block whose output grew most over its input.
+
+    Args:
+        model: with `blocks`.
+        limit: default 1e6.
     """
 
     def __init__(self, model: Any, limit: float = 1e6) -> None:
@@ -100,7 +116,10 @@ class Guard:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the forward of step `number`: the largest value of one image after each block."""
+        """Context manager around the forward of step `number`.
+
+        It records the largest value of one image after each block.
+        """
         self.number, self.sizes = number, []
         hooks = [block.register_forward_hook(self._keep) for block in self.blocks]
         try:
@@ -110,12 +129,13 @@ class Guard:
                 hook.remove()
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG002
+        """A hook that stores the largest value of one image."""
         if len(self.sizes) < len(self.blocks):
             with torch.no_grad():
                 self.sizes.append(output.detach()[0].abs().amax())
 
     def check(self, loss: float, norm: float = 0.0) -> None:
-        """Raise if the step that was watched diverged. Every rank must come here."""
+        """Raise DivergenceError if the step diverged. Every rank must call this."""
         bad = [
             f"{what} is {value:g}"
             for what, value in (("the loss", loss), ("the gradient norm", norm))
@@ -127,7 +147,7 @@ class Guard:
         raise DivergenceError(f"step {self.number + 1}{rank}: {', '.join(bad)}; {self.blame()}")
 
     def blame(self) -> str:
-        """Where it began, in words."""
+        """Text that names the block at which the divergence began."""
         sizes = [size.item() for size in self.sizes]
         for index, size in enumerate(sizes):
             if not math.isfinite(size):

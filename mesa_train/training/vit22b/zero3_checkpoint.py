@@ -1,7 +1,8 @@
-"""Checkpoints of DeepSpeed's ZeRO-3, its own format, read by any number of processes.
+"""Checkpoints of DeepSpeed's ZeRO-3 in DeepSpeed's format, readable by any number of processes.
 
-Each rank writes its shards of weights and moments. As many ranks read them as they are; another
-number needs DeepSpeed's universal format, into which rank 0 converts the checkpoint once, beside it.
+Each rank writes its shards of weights and moments. The same number of ranks reads the shards
+directly. Another number needs DeepSpeed's universal format: rank 0 converts the checkpoint once,
+into a subfolder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TAG, _UNIVERSAL = "zero", "universal"
 
 
 def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
-    """Write `folder/step-N` from all ranks; returns it. CheckpointError as `sharded_checkpoint.save`."""
+    """Write `folder/step-N` from all ranks and return it. Errors as for `checkpoint.save`."""
 
     def note() -> dict[str, Any]:
         shapes = {n: list(p.ds_shape) for n, p in run.model.named_parameters()}
@@ -37,9 +38,12 @@ def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
 
 
 def load(checkpoint: Path, run: Any) -> dict[str, Any]:
-    """Read a checkpoint of any number of ranks; returns its state.
+    """Read a checkpoint of any number of ranks.
 
-    Raises CheckpointError, before anything is read, if it is incomplete or of another model.
+    Returns:
+        The state of the checkpoint.
+    Raises:
+        CheckpointError: before any read, if the checkpoint is incomplete or of another model.
     """
     state = state_of(checkpoint)
     found = state.pop("shapes", {})
@@ -66,8 +70,8 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
         )
     before = run.engine._config.load_universal_checkpoint
     run.engine._config.load_universal_checkpoint = universal
-    # From the universal format DeepSpeed gives every group the first group's decay, and all states
-    # one tensor that counts the steps, which each of them would then advance.
+    # From the universal format, DeepSpeed gives every group the decay of the first group. It also
+    # gives all states one shared step counter, which each state would then advance.
     owned = [
         {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
     ]
@@ -84,10 +88,10 @@ def load(checkpoint: Path, run: Any) -> dict[str, Any]:
 
 
 def _load(engine: Any, checkpoint: Path, tag: str) -> None:
-    """Read this rank's shards; if one rank cannot, all raise.
+    """Read this rank's shards. If one rank fails, all ranks raise.
 
-    DeepSpeed's load ends with its one collective, the gathering of small parameters. A rank that cannot
-    read would never come to it, so it waits until all ranks have read.
+    DeepSpeed's load ends with its one collective, which gathers small parameters. A rank that
+    cannot read would never reach it. The collective therefore runs after all ranks have read.
     """
     optimizer, epilogue = engine.optimizer, engine.optimizer.checkpoint_event_epilogue
 
@@ -104,7 +108,7 @@ def _load(engine: Any, checkpoint: Path, tag: str) -> None:
 
 
 def _convert(checkpoint: Path) -> None:
-    """DeepSpeed's own conversion, in a process of its own: it starts workers."""
+    """Run DeepSpeed's conversion in a separate process, because it starts workers."""
     target = checkpoint / _UNIVERSAL
     if target.is_dir():
         return
