@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from mesa_train.training.classification import run
-from mesa_train.training.vit22b import backend as sharded_engines
+from mesa_train.training.vit22b.fsdp2 import FSDP2Backend
+from mesa_train.training.vit22b.zero3 import ZeRO3Backend
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RANK = int(os.environ["RANK"])
@@ -105,7 +106,7 @@ def vit22b(out, last, *changes):
 
 
 def fsdp2(out, fault, last):
-    with after(3, sharded_engines.FSDP2Backend, out, fault):
+    with after(3, FSDP2Backend, out, fault):
         vit22b(out, last)
 
 
@@ -120,7 +121,7 @@ def zero3(out, fault, last):
             shard.write_bytes(shard.read_bytes()[:1000])
         dist.barrier()
         vit22b(before, last, "train.resume=last")
-    with after(3, sharded_engines.ZeRO3Backend, out, fault):
+    with after(3, ZeRO3Backend, out, fault):
         vit22b(out, last)
 
 

@@ -1,7 +1,6 @@
 """Training of a recipe from its configuration to its curves: check everything, build, train.
 
-The folder of a run holds `metrics.jsonl` (rows of kind "step" and "epoch"), `curves.png`, the files
-of the trackers, `best.safetensors` and `checkpoints/last`.
+A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, `best.safetensors`, trackers' files and checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from mesa_train.utils.formatting import format_bytes
 from . import dry_run as plan
 from .accelerated import trackers
 from .config import Config, check_files, of_dict
-from .run import CHECKPOINTS, Run, Scores, StepResult
+from .run import CHECKPOINTS, Run
+from .train_state import Scores, StepResult
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"

@@ -24,72 +24,16 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch, Loader
-from mesa_train.training.data.sources import IGNORED, keeping_random_state, seed_all
+from mesa_train.training.data.sources import keeping_random_state, seed_all
 
 from . import optimizers
 from .accelerated import accelerator, gather
 from .config import Config
 from .dry_run import Plan
+from .train_state import Scores, StepResult, TrainState, score
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-
-
-@dataclasses.dataclass
-class TrainState:
-    """Position of a run.
-
-    Attributes:
-        step: optimizer steps done.
-        best: best top-1 accuracy, 0 to 1; -1 before the first evaluation.
-        loss: sum of the losses in the current epoch.
-        losses: number of losses in that sum.
-        skipped: images that could not be decoded.
-    """
-
-    step: int = 0
-    best: float = -1.0
-    loss: float = 0.0
-    losses: int = 0
-    skipped: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """Means over the steps since the last report.
-
-    Attributes:
-        step: counts from 1.
-        loss: mean loss.
-        grad_norm: mean norm of the gradient.
-        lr: learning rate.
-        step_ms: mean time of a step in milliseconds.
-        steps: steps since the last report.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    step_ms: float
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Scores on the validation images.
-
-    Attributes:
-        loss: mean loss.
-        top1: share of correct answers, 0 to 1.
-        top5: share of correct answers among the best five, 0 to 1.
-        images: number of images.
-    """
-
-    loss: float
-    top1: float
-    top5: float
-    images: int
 
 
 class Run:
@@ -385,40 +329,6 @@ class _Window:
     def time_ms(self) -> float:
         """Mean time of a step in milliseconds."""
         return (time.perf_counter() - self.start) * 1e3 / max(self.steps, 1)
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    accelerator: Any,
-    tick: Callable[[], None] | None = None,
-) -> Scores:
-    """Evaluate a model on the batches of every rank. Labels equal to `IGNORED` do not count.
-
-    Raises:
-        ConfigError: no validation image can be decoded.
-    """
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for images, labels, _ in batches:
-        labels = labels.to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(images.to(accelerator.device))
-        valid = labels != IGNORED
-        logits, labels = logits.float()[valid], labels[valid]
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts = [loss, ranked[:, 0].sum(), ranked.sum(), valid.sum()]
-        sums += torch.stack([c.to(sums.dtype) for c in counts])
-        if tick is not None:
-            tick()
-    model.train(was_training)
-    loss, top1, top5, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
-    if not images_seen:
-        raise ConfigError("there is no validation image that can be decoded")
-    return Scores(loss / images_seen, top1 / images_seen, top5 / images_seen, int(images_seen))
 
 
 def _mixup(config: Config, classes: int) -> Any:

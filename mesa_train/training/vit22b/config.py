@@ -203,7 +203,8 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
 
 def _check(config: Config) -> None:
     """Check every value and the values that depend on each other. Raises ConfigError."""
-    from mesa_train.models.vit22b.model import GELUS, QK_NORMS, SIZES
+    from mesa_train.models.vit22b.layers import GELUS, QK_NORMS
+    from mesa_train.models.vit22b.model import SIZES
 
     model, optim, train = config.model, config.optim, config.train
     if train.precision == "fp16":

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
 
 from . import data as sharded_data
-from .backend import Backend, make_backend
+from .backend import Backend
 from .checkpoint import newest, state_of
 from .config import Config, ConfigError
+from .launch import make_backend
 from .schedule import ReciprocalSqrt
 from .stability import AttentionWatch, Guard
 

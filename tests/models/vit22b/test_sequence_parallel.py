@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mesa_train import wrap
 from mesa_train.models.vit22b import sequence_parallel as vit22b_tokens
-from mesa_train.models.vit22b.model import ParallelBlock
+from mesa_train.models.vit22b.layers import ParallelBlock
 from mesa_train.models.vit22b.parallel import shard_heads
 
 

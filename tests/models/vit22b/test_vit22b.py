@@ -15,8 +15,10 @@ import mesa_train
 import mesa_train.models
 from mesa_train.models.vit22b import convert as vit22b_convert
 from mesa_train.models.vit22b import init as vit22b_init
+from mesa_train.models.vit22b import layers
 from mesa_train.models.vit22b import model as vit22b
-from mesa_train.models.vit22b.model import ParallelBlock, sigmoid_loss
+from mesa_train.models.vit22b.layers import ParallelBlock
+from mesa_train.models.vit22b.model import sigmoid_loss
 from mesa_train.stash import stash
 
 WIDTH, HEADS, TOKENS = 128, 2, 32
@@ -106,12 +108,12 @@ class Unfused(nn.Module):
             return x
         if self.qk_norm == "layer":
             x = x - x.mean(-1, keepdim=True)
-        x = x / (x.square().mean(-1, keepdim=True) + vit22b.EPS).sqrt()
+        x = x / (x.square().mean(-1, keepdim=True) + layers.EPS).sqrt()
         return x * self.plain[f"{name}_norm/weight"]
 
     def forward(self, x):
         p = self.plain
-        y = x / (x.square().mean(-1, keepdim=True) + vit22b.EPS).sqrt() * p["norm/weight"]
+        y = x / (x.square().mean(-1, keepdim=True) + layers.EPS).sqrt() * p["norm/weight"]
         q, k, v = [self.heads(y @ p[f"{n}/weight"].T, n) for n in "qkv"]
         weights = (q @ k.mT / (WIDTH // HEADS) ** 0.5).softmax(-1)
         attention = (weights @ v).transpose(1, 2).flatten(2) @ p["proj/weight"].T
@@ -129,8 +131,8 @@ def gradients(module, x):
     return output, found[0], dict(zip(wanted, found[1:], strict=True))
 
 
-@pytest.mark.parametrize("qk_norm", vit22b.QK_NORMS)
-@pytest.mark.parametrize("gelu", vit22b.GELUS)
+@pytest.mark.parametrize("qk_norm", layers.QK_NORMS)
+@pytest.mark.parametrize("gelu", layers.GELUS)
 def test_fused_equals_unfused_in_float64(qk_norm, gelu):
     fused = block(qk_norm=qk_norm, gelu=gelu)
     state = {f"blocks.0.{n}": v for n, v in fused.state_dict().items()}

@@ -13,10 +13,12 @@ from mesa_train.models.vit22b import model as vit22b
 from mesa_train.models.vit22b import parallel as vit22b_parallel
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.config_schema import ConfigError
-from mesa_train.training.vit22b import backend as sharded_engines
 from mesa_train.training.vit22b import zero3_checkpoint as sharded_zero
+from mesa_train.training.vit22b.backend import check_precision
 from mesa_train.training.vit22b.checkpoint import export, load_export, save
 from mesa_train.training.vit22b.config import accumulation, load
+from mesa_train.training.vit22b.launch import make_backend
+from mesa_train.training.vit22b.zero3 import check_deepspeed
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes/vit22b"
 TINY = RECIPE / "tiny.yaml"
@@ -72,7 +74,7 @@ def engine(monkeypatch, *changes, world=1, **environment):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    return sharded_engines.make_backend(load(TINY, changes), 10)
+    return make_backend(load(TINY, changes), 10)
 
 
 def test_launches_that_do_not_fit(monkeypatch):
@@ -105,11 +107,11 @@ def test_another_models_files_are_refused_before_memory_is_given(monkeypatch, tm
     checkpoint = save(tmp_path, other, torch.optim.SGD(other.parameters()), {"step": 1})
     config = load(TINY)
     with pytest.raises(CheckpointError, match=r"blocks\.3\."):
-        sharded_engines.make_backend(config, 10, checkpoint)
+        make_backend(config, 10, checkpoint)
     zeros = {"step": 1, "ranks": 2, "shapes": {"pos_embed": [1, 2, 3]}}
     (tmp_path / "state.json").write_text(json.dumps(zeros))
     with pytest.raises(CheckpointError, match="pos_embed"):
-        sharded_engines.make_backend(config, 10, tmp_path)
+        make_backend(config, 10, tmp_path)
 
 
 def test_a_card_without_bfloat16(monkeypatch):
@@ -117,8 +119,8 @@ def test_a_card_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
     with pytest.raises(ConfigError, match=r"precision=bf16: an old card has no bfloat16"):
-        sharded_engines.check_precision("bf16")
-    sharded_engines.check_precision("no")
+        check_precision("bf16")
+    check_precision("no")
 
 
 def zero(**changes):
@@ -128,7 +130,7 @@ def zero(**changes):
 
 
 def test_deepspeed_configurations(tmp_path, monkeypatch):
-    check = sharded_engines.check_deepspeed
+    check = check_deepspeed
     check(zero(), 10)
     with pytest.raises(ConfigError, match="stage must be 3, got 2"):
         check(zero(stage=2), 10)
@@ -155,7 +157,7 @@ def test_8_bit_moments_and_zero3(tmp_path):
     """They stay on the card, and with as many ranks as wrote them."""
     away = zero(offload_optimizer={"device": "cpu"})
     with pytest.raises(ConfigError, match=r"adamw8bit steps on the card, but .*device is cpu"):
-        sharded_engines.check_deepspeed(away, 10, "adamw8bit")
+        check_deepspeed(away, 10, "adamw8bit")
     model = torch.nn.Linear(2, 3, bias=False)
     model.weight.ds_shape = model.weight.shape
     config = load(TINY, ["optim.name=adamw8bit"])
