@@ -1,6 +1,6 @@
 """Training of a recipe from its configuration to its curves: check everything, build, train.
 
-A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, `best.safetensors`, trackers' files and checkpoints.
+A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, `best.safetensors`, logs and checkpoints.
 """
 
 from __future__ import annotations
