@@ -1,22 +1,22 @@
 """The choice for every candidate at once: an integer program, solved by HiGHS to a proven gap.
 
-Minimise time + price * error variance (or the peak, or time alone) such that at every moment of the
-step the live bytes fit, the added time and the added variance stay within their bounds, a candidate is
-rebuilt only where the matmul that makes it is repeated, the stashes of a block are chosen only where
-the block is neither checkpointed nor left to PyTorch, and what the link to CPU memory cannot carry
-while the device computes is waited for. ImportError, naming the extra, without scipy.
+The program minimises time + price * error variance, or the peak. Its constraints are:
+
+- At every moment of the step, the live bytes are at most the budget.
+- The added time and the added variance are at most their bounds.
+- A candidate is rebuilt only if the matmul that makes it is repeated.
+- The stashes of a block are chosen one by one, unless the block is checkpointed or left to PyTorch.
+- The step waits for a transfer to or from CPU memory that is longer than the computation beside it.
+
+`solve` needs highspy, the Python package of HiGHS; the extra `plan` installs it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mesa_train.measure.profiling.blocks import STASHES, Block
 from mesa_train.measure.profiling.candidates import REBUILD, Candidate, under_way
@@ -26,9 +26,9 @@ from mesa_train.measure.stash_log import BLOCK, Key
 COST, PEAK = "cost", "peak"
 # Bytes of a unit of memory in the program, so that its rows are of one magnitude.
 _UNIT = 2.0**20
-# Milliseconds that the forward waits for the link, and the backward: no names of modules.
-_OUT, _BACK = "host link out", "host link back"
-# A column: a candidate's or block's choice, a product that is repeated, both together, the peak, a wait.
+# highspy's SolutionStatus.kSolutionStatusFeasible.
+_FEASIBLE = 2
+# The variable of a candidate's or block's choice, of a repeated matmul, or of both together.
 _Name = tuple[Key, int | str] | tuple[Key, int | str, str] | str
 
 
@@ -127,156 +127,139 @@ def solve(
     price: float = 0.0,
     limit_s: float = 20.0,
 ) -> Solution | None:
-    """The best choices, or None if there are none within the bounds.
+    """The best choices, or None if no choices are within the bounds.
 
-    budget: most bytes live at any moment. max_seconds, max_variance: of the choices together.
-    price: seconds that a unit of variance is worth. objective: COST minimises seconds and priced
-    variance, PEAK the highest moment.
+    Args:
+        problem: the candidates and blocks, with their costs.
+        budget: the most bytes live at any moment; None for any number.
+        max_seconds: the most seconds of all choices together; None for any number.
+        max_variance: the most variance of all choices together; None for any.
+        objective: COST minimises seconds and priced variance, PEAK the highest moment.
+        price: seconds that a unit of variance is worth.
+        limit_s: seconds after which HiGHS returns the best choices that it has.
+
+    Raises:
+        ImportError: highspy is not installed; the message names the extra.
     """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import coo_array
-    except ImportError as error:
-        raise ImportError("planning needs scipy: pip install 'mesa_train[plan]'") from error
-
+    highs = _quiet_highs()
     if budget is not None and budget < 0:
         return None
-    program = _Program(problem)
-    columns = program.columns
-    if max_seconds is not None:
-        program.add(program.seconds, -math.inf, max_seconds)
-    if max_variance is not None:
-        # Scaled up: the solver's tolerances are absolute.
-        scaled = {name: 1e3 * value for name, value in program.variance.items()}
-        program.add(scaled, -math.inf, 1e3 * max_variance)
-    count = len(columns)
-    goal, whole, upper = np.zeros(count), np.ones(count), np.ones(count)
-    for name, value in program.goal(objective, price).items():
-        goal[columns[name]] = value
-    for name in (PEAK, *program.waits):
-        whole[columns[name]] = 0
-        upper[columns[name]] = math.inf
+    highs.setOptionValue("time_limit", limit_s)
+    highs.setOptionValue("mip_rel_gap", 1e-3)
+    program = _Program(problem, highs)
     if budget is not None:
-        upper[columns[PEAK]] = budget / _UNIT
-    rows, cols, values = zip(*program.entries, strict=True)
-    matrix = coo_array((values, (rows, cols)), shape=(len(program.low), count)).tocsr()
-    with _silent():
-        found = milp(
-            goal,
-            constraints=LinearConstraint(matrix, program.low, program.high),
-            bounds=Bounds(np.zeros(count), upper),
-            integrality=whole,
-            options={"time_limit": limit_s, "mip_rel_gap": 1e-3},
-        )
-    if found.x is None:
+        highs.addConstr(program.peak <= budget / _UNIT)
+    if max_seconds is not None:
+        highs.addConstr(program.sum(program.seconds) + 1e-3 * program.wait_ms <= max_seconds)
+    if max_variance is not None:
+        # Scaled up, because the tolerances of HiGHS are absolute.
+        highs.addConstr(1e3 * program.sum(program.variance) <= 1e3 * max_variance)
+    highs.minimize(program.objective(objective, price))
+    info = highs.getInfo()
+    if info.primal_solution_status != _FEASIBLE:
         return None
-    chosen = {
-        key: max(choices, key=lambda c: found.x[columns[key, c]])
-        for key, choices in problem.choices().items()
+    values = highs.vals(program.binaries)
+    choices = {
+        key: max(options, key=lambda c: values[key, c])
+        for key, options in problem.choices().items()
     }
     for candidate in problem.candidates:
-        if (
-            candidate.block is not None
-            and chosen.get((candidate.block, BLOCK, ""), STASHES) != STASHES
-        ):
-            del chosen[candidate.key]
-    return score(problem, chosen, float(found.mip_gap or 0.0))
+        name = candidate.block
+        if name is not None and choices.get((name, BLOCK, ""), STASHES) != STASHES:
+            del choices[candidate.key]
+    return score(problem, choices, info.mip_gap)
 
 
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within the context nothing reaches the process's stdout: HiGHS writes remarks of its own there,
-    whatever it is told, and stdout is for results."""
-    sys.stdout.flush()
-    own = os.dup(1)
+def _quiet_highs() -> Any:
+    """HiGHS without output: stdout is for results."""
     try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(own, 1)
-        os.close(own)
+        import highspy
+    except ImportError as error:
+        raise ImportError("planning needs highspy: pip install 'mesa_train[plan]'") from error
+
+    class Quiet(highspy.Highs):
+        # The constructor calls it, and would print a banner before any option could be set.
+        def enableCallbacks(self) -> None:
+            self.silent()
+            super().enableCallbacks()
+
+    highs = Quiet()
+    highs.silent()
+    return highs
 
 
 class _Program:
-    """The rows of a problem: a candidate has one choice, a rebuilt one needs its product, every moment
-    stays below the peak."""
+    """The variables and the constraints of a problem in HiGHS.
 
-    def __init__(self, problem: Problem) -> None:
-        self.entries: list[tuple[int, int, float]] = []
-        self.low: list[float] = []
-        self.high: list[float] = []
-        products = list(dict.fromkeys(s.product for s in problem.candidates if s.product))
+    binaries: 0 or 1 by name. seconds, variance: the factors of binaries in the two sums. peak: MiB of
+    the highest moment. wait_ms: milliseconds that a step waits for the link to CPU memory.
+    """
+
+    def __init__(self, problem: Problem, highs: Any) -> None:
+        self.highs = highs
+        linears = list(dict.fromkeys(s.product for s in problem.candidates if s.product))
         coupled = {k: v for k, v in problem.coupled.items() if v > 0}
         links = _links(problem, coupled)
-        names: list[_Name] = [(k, c) for k, choices in problem.choices().items() for c in choices]
-        self.waits = (_OUT, _BACK) if problem.host_link is not None else ()
-        names += [*products, *links, PEAK, *self.waits]
-        self.columns = {name: index for index, name in enumerate(names)}
-        blocks = {block.name: block.key for block in problem.blocks}
-        for key, choices in problem.choices().items():
-            if key[1] == BLOCK:
-                self.add({(key, c): 1.0 for c in choices}, 1, 1)
-        for candidate in problem.candidates:
-            one: dict[_Name, float] = {(candidate.key, c): 1.0 for c in candidate.choices()}
-            if candidate.block in blocks:
-                # Chosen where its block's stashes are, and only there.
-                self.add({**one, (blocks[candidate.block], STASHES): -1.0}, 0, 0)
-            else:
-                self.add(one, 1, 1)
-            if candidate.product:
-                self.add({(candidate.key, REBUILD): 1.0, candidate.product: -1.0}, -math.inf, 0)
-        for link in links:
-            # The variance comes with the choice and the repetition together.
-            key, choice, product = link
-            self.add({(key, choice): 1.0, product: 1.0, link: -1.0}, -math.inf, 1)
-        for fixed, sizes in _moments(problem):
-            row: dict[_Name, float] = {name: size / _UNIT for name, size in sizes.items()}
-            self.add({**row, PEAK: -1.0}, -math.inf, -fixed / _UNIT)
-        self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in products}
-        if problem.host_link is not None:
-            self._add_host_link(problem.offloaded(), problem.host_link)
+        choices = [(k, c) for k, options in problem.choices().items() for c in options]
+        self.binaries = highs.addBinaries([*choices, *linears, *links])
+        self.peak = highs.addVariable()
+        self.wait_ms: Any = 0.0
+        self.seconds: dict[_Name, float] = {p: problem.matmul_s[p] for p in linears}
         self.variance: dict[_Name, float] = {link: coupled[link[0], link[1]] for link in links}
-        for candidate in problem.candidates:
-            for choice in candidate.choices():
-                self.seconds[candidate.key, choice] = problem.seconds[candidate.key, choice]
-                self.variance[candidate.key, choice] = problem.variance[candidate.key, choice]
+        is_on = self.binaries
+        blocks: dict[str | None, Key] = {block.name: block.key for block in problem.blocks}
         for block in problem.blocks:
+            options = [STASHES, *block.options]
+            highs.addConstr(highs.qsum(is_on[block.key, m] for m in options) == 1)
             for mode, option in block.options.items():
                 self.seconds[block.key, mode] = option.seconds
                 self.variance[block.key, mode] = option.variance
+        for candidate in problem.candidates:
+            key, linear = candidate.key, candidate.product
+            in_block = candidate.block in blocks
+            count = is_on[blocks[candidate.block], STASHES] if in_block else 1
+            highs.addConstr(highs.qsum(is_on[key, c] for c in candidate.choices()) == count)
+            if linear:
+                highs.addConstr(is_on[key, REBUILD] <= is_on[linear])
+            for choice in candidate.choices():
+                self.seconds[key, choice] = problem.seconds[key, choice]
+                self.variance[key, choice] = problem.variance[key, choice]
+        for key, choice, linear in links:
+            # The coupled variance comes with the choice and the repeated matmul together.
+            both = is_on[key, choice, linear]
+            highs.addConstr(is_on[key, choice] + is_on[linear] <= 1 + both)
+        for fixed, sizes in _moments(problem):
+            highs.addConstr((fixed + self.sum(sizes)) * (1 / _UNIT) <= self.peak)
+        if problem.host_link is not None:
+            self._add_host_link(problem.offloaded(), problem.host_link)
 
-    def add(self, row: Mapping[_Name, float], least: float, most: float) -> None:
-        """A row: the sum of its columns times these factors is within the bounds."""
-        self.entries.extend((len(self.low), self.columns[n], value) for n, value in row.items())
-        self.low.append(least)
-        self.high.append(most)
+    def sum(self, factors: Mapping[Any, float]) -> Any:
+        """The sum of binaries, each times its factor."""
+        return self.highs.qsum(factor * self.binaries[name] for name, factor in factors.items())
 
     def _add_host_link(
         self, offloaded: Mapping[tuple[Key, int | str], float], host_link: HostLink
     ) -> None:
-        """What does not go out in the forward's time, or come back in the backward's, is waited for."""
-        taken: dict[_Name, float] = {
-            n: 1e3 * size / host_link.bytes_per_s for n, size in offloaded.items()
-        }
-        for wait, hidden in ((_OUT, host_link.forward_s), (_BACK, host_link.backward_s)):
-            self.add({**taken, wait: -1.0}, -math.inf, 1e3 * hidden)
-            self.seconds[wait] = 1e-3
+        """Add the waits of forward and backward, and the limit of CPU memory."""
+        total = self.sum(offloaded)
+        for hidden_s in (host_link.forward_s, host_link.backward_s):
+            wait = self.highs.addVariable()
+            self.highs.addConstr(1e3 / host_link.bytes_per_s * total <= 1e3 * hidden_s + wait)
+            self.wait_ms = self.wait_ms + wait
         if host_link.room is not None:
-            sizes: dict[_Name, float] = {name: size / _UNIT for name, size in offloaded.items()}
-            self.add(sizes, -math.inf, host_link.room / _UNIT)
+            self.highs.addConstr(total * (1 / _UNIT) <= host_link.room / _UNIT)
 
-    def goal(self, objective: str, price: float) -> dict[_Name, float]:
-        """What is minimised; what comes second is a thousandth of it or less."""
-        if objective == PEAK:
-            scale = sum(map(abs, self.seconds.values())) or 1.0
-            return {**{n: 1e-3 * s / scale for n, s in self.seconds.items()}, PEAK: 1.0}
-        names = {*self.seconds, *self.variance}
-        timings: dict[_Name, float] = {
-            n: 1e3 * (self.seconds.get(n, 0.0) + price * self.variance.get(n, 0.0)) for n in names
+    def objective(self, kind: str, price: float) -> Any:
+        """The expression to minimise; its last term, a thousandth or less, only breaks ties."""
+        if kind == PEAK:
+            scale = 1e-3 / (sum(map(abs, self.seconds.values())) or 1.0)
+            return self.peak + scale * (self.sum(self.seconds) + 1e-3 * self.wait_ms)
+        # One factor a binary: highspy loses digits where it adds up several.
+        cost = {
+            name: 1e3 * (self.seconds.get(name, 0.0) + price * self.variance.get(name, 0.0))
+            for name in self.binaries
         }
-        return {**timings, PEAK: 1e-6}
+        return self.sum(cost) + self.wait_ms + 1e-6 * self.peak
 
 
 def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:

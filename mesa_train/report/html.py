@@ -1,25 +1,26 @@
 """The report of a comparison as one HTML file: charts, sortable tables, the module tree, the command.
 
-Nothing is loaded from anywhere. It follows the reader's light or dark setting, fits a phone (tables
-and charts scroll sideways in their frames) and prints with everything open.
+The layout is the Jinja2 template `report.html.j2`; this file computes its values. The page loads nothing
+from a network. It follows the reader's light or dark setting, fits a phone (tables and charts scroll
+sideways in their frames) and prints with everything open. The template escapes every text.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mesa_train.measure.module_tree import Node, grow
+from mesa_train.measure.module_tree import grow
 from mesa_train.utils.formatting import describe, format_bytes, format_ratio
 
 from .charts import as_svg, tradeoff, where
 from .columns import ERROR_MARGIN, TIME_MARGIN, cell, notes, with_ratios, worse_than_plain
 
 Row = Mapping[str, Any]
-
+# What is shown, the number that a click on the heading sorts by, and "best", "worse" or "".
+_Cell = tuple[str, Any, str]
 # key, heading, explanation.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("saved_bytes", "saved for the backward", "every storage once, parameters and buffers apart"),
@@ -52,29 +53,33 @@ def write_report(path: Path, rows: Sequence[Row], setting: Mapping[str, Any]) ->
 
 def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
     """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
     rows = with_ratios(rows)
-    model = str(setting["model"])
-    body = "".join(
-        [
-            f"<h1>{_text(model)}</h1>",
-            f'<p class="lead">{_text(summary(rows))}</p>',
-            f"<p>{_text(_what(setting))}</p>",
-            _section("Methods", _frame(_table(rows)) + _key(rows) + _failures(rows)),
-            _charts(rows, model),
-            _tree(rows),
-            _section("What to know", _caveats(rows)),
-            _section("How it was measured", _how(setting, rows)),
-        ]
+    columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    sizes = {row["method"]: row["by_module"] for row in rows if row.get("by_module")}
+    tree_methods = [m for m in _TREE_METHODS if m in sizes] or list(sizes)[:4]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    style, script = _asset("report.css"), _asset("report.js")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(model)}: memory of training methods</title>\n"
-        '<link rel="icon" href="data:,">\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}</main>\n"
-        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    environment.globals.update(format_bytes=format_bytes, format_ratio=format_ratio)
+    return environment.from_string(_asset("report.html.j2")).render(
+        model=setting["model"],
+        summary=summary(rows),
+        inputs=_inputs(setting),
+        columns=columns,
+        rows=_table(rows, [key for key, *_ in columns]),
+        has_plain=any(row["method"] == "plain" for row in rows),
+        time_margin=f"{TIME_MARGIN - 1:.0%}",
+        error_margin=f"{ERROR_MARGIN:g}",
+        notes=notes(rows),
+        charts=_charts(rows, str(setting["model"])),
+        tree_methods=tree_methods,
+        tree=grow([sizes[method] for method in tree_methods]),
+        caveats=_caveats(rows),
+        facts=_facts(setting, rows),
+        style=_asset("report.css"),
+        script=_asset("report.js"),
     )
 
 
@@ -102,148 +107,61 @@ def summary(rows: Sequence[Row]) -> str:
     return said
 
 
-def _charts(rows: Sequence[Row], model: str) -> str:
-    """Both charts, beside each other where there is room."""
-    charts = ""
-    chart = tradeoff(rows, "")
-    if chart is not None:
-        described = f"Kept bytes against step time of {len(rows)} methods on {model}"
-        charts += _section("Memory against time", _frame(as_svg(chart, "tradeoff", described)))
-    bars = where(rows, "")
-    if bars is not None:
-        described = f"Bytes saved by operator for each method on {model}"
-        charts += _section("Where the memory is", _frame(as_svg(bars, "where", described)))
-    return f'<div class="charts">{charts}</div>' if charts else ""
+def _charts(rows: Sequence[Row], model: str) -> list[tuple[str, str]]:
+    """(heading, SVG) of each chart that the rows are enough for."""
+    time = f"Kept bytes against step time of {len(rows)} methods on {model}"
+    place = f"Bytes saved by operator for each method on {model}"
+    drawn = (
+        ("Memory against time", "tradeoff", tradeoff(rows, ""), time),
+        ("Where the memory is", "where", where(rows, ""), place),
+    )
+    return [
+        (heading, as_svg(chart, name, description))
+        for heading, name, chart, description in drawn
+        if chart is not None
+    ]
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
-    head = '<th scope="col" aria-sort="none"><button type="button">method</button></th>'
-    for key, heading, why in columns:
-        title = f' title="{_text(why)}"' if why else ""
-        head += (
-            f'<th scope="col" class="number" aria-sort="none" data-key="{key}"{title}>'
-            f'<button type="button">{_text(heading)}</button></th>'
-        )
+def _table(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, list[_Cell]]]:
+    """(method, its cells) of every row."""
     best = {
         key: min((row[key] for row in rows if row.get(key) is not None), default=None)
         for key in ("saved_bytes", "peak_bytes", "step_ms")
     }
     plain: Row = next((row for row in rows if row["method"] == "plain"), {})
-    lines = []
-    for row in rows:
-        cells = f'<th scope="row">{_text(row["method"])}</th>'
-        for key, *_ in columns:
-            value = row.get(key)
-            kind = "number"
-            if value is not None and value == best.get(key):
-                kind += " best"
-            elif worse_than_plain(key, row, plain):
-                kind += " worse"
-            shown = _text(cell(key, row)) or '<span class="none">-</span>'
-            cells += (
-                f'<td class="{kind}" data-value="{"" if value is None else value}">{shown}</td>'
-            )
-        base = ' class="base"' if row is plain else ""
-        lines.append(f"<tr{base}>{cells}</tr>")
-    return (
-        f'<table class="sortable"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table>"
-    )
+
+    def mark(key: str, row: Row) -> str:
+        if row.get(key) is not None and row[key] == best.get(key):
+            return "best"
+        return "worse" if worse_than_plain(key, row, plain) else ""
+
+    return [
+        (row["method"], [(cell(key, row), row.get(key), mark(key, row)) for key in keys])
+        for row in rows
+    ]
 
 
-def _key(rows: Sequence[Row]) -> str:
-    """What the colours of the table say."""
-    said = '<span class="best">Best of its column</span>'
-    if any(row["method"] == "plain" for row in rows):
-        said += (
-            '; <span class="worse">behind plain</span>: more bytes, a step slower by more than '
-            f"{TIME_MARGIN - 1:.0%}, or a gradient error more than {ERROR_MARGIN:g} times plain's"
-        )
-    return f'<p class="key">{said}.</p>'
-
-
-def _failures(rows: Sequence[Row]) -> str:
-    failed = notes(rows)
-    if not failed:
-        return ""
-    items = "".join(
-        f"<dt>{_text(', '.join(methods))}</dt><dd>{_text(note)}</dd>"
-        for note, methods in failed.items()
-    )
-    return f"<h3>Not measured, or not all of it</h3><dl>{items}</dl>"
-
-
-def _tree(rows: Sequence[Row]) -> str:
-    by_method = {row["method"]: row["by_module"] for row in rows if row.get("by_module")}
-    methods = [m for m in _TREE_METHODS if m in by_method] or list(by_method)[:4]
-    if not methods:
-        return ""
-    root = grow([by_method[m] for m in methods])
-    heads = "".join(f"<span>{_text(m)}</span>" for m in methods)
-    head = f'<div class="node head"><span class="name">module</span>{heads}</div>'
-    note = (
-        "<p>Bytes saved by each module with its submodules. Equal neighbours are one line: x12 stands "
-        "for twelve of them, with the bytes of one.</p>"
-    )
-    buttons = '<p class="tools"><button type="button" data-open="1">Open all</button> '
-    buttons += '<button type="button" data-open="0">Close all</button></p>'
-    columns = f'style="--columns: {len(methods)}"'
-    tree = f'<div class="tree" {columns}>{head}{_node(root, root, 0)}</div>'
-    return _section("Modules", note + buttons + _frame(tree))
-
-
-def _node(node: Node, root: Node, depth: int) -> str:
-    count = f' <span class="count">x{node.count}</span>' if node.count > 1 else ""
-    cells = ""
-    for index, size in enumerate(node.sizes):
-        whole = root.sizes[index] or 1
-        share = 100 * size * node.count / whole
-        less = "" if index == 0 else format_ratio(node.sizes[0], size)
-        title = f"{share:.1f} % of the method's bytes" + (f", {less} less" if less else "")
-        cells += (
-            f'<span class="size" style="--share: {share:.2f}%" title="{title}">'
-            f"{format_bytes(size)}</span>"
-        )
-    line = f'<span class="name" style="--depth: {depth}">{_text(node.label)}{count}</span>{cells}'
-    if not node.children:
-        return f'<div class="node leaf">{line}</div>'
-    inner = "".join(_node(child, root, depth + 1) for child in node.children)
-    opened = " open" if depth < 1 else ""
-    return f'<details{opened}><summary class="node">{line}</summary>{inner}</details>'
-
-
-def _caveats(rows: Sequence[Row]) -> str:
-    told: dict[str, list[str]] = {}
+def _caveats(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The methods by each caveat of theirs."""
+    methods: dict[str, list[str]] = {}
     for row in rows:
         for caveat in row.get("caveats", ()):
-            told.setdefault(caveat, []).append(row["method"])
-    items = "".join(
-        f"<dt>{_text(', '.join(names))}</dt><dd>{_text(caveat)}</dd>"
-        for caveat, names in told.items()
-    )
-    return (
-        "<p>Every method runs in a process of its own, on the same weights, batch and random "
-        "numbers. Bytes are exact; times of different processes are compared, so trust "
-        "differences larger than their quartiles.</p>"
-        f"<dl>{items}</dl>"
-    )
+            methods.setdefault(caveat, []).append(row["method"])
+    return methods
 
 
-def _how(setting: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def _facts(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Where, when and with what the rows were measured; an unknown fact is empty."""
     timed = [len(row["times_ms"]) for row in rows if row.get("times_ms")]
-    versions = ", ".join(f"{k} {v}" for k, v in setting.get("versions", {}).items())
-    lines = {
-        "command": f"<code>{_text(setting['command'])}</code>",
-        "device": _text(setting.get("device_name", setting["device"])),
-        "threads": _text(setting.get("threads", "")),
+    return {
+        "command": setting["command"],
+        "device": setting.get("device_name", setting["device"]),
+        "threads": setting.get("threads", ""),
         "timed steps": _timed(timed),
-        "versions": _text(versions),
-        "commit": _text(setting.get("commit", "")),
-        "date": _text(setting.get("date", "")),
+        "versions": ", ".join(f"{k} {v}" for k, v in setting.get("versions", {}).items()),
+        "commit": setting.get("commit", ""),
+        "date": setting.get("date", ""),
     }
-    items = "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in lines.items() if v)
-    return f"<dl>{items}</dl>"
 
 
 def _timed(counts: Sequence[int]) -> str:
@@ -253,22 +171,10 @@ def _timed(counts: Sequence[int]) -> str:
     return f"{max(counts)} a method{few}"
 
 
-def _what(setting: Mapping[str, Any]) -> str:
-    said = describe(setting).removeprefix(f"{setting['model']}, ")
+def _inputs(setting: Mapping[str, Any]) -> str:
+    described = describe(setting).removeprefix(f"{setting['model']}, ")
     torch = setting.get("versions", {}).get("torch")
-    return f"Inputs {said}{f', PyTorch {torch}' if torch else ''}."
-
-
-def _section(title: str, inner: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{inner}</section>\n"
-
-
-def _frame(inner: str) -> str:
-    return f'<div class="frame" tabindex="0">{inner}</div>'
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+    return f"Inputs {described}{f', PyTorch {torch}' if torch else ''}."
 
 
 def _asset(name: str) -> str:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
 import pytest
 from limits import HUNG_S
@@ -121,7 +122,7 @@ def test_one_file_without_a_network(page):
     for said in (
         "my_model&lt;b&gt;",
         "&lt;refused&gt;",
-        SETTING["command"].replace("'", "&#x27;"),
+        html.escape(SETTING["command"]).replace("&#x27;", "&#39;"),
         "torch 2.15.0",
     ):
         assert said in page
@@ -129,6 +130,50 @@ def test_one_file_without_a_network(page):
     assert "mesa8 keeps 3.33 times less than plain at 1.07 times its step time" in page
     assert "a gradient error of 1.20% (plain: 1.00%)" in page
     assert "Checkpointing every block keeps 8.33 times less at 1.30 times the step time." in page
+
+
+class Elements(HTMLParser):
+    """Every start tag of a page outside its charts, with the names of its attributes; the tags of its
+    charts; its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.drawn, self.text, self.charts = [], set(), "", 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.charts += tag == "svg"
+        if self.charts:
+            self.drawn.add(tag)
+        else:
+            self.elements.append((tag, *[name for name, _ in attrs]))
+
+    def handle_endtag(self, tag):
+        self.charts -= tag == "svg"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_names_of_the_user_are_text():
+    """Elements are the same whatever models, methods and modules are called."""
+
+    def drawn(name):
+        rows = [
+            made("plain", 500 << 20, 100.0, 0.01),
+            made("mesa8", 150 << 20, 107.0, 0.012, by_module={name: 1, "b": 2}, caveats=[name]),
+            made(name, 90 << 20, 104.0, 0.12, by_operator={name: 90 << 20}, note=name),
+        ]
+        told = dict.fromkeys(("model", "command", "device_name", "commit", "date"), name)
+        return Elements(render(rows, {**SETTING, **told, "versions": {name: name, "torch": name}}))
+
+    hostile = (
+        """</script><script>alert(1)</script><img src=x onerror='alert("1")'>&amp;{{ 7 * 7 }}"""
+    )
+    page, benign = drawn(hostile), drawn("zebra")
+    assert page.elements == benign.elements
+    assert page.drawn == benign.drawn
+    assert page.text.count(hostile) == benign.text.count("zebra") > 10
 
 
 def test_what_is_behind_plain_is_marked():
