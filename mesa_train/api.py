@@ -108,7 +108,7 @@ def plan(
         OverBudget: nothing fits; this ValueError says what the smallest peak is.
         ValueError: a bound is out of range, or `footprint` raises it.
         TypeError: `footprint` raises it.
-        ImportError: scipy is missing; the message names the extra.
+        ImportError: highspy is missing; the message names the extra.
     """
     from .planner.planner import Planner
 

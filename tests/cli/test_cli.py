@@ -154,7 +154,7 @@ def test_profile_beyond_this_machine(shallow):
 
 @pytest.mark.slow
 def test_plan(tmp_path, shallow):
-    pytest.importorskip("scipy")
+    pytest.importorskip("highspy")
     # More is chosen between under autocast; no arithmetic is done.
     size = [*shallow, "--fake", "--dtype", "bf16"]
     policy, chart = tmp_path / "plan.yaml", tmp_path / "frontier.png"
@@ -174,7 +174,7 @@ def test_plan(tmp_path, shallow):
 
 
 def test_a_budget_below_every_plan(tmp_path, monkeypatch):
-    pytest.importorskip("scipy")
+    pytest.importorskip("highspy")
     (tmp_path / "an_mlp.py").write_text(MLP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -25,7 +25,7 @@ from mesa_train.planner.plan import OverBudget, Plan, Prediction
 from mesa_train.planner.planner import Planner
 from mesa_train.policy import Policy
 
-pytest.importorskip("scipy")
+pytest.importorskip("highspy")
 
 BF16 = torch.bfloat16
 

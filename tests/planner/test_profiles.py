@@ -19,7 +19,7 @@ from mesa_train.measure.stash_log import BLOCK
 from mesa_train.planner.plan import OverBudget
 from mesa_train.planner.planner import Planner
 
-pytest.importorskip("scipy")
+pytest.importorskip("highspy")
 
 A, B = ("0", "activation", "input"), ("1", "activation", "input")
 ROWS, COLS = 64, 1280
