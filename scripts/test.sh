@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: lint, format, types, tables, tests. Makes .venv if needed.
+# Everything that must hold before a commit: lint, format, types, tables, documents, tests. Makes .venv if needed.
 #
 #   scripts/test.sh [--quick] [PYTEST ARGUMENT...]
 #
@@ -35,6 +35,11 @@ echo "== mypy"
 mypy
 echo "== tables"
 python scripts/bench/make_tables.py --check
+echo "== documents"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
+rm -rf "$site"
 echo "== pytest"
 # As many processes as cores, each with one thread: threads of two processes on one core wait for
 # each other far longer than they work.
