@@ -1,4 +1,4 @@
-"""An extension of griffe: `name: text` lines of a docstring, for an argument or a field, become a list."""
+"""An extension of griffe: `name: text` lines of a docstring, one an argument or a field, become a list."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from typing import Any
 
 import griffe
 
-_ENTRY = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): ", re.MULTILINE)
-# `to_dict` of text such as "bits=32" stays; what is no Markdown of ours is left alone.
+_ENTRY = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): ")
 
 
 class ArgumentLists(griffe.Extension):
-    """Reads the arguments of functions and the fields of classes."""
+    """Changes the docstrings of functions and classes; other lines stay."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of a function or class."""
-        if obj.docstring is None or not (obj.is_function or obj.is_class):
-            return
-        names = {p.name for p in getattr(obj, "parameters", ())} | set(obj.members)
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Arguments of a function."""
+        _change(func, {p.name for p in func.parameters})
 
-        def entry(found: re.Match[str]) -> str:
-            if not set(found[1].split(", ")) <= names:
-                return found[0]
-            return f"- `{found[1].replace(', ', '`, `')}`: "
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Fields of a class, or arguments of its constructor."""
+        init = cls.members.get("__init__")
+        _change(cls, {*cls.members, *(p.name for p in getattr(init, "parameters", ()))})
 
-        lines: list[str] = []
-        for line in obj.docstring.value.splitlines():
-            changed = _ENTRY.sub(entry, line)
-            # Markdown needs an empty line in front of a list.
-            if changed != line and lines and lines[-1] and not lines[-1].startswith(("- ", " ")):
-                lines.append("")
-            if lines and lines[-1].startswith(("- ", "  ")) and line and not line.startswith(" "):
-                lines.append("") if changed == line else None
-            lines.append(changed)
-        obj.docstring.value = "\n".join(lines)
+
+def _change(obj: griffe.Object, names: set[str]) -> None:
+    if obj.docstring is None:
+        return
+    lines: list[str] = []
+    inside = False
+    for line in obj.docstring.value.splitlines():
+        found = _ENTRY.match(line)
+        if found is not None and set(found[1].split(", ")) <= names:
+            if not inside and lines and lines[-1]:
+                lines.append("")  # Markdown needs an empty line before a list
+            inside = True
+            line = f"- `{found[1].replace(', ', '`, `')}`: {line[found.end() :]}"
+        elif inside and line and not line.startswith(" "):
+            line = f"    {line}"
+        elif not line:
+            inside = False
+        lines.append(line)
+    obj.docstring.value = "\n".join(lines)
