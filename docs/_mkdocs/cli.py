@@ -1,6 +1,6 @@
 """Writes docs/reference/cli.md: every command of `mesa-train` with its options, from the typer apps.
 
-    python docs/_mkdocs/cli.py
+`python docs/_mkdocs/cli.py` rewrites the page.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
             return found[0]
         inside = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         there = OUTSIDE.get(inside, inside.removeprefix("docs/"))
-        if (inside not in OUTSIDE and not inside.startswith("docs/")) or not files.get_file_from_path(
-            there
-        ):
+        if (
+            inside not in OUTSIDE and not inside.startswith("docs/")
+        ) or not files.get_file_from_path(there):
             return found["text"]
         path = posixpath.relpath(there, posixpath.dirname(site) or ".")
         return f"[{found['text']}]({path}{'#' if anchor else ''}{anchor})"
