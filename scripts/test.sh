@@ -38,7 +38,7 @@ python scripts/bench/make_tables.py --check
 echo "== documents"
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site"
 rm -rf "$site"
 echo "== pytest"
 # As many processes as cores, each with one thread: threads of two processes on one core wait for
