@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: lint, format, types, tables, documents, tests. Makes .venv if needed.
+# Everything that must hold before a commit: lint, format, types, tables, tests. Makes .venv if needed.
 #
 #   scripts/test.sh [--quick] [PYTEST ARGUMENT...]
 #
