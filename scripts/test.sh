@@ -35,6 +35,11 @@ echo "== mypy"
 mypy
 echo "== tables"
 python scripts/bench/make_tables.py --check
+echo "== documents"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site"
+rm -rf "$site"
 echo "== pytest"
 # As many processes as cores, each with one thread. Threads of two processes on one core would wait
 # for each other far longer than they compute.

@@ -1,0 +1,43 @@
+"""An extension of griffe: `name: text` lines of a docstring, one an argument or a field, become a list."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_ENTRY = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): ")
+
+
+class ArgumentLists(griffe.Extension):
+    """Changes the docstrings of functions and classes; other lines stay."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Arguments of a function."""
+        _change(func, {p.name for p in func.parameters})
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Fields of a class, or arguments of its constructor."""
+        init = cls.members.get("__init__")
+        _change(cls, {*cls.members, *(p.name for p in getattr(init, "parameters", ()))})
+
+
+def _change(obj: griffe.Object, names: set[str]) -> None:
+    if obj.docstring is None:
+        return
+    lines: list[str] = []
+    inside = False
+    for line in obj.docstring.value.splitlines():
+        found = _ENTRY.match(line)
+        if found is not None and set(found[1].split(", ")) <= names:
+            if not inside and lines and lines[-1]:
+                lines.append("")  # Markdown needs an empty line before a list
+            inside = True
+            line = f"- `{found[1].replace(', ', '`, `')}`: {line[found.end() :]}"
+        elif inside and line and not line.startswith(" "):
+            line = f"    {line}"
+        elif not line:
+            inside = False
+        lines.append(line)
+    obj.docstring.value = "\n".join(lines)
