@@ -68,7 +68,7 @@ class Policy:
             never contains elements of two tokens.
         rounding: "nearest", "stochastic" or "auto" (default). "auto" is nearest at 8 bits and for operands that
             enter a nonlinear function, and stochastic for other operands at fewer bits (measurements:
-            docs/design.md).
+            docs/internals/kernels.md).
         recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs, activations, views and
             masks from stored operands. "linear" also recomputes a matmul if that frees its output (q, k, v, MLP
             hidden).

@@ -132,7 +132,7 @@ def test_presets():
 
 
 def test_presets_differ_from_the_default_as_documented():
-    """docs/design.md has the studies that these numbers come from; the paper's groups are a head's 64
+    """docs/benchmarks.md has the studies that these numbers come from; the paper's groups are a head's 64
     channels."""
     default = dataclasses.asdict(Policy())
     assert default == {

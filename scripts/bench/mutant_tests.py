@@ -30,7 +30,10 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_COPIED = ("mesa_train", "tests", "pyproject.toml", "recipes", "scripts", "README.md", "docs")
+_COPIED = (
+    *("mesa_train", "tests", "pyproject.toml", "recipes", "scripts", "README.md", "docs"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "mkdocs.yml"),
+)
 # Imported before the forks. If a library is missing, the tests report it.
 _LIBRARIES = (
     *(

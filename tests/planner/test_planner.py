@@ -174,7 +174,7 @@ def test_the_predicted_error_adds_variances():
 
 
 def test_an_error_of_5_percent_costs_as_much_as_10_percent_of_the_step():
-    """As docs/planning.md says, and four times as much for twice the error."""
+    """As docs/internals/planner.md says, and four times as much for twice the error."""
 
     def cost(time_ratio, error):
         prediction = Prediction(0, 0, 1.0, time_ratio, error)

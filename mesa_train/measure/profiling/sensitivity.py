@@ -32,7 +32,7 @@ _EIGHT = (15 / 255) ** 2
 _TWO = (15 / 3) ** 2
 
 # Variance of the 4-bit codes of a kind, relative to the squared gradient, for a model on meta.
-# Measured on a ViT of width 192 (docs/design.md has the study).
+# Measured on a ViT of width 192 (docs/benchmarks.md has the study).
 _TYPICAL = {
     ("attention", "q"): 3e-3,
     ("attention", "k"): 3e-3,
