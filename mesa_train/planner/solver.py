@@ -167,7 +167,8 @@ def solve(
         name = candidate.block
         if name is not None and choices.get((name, BLOCK, ""), STASHES) != STASHES:
             del choices[candidate.key]
-    return score(problem, choices, info.mip_gap)
+    # Without binaries there is no gap, and HiGHS reports infinity.
+    return score(problem, choices, info.mip_gap if program.binaries else 0.0)
 
 
 def _quiet_highs() -> Any:

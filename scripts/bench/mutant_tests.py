@@ -43,7 +43,7 @@ _LIBRARIES = (
         "torch._subclasses.fake_tensor",
     ),
     *("torch.testing._internal.common_methods_invocations", "torch.nn.utils.parametrize"),
-    *("numpy", "timm", "torchvision", "scipy.optimize", "yaml", "rich.console", "typer.testing"),
+    *("numpy", "timm", "torchvision", "highspy", "yaml", "rich.console", "typer.testing"),
     *("hypothesis", "PIL.Image", "sklearn.datasets", "pytest", "_pytest.assertion.rewrite"),
 )
 _MEMORY = 20 * 2**30  # limit of a child, because a mutant may allocate all memory

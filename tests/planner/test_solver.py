@@ -184,6 +184,12 @@ def test_solver_keeps_its_bounds():
     assert solve(asked, budget=3e5) is None
 
 
+def test_solver_without_anything_to_choose():
+    empty = Problem([], {}, {}, {}, {}, [Moment(5e6, 0)], [])
+    assert solve(empty, budget=6e6).gap == 0
+    assert solve(empty, budget=4e6) is None
+
+
 def test_policy_of_choices():
     """Common choices become one override, others their own; inner modules come after outer ones."""
     base = Policy()

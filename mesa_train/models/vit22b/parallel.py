@@ -7,8 +7,8 @@ pooling head.
 
 FSDP (`mesh["dp"]`, `fully_shard`) shards the rest over the other ranks, with one unit for each
 block. It gathers a block's weights just before the block runs, while the previous block computes.
-`docs/internals/vit22b-parallelism.md` describes the overlap, and its relation to the paper's asynchronous parallel linear
-operations.
+`docs/internals/vit22b-parallelism.md` describes the overlap, and its relation to the asynchronous
+parallel linear operations of the paper.
 """
 
 from __future__ import annotations
