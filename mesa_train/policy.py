@@ -60,7 +60,7 @@ _NEAREST = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What to save for the backward, and how. A frozen value.
+    """The choice of saved tensors for the backward. A frozen value.
 
     Args:
         bits: 8, 4 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default 8.

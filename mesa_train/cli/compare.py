@@ -71,8 +71,7 @@ def compare(
         if out is not None:
             # Check now, not after all measurements.
             common.writable_folder(out, "--out")
-        # Load here too, although other processes run the methods: this shows an error of the model
-        # at once. Load on the CPU, so that this process takes no memory of the measured GPU.
+        # Show an error of the model at once, and take no memory of the measured GPU.
         loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=fake)
         dtype = common.resolved(loaded, dtype, where, fake)
         common.check_precision(loaded, dtype, where, fake)
@@ -80,13 +79,13 @@ def compare(
         title = common.title_of(loaded, dtype, where)
         if not fake:
             del loaded
-        asked = common.autocast_of(dtype)
+        autocast = common.autocast_of(dtype)
         request = Request(
             model,
             batch_size=batch_size,
             image_size=image_size,
             device=where,
-            dtype=None if asked is None else str(asked).removeprefix("torch."),
+            dtype=None if autocast is None else str(autocast).removeprefix("torch."),
             rounds=rounds,
             memory_bytes=memory_bytes,
             limit_s=method_timeout,
@@ -104,10 +103,14 @@ def compare(
             common.show_json({**setting, "rows": rows})
         elif rows:
             _show(title, rows, out)
-        if stopped:
-            said = f"stopped with {len(rows)} of {len(names)} methods done"
-            typer.echo(f"mesa-train: {said}", err=True)
-            raise typer.Exit(130)
+        _exit_if(stopped, len(rows), len(names))
+
+
+def _exit_if(stopped: bool, done: int, count: int) -> None:
+    """End with the status of an interrupt if the user stopped the comparison."""
+    if stopped:
+        typer.echo(f"mesa-train: stopped with {done} of {count} methods done", err=True)
+        raise typer.Exit(130)
 
 
 def _read(

@@ -81,24 +81,26 @@ def plan(
             plans = planner.frontier() if frontier is not None else []
         if out is not None:
             found.policy.to_yaml(out)
+        title = common.title_of(loaded, dtype, where)
         if frontier is not None:
-            from mesa_train.report.charts import save_png
-            from mesa_train.report.frontier import draw
-
-            save_png(draw(plans, points, common.title_of(loaded, dtype, where)), frontier)
+            _draw(plans, points, title, frontier)
         if as_json:
             setting = common.setting_of(loaded, dtype, where, fake)
             common.show_json({**setting, "budget": budget, **_answer(found, plans)})
             return
-        common.show(
-            common.title_of(loaded, dtype, where),
-            terminal.prediction(found),
-            terminal.choices(found),
-        )
+        common.show(title, terminal.prediction(found), terminal.choices(found))
         if out is None:
             typer.echo(found.policy.to_yaml(), nl=False)
         else:
             common.show(f"the policy is in {out}")
+
+
+def _draw(plans: Sequence[Plan], points: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Write the chart of the frontier, with the rows of a comparison beside it."""
+    from mesa_train.report.charts import save_png
+    from mesa_train.report.frontier import draw
+
+    save_png(draw(plans, points, title), path)
 
 
 def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:

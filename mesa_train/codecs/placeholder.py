@@ -80,12 +80,12 @@ def bits(mask: Tensor) -> Tensor:
 
 
 def discards(pack: Any) -> bool:
-    """Whether a pack hook belongs to the first pass of a non-reentrant checkpoint."""
+    """True if a pack hook belongs to the first pass of a non-reentrant checkpoint."""
     return _is_checkpoints(pack, "_checkpoint_hook.")
 
 
 def _is_checkpoints(pack: Any, owner: str) -> bool:
-    """Whether a pack hook is a method of torch's checkpoint class `owner`."""
+    """True if a pack hook is a method of torch's checkpoint class `owner`."""
     return (
         pack is not None
         and getattr(pack, "__module__", None) == "torch.utils.checkpoint"
@@ -94,12 +94,12 @@ def _is_checkpoints(pack: Any, owner: str) -> bool:
 
 
 def recomputes(pack: Any) -> bool:
-    """Whether a pack hook belongs to the recompute of a non-reentrant checkpoint."""
+    """True if a pack hook belongs to the recompute of a non-reentrant checkpoint."""
     return _is_checkpoints(pack, "_recomputation_hook.")
 
 
 def selective() -> bool:
-    """Whether a selective checkpoint is active, in its first pass or its recompute."""
+    """True if a selective checkpoint is active, in its first pass or its recompute."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any([isinstance(m, _SELECTIVE) for m in _get_current_dispatch_mode_stack()])

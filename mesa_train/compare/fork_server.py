@@ -118,7 +118,7 @@ class Server:
         return True, None
 
     def busy(self) -> bool:
-        """Whether the job is running and has time left."""
+        """True if the job is running and has time left."""
         return self._lines.empty() and clock.monotonic() < self._end
 
     def extend(self, seconds: float) -> None:

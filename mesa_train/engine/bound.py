@@ -138,7 +138,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
-    """Whether Python would call a `forward` in the `__dict__` of `module`.
+    """True if Python would call a `forward` in the `__dict__` of `module`.
 
     Two cases are False. If the class has a property named `forward`, Python calls the property
     instead. A module of torch.compile has a `forward` in its `__dict__` that runs compiled code of
@@ -151,7 +151,7 @@ def enterable(module: nn.Module, own: Any = ABSENT) -> bool:
 
 
 def _idle(module: nn.Module, own: Any) -> bool:
-    """Whether the `forward` of `module` only returns its argument.
+    """True if the `forward` of `module` only returns its argument.
 
     Models have many such modules, and entering one takes 5 us.
     """
@@ -160,7 +160,7 @@ def _idle(module: nn.Module, own: Any) -> bool:
 
 
 def _other(found: Any) -> bool:
-    """Whether a class's `forward` is a descriptor other than a method or a property."""
+    """True if a class's `forward` is a descriptor other than a method or a property."""
     method = (types.FunctionType, functools.partialmethod, staticmethod, classmethod)
     kind = type(found)
     return (
@@ -169,7 +169,7 @@ def _other(found: Any) -> bool:
 
 
 def _optimized(module: nn.Module) -> bool:
-    """Whether `module` is a compiled module of torch.compile."""
+    """True if `module` is a compiled module of torch.compile."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 

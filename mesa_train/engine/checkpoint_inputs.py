@@ -51,7 +51,7 @@ class InputHooks(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _saved_by_checkpoint() -> bool:
-    """Whether a checkpoint saves the tensor.
+    """True if a checkpoint saves the tensor.
 
     The test reads the first Python frame below the hook's frame, and skips autograd's own
     `Function.apply`.

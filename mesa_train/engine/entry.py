@@ -183,7 +183,7 @@ for _frame in (enter, _checkpointed):
 
 
 def _traced() -> bool:
-    """Whether torch.export, torch.jit.trace, torch.fx or make_fx makes a program of the model.
+    """True if torch.export, torch.jit.trace, torch.fx or make_fx makes a program of the model.
 
     These tracers get the plain model, because they can differentiate its operators.
     """
@@ -202,7 +202,7 @@ def _traced() -> bool:
 
 @untraced
 def _differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an argument or a parameter of the module may need a gradient.
+    """True if an argument or a parameter of the module may need a gradient.
 
     A tensor from elsewhere (a global, a closure) is not seen here. The inner module that receives
     it as an argument sees it.
@@ -222,7 +222,7 @@ _ATOMS = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.devi
 
 
 def _any_tracked(values: Any, module: nn.Module) -> bool:
-    """Whether a value, or a value inside a container, may need a gradient."""
+    """True if a value, or a value inside a container, may need a gradient."""
     for value in values:
         if isinstance(value, Tensor):
             if value.requires_grad:
@@ -238,7 +238,7 @@ def _any_tracked(values: Any, module: nn.Module) -> bool:
 
 
 def _trains(module: nn.Module) -> bool:
-    """Whether a parameter of the module or of its submodules needs a gradient."""
+    """True if a parameter of the module or of its submodules needs a gradient."""
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
             return True

@@ -152,7 +152,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
 
 
 def hookable() -> bool:
-    """Whether saved-tensor hooks can be entered: not while compiling and not inside torch.func."""
+    """True if saved-tensor hooks can be entered: not while compiling and not inside torch.func."""
     return (
         not torch.compiler.is_compiling()
         and not _transformed()
@@ -165,7 +165,7 @@ _NOTHING = ModuleContext("", Policy(enabled=False).rules([""])[""])
 
 
 def _transformed() -> bool:
-    """Whether PyTorch differentiates without the autograd graph, or makes a program.
+    """True if PyTorch differentiates without the autograd graph, or makes a program.
 
     For untraced frames. True inside torch.func's transforms and forward-mode differentiation. Also
     true while torch.export or torch.jit.trace makes a program of PyTorch's operators.

@@ -77,7 +77,7 @@ class _Trace:
             self.sample = some.view(torch.uint8)
 
     def differs(self, before: _Trace) -> bool:
-        """Whether a step happened between `before` and this trace."""
+        """True if a step happened between `before` and this trace."""
         if before.parameter() is self.parameter() and before.version != self.version:
             return True
         if self.sample is None or before.sample is None:

@@ -83,7 +83,7 @@ class Setup:
 
     @property
     def autocast(self) -> bool:
-        """Whether whole float32 weights are on the GPU, so that autocast saves copies of them."""
+        """True if whole float32 weights are on the GPU, so that autocast saves copies of them."""
         return self.strategy == "ddp" and not self.half and not self.lora
 
 

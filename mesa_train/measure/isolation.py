@@ -95,5 +95,5 @@ def _no_values(model: nn.Module) -> Iterator[None]:
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Whether an attribute is or contains a tensor."""
+    """True if an attribute is or contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

@@ -35,7 +35,7 @@ class Node:
         return self.children[-1]
 
     def same(self, other: Node) -> bool:
-        """Whether two subtrees have the same bytes in the same places."""
+        """True if two subtrees have the same bytes in the same places."""
         return (
             self.sizes == other.sizes
             and len(self.children) == len(other.children)

@@ -70,7 +70,7 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_row(module: nn.Module) -> bool:
-    """Whether `module` is a row of blocks of one class, each with at least two weight matrices."""
+    """True if `module` is a row of blocks of one class, each with at least two weight matrices."""
     elements = list(module.children())
     return (
         isinstance(module, nn.ModuleList | nn.Sequential)

@@ -126,12 +126,12 @@ class MethodSpec:
 
     @property
     def compiled(self) -> bool:
-        """Whether the method uses torch.compile."""
+        """True if the method uses torch.compile."""
         return isinstance(self.variant, str) and self.variant.startswith(COMPILE)
 
     @property
     def countable(self) -> bool:
-        """Whether its bytes can be counted on fake tensors."""
+        """True if its bytes can be counted on fake tensors."""
         return not self.compiled and self.variant != SAVE_ON_CPU
 
     def autocast(self, asked: torch.dtype | None) -> torch.dtype | None:

@@ -199,7 +199,7 @@ class Activated:
 
 
 def _sums(layout: MatrixLayout, grad: Tensor) -> bool:
-    """Whether the pass also sums the gradient over the rows, for the bias of the Linear in front.
+    """True if the pass also sums the gradient over the rows, for the bias of the Linear in front.
 
     On a GPU this avoids a second read of the gradient. On a CPU the sum alone takes a fifth of the time of the
     pass.
@@ -382,7 +382,7 @@ def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
 
 
 def _writable(input: Tensor) -> bool:
-    """Whether an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must rebase these."""
+    """True if an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must rebase these."""
     return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
 
 

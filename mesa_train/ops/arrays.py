@@ -35,7 +35,7 @@ _METHODS = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a NumPy array. Tested by name, because NumPy may not be installed."""
+    """True if a value is a NumPy array. Tested by name, because NumPy may not be installed."""
     return type(value).__name__ == "ndarray"
 
 

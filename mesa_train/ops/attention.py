@@ -247,7 +247,7 @@ def _factor(call: Call) -> float:
 
 
 def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether `Short` computes the backward of this call."""
+    """True if `Short` computes the backward of this call."""
     return (
         mask is None
         and not causal
@@ -280,7 +280,7 @@ def _unfused(call: Call) -> Any:
 
 
 def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether a mask takes more memory than the codes of the attention weights.
+    """True if a mask takes more memory than the codes of the attention weights.
 
     The weights are recomputed from the mask. A mask per image, as relative positions make it, takes
     more.

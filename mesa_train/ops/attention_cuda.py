@@ -205,7 +205,7 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def aligned(mask: Tensor) -> bool:
-    """Whether rows of the mask start at multiples of 16 bytes, as the efficient kernel requires.
+    """True if rows of the mask start at multiples of 16 bytes, as the efficient kernel requires.
 
     PyTorch pads other masks; mesa_train does not.
     """

@@ -184,7 +184,7 @@ def _leaves(node: Any) -> list[Tensor]:
 
 
 def aliases(stash: Stash, tensor: Tensor) -> bool:
-    """Whether a stash holds the same memory as a tensor. Lossless and small stashes do."""
+    """True if a stash holds the same memory as a tensor. Lossless and small stashes do."""
     storage = tensor.untyped_storage()._cdata
     return any([t.untyped_storage()._cdata == storage for t in stash.tensors])
 

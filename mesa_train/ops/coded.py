@@ -57,7 +57,7 @@ class Coded:
 
 
 def _whole_power(args: Any, kwargs: Any) -> bool:
-    """Whether the exponent is 2 or 3. Other derivatives have a pole or grow too fast."""
+    """True if the exponent is 2 or 3. Other derivatives have a pole or grow too fast."""
     exponent = kwargs.get("exponent", args[1] if len(args) > 1 else None)
     return isinstance(exponent, (int, float)) and exponent in (2, 3)
 

@@ -202,7 +202,7 @@ class _Hooks:
         return tensor.detach()
 
     def _is_mask(self, argument: Any) -> bool:
-        """Whether an argument is a mask that is smaller as bits."""
+        """True if an argument is a mask that is smaller as bits."""
         if not isinstance(argument, Tensor) or argument.dtype is not torch.bool:
             return False
         size = argument.numel()
@@ -302,7 +302,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def _tracked(args: Any, kwargs: Any) -> bool:
-    """Whether an argument, or a tensor in a list of arguments, needs a gradient."""
+    """True if an argument, or a tensor in a list of arguments, needs a gradient."""
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, (list, tuple)):
             if any([_needs_gradient(a) for a in argument]):
@@ -317,14 +317,14 @@ def _needs_gradient(argument: Any) -> bool:
 
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors begin at the same place in memory."""
+    """True if two tensors begin at the same place in memory."""
     if tensor.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
     return bool(tensor.storage_offset() == other.storage_offset())
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one piece of memory: not sparse, nested or sharded."""
+    """True if a tensor is one piece of memory: not sparse, nested or sharded."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
@@ -336,7 +336,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, autocast's copy of a parameter, or a view of either."""
+    """True if a tensor is a parameter, autocast's copy of a parameter, or a view of either."""
     base = tensor if tensor._base is None else tensor._base
     if base.is_leaf:
         return base.requires_grad or isinstance(base, torch.nn.Parameter)
@@ -348,14 +348,14 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function may write to a tensor, and so to all tensors that share its memory."""
+    """True if a function may write to a tensor, and so to all tensors that share its memory."""
     if kwargs.get("inplace") or kwargs.get("out") is not None or any([a is True for a in args]):
         return True
     return _writes_by_name(func)
 
 
 def _writes_by_name(func: Any) -> bool:
-    """Whether a function's name says that it writes in place."""
+    """True if a function's name says that it writes in place."""
     name = getattr(func, "__name__", "")
     return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.startswith("__"))
 

@@ -45,7 +45,7 @@ def folded(
 
 
 def _depends(left: Tensor, right: Tensor, transposed: bool) -> bool:
-    """Whether PyTorch's choice depends on a gradient that only a recorded call requires."""
+    """True if PyTorch's choice depends on a gradient that only a recorded call requires."""
     first = left.dim() >= right.dim()
     large, small = (left, right) if first else (right, left)
     if large.dim() < 3 or small.dim() > 2 or not small.requires_grad:
@@ -57,7 +57,7 @@ def _depends(left: Tensor, right: Tensor, transposed: bool) -> bool:
 
 
 def _is_matrix(tensor: Tensor) -> bool:
-    """Whether all dims but the last are one dim in memory."""
+    """True if all dims but the last are one dim in memory."""
     shape, stride = tensor.shape, tensor.stride()
     return all([stride[i] == stride[i + 1] * shape[i + 1] for i in range(tensor.dim() - 2)])
 

@@ -115,7 +115,7 @@ def linear(
 
 
 def _narrow(weight: Tensor) -> bool:
-    """Whether a Linear widens its input so much that the matmul in front is cheap to recompute too.
+    """True if a Linear widens its input so much that the matmul in front is cheap to recompute too.
 
     An adapter of low rank does.
     """
@@ -170,7 +170,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _watched(product: Tensor) -> bool:
-    """Whether the user needs the gradient of the Linear's output.
+    """True if the user needs the gradient of the Linear's output.
 
     A scaled Linear does not compute this gradient.
     """

@@ -260,7 +260,7 @@ def _fused(
 
 
 def keeps_input(recorder: Recorder, operator: str, input: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a norm saves its input, as PyTorch does, because x_hat would take more memory.
+    """True if a norm saves its input, as PyTorch does, because x_hat would take more memory.
 
     This is the case if the input is a parameter (weight standardization), or if x_hat is not coded.
     An uncompressed x_hat may have a wider dtype (`dtype`), and another operator may save the input

@@ -89,7 +89,7 @@ def _runs(news: list[_New]) -> Iterator[list[_New]]:
 
 
 def _continues(run: list[_New], new: _New) -> bool:
-    """Whether the columns of `new` follow the run's columns, with the same codec and layout."""
+    """True if the columns of `new` follow the run's columns, with the same codec and layout."""
     first, matrix = run[0].matrix, new.matrix
     cols = first.shape[1]
     return bool(

@@ -113,7 +113,7 @@ def _derive(recorder: Recorder, output: Tensor, source: Stash, recipe: Replay) -
 
 
 def _has_tensor(values: Any) -> bool:
-    """Whether a tensor is among values or inside their containers."""
+    """True if a tensor is among values or inside their containers."""
     for value in values:
         if isinstance(value, Tensor):
             return True

@@ -192,7 +192,7 @@ class Planner:
         return found if found is not None and self._below_plain(found) else self._as_plain()
 
     def _below_plain(self, found: Plan) -> bool:
-        """Whether a plan has a smaller peak than plain."""
+        """True if a plan has a smaller peak than plain."""
         return found.prediction.peak_bytes < self.plain.peak_bytes
 
     def _fitted(self, room: int | None, bounds: _Bounds) -> Plan | None:
@@ -281,7 +281,7 @@ class Planner:
         return self._least[0]
 
     def _better(self, found: _Answer, best: _Answer, room: int | None) -> bool:
-        """Whether a solution is better: a smaller peak without `room`, else a lower cost."""
+        """True if a solution is better: a smaller peak without `room`, else a lower cost."""
         if room is None:
             return found.peak_bytes < best.peak_bytes
         return found.solution.cost(ERROR_WEIGHT * self.profile.step_s) < best.solution.cost(

@@ -59,7 +59,7 @@ class HostLink(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is chosen from, and what it costs.
+    """The choices and their costs.
 
     seconds, variance: by candidate and choice; the variance is of the gradient, relative to its square.
     matmul_s: seconds of repeating a product. coupled: variance that a choice of a source adds if
@@ -89,7 +89,7 @@ class Problem:
         return {name: size for name, size in (candidates | blocks).items() if size}
 
     def choices(self) -> dict[Key, list[int | str]]:
-        """What there is to choose from for every candidate and block."""
+        """The choices of every candidate and block."""
         found = {s.key: s.choices() for s in self.candidates}
         return found | {b.key: [STASHES, *b.options] for b in self.blocks}
 
@@ -111,7 +111,7 @@ class Solution:
         return self.seconds + price * self.variance
 
     def within(self, max_seconds: float | None, max_variance: float | None) -> bool:
-        """Whether it stays within the bounds, of which None is none."""
+        """True if it stays within the bounds, of which None is none."""
         return (max_seconds is None or self.seconds <= max_seconds) and (
             max_variance is None or self.variance <= max_variance
         )
@@ -264,7 +264,7 @@ class _Program:
 
 
 def score(problem: Problem, choices: Mapping[Key, int | str], gap: float = 0.0) -> Solution:
-    """What a set of choices costs in a problem."""
+    """The cost of a set of choices in a problem."""
     own = [candidate for candidate in problem.candidates if candidate.key in choices]
     repeated = {s.product for s in own if s.product and choices[s.key] == REBUILD}
     seconds = sum(problem.seconds[s.key, choices[s.key]] for s in own)

@@ -62,7 +62,7 @@ def family(method: str) -> str:
 
 
 def coarse(row: Row) -> bool:
-    """Whether a method's gradient is far off."""
+    """True if a method's gradient is far off."""
     return (row.get("gradient_error") or 0.0) > COARSE
 
 

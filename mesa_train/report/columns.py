@@ -34,7 +34,7 @@ def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
-    """Whether a value is worse than plain's by more than noise."""
+    """True if a value is worse than plain's by more than noise."""
     own, base = row.get(key), plain.get(key)
     if row is plain or own is None or base is None:
         return False

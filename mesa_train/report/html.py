@@ -19,7 +19,7 @@ from .charts import as_svg, tradeoff, where
 from .columns import ERROR_MARGIN, TIME_MARGIN, cell, notes, with_ratios, worse_than_plain
 
 Row = Mapping[str, Any]
-# What is shown, the number that a click on the heading sorts by, and "best", "worse" or "".
+# The text, the number that a click on the heading sorts by, and "best", "worse" or "".
 _Cell = tuple[str, Any, str]
 # key, heading, explanation.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (

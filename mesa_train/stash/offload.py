@@ -373,7 +373,7 @@ def onlooker(pack: Pack) -> Pack:
 
 
 def passes(pack: Any) -> bool:
-    """Whether offloaded tensors may pass through a pack hook (None: no hook).
+    """True if offloaded tensors may pass through a pack hook (None: no hook).
 
     Hooks without the mark read the data or move the tensors themselves.
     """

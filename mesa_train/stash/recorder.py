@@ -69,7 +69,7 @@ class Recorder:
         self.linears = TracedLineage() if self.traced else Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
-        """Whether an operator's row applies.
+        """True if an operator's row applies.
 
         The operator must be enabled here, a tensor must need a gradient, and all tensors must be plain floats.
         """
@@ -241,7 +241,7 @@ class Recorder:
         return SACHiddenCodec(codec) if selective() else codec
 
     def lossless(self, operator: str, operand: str) -> bool:
-        """Whether an operand stays uncompressed."""
+        """True if an operand stays uncompressed."""
         return self.context.rules.table[operator, operand].lossless
 
     def bits(self, mask: Tensor, encode: Callable[[Tensor], Tensor] = bitmask.encode) -> Tensor:
@@ -252,7 +252,7 @@ class Recorder:
             return encode(mask)
 
     def discards(self) -> bool:
-        """Whether the stashes saved now are thrown away. True in the first pass of a checkpoint."""
+        """True if the stashes saved now are thrown away. True in the first pass of a checkpoint."""
         return self.hooks is not None and discards(beneath(self.hooks))
 
     def leaf(
@@ -336,7 +336,7 @@ def beneath(pack: Any) -> Any:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is strided and neither nested nor a wrapper subclass."""
+    """True if a tensor is strided and neither nested nor a wrapper subclass."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     kind = type(tensor)
@@ -375,7 +375,7 @@ def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
 
 
 def _kept_with_its_base(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of an output that PyTorch's own node saves.
+    """True if a tensor is a part of an output that PyTorch's own node saves.
 
     A copy of the part would be saved in addition.
     """
@@ -393,5 +393,5 @@ def _new_bytes(tensor: Tensor) -> int:
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is active for a device type. The meta device has no autocast."""
+    """True if autocast is active for a device type. The meta device has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)

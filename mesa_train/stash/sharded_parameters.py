@@ -83,7 +83,7 @@ def local_shard(parameter: Any) -> Tensor:
 
 
 def zero3_hooked(module: nn.Module | None) -> bool:
-    """Whether ZeRO-3's hooks pass tensors between the modules of `module`.
+    """True if ZeRO-3's hooks pass tensors between the modules of `module`.
 
     In this case ZeRO-3 has marked the parameters of the modules.
     """
@@ -93,7 +93,7 @@ def zero3_hooked(module: nn.Module | None) -> bool:
 
 
 def is_zero3_alias(tensor: Tensor) -> bool:
-    """Whether ZeRO-3's module hooks have made `tensor`, as a detached alias of another tensor.
+    """True if ZeRO-3's module hooks have made `tensor`, as a detached alias of another tensor.
 
     With an alias, the backward passes through these hooks.
     """
@@ -102,7 +102,7 @@ def is_zero3_alias(tensor: Tensor) -> bool:
 
 @functools.cache
 def is_fsdp_module(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are FSDP units.
+    """True if modules of a class are FSDP units.
 
     The parameters of an FSDP unit are gathered and freed together.
     """

@@ -92,7 +92,7 @@ class Stash:
         self.uses = UseCount() if cost == MATMUL else None
 
     def exact(self) -> bool:
-        """Whether the stash contains no lossy codes. Then it equals the tensor up to rounding."""
+        """True if the stash contains no lossy codes. Then it equals the tensor up to rounding."""
         recipe = self.recipe
         coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
         return not coded and all([source.exact() for source in self.sources])
@@ -339,7 +339,7 @@ def of_parameter(tensor: Tensor) -> str:
 
 
 def narrowed(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a part of its storage. To save it also holds the rest of the storage."""
+    """True if a tensor is a view of a part of its storage. To save it also holds the rest of the storage."""
     own = tensor.numel() * tensor.element_size()
     return tensor._is_view() and tensor.untyped_storage().nbytes() > own
 

@@ -211,7 +211,7 @@ def remove(path: Path) -> None:
 
 
 def peer_ended(error: BaseException) -> bool:
-    """Whether this rank fails because another rank has ended. That rank logs the reason."""
+    """True if this rank fails because another rank has ended. That rank logs the reason."""
     text = str(error)
     return "by peer" in text and "Connection" in text
 

@@ -65,7 +65,7 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def is_inside(name: str, outer: str) -> bool:
-    """Whether a module is `outer` or a part of it; "" is the model."""
+    """True if a module is `outer` or a part of it; "" is the model."""
     return not outer or name == outer or name.startswith(outer + ".")
 
 

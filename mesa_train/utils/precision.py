@@ -63,7 +63,7 @@ class Choice:
 
     @property
     def scaler(self) -> bool:
-        """Whether gradients need a scaler."""
+        """True if gradients need a scaler."""
         return self.name == "fp16"
 
 

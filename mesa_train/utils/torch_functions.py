@@ -39,7 +39,7 @@ def plain_name(name: str) -> str:
 
 
 def is_function(name: str) -> bool:
-    """Whether torch, or a loaded library, has a function of this plain name."""
+    """True if torch, or a loaded library, has a function of this plain name."""
     return any(hasattr(owner, name) for owner in _OWNERS) or name in _registered()
 
 

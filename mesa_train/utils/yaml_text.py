@@ -89,7 +89,7 @@ def _as_written(value: Any) -> Any:
 
 
 def is_null(text: Plain) -> bool:
-    """Whether a scalar is YAML's null."""
+    """True if a scalar is YAML's null."""
     return str(text) in _NULL
 
 

@@ -173,7 +173,7 @@ def _error(found: Tensor | None, exact: Tensor | None) -> float:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two gradients are equal or both missing."""
+    """True if two gradients are equal or both missing."""
     return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
 
 

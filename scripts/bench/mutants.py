@@ -115,7 +115,7 @@ def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
 
 
 def _begins(node: ast.stmt, text: list[str]) -> bool:
-    """Whether a line may precede the statement: not in an `elif`, nor after `def f():`."""
+    """True if a line may precede the statement: not in an `elif`, nor after `def f():`."""
     line = text[node.lineno - 1]
     return not line[: node.col_offset].strip() and not line.lstrip().startswith("elif ")
 
@@ -129,7 +129,7 @@ def _first_statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _compiled(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether Triton compiles the function: then its executed lines are unknown."""
+    """True if Triton compiles the function: then its executed lines are unknown."""
     return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
@@ -166,7 +166,7 @@ def _below(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _spoken(node: ast.Expr | ast.Call) -> bool:
-    """Whether a node is a docstring, a message, or for a type checker."""
+    """True if a node is a docstring, a message, or for a type checker."""
     if isinstance(node, ast.Expr):
         if isinstance(node.value, ast.Constant):
             return True
@@ -216,7 +216,7 @@ def _of(node: ast.AST) -> Iterator[_Change]:
 
 
 def _does(node: ast.Expr) -> bool:
-    """Whether a statement exists for its effect: no message and no yield.
+    """True if a statement exists for its effect: no message and no yield.
 
     Without its yield, a function is no generator.
     """
@@ -224,7 +224,7 @@ def _does(node: ast.Expr) -> bool:
 
 
 def _about_types(node: ast.BinOp) -> bool:
-    """Whether `X | Y` is a union of types."""
+    """True if `X | Y` is a union of types."""
     return isinstance(node.op, ast.BitOr) and any(
         isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right)
     )

@@ -177,7 +177,7 @@ def _places() -> dict[str, list[Place]]:
 
 
 def _matches(file: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file matches one of the patterns."""
+    """True if a file matches one of the patterns."""
     return any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
 
 

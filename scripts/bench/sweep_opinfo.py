@@ -50,14 +50,15 @@ def main(
 def row_of(op: OpInfo, most: int) -> Row:
     """The row of a function."""
     name = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
-    row: Row = {"function": name, "samples": 0, "outputs_differ": 0, "failures": []}
+    row: Row = {"function": name, "samples": 0, "refused": 0, "outputs_differ": 0, "failures": []}
     row.update({f"{policy}_error": 0.0 for policy in POLICIES})
     for number, sample in enumerate(op.sample_inputs("cpu", torch.float64, requires_grad=True)):
         if number == most:
             break
         try:
             outputs, gradients = _run(op, sample, None)
-        except Exception:  # PyTorch refuses it too
+        except Exception:  # PyTorch refuses the sample, so there is nothing to compare
+            row["refused"] += 1
             continue
         row["samples"] += 1
         for policy, given in POLICIES.items():
@@ -105,7 +106,7 @@ def _activation(value: Any) -> Any:
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs are equal, with NaNs equal too."""
+    """True if two outputs are equal, with NaNs equal too."""
     found, expected = found.detach(), expected.detach()
     if found.layout is not torch.strided:
         found, expected = found.to_dense(), expected.to_dense()

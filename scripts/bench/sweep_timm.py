@@ -76,7 +76,7 @@ def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], least: int) -> bool:
-    """Whether a variant accepts a batch of this shape, checked on the meta device.
+    """True if a variant accepts a batch of this shape, checked on the meta device.
 
     Each of its batch norms must average over at least `least` values.
     """

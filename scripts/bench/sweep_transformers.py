@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from sweeping import Make, sweep
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+_log = logging.getLogger(__name__)
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_transformers.jsonl"
 # Table of models, by the name of the auto class.
 TASKS = {
@@ -96,7 +98,8 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             with torch.device("meta"):
                 model = getattr(transformers, auto).from_config(made)
                 model(**{_images(model): torch.empty(shape)})
-        except Exception:  # each model raises its own type of error
+        except Exception as error:  # each model raises its own type of error
+            _log.debug("%s with %s of its own: %s", kind, whole or "nothing", error)
             continue
         chosen = made, shape
         break

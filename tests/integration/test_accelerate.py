@@ -61,3 +61,9 @@ def test_errors(accelerator):
     with pytest.raises(TypeError, match="policy must be a Policy"):
         enable(accelerator, 8)
     assert "prepare" not in vars(accelerator)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_each_test_begins_with_no_accelerator(precision):
+    """`tests/conftest.py` forgets Accelerate's state, which refuses a second precision."""
+    assert accelerate.Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision

@@ -203,3 +203,12 @@ def test_json_holds_plain_values(tmp_path):
     by_hand().save(tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())["version"] == 1
     assert Profile.load(tmp_path / "p.json") == by_hand()
+
+
+def test_an_untimed_step_is_estimated():
+    """Repeated matmuls are about a fifth of a step; without any, 8-bit codes are about a tenth."""
+    assert by_hand(plain_s=0.3).step_s == 0.3
+    untimed = by_hand(plain_s=None)
+    assert untimed.step_s == pytest.approx(10 * 2 * SECONDS[8])
+    times = untimed.times._replace(matmuls={"0": 0.02, "1": 0.03})
+    assert dataclasses.replace(untimed, times=times).step_s == pytest.approx(5 * 0.05)

@@ -54,3 +54,11 @@ def test_in_order_puts_plain_first_and_presets_as_listed():
     names = [row["name"] for row in in_order(rows)]
     assert names == ["plain", "mesa8", "mesa8", "paper", "other"]
     assert [row["i"] for row in in_order(rows) if row["name"] == "mesa8"] == [2, 4]
+
+
+def test_columns_of_before_have_their_names_of_today(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"kept_bytes": 3, "name": "kept_bytes", "predicted": [{"moved_bytes": 1}]}\n')
+    assert records.read(path) == [
+        {"saved_bytes": 3, "name": "kept_bytes", "predicted": [{"offloaded_bytes": 1}]}
+    ]

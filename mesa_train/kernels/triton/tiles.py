@@ -105,7 +105,7 @@ def warps(elements: int) -> int:
 
 
 def handles(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can read the dtypes of all tensors."""
+    """True if the kernels can read the dtypes of all tensors."""
     return all([t is None or t.dtype in _DTYPES for t in tensors])
 
 

@@ -7,6 +7,7 @@ timm's.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 LEAST_IMAGE_SIZE = 29
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, abc.ABC):
     """Image classifier: images (B, C, H, W) to logits (B, num_classes), or to features.
 
     A model without classes (`num_classes=0`) returns features.
@@ -42,21 +43,21 @@ class Classifier(nn.Module):
         self.num_classes, self.global_pool = num_classes, self._pool(global_pool)
         self.head = self._classifier()
 
+    @abc.abstractmethod
     def stages(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the output of each stage before merging. Each stage runs when it is requested."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pooled(self, x: Tensor) -> Tensor:
         """Pool features to (B, num_features), by `global_pool`."""
-        raise NotImplementedError
 
     def as_map(self, x: Tensor) -> Tensor:
         """A stage's output as a map (B, H, W, C)."""
         return x
 
+    @abc.abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
         """Features of images, before pooling."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool features, apply dropout and the head. With `pre_logits`, skip the head."""
@@ -105,9 +106,9 @@ class Classifier(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    @abc.abstractmethod
     def drop_stages(self, kept: int) -> None:
         """Remove all stages but the first `kept`."""
-        raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
         """The head."""

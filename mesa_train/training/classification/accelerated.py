@@ -99,7 +99,7 @@ def gather(texts: list[str]) -> list[str]:
 
 
 def _installed(tracker: str) -> bool:
-    """Whether the tracker's package is installed."""
+    """True if the tracker's package is installed."""
     import importlib.util
 
     return importlib.util.find_spec(tracker) is not None

@@ -86,7 +86,7 @@ def plan(config: Config, images: int, world: int) -> Plan:
 
 
 def use_cpu(config: Config) -> bool:
-    """Whether the run uses no GPU, by its configuration or because there is none."""
+    """True if the run uses no GPU, by its configuration or because there is none."""
     return config.train.device == "cpu" or not torch.cuda.is_available()
 
 

@@ -294,7 +294,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a name has the suffix of an image format that Pillow reads."""
+    """True if a name has the suffix of an image format that Pillow reads."""
     return Path(name).suffix.lower() in _endings()
 
 

@@ -176,7 +176,7 @@ def _files(config: DataConfig) -> list[list[str]]:
 
 
 def _belongs(path: Path, split: str) -> bool:
-    """Whether a file belongs to a split, by its name."""
+    """True if a file belongs to a split, by its name."""
     rest = path.name.removeprefix(split)
     return path.name.startswith(split) and not rest[:1].isalpha()
 

@@ -56,7 +56,7 @@ class LocalShards(torch.optim.Optimizer):
         for parameter, part in self._pairs():
             if part.grad is not None or (parameter.grad is not None and not part.numel()):
                 steps = self.inner.state.get(part, {}).get("step", 0)
-                # What the moments are is asked of bitsandbytes; this says that there are some.
+                # bitsandbytes holds the moments; this entry shows that moments exist.
                 self.state[parameter]["step"] = torch.tensor(float(steps))
             part.grad = None
 

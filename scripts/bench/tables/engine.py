@@ -42,10 +42,10 @@ def step(rows: Sequence[Row]) -> str:
     any_row = newest[0]
     remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
     return markdown(head, lines) + (
-        f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}; gradient error: relative "
-        "L2 distance from the plain float32 gradient over all parameters; peak: with weights and "
-        "AdamW's states; largest batch: what is kept and those; step: forward, backward "
-        f"and AdamW, median of {any_row['rounds']} rounds that take turns, quartiles in brackets."
+        f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}. The gradient error is the "
+        "relative L2 distance from the plain float32 gradient over all parameters. The peak includes weights and "
+        "AdamW's states. The largest batch counts saved tensors, weights and these states. A step is forward, backward "
+        f"and AdamW: median of {any_row['rounds']} rounds that take turns, quartiles in brackets."
         f"{remarks} {origin(any_row)}\n"
     )
 

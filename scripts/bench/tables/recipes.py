@@ -91,7 +91,7 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
 
 @_estimates
 def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
-    """What is kept for one image under every policy."""
+    """Bytes saved for one image under every policy."""
     lines = [[policy, format_bytes(size)] for policy, size in row["saved_bytes"].items()]
     return ["policy", "kept for one image"], lines
 

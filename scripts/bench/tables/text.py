@@ -1,4 +1,4 @@
-"""What the tables share: where their rows lie, Markdown, and where a row comes from."""
+"""Shared parts of the tables: the folder of their rows, Markdown, and the origin of a row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def newest_run(rows: Sequence[Row]) -> list[Row]:
 
 
 def origin(row: Row) -> str:
-    """Where a row was measured, in one sentence."""
+    """The origin of a row in one sentence: machine, versions, commit, date."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
     device = f"{row['device']} ({row['arithmetic']})" if row.get("arithmetic") else row["device"]
     return (
