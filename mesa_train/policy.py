@@ -277,6 +277,8 @@ class Rules:
         changes: Iterable[tuple[str | None, str | None, Mapping[str, Any]]] = (),
     ) -> None:
         changes = list(changes)
+        # The form of the rules in C++, made at the first native call (see `native/recorder.cpp`).
+        self.native: Any = None
         self.rebuilds_matmuls = False
         self.table: dict[tuple[str, str], Rule] = {}
         self.operators: dict[str, bool] = {}
@@ -302,6 +304,9 @@ class Rules:
 
     def __getitem__(self, key: tuple[str, str]) -> Rule:
         return self.table[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "native": None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ ORDER = (
     ("stash",),
     ("policy",),
     ("codecs",),
-    ("kernels",),
+    ("kernels", "native"),
     ("models",),
     ("utils",),
 )

@@ -25,6 +25,7 @@ from mesa_train.stash import sharded_parameters
 from mesa_train.stash.context import ModuleContext, Report
 from mesa_train.stash.recorder import saved_hooks
 
+from . import intercept
 from .checkpoint_inputs import InputHooks
 from .intercept import CompressionMode, active, hookable
 from .modes import aside, exchange, put_aside, tracer, untraced
@@ -88,10 +89,14 @@ def enter(
     Returns:
         The output of `call`.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not again and intercept.extension is not None:
+        result = intercept.extension.enter(module, call, args, kwargs)
+        if result is not intercept.extension.SLOW:
+            return result
     entry = module.__dict__.get(ATTRIBUTE)
     if entry is None:
         return call(*args, **kwargs)
-    compiling = torch.compiler.is_compiling()
     if not torch.is_grad_enabled() or not (compiling or _differentiable(module, args, kwargs)):
         if compiling or not torch._C._len_torch_function_stack():
             return call(*args, **kwargs)

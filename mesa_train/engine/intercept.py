@@ -26,8 +26,19 @@ from mesa_train.policy import Policy
 from mesa_train.stash.context import ModuleContext, Report
 from mesa_train.stash.recorder import Recorder, saved_hooks
 
+from . import native
 from .checkpoint_inputs import InputHooks
 from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
+
+# The extension of the native rows (see `native.py`); None before the first `wrap`, or without a
+# compiler.
+extension: Any = None
+
+
+def prepare() -> None:
+    """Load everything that a forward needs: kernels, foreign rows, native rows."""
+    global extension
+    extension = native.prepare(CompressionMode)
 
 
 class CompressionMode(Mode):
@@ -106,6 +117,10 @@ class CompressionMode(Mode):
                 return func(*args, **kwargs)
             row = table.ROWS.get(func)
         else:
+            if extension is not None:
+                result = extension.dispatch(self, func, args, kwargs)
+                if result is not extension.SLOW:
+                    return result
             if (
                 not torch.is_grad_enabled()
                 or _transformed()
@@ -147,7 +162,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
     """
     resolved = Policy.of(policy)
     if not torch.compiler.is_compiling():
-        table.prepare()
+        prepare()
     return CompressionMode(ModuleContext("", resolved.rules([""])[""]), owner=object())
 
 

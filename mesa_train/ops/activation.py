@@ -157,6 +157,8 @@ class InPlace:
 class Activated:
     """Recipe: the activation of its source. From affine codes in one pass."""
 
+    __slots__ = ("kind",)
+
     def __init__(self, kind: str) -> None:
         self.kind = kind
 

@@ -38,7 +38,7 @@ from mesa_train.utils.torch_functions import function_name
 from .coded import CODED
 
 # Functions that save nothing large. They are called without hooks, to save time.
-_NOTHING = frozenset(
+NOTHING = frozenset(
     """
     add add_ sub sub_ rsub neg neg_ __get__ __set__ __setitem__ copy_ fill_ zero_
     requires_grad_ backward detach detach_ size dim ndim numel stride element_size data_ptr
@@ -67,7 +67,7 @@ def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
     if not rules.operators["fallback"] and not rules.functions:
         return func(*args, **kwargs)
     name = getattr(func, "__name__", "")
-    if name in _NOTHING or not _tracked(args, kwargs):
+    if name in NOTHING or not _tracked(args, kwargs):
         return func(*args, **kwargs)
     if name in _PRODUCTS and len([a for a in args if _needs_gradient(a)]) < 2:
         return func(*args, **kwargs)

@@ -81,7 +81,7 @@ class RecomputedLinear:
         return F.linear(saved.value(spec.sources[0], spec.dtype), *parameters).to(dtype)
 
 
-_PRODUCT = RecomputedLinear()
+PRODUCT = RecomputedLinear()
 
 
 def linear(
@@ -109,7 +109,7 @@ def linear(
     source = recorder.known(input, "linear", "input") if x is None else x
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
         parameters = recorder.parameters(weight, bias)
-        recipe = Stash(_PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)
+        recipe = Stash(PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)
         recorder.lineage.set(output, recipe)
     return output
 

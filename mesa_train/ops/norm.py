@@ -84,6 +84,8 @@ class Scaled:
     applies weight and bias.
     """
 
+    __slots__ = ("has_bias", "has_weight", "per_channel")
+
     def __init__(
         self, has_weight: bool, has_bias: bool, per_channel: tuple[int, ...] | None
     ) -> None:

@@ -113,7 +113,7 @@ ROWS: dict[Any, Row] = {
 _FOREIGN: dict[tuple[str, str], Row] = {("torchvision", "deform_conv2d"): deformable.deform_conv}
 
 # To recompute these functions moves data and computes nothing.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     """
     transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind
     chunk split tensor_split select narrow movedim moveaxis swapaxes swapdims roll flip
@@ -125,7 +125,7 @@ _CASTS = frozenset(
     to float half bfloat16 double
     """.split()
 )
-for _name in _VIEWS:
+for _name in VIEWS:
     for _owner in (torch, Tensor):
         if hasattr(_owner, _name):
             ROWS[getattr(_owner, _name)] = views.view

@@ -64,6 +64,13 @@ class Recorder:
         self.lineage: Lineage[Stash] = (
             TracedLineage() if self.traced else Lineage(self.zero3_hooked)
         )
+        # Whether native rows may use this recorder. The passes of a checkpoint and ZeRO-3 need
+        # Python rows.
+        self.native = (
+            not self.traced
+            and not self.zero3_hooked
+            and (hooks is None or hasattr(hooks, "mesa_train_onlooker"))
+        )
         # The operands of a Linear, by its output, for a layer scale that follows the Linear.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
         self.linears = TracedLineage() if self.traced else Lineage()

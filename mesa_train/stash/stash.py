@@ -294,6 +294,8 @@ def _descending(strides: tuple[int, ...]) -> tuple[int, ...]:
 class Leaf:
     """Recipe: decode codes."""
 
+    __slots__ = ("codec", "layout")
+
     def __init__(self, codec: Codec, layout: MatrixLayout) -> None:
         self.codec, self.layout = codec, layout
 
@@ -318,14 +320,14 @@ class Uncompressed:
         return tensor.to(dtype)
 
 
-_WHOLE = Uncompressed()
+WHOLE = Uncompressed()
 
 
 def uncompressed(tensor: Tensor) -> Stash:
     """Save a tensor uncompressed. A Parameter stays a Parameter, because sharded training frees and gathers it."""
     if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
         tensor = tensor.detach()
-    return Stash(_WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
+    return Stash(WHOLE, (tensor,), cost=VIEW, dtype=tensor.dtype)
 
 
 def of_parameter(tensor: Tensor) -> str:
@@ -363,12 +365,18 @@ def held(tensor: Tensor) -> Tensor:
 
 
 class Replay:
-    """Recipe: call a view function on one source again, with constant arguments."""
+    """Recipe: call a view function on one source again, with constant arguments.
+
+    `geometry`: the view's sizes and strides, if a native row made the recipe.
+    """
+
+    __slots__ = ("args", "function", "geometry", "index", "kwargs")
 
     def __init__(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None = None
     ) -> None:
         self.function, self.args, self.kwargs, self.index = function, args, kwargs, index
+        self.geometry: bytes | None = None
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
         value = self.function(saved.value(spec.sources[0], dtype), *self.args, **self.kwargs)

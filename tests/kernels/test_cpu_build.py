@@ -11,6 +11,7 @@ from limits import HUNG_S
 
 from mesa_train import kernels
 from mesa_train.kernels.cpu import build as cpu_build
+from mesa_train.utils import cpp_build
 
 ENCODE = """
 import logging, torch
@@ -150,44 +151,44 @@ def compiler(tmp_path, monkeypatch):
 
 def test_one_object_that_does_not_compile_leaves_nothing(tmp_path, compiler):
     compiler("-DMESA_DTYPE=Float16")
-    with pytest.raises(cpu_build._BuildError, match="refused: -DMESA_DTYPE=Float16"):
-        cpu_build._library()
+    with pytest.raises(cpp_build.BuildError, match="refused: -DMESA_DTYPE=Float16"):
+        cpu_build.LIBRARY.path()
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_compiler_that_does_not_know_this_processor_builds_for_an_older_one(tmp_path, compiler):
     called = compiler("-march=native")
-    path = cpu_build._library()
+    path = cpu_build.LIBRARY.path()
     assert path.read_text() == "done\n"
     assert [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"] == []
     # The last calls are those of the second build: every object, and the link.
-    built = called()[-len(cpu_build._UNITS) - 1 :]
+    built = called()[-len(cpu_build.LIBRARY.units) - 1 :]
     assert not any("-march=native" in line for line in built)
-    assert sum(" -c " in line for line in built) == len(cpu_build._UNITS)
+    assert sum(" -c " in line for line in built) == len(cpu_build.LIBRARY.units)
     before = len(called())
-    assert cpu_build._library() == path
+    assert cpu_build.LIBRARY.path() == path
     assert len(called()) == before, "it is there already"
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, compiler):
     compiler("nothing")
-    path = cpu_build._library()
+    path = cpu_build.LIBRARY.path()
     path.unlink()
     (path.parent / f"{path.stem}.abc.tmp").mkdir()
     (path.parent / f"{path.stem}.abc.tmp" / "0.o").write_text("half")
     other = path.parent / "cpu_of_another_build.abc.tmp"
     other.mkdir()
-    assert cpu_build._library().exists()
+    assert cpu_build.LIBRARY.path().exists()
     assert [p for p in path.parent.iterdir() if p.suffix == ".tmp"] == [other]
 
 
 @pytest.mark.parametrize(("chosen", "jobs"), [("1", 1), ("3", 3), ("0", 1), ("many", 1)])
 def test_max_jobs_limits_the_compilers(monkeypatch, chosen, jobs):
     monkeypatch.setenv("MAX_JOBS", chosen)
-    assert cpu_build._jobs(5) == jobs
+    assert cpp_build.jobs(5, 1 << 20) == jobs
 
 
 def test_no_more_compilers_than_cores_or_objects(monkeypatch):
     monkeypatch.delenv("MAX_JOBS", raising=False)
-    assert cpu_build._jobs(1) == 1
-    assert 1 <= cpu_build._jobs(1000) <= (os.cpu_count() or 1)
+    assert cpp_build.jobs(1, 1 << 20) == 1
+    assert 1 <= cpp_build.jobs(1000, 1 << 20) <= (os.cpu_count() or 1)

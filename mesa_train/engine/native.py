@@ -1,0 +1,121 @@
+"""The native rows: the common calls of the operators, and their backward, in C++.
+
+Why: on a fast GPU a step waits for Python. A native row does in a few microseconds what a Python
+row and its autograd node do in 50 to 150.
+
+How: `native/` is a C++ extension. It reads and makes the same objects as the Python code (stashes,
+lineage, report). A call that is not a common case runs the Python row, which stays the reference.
+So a step may mix both. Both save the same tensors.
+
+The extension is compiled once per machine, like the CPU kernels (see `utils/cpp_build.py`), and
+needs no CUDA. Without a compiler or Python's headers, every call runs in Python.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mesa_train.codecs.affine import Affine
+from mesa_train.codecs.lossless import Lossless
+from mesa_train.ops import activation, attention, linear, matmul, multiply, norm, softmax, table
+from mesa_train.ops.fallback import NOTHING
+from mesa_train.stash import backward_cache, lineage, sharded_parameters, stash
+from mesa_train.stash.context import Report
+
+_nn = torch._C._nn
+
+# Torch functions with a native row, by the row's name in `native/rows.cpp`.
+ROWS: dict[Any, str] = {
+    _nn.linear: "linear",
+    F.layer_norm: "layer_norm",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.scaled_dot_product_attention: "attention",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    Tensor.softmax: "softmax",
+    torch.matmul: "matmul",
+    Tensor.matmul: "matmul",
+    Tensor.__matmul__: "matmul",
+    torch.bmm: "matmul",
+    torch.mm: "matmul",
+    torch.add: "add",
+    Tensor.add: "add",
+    Tensor.add_: "add",
+    F.dropout: "dropout",
+    torch.dropout: "dropout",
+}
+_RESHAPES = frozenset("reshape view flatten unflatten squeeze unsqueeze contiguous clone".split())
+_VIEWS = table.VIEWS - {"roll", "flip"}
+for _name in sorted(_VIEWS):
+    for _owner in (torch, Tensor):
+        if hasattr(_owner, _name):
+            ROWS[getattr(_owner, _name)] = "reshape" if _name in _RESHAPES else "view"
+ROWS[Tensor.__getitem__] = "view"
+
+# Classes whose forward calls one torch function: (class, name in torch.nn.functional, the number
+# of `Stock::Kind`).
+_STOCK = ((nn.Linear, "linear", 0), (nn.LayerNorm, "layer_norm", 1), (nn.GELU, "gelu", 2),
+          (nn.Dropout, "dropout", 3))  # fmt: skip
+
+
+_lock = threading.Lock()
+_prepared = False
+
+
+def prepare(mode: type) -> ModuleType | None:
+    """Load kernels, foreign rows and the native rows now.
+
+    Otherwise the first forward would, and torch.compile may trace it. Idempotent and thread-safe.
+
+    Args:
+        mode: the class of the compression mode.
+    Returns:
+        The extension; None if it cannot be loaded.
+    """
+    global _prepared, _module
+    if not _prepared:
+        with _lock:
+            if not _prepared:
+                from mesa_train.native import build
+
+                # Both compile at the first use on a machine.
+                with ThreadPoolExecutor(1) as pool:
+                    future = pool.submit(build.load)
+                    table.prepare()
+                    _module = future.result()
+                if _module is not None:
+                    _set_up(_module, mode)
+                _prepared = True
+    table.prepare()
+    return _module
+
+
+_module: ModuleType | None = None
+
+
+def _set_up(module: Any, mode: type) -> None:
+    """Give the extension the classes and tables of the Python code."""
+    classes = {
+        "Stash": stash.Stash, "Leaf": stash.Leaf, "MatrixLayout": stash.MatrixLayout,
+        "Replay": stash.Replay, "Cast": stash.Cast, "WHOLE": stash.WHOLE, "held": stash.held,
+        "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
+        "Activated": activation.Activated, "Report": Report, "Lineage": lineage.Lineage,
+        "UseCount": backward_cache.UseCount, "CompressionMode": mode, "PRODUCT": linear.PRODUCT,
+        "Linear": linear.Linear, "TokenNorm": norm.TokenNorm, "RMSNorm": norm.RMSNorm,
+        "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU, "Mul": multiply.Mul,
+        "MatMul": matmul.MatMul, "Softmax": softmax.Softmax, "forward_ad": vars(forward_ad),
+        "compiler": vars(torch.compiler),
+        "eval_frame_callback": torch._C._dynamo.eval_frame.get_eval_frame_callback,
+        "functional": vars(F), "is_fsdp_module": sharded_parameters.is_fsdp_module,
+    }  # fmt: skip
+    stock = [(kind, kind.forward, name, getattr(F, name), number) for kind, name, number in _STOCK]
+    module.set_up(classes, ROWS, {**table.ROWS, **table.EAGER}, NOTHING, stock)

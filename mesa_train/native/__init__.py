@@ -1,0 +1,1 @@
+"""The native rows: a C++ extension for the common calls of the operators."""

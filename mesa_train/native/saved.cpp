@@ -1,0 +1,293 @@
+#include "saved.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/silu.h>
+#include <c10/util/irange.h>
+#include <pybind11/gil.h>
+#include <torch/csrc/PyInterpreter.h>
+
+#include "operators.h"
+
+namespace mesa {
+namespace {
+
+// The activations that a node computes from an uncompressed input.
+bool computes(std::string_view kind) {
+  return kind == "gelu" || kind == "gelu_tanh" || kind == "silu";
+}
+
+c10::DimVector integers(PyObject* tuple) {
+  c10::DimVector values(PyTuple_GET_SIZE(tuple));
+  for (const auto i : c10::irange(values.size())) {
+    values[i] = integer(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
+  }
+  return values;
+}
+
+bool decoded(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+}  // namespace
+
+at::ScalarType once(at::ScalarType own, at::ScalarType dtype) {
+  return c10::elementSize(own) >= 4 && c10::elementSize(dtype) <= c10::elementSize(own) ? dtype
+                                                                                         : own;
+}
+
+Tensor activation(const Tensor& x, std::string_view kind) {
+  if (kind == "silu") return at::silu(x);
+  return at::gelu(x, kind == "gelu_tanh" ? "tanh" : "none");
+}
+
+Ref Geometry::pack(const Tensor& source, const Tensor& view, bool reshapes) {
+  const bool strided = view.is_alias_of(source) && view.scalar_type() == source.scalar_type();
+  if (!strided && !reshapes) return Ref::borrow(Py_None);
+  std::vector<int64_t> numbers = {strided, reshapes, source.dim(), view.dim(),
+                                  strided ? view.storage_offset() - source.storage_offset() : 0};
+  for (const auto& list : {source.sizes(), source.strides(), view.sizes(), view.strides()}) {
+    numbers.insert(numbers.end(), list.begin(), list.end());
+  }
+  return Ref::steal(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(numbers.data()),
+                                              static_cast<Py_ssize_t>(numbers.size() * 8)));
+}
+
+Geometry Geometry::unpack(PyObject* bytes) {
+  const auto* number = reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(bytes));
+  Geometry geometry;
+  geometry.strided = number[0];
+  geometry.reshaped = number[1];
+  const int64_t inner = number[2], outer = number[3];
+  geometry.offset = number[4];
+  number += 5;
+  geometry.source_sizes.assign(number, number + inner);
+  geometry.source_strides.assign(number + inner, number + 2 * inner);
+  number += 2 * inner;
+  geometry.sizes.assign(number, number + outer);
+  geometry.strides.assign(number + outer, number + 2 * outer);
+  return geometry;
+}
+
+// The tensors and structures that one call of `save` has met so far.
+struct SavedStashes::Making {
+  std::vector<Tensor> tensors;
+  c10::SmallVector<std::pair<const void*, int>, 8> slots;   // by tensor
+  c10::SmallVector<std::pair<PyObject*, int>, 8> structures;  // by stash
+};
+
+bool SavedStashes::save(std::initializer_list<Item> items) {
+  Making making;
+  specs_.reserve(items.size() + 2);
+  for (const Item& item : items) {
+    if (item.tensor.defined()) {
+      Spec spec;
+      spec.dtype = item.tensor.scalar_type();
+      spec.slots.push_back(slot(item.tensor, making));
+      roots_.push_back(static_cast<int>(specs_.size()));
+      specs_.push_back(std::move(spec));
+      continue;
+    }
+    const int root = item.stash ? strip(item.stash, making) : -1;
+    if (root == -2) return false;
+    roots_.push_back(root);
+  }
+  tensors_.reserve(making.tensors.size());
+  for (const Tensor& tensor : making.tensors) tensors_.emplace_back(tensor, false);
+  return true;
+}
+
+void SavedStashes::release() {
+  for (auto& tensor : tensors_) tensor.reset_data();
+}
+
+// The index of a saved tensor. Each tensor is saved once.
+int SavedStashes::slot(const Tensor& tensor, Making& making) {
+  for (const auto& [known, index] : making.slots) {
+    if (known == tensor.unsafeGetTensorImpl()) return index;
+  }
+  const int index = static_cast<int>(making.tensors.size());
+  making.tensors.push_back(tensor);
+  making.slots.emplace_back(tensor.unsafeGetTensorImpl(), index);
+  return index;
+}
+
+// The index of a stash's structure, or -2 if a recipe has no native form.
+int SavedStashes::strip(PyObject* stash, Making& making) {
+  for (const auto& [known, index] : making.structures) {
+    if (known == stash) return index;
+  }
+  const Classes& c = classes;
+  const auto& slots = c.stash_slots;
+  PyObject* const recipe = slots.recipe.get(stash);
+  PyObject* const sources = slots.sources.get(stash);
+  if (slots.offloaded.get(stash) != Py_None || slots.uses.get(stash) != Py_None ||
+      PyTuple_GET_SIZE(sources) > 1) {
+    return -2;
+  }
+  Spec spec;
+  spec.dtype = dtype_of(slots.dtype.get(stash));
+  if (PyTuple_GET_SIZE(sources) == 1) {
+    spec.source = strip(PyTuple_GET_ITEM(sources, 0), making);
+    if (spec.source < 0) return -2;
+  }
+  const auto* const kind = Py_TYPE(recipe);
+  const auto is = [kind](const Ref& type) { return (PyObject*)kind == type.get(); };
+  if (recipe == c.whole.get()) {
+    spec.kind = Kind::WHOLE;
+  } else if (is(c.leaf)) {
+    PyObject* const codec = c.leaf_slots.codec.get(recipe);
+    PyObject* const layout = c.leaf_slots.layout.get(recipe);
+    if (Py_IS_TYPE(codec, (PyTypeObject*)c.affine.get())) {
+      spec.kind = Kind::CODES;
+      spec.bits = integer(attribute(codec, names.bits).get());
+    } else if (Py_IS_TYPE(codec, (PyTypeObject*)c.lossless.get())) {
+      spec.kind = Kind::VALUES;
+    } else {
+      return -2;
+    }
+    spec.layout.shape = integers(c.layout_slots.shape.get(layout));
+    spec.layout.order = integers(c.layout_slots.order.get(layout));
+    spec.layout.cols = integer(c.layout_slots.cols.get(layout));
+    if (spec.layout.shape.empty()) return -2;
+    for (const auto i : c10::irange(spec.layout.order.size())) {
+      spec.layout.contiguous = spec.layout.contiguous && spec.layout.order[i] == (int64_t)i;
+    }
+  } else if (is(c.scaled)) {
+    const Kind source = spec.source < 0 ? Kind::WHOLE : specs_[spec.source].kind;
+    if (c.scaled_slots.per_channel.get(recipe) != Py_None ||
+        (source != Kind::CODES && source != Kind::VALUES)) {
+      return -2;
+    }
+    spec.kind = Kind::SCALED;
+    spec.has_weight = truth(c.scaled_slots.has_weight.get(recipe));
+    spec.has_bias = truth(c.scaled_slots.has_bias.get(recipe));
+  } else if (is(c.activated)) {
+    spec.kind = Kind::ACTIVATED;
+    const char* const name = PyUnicode_AsUTF8(c.activated_slots.kind.get(recipe));
+    if (!name) throw python_error();
+    spec.activation = name;
+    if (specs_[spec.source].kind != Kind::CODES && !computes(spec.activation)) return -2;
+  } else if (is(c.replay)) {
+    spec.kind = Kind::VIEW;
+    PyObject* const geometry = c.replay_slots.geometry.get(recipe);
+    if (geometry && geometry != Py_None) spec.geometry = Geometry::unpack(geometry);
+    spec.recipe = std::make_shared<c10::SafePyObject>(Py_NewRef(recipe), getPyInterpreter());
+  } else if (is(c.cast)) {
+    spec.kind = Kind::CAST;
+  } else {
+    return -2;
+  }
+  PyObject* const tensors = slots.tensors.get(stash);
+  for (const auto i : c10::irange(PyTuple_GET_SIZE(tensors))) {
+    PyObject* const object = PyTuple_GET_ITEM(tensors, i);
+    if (!plain_tensor(object)) return -2;
+    spec.slots.push_back(slot(THPVariable_Unpack(object), making));
+  }
+  const int index = static_cast<int>(specs_.size());
+  specs_.push_back(std::move(spec));
+  making.structures.emplace_back(stash, index);
+  return index;
+}
+
+Rebuilt::Rebuilt(const SavedStashes& saved) : saved_(saved) {
+  tensors_.reserve(saved.tensors_.size());
+  for (const auto& tensor : saved.tensors_) tensors_.push_back(tensor.unpack());
+}
+
+Tensor Rebuilt::value(int index, at::ScalarType dtype) {
+  for (const Known& known : known_) {
+    if (known.index == index && known.dtype == dtype) return known.value;
+  }
+  Tensor value = load(saved_.specs_[index], dtype);
+  known_.push_back({index, dtype, value});
+  return value;
+}
+
+Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
+  switch (spec.kind) {
+    case Kind::WHOLE:
+      return own(spec, 0).to(dtype);
+    case Kind::CODES:
+      return spec.layout.restore(
+          affine_decode(own(spec, 0), own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+    case Kind::VALUES:
+      return spec.layout.restore(own(spec, 0).to(dtype));
+    case Kind::SCALED: {
+      const Spec& leaf = source(spec);
+      const auto parameter = [&](bool exists, size_t i) -> std::optional<Tensor> {
+        if (!exists) return std::nullopt;
+        return own(spec, static_cast<int>(i)).reshape(-1);
+      };
+      const auto weight = parameter(spec.has_weight, 0);
+      const auto bias = parameter(spec.has_bias, spec.slots.size() - 1);
+      const at::ScalarType rounded = once(spec.dtype, dtype);
+      Tensor matrix;
+      if (leaf.kind == Kind::CODES) {
+        matrix = affine_decode(own(leaf, 0), own(leaf, 1), leaf.bits, leaf.layout.cols, rounded,
+                               weight, bias);
+      } else {
+        matrix = own(leaf, 0);
+        if (weight) matrix = at::mul(matrix, *weight);
+        if (bias) matrix = at::add(matrix, *bias);
+        matrix = matrix.to(rounded);
+      }
+      return leaf.layout.restore(matrix).to(dtype);
+    }
+    case Kind::ACTIVATED: {
+      const Spec& input = source(spec);
+      if (input.kind != Kind::CODES) {
+        return activation(value(spec.source, spec.dtype), spec.activation).to(dtype);
+      }
+      return input.layout
+          .restore(activation_decode(own(input, 0), own(input, 1), input.bits, input.layout.cols,
+                                     once(spec.dtype, dtype), spec.activation))
+          .to(dtype);
+    }
+    case Kind::VIEW:
+      return view(spec, dtype);
+    case Kind::CAST: {
+      const Spec& from = source(spec);
+      if (c10::elementSize(spec.dtype) >= 4 &&
+          c10::elementSize(spec.dtype) > c10::elementSize(from.dtype)) {
+        return value(spec.source, dtype);  // A cast to a wider dtype changes no value.
+      }
+      return value(spec.source, decoded(spec.dtype) ? spec.dtype : from.dtype)
+          .to(spec.dtype)
+          .to(dtype);
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+Tensor Rebuilt::view(const Spec& spec, at::ScalarType dtype) {
+  const Geometry& geometry = spec.geometry;
+  const Tensor from = value(spec.source, dtype);
+  if (geometry.strided && from.sizes() == geometry.source_sizes &&
+      from.strides() == geometry.source_strides) {
+    return from.as_strided(geometry.sizes, geometry.strides,
+                           from.storage_offset() + geometry.offset);
+  }
+  if (geometry.reshaped) return from.reshape(geometry.sizes);
+  // Any other function: as `stash.Replay` does.
+  const pybind11::gil_scoped_acquire gil;
+  PyObject* const recipe = spec.recipe->ptr(getPyInterpreter());
+  const auto& slots = classes.replay_slots;
+  PyObject* const args = slots.args.get(recipe);
+  const Py_ssize_t count = PyTuple_GET_SIZE(args);
+  const Ref all = Ref::steal(PyTuple_New(count + 1));
+  PyTuple_SET_ITEM(all.get(), 0, wrapped(from).release());
+  for (const auto i : c10::irange(count)) {
+    PyTuple_SET_ITEM(all.get(), i + 1, Py_NewRef(PyTuple_GET_ITEM(args, i)));
+  }
+  Ref result = Ref::steal(
+      PyObject_Call(slots.function.get(recipe), all.get(), slots.kwargs.get(recipe)));
+  if (PyObject* const index = slots.index.get(recipe); index && index != Py_None) {
+    result = Ref::steal(PyObject_GetItem(result.get(), index));
+  }
+  return THPVariable_Unpack(result.get());
+}
+
+}  // namespace mesa

@@ -1,0 +1,114 @@
+// What a node saves: tensors, and the structure that rebuilds other tensors from them.
+//
+// `SavedStashes` is the native form of `stash.Spec` and `stash.Saved`. Its tensors are PyTorch's
+// saved variables, so saved-tensor hooks and the check of versions apply to them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <c10/core/SafePyObject.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include "recorder.h"
+
+namespace mesa {
+
+enum class Kind : uint8_t {
+  WHOLE,      // the tensor itself
+  CODES,      // a leaf of affine codes
+  VALUES,     // a leaf of the lossless codec
+  SCALED,     // a norm's output: weight and bias applied to x_hat
+  ACTIVATED,  // an activation of its source
+  VIEW,       // a view of its source, or a copy of a view
+  CAST,       // its source in another dtype
+};
+
+// A view of a source, as strides if it is one. The Python recipe is called for all other views.
+struct Geometry {
+  bool strided = false, reshaped = false;
+  c10::DimVector source_sizes, source_strides, sizes, strides;
+  int64_t offset = 0;  // from the first element of the source
+
+  static Ref pack(const Tensor& source, const Tensor& view, bool reshapes);
+  static Geometry unpack(PyObject* bytes);
+};
+
+struct Spec {
+  Kind kind = Kind::WHOLE;
+  at::ScalarType dtype = at::kFloat;
+  c10::SmallVector<int, 2> slots;  // of the saved tensors
+  int source = -1;                 // index of the source's structure
+  int64_t bits = 0;
+  Layout layout;
+  bool has_weight = false, has_bias = false;
+  std::string activation;
+  Geometry geometry;
+  std::shared_ptr<c10::SafePyObject> recipe;  // of a view without geometry
+};
+
+// What a node saves at one place: a Python stash, a tensor itself, or nothing.
+struct Item {
+  Item(std::nullptr_t) {}
+  Item(PyObject* stash) : stash(stash) {}
+  Item(const Tensor& tensor) : tensor(tensor) {}
+
+  PyObject* stash = nullptr;
+  Tensor tensor;
+};
+
+// The saved stashes of a node.
+class SavedStashes {
+ public:
+  // Fills this object. False if a recipe has no native form; then nothing is saved.
+  bool save(std::initializer_list<Item> items);
+  void release();
+
+ private:
+  friend class Rebuilt;
+  struct Making;
+  int strip(PyObject* stash, Making& making);
+  static int slot(const Tensor& tensor, Making& making);
+
+  std::vector<Spec> specs_;
+  c10::SmallVector<int, 8> roots_;
+  std::vector<torch::autograd::SavedVariable> tensors_;
+};
+
+// The saved stashes of a node in its backward. Each tensor is rebuilt at most once in a dtype.
+class Rebuilt {
+ public:
+  explicit Rebuilt(const SavedStashes& saved);
+
+  bool has(int index) const { return saved_.roots_[index] >= 0; }
+  const Spec& spec(int index) const { return saved_.specs_[saved_.roots_[index]]; }
+  const Spec& source(const Spec& spec) const { return saved_.specs_[spec.source]; }
+  // Stash `index` as a tensor of `dtype`.
+  Tensor get(int index, at::ScalarType dtype) { return value(saved_.roots_[index], dtype); }
+  // The stash in its own dtype.
+  Tensor get(int index) { return get(index, spec(index).dtype); }
+  // The i-th saved tensor that a structure itself reads.
+  const Tensor& own(const Spec& spec, int i) const { return tensors_[spec.slots[i]]; }
+
+ private:
+  Tensor value(int index, at::ScalarType dtype);
+  Tensor load(const Spec& spec, at::ScalarType dtype);
+  Tensor view(const Spec& spec, at::ScalarType dtype);
+
+  const SavedStashes& saved_;
+  std::vector<Tensor> tensors_;
+  struct Known {
+    int index;
+    at::ScalarType dtype;
+    Tensor value;
+  };
+  c10::SmallVector<Known, 6> known_;
+};
+
+// The dtype to which a recipe that computes in float32 rounds (`stash.once`).
+at::ScalarType once(at::ScalarType own, at::ScalarType dtype);
+
+Tensor activation(const Tensor& x, std::string_view kind);
+
+}  // namespace mesa
