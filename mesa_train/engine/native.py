@@ -25,9 +25,9 @@ from torch.autograd import forward_ad
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.codecs.lossless import Lossless
-from mesa_train.ops import activation, attention, linear, matmul, multiply, norm, softmax, table
+from mesa_train.ops import activation, attention, linear, matmul, norm, softmax, table
 from mesa_train.ops.fallback import NOTHING
-from mesa_train.stash import backward_cache, lineage, sharded_parameters, stash
+from mesa_train.stash import backward_cache, sharded_parameters, stash
 from mesa_train.stash.context import Report
 
 _nn = torch._C._nn
@@ -107,11 +107,12 @@ def _set_up(module: Any, mode: type) -> None:
     classes = {
         "Stash": stash.Stash, "Leaf": stash.Leaf, "MatrixLayout": stash.MatrixLayout,
         "Replay": stash.Replay, "Cast": stash.Cast, "WHOLE": stash.WHOLE, "held": stash.held,
-        "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
-        "Activated": activation.Activated, "Report": Report, "Lineage": lineage.Lineage,
+        "Normalized": norm.Normalized, "UseHandle": backward_cache.UseHandle,
+        "backward_cache": backward_cache.backward_cache, "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
+        "Activated": activation.Activated, "Report": Report, 
         "UseCount": backward_cache.UseCount, "CompressionMode": mode, "PRODUCT": linear.PRODUCT,
-        "Linear": linear.Linear, "TokenNorm": norm.TokenNorm, "RMSNorm": norm.RMSNorm,
-        "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU, "Mul": multiply.Mul,
+        "Linear": linear.Linear, "TokenNorm": norm.TokenNorm,
+        "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU,
         "MatMul": matmul.MatMul, "Softmax": softmax.Softmax, "forward_ad": vars(forward_ad),
         "compiler": vars(torch.compiler),
         "eval_frame_callback": torch._C._dynamo.eval_frame.get_eval_frame_callback,

@@ -60,7 +60,7 @@ std::array<Ref, 3> keep_each(Call& call, const std::array<PyObject*, 3>& objects
     const Rule& rule = call.rule(static_cast<Operand>(Q + i));
     together = together && rule.bits == first.bits && rule.group_size == first.group_size &&
                rule.stochastic == first.stochastic && rule.seed == first.seed &&
-               Call::codes(rule, *tensors[i]) && !call.usable(objects[i], *tensors[i], rule);
+               rule.affine && Call::codes(rule, *tensors[i]) && !call.usable(objects[i], *tensors[i], rule);
   }
   if (together) {
     const at::NoGradGuard guard;
@@ -164,7 +164,7 @@ Ref softmax_row(Call& call, const Arguments& arguments) {
   }
   const Tensor* const x = plain_tensor(values[0]);
   const Rule& rule = call.rule(SOFTMAX);
-  if (!x || !x->dim() || !rule.affine || rule.fused || !call.covers(SOFTMAX, {x}) ||
+  if (!x || !x->dim() || rule.fused || !call.covers(SOFTMAX, {x}) ||
       (autocasts(*x) && !x->is_cpu())) {
     return {};
   }

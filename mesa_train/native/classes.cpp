@@ -16,30 +16,29 @@ void set_up(PyObject* dict) {
   c.affine = get("Affine");
   c.lossless = get("Lossless");
   c.scaled = get("Scaled");
+  c.normalized = get("Normalized");
   c.activated = get("Activated");
   c.replay = get("Replay");
   c.cast = get("Cast");
   c.report = get("Report");
-  c.lineage = get("Lineage");
   c.mode = get("CompressionMode");
   c.product = get("PRODUCT");
   c.whole = get("WHOLE");
   c.use_count = get("UseCount");
   c.linear = get("Linear");
   c.token_norm = get("TokenNorm");
-  c.rms_norm = get("RMSNorm");
   c.smooth = get("Smooth");
   c.flash_cpu = get("FlashCPU");
-  c.mul = get("Mul");
   c.matmul = get("MatMul");
   c.softmax = get("Softmax");
+  c.use_handle = get("UseHandle");
+  c.backward_cache = get("backward_cache");
   c.held = get("held");
   c.current_level = get("forward_ad");
   c.compiler = get("compiler");
   c.eval_frame_callback = get("eval_frame_callback");
   c.functional = get("functional");
   c.is_fsdp_module = get("is_fsdp_module");
-  c.slow_enter = get("enter");
   for (int cost = 0; cost < 3; ++cost) c.costs[cost] = Ref::steal(PyLong_FromLong(cost));
 
   PyObject* const stash = c.stash.get();
@@ -58,6 +57,8 @@ void set_up(PyObject* dict) {
   c.scaled_slots.has_weight.find(c.scaled.get(), "has_weight");
   c.scaled_slots.has_bias.find(c.scaled.get(), "has_bias");
   c.scaled_slots.per_channel.find(c.scaled.get(), "per_channel");
+  c.normalized_slots.dims.find(c.normalized.get(), "dims");
+  c.normalized_slots.centred.find(c.normalized.get(), "centred");
   c.activated_slots.kind.find(c.activated.get(), "kind");
   c.replay_slots.function.find(c.replay.get(), "function");
   c.replay_slots.args.find(c.replay.get(), "args");
@@ -105,6 +106,9 @@ void set_up(PyObject* dict) {
       .within = interned("within"),
       .enabled = interned("enabled"),
       .p = interned("p"),
+      .take = interned("take"),
+      .offer = interned("offer"),
+      .count = interned("count"),
   };
 }
 

@@ -9,8 +9,8 @@ namespace mesa {
 enum Cost : int { VIEW = 0, CHEAP = 1, MATMUL = 2 };
 
 struct Classes {
-  Ref stash, leaf, matrix_layout, affine, lossless, scaled, activated, replay, cast, report,
-      lineage, mode, product, whole, use_count;
+  Ref stash, leaf, matrix_layout, affine, lossless, scaled, normalized, activated, replay, cast, report,
+      mode, product, whole, use_count;
   struct {
     Slot recipe, tensors, sources, cost, dtype, offloaded, uses;
   } stash_slots;
@@ -24,15 +24,18 @@ struct Classes {
     Slot has_weight, has_bias, per_channel;
   } scaled_slots;
   struct {
+    Slot dims, centred;
+  } normalized_slots;
+  struct {
     Slot kind;
   } activated_slots;
   struct {
     Slot function, args, kwargs, index, geometry;
   } replay_slots;
   // The Python operators, for stashes that no native node can read.
-  Ref linear, token_norm, rms_norm, smooth, flash_cpu, mul, matmul, softmax;
-  // Python functions.
-  Ref held, current_level, compiler, eval_frame_callback, functional, is_fsdp_module, slow_enter;
+  Ref linear, token_norm, smooth, flash_cpu, matmul, softmax;
+  // Python functions and objects.
+  Ref use_handle, backward_cache, held, current_level, compiler, eval_frame_callback, functional, is_fsdp_module;
   // The costs 0, 1 and 2 as Python objects.
   Ref costs[3];
 };
@@ -46,7 +49,7 @@ struct Names {
       *recorder, *owner, *keep, *apply, *installed, *module, *checkpointed, *dict, *entry,
       *compiling, *exporting, *level, *codec, *bits, *parameters, *add, *how_shared, *how_rebuilt,
       *training, *weight, *bias, *normalized_shape, *eps, *approximate, *linear, *layer_norm,
-      *within, *enabled, *p;
+      *within, *enabled, *p, *take, *offer, *count;
 };
 
 extern Names names;

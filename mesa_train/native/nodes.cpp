@@ -110,6 +110,17 @@ Tensor input_of_linear(Rebuilt& saved, const Tensor& dx, at::ScalarType dtype) {
   return input.layout.restore(value);
 }
 
+// (dx, dweight, dbias) of a norm over rows (`norm.token_norm_gradients`).
+Triple norm_gradients(const Tensor& grad, const Tensor& x_hat, const Tensor& rstd,
+                      const std::optional<Tensor>& weight, bool centred) {
+  Tensor g = grad.to(x_hat.scalar_type());
+  const Tensor dweight = at::mul(g, x_hat).sum(0), dbias = g.sum(0);
+  if (weight) g = at::mul(g, *weight);
+  Tensor inner = at::sub(g, at::mul(x_hat, at::mul(g, x_hat).mean(1, /*keepdim=*/true)));
+  if (centred) inner = at::sub(inner, g.mean(1, /*keepdim=*/true));
+  return {at::mul(inner, rstd.unsqueeze(1)), dweight, dbias};
+}
+
 }  // namespace
 
 variable_list StashNode::apply(variable_list&& grads) {
@@ -160,8 +171,15 @@ variable_list NormNode::gradients(Rebuilt& saved, const Tensor& grad) {
   if (saved.has(2)) weight = saved.get(2).reshape(-1);
   const Spec& spec = saved.spec(0);
   const Tensor flat = grad.reshape({-1, c10::multiply_integers(shape)});
-  auto [dx, dweight, dbias] = norm_backward(flat, saved.own(spec, 0), saved.own(spec, 1), rstd,
-                                            weight, spec.bits, centred);
+  Tensor dx, dweight, dbias;
+  if (spec.kind == Kind::CODES) {
+    std::tie(dx, dweight, dbias) = norm_backward(flat, saved.own(spec, 0), saved.own(spec, 1), rstd,
+                                                 weight, spec.bits, centred);
+  } else {
+    const Tensor x_hat = saved.get(0, c10::promoteTypes(rstd.scalar_type(), at::kFloat));
+    std::tie(dx, dweight, dbias) =
+        norm_gradients(flat, x_hat.reshape(flat.sizes()), rstd, weight, centred);
+  }
   variable_list results(3);
   if (needs(0)) results[0] = dx.view_as(grad);
   if (needs(1)) results[1] = dweight.view(shape);

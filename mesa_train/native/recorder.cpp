@@ -67,6 +67,9 @@ std::unique_ptr<Rules> read(PyObject* object) {
       rule.seed = number(codec.get(), "seed");
       rule.stochastic = flag(codec.get(), "stochastic");
       rule.coded = Ref::steal(PyObject_Str(codec.get()));
+    } else if (rule.lossless && !flag(source, "offload")) {
+      rule.values = true;
+      rule.coded = Ref::steal(PyObject_Str(codec.get()));
     }
   }
   rules->rebuilds_matmuls = flag(object, "rebuilds_matmuls");
@@ -222,7 +225,7 @@ void Call::remember_linear(PyObject* output, const Tensor& tensor, PyObject* ope
 }
 
 bool Call::codes(const Rule& rule, const Tensor& tensor) {
-  return rule.affine && rule.enabled && tensor.element_size() >= 2 && !of_parameter(tensor) &&
+  return (rule.affine || rule.values) && rule.enabled && tensor.element_size() >= 2 && !of_parameter(tensor) &&
          static_cast<int64_t>(tensor.nbytes()) >= rule.min_bytes && tensor.dim() > 0 &&
          tensor.size(-1) != 1;
 }
@@ -233,18 +236,24 @@ Ref Call::keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t
     report(rule, cost_of(stash) == VIEW ? names.how_shared : names.how_rebuilt, 0, stash);
     return Ref::borrow(stash);
   }
-  if (codes(rule, tensor)) {
+  const bool cast = autocasts(tensor);
+  if (codes(rule, tensor) && (rule.affine || (!cast && !narrowed(tensor)))) {
     const at::NoGradGuard guard;
     const auto [layout, matrix] = Layout::of(tensor, within);
-    const auto [codes, scales] = affine_encode(matrix, rule);
-    Ref stash = leaf(rule, codes, scales, layout, tensor.scalar_type());
+    Ref stash;
+    if (rule.affine) {
+      const auto [codes, scales] = affine_encode(matrix, rule);
+      stash = leaf(rule, codes, scales, layout, tensor.scalar_type());
+    } else {
+      stash = leaf(rule, matrix.detach(), {}, layout, tensor.scalar_type());
+    }
     remember(object, tensor, stash.get());
     return stash;
   }
-  const bool small = rule.affine && rule.enabled && tensor.element_size() >= 2 &&
+  const bool small = (rule.affine || rule.values) && rule.enabled && tensor.element_size() >= 2 &&
                      !of_parameter(tensor) &&
                      static_cast<int64_t>(tensor.nbytes()) < rule.min_bytes;
-  if (small && !at::autocast::is_autocast_enabled(tensor.device().type())) {
+  if (small && !cast) {
     report(rule, rule.small.get(), static_cast<int64_t>(tensor.nbytes()), nullptr);
     return uncompressed(tensor, object);
   }
@@ -263,10 +272,18 @@ Ref Call::leaf(const Rule& rule, const Tensor& codes, const Tensor& scales, cons
   Ref recipe = allocate(classes.leaf.get());
   classes.leaf_slots.codec.set(recipe.get(), Ref::borrow(rule.codec));
   classes.leaf_slots.layout.set(recipe.get(), layout.object());
-  const Ref first = wrapped(codes), second = wrapped(scales);
-  Ref stash = new_stash(recipe.get(), tuple_of(first.get(), second.get()), Ref(), VIEW, dtype);
-  report(rule, rule.coded.get(), static_cast<int64_t>(codes.nbytes() + scales.nbytes()),
-         stash.get());
+  const Ref first = wrapped(codes);
+  int64_t size = static_cast<int64_t>(codes.nbytes());
+  Ref tensors;
+  if (scales.defined()) {
+    const Ref second = wrapped(scales);
+    tensors = tuple_of(first.get(), second.get());
+    size += static_cast<int64_t>(scales.nbytes());
+  } else {
+    tensors = tuple_of(first.get());
+  }
+  Ref stash = new_stash(recipe.get(), std::move(tensors), Ref(), VIEW, dtype);
+  report(rule, rule.coded.get(), size, stash.get());
   return stash;
 }
 
@@ -337,6 +354,14 @@ bool of_parameter(const Tensor& tensor) {
   if (!tensor.is_view()) return false;
   const at::TensorBase& base = tensor._base();
   return base.is_leaf() && base.requires_grad();
+}
+
+bool narrowed(const Tensor& tensor) {
+  return tensor.is_view() && tensor.storage().nbytes() > tensor.nbytes();
+}
+
+bool autocasts(const Tensor& tensor) {
+  return at::autocast::is_autocast_enabled(tensor.device().type());
 }
 
 Ref held(PyObject* parameter) {

@@ -30,6 +30,7 @@ enum Operand : int {
 struct Rule {
   bool on = false;  // the operator has a row here
   bool enabled = false, affine = false, fused = false, rebuild_linear = false, lossless = false;
+  bool values = false;  // the lossless codec, without offload
   int limit = 0;
   int64_t bits = 0, group_size = 0, seed = 0, min_bytes = 0;
   bool stochastic = false;
@@ -83,7 +84,7 @@ class Call {
   Ref keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t within);
   // True if `keep` would make new affine codes, if the tensor has no stash yet.
   static bool codes(const Rule& rule, const Tensor& tensor);
-  // A leaf of codes that exist already, reported.
+  // A leaf of codes that exist already, reported. The lossless codec has no scales.
   Ref leaf(const Rule& rule, const Tensor& codes, const Tensor& scales, const Layout& layout,
            at::ScalarType dtype);
   void report(const Rule& rule, PyObject* how, int64_t size, PyObject* stash);
@@ -99,8 +100,12 @@ class Call {
 Ref new_stash(PyObject* recipe, Ref tensors, Ref sources, Cost cost, at::ScalarType dtype);
 Ref uncompressed(const Tensor& tensor, PyObject* object = nullptr);
 int cost_of(PyObject* stash);
-// The reason why a tensor's memory belongs to a parameter exists.
+// True if a tensor's memory belongs to a parameter.
 bool of_parameter(const Tensor& tensor);
+// A view of a part of its storage (`stash.narrowed`).
+bool narrowed(const Tensor& tensor);
+// True if autocast is active for the tensor's device.
+bool autocasts(const Tensor& tensor);
 // An alias of a parameter's present data (`stash.held`).
 Ref held(PyObject* parameter);
 

@@ -96,7 +96,15 @@ Ref silu_row(Call& call, const Arguments& arguments) {
 
 // An addition saves nothing. Its sum is rebuilt only if matmuls are.
 Ref add_row(Call& call, const Arguments& arguments) {
-  if (call.rules().rebuilds_matmuls || !call.rules().plain_fallback) return {};
+  const bool two = PyTuple_GET_SIZE(arguments.args) == 2;
+  if (!two || !call.rules().plain_fallback) return {};
+  const auto rebuilt = [&](Py_ssize_t i) {
+    PyObject* const term = PyTuple_GET_ITEM(arguments.args, i);
+    const Tensor* const tensor = plain_tensor(term);
+    PyObject* const stash = tensor ? call.known(term, *tensor) : nullptr;
+    return stash && cost_of(stash) == MATMUL;
+  };
+  if (call.rules().rebuilds_matmuls && rebuilt(0) && rebuilt(1)) return {};
   return arguments.call();
 }
 
@@ -207,8 +215,7 @@ Ref linear(Call& call, PyObject* input, PyObject* weight, PyObject* bias) {
   const Tensor *const x = plain_tensor(input), *const w = plain_tensor(weight);
   const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
   if (!x || !w || (bias && !b) || w->dim() != 2 || !w->numel() ||
-      !call.covers(LINEAR_INPUT, {x, w, b}) || folds_by_gradient(*x, *w) ||
-      call.rules().rebuilds_matmuls) {
+      !call.covers(LINEAR_INPUT, {x, w, b}) || folds_by_gradient(*x, *w)) {
     return {};
   }
   // Autocast casts a weight that the model has computed, and PyTorch saves the cast.
@@ -228,6 +235,25 @@ Ref linear(Call& call, PyObject* input, PyObject* weight, PyObject* bias) {
     output = apply(classes.linear, result, stashes, Py_None, input, weight, or_none(bias));
   }
   if (kept) remember_linear(call, output.get(), input, *x, kept.get(), weight, bias);
+  if (!call.rules().rebuilds_matmuls) return output;
+  // A frozen weight needs no input. But if the input has a stash already, the output can be
+  // recomputed from it.
+  PyObject* const source =
+      kept ? kept.get() : call.usable(input, *x, call.rule(LINEAR_INPUT));
+  const bool narrow = 4 * w->size(1) <= w->size(0);  // `linear._narrow`
+  if (source && (cost_of(source) < MATMUL || narrow)) {
+    const Ref first = held(weight);
+    Ref parameters;
+    if (bias) {
+      const Ref second = held(bias);
+      parameters = tuple_of(first.get(), second.get());
+    } else {
+      parameters = tuple_of(first.get());
+    }
+    const Ref stash = new_stash(classes.product.get(), std::move(parameters), tuple_of(source),
+                                MATMUL, result.scalar_type());
+    call.remember(output.get(), THPVariable_Unpack(output.get()), stash.get());
+  }
   return output;
 }
 
@@ -238,32 +264,62 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
   const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
   const Rule& rule = call.rule(LAYER_NORM);
   if (!x || (weight && !w) || (bias && !b) || !x->numel() || !call.covers(LAYER_NORM, {x, w, b}) ||
-      !rule.affine || rule.fused || rule.rebuild_linear || (x->is_leaf() && x->requires_grad()) ||
-      of_parameter(*x) || (autocasts(*x) && !x->is_cpu())) {
+      !(rule.affine || rule.values) || rule.fused || of_parameter(*x) ||
+      PyObject_TypeCheck(input, (PyTypeObject*)ParameterClass) ||
+      (autocasts(*x) && (!x->is_cpu() || !rule.affine)) || (rule.values && narrowed(*x))) {
     return {};
+  }
+  if (rule.rebuild_linear) {
+    // A norm of a matmul's output is rebuilt from it: the Python row.
+    PyObject* const source = call.known(input, *x);
+    if (source && cost_of(source) == MATMUL) return {};
   }
   const auto [result, mean, rstd] =
       exactly([&] { return at::native_layer_norm(*x, shape, optional(w), optional(b), eps); });
-  const int64_t cols = c10::multiply_integers(shape);
   const Tensor deviations = rstd.reshape(-1);
-  Layout layout;
-  layout.shape.assign(result.sizes().begin(), result.sizes().end());
-  layout.order.resize(result.dim());
-  for (const auto d : c10::irange(result.dim())) layout.order[d] = d;
-  layout.cols = cols;
-  const auto [codes, scales] = exactly([&, &rstd = deviations, &mean = mean] {
-    return normalized_encode(x->reshape({-1, cols}), mean.reshape(-1), rstd, rule);
-  });
-  const Ref x_hat = call.leaf(rule, codes, scales, layout, result.scalar_type());
+  Ref x_hat;
+  if (rule.affine) {
+    Layout layout;
+    layout.shape.assign(result.sizes().begin(), result.sizes().end());
+    layout.order.resize(result.dim());
+    for (const auto d : c10::irange(result.dim())) layout.order[d] = d;
+    layout.cols = c10::multiply_integers(shape);
+    const auto [codes, scales] = exactly([&, &mean = mean] {
+      return normalized_encode(x->reshape({-1, layout.cols}), mean.reshape(-1), deviations, rule);
+    });
+    x_hat = call.leaf(rule, codes, scales, layout, result.scalar_type());
+  } else {
+    // The input itself takes no more memory than x_hat, and another operator may save it too.
+    const Ref kept = call.keep(input, *x, LAYER_NORM, last(*x));
+    Ref recipe = allocate(classes.normalized.get());
+    classes.normalized_slots.dims.set(
+        recipe.get(), Ref::steal(PyLong_FromSsize_t(static_cast<Py_ssize_t>(shape.size()))));
+    classes.normalized_slots.centred.set(recipe.get(), Ref::borrow(Py_True));
+    const Ref statistics = wrapped(deviations);
+    x_hat = new_stash(recipe.get(), tuple_of(statistics.get()), tuple_of(kept.get()), CHEAP,
+                      result.scalar_type());
+  }
   auto node = make_node<NormNode>();
   node->shape.assign(shape.begin(), shape.end());
-  TORCH_INTERNAL_ASSERT(node->saved.save({x_hat.get(), deviations, w ? Item(*w) : nullptr}));
-  Ref output = recorded(result, node, {x, w, b});
+  Ref output;
+  if (node->saved.save({x_hat.get(), deviations, w ? Item(*w) : nullptr})) {
+    output = recorded(result, node, {x, w, b});
+  } else {
+    const Ref statistics = uncompressed(deviations);
+    Ref saved_weight;
+    if (w) saved_weight = uncompressed(*w, weight);
+    const Ref stashes = tuple_of(x_hat.get(), statistics.get(), or_none(saved_weight.get()));
+    const Ref spanned = tuple_of_integers(shape);
+    const Ref fixed = tuple_of(Py_True, spanned.get());
+    output = apply(classes.token_norm, result, stashes, fixed.get(), input, or_none(weight),
+                   or_none(bias));
+  }
 
   Ref recipe = allocate(classes.scaled.get());
   classes.scaled_slots.has_weight.set(recipe.get(), Ref::borrow(w ? Py_True : Py_False));
   classes.scaled_slots.has_bias.set(recipe.get(), Ref::borrow(b ? Py_True : Py_False));
-  classes.scaled_slots.per_channel.set(recipe.get(), Ref::borrow(Py_None));
+  classes.scaled_slots.per_channel.set(
+      recipe.get(), rule.affine ? Ref::borrow(Py_None) : tuple_of_integers(shape));
   Ref parameters;
   if (w && b) {
     const Ref first = held(weight), second = held(bias);
@@ -281,7 +337,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
 Ref smooth(Call& call, PyObject* input, std::string_view kind) {
   const Tensor* const x = plain_tensor(input);
   const Rule& rule = call.rule(ACTIVATION);
-  if (!x || rule.fused || !rule.affine || !call.covers(ACTIVATION, {x}) || !x->dim()) return {};
+  if (!x || rule.fused || !call.covers(ACTIVATION, {x}) || !x->dim()) return {};
   const Ref kept = call.keep(input, *x, ACTIVATION, last(*x));
   const Tensor result = exactly([&] { return activation(*x, kind); });
   auto node = make_node<SmoothNode>();

@@ -64,8 +64,4 @@ auto exactly(const Compute& compute) {
   return compute();
 }
 
-inline bool autocasts(const Tensor& tensor) {
-  return at::autocast::is_autocast_enabled(tensor.device().type());
-}
-
 }  // namespace mesa

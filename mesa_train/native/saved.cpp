@@ -3,7 +3,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sub.h>
 #include <ATen/ops/silu.h>
 #include <c10/util/irange.h>
 #include <pybind11/gil.h>
@@ -123,10 +125,7 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
   const auto& slots = c.stash_slots;
   PyObject* const recipe = slots.recipe.get(stash);
   PyObject* const sources = slots.sources.get(stash);
-  if (slots.offloaded.get(stash) != Py_None || slots.uses.get(stash) != Py_None ||
-      PyTuple_GET_SIZE(sources) > 1) {
-    return -2;
-  }
+  if (slots.offloaded.get(stash) != Py_None || PyTuple_GET_SIZE(sources) > 1) return -2;
   Spec spec;
   spec.dtype = dtype_of(slots.dtype.get(stash));
   if (PyTuple_GET_SIZE(sources) == 1) {
@@ -156,14 +155,22 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
       spec.layout.contiguous = spec.layout.contiguous && spec.layout.order[i] == (int64_t)i;
     }
   } else if (is(c.scaled)) {
-    const Kind source = spec.source < 0 ? Kind::WHOLE : specs_[spec.source].kind;
-    if (c.scaled_slots.per_channel.get(recipe) != Py_None ||
-        (source != Kind::CODES && source != Kind::VALUES)) {
+    spec.kind = Kind::SCALED;
+    PyObject* const per_channel = c.scaled_slots.per_channel.get(recipe);
+    if (per_channel != Py_None) {
+      spec.per_channel = integers(per_channel);
+    } else if (const Kind kind = specs_[spec.source].kind;
+               kind != Kind::CODES && kind != Kind::VALUES) {
       return -2;
     }
-    spec.kind = Kind::SCALED;
     spec.has_weight = truth(c.scaled_slots.has_weight.get(recipe));
     spec.has_bias = truth(c.scaled_slots.has_bias.get(recipe));
+  } else if (is(c.normalized)) {
+    spec.kind = Kind::NORMALIZED;
+    spec.dims = integer(c.normalized_slots.dims.get(recipe));
+    spec.centred = truth(c.normalized_slots.centred.get(recipe));
+  } else if (recipe == c.product.get()) {
+    spec.kind = Kind::PRODUCT;
   } else if (is(c.activated)) {
     spec.kind = Kind::ACTIVATED;
     const char* const name = PyUnicode_AsUTF8(c.activated_slots.kind.get(recipe));
@@ -186,6 +193,11 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     if (!plain_tensor(object)) return -2;
     spec.slots.push_back(slot(THPVariable_Unpack(object), making));
   }
+  if (PyObject* const uses = slots.uses.get(stash); uses != Py_None) {
+    Ref user = Ref::steal(PyObject_CallOneArg(c.use_handle.get(), uses));
+    spec.user = std::make_shared<c10::SafePyObject>(user.release(), getPyInterpreter());
+    spec.uses = std::make_shared<c10::SafePyObject>(Py_NewRef(uses), getPyInterpreter());
+  }
   const int index = static_cast<int>(specs_.size());
   specs_.push_back(std::move(spec));
   making.structures.emplace_back(stash, index);
@@ -201,7 +213,8 @@ Tensor Rebuilt::value(int index, at::ScalarType dtype) {
   for (const Known& known : known_) {
     if (known.index == index && known.dtype == dtype) return known.value;
   }
-  Tensor value = load(saved_.specs_[index], dtype);
+  const Spec& spec = saved_.specs_[index];
+  Tensor value = spec.uses ? shared(spec, dtype) : load(spec, dtype);
   known_.push_back({index, dtype, value});
   return value;
 }
@@ -224,6 +237,12 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
       const auto weight = parameter(spec.has_weight, 0);
       const auto bias = parameter(spec.has_bias, spec.slots.size() - 1);
       const at::ScalarType rounded = once(spec.dtype, dtype);
+      if (!spec.per_channel.empty()) {
+        Tensor x = value(spec.source, c10::promoteTypes(rounded, at::kFloat));
+        if (weight) x = at::mul(x, weight->view(spec.per_channel));
+        if (bias) x = at::add(x, bias->view(spec.per_channel));
+        return x.to(rounded).to(dtype);
+      }
       Tensor matrix;
       if (leaf.kind == Kind::CODES) {
         matrix = affine_decode(own(leaf, 0), own(leaf, 1), leaf.bits, leaf.layout.cols, rounded,
@@ -235,6 +254,22 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
         matrix = matrix.to(rounded);
       }
       return leaf.layout.restore(matrix).to(dtype);
+    }
+    case Kind::NORMALIZED: {
+      const Tensor x = value(spec.source, source(spec).dtype);
+      const Tensor& rstd = own(spec, 0);
+      Tensor rows = x.flatten(x.dim() - spec.dims)
+                        .to(c10::promoteTypes(dtype, rstd.scalar_type()));
+      if (spec.centred) rows = at::sub(rows, rows.mean(-1, /*keepdim=*/true));
+      c10::DimVector shape(rows.sizes().begin(), rows.sizes().end());
+      shape.back() = 1;
+      return at::mul(rows, rstd.view(shape)).view(x.sizes()).to(dtype);
+    }
+    case Kind::PRODUCT: {
+      std::optional<Tensor> bias;
+      if (spec.slots.size() > 1) bias = own(spec, 1).to(spec.dtype);
+      return at::linear(value(spec.source, spec.dtype), own(spec, 0).to(spec.dtype), bias)
+          .to(dtype);
     }
     case Kind::ACTIVATED: {
       const Spec& input = source(spec);
@@ -260,6 +295,31 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
     }
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+Tensor Rebuilt::shared(const Spec& spec, at::ScalarType dtype) {
+  PyObject* const uses = spec.uses->ptr(getPyInterpreter());
+  PyObject* const type = python_dtype(dtype);
+  PyObject* const cache = classes.backward_cache.get();
+  bool cached = true;
+  {
+    const pybind11::gil_scoped_acquire gil;
+    if (integer(attribute(uses, names.count).get()) > 1) {
+      const Ref known =
+          Ref::steal(PyObject_CallMethodObjArgs(cache, names.take, uses, type, nullptr));
+      if (known.get() != Py_None) return THPVariable_Unpack(known.get());
+    } else {
+      cached = false;
+    }
+  }
+  const Tensor value = load(spec, dtype);
+  if (cached) {
+    const pybind11::gil_scoped_acquire gil;
+    const Ref object = wrapped(value);
+    Ref::steal(
+        PyObject_CallMethodObjArgs(cache, names.offer, uses, type, object.get(), nullptr));
+  }
+  return value;
 }
 
 Tensor Rebuilt::view(const Spec& spec, at::ScalarType dtype) {

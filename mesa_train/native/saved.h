@@ -20,6 +20,8 @@ enum class Kind : uint8_t {
   CODES,      // a leaf of affine codes
   VALUES,     // a leaf of the lossless codec
   SCALED,     // a norm's output: weight and bias applied to x_hat
+  NORMALIZED, // a norm's x_hat, from its input
+  PRODUCT,    // a Linear of its source
   ACTIVATED,  // an activation of its source
   VIEW,       // a view of its source, or a copy of a view
   CAST,       // its source in another dtype
@@ -43,9 +45,14 @@ struct Spec {
   int64_t bits = 0;
   Layout layout;
   bool has_weight = false, has_bias = false;
+  c10::DimVector per_channel;  // the shape of weight and bias; empty if x_hat is a leaf
+  int64_t dims = 0;            // the trailing dims of a norm
+  bool centred = false;
   std::string activation;
   Geometry geometry;
   std::shared_ptr<c10::SafePyObject> recipe;  // of a view without geometry
+  // Of a stash that costs a matmul: its use count, and this node's entry in it.
+  std::shared_ptr<c10::SafePyObject> uses, user;
 };
 
 // What a node saves at one place: a Python stash, a tensor itself, or nothing.
@@ -95,6 +102,8 @@ class Rebuilt {
   Tensor value(int index, at::ScalarType dtype);
   Tensor load(const Spec& spec, at::ScalarType dtype);
   Tensor view(const Spec& spec, at::ScalarType dtype);
+  // The value of a structure that other nodes rebuild too, through `backward_cache`.
+  Tensor shared(const Spec& spec, at::ScalarType dtype);
 
   const SavedStashes& saved_;
   std::vector<Tensor> tensors_;

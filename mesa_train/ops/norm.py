@@ -116,6 +116,8 @@ class Normalized:
     Computed from the norm's rebuilt input and the reciprocal deviations of the forward.
     """
 
+    __slots__ = ("centred", "dims")
+
     def __init__(self, dims: int, centred: bool) -> None:
         self.dims, self.centred = dims, centred
 
