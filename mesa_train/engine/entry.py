@@ -25,7 +25,7 @@ from mesa_train.stash import sharded_parameters
 from mesa_train.stash.context import ModuleContext, Report
 from mesa_train.stash.recorder import saved_hooks
 
-from . import intercept
+from . import native
 from .checkpoint_inputs import InputHooks
 from .intercept import CompressionMode, active, hookable
 from .modes import aside, exchange, put_aside, tracer, untraced
@@ -90,9 +90,9 @@ def enter(
         The output of `call`.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and not again and intercept.extension is not None:
-        result = intercept.extension.enter(module, call, args, kwargs)
-        if result is not intercept.extension.SLOW:
+    if not compiling and not again and native.extension is not None:
+        result = native.extension.enter(module, call, args, kwargs)
+        if result is not native.extension.SLOW:
             return result
     entry = module.__dict__.get(ATTRIBUTE)
     if entry is None:

@@ -30,16 +30,6 @@ from . import native
 from .checkpoint_inputs import InputHooks
 from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
 
-# The extension of the native rows (see `native.py`); None before the first `wrap`, or without a
-# compiler.
-extension: Any = None
-
-
-def prepare() -> None:
-    """Load everything that a forward needs: kernels, foreign rows, native rows."""
-    global extension
-    extension = native.prepare(CompressionMode)
-
 
 class CompressionMode(Mode):
     """Context manager: torch calls inside save stashes as `context` says.
@@ -117,9 +107,9 @@ class CompressionMode(Mode):
                 return func(*args, **kwargs)
             row = table.ROWS.get(func)
         else:
-            if extension is not None:
-                result = extension.dispatch(self, func, args, kwargs)
-                if result is not extension.SLOW:
+            if native.extension is not None:
+                result = native.extension.dispatch(self, func, args, kwargs)
+                if result is not native.extension.SLOW:
                     return result
             if (
                 not torch.is_grad_enabled()
@@ -162,7 +152,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
     """
     resolved = Policy.of(policy)
     if not torch.compiler.is_compiling():
-        prepare()
+        native.prepare(CompressionMode)
     return CompressionMode(ModuleContext("", resolved.rules([""])[""]), owner=object())
 
 

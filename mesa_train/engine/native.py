@@ -13,7 +13,9 @@ needs no CUDA. Without a compiler or Python's headers, every call runs in Python
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ from torch.autograd import forward_ad
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.codecs.lossless import Lossless
-from mesa_train.ops import activation, attention, linear, matmul, norm, softmax, table
+from mesa_train.ops import activation, add, attention, linear, matmul, multiply, norm, softmax, table
 from mesa_train.ops.fallback import NOTHING
 from mesa_train.stash import backward_cache, sharded_parameters, stash
 from mesa_train.stash.context import Report
@@ -47,6 +49,9 @@ ROWS: dict[Any, str] = {
     Tensor.__matmul__: "matmul",
     torch.bmm: "matmul",
     torch.mm: "matmul",
+    torch.mul: "mul",
+    Tensor.mul: "mul",
+    Tensor.mul_: "mul_",
     torch.add: "add",
     Tensor.add: "add",
     Tensor.add_: "add",
@@ -67,39 +72,59 @@ _STOCK = ((nn.Linear, "linear", 0), (nn.LayerNorm, "layer_norm", 1), (nn.GELU, "
           (nn.Dropout, "dropout", 3))  # fmt: skip
 
 
+# The extension. None before the first `wrap` or `compress`, and if it cannot be loaded.
+extension: Any = None
+
 _lock = threading.Lock()
 _prepared = False
+# The extension, or None, also while `python_rows` is active.
+_loaded: ModuleType | None = None
 
 
-def prepare(mode: type) -> ModuleType | None:
+def prepare(mode: type) -> None:
     """Load kernels, foreign rows and the native rows now.
 
     Otherwise the first forward would, and torch.compile may trace it. Idempotent and thread-safe.
 
     Args:
         mode: the class of the compression mode.
-    Returns:
-        The extension; None if it cannot be loaded.
     """
-    global _prepared, _module
-    if not _prepared:
-        with _lock:
-            if not _prepared:
-                from mesa_train.native import build
+    global _prepared, _loaded, extension
+    if _prepared:
+        table.prepare()
+        return
+    with _lock:
+        if _prepared:
+            return
+        from mesa_train.native import build
 
-                # Both compile at the first use on a machine.
-                with ThreadPoolExecutor(1) as pool:
-                    future = pool.submit(build.load)
-                    table.prepare()
-                    _module = future.result()
-                if _module is not None:
-                    _set_up(_module, mode)
-                _prepared = True
-    table.prepare()
-    return _module
+        # Both compile at the first use on a machine.
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(build.load)
+            table.prepare()
+            _loaded = future.result()
+        if _loaded is not None:
+            _set_up(_loaded, mode)
+        extension = _loaded
+        _prepared = True
 
 
-_module: ModuleType | None = None
+@contextlib.contextmanager
+def python_rows(mode: type) -> Iterator[None]:
+    """Context manager: run every row in Python, as on a machine without a compiler.
+
+    For tests and measurements. Not thread-safe.
+
+    Args:
+        mode: the class of the compression mode.
+    """
+    global extension
+    prepare(mode)
+    before, extension = extension, None
+    try:
+        yield
+    finally:
+        extension = before
 
 
 def _set_up(module: Any, mode: type) -> None:
@@ -109,9 +134,10 @@ def _set_up(module: Any, mode: type) -> None:
         "Replay": stash.Replay, "Cast": stash.Cast, "WHOLE": stash.WHOLE, "held": stash.held,
         "Normalized": norm.Normalized, "UseHandle": backward_cache.UseHandle,
         "backward_cache": backward_cache.backward_cache, "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
-        "Activated": activation.Activated, "Report": Report, 
+        "Activated": activation.Activated, "Report": Report,
         "UseCount": backward_cache.UseCount, "CompressionMode": mode, "PRODUCT": linear.PRODUCT,
-        "Linear": linear.Linear, "TokenNorm": norm.TokenNorm,
+        "Multiplied": multiply.Multiplied, "SUM": add.SUM, "Mul": multiply.Mul,
+        "ScaledLinear": linear.ScaledLinear, "Linear": linear.Linear, "TokenNorm": norm.TokenNorm,
         "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU,
         "MatMul": matmul.MatMul, "Softmax": softmax.Softmax, "forward_ad": vars(forward_ad),
         "compiler": vars(torch.compiler),

@@ -16,9 +16,10 @@ from torch import nn
 from mesa_train.policy import Policy
 from mesa_train.stash.context import ModuleContext, Report
 
+from . import native
 from .bound import Entry, attributes_of, entry_of, own_forward
 from .entry import ATTRIBUTE, Installed
-from .intercept import prepare
+from .intercept import CompressionMode
 from .mirror import mirrors_for
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,7 +37,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
             f"wrap takes a model that runs in Python, got {type(model).__name__}: wrap before scripting"
         )
     resolved = Policy.of(policy)
-    prepare()
+    native.prepare(CompressionMode)
     # All steps that can fail come before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]

@@ -20,6 +20,8 @@ void set_up(PyObject* dict) {
   c.activated = get("Activated");
   c.replay = get("Replay");
   c.cast = get("Cast");
+  c.multiplied = get("Multiplied");
+  c.sum = get("SUM");
   c.report = get("Report");
   c.mode = get("CompressionMode");
   c.product = get("PRODUCT");
@@ -31,6 +33,8 @@ void set_up(PyObject* dict) {
   c.flash_cpu = get("FlashCPU");
   c.matmul = get("MatMul");
   c.softmax = get("Softmax");
+  c.scaled_linear = get("ScaledLinear");
+  c.mul = get("Mul");
   c.use_handle = get("UseHandle");
   c.backward_cache = get("backward_cache");
   c.held = get("held");
@@ -109,6 +113,9 @@ void set_up(PyObject* dict) {
       .take = interned("take"),
       .offer = interned("offer"),
       .count = interned("count"),
+      .retains_grad = interned("retains_grad"),
+      .backward_hooks = interned("_backward_hooks"),
+      .copy = interned("copy_"),
   };
 }
 

@@ -9,7 +9,8 @@ namespace mesa {
 enum Cost : int { VIEW = 0, CHEAP = 1, MATMUL = 2 };
 
 struct Classes {
-  Ref stash, leaf, matrix_layout, affine, lossless, scaled, normalized, activated, replay, cast, report,
+  Ref stash, leaf, matrix_layout, affine, lossless, scaled, normalized, activated, replay, cast,
+      multiplied, sum, report,
       mode, product, whole, use_count;
   struct {
     Slot recipe, tensors, sources, cost, dtype, offloaded, uses;
@@ -33,7 +34,7 @@ struct Classes {
     Slot function, args, kwargs, index, geometry;
   } replay_slots;
   // The Python operators, for stashes that no native node can read.
-  Ref linear, token_norm, smooth, flash_cpu, matmul, softmax;
+  Ref linear, token_norm, smooth, flash_cpu, matmul, softmax, scaled_linear, mul;
   // Python functions and objects.
   Ref use_handle, backward_cache, held, current_level, compiler, eval_frame_callback, functional, is_fsdp_module;
   // The costs 0, 1 and 2 as Python objects.
@@ -49,7 +50,7 @@ struct Names {
       *recorder, *owner, *keep, *apply, *installed, *module, *checkpointed, *dict, *entry,
       *compiling, *exporting, *level, *codec, *bits, *parameters, *add, *how_shared, *how_rebuilt,
       *training, *weight, *bias, *normalized_shape, *eps, *approximate, *linear, *layer_norm,
-      *within, *enabled, *p, *take, *offer, *count;
+      *within, *enabled, *p, *take, *offer, *count, *retains_grad, *backward_hooks, *copy;
 };
 
 extern Names names;

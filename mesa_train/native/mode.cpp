@@ -172,7 +172,7 @@ bool needs_gradient(PyObject* args) {
 PyObject* dispatch(PyObject* mode, PyObject* func, PyObject* args, PyObject* kwargs) {
   if (kwargs == Py_None) kwargs = nullptr;
   const Arguments arguments{func, args, kwargs};
-  if (!at::GradMode::is_enabled()) return arguments.call().release();
+  if (!at::GradMode::is_enabled()) return slow();
   if (PyObject* const place = item(native_rows, func)) {
     if (!plain_eager()) return slow();
     const Ref recorder = attribute(mode, names.recorder);

@@ -8,6 +8,7 @@
 #include "recorder.cpp"
 #include "rows.cpp"
 #include "saved.cpp"
+#include "types.cpp"
 
 namespace {
 
@@ -26,6 +27,7 @@ PyObject* py_enter(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* py_set_up(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   mesa::set_up(args[0]);
+  mesa::register_types();
   mesa::set_tables(args[1], args[2], args[3], args[4]);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/mul.h>
@@ -70,6 +71,11 @@ variable_list blocked(StashNode& node, const Tensor& grad, const variable_list& 
 }
 
 Tensor flattened(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+// A gradient summed over the dims that broadcasting added.
+Tensor summed_to(const Tensor& grad, at::IntArrayRef shape) {
+  return grad.sizes() == shape ? grad : grad.sum_to_size(shape);
+}
 
 // The gradient of an activation's input.
 Tensor derivative(const Tensor& grad, const Tensor& x, std::string_view kind) {
@@ -165,6 +171,43 @@ variable_list LinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
   return results;
 }
 
+variable_list ScaledLinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
+  variable_list results(4);
+  const Tensor weight = saved.get(1), scale = saved.get(2), rows = flattened(grad);
+  Tensor scaled, narrow, total;
+  if (rows.scalar_type() == at::kDouble || rows.scalar_type() == dtype) {
+    scaled = at::mul(rows, scale).to(dtype);
+    narrow = rows.to(dtype);
+    total = rows.sum(0);
+  } else {
+    std::tie(scaled, narrow, total) = scale_backward(rows, scale, dtype);
+    total = total.to(rows.scalar_type());
+  }
+  if (needs(0)) {
+    c10::DimVector shape(grad.sizes().begin(), grad.sizes().end());
+    shape.back() = weight.size(1);
+    results[0] = at::mm(scaled, weight.to(scaled.scalar_type())).view(shape);
+  }
+  if (needs(1) || needs(3)) {
+    const Tensor x = input_of_linear(saved, results[0], dtype);
+    const Tensor unscaled = at::mm(narrow.t(), flattened(x)).to(weight.scalar_type());
+    if (needs(1)) results[1] = at::mul(unscaled, scale.unsqueeze(1));
+    if (needs(3)) {
+      results[3] = at::mul(weight, unscaled).sum(1);
+      if (saved.has(3)) results[3] = at::add(results[3], at::mul(saved.get(3), total));
+    }
+  }
+  if (needs(2)) results[2] = at::mul(scale, total);
+  return results;
+}
+
+variable_list MulNode::gradients(Rebuilt& saved, const Tensor& grad) {
+  variable_list results(2);
+  if (needs(0)) results[0] = summed_to(at::mul(grad, saved.get(1)), left_shape);
+  if (needs(1)) results[1] = summed_to(at::mul(grad, saved.get(0)), right_shape);
+  return results;
+}
+
 variable_list NormNode::gradients(Rebuilt& saved, const Tensor& grad) {
   const Tensor rstd = saved.get(1);
   std::optional<Tensor> weight;
@@ -220,11 +263,8 @@ variable_list MatMulNode::gradients(Rebuilt& saved, const Tensor& grad) {
     if (needs(1)) results[1] = at::matmul(flattened(saved.get(0, dtype)).t(), flat);
     return results;
   }
-  const auto to = [](const Tensor& sum, const c10::DimVector& shape) {
-    return sum.sizes() == shape ? sum : sum.sum_to_size(shape);
-  };
-  if (needs(0)) results[0] = to(at::matmul(grad, saved.get(1, dtype).mT()), left_shape);
-  if (needs(1)) results[1] = to(at::matmul(saved.get(0, dtype).mT(), grad), right_shape);
+  if (needs(0)) results[0] = summed_to(at::matmul(grad, saved.get(1, dtype).mT()), left_shape);
+  if (needs(1)) results[1] = summed_to(at::matmul(saved.get(0, dtype).mT(), grad), right_shape);
   return results;
 }
 

@@ -33,6 +33,29 @@ class LinearNode : public StashNode {  // inputs: x, weight, bias; stashes: x, w
   variable_list gradients(Rebuilt& saved, const Tensor& grad) override;
 };
 
+// inputs: x, weight, bias, scale; stashes: x, weight, scale, bias
+class ScaledLinearNode : public StashNode {
+ public:
+  std::string name() const override { return "ScaledLinearBackward"; }
+  const char* operator_name() const override { return "linear"; }
+
+  at::ScalarType dtype = at::kFloat;  // of the Linear
+
+ protected:
+  variable_list gradients(Rebuilt& saved, const Tensor& grad) override;
+};
+
+class MulNode : public StashNode {  // inputs: left, right; stashes: left, right
+ public:
+  std::string name() const override { return "MulBackward"; }
+  const char* operator_name() const override { return "mul"; }
+
+  c10::DimVector left_shape, right_shape;
+
+ protected:
+  variable_list gradients(Rebuilt& saved, const Tensor& grad) override;
+};
+
 class NormNode : public StashNode {  // inputs: x, weight, bias; stashes: x_hat, rstd, weight
  public:
   std::string name() const override { return centred ? "TokenNormBackward" : "RMSNormBackward"; }
@@ -102,6 +125,9 @@ auto make_node() {
   }
 }
 
+// Gives the nodes their Python types.
+void register_types();
+
 // Records `node` as the function that made `result`. Returns the output as a Python object.
 template <typename NodePointer>
 Ref recorded(const Tensor& result, const NodePointer& node,
@@ -112,10 +138,10 @@ Ref recorded(const Tensor& result, const NodePointer& node,
                                               : torch::autograd::Edge());
   }
   node->set_next_edges(std::move(edges));
-  // A new tensor with the same memory. The result may be a view that was made without a record,
-  // and PyTorch refuses to write to such a view in place.
-  const Tensor output = result.variable_data();
-  output.unsafeGetTensorImpl()->set_allow_tensor_metadata_change(true);
+  // A new tensor with the same memory and version. The result may be a view that was made without a
+  // record, and PyTorch refuses to write to such a view in place.
+  c10::TensorImpl* const made = result.unsafeGetTensorImpl();
+  const Tensor output(made->shallow_copy_and_detach(made->version_counter(), true));
   const auto number = node->add_input_metadata(output);
   torch::autograd::impl::set_gradient_edge(output, {node, number});
   return wrapped(output);

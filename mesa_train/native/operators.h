@@ -93,6 +93,12 @@ inline Triple norm_backward(const Tensor& grad, const Tensor& codes, const Tenso
   return op.call(grad, codes, scales, rstd, weight, bits, centred, grad.scalar_type());
 }
 
+inline Triple scale_backward(const Tensor& grad, const Tensor& scale, at::ScalarType dtype) {
+  static const auto op = find_operator<Triple(const Tensor&, const Tensor&, at::ScalarType)>(
+      "mesa_train::scale_backward");
+  return op.call(grad, scale, dtype);
+}
+
 inline Tensor softmax_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
                                int64_t bits) {
   static const auto op =

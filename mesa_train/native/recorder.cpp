@@ -224,6 +224,10 @@ void Call::remember_linear(PyObject* output, const Tensor& tensor, PyObject* ope
   add_entry(entries(linears_, names.linears), output, tensor, operands);
 }
 
+PyObject* Call::linear_of(PyObject* object, const Tensor& tensor) {
+  return lookup(entries(linears_, names.linears), object, tensor);
+}
+
 bool Call::codes(const Rule& rule, const Tensor& tensor) {
   return (rule.affine || rule.values) && rule.enabled && tensor.element_size() >= 2 && !of_parameter(tensor) &&
          static_cast<int64_t>(tensor.nbytes()) >= rule.min_bytes && tensor.dim() > 0 &&
@@ -361,7 +365,7 @@ bool narrowed(const Tensor& tensor) {
 }
 
 bool autocasts(const Tensor& tensor) {
-  return at::autocast::is_autocast_enabled(tensor.device().type());
+  return !tensor.is_meta() && at::autocast::is_autocast_enabled(tensor.device().type());
 }
 
 Ref held(PyObject* parameter) {

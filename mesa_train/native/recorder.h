@@ -77,6 +77,8 @@ class Call {
   // The same, if the rule lets the operand be rebuilt from it.
   PyObject* usable(PyObject* object, const Tensor& tensor, const Rule& rule);
   void remember(PyObject* object, const Tensor& tensor, PyObject* stash);
+  // The operands of the Linear that made a tensor, or null. Borrowed.
+  PyObject* linear_of(PyObject* object, const Tensor& tensor);
   // Records the operands of a Linear for a layer scale behind it.
   void remember_linear(PyObject* output, const Tensor& tensor, PyObject* operands);
 

@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/silu.h>
 #include <c10/util/irange.h>
@@ -92,6 +93,95 @@ Ref silu_row(Call& call, const Arguments& arguments) {
   std::array<PyObject*, 2> values;
   if (!arguments.read<2>({"input", "inplace"}, values) || (values[1] && truth(values[1]))) return {};
   return smooth(call, values[0], "silu");
+}
+
+// A Linear's output times a trained scale per feature (`linear.scaled`).
+Ref scaled(Call& call, PyObject* product, PyObject* scale) {
+  const Tensor *const y = plain_tensor(product), *const s = plain_tensor(scale);
+  if (!y || !s || s->dim() != 1 || !s->requires_grad() || !y->dim() ||
+      y->size(-1) != s->size(0)) {
+    return {};
+  }
+  const Ref operands = Ref::borrow(call.linear_of(product, *y));
+  if (!operands) return {};
+  PyObject* const input = PyTuple_GET_ITEM(operands.get(), 0);
+  PyObject* const kept = PyTuple_GET_ITEM(operands.get(), 2);
+  PyObject* const weight = PyTuple_GET_ITEM(operands.get(), 3);
+  PyObject* const bias = given(PyTuple_GET_ITEM(operands.get(), 4));
+  const Tensor *const x = plain_tensor(input), *const w = plain_tensor(weight);
+  const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
+  if (!x || !w || (bias && !b)) return {};
+  const int64_t version = x->is_inference() ? 0 : static_cast<int64_t>(x->_version());
+  if (integer(PyTuple_GET_ITEM(operands.get(), 1)) != version) return {};
+  // The user needs the gradient of the product, or autocast casts a weight that the model computed.
+  if (truth(attribute(product, names.retains_grad).get()) ||
+      truth(attribute(product, names.backward_hooks).get()) ||
+      (autocasts(*w) && !(of_parameter(*w) || !w->requires_grad()))) {
+    return {};
+  }
+  const Ref alias = held(weight);
+  Ref bias_alias;
+  if (bias) bias_alias = held(bias);
+  auto node = make_node<ScaledLinearNode>();
+  node->dtype = y->scalar_type();
+  if (!node->saved.save({kept, THPVariable_Unpack(alias.get()), *s,
+                         bias ? Item(THPVariable_Unpack(bias_alias.get())) : nullptr})) {
+    return {};
+  }
+  const Tensor result = exactly([&] { return at::mul(*y, *s); });
+  return recorded(result, node, {x, w, b, s});
+}
+
+Ref mul_row(Call& call, const Arguments& arguments) {
+  if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
+  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
+  PyObject *const first = PyTuple_GET_ITEM(arguments.args, 0),
+                  *const second = PyTuple_GET_ITEM(arguments.args, 1);
+  const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
+  if (!left || !right) {
+    // A product with a number. If the tensor has a stash, the Python row records the product.
+    PyObject* const object = left ? first : second;
+    const Tensor* const tensor = left ? left : right;
+    PyObject* const number = left ? second : first;
+    if (!tensor || !(PyFloat_Check(number) || PyLong_Check(number))) return {};
+    return call.known(object, *tensor) ? Ref() : arguments.call();
+  }
+  if (!left->requires_grad() || !right->requires_grad()) return arguments.call();
+  if (!call.covers(MUL_LEFT, {left, right}) || !left->dim() || !right->dim()) return {};
+  Ref output = scaled(call, first, second);
+  if (!output) output = scaled(call, second, first);
+  if (output) return output;
+  const Ref kept_left = call.keep(first, *left, MUL_LEFT, last(*left));
+  const Ref kept_right = call.keep(second, *right, MUL_RIGHT, last(*right));
+  const Tensor result = exactly([&] { return at::mul(*left, *right); });
+  auto node = make_node<MulNode>();
+  node->left_shape.assign(left->sizes().begin(), left->sizes().end());
+  node->right_shape.assign(right->sizes().begin(), right->sizes().end());
+  const Ref stashes = tuple_of(kept_left.get(), kept_right.get());
+  if (node->saved.save({kept_left.get(), kept_right.get()})) {
+    output = recorded(result, node, {left, right});
+  } else {
+    const Ref left_shape = tuple_of_integers(left->sizes());
+    const Ref right_shape = tuple_of_integers(right->sizes());
+    const Ref shapes = tuple_of(left_shape.get(), right_shape.get());
+    output = apply(classes.mul, result, stashes, shapes.get(), first, second);
+  }
+  if (cost_of(kept_left.get()) < MATMUL && cost_of(kept_right.get()) < MATMUL) {
+    const Ref recipe = Ref::steal(PyObject_CallNoArgs(classes.multiplied.get()));
+    const Ref stash = new_stash(recipe.get(), Ref(), stashes, CHEAP, result.scalar_type());
+    call.remember(output.get(), THPVariable_Unpack(output.get()), stash.get());
+  }
+  return output;
+}
+
+// A layer scale in place: the product is computed apart, and written back by autograd's own copy.
+Ref mul_in_place_row(Call& call, const Arguments& arguments) {
+  if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
+  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
+  PyObject* const input = PyTuple_GET_ITEM(arguments.args, 0);
+  const Ref product = scaled(call, input, PyTuple_GET_ITEM(arguments.args, 1));
+  if (!product) return {};
+  return Ref::steal(PyObject_CallMethodOneArg(input, names.copy, product.get()));
 }
 
 // An addition saves nothing. Its sum is rebuilt only if matmuls are.
@@ -203,7 +293,7 @@ Row row_named(const char* name) {
       {"linear", linear_row},     {"layer_norm", layer_norm_row}, {"gelu", gelu_row},
       {"silu", silu_row},         {"add", add_row},               {"dropout", dropout_row},
       {"view", view_row},         {"reshape", reshape_row},       {"nothing", nothing_row},
-      {"attention", attention_row}, {"softmax", softmax_row},     {"matmul", matmul_row},
+      {"mul", mul_row},           {"mul_", mul_in_place_row},     {"attention", attention_row}, {"softmax", softmax_row},     {"matmul", matmul_row},
   };
   for (const auto& row : rows) {
     if (std::string_view(row.name) == name) return row.row;

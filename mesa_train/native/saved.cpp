@@ -101,6 +101,13 @@ bool SavedStashes::save(std::initializer_list<Item> items) {
   return true;
 }
 
+std::vector<Tensor> SavedStashes::tensors() const {
+  std::vector<Tensor> tensors;
+  tensors.reserve(tensors_.size());
+  for (const auto& tensor : tensors_) tensors.push_back(tensor.unpack());
+  return tensors;
+}
+
 void SavedStashes::release() {
   for (auto& tensor : tensors_) tensor.reset_data();
 }
@@ -125,12 +132,12 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
   const auto& slots = c.stash_slots;
   PyObject* const recipe = slots.recipe.get(stash);
   PyObject* const sources = slots.sources.get(stash);
-  if (slots.offloaded.get(stash) != Py_None || PyTuple_GET_SIZE(sources) > 1) return -2;
+  if (slots.offloaded.get(stash) != Py_None) return -2;
   Spec spec;
   spec.dtype = dtype_of(slots.dtype.get(stash));
-  if (PyTuple_GET_SIZE(sources) == 1) {
-    spec.source = strip(PyTuple_GET_ITEM(sources, 0), making);
-    if (spec.source < 0) return -2;
+  for (const auto i : c10::irange(PyTuple_GET_SIZE(sources))) {
+    spec.sources.push_back(strip(PyTuple_GET_ITEM(sources, i), making));
+    if (spec.sources.back() < 0) return -2;
   }
   const auto* const kind = Py_TYPE(recipe);
   const auto is = [kind](const Ref& type) { return (PyObject*)kind == type.get(); };
@@ -159,7 +166,7 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     PyObject* const per_channel = c.scaled_slots.per_channel.get(recipe);
     if (per_channel != Py_None) {
       spec.per_channel = integers(per_channel);
-    } else if (const Kind kind = specs_[spec.source].kind;
+    } else if (const Kind kind = specs_[spec.sources[0]].kind;
                kind != Kind::CODES && kind != Kind::VALUES) {
       return -2;
     }
@@ -176,7 +183,7 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     const char* const name = PyUnicode_AsUTF8(c.activated_slots.kind.get(recipe));
     if (!name) throw python_error();
     spec.activation = name;
-    if (specs_[spec.source].kind != Kind::CODES && !computes(spec.activation)) return -2;
+    if (specs_[spec.sources[0]].kind != Kind::CODES && !computes(spec.activation)) return -2;
   } else if (is(c.replay)) {
     spec.kind = Kind::VIEW;
     PyObject* const geometry = c.replay_slots.geometry.get(recipe);
@@ -184,6 +191,10 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     spec.recipe = std::make_shared<c10::SafePyObject>(Py_NewRef(recipe), getPyInterpreter());
   } else if (is(c.cast)) {
     spec.kind = Kind::CAST;
+  } else if (is(c.multiplied)) {
+    spec.kind = Kind::MULTIPLIED;
+  } else if (recipe == c.sum.get()) {
+    spec.kind = Kind::SUM;
   } else {
     return -2;
   }
@@ -204,9 +215,11 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
   return index;
 }
 
-Rebuilt::Rebuilt(const SavedStashes& saved) : saved_(saved) {
-  tensors_.reserve(saved.tensors_.size());
-  for (const auto& tensor : saved.tensors_) tensors_.push_back(tensor.unpack());
+Rebuilt::Rebuilt(const SavedStashes& saved) : saved_(saved), tensors_(saved.tensors()) {}
+
+Tensor Rebuilt::of_source(const Spec& spec, int i) {
+  const int index = spec.sources[i];
+  return value(index, saved_.specs_[index].dtype);
 }
 
 Tensor Rebuilt::value(int index, at::ScalarType dtype) {
@@ -238,7 +251,7 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
       const auto bias = parameter(spec.has_bias, spec.slots.size() - 1);
       const at::ScalarType rounded = once(spec.dtype, dtype);
       if (!spec.per_channel.empty()) {
-        Tensor x = value(spec.source, c10::promoteTypes(rounded, at::kFloat));
+        Tensor x = value(spec.sources[0], c10::promoteTypes(rounded, at::kFloat));
         if (weight) x = at::mul(x, weight->view(spec.per_channel));
         if (bias) x = at::add(x, bias->view(spec.per_channel));
         return x.to(rounded).to(dtype);
@@ -256,7 +269,7 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
       return leaf.layout.restore(matrix).to(dtype);
     }
     case Kind::NORMALIZED: {
-      const Tensor x = value(spec.source, source(spec).dtype);
+      const Tensor x = value(spec.sources[0], source(spec).dtype);
       const Tensor& rstd = own(spec, 0);
       Tensor rows = x.flatten(x.dim() - spec.dims)
                         .to(c10::promoteTypes(dtype, rstd.scalar_type()));
@@ -268,13 +281,13 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
     case Kind::PRODUCT: {
       std::optional<Tensor> bias;
       if (spec.slots.size() > 1) bias = own(spec, 1).to(spec.dtype);
-      return at::linear(value(spec.source, spec.dtype), own(spec, 0).to(spec.dtype), bias)
+      return at::linear(value(spec.sources[0], spec.dtype), own(spec, 0).to(spec.dtype), bias)
           .to(dtype);
     }
     case Kind::ACTIVATED: {
       const Spec& input = source(spec);
       if (input.kind != Kind::CODES) {
-        return activation(value(spec.source, spec.dtype), spec.activation).to(dtype);
+        return activation(value(spec.sources[0], spec.dtype), spec.activation).to(dtype);
       }
       return input.layout
           .restore(activation_decode(own(input, 0), own(input, 1), input.bits, input.layout.cols,
@@ -287,12 +300,16 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
       const Spec& from = source(spec);
       if (c10::elementSize(spec.dtype) >= 4 &&
           c10::elementSize(spec.dtype) > c10::elementSize(from.dtype)) {
-        return value(spec.source, dtype);  // A cast to a wider dtype changes no value.
+        return value(spec.sources[0], dtype);  // A cast to a wider dtype changes no value.
       }
-      return value(spec.source, decoded(spec.dtype) ? spec.dtype : from.dtype)
+      return value(spec.sources[0], decoded(spec.dtype) ? spec.dtype : from.dtype)
           .to(spec.dtype)
           .to(dtype);
     }
+    case Kind::MULTIPLIED:
+      return at::mul(of_source(spec, 0), of_source(spec, 1)).to(dtype);
+    case Kind::SUM:
+      return at::add(of_source(spec, 0), of_source(spec, 1)).to(dtype);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -324,7 +341,7 @@ Tensor Rebuilt::shared(const Spec& spec, at::ScalarType dtype) {
 
 Tensor Rebuilt::view(const Spec& spec, at::ScalarType dtype) {
   const Geometry& geometry = spec.geometry;
-  const Tensor from = value(spec.source, dtype);
+  const Tensor from = value(spec.sources[0], dtype);
   if (geometry.strided && from.sizes() == geometry.source_sizes &&
       from.strides() == geometry.source_strides) {
     return from.as_strided(geometry.sizes, geometry.strides,

@@ -25,6 +25,8 @@ enum class Kind : uint8_t {
   ACTIVATED,  // an activation of its source
   VIEW,       // a view of its source, or a copy of a view
   CAST,       // its source in another dtype
+  MULTIPLIED, // the product of two sources
+  SUM,        // the sum of two sources
 };
 
 // A view of a source, as strides if it is one. The Python recipe is called for all other views.
@@ -41,7 +43,7 @@ struct Spec {
   Kind kind = Kind::WHOLE;
   at::ScalarType dtype = at::kFloat;
   c10::SmallVector<int, 2> slots;  // of the saved tensors
-  int source = -1;                 // index of the source's structure
+  c10::SmallVector<int, 2> sources;  // indices of the sources' structures
   int64_t bits = 0;
   Layout layout;
   bool has_weight = false, has_bias = false;
@@ -71,6 +73,8 @@ class SavedStashes {
   // Fills this object. False if a recipe has no native form; then nothing is saved.
   bool save(std::initializer_list<Item> items);
   void release();
+  // The saved tensors. Throws if they were released, or written to since.
+  std::vector<Tensor> tensors() const;
 
  private:
   friend class Rebuilt;
@@ -90,7 +94,7 @@ class Rebuilt {
 
   bool has(int index) const { return saved_.roots_[index] >= 0; }
   const Spec& spec(int index) const { return saved_.specs_[saved_.roots_[index]]; }
-  const Spec& source(const Spec& spec) const { return saved_.specs_[spec.source]; }
+  const Spec& source(const Spec& spec) const { return saved_.specs_[spec.sources[0]]; }
   // Stash `index` as a tensor of `dtype`.
   Tensor get(int index, at::ScalarType dtype) { return value(saved_.roots_[index], dtype); }
   // The stash in its own dtype.
@@ -100,6 +104,8 @@ class Rebuilt {
 
  private:
   Tensor value(int index, at::ScalarType dtype);
+  // The i-th source in its own dtype.
+  Tensor of_source(const Spec& spec, int i);
   Tensor load(const Spec& spec, at::ScalarType dtype);
   Tensor view(const Spec& spec, at::ScalarType dtype);
   // The value of a structure that other nodes rebuild too, through `backward_cache`.

@@ -31,7 +31,7 @@ class Sum:
         return (left + right).to(dtype)
 
 
-_SUM = Sum()
+SUM = Sum()
 
 
 def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
     output = fallback(recorder, func, (input, other), kwargs)
     if left is None or right is None or kwargs or input.shape != other.shape:
         return output
-    recorder.lineage.set(output, Stash(_SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
     return output
 
 

@@ -1,33 +1,56 @@
 """An activation's gradient that the Linear behind it makes in the same pass over the codes."""
 
+import contextlib
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train import compress, wrap
-from mesa_train.codecs.affine import Affine
+from mesa_train.engine import native
+from mesa_train.engine.intercept import CompressionMode
 from mesa_train.policy import Policy
 from mesa_train.stash.backward_cache import backward_cache
 
 EIGHT = Policy(min_bytes=0)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How often each of the two operators ran."""
-    counts = {"activation_pair": 0, "activation_backward": 0}
-    for name in counts:
-        method = getattr(Affine, name)
+class Calls(TorchDispatchMode):
+    """How often the backward ran each of some operators."""
 
-        def counted(self, *args, name=name, method=method):
-            counts[name] += 1
-            return method(self, *args)
+    def __init__(self, *names):
+        super().__init__()
+        self.counts = dict.fromkeys(names, 0)
 
-        monkeypatch.setattr(Affine, name, counted)
-    return counts
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in self.counts:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counting(monkeypatch, *names):
+    """Counts of the operators that every following `Tensor.backward` runs."""
+    mode, backward = Calls(*names), torch.Tensor.backward
+
+    def counted(*args, **kwargs):
+        with mode:
+            return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+    return mode.counts
+
+
+@pytest.fixture(params=["native", "python"])
+def calls(request, monkeypatch):
+    """The counts of the backwards, with native rows and with Python rows."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "python":
+            stack.enter_context(native.python_rows(CompressionMode))
+        yield counting(monkeypatch, "activation_pair", "activation_backward")
 
 
 def mlp(*between):
@@ -137,7 +160,7 @@ def summed(monkeypatch):
     """As on a GPU: the pass over the codes adds the gradient up; how many of the sums were taken."""
     from mesa_train.ops import activation
 
-    taken = []
+    taken: list[bool] = []
     take = type(backward_cache).take_sum
 
     def counted(self, grad):
@@ -147,7 +170,8 @@ def summed(monkeypatch):
 
     monkeypatch.setattr(activation, "_sums", lambda layout, grad: True)
     monkeypatch.setattr(type(backward_cache), "take_sum", counted)
-    return taken
+    with native.python_rows(CompressionMode):
+        yield taken
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,6 +182,18 @@ def test_the_bias_in_front_gets_its_gradient_from_the_same_pass(summed, dtype):
     close(gradients(model, x), expected)
     assert summed == [False, True]  # the second Linear's own gradient has no such maker
     assert not backward_cache.sums
+
+
+@pytest.mark.parametrize("rows", ["native", "python"])
+def test_native_nodes_sum_in_the_same_pass_off_the_cpu(monkeypatch, rows):
+    """On the meta device, as on a GPU: one sum is left, of the last Linear's own gradient."""
+    python = rows == "python"
+    with native.python_rows(CompressionMode) if python else contextlib.nullcontext():
+        model = wrap(mlp().to("meta"), EIGHT)
+        loss = model(torch.empty(4, 5, 8, device="meta", requires_grad=True)).square().mean()
+        counts = counting(monkeypatch, "activation_pair_sum", "sum")
+        loss.backward()
+    assert counts == {"activation_pair_sum": 1, "sum": 1}
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -69,8 +69,8 @@ def test_the_row_is_found(case):
             for following, _ in node.next_functions
             if following is not None and following not in nodes
         ]
-    ours = [n for n in nodes if isinstance(getattr(n, "_forward_cls", None), type)]
-    assert bool(ours) != case.fallback
+    # PyTorch's own nodes have an attribute for each saved tensor instead.
+    assert any(hasattr(n, "saved_tensors") for n in nodes) != case.fallback
 
 
 @every_case
