@@ -26,8 +26,7 @@ import typer
 
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
-from mesa_train.policy import OFFLOADED, PRESETS
-from mesa_train.training.config_schema import one_of
+from mesa_train.training.config_schema import POLICY, OneOf
 from mesa_train.training.data import packaged as data
 from mesa_train.training.optim.optimizer_in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.optim.optimizer_in_backward import InBackward
@@ -119,11 +118,11 @@ def main(
 
 def check(method: str, model: str, policy: str, checkpointing: str, images: str) -> None:
     """Raise ValueError or ConfigError for arguments that cannot run, before memory is used."""
-    one_of("method", method, METHODS)
-    one_of("model", model, SIZES)
-    one_of("policy", policy, ("plain", *PRESETS, *OFFLOADED))
-    one_of("checkpointing", checkpointing, CHECKPOINTING)
-    one_of("images", images, (*data.BUILTIN, RANDOM))
+    OneOf(METHODS)("method", method)
+    OneOf(SIZES)("model", model)
+    POLICY("policy", policy)
+    OneOf(CHECKPOINTING)("checkpointing", checkpointing)
+    OneOf((*data.BUILTIN, RANDOM))("images", images)
     if checkpointing == "coded" and policy == "plain":
         raise ValueError("checkpointing=coded needs a policy other than plain")
     check_precision("pure_bf16")
