@@ -46,7 +46,7 @@ class DataConfig:
     source: str = "mnist5k"
     path: str | None = None
     streaming: bool = False
-    train_images: int | None = None
+    train_images: Annotated[int | None, NOT_NEGATIVE] = None
     train_split: str = "train"
     val_split: str = "validation"
     image_key: str = "image"
