@@ -222,6 +222,33 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
     assert not lives(child.read_text())
 
 
+@pytest.mark.slow
+def test_a_script_without_a_guard_of_its_main_module_runs_once_and_leaves_no_process(tmp_path):
+    """A worker that imported the script again would start a comparison of its own."""
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(8, 4), torch.rand(16, 8)\n"
+    )
+    (tmp_path / "script.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        "from mesa_train.compare.scheduler import Request, measure\n"
+        "print('begins', flush=True)\n"
+        "for row in measure(Request('python:model.build', dtype=None, rounds=0), ['plain']):\n"
+        "    print(row['method'], row.get('note'))\n"
+        "tasks = Path(f'/proc/{os.getpid()}/task').glob('*/children')\n"
+        "print('children:', ''.join(task.read_text() for task in tasks))\n"
+    )
+    source = str(Path(mesa_train.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        timeout=HUNG_S,
+    )
+    assert done.stdout.splitlines() == ["begins", "plain None", "children: "], done.stderr
+
+
 def lives(process):
     """Whether a process is there, and no zombie."""
     try:
