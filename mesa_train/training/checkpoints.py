@@ -148,16 +148,19 @@ def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, 
         found: shapes by key, as read.
         wanted: shapes by key, as the model has them.
     Raises:
-        CheckpointError: names up to five keys of each kind (missing, unexpected, of another shape).
+        CheckpointError: names up to five keys of each kind (missing, unexpected, of another shape
+            with both shapes).
     """
+    other = {
+        key: f"{key} {tuple(found[key])} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in found and tuple(found[key]) != tuple(shape)
+    }
     problems = []
     for label, keys in (
         ("missing", [key for key in wanted if key not in found]),
         ("unexpected", [key for key in found if key not in wanted]),
-        (
-            "of another shape",
-            [key for key in wanted if key in found and list(found[key]) != list(wanted[key])],
-        ),
+        ("of another shape", list(other.values())),
     ):
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
