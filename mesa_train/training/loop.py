@@ -1,7 +1,7 @@
 """Training loop of the recipes: optimizer steps, reports, checkpoints, ends of epochs.
 
-Why: a recipe differs in its model, its processes, its data and its files. The order of events in a
-run is the same for all. A `TrainingRun` has what differs, and this loop has the order.
+Why: recipes differ in their models, processes, data and files. The order of events in a run is the
+same for all recipes. A recipe implements `TrainingRun`; this loop keeps the order.
 
 How: after each step, these events follow in this order:
 
