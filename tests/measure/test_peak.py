@@ -28,7 +28,7 @@ def test_a_convolution_in_another_layout():
         counted = timeline(model, images, policy=policy)
         real = runs.peak(policy)
         # What is counted alone is further off.
-        assert abs(plays.whole(counted, {}).peak_bytes - real) <= 0.02 * real
+        assert abs(plays.with_workspace(counted, {}).peak_bytes - real) <= 0.02 * real
         assert real - counted.peak_bytes > 0.02 * real
 
 

@@ -104,7 +104,7 @@ class TestPlans:
         assert timings == sorted(timings, reverse=True)
 
     def test_impossible(self, planner):
-        with pytest.raises(OverBudget, match=r"smallest peak within reach is .* MiB") as raised:
+        with pytest.raises(OverBudget, match=r"smallest possible peak is .* MiB") as raised:
             planner.plan(planner.static + 1000)
         assert raised.value.smallest.prediction.peak_bytes == planner.plan().prediction.peak_bytes
 
@@ -281,7 +281,7 @@ def test_a_checkpointed_block_keeps_its_input_unless_that_is_moved():
     space = SearchSpace(model, x, None, default_loss)
     assert space.simulator.blocks == ["0", "1", "2"]
     for block in ("1", "2"):  # The user holds the input of the first.
-        kept = {name: space.order.kept[block, name] for name in space.modes}
+        kept = {name: space.order.saved_by_block[block, name] for name in space.strategies}
         assert kept["checkpoint"] == kept["checkpoint of codes"] == 4 * x.numel()
         assert x.numel() < kept["checkpoint, input 8 bits"] < 1.1 * x.numel()
         assert kept["checkpoint, input 8 bits, offloaded"] == 0

@@ -177,7 +177,7 @@ def test_a_profile_alone_plans_about_as_the_model_does():
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "no.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"no\.json is no profile of this version"):
+    with pytest.raises(ValueError, match=r"no\.json is not a profile of this version"):
         Profile.load(path)
 
 

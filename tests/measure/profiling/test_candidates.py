@@ -21,8 +21,8 @@ from mesa_train.measure.profiling.candidates import (
     OFFLOAD8,
     REBUILD,
     Candidate,
-    also_offloaded,
-    under_way,
+    add_offloaded_choices,
+    first_in_flight,
 )
 from mesa_train.measure.profiling.profile import blocks_of
 from mesa_train.measure.profiling.times import CHECKPOINT, CHECKPOINT_CODES
@@ -60,19 +60,19 @@ def test_bytes_of_a_sites_choices():
 def test_what_is_on_its_way_is_on_the_device():
     """The last WINDOW stashes; a block's begin and end are none."""
     order = [((str(n), "linear", "input"), 1.0) for n in range(WINDOW + 2)]
-    assert under_way(order, WINDOW + 2) == 2
-    assert under_way(order, WINDOW + 1) == 1
-    assert under_way(order, WINDOW) == 0
-    assert under_way(order, 1) == 0
-    assert under_way(order, 0) == 0
+    assert first_in_flight(order, WINDOW + 2) == 2
+    assert first_in_flight(order, WINDOW + 1) == 1
+    assert first_in_flight(order, WINDOW) == 0
+    assert first_in_flight(order, 1) == 0
+    assert first_in_flight(order, 0) == 0
     begun = [*order[:2], (("b", BLOCK, "begin"), 0.0), *order[2:]]
-    assert under_way(begun, WINDOW + 3) == 3
-    assert under_way(begun, WINDOW + 2) == 1
+    assert first_in_flight(begun, WINDOW + 3) == 3
+    assert first_in_flight(begun, WINDOW + 2) == 1
 
 
 def test_what_is_moved_costs_as_much():
     table = {(NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0}
-    also_offloaded(table, [candidate(offloadable=True), candidate(Q)])
+    add_offloaded_choices(table, [candidate(offloadable=True), candidate(Q)])
     assert table == {
         (NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0, (NORM, OFFLOAD8): 1.0, (NORM, OFFLOAD): 2.0,
     }  # fmt: skip
