@@ -19,26 +19,26 @@ def plan(
     model: common.Model,
     budget: Annotated[
         str | None,
-        typer.Option(help="Most memory of a training step, such as 8GiB; default: least possible."),
+        typer.Option(help="Most memory of a training step: 8GiB; default: the smallest possible."),
     ] = None,
     max_time: Annotated[
-        float | None, typer.Option(help="Most step time, as a multiple of plain's: 1.1.")
+        float | None, typer.Option(help="Most step time, as a multiple of plain's time: 1.1.")
     ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Most gradient error that codes may add: 0.02 for 2 %.")
     ] = None,
     cpu_memory: Annotated[
-        str | None, typer.Option(help="Most CPU memory for what is moved there, such as 64GiB.")
+        str | None, typer.Option(help="Most CPU memory for offloaded stashes: 64GiB.")
     ] = None,
     frontier: Annotated[
-        Path | None, typer.Option(help="Draw what every budget costs to this PNG file.")
+        Path | None, typer.Option(help="Draw the time and error of every budget to this PNG file.")
     ] = None,
     baselines: Annotated[
         Path | None,
         typer.Option(
             "--baselines",
             "--rivals",
-            help="rows.jsonl of a comparison, to draw beside the frontier.",
+            help="rows.jsonl of `mesa-train compare`, to draw beside the frontier.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the policy to this YAML file.")] = None,
@@ -51,8 +51,8 @@ def plan(
 ) -> None:
     """Find a policy that fits a memory budget.
 
-    Chooses for every stash: saved uncompressed, in 8, 4 or 2 bits, rebuilt, or, on a GPU, offloaded
-    to CPU memory. Chooses for every block whether to checkpoint it. Predicts the memory, time and
+    Chooses for each stash: uncompressed, 8, 4 or 2 bits, rebuilt, or, on a GPU, offloaded to CPU
+    memory. Chooses for each block whether to checkpoint it. Predicts the memory, time and gradient
     error of a step.
     """
     with common.one_line_errors():
@@ -65,9 +65,9 @@ def plan(
         points = _baselines(baselines, frontier)
         common.writable_file(out, "--out", ".yaml .yml")
         common.writable_file(frontier, "--frontier", ".png")
-        loaded, where = common.loading(model, batch_size, image_size, device, fake)
-        dtype = common.resolved(loaded, dtype, where, fake)
-        common.check_precision(loaded, dtype, where, fake)
+        loaded, target = common.loading(model, batch_size, image_size, device, fake)
+        dtype = common.resolved(loaded, dtype, target, fake)
+        common.check_precision(loaded, dtype, target, fake)
         _check_baselines(baselines, points, loaded)
         with common.progress_bar() as progress:
             planner = Planner.of(
@@ -77,22 +77,22 @@ def plan(
                 cpu_memory=cpu_memory,
                 progress=progress,
             )
-            found = planner.plan(budget, max_time=max_time, max_error=max_error)
+            best = planner.plan(budget, max_time=max_time, max_error=max_error)
             plans = planner.frontier() if frontier is not None else []
         if out is not None:
-            found.policy.to_yaml(out)
-        title = common.title_of(loaded, dtype, where)
+            best.policy.to_yaml(out)
+        title = common.title_of(loaded, dtype, target)
         if frontier is not None:
             _draw(plans, points, title, frontier)
         if as_json:
-            setting = common.setting_of(loaded, dtype, where, fake)
-            common.show_json({**setting, "budget": budget, **_answer(found, plans)})
+            setting = common.setting_of(loaded, dtype, target, fake)
+            common.show_json({**setting, "budget": budget, **_answer(best, plans)})
             return
-        common.show(title, terminal.prediction(found), terminal.choices(found))
+        common.show(title, terminal.prediction(best), terminal.choices(best))
         if out is None:
-            typer.echo(found.policy.to_yaml(), nl=False)
+            typer.echo(best.policy.to_yaml(), nl=False)
         else:
-            common.show(f"the policy is in {out}")
+            common.show(f"The policy is in {out}.")
 
 
 def _draw(plans: Sequence[Plan], points: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -103,27 +103,31 @@ def _draw(plans: Sequence[Plan], points: list[dict[str, Any]], title: str, path:
     save_png(draw(plans, points, title), path)
 
 
-def _answer(found: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
+def _answer(plan: Plan, frontier: Sequence[Plan]) -> dict[str, Any]:
     """The JSON values of a plan and of the plans of the frontier."""
     return {
-        "policy": found.policy.to_yaml(),
-        "prediction": found.prediction.to_dict(),
-        "plain": found.plain.to_dict(),
-        "gap": found.gap,
-        "frontier": [plan.prediction.to_dict() for plan in frontier],
+        "policy": plan.policy.to_yaml(),
+        "prediction": plan.prediction.to_dict(),
+        "plain": plan.plain.to_dict(),
+        "gap": plan.gap,
+        "frontier": [point.prediction.to_dict() for point in frontier],
     }
 
 
 def _check_baselines(path: Path | None, rows: list[dict[str, Any]], loaded: Loaded) -> None:
     """ValueError if the rows are measured with another model or batch."""
     for row in rows:
-        own = row.get("model"), row.get("shapes", row.get("inputs"))
-        if own != (loaded.name, loaded.shapes()):
+        measured = row.get("model"), row.get("shapes", row.get("inputs"))
+        if measured != (loaded.name, loaded.shapes()):
             from mesa_train.utils.formatting import format_shapes
 
-            theirs, ours = format_shapes(own[1] or []), format_shapes(loaded.shapes())
+            row_shapes, model_shapes = (
+                format_shapes(measured[1] or []),
+                format_shapes(loaded.shapes()),
+            )
             raise ValueError(
-                f"--baselines {path}: rows of {own[0]} with {theirs}, not of {loaded.name} with {ours}"
+                f"--baselines {path}: the rows are of {measured[0]} with {row_shapes}, "
+                f"not of {loaded.name} with {model_shapes}"
             )
 
 
@@ -134,12 +138,12 @@ def _baselines(path: Path | None, frontier: Path | None) -> list[dict[str, Any]]
     if path is None:
         return []
     if frontier is None:
-        raise ValueError("--baselines are drawn beside a frontier: give --frontier chart.png too")
+        raise ValueError("--baselines needs --frontier chart.png, the chart to draw them in")
     if path.is_dir():
         path = path / "rows.jsonl"
     if not path.is_file():
-        raise ValueError(f"--baselines {path}: no such file; `mesa-train compare --out` writes one")
+        raise ValueError(f"--baselines {path}: no such file; `mesa-train compare --out` writes it")
     rows = records.read(path)
     if not any("method" in row for row in rows):
-        raise ValueError(f"--baselines {path}: no rows of a comparison")
+        raise ValueError(f"--baselines {path}: the file has no rows of `mesa-train compare`")
     return rows

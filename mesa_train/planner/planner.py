@@ -368,14 +368,17 @@ class Planner:
     def _bounds(self, max_time: float | None, max_error: float | None) -> _Bounds:
         """(most seconds of the choices, most variance) from the user's bounds."""
         if max_time is not None and max_time < 1:
-            raise ValueError(f"max_time is a multiple of plain's time, at least 1, got {max_time}")
+            raise ValueError(
+                f"max_time, a multiple of plain's time, must be at least 1, got {max_time}"
+            )
         if max_error is not None and max_error <= 0:
             raise ValueError(f"max_error must be above 0, got {max_error}")
         seconds = None
         if max_time is not None:
             if self.profile.plain_s is None:
                 raise ValueError(
-                    "max_time needs a model on a real device that plain fits, to be timed"
+                    "max_time needs a timed plain step: a model on a real device whose memory plain "
+                    "fits"
                 )
             seconds = (max_time - 1) * self.profile.plain_s
         return seconds, None if max_error is None else max_error**2
@@ -385,5 +388,5 @@ def _bytes(field: str, value: int | str) -> int:
     """The bytes of a number or a text such as "8GiB"; ValueError if they are not above 0."""
     size = parse_bytes(value) if isinstance(value, str) else value
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise ValueError(f"{field} is bytes or text such as '8GiB', got {value!r}")
+        raise ValueError(f"{field} must be bytes above 0 or text such as '8GiB', got {value!r}")
     return size

@@ -34,7 +34,7 @@ def read(text: str | bytes) -> Any:
         Values: `Plain`, text that was quoted, and values with an explicit tag.
 
     Raises:
-        yaml.YAMLError: the text is no YAML, or a key is repeated.
+        yaml.YAMLError: the text is not YAML, or a key is repeated.
     """
     import yaml
 
@@ -58,9 +58,9 @@ def resolved(value: Any) -> Any:
     if is_null(value):
         return None
     for kind in (to_bool, to_int, to_float):
-        found = kind(value)
-        if found is not None:
-            return found
+        converted = kind(value)
+        if converted is not None:
+            return converted
     return str(value)
 
 
@@ -127,8 +127,8 @@ def to_float(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        whole = to_int(text)
-        return None if whole is None else float(whole)
+        integer = to_int(text)
+        return None if integer is None else float(integer)
 
 
 @cache
@@ -150,11 +150,11 @@ def _loader() -> type[yaml.SafeLoader]:
                 if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
                     if key.value in seen:
                         raise yaml.constructor.ConstructorError(
-                            None, None, f"the key {key.value!r} is given twice", key.start_mark
+                            None, None, f"the key {key.value!r} is repeated", key.start_mark
                         )
                     seen.add(key.value)
-            made = super().construct_mapping(node, deep)
-            return {str(k) if isinstance(k, Plain) else k: v for k, v in made.items()}
+            mapping = super().construct_mapping(node, deep)
+            return {str(k) if isinstance(k, Plain) else k: v for k, v in mapping.items()}
 
     def text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
         written = loader.construct_scalar(node)

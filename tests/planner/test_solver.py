@@ -97,11 +97,15 @@ def test_solver_with_blocks_against_all_there_is():
     }
     blocks = [Block(name, options) for name in ("0", "1")]
     candidates = [
-        dataclasses.replace(candidate, block=candidate.key[0]) for candidate in blocks_problem.candidates
+        dataclasses.replace(candidate, block=candidate.key[0])
+        for candidate in blocks_problem.candidates
     ]
     order = []
     for name in ("0", "1"):
-        order += [((name, BLOCK, "begin"), 0.0), *[e for e in blocks_problem.order if e[0][0] == name]]
+        order += [
+            ((name, BLOCK, "begin"), 0.0),
+            *[e for e in blocks_problem.order if e[0][0] == name],
+        ]
     # A checkpointed block works in more memory when its turn comes, one left to PyTorch in less.
     moments = [Moment(1e5, 8)]
     for start, name in ((0, "0"), (4, "1")):
@@ -116,7 +120,12 @@ def test_solver_with_blocks_against_all_there_is():
         strategies = dict(zip([block.key for block in blocks], labels, strict=True))
         one_by_one = [s for s in candidates if strategies[s.block, BLOCK, ""] == STASHES]
         for picked in itertools.product(*[s.choices() for s in one_by_one]):
-            every.append(score(blocks_problem, dict(zip([s.key for s in one_by_one], picked, strict=True)) | strategies))
+            every.append(
+                score(
+                    blocks_problem,
+                    dict(zip([s.key for s in one_by_one], picked, strict=True)) | strategies,
+                )
+            )
     for budget, error_weight in ((1.2e6, 0.0), (1.8e6, 2000.0), (2.5e6, 2000.0), (4e6, 0.0)):
         best = cheapest(every, budget, error_weight)
         solution = solve(blocks_problem, budget=budget, error_weight=error_weight)
@@ -133,7 +142,8 @@ def test_solver_with_a_bus_against_all_there_is(budget, capacity):
     """What is offloaded timings what the arithmetic does not hide, and fits CPU memory."""
     offload_problem = problem(((1e5, 3), (6e5, 1)))
     candidates = [
-        dataclasses.replace(candidate, offloadable=True) for candidate in offload_problem.candidates[:3]
+        dataclasses.replace(candidate, offloadable=True)
+        for candidate in offload_problem.candidates[:3]
     ]
     seconds, variance = dict(offload_problem.seconds), dict(offload_problem.variance)
     add_offloaded_choices(seconds, candidates)

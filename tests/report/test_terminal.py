@@ -9,7 +9,7 @@ from mesa_train.estimate.estimator import POLICIES, SETUPS, Estimate
 from mesa_train.estimate.model_states import Cluster, Parameters, states
 from mesa_train.measure.footprint import Footprint
 from mesa_train.measure.module_tree import forward_order, grow
-from mesa_train.measure.saved_tensors import Kept
+from mesa_train.measure.saved_tensors import SavedStorage
 from mesa_train.report.columns import with_ratios
 from mesa_train.report.terminal import by_module, by_operator, comparison, estimates, notes_of
 from mesa_train.utils.formatting import (
@@ -30,7 +30,9 @@ def rendered(table, width):
 
 
 def made(*rows):
-    kept = tuple(Kept(operator, module, "float32", (1,), size) for operator, module, size in rows)
+    kept = tuple(
+        SavedStorage(operator, module, "float32", (1,), size) for operator, module, size in rows
+    )
     return Footprint(sum(row.saved_bytes for row in kept), 2**20, 0, kept)
 
 

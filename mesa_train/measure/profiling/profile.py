@@ -339,7 +339,7 @@ _SCALARS = ("plain_s", "static_bytes", "plain_saved_bytes", "plain_peak_bytes", 
 def _decoded(fields: Mapping[str, Any]) -> Profile:
     """The profile of the JSON values that `_encoded` made."""
     if fields["version"] != _VERSION:
-        raise ValueError(f"version {fields['version']}, not {_VERSION}")
+        raise ValueError(f"its version is {fields['version']}, expected {_VERSION}")
 
     def table(rows: list[list[Any]]) -> dict[tuple[Key, int | str], float]:
         return {((row[0], row[1], row[2]), row[3]): row[4] for row in rows}

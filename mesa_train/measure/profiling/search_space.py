@@ -81,8 +81,8 @@ class SearchSpace:
             candidate.offloadable = self.offloadable
         if not self.candidates:
             raise ValueError(
-                f"{type(self.model).__name__} stores no tensor of {self.base.min_bytes} bytes or "
-                "more with this batch, so there is nothing to choose"
+                f"{type(self.model).__name__} saves no tensor of at least {self.base.min_bytes} bytes "
+                "with this batch, so there is nothing to choose"
             )
         blocks = {candidate.block for candidate in self.candidates}
         self.simulator.blocks = [block for block in single_use if block in blocks]

@@ -138,7 +138,7 @@ def calibrate(
                 if (candidate.key, 4) in coupled:
                     coupled[candidate.key, 8] = coupled[candidate.key, 4] * _EIGHT
     for input_bits, policy in (checkpointing or {}).items():
-        progress(f"checkpoints' inputs at {input_bits or 'all'} bits")
+        progress(f"checkpoint inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)
         passes += 1
         if input_bits is None:

@@ -130,8 +130,8 @@ class LITTi(Classifier):
         """Run one stage. ValueError for images of another size than `img_size`."""
         if stage == 1 and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
-                f"LITTi was made for images of {self.img_size[0]}x{self.img_size[1]}, not "
-                f"{x.shape[2]}x{x.shape[3]}: its positions fix the size; give img_size"
+                f"this LITTi takes images of {self.img_size[0]}x{self.img_size[1]}, got "
+                f"{x.shape[2]}x{x.shape[3]}; set img_size when the model is built"
             )
         x = self.get_submodule(f"patch_embed{stage}")(x)
         positions = self.get_parameter(f"pos_embed{stage}")

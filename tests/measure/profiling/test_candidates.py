@@ -182,9 +182,9 @@ def test_what_a_block_takes_in_each_mode_by_hand():
     space = SimpleNamespace(
         simulator=SimpleNamespace(blocks=["b"]),
         candidates=[one, other],
-        modes={"PyTorch": STRATEGIES["PyTorch"], **modes},
+        strategies={"PyTorch": STRATEGIES["PyTorch"], **modes},
         block_inputs={"b": taken},
-        order=SimpleNamespace(kept={("b", name): len(name) for name in STRATEGIES}),
+        order=SimpleNamespace(saved_by_block={("b", name): len(name) for name in STRATEGIES}),
         input_bytes=lambda block, bits: 10 * bits,
     )
     (found,) = blocks_of(space, times, sensitivity)
