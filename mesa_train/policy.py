@@ -226,17 +226,13 @@ class Policy:
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:
-            matching_overrides = tuple(
-                index
-                for index, (covered, *_) in enumerate(matched)
-                if covered is None or name in covered
+            applied = tuple(
+                i for i, (covered, *_) in enumerate(matched) if covered is None or name in covered
             )
-            if matching_overrides not in shared:
+            if applied not in shared:
                 changes = list(self.overrides.values())
-                shared[matching_overrides] = Rules(
-                    self, [(*matched[index][1:], changes[index]) for index in matching_overrides]
-                )
-            resolved[name] = shared[matching_overrides]
+                shared[applied] = Rules(self, [(*matched[i][1:], changes[i]) for i in applied])
+            resolved[name] = shared[applied]
         rebuilds = any(
             [r.rebuild_linear for rules in shared.values() for r in rules.table.values()]
         )
@@ -259,11 +255,7 @@ class Policy:
                 hint = f"; close names: {', '.join(near)}" if near else ""
                 raise ValueError(f"Policy.checkpoint: {pattern!r} matches no module{hint}")
             matches |= names_of_pattern
-        return {
-            name
-            for name in matches
-            if not any(is_inside(name, outer) for outer in matches if outer != name)
-        }
+        return {n for n in matches if not any(is_inside(n, o) for o in matches if o != n)}
 
 
 _OVERRIDABLE = tuple(

@@ -90,7 +90,7 @@ def expected_bytes(blocks, softmax):
         ({"min_bytes": "1k"}, TypeError, ["Policy.min_bytes", "'1k'"]),
         ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
         ({"offload": "cpu"}, TypeError, ["Policy.offload", "cpu"]),
-        ({"ranges": "running", "bits": 4}, ValueError, ["running", "8 bits", "bits=4"]),
+        ({"ranges": "running", "bits": 4}, ValueError, ["running", "bits=8", "bits=4"]),
         ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
         (
             {"overrides": {"head": {"bit": 4}}},

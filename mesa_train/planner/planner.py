@@ -2,7 +2,7 @@
 
 A profile (`measure/profiling/profile.py`) has the choices for every saved tensor and block, with
 the bytes, seconds and gradient error of each choice. The planner makes an integer program of it
-(`solver.py`).
+(`problem.py`) and solves it (`solver.py`).
 
 The bytes beside the stashes change with the choices. With a model, the planner simulates a step
 with the solution on fake tensors, corrects the program and solves it again until both agree. Then
@@ -27,7 +27,8 @@ from mesa_train.policy import Policy
 from mesa_train.utils.formatting import format_bytes, parse_bytes
 
 from .plan import ERROR_WEIGHT, OverBudget, Plan, Prediction
-from .solver import COST, PEAK, HostLink, Moment, Problem, Solution, solve
+from .problem import HostLink, Moment, Problem, Solution
+from .solver import COST, PEAK, solve
 
 # A peak that is larger than the smallest by at most this part is as good.
 _PEAK_TOLERANCE = 2e-3

@@ -150,7 +150,7 @@ def _loader() -> type[yaml.SafeLoader]:
                 if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
                     if key.value in seen:
                         raise yaml.constructor.ConstructorError(
-                            None, None, f"the key {key.value!r} is repeated", key.start_mark
+                            None, None, f"the key {key.value!r} is given twice", key.start_mark
                         )
                     seen.add(key.value)
             mapping = super().construct_mapping(node, deep)

@@ -97,7 +97,7 @@ def test_compare_json_is_json_alone(shallow):
 
 def test_compare_says_what_quick_cannot(shallow):
     result = run("compare", *shallow, "--fake", "--methods", "plain,compile", "--memory", "1GiB")
-    assert "compile: its bytes show in a real run alone" in result.stdout
+    assert "compile: only a real run can count its bytes" in result.stdout
 
 
 def test_profile_in_a_terminal():
@@ -116,7 +116,7 @@ def test_profile_in_a_wide_terminal(shallow):
     for text in ("scaled_dot_product_attention", "saved for backward", "0-1  x2", "└ head", "attn"):
         assert text in result.stdout
     assert "…" not in result.stdout
-    assert "What mesa8 stores, how and why:" in result.stdout
+    assert "Saved tensors of mesa8, and how they are stored:" in result.stdout
     assert "8 bits in groups of 128, nearest" in result.stdout
     assert "rebuilt" in result.stdout
 
@@ -300,11 +300,14 @@ def test_dtypes(dtype):
         (["profile", *VIT, "--policy", "mesa9"], "unknown method 'mesa9'"),
         (["profile", *VIT, "--policy", "no_such_file.yaml"], "no_such_file.yaml"),
         (["profile", *VIT, "--diff", "mesa9"], "unknown method 'mesa9'"),
-        (["compare", *VIT, "--memory", "lots"], "a size is a number with a unit"),
-        (["plan", *VIT, "--fake", "--budget", "lots"], "a size is a number with a unit"),
-        (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "do not spread evenly"),
+        (["compare", *VIT, "--memory", "lots"], "a size must be a number with a unit"),
+        (["plan", *VIT, "--fake", "--budget", "lots"], "a size must be a number with a unit"),
+        (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "must be a multiple of nodes"),
         (["estimate", *VIT, "--policies", "mesa9"], "unknown method 'mesa9'"),
-        (["estimate", *VIT, "--gpu-memory", "24"], "--gpu-memory: 24 bytes? Give a unit: 24GiB"),
+        (
+            ["estimate", *VIT, "--gpu-memory", "24"],
+            "--gpu-memory: a size needs a unit, such as 24GiB, got '24'",
+        ),
         (["compare", *VIT, "--methods", "plain,mesa9"], "did you mean 'mesa8'?"),
         (["compare", *VIT, "--batchsize", "4"], "--batch-size"),
         (["compare", *VIT, "--dtype", "bfloat16"], "is not one of"),
@@ -312,8 +315,8 @@ def test_dtypes(dtype):
         (["compare"], "Missing argument"),
         (["compare", "pyhton:my.build"], "did you mean python:my.build?"),
         (["compare", *VIT, "--out", "/dev/null/out"], "--out /dev/null/out"),
-        (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: name a .yaml file"),
-        (["plan", *VIT, "--baselines", "rows.jsonl"], "give --frontier chart.png too"),
+        (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: the file name must end in .yaml"),
+        (["plan", *VIT, "--baselines", "rows.jsonl"], "--baselines needs --frontier"),
         (
             ["plan", *VIT, "--frontier", "c.png", "--baselines", "no.jsonl"],
             "--baselines no.jsonl: no such file",
@@ -366,10 +369,10 @@ def reads():
     [
         (
             ["compare", "half", "--dtype", "bf16"],
-            "float16 weights, which --dtype bf16 does not go with on a CPU",
+            "float16 weights; a CPU cannot run them with --dtype bf16",
         ),
         (["profile", "half", "--dtype", "bf16"], "choose fp16, or float32 for no autocast"),
-        (["compare", "reads", "--fake"], "without data do not have (narrow.py, line 7: "),
+        (["compare", "reads", "--fake"], "fake tensors do not have (narrow.py, line 7: "),
         (["profile", "reads", "--fake"], "`mesa-train profile` without --fake"),
         (["estimate", "reads", "--batch-size", "8"], "Reads reads values"),
     ],
@@ -392,7 +395,9 @@ def test_rivals_of_another_batch(tmp_path):
     chosen = ["--fake", "--frontier", str(tmp_path / "c.png"), "--baselines", str(rows)]
     result = run("plan", *VIT, *chosen)
     assert result.exit_code == 2
-    assert f"rows of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
+    assert (
+        f"the rows are of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
+    )
 
 
 @pytest.mark.slow

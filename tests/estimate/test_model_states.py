@@ -136,7 +136,7 @@ class TestStates:
         assert (stepped.weights, stepped.optimizer) == (2000, 1030)
         assert stepped.gradients == 20 * 60  # float32 rows of the largest parameter's update
         assert states("frozen", "none", own, one).gpu == 2000
-        with pytest.raises(ValueError, match="one GPU's, got gpus=2"):
+        with pytest.raises(ValueError, match="runs on one GPU, got gpus=2"):
             states("in_backward", "none", own, Cluster(2, GIB, GIB))
 
     @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ class TestStates:
             states(strategy, offload, self.own, Cluster(1, GIB, GIB))
 
     def test_bad_cluster(self):
-        with pytest.raises(ValueError, match="do not spread evenly"):
+        with pytest.raises(ValueError, match="must be a multiple of nodes"):
             Cluster(3, GIB, GIB, nodes=2)
-        with pytest.raises(ValueError, match="no multiple of tensor_parallel=3"):
+        with pytest.raises(ValueError, match="a multiple of tensor_parallel=3"):
             Cluster(8, GIB, GIB, tensor_parallel=3)
         with pytest.raises(ValueError, match="gpus must be at least 1"):
             Cluster(0, GIB, GIB)

@@ -128,8 +128,8 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"budget": "many"}, "a size is a number with a unit"),
-            ({"budget": 0}, "budget is bytes or text"),
+            ({"budget": "many"}, "a size must be a number with a unit"),
+            ({"budget": 0}, "budget must be bytes above 0 or text"),
             ({"max_time": 0.5}, "at least 1"),
             ({"max_error": 0.0}, "above 0"),
         ],
@@ -215,7 +215,7 @@ def test_where_plain_does_not_fit():
     found = planner.plan(max_error=0.1)
     assert found.prediction.time_ratio is None
     assert found.prediction.peak_bytes < found.plain.peak_bytes
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 
@@ -242,7 +242,7 @@ def test_on_meta():
     found = planner.plan(int(0.7 * planner.plain.peak_bytes))
     assert found.prediction.peak_bytes <= 0.7 * planner.plain.peak_bytes
     assert found.prediction.step_s is None
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 
@@ -355,7 +355,9 @@ class TestMoving:
         )
 
     def test_main_memory_is_bytes(self):
-        with pytest.raises(ValueError, match="cpu_memory is bytes or text such as '8GiB', got 0"):
+        with pytest.raises(
+            ValueError, match="cpu_memory must be bytes above 0 or text such as '8GiB', got 0"
+        ):
             mesa_train.plan(nn.Linear(4, 4), torch.randn(2, 4), cpu_memory=0)
 
 

@@ -110,7 +110,7 @@ def test_bounds_of_error_and_time():
 def test_without_times():
     planner = Planner(by_hand(plain_s=None))
     assert planner.plan(5000 + 1000 + 2 * BYTES[8]).prediction.time_ratio is None
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 

@@ -17,7 +17,8 @@ from mesa_train.measure.profiling.candidates import (
     as_policy,
 )
 from mesa_train.measure.stash_log import BLOCK
-from mesa_train.planner.solver import PEAK, HostLink, Moment, Problem, score, solve
+from mesa_train.planner.problem import HostLink, Moment, Problem, score
+from mesa_train.planner.solver import PEAK, solve
 from mesa_train.policy import Policy
 
 pytest.importorskip("highspy")

@@ -127,9 +127,12 @@ def test_one_file_without_a_network(page):
     ):
         assert said in page
     assert "<b>" not in page
-    assert "mesa8 keeps 3.33 times less than plain at 1.07 times its step time" in page
+    assert "mesa8 saves 3.33 times fewer bytes than plain at 1.07 times its step time" in page
     assert "a gradient error of 1.20% (plain: 1.00%)" in page
-    assert "Checkpointing every block keeps 8.33 times less at 1.30 times the step time." in page
+    assert (
+        "Checkpointing every block saves 8.33 times fewer bytes at 1.30 times the step time."
+        in page
+    )
 
 
 class Elements(HTMLParser):

@@ -44,7 +44,7 @@ def test_graphics_cards():
     old = choose("auto", OLD)
     assert (old.name, old.dtype, old.scaler) == ("fp16", torch.float16, True)
     assert old.line == (
-        "precision auto: float16 with loss scaling, since a T4 does not compute in bfloat16"
+        "precision auto: float16 with loss scaling, because a T4 does not compute in bfloat16"
     )
     # A training without a scaler.
     assert choose("auto", OLD, fp16=False).dtype is None

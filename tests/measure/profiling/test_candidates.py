@@ -27,7 +27,7 @@ from mesa_train.measure.profiling.candidates import (
 from mesa_train.measure.profiling.profile import blocks_of
 from mesa_train.measure.profiling.times import CHECKPOINT, CHECKPOINT_CODES
 from mesa_train.measure.stash_log import BLOCK, StashLog
-from mesa_train.planner.solver import HostLink, Moment, Problem, score
+from mesa_train.planner.problem import HostLink, Moment, Problem, score
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import WINDOW
 

@@ -40,5 +40,5 @@ def test_what_is_left(name):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="got ResNet"):
         without_early_attention(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match="stages=5 must lie between 0 and 4"):
+    with pytest.raises(ValueError, match="stages must be from 0 to 4, got 5"):
         without_early_attention(timm.create_model("pvt_v2_b0"), 5)

@@ -106,9 +106,9 @@ def test_gradients_under_every_preset(policy, alpha):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 30, "num_heads": 4}, "dim=30 is no multiple of num_heads=4"),
-        ({"dim": 32, "window": 0}, "window=0"),
-        ({"dim": 32, "alpha": 1.5}, "alpha=1.5"),
+        ({"dim": 30, "num_heads": 4}, "dim=30 must be a multiple of num_heads=4"),
+        ({"dim": 32, "window": 0}, "window must be at least 1, got 0"),
+        ({"dim": 32, "alpha": 1.5}, "alpha must be from 0 to 1, got 1.5"),
     ],
 )
 def test_mistakes_are_named(arguments, message):

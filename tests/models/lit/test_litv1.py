@@ -85,7 +85,7 @@ def test_it_trains_in_less_memory(make, policy):
 
 @pytest.mark.parametrize("make", [small, tiny])
 def test_another_image_size_is_one_clear_error(make):
-    with pytest.raises(ValueError, match="give img_size"):
+    with pytest.raises(ValueError, match="set img_size"):
         make()(torch.randn(1, 3, 96, 96))
 
 

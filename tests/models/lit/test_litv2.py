@@ -295,9 +295,9 @@ def test_grad_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": 28}, "28x28 are too small"),
-        ({"depths": (1, 1)}, "of one length, got 2, 4 and 4"),
-        ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0 must lie in \[0, 1\)"),
+        ({"img_size": 28}, "must be at least 29x29, got 28x28"),
+        ({"depths": (1, 1)}, "have one length, got 2, 4 and 4"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be at least 0 and below 1, got 1.0"),
         ({"global_pool": "max"}, "global_pool must be 'avg' or '', got 'max'"),
     ],
 )
@@ -307,7 +307,7 @@ def test_mistakes_are_named(options, message):
 
 
 def test_small_images_are_refused_in_the_forward_too():
-    with pytest.raises(ValueError, match="LITv2: images of 32x28 are too small"):
+    with pytest.raises(ValueError, match="LITv2: images must be at least 29x29, got 32x28"):
         LITv2(width=32, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))(torch.randn(1, 3, 32, 28))
 
 

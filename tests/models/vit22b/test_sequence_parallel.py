@@ -77,16 +77,16 @@ def test_tokens_that_do_not_divide(mesh):
 
 
 def test_who_cannot_overlap(mesh, monkeypatch):
-    with pytest.raises(ValueError, match="needs CUDA devices with peer access, these are cpu"):
+    with pytest.raises(ValueError, match="needs CUDA devices with peer access, got cpu"):
         vit22b_tokens.overlapped(None, mesh)
     cards = SimpleNamespace(device_type="cuda", size=lambda: 2, get_local_rank=lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="its 2 ranks on one machine, this one has 1 CUDA"):
+    with pytest.raises(ValueError, match="its 2 ranks on one machine; this machine has 1 CUDA"):
         vit22b_tokens.check_overlap(cards)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: False)
-    with pytest.raises(ValueError, match="peer access, which device 0 has not to 1"):
+    with pytest.raises(ValueError, match="peer access; device 0 has none to 1"):
         vit22b_tokens.check_overlap(cards)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
     vit22b_tokens.check_overlap(cards)

@@ -229,7 +229,7 @@ def test_flax_arrays_come_in():
     found = dict(vit22b_convert.from_flax(arrays, 4))
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[n], v) for n, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="'what' is no parameter of a ViT-22B"):
+    with pytest.raises(ValueError, match="'what' is not a parameter of a ViT-22B"):
         list(vit22b_convert.from_flax({"params/what": arrays["params/head/bias"]}, 4))
 
 
