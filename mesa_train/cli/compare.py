@@ -37,7 +37,8 @@ def compare(
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Timed steps of each method.")] = 4,
     memory: Annotated[
-        str | None, typer.Option(help="Find the largest batch that fits this memory: 24GiB.")
+        str | None,
+        typer.Option(help="Find the largest batch that fits this memory, such as 24GiB."),
     ] = None,
     method_timeout: Annotated[
         float,

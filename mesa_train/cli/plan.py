@@ -19,16 +19,18 @@ def plan(
     model: common.Model,
     budget: Annotated[
         str | None,
-        typer.Option(help="Most memory of a training step: 8GiB; default: the smallest possible."),
+        typer.Option(help="Most memory of a step, such as 8GiB; default: the smallest possible."),
     ] = None,
     max_time: Annotated[
-        float | None, typer.Option(help="Most step time, as a multiple of plain's time: 1.1.")
+        float | None,
+        typer.Option(help="Most step time, as a multiple of plain's time, such as 1.1."),
     ] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Most gradient error that codes may add: 0.02 for 2 %.")
+        float | None,
+        typer.Option(help="Most gradient error that codes may add, such as 0.02 for 2 %."),
     ] = None,
     cpu_memory: Annotated[
-        str | None, typer.Option(help="Most CPU memory for offloaded stashes: 64GiB.")
+        str | None, typer.Option(help="Most CPU memory for offloaded stashes, such as 64GiB.")
     ] = None,
     frontier: Annotated[
         Path | None, typer.Option(help="Draw the time and error of every budget to this PNG file.")

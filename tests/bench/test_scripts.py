@@ -162,8 +162,8 @@ def test_rows_of_one_dtype(tmp_path, make_tables):
     ("body", "said"),
     [
         ("<!-- table:stp x -->\n<!-- /table -->", "no table 'stp'"),
-        ("<!-- table:step -->\n<!-- /table -->", "takes a model and maybe a dtype, got none"),
-        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "maybe a dtype, got x bf16 y"),
+        ("<!-- table:step -->\n<!-- /table -->", "takes a model and optionally a dtype, got none"),
+        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "optionally a dtype, got x bf16 y"),
         ("<!-- table:vit22b_kept x -->\n<!-- /table -->", "'vit22b_kept' takes no words, got x"),
         ("<!-- table:step x -->\n", "not closed"),
     ],

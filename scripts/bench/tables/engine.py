@@ -70,10 +70,11 @@ def steps(rows: Sequence[Row]) -> str:
         ]
         about = f"{plain['batch_size']} x {size} px"
         lines.append([model, about, format_bytes(plain["saved_bytes"]), *cells])
-    head = ["model", "batch", "plain keeps", *methods]
+    head = ["model", "batch", "plain saves", *methods]
     return markdown(head, lines) + (
-        "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
-        f"medians of rounds that take turns); {_computed(rows[-1])}. {origin(rows[-1])}\n"
+        "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A step is "
+        "forward, backward and AdamW: median of rounds that take turns. "
+        f"{_computed(rows[-1])}. {origin(rows[-1])}\n"
     )
 
 
@@ -98,9 +99,9 @@ def ops(rows: Sequence[Row]) -> str:
         if "2 bits" not in row["variant"]
     ]
     return markdown(head, lines) + (
-        "\nAgainst a copy that reads and writes as many bytes, from rows that lie as the input's do; in "
-        "turns, caches flushed and code warm before "
-        f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
+        "\nThe copy reads and writes the same number of bytes, from rows with the strides of the input. Operator and "
+        "copy run in turns, after a warm-up, with flushed caches. Times are medians of "
+        f"{newest[0]['rounds']} rounds. {origin(newest[0])}\n"
     )
 
 
@@ -140,7 +141,7 @@ def families(rows: Sequence[Row]) -> str:
     newest = {(row["model"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(method for _, method in newest))
     presets = [method for method in methods if method != "plain"]
-    head = ["model", "plain keeps", *[f"{p} keeps" for p in presets]]
+    head = ["model", "plain saves", *[f"{p} saves" for p in presets]]
     head += ["plain's gradient error", *[f"{p}'s" for p in presets]]
     lines = []
     for model in dict.fromkeys(model for model, _ in newest):
@@ -177,7 +178,7 @@ def rounding(rows: Sequence[Row]) -> str:
 def plans(rows: Sequence[Row]) -> str:
     """The newest rows: predictions, with measurements in brackets."""
     newest = {(row["model"], row["share"]): row for row in rows}
-    head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
+    head = ["model", "budget", "saved", "peak of the step", "time, plain = 1", "gradient error"]
     lines, off = [], {"saved_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
     for (model, share), row in sorted(newest.items()):
         said, seen = row["predicted"], row["measured"]
@@ -189,7 +190,7 @@ def plans(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 model if share == min(s for m, s in newest if m == model) else "",
-                "least possible" if share == 0 else format_bytes(row["budget"]),
+                "smallest possible" if share == 0 else format_bytes(row["budget"]),
                 kept,
                 peak,
                 f"{said['time_ratio']:.2f} ({seen['time_ratio']:.2f})",
@@ -198,8 +199,8 @@ def plans(rows: Sequence[Row]) -> str:
         )
     worst = ", ".join(f"{name} {off[key]:.1%}" for key, name in _PREDICTED.items())
     return markdown(head, lines) + (
-        "\nPredicted, and measured in brackets; bf16 autocast, random weights; the peak is that of "
-        "a whole training step with weights and AdamW's states. Furthest off: "
+        "\nPredicted values, with measured values in brackets; bf16 autocast, random weights. The peak is of a whole "
+        "training step, with weights and AdamW's states. Largest relative errors of the predictions: "
         f"{worst}. {origin(rows[-1])}\n"
     )
 
@@ -235,8 +236,8 @@ def soak(rows: Sequence[Row]) -> str:
         for policy, row in newest.items()
     ]
     head = ["policy", "steps", "of them failed", "growth per step", "resident at the end"]
-    return markdown([*head, "stashes left behind"], lines) + (
-        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}; growth: slope of resident memory "
-        "over the second half of the steps; one process, policies in this order. "
+    return markdown([*head, "stashes not freed"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}. The growth is the slope of resident memory over the "
+        "second half of the steps. One process runs the policies in this order. "
         f"{origin(rows[-1])}\n"
     )

@@ -15,7 +15,7 @@ _ROWED = "nn.functional."
 
 @table(_FILE, _SCRIPT)
 def fallback_sizes(rows: Sequence[Row]) -> str:
-    """The functions of which only sizes are kept, in one paragraph."""
+    """The functions of which only sizes are saved, in one paragraph."""
     found = sorted(
         {row["function"] for row in newest_run(rows) if decision(row["function"]) == "size"}
     )
@@ -64,8 +64,8 @@ def _table(rows: Sequence[Row], wanted: str) -> str:
         worst = max(own, key=lambda row: row["error"])
         lines.append([f"`{function}`", _percent(worst["error"]), worst["inputs"], str(len(own))])
     return markdown(["function", "largest error", "on", "calls"], lines) + (
-        "\nRelative L2 distance of the gradient that is furthest off, with 8-bit codes in groups of 128 "
-        f"of every float tensor that the call saves. {origin(rows[-1])}\n"
+        "\nThe error is the relative L2 distance of the worst gradient, with 8-bit codes in groups of 128 for every "
+        f"float tensor that the call saves. {origin(rows[-1])}\n"
     )
 
 

@@ -40,9 +40,9 @@ def litv2_parity(rows: Sequence[Row]) -> str:
     head = ["policy", "processes", "saved for the backward", "held-out top-1", "seeds"]
     head += ["minutes, at best", "processor minutes, at best"]
     return markdown(head, lines) + (
-        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
-        "a micro-batch of one process. Other work shared the machine and paused some runs, hence "
-        "the least of the minutes; processor minutes are those of all processes together. "
+        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, accuracy of the last epoch. Saved bytes are of a micro-batch "
+        "of one process. Other programs ran on the machine and paused some runs, so the minutes are the smallest of all "
+        "seeds. Processor minutes are the sum over all processes. "
         f"{origin(rows[-1])}\n"
     )
 
@@ -66,7 +66,7 @@ def attention(rows: Sequence[Row]) -> str:
         for row in newest.values()
     ]
     head = ["layer, tokens", "parameters", "multiply-adds", "forward", "training", "with mesa8"]
-    head += ["keeps", "with mesa8"]
+    head += ["saves", "with mesa8"]
     one = rows[-1]
     return markdown(head, lines) + (
         f"\nOne layer of {one['dim']} channels and {one['heads']} heads behind a layer norm, bf16 "
@@ -93,7 +93,7 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
 def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
     """Bytes saved for one image under every policy."""
     lines = [[policy, format_bytes(size)] for policy, size in row["saved_bytes"].items()]
-    return ["policy", "kept for one image"], lines
+    return ["policy", "saved for one image"], lines
 
 
 @_estimates
@@ -118,4 +118,4 @@ def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
         ]
         for fit in row["fits"]
     ]
-    return ["machine", "scheme", "states / card", "on the host", *policies], lines
+    return ["machine", "scheme", "states / card", "CPU memory", *policies], lines
