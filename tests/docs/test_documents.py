@@ -132,6 +132,30 @@ def test_links_lead_somewhere(path):
     assert not wrong, f"{path.relative_to(ROOT)}: {', '.join(wrong)}"
 
 
+def walk(heading: str) -> list[tuple[Path, list[str]]]:
+    """The stops of a walk in concepts.md: the file, and the names that the file must have."""
+    section = (DOCS / "concepts.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    stops = []
+    for line in section.partition("\n## ")[0].splitlines():
+        link = re.match(r"\| \d \| \[[^]]+\]\(([^)]+)\) \| (.*) \|$", line)
+        if link is not None:
+            spans = [span.partition("(")[0] for span in re.findall(r"`([^`]+)`", link[2])]
+            names = [span.rpartition(".")[2] for span in spans if span[0].isupper() or "." in span]
+            stops.append(((DOCS / link[1]).resolve(), names))
+    return stops
+
+
+@pytest.mark.parametrize("heading", ["The walk of one tensor", "The walk of one model"])
+def test_the_files_of_a_walk_have_the_names_that_concepts_gives(heading):
+    stops = walk(heading)
+    assert len(stops) == 5
+    assert sum(len(names) for _, names in stops) >= 3
+    for path, names in stops:
+        text = path.read_text(encoding="utf-8")
+        missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{path.name} has no {', '.join(missing)}"
+
+
 def test_documents_that_the_code_names_are_there():
     missing = []
     for path in sources(".py", ".sh", ".toml", ".yaml", ".yml"):

@@ -72,8 +72,8 @@ def steps(rows: Sequence[Row]) -> str:
         lines.append([model, about, format_bytes(plain["saved_bytes"]), *cells])
     head = ["model", "batch", "plain saves", *methods]
     return markdown(head, lines) + (
-        "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A step is "
-        "forward, backward and AdamW: median of rounds that take turns. "
+        "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A "
+        "step is forward, backward and AdamW: median of rounds that take turns. "
         f"{_computed(rows[-1])}. {origin(rows[-1])}\n"
     )
 

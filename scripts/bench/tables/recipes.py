@@ -40,9 +40,9 @@ def litv2_parity(rows: Sequence[Row]) -> str:
     head = ["policy", "processes", "saved for the backward", "held-out top-1", "seeds"]
     head += ["minutes, at best", "processor minutes, at best"]
     return markdown(head, lines) + (
-        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, accuracy of the last epoch. Saved bytes are of a micro-batch "
-        "of one process. Other programs ran on the machine and paused some runs, so the minutes are the smallest of all "
-        "seeds. Processor minutes are the sum over all processes. "
+        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, accuracy of the last epoch. Saved bytes are "
+        "of a micro-batch of one process. Other programs ran on the machine and paused some runs, so the "
+        "minutes are the smallest of all seeds. Processor minutes are the sum over all processes. "
         f"{origin(rows[-1])}\n"
     )
 
