@@ -21,18 +21,18 @@ def litv2_parity(rows: Sequence[Row]) -> str:
     for (name, processes, _), row in last.items():
         groups.setdefault((name, processes), []).append(row)
     lines = []
-    for (name, processes), own in groups.items():
-        accuracies = [100 * row["top1"] for row in own]
-        whole = [row for row in own if row["minutes"]]  # those cut and continued have none
+    for (name, processes), of_group in groups.items():
+        accuracies = [100 * row["top1"] for row in of_group]
+        complete = [row for row in of_group if row["minutes"]]  # those cut and continued have none
         lines.append(
             [
                 name,
                 str(processes),
-                format_bytes(own[0]["saved_bytes"]),
+                format_bytes(of_group[0]["saved_bytes"]),
                 f"{statistics.fmean(accuracies):.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
                 *[
-                    f"{min(row[key] for row in whole):.1f}" if whole else "-"
+                    f"{min(row[key] for row in complete):.1f}" if complete else "-"
                     for key in ("minutes", "processor_minutes")
                 ],
             ]
@@ -67,11 +67,11 @@ def attention(rows: Sequence[Row]) -> str:
     ]
     head = ["layer, tokens", "parameters", "multiply-adds", "forward", "training", "with mesa8"]
     head += ["saves", "with mesa8"]
-    one = rows[-1]
+    newest_row = rows[-1]
     return markdown(head, lines) + (
-        f"\nOne layer of {one['dim']} channels and {one['heads']} heads behind a layer norm, bf16 "
+        f"\nOne layer of {newest_row['dim']} channels and {newest_row['heads']} heads behind a layer norm, bf16 "
         "autocast. Times per image, medians of rounds that take turns, after warm-up; bytes of "
-        f"{one['count_batch']} images. {origin(one)}\n"
+        f"{newest_row['count_batch']} images. {origin(newest_row)}\n"
     )
 
 
@@ -79,14 +79,14 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
     """A table of the newest row of ViT-22B's estimates, from its head and lines."""
 
     @functools.wraps(render)
-    def whole(rows: Sequence[Row]) -> str:
+    def render_newest(rows: Sequence[Row]) -> str:
         row = rows[-1]
-        about = (
+        caption = (
             f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
         )
-        return markdown(*render(row)) + f"\n{about} {origin(row)}\n"
+        return markdown(*render(row)) + f"\n{caption} {origin(row)}\n"
 
-    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
+    return Table(render_newest, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
 
 
 @_estimates

@@ -32,14 +32,16 @@ class Table(NamedTuple):
         if len(self.by) == 1 and words:
             words = [" ".join(words)]
         if bool(words) != bool(self.by) or len(words) > len(self.by):
-            more = "".join(f" and optionally a {column}" for column in self.by[1:])
-            wanted = f"a {self.by[0]}{more}" if self.by else "no words"
-            raise ValueError(f"the table {name!r} takes {wanted}, got {' '.join(words) or 'none'}")
-        given = dict(zip(self.by, words, strict=False))
+            optional = "".join(f" and optionally a {column}" for column in self.by[1:])
+            expected = f"a {self.by[0]}{optional}" if self.by else "no words"
+            raise ValueError(
+                f"the table {name!r} takes {expected}, got {' '.join(words) or 'none'}"
+            )
+        values = dict(zip(self.by, words, strict=False))
         rows = [
             row
             for row in records.read(results / self.file)
-            if all(row.get(column) == word for column, word in given.items())
+            if all(row.get(column) == word for column, word in values.items())
         ]
         return self.render(rows) if rows else f"No rows yet: `{self.script}` makes them.\n"
 
