@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from . import common
 
 if TYPE_CHECKING:
     from mesa_train.loading.model import Loaded
+    from mesa_train.measure import Profile
     from mesa_train.planner.plan import Plan
 
 
@@ -44,6 +46,12 @@ def plan(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the policy to this YAML file.")] = None,
+    save_profile: Annotated[
+        Path | None, typer.Option(help="Write the measured profile to this JSON file.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Read a file of --save-profile instead of measuring.")
+    ] = None,
     batch_size: common.BatchSize = 8,
     image_size: common.ImageSize = None,
     dtype: common.Precision = common.DType.auto,
@@ -67,27 +75,40 @@ def plan(
         points = _baselines(baselines, frontier)
         common.writable_file(out, "--out", ".yaml .yml")
         common.writable_file(frontier, "--frontier", ".png")
-        loaded, target = common.loading(model, batch_size, image_size, device, fake)
-        dtype = common.resolved(loaded, dtype, target, fake)
-        common.check_precision(loaded, dtype, target, fake)
+        common.writable_file(save_profile, "--save-profile", ".json")
+        if profile is not None and save_profile is not None:
+            raise ValueError("--save-profile writes a new measurement; leave --profile out")
+        saved = None if profile is None else _load_profile(profile)
+        loaded, target = common.loading(
+            model, batch_size, image_size, device, fake or saved is not None
+        )
         _check_baselines(baselines, points, loaded)
+        if saved is not None:
+            setting = _setting_of_profile(profile, saved, loaded, dtype)
+            planner = Planner(saved, cpu_memory=cpu_memory)
+        else:
+            dtype = common.resolved(loaded, dtype, target, fake)
+            common.check_precision(loaded, dtype, target, fake)
+            setting = common.setting_of(loaded, dtype, target, fake)
         with common.progress_bar() as progress:
-            planner = Planner.of(
-                loaded.model,
-                loaded.inputs,
-                autocast=common.autocast_of(dtype),
-                cpu_memory=cpu_memory,
-                progress=progress,
-            )
+            if saved is None:
+                planner = Planner.of(
+                    loaded.model,
+                    loaded.inputs,
+                    autocast=common.autocast_of(dtype),
+                    cpu_memory=cpu_memory,
+                    progress=progress,
+                )
+                if save_profile is not None:
+                    _save_profile(save_profile, planner.profile, setting)
             best = planner.plan(budget, max_time=max_time, max_error=max_error)
             plans = planner.frontier() if frontier is not None else []
         if out is not None:
             best.policy.to_yaml(out)
-        title = common.title_of(loaded, dtype, target)
+        title = common.title_of(loaded, common.DType(setting["dtype"]), setting["device"])
         if frontier is not None:
             _draw(plans, points, title, frontier)
         if as_json:
-            setting = common.setting_of(loaded, dtype, target, fake)
             common.show_json({**setting, "budget": budget, **_answer(best, plans)})
             return
         common.show(title, terminal.prediction(best), terminal.choices(best))
@@ -95,6 +116,52 @@ def plan(
             typer.echo(best.policy.to_yaml(), nl=False)
         else:
             common.show(f"The policy is in {out}.")
+
+
+def _save_profile(path: Path, profile: Profile, setting: dict[str, Any]) -> None:
+    """Write a profile with the model, inputs, dtype and device that it was measured with."""
+    dataclasses.replace(profile, source={**profile.source, "setting": setting}).save(path)
+
+
+def _load_profile(path: Path) -> Profile:
+    """Read a profile; ValueError if there is no such file, or if the file is not a profile."""
+    from mesa_train.measure import Profile
+
+    if not path.is_file():
+        raise ValueError(
+            f"--profile {path}: no such file; `mesa-train plan --save-profile` writes it"
+        )
+    try:
+        return Profile.load(path)
+    except ValueError as error:
+        raise ValueError(f"--profile {error}") from None
+
+
+def _setting_of_profile(
+    path: Path | None, profile: Profile, loaded: Loaded, dtype: common.DType
+) -> dict[str, Any]:
+    """Model, inputs, dtype and device of a profile.
+
+    Raises:
+        ValueError: the profile was measured with another model, batch or dtype.
+    """
+    from mesa_train.utils.formatting import format_shapes
+
+    setting = profile.source.get("setting")
+    if setting is None:
+        raise ValueError(f"--profile {path}: the file does not name its model; measure it again")
+    if (setting["model"], setting["inputs"]) != (loaded.name, loaded.shapes()):
+        measured, given = format_shapes(setting["inputs"]), format_shapes(loaded.shapes())
+        raise ValueError(
+            f"--profile {path}: the profile is of {setting['model']} with {measured}, "
+            f"not of {loaded.name} with {given}"
+        )
+    if dtype not in (common.DType.auto, common.DType(setting["dtype"])):
+        raise ValueError(
+            f"--profile {path}: the profile was measured with --dtype {setting['dtype']}, "
+            f"not with {dtype.value}"
+        )
+    return dict(setting)
 
 
 def _draw(plans: Sequence[Plan], points: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -65,8 +65,8 @@ def with_lora(model: nn.Module, rank: int) -> int:
     """Freeze `model` in place and add LoRA to its Linears.
 
     Every Linear except the last gets a LoRA, if its weight has more than `rank` rows and columns.
-    So does every module with an attribute `adapted` (ViT-22B's fused projections). The last Linear,
-    the head, is trained whole.
+    So does every module with an attribute `adapted` (ViT-22B's fused projections). All parameters of
+    the last Linear, the head, are trained.
 
     Args:
         model: the module.

@@ -279,7 +279,7 @@ class Planner:
             ):
                 break
             if not fits and solution.choices == previous:
-                # The program counts this peak smaller than the simulated step does, by its own
+                # The peak of the program is smaller than the peak of the simulated step, because of
                 # rounding.
                 assert limit is not None
                 limit -= max(current.peak_bytes - limit, 2**16)

@@ -289,7 +289,7 @@ def _setup(estimate: Estimate) -> str:
 
 
 def _largest(estimate: Estimate | None) -> str:
-    """The largest batch as text; in brackets if the asked batch does not fit."""
+    """The largest batch as text; in brackets if the requested batch does not fit."""
     if estimate is None:
         return "-"
     if estimate.reason == "CPU memory":

@@ -10,7 +10,7 @@ is
 * else float32 on a processor;
 * else float16 with a gradient scaler on a GPU, or float32 for a training without a scaler.
 
-Needs only torch. A probe takes microseconds.
+This file needs only torch. A probe takes microseconds.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NULL = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
-# 010 is 8 in YAML 1.1 and 10 in YAML 1.2: neither is taken.
+# 010 is 8 in YAML 1.1 and 10 in YAML 1.2. So it stays text.
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 

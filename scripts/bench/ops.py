@@ -347,7 +347,7 @@ def on_gpu(operator: Calls, copying: Calls, rounds: int) -> tuple[list[float], l
 
 
 def copying(case: Case, total_bytes: int) -> Callable[[], Any]:
-    """A copy of moved / 2 bytes, from rows with the layout of the operator's input."""
+    """A copy of total_bytes / 2 bytes, from rows with the layout of the operator's input."""
     x = case.reads[0]
     if x.is_contiguous():
         source = torch.ones(total_bytes // 2, dtype=torch.uint8, device=x.device)

@@ -196,7 +196,7 @@ def test_estimate(tmp_path, shallow):
     found = json.loads(run("estimate", *size, *where, "--json").stdout)
     assert found["chosen"]["fits"]
     none = run("estimate", *size, "--gpu-memory", "2.001GiB")
-    assert "do not fit" in none.stdout or "not even one image" in none.stdout
+    assert "do not fit" in none.stdout or "one image a GPU does not fit" in none.stdout
 
 
 USERS_MODEL = """

@@ -107,8 +107,9 @@ class Profile:
         """
         try:
             return _decoded(json.loads(Path(path).read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a profile of this version: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not a profile of this version: {reason}") from None
 
 
 def profile(

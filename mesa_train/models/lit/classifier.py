@@ -107,8 +107,8 @@ class Classifier(nn.Module, abc.ABC):
         return take
 
     @abc.abstractmethod
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
 
     def get_classifier(self) -> nn.Module:
         """The head."""

@@ -111,12 +111,12 @@ class LITTi(Classifier):
         """A stage's output as a map, without the class token."""
         return x if x.dim() == 4 else x[:, 1:].unflatten(1, self.grids[3])
 
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
-        for stage in _STAGES[kept:]:
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
+        for stage in _STAGES[count:]:
             for name in ("patch_embed", "block", "pos_embed"):
                 delattr(self, f"{name}{stage}")
-        self.depth = kept
+        self.depth = count
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of all blocks on or off."""

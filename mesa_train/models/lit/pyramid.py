@@ -223,9 +223,9 @@ class Pyramid(Classifier):
         """The mean over all tokens."""
         return x.mean((1, 2))
 
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
-        self.layers = self.layers[:kept]
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
+        self.layers = self.layers[:count]
         self.layers[-1].downsample = None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
