@@ -52,9 +52,9 @@ def test_the_plan_of_a_saved_profile_is_the_measured_plan(measured, monkeypatch)
     assert loaded["plain"] == measured["plain"]
     assert loaded["dtype"] == "bf16"
     assert loaded["prediction"]["saved_bytes"] == measured["prediction"]["saved_bytes"]
-    shown = run(*SIZE, "--profile", "mlp.json")
-    assert "256x64" in shown.stdout.splitlines()[0]
-    assert "bf16 autocast" in shown.stdout.splitlines()[0]
+    displayed = run(*SIZE, "--profile", "mlp.json")
+    assert "256x64" in displayed.stdout.splitlines()[0]
+    assert "bf16 autocast" in displayed.stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,6 @@ def test_policy_of_choices():
         rule = policy.rules(["", "a", "b", "b.c"])["b"]["attention", "q"]
         assert rule.offload == (other in OFFLOADED_AS)
         assert not rule.rebuild_linear
-    kept = as_policy(base, candidates, dict.fromkeys(keys, KEEP))
-    assert len(kept.overrides) == 3  # b.c is inside b: said again
-    assert all(change == {"bits": 32} for change in kept.overrides.values())
+    saved = as_policy(base, candidates, dict.fromkeys(keys, KEEP))
+    assert len(saved.overrides) == 3  # b.c is inside b: said again
+    assert all(change == {"bits": 32} for change in saved.overrides.values())

@@ -30,10 +30,10 @@ def rendered(table, width):
 
 
 def made(*rows):
-    kept = tuple(
+    saved = tuple(
         SavedStorage(operator, module, "float32", (1,), size) for operator, module, size in rows
     )
-    return Footprint(sum(row.saved_bytes for row in kept), 2**20, 0, kept)
+    return Footprint(sum(row.saved_bytes for row in saved), 2**20, 0, saved)
 
 
 def tree(*footprints):
@@ -68,16 +68,16 @@ def test_comparison_fits(width):
     rows = [WIDE, {"method": "checkpoint", "note": "no blocks"}]
     text = rendered(comparison(rows, width), width)
     assert "…" not in text
-    for said in ("919.8 GiB", "12.35%", "123,457", "123,456"):
-        assert said in text
+    for message in ("919.8 GiB", "12.35%", "123,457", "123,456"):
+        assert message in text
     assert max(map(len, text.splitlines())) <= width
     assert ("0.98765" in text) == ("124,444" in text) == (width >= 180)
 
 
 def test_columns_that_no_row_has():
     text = rendered(comparison([{"method": "plain", "saved_bytes": 2**20}]), 80)
-    for said in ("gradient", "step", "largest"):
-        assert said not in text
+    for message in ("gradient", "step", "largest"):
+        assert message not in text
 
 
 def test_ratios_to_plain():
@@ -158,11 +158,11 @@ def test_format_ratio(before, after, text):
 
 def test_estimates_of_all_setups_fit_80_columns():
     """With the names of all setups and policies whole."""
-    own = Parameters(3 * 10**8, 0, 4 * 10**6, 12 * 10**6, 0, 24 * 10**8)
+    counts = Parameters(3 * 10**8, 0, 4 * 10**6, 12 * 10**6, 0, 24 * 10**8)
     cluster = Cluster(8, 24 << 30, 256 << 30)
     rows = [
         Estimate(
-            setup, offload, policy, "adamw", 0, False, states(setup, offload, own, cluster),
+            setup, offload, policy, "adamw", 0, False, states(setup, offload, counts, cluster),
             (60 - number) << 27, 32, 30 * 10**min(number, 5), 5, number > 0,
         )
         for setup, offload in SETUPS
@@ -188,7 +188,7 @@ def test_format_gib(size, text):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "text"),
     [
         ({}, "m, 2x3, bf16 autocast, EPYC, 2 threads"),
         ({"dtype": "float32"}, "m, 2x3, float32, EPYC, 2 threads"),
@@ -198,9 +198,9 @@ def test_format_gib(size, text):
         ({"device": "cuda", "device_name": "H100"}, "m, 2x3, bf16 autocast, H100"),
     ],
 )
-def test_describe(changed, said):
+def test_describe(changed, text):
     setting = {"model": "m", "shapes": [[2, 3]], "dtype": "bf16", "device": "cpu"}
-    assert describe({**setting, "device_name": "EPYC", "threads": 2, **changed}) == said
+    assert describe({**setting, "device_name": "EPYC", "threads": 2, **changed}) == text
 
 
 def test_format_table_aligns():

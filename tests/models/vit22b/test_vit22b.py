@@ -46,12 +46,12 @@ def test_switches_and_their_mistakes():
         on_meta("vit_22b_tiny", gelu="exact")
     with pytest.raises(ValueError, match="num_heads=5 must divide the width 64"):
         on_meta("vit_22b_tiny", num_heads=5)
-    whole, bare = (
+    with_bias, bare = (
         {n: p.numel() for n, p in on_meta("vit_22b", pool_bias=b).named_parameters()}
         for b in (True, False)
     )
-    assert whole.keys() - bare.keys() == {"attn_pool.q.bias", "attn_pool.kv.bias"}
-    assert sum(whole.values()) - sum(bare.values()) == 3 * 6144
+    assert with_bias.keys() - bare.keys() == {"attn_pool.q.bias", "attn_pool.kv.bias"}
+    assert sum(with_bias.values()) - sum(bare.values()) == 3 * 6144
     images = torch.randn(2, 3, 56, 56)
     assert tiny(pool_bias=False)(images).shape == (2, 10)
     names = {n for n, _ in on_meta("vit_22b_tiny", qk_norm="none").blocks[0].named_parameters()}
@@ -62,12 +62,12 @@ def test_switches_and_their_mistakes():
 @pytest.mark.parametrize("new", [(16, 16), (27, 27), (8, 12)])
 def test_position_embedding_is_resampled_as_scipy_zooms(new):
     position = torch.randn(1, 256, 5)
-    found = vit22b.resampled(position, (16, 16), new)
+    result = vit22b.resampled(position, (16, 16), new)
     grid = position[0].unflatten(0, (16, 16)).numpy()
     expected = scipy.ndimage.zoom(grid, (new[0] / 16, new[1] / 16, 1), order=1)
     # float32 coordinates.
     torch.testing.assert_close(
-        found[0], torch.from_numpy(expected).flatten(0, 1), rtol=1e-4, atol=1e-5
+        result[0], torch.from_numpy(expected).flatten(0, 1), rtol=1e-4, atol=1e-5
     )
 
 
@@ -93,8 +93,8 @@ def test_timms_checkpointing_and_drop_path():
     model, images = tiny(), torch.randn(2, 3, 56, 56)
     expected = torch.autograd.grad(model(images).sum(), list(model.parameters()))
     model.set_grad_checkpointing(True)
-    found = torch.autograd.grad(model(images).sum(), list(model.parameters()))
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    gradients = torch.autograd.grad(model(images).sum(), list(model.parameters()))
+    assert all(torch.equal(f, e) for f, e in zip(gradients, expected, strict=True))
     dropped = tiny(drop_path_rate=0.5)
     torch.manual_seed(3)
     a = dropped(images)

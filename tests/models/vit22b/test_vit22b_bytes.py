@@ -39,8 +39,8 @@ def test_every_preset_trains_it(preset):
 def block_bytes(name, policy, batch, size, dtype):
     model = on_meta(name, img_size=size, depth=2).to(dtype)
     images = torch.empty(batch, 3, size, size, device="meta", dtype=dtype)
-    found = mesa_train.footprint(model, images, policy=policy)
-    return sum(r.saved_bytes for r in found.rows if f"{r.module}.".startswith("blocks.1."))
+    counted = mesa_train.footprint(model, images, policy=policy)
+    return sum(r.saved_bytes for r in counted.rows if f"{r.module}.".startswith("blocks.1."))
 
 
 @pytest.mark.parametrize("name", ["vit_22b", "vit_22b_3b"])
@@ -50,24 +50,24 @@ def test_a_block_keeps_the_bytes_its_file_states(name, bits):
     batch, size = 2, 224
     tokens, statistics = batch * (size // 14) ** 2, 4 + 8 * heads
     policy = mesa_train.Policy(bits=bits)
-    found = block_bytes(name, policy, batch, size, torch.bfloat16)
-    assert found == tokens * (9 * width * bits // 8 + 36 * width // 128 + statistics)
+    size_in_bytes = block_bytes(name, policy, batch, size, torch.bfloat16)
+    assert size_in_bytes == tokens * (9 * width * bits // 8 + 36 * width // 128 + statistics)
     if (name, bits) == ("vit_22b", 8):
-        assert found == tokens * 57_412
+        assert size_in_bytes == tokens * 57_412
     policy = mesa_train.Policy(bits=bits, recompute="linear")
-    found = block_bytes(name, policy, batch, size, torch.bfloat16)
+    size_in_bytes = block_bytes(name, policy, batch, size, torch.bfloat16)
     folded_bias = 7 * width * 2
     expected = tokens * (2 * width * bits // 8 + 8 * width // 128 + statistics) + folded_bias
-    assert found == expected
+    assert size_in_bytes == expected
     if (name, bits) == ("vit_22b", 8):
-        assert found == tokens * 13_060 + 14 * width
+        assert size_in_bytes == tokens * 13_060 + 14 * width
 
 
 def test_float32_keeps_the_logsumexp_as_well():
     # The kernel that needs it runs where flash attention would on a GPU.
     tokens, width, heads = 2 * 256, 6144, 48
-    found = block_bytes("vit_22b", "mesa8", 2, 224, torch.float32)
-    assert found == tokens * (9 * width + 36 * width // 128 + 4 + 8 * heads + 4 * heads)
+    size_in_bytes = block_bytes("vit_22b", "mesa8", 2, 224, torch.float32)
+    assert size_in_bytes == tokens * (9 * width + 36 * width // 128 + 4 + 8 * heads + 4 * heads)
 
 
 def test_presets_are_measured_as_real_runs_are():

@@ -47,9 +47,9 @@ def gradients(module, x):
     x = x.clone().requires_grad_()
     output = module(x)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    wanted = dict(module.named_parameters())
-    found = torch.autograd.grad(output, [x, *wanted.values()], weights)
-    return output, found[0], dict(zip(wanted, found[1:], strict=True))
+    expected = dict(module.named_parameters())
+    result = torch.autograd.grad(output, [x, *expected.values()], weights)
+    return output, result[0], dict(zip(expected, result[1:], strict=True))
 
 
 @pytest.mark.parametrize("qk_norm", layers.QK_NORMS)
@@ -73,25 +73,25 @@ def test_fused_equals_unfused_in_float64(qk_norm, gelu):
 
 @pytest.mark.parametrize("fuse_out_proj", [True, False])
 def test_timms_block_gives_the_same_and_comes_back(fuse_out_proj):
-    theirs = VisionTransformer(
+    timm_model = VisionTransformer(
         img_size=56, patch_size=14, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=5,
         qkv_bias=False, qk_norm=True, norm_layer=RmsNorm, class_token=False, global_pool="map",
         block_fn=partial(ParallelScalingBlock, fuse_out_proj=fuse_out_proj),
     ).double()  # fmt: skip
-    for name, parameter in theirs.named_parameters():
+    for name, parameter in timm_model.named_parameters():
         # Zeros and ones would hide a parameter that goes to the wrong place.
         nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
-    ours = vit22b.ViT22B(
+    vit22b_model = vit22b.ViT22B(
         img_size=56, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=5, gelu="none"
     ).double()
-    state = dict(vit22b_convert.from_timm(theirs.state_dict(), HEADS))
-    ours.load_state_dict(state)
+    state = dict(vit22b_convert.from_timm(timm_model.state_dict(), HEADS))
+    vit22b_model.load_state_dict(state)
     images = torch.randn(2, 3, 56, 56, dtype=torch.float64)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vit22b_model(images), timm_model(images), rtol=1e-10, atol=1e-10)
     back = dict(vit22b_convert.to_timm(state, HEADS, fuse_out_proj))
-    assert back.keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(back)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-10, atol=1e-10)
+    assert back.keys() == timm_model.state_dict().keys()
+    timm_model.load_state_dict(back)
+    torch.testing.assert_close(vit22b_model(images), timm_model(images), rtol=1e-10, atol=1e-10)
 
 
 def test_plain_layout_is_a_permutation():
@@ -119,18 +119,20 @@ def test_flax_arrays_come_in():
         "params/head/bias": plain["head.bias"],
     }
     for i in range(3):
-        ours, theirs = f"blocks.{i}.", f"params/Transformer/encoderblock_{i}/"
-        flax[theirs + "LayerNorm_0/scale"] = plain[ours + "norm.weight"]
+        prefix, flax_prefix = f"blocks.{i}.", f"params/Transformer/encoderblock_{i}/"
+        flax[flax_prefix + "LayerNorm_0/scale"] = plain[prefix + "norm.weight"]
         for a, b in (("query", "q"), ("key", "k"), ("value", "v")):
-            kernel = plain[f"{ours}{b}.weight"].t().unflatten(1, (4, 16))
-            flax[f"{theirs}{attention}/{a}/kernel"] = kernel
-        out = plain[ours + "proj.weight"].t().unflatten(0, (4, 16))
-        flax[f"{theirs}{attention}/out/kernel"] = out
-        flax[f"{theirs}{attention}/query_ln/scale"] = plain[ours + "q_norm.weight"]
-        flax[f"{theirs}{attention}/key_ln/scale"] = plain[ours + "k_norm.weight"]
+            kernel = plain[f"{prefix}{b}.weight"].t().unflatten(1, (4, 16))
+            flax[f"{flax_prefix}{attention}/{a}/kernel"] = kernel
+        out = plain[prefix + "proj.weight"].t().unflatten(0, (4, 16))
+        flax[f"{flax_prefix}{attention}/out/kernel"] = out
+        flax[f"{flax_prefix}{attention}/query_ln/scale"] = plain[prefix + "q_norm.weight"]
+        flax[f"{flax_prefix}{attention}/key_ln/scale"] = plain[prefix + "k_norm.weight"]
         for j in (0, 1):
-            flax[f"{theirs}MlpBlock_0/Dense_{j}/kernel"] = plain[f"{ours}fc{j + 1}.weight"].t()
-            flax[f"{theirs}MlpBlock_0/Dense_{j}/bias"] = plain[f"{ours}fc{j + 1}.bias"]
+            flax[f"{flax_prefix}MlpBlock_0/Dense_{j}/kernel"] = plain[
+                f"{prefix}fc{j + 1}.weight"
+            ].t()
+            flax[f"{flax_prefix}MlpBlock_0/Dense_{j}/bias"] = plain[f"{prefix}fc{j + 1}.bias"]
     pool, kv = "params/MAPHead_0/", plain["attn_pool.kv.weight"].split(64)
     flax[pool + "probe"] = plain["attn_pool.latent"]
     weights = {"query": plain["attn_pool.q.weight"], "key": kv[0], "value": kv[1]}
@@ -147,9 +149,9 @@ def test_flax_arrays_come_in():
         flax[f"{pool}MlpBlock_0/Dense_{j}/kernel"] = plain[f"attn_pool.mlp.fc{j + 1}.weight"].t()
         flax[f"{pool}MlpBlock_0/Dense_{j}/bias"] = plain[f"attn_pool.mlp.fc{j + 1}.bias"]
     arrays = {name: value.contiguous().numpy() for name, value in flax.items()}
-    found = dict(vit22b_convert.from_flax(arrays, 4))
-    assert found.keys() == model.state_dict().keys()
-    assert all(torch.equal(found[n], v) for n, v in model.state_dict().items())
+    converted = dict(vit22b_convert.from_flax(arrays, 4))
+    assert converted.keys() == model.state_dict().keys()
+    assert all(torch.equal(converted[n], v) for n, v in model.state_dict().items())
     with pytest.raises(ValueError, match="'what' is not a parameter of a ViT-22B"):
         list(vit22b_convert.from_flax({"params/what": arrays["params/head/bias"]}, 4))
 

@@ -16,13 +16,13 @@ def on_meta(name, **options):
 
 def block(dtype=torch.float64, **options):
     """A block whose norms' gains and biases are not those of the initialisation."""
-    made = ParallelBlock(WIDTH, HEADS, dtype=dtype, **options)
-    for parameter in made.parameters():
+    created = ParallelBlock(WIDTH, HEADS, dtype=dtype, **options)
+    for parameter in created.parameters():
         nn.init.normal_(parameter, std=0.2)
-    for name, parameter in made.named_parameters():
+    for name, parameter in created.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    return made
+    return created
 
 
 def tiny(**options):
