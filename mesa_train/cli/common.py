@@ -46,8 +46,8 @@ ImageSize = Annotated[
 Precision = Annotated[
     DType,
     typer.Option(
-        help="float32, or autocast to bfloat16 or float16; weights stay float32. auto takes the "
-        "fastest dtype that the device computes natively."
+        help="float32, or autocast to bfloat16 or float16; weights stay float32. auto: bfloat16 "
+        "if the device computes in it, else float32 on a CPU, float16 on a GPU."
     ),
 ]
 Device = Annotated[

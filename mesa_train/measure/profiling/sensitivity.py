@@ -185,16 +185,16 @@ def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """
     inside = [candidate for candidate in candidates if candidate.block is not None]
     outside = [candidate for candidate in candidates if candidate.block is None]
-    alone = (
+    singles = (
         [[candidate] for candidate in outside]
         if inside and len(outside) <= _MAX_SINGLE_PASSES
         else []
     )
-    grouped = inside if alone else list(candidates)
+    grouped = inside if singles else list(candidates)
     kinds = dict.fromkeys(candidate.kind for candidate in grouped)
     return [
         *([candidate for candidate in grouped if candidate.kind == kind] for kind in kinds),
-        *alone,
+        *singles,
     ]
 
 
