@@ -261,7 +261,7 @@ def test_offloading_needs_a_gpu():
     """Said before the model is asked for."""
     (row,) = measure(Request("vit_of_nobody"), ["mesa8+offload"])
     assert row["method"] == "mesa8+offload"
-    assert row["note"] == "needs a GPU: on a CPU what is kept lies in CPU memory already"
+    assert row["note"] == "needs a GPU: on a CPU all saved tensors are in CPU memory already"
     assert MethodSpec.of("mesa8+offload+adamw8bit").why_not("cpu") == row["note"]
     assert MethodSpec.of("mesa8+offload").why_not("cuda:0") is None
     assert MethodSpec.of("mesa8").why_not("cpu") is None
