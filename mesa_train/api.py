@@ -34,10 +34,10 @@ def wrap(
     Weights, buffers, hooks, `state_dict` keys and the signature of `forward` stay as they are. A
     second `wrap` replaces the policy.
 
-    The user may call a method other than `forward`, such as `forward_features` or an own `encode`.
-    The modules that this method calls use the policy one by one. Torch functions that the method
-    calls directly are left to PyTorch, unless they run under `compress`. A tensor that two of these
-    modules could share is then saved twice.
+    If the user calls another method than `forward`, such as `forward_features`, each module that
+    the method calls applies the policy by itself. Torch functions that the method calls directly
+    are left to PyTorch, unless they run under `compress`. A tensor that two modules could share is
+    then saved twice.
 
     Args:
         model: any `nn.Module`.
@@ -58,11 +58,11 @@ def wrap(
     if budget is not None:
         if policy is not None or inputs is None:
             raise ValueError(
-                "wrap(budget=...) plans the policy from inputs=..., and takes no policy"
+                "wrap(budget=...) plans the policy itself: give inputs=... and no policy"
             )
         policy = plan(model, inputs, budget, autocast=autocast).policy
     elif inputs is not None or autocast is not None:
-        raise ValueError("wrap takes inputs and autocast for a budget only; budget is None")
+        raise ValueError("wrap takes inputs and autocast only with a budget; budget is None")
     return wrap_with_policy(model, policy)
 
 
@@ -105,7 +105,7 @@ def plan(
         A `Plan`.
 
     Raises:
-        OverBudget: nothing fits; this ValueError says what the smallest peak is.
+        OverBudget: no policy fits; its message has the smallest possible peak.
         ValueError: a bound is out of range, or `footprint` raises it.
         TypeError: `footprint` raises it.
         ImportError: highspy is missing; the message names the extra.

@@ -136,8 +136,8 @@ MOVED = dict(
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules of `MOVED`.
 
-    It is the last finder of the import system, so it only gets names that no other finder has
-    found.
+    It is the last finder of the import system. So Python calls it only for names that no other
+    finder knows.
     """
 
     def find_spec(

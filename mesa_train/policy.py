@@ -91,7 +91,8 @@ class Policy:
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
             or a module and an operator joined by a colon ("blocks.*.mlp:linear"). Default: none.
     Raises:
-        ValueError or TypeError: with the field, the value and the choices.
+        ValueError: a value is not one of the choices; the message has the field, value and choices.
+        TypeError: a field has a wrong type; the message has the field and the value.
     """
 
     bits: int = 8
@@ -125,10 +126,10 @@ class Policy:
         _integer("group_size", self.group_size, 8)
         _integer("min_bytes", self.min_bytes, 0)
         for field in ("enabled", "offload"):
-            if not isinstance(given := getattr(self, field), bool):
-                raise TypeError(f"Policy.{field} must be True or False, got {given!r}")
+            if not isinstance(value := getattr(self, field), bool):
+                raise TypeError(f"Policy.{field} must be True or False, got {value!r}")
         if self.ranges == "running" and self.bits != 8:
-            raise ValueError(f"Policy.ranges='running' stores 8 bits, got bits={self.bits}")
+            raise ValueError(f"Policy.ranges='running' needs bits=8, got bits={self.bits}")
         if not isinstance(self.overrides, Mapping):
             raise TypeError(
                 "Policy.overrides must map patterns to field changes, got "
@@ -157,7 +158,7 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str) -> Policy:
-        """The preset called `name`, or `name` with "+offload" appended. ValueError lists the choices."""
+        """Return the preset `name`, such as "mesa8" or "mesa8+offload". ValueError lists the choices."""
         known = {**PRESETS, **OFFLOADED}
         if name not in known:
             raise ValueError(
@@ -168,7 +169,7 @@ class Policy:
 
     @classmethod
     def of(cls, policy: Policy | str | None) -> Policy:
-        """`policy` itself, the preset of that name, or "mesa8" for None. TypeError for another type."""
+        """Return `policy` itself, the preset of that name, or "mesa8" for None; else TypeError."""
         if policy is None:
             return PRESETS["mesa8"]
         if isinstance(policy, str):
@@ -180,7 +181,7 @@ class Policy:
         return policy
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """The policy as YAML text; also writes the text to `path` if given."""
+        """Return the policy as YAML text; write the text to `path` if it is given."""
         import yaml
 
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -190,20 +191,20 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:
-        """Read YAML text or a .yaml file. The key `preset` starts from that preset. ValueError names unknown
-        keys."""
+        """Read YAML text or a .yaml file. The key `preset` names the preset to start from. ValueError
+        names unknown keys."""
         text = str(source)
         if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml"))):
             text = Path(source).read_text()
         fields = yaml_text.read(text)
         if not isinstance(fields, dict):
-            raise ValueError(f"a policy in YAML is a mapping of fields, got {fields!r}")
+            raise ValueError(f"a policy in YAML must be a mapping of fields, got {fields!r}")
         return cls.from_fields(yaml_text.by_field(fields, _TEXTS))
 
     @classmethod
-    def from_fields(cls, given: Mapping[str, Any]) -> Policy:
-        """The policy of a mapping, as in a configuration file. `preset` and errors as for `from_yaml`."""
-        fields = dict(given)
+    def from_fields(cls, values: Mapping[str, Any]) -> Policy:
+        """Read a mapping, as in a configuration file. `preset` and errors are as for `from_yaml`."""
+        fields = dict(values)
         base = cls.preset(fields.pop("preset")) if "preset" in fields else cls()
         names = [f.name for f in dataclasses.fields(cls)]
         for key in fields:
@@ -225,13 +226,13 @@ class Policy:
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:
-            hits = tuple(
+            applied = tuple(
                 i for i, (covered, *_) in enumerate(matched) if covered is None or name in covered
             )
-            if hits not in shared:
+            if applied not in shared:
                 changes = list(self.overrides.values())
-                shared[hits] = Rules(self, [(*matched[i][1:], changes[i]) for i in hits])
-            resolved[name] = shared[hits]
+                shared[applied] = Rules(self, [(*matched[i][1:], changes[i]) for i in applied])
+            resolved[name] = shared[applied]
         rebuilds = any(
             [r.rebuild_linear for rules in shared.values() for r in rules.table.values()]
         )
@@ -246,15 +247,15 @@ class Policy:
             ValueError: a pattern matches no module.
         """
         names = list(modules)
-        hit: set[str] = set()
+        matches: set[str] = set()
         for pattern in self.checkpoint:
-            found = matching(pattern, names)
-            if not found:
+            names_of_pattern = matching(pattern, names)
+            if not names_of_pattern:
                 near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
                 hint = f"; close names: {', '.join(near)}" if near else ""
                 raise ValueError(f"Policy.checkpoint: {pattern!r} matches no module{hint}")
-            hit |= found
-        return {n for n in hit if not any(is_inside(n, o) for o in hit if o != n)}
+            matches |= names_of_pattern
+        return {n for n in matches if not any(is_inside(n, o) for o in matches if o != n)}
 
 
 _OVERRIDABLE = tuple(
@@ -292,8 +293,7 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
-                # It is unknown how an unknown operator uses its saved tensors. So its codes never have fewer than 8
-                # bits.
+                # An unknown operator may use its saved tensors in any way. So its codes have at least 8 bits.
                 effective = policy._changed(merged)
                 if operator == "fallback" and effective.bits < 8:
                     effective = dataclasses.replace(effective, bits=8)
@@ -371,11 +371,11 @@ def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
         )
 
 
-def _integer(field: str, value: Any, least: int) -> None:
+def _integer(field: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Policy.{field} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"Policy.{field} must be at least {least}, got {value}")
+    if value < minimum:
+        raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
 _QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}

@@ -36,12 +36,12 @@ class Model(nn.Module):
 
 def saved_bytes(policy, model=None):
     model = mesa_train.wrap(Model() if model is None else model, policy)
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    existing = {p.untyped_storage()._cdata for p in model.parameters()}
     storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        if storage._cdata not in existing:
             storages[storage._cdata] = storage
         return tensor
 
@@ -65,7 +65,7 @@ def expected_bytes(blocks, softmax):
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "said"),
+    ("fields", "error", "message"),
     [
         ({"bits": 3}, ValueError, ["Policy.bits", "3", "8, 4, 2, 32"]),
         ({"bits": "8"}, ValueError, ["Policy.bits", "'8'"]),
@@ -90,7 +90,7 @@ def expected_bytes(blocks, softmax):
         ({"min_bytes": "1k"}, TypeError, ["Policy.min_bytes", "'1k'"]),
         ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
         ({"offload": "cpu"}, TypeError, ["Policy.offload", "cpu"]),
-        ({"ranges": "running", "bits": 4}, ValueError, ["running", "8 bits", "bits=4"]),
+        ({"ranges": "running", "bits": 4}, ValueError, ["running", "bits=8", "bits=4"]),
         ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
         (
             {"overrides": {"head": {"bit": 4}}},
@@ -103,10 +103,10 @@ def expected_bytes(blocks, softmax):
         ({"overrides": {3: {"bits": 4}}}, TypeError, ["3"]),
     ],
 )
-def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, said):
+def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, message):
     with pytest.raises(error) as raised:
         Policy(**fields)
-    for part in said:
+    for part in message:
         assert part in str(raised.value)
 
 
@@ -181,8 +181,8 @@ def test_what_is_rounded_stochastically(bits, recompute, rounding):
     nearest = NONLINEAR | (NORMS if recompute == "linear" else set())
     for key, rule in policy.rules([""])[""].table.items():
         # The fallback keeps 8 bits at least, which are rounded to nearest.
-        few = bits < 8 and key != ("fallback", "saved")
-        auto = few and key not in nearest
+        few_bits = bits < 8 and key != ("fallback", "saved")
+        auto = few_bits and key not in nearest
         assert (
             rule.codec.stochastic == {"nearest": False, "stochastic": True, "auto": auto}[rounding]
         )
@@ -214,9 +214,9 @@ def test_a_policy_is_a_value():
     assert dataclasses.replace(policy, bits=2).overrides == policy.overrides
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.bits = 8
-    given = {"head": {"bits": 8}}
-    policy = Policy(overrides=given)
-    given["head"]["bits"] = 2
+    overrides = {"head": {"bits": 8}}
+    policy = Policy(overrides=overrides)
+    overrides["head"]["bits"] = 2
     assert policy.overrides == {"head": {"bits": 8}}
 
 
@@ -236,9 +236,9 @@ def test_yaml_keeps_the_order_of_overrides():
             "softmax": {"min_bytes": 0},
         }
     )
-    again = Policy.from_yaml(policy.to_yaml())
-    assert again == policy
-    assert list(again.overrides) == ["z", "a.*", "softmax"]
+    repeated = Policy.from_yaml(policy.to_yaml())
+    assert repeated == policy
+    assert list(repeated.overrides) == ["z", "a.*", "softmax"]
 
 
 def test_yaml_starts_from_a_preset():
@@ -247,7 +247,7 @@ def test_yaml_starts_from_a_preset():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("bits: 4\ngroupsize: 64\n", ["'groupsize'", "did you mean 'group_size'"]),
         ("- bits\n- 4\n", ["mapping"]),
@@ -256,10 +256,10 @@ def test_yaml_starts_from_a_preset():
         ("bits: 5\nrounding: auto\n", ["Policy.bits", "5"]),
     ],
 )
-def test_yaml_errors(text, said):
+def test_yaml_errors(text, message):
     with pytest.raises(ValueError) as raised:
         Policy.from_yaml(text)
-    for part in said:
+    for part in message:
         assert part in str(raised.value)
 
 
@@ -314,14 +314,14 @@ def test_disabled_parts_keep_what_pytorch_keeps():
     head = saved_bytes(Policy(**BASE, overrides={"head": {"enabled": False}}))
     # The head's input, a softmax's output, is already kept in codes; PyTorch keeps it whole.
     assert head == all_ours + ROWS * COLS * 4
-    everything = saved_bytes(Policy(**BASE, overrides={"*": {"enabled": False}}))
-    assert everything == saved_bytes(Policy(enabled=False))
+    uncompressed = saved_bytes(Policy(**BASE, overrides={"*": {"enabled": False}}))
+    assert uncompressed == saved_bytes(Policy(enabled=False))
     plain = Model()
-    assert everything == saved_bytes(Policy(bits=32, enabled=False), plain)
+    assert uncompressed == saved_bytes(Policy(bits=32, enabled=False), plain)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("block.*.mlp", ["'block.*.mlp'", "matches no module and no operator", "blocks"]),
         ("heads", ["'heads'", "head"]),
@@ -333,12 +333,12 @@ def test_disabled_parts_keep_what_pytorch_keeps():
         ("nothing:linear", ["'nothing:linear'"]),
     ],
 )
-def test_an_override_that_matches_nothing_says_what_is_close(pattern, said):
+def test_an_override_that_matches_nothing_says_what_is_close(pattern, message):
     model = Model()
     classes = [type(m) for m in model.modules()]
     with pytest.raises(ValueError) as raised:
         mesa_train.wrap(model, Policy(overrides={pattern: {"bits": 4}}))
-    for part in said:
+    for part in message:
         assert part in str(raised.value)
     assert [type(m) for m in model.modules()] == classes
 

@@ -1,4 +1,4 @@
-"""An extension of griffe: `name: text` lines of a docstring, one an argument or a field, become a list."""
+"""An extension of griffe: lines `name: text` of a docstring become a list of arguments or fields."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _change(obj: griffe.Object, names: set[str]) -> None:
     lines: list[str] = []
     inside = False
     for line in obj.docstring.value.splitlines():
-        found = _ENTRY.match(line)
-        if found is not None and set(found[1].split(", ")) <= names:
+        match = _ENTRY.match(line)
+        if match is not None and set(match[1].split(", ")) <= names:
             if not inside and lines and lines[-1]:
                 lines.append("")  # Markdown needs an empty line before a list
             inside = True
-            line = f"- `{found[1].replace(', ', '`, `')}`: {line[found.end() :]}"
+            line = f"- `{match[1].replace(', ', '`, `')}`: {line[match.end() :]}"
         elif inside and line and not line.startswith(" "):
             line = f"    {line}"
         elif not line:

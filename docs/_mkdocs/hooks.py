@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages from outside of docs, and links that work both in the repository and on the site.
+"""Hooks of MkDocs: pages from outside of docs, and links that work in the repository and on the site.
 
-The repository's Markdown links to any file. On the site, a link to a page is a link to it, and a link to any other file
-is its text alone.
+In the repository, Markdown links to any file. On the site, links to pages stay links. A link to another
+file becomes its text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-# A file of the repository: its place on the site.
+# Paths on the site, by the path in the repository.
 OUTSIDE = {
     "recipes/litv2/README.md": "recipes/litv2.md",
     "recipes/vit22b/README.md": "recipes/vit22b.md",
@@ -37,18 +37,18 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     site = page.file.src_uri
     source = _PLACES.get(site, f"docs/{site}")
 
-    def link(found: re.Match[str]) -> str:
-        target, _, anchor = found["target"].partition("#")
+    def link(match: re.Match[str]) -> str:
+        target, _, anchor = match["target"].partition("#")
         if not target or "://" in target:
-            return found[0]
-        inside = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        there = OUTSIDE.get(inside, inside.removeprefix("docs/"))
+            return match[0]
+        repository_path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        page_path = OUTSIDE.get(repository_path, repository_path.removeprefix("docs/"))
         if (
-            inside not in OUTSIDE and not inside.startswith("docs/")
-        ) or not files.get_file_from_path(there):
-            return found["text"]
-        path = posixpath.relpath(there, posixpath.dirname(site) or ".")
-        return f"[{found['text']}]({path}{'#' if anchor else ''}{anchor})"
+            repository_path not in OUTSIDE and not repository_path.startswith("docs/")
+        ) or not files.get_file_from_path(page_path):
+            return match["text"]
+        path = posixpath.relpath(page_path, posixpath.dirname(site) or ".")
+        return f"[{match['text']}]({path}{'#' if anchor else ''}{anchor})"
 
     markdown = _LINK.sub(link, markdown)
     return markdown.replace("](../../docs/results/", "](../results/")

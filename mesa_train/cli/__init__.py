@@ -29,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class _OneLine(TyperGroup):
-    """Reports a mistyped option or command in one line, as all other user errors."""
+    """Reports a mistyped option or command in one line, like all other user errors."""
 
     def main(
         self,
@@ -58,7 +58,7 @@ class _OneLine(TyperGroup):
 app = typer.Typer(
     name="mesa-train",
     cls=_OneLine,
-    help="See, compare and plan what a model keeps for its backward.",
+    help="Show, compare and plan the memory that a model saves for its backward.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -46,8 +46,8 @@ ImageSize = Annotated[
 Precision = Annotated[
     DType,
     typer.Option(
-        help="float32, or autocast to bfloat16 or float16 (weights stay float32); auto takes what the "
-        "device computes in."
+        help="float32, or autocast to bfloat16 or float16; weights stay float32. auto: bfloat16 "
+        "if the device computes in it, else float32 on a CPU, float16 on a GPU."
     ),
 ]
 Device = Annotated[
@@ -55,7 +55,7 @@ Device = Annotated[
 ]
 Fake = Annotated[
     bool,
-    typer.Option("--fake", help="Count on tensors without data: any size, in seconds, bytes only."),
+    typer.Option("--fake", help="Count bytes on fake tensors: any model size, in seconds."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -68,12 +68,12 @@ def device_name(device: str | None, fake: bool) -> str:
     """
     import torch
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {where!r}")
-    if where.startswith("cuda") and not torch.cuda.is_available() and not fake:
-        raise ValueError(f"--device {where}: PyTorch sees no CUDA device here")
-    return where
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available() and not fake:
+        raise ValueError(f"--device {name}: PyTorch sees no CUDA device here")
+    return name
 
 
 def loading(
@@ -82,7 +82,7 @@ def loading(
     image_size: int | None,
     device: str | None,
     fake: bool,
-    tell: bool = True,
+    warn: bool = True,
 ) -> tuple[Loaded, str]:
     """Load the model, on meta for --fake.
 
@@ -92,63 +92,63 @@ def loading(
         image_size: height and width of the images; None for the model's own.
         device: cpu or cuda; None for cuda if there is one, else cpu.
         fake: count on fake tensors.
-        tell: write to stderr if the model has another number of inputs than `batch_size`.
+        warn: write to stderr if the model has another number of inputs than `batch_size`.
 
     Returns:
         (the model with inputs, the device to measure on or to count for).
     """
     from mesa_train.loading.model import load
 
-    where = device_name(device, fake)
+    target = device_name(device, fake)
     with quiet():
         loaded = load(
             name,
             batch_size=batch_size,
             image_size=image_size,
-            device="meta" if fake else where,
+            device="meta" if fake else target,
         )
-    if tell and loaded.batch != batch_size:
-        own = (
-            f"{name} has {loaded.batch} inputs of its own, so --batch-size {batch_size} is not used"
+    if warn and loaded.batch != batch_size:
+        message = (
+            f"{name} makes {loaded.batch} inputs itself, so --batch-size {batch_size} has no effect"
         )
-        typer.echo(f"mesa-train: {own}; take batch_size in the factory", err=True)
-    return loaded, where
+        typer.echo(f"mesa-train: {message}; give the factory a batch_size argument", err=True)
+    return loaded, target
 
 
-def resolved(loaded: Loaded, dtype: DType, where: str, fake: bool) -> DType:
+def resolved(loaded: Loaded, dtype: DType, target: str, fake: bool) -> DType:
     """Replace `auto` by the dtype for a device.
 
-    Weights in half precision need no autocast. A line on stderr says if `auto` is not bf16, or if
-    the device only emulates the given dtype.
+    Weights in half precision need no autocast. If `auto` is not bf16, or if the device only
+    emulates the given dtype, the function writes a line to stderr.
     """
     from mesa_train.utils.precision import choose
 
     if dtype is DType.auto and _weights(loaded) not in ("float32", "mixed"):
         return DType.float32
-    asked = {DType.float32: "no"}.get(dtype, dtype.value)
-    found = choose(asked, where)
-    if (found.emulated and not fake) or (dtype is DType.auto and found.name != "bf16"):
-        typer.echo(f"mesa-train: {found.line}", err=True)
-    return {"no": DType.float32, "bf16": DType.bf16, "fp16": DType.fp16}[found.name]
+    requested = {DType.float32: "no"}.get(dtype, dtype.value)
+    choice = choose(requested, target)
+    if (choice.emulated and not fake) or (dtype is DType.auto and choice.name != "bf16"):
+        typer.echo(f"mesa-train: {choice.line}", err=True)
+    return {"no": DType.float32, "bf16": DType.bf16, "fp16": DType.fp16}[choice.name]
 
 
-def check_precision(loaded: Loaded, dtype: DType, where: str, fake: bool) -> None:
+def check_precision(loaded: Loaded, dtype: DType, target: str, fake: bool) -> None:
     """Check that autocast and the model's weights are not two different half precisions on a CPU.
 
-    The norms of a CPU refuse that, and PyTorch's own error names neither dtype.
+    PyTorch's norms raise an error for two half precisions on a CPU, which names neither dtype.
 
     Raises:
-        ValueError: they are; the message names both.
+        ValueError: the dtypes are two different half precisions; the message names both.
     """
-    asked = autocast_of(dtype)
-    own = _weights(loaded)
-    if fake or asked is None or not where.startswith("cpu") or own in ("float32", "mixed"):
+    autocast = autocast_of(dtype)
+    weights = _weights(loaded)
+    if fake or autocast is None or not target.startswith("cpu") or weights in ("float32", "mixed"):
         return
-    if own != str(asked).removeprefix("torch."):
-        fitting = "fp16" if own == "float16" else "bf16"
+    if weights != str(autocast).removeprefix("torch."):
+        matching = "fp16" if weights == "float16" else "bf16"
         raise ValueError(
-            f"{loaded.name} has {own} weights, which --dtype {dtype.value} does not go with on a CPU; "
-            f"choose {fitting}, or float32 for no autocast"
+            f"{loaded.name} has {weights} weights; a CPU cannot run them with --dtype {dtype.value}; "
+            f"choose {matching}, or float32 for no autocast"
         )
 
 
@@ -208,9 +208,9 @@ def writable_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{option} {folder}: no folder there ({error.strerror})") from error
+        raise ValueError(f"{option} {folder}: cannot make a folder ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option} {folder}: not to be written to")
+        raise ValueError(f"{option} {folder}: the folder is not writable")
 
 
 def writable_file(path: Path | None, option: str, ending: str) -> None:
@@ -223,9 +223,9 @@ def writable_file(path: Path | None, option: str, ending: str) -> None:
     if path is None:
         return
     if path.suffix.lower() not in ending.split():
-        raise ValueError(f"{option} {path}: name a {ending.split()[0]} file")
+        raise ValueError(f"{option} {path}: the file name must end in {ending.split()[0]}")
     if path.is_dir():
-        raise ValueError(f"{option} {path}: is a folder")
+        raise ValueError(f"{option} {path}: the path is a folder")
     writable_folder(path.parent, option)
 
 
@@ -241,8 +241,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
+        yield lambda step, done, total: bar.update(
+            task, description=step, completed=done, total=total
         )
 
 

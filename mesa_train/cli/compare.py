@@ -33,11 +33,12 @@ def compare(
     ] = None,
     fake: Annotated[
         bool,
-        typer.Option("--fake", "--quick", help="Bytes alone, on tensors without data, in seconds."),
+        typer.Option("--fake", "--quick", help="Only count bytes, on fake tensors, in seconds."),
     ] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of every method.")] = 4,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of each method.")] = 4,
     memory: Annotated[
-        str | None, typer.Option(help="Find the largest batch that fits, such as 24GiB.")
+        str | None,
+        typer.Option(help="Find the largest batch that fits this memory, such as 24GiB."),
     ] = None,
     method_timeout: Annotated[
         float,
@@ -46,11 +47,14 @@ def compare(
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout", "--total", min=1, help="Most seconds for all; later methods are not begun."
+            "--timeout",
+            "--total",
+            min=1,
+            help="Most seconds for all methods; then no method starts.",
         ),
     ] = 340.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for rows.jsonl, charts and report.html.")
+        Path | None, typer.Option(help="Write rows.jsonl, charts and report.html to this folder.")
     ] = None,
     device: common.Device = None,
     as_json: common.Json = False,
@@ -67,16 +71,16 @@ def compare(
 
         names = _methods(methods, fake)
         memory_bytes = None if memory is None else parse_bytes(memory, "--memory")
-        where = common.device_name(device, fake)
+        target = common.device_name(device, fake)
         if out is not None:
             # Check now, not after all measurements.
             common.writable_folder(out, "--out")
         # Show an error of the model at once, and take no memory of the measured GPU.
         loaded, _ = common.loading(model, batch_size, image_size, "cpu", fake=fake)
-        dtype = common.resolved(loaded, dtype, where, fake)
-        common.check_precision(loaded, dtype, where, fake)
-        setting = common.setting_of(loaded, dtype, where, fake)
-        title = common.title_of(loaded, dtype, where)
+        dtype = common.resolved(loaded, dtype, target, fake)
+        common.check_precision(loaded, dtype, target, fake)
+        setting = common.setting_of(loaded, dtype, target, fake)
+        title = common.title_of(loaded, dtype, target)
         if not fake:
             del loaded
         autocast = common.autocast_of(dtype)
@@ -84,18 +88,18 @@ def compare(
             model,
             batch_size=batch_size,
             image_size=image_size,
-            device=where,
+            device=target,
             dtype=None if autocast is None else str(autocast).removeprefix("torch."),
             rounds=rounds,
             memory_bytes=memory_bytes,
             limit_s=method_timeout,
             total_s=timeout,
         )
-        results = None if out is None else Results(out, setting, where, common.command_line())
+        results = None if out is None else Results(out, setting, target, common.command_line())
         with common.progress_bar() as progress:
             counted = functools.partial(_counted, device=device)
-            made = (counted if fake else measure)(request, names, progress)
-            rows, stopped = _read(made, results)
+            measured_rows = (counted if fake else measure)(request, names, progress)
+            rows, stopped = _read(measured_rows, results)
         rows.sort(key=lambda row: names.index(row["method"]))
         if rows and results is not None:
             results.finish(rows)
@@ -114,13 +118,13 @@ def _exit_if(stopped: bool, done: int, count: int) -> None:
 
 
 def _read(
-    made: Generator[dict[str, Any], None, None], results: Results | None
+    measured_rows: Generator[dict[str, Any], None, None], results: Results | None
 ) -> tuple[list[dict[str, Any]], bool]:
     """(the rows, each written to disk when it is measured; whether the user stopped)."""
     rows: list[dict[str, Any]] = []
     try:
-        with _stoppable(), contextlib.closing(made):
-            for row in made:
+        with _stoppable(), contextlib.closing(measured_rows):
+            for row in measured_rows:
                 rows.append(row)
                 if results is not None:
                     results.add(row)
@@ -152,7 +156,7 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _methods(asked: str | None, fake: bool) -> list[str]:
+def _methods(text: str | None, fake: bool) -> list[str]:
     """The methods of a comma-separated list; without one, all that can be measured.
 
     Raises:
@@ -161,8 +165,8 @@ def _methods(asked: str | None, fake: bool) -> list[str]:
     from mesa_train.methods.spec import DEFAULT, MethodSpec
 
     names = list(DEFAULT)
-    if asked is not None:
-        names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
+    if text is not None:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     elif fake:
         names = [name for name in names if MethodSpec.of(name).countable]
     for name in names:
@@ -183,7 +187,7 @@ def _counted(
 
     def make() -> Any:
         batch, size = request.batch_size, request.image_size
-        return common.loading(request.model, batch, size, device, fake=True, tell=False)[0]
+        return common.loading(request.model, batch, size, device, fake=True, warn=False)[0]
 
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     with common.quiet():

@@ -24,27 +24,29 @@ from .common import (
 
 def estimate(
     model: Model,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "24GiB",
-    cpu_memory: Annotated[str, typer.Option(help="Main memory of a machine.")] = "256GiB",
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs of all machines.")] = 8,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of each GPU.")] = "24GiB",
+    cpu_memory: Annotated[str, typer.Option(help="CPU memory of each machine.")] = "256GiB",
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="GPUs that share a layer, with FSDP2.")
+        int, typer.Option(min=1, help="Number of GPUs that share each layer, with FSDP2.")
     ] = 1,
     policies: Annotated[
         str | None, typer.Option(help="Comma-separated presets, checkpoint, plain; default: all.")
     ] = None,
     optimizer: Annotated[
         str,
-        typer.Option(help="adamw, adamw8bit; factored or lion step in the backward, on one GPU."),
+        typer.Option(help="adamw or adamw8bit; or factored or lion in the backward of one GPU."),
     ] = "adamw",
     half: Annotated[
         bool, typer.Option("--half", help="Weights in bfloat16, without float32 copies.")
     ] = False,
     lora: Annotated[
-        int, typer.Option(min=0, help="Rank of LoRA on a model frozen in NF4; 0: train all.")
+        int, typer.Option(min=0, help="Rank of LoRA on a model frozen in NF4; 0: no LoRA.")
     ] = 0,
-    every: Annotated[bool, typer.Option("--all", help="Also setups that no policy fits.")] = False,
+    all_setups: Annotated[
+        bool, typer.Option("--all", help="Also show setups that do not fit.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write accelerate's configuration to this YAML file.")
     ] = None,
@@ -74,33 +76,38 @@ def estimate(
         writable_file(out, "--out", ".yaml .yml")
 
         def make() -> Any:
-            return loading(model, batch_size, image_size, "cpu", fake=True, tell=False)[0]
+            return loading(model, batch_size, image_size, "cpu", fake=True, warn=False)[0]
 
         first, _ = loading(model, batch_size, image_size, "cpu", fake=True)
         blocks = sorted({type(b).__name__ for b in find_blocks(first.model).values()})
-        asked: Any = {"batch": batch_size, "optimizer": optimizer, "lora": lora, "half": half}
-        found = []
+        options: Any = {"batch": batch_size, "optimizer": optimizer, "lora": lora, "half": half}
+        rows = []
         with quiet(), progress_bar() as progress:
             progress("counting", 0, len(SETUPS) * len(names))
-            for row in estimates(make, cluster, policies=names, **asked):
-                found.append(row)
-                progress(f"{row.strategy}, {row.policy}", len(found), len(SETUPS) * len(names))
-        chosen = best(found)
+            for row in estimates(make, cluster, policies=names, **options):
+                rows.append(row)
+                progress(f"{row.strategy}, {row.policy}", len(rows), len(SETUPS) * len(names))
+        chosen = best(rows)
         configuration = "" if chosen is None else accelerate_config(chosen, cluster, blocks)
         if chosen is not None and out is not None:
             out.write_text(configuration)
         if as_json:
-            answer = {"rows": [e.to_dict() for e in found], "chosen": chosen and chosen.to_dict()}
-            show_json({"model": model, "gpus": gpus, **answer})
+            results = {
+                "rows": [row.to_dict() for row in rows],
+                "chosen": chosen and chosen.to_dict(),
+            }
+            show_json({"model": model, "gpus": gpus, **results})
             return
         title = f"{model}  {gpus} GPUs of {gpu_memory}  {batch_size} images a GPU"
-        fitting = {(e.strategy, e.offload) for e in found if e.fits or every}
-        _show(title, [e for e in found if (e.strategy, e.offload) in fitting])
+        fitting = {(row.strategy, row.offload) for row in rows if row.fits or all_setups}
+        _show(title, [row for row in rows if (row.strategy, row.offload) in fitting])
         if chosen is None:
-            show(_instead(found, batch_size))
+            show(_instead(rows, batch_size))
             return
         path = str(out) if out is not None else "accelerate.yaml"
-        typer.echo(f"The simplest that fits: {chosen.strategy} with {chosen.policy}. {path}:\n")
+        typer.echo(
+            f"The simplest setup that fits: {chosen.strategy} with {chosen.policy}. {path}:\n"
+        )
         typer.echo(configuration)
         typer.echo(command(chosen, model, path, gpus, side_of(first.inputs)))
 
@@ -113,15 +120,15 @@ def _show(title: str, rows: list[Any]) -> None:
 
     reserve = format_gib(RESERVE)
     show(title, *(terminal.estimates(rows) if rows else []))
-    show(f"{reserve} GiB of each GPU are left for CUDA, NCCL and the allocator.")
+    show(f"{reserve} GiB of each GPU are reserved for CUDA, NCCL and the allocator.")
 
 
-def _instead(found: list[Any], batch_size: int) -> str:
+def _instead(rows: list[Any], batch_size: int) -> str:
     """A line with a setup that fits fewer images, or with the advice to use more GPUs."""
-    most = max(found, key=lambda e: e.largest_batch, default=None)
-    if most is None or not most.largest_batch:
-        return "not even one image a GPU fits; more or larger GPUs are needed"
+    largest = max(rows, key=lambda row: row.largest_batch, default=None)
+    if largest is None or not largest.largest_batch:
+        return "one image a GPU does not fit; use more GPUs or larger GPUs"
     return (
-        f"{batch_size} images a GPU do not fit; {most.strategy} with {most.policy} takes "
-        f"{most.largest_batch}"
+        f"{batch_size} images a GPU do not fit; {largest.strategy} with {largest.policy} fits "
+        f"{largest.largest_batch}"
     )

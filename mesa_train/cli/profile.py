@@ -18,7 +18,7 @@ def profile(
         str, typer.Option(help="A preset, checkpoint, or a policy's YAML file.")
     ] = "mesa8",
     diff: Annotated[
-        str | None, typer.Option(help="Another policy to set beside it, instead of plain.")
+        str | None, typer.Option(help="Another policy to compare with, instead of plain.")
     ] = None,
     depth: Annotated[
         int | None, typer.Option(min=0, help="Levels of the module tree to show; default: all.")
@@ -39,10 +39,10 @@ def profile(
 
         names = ("plain", policy) if diff is None else (policy, diff)
         methods = [_method(name) for name in names]
-        loaded, where = common.loading(model, batch_size, image_size, device, fake)
-        dtype = common.resolved(loaded, dtype, where, fake)
-        common.check_precision(loaded, dtype, where, fake)
-        found = []
+        loaded, target = common.loading(model, batch_size, image_size, device, fake)
+        dtype = common.resolved(loaded, dtype, target, fake)
+        common.check_precision(loaded, dtype, target, fake)
+        footprints = []
         with common.progress_bar() as progress:
             for step, (name, method) in enumerate(zip(names, methods, strict=True)):
                 progress(name, step, 2)
@@ -51,31 +51,31 @@ def profile(
                     loaded.inputs,
                     policy=method,
                     autocast=common.autocast_of(dtype),
-                    device=where if fake else None,
+                    device=target if fake else None,
                     fake=fake,
                 )
-                found.append(counted)
-        one, other = found
+                footprints.append(counted)
+        first, second = footprints
         if as_json:
-            setting = common.setting_of(loaded, dtype, where, fake)
+            setting = common.setting_of(loaded, dtype, target, fake)
             keys = ("plain", "with_policy") if diff is None else ("with_policy", "with_diff")
-            both = dict(zip(keys, (one.to_dict(), other.to_dict()), strict=True))
+            both = dict(zip(keys, (first.to_dict(), second.to_dict()), strict=True))
             common.show_json({**setting, "policy": policy, "diff": diff, **both})
             return
         from mesa_train.report import terminal
 
         labels = (_label(names[0]), _label(names[1]))
         common.show(
-            common.title_of(loaded, dtype, where),
-            terminal.by_operator(one, other, labels),
+            common.title_of(loaded, dtype, target),
+            terminal.by_operator(first, second, labels),
             "Modules with their submodules:",
-            terminal.by_module(one, other, labels, depth),
+            terminal.by_module(first, second, labels, depth),
         )
-        for label, counted in zip(labels, found, strict=True):
+        for label, counted in zip(labels, footprints, strict=True):
             table = terminal.stored(counted)
             if table is not None:
-                common.show(f"What {label} stores, how and why:", table)
-        common.show(*one.notes)
+                common.show(f"Saved tensors of {label}, and how they are stored:", table)
+        common.show(*first.notes)
 
 
 def _method(name: str) -> Policy | str:

@@ -14,18 +14,18 @@ import torch
 
 
 def largest_batch_on_a_line(
-    peak: Callable[[int], int], room: int, guess: int, per_image: float, gradients: int
+    peak: Callable[[int], int], budget_bytes: int, guess: int, per_image: float, gradients: int
 ) -> int:
-    """Find the largest batch whose peak is at most `room` bytes, from the peaks of two batches.
+    """Find the largest batch whose peak is at most `budget_bytes`, from the peaks of two batches.
 
-    The peak is a straight line for batches whose activations outweigh the rest. In smaller batches
-    the peak is at the end of the backward, where all gradients exist. In larger ones it is at the
-    beginning of the backward, where all activations exist. So `peak` is called for two batches
-    beyond this bend, or near `guess` if that is smaller.
+    The peak grows on a straight line if the activations are larger than the gradients. In smaller
+    batches the peak is at the end of the backward, when all gradients exist. In larger batches it
+    is at the beginning of the backward, when all activations exist. So `peak` is called for two
+    batches beyond this bend, or near `guess` if `guess` is smaller.
 
     Args:
         peak: bytes of a step by batch size.
-        room: bytes that the peak may have.
+        budget_bytes: most bytes of the peak.
         guess: first batch to try, in images.
         per_image: bytes of the activations of an image.
         gradients: bytes of all gradients.
@@ -36,9 +36,9 @@ def largest_batch_on_a_line(
     bend = int(4 * gradients / max(per_image, 1.0)) + 1
     first = max(1, min(bend, guess))
     second = 2 * first
-    low, high = peak(first), peak(second)
-    slope = (high - low) / (second - first)
-    return max(0, int(second + (room - high) / slope)) if slope > 0 else second
+    first_peak, second_peak = peak(first), peak(second)
+    slope = (second_peak - first_peak) / (second - first)
+    return max(0, int(second + (budget_bytes - second_peak) / slope)) if slope > 0 else second
 
 
 def bisect(fits: Callable[[int], bool], guess: int, precision: float = 0.02) -> int:

@@ -63,7 +63,7 @@ def count(
             except NoBlocks as reason:
                 row["note"] = str(reason)
         else:
-            row["note"] = "its bytes show in a real run alone: leave --fake out"
+            row["note"] = "only a real run can count its bytes: leave --fake out"
         yield row
 
 
@@ -76,42 +76,45 @@ def _counted(
     """The row of one method."""
     model, inputs = spec.cast(loaded.model, loaded.inputs)
     autocast = spec.autocast(dtype)
-    found = footprint(model, inputs, policy=spec.variant, autocast=autocast, loss=default_loss)
+    counted = footprint(model, inputs, policy=spec.variant, autocast=autocast, loss=default_loss)
     step = timeline(model, inputs, policy=spec.variant, autocast=autocast)
-    weights = found.parameter_bytes + found.buffer_bytes
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = sum(adamw_bytes(p.numel(), p.element_size(), spec.eight_bit) for p in trained)
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    standing = weights + optimizer + sum(t.nbytes for t in tensors)
+    weights = counted.parameter_bytes + counted.buffer_bytes
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = sum(
+        adamw_bytes(parameter.numel(), parameter.element_size(), spec.eight_bit)
+        for parameter in trained
+    )
+    tensors = [tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor)]
+    static_bytes = weights + optimizer + sum(tensor.nbytes for tensor in tensors)
     row: Row = {
-        "saved_bytes": found.saved_bytes,
-        "offloaded_bytes": found.offloaded_bytes or None,
-        "by_operator": found.by_operator,
-        "by_module": forward_order(found),
+        "saved_bytes": counted.saved_bytes,
+        "offloaded_bytes": counted.offloaded_bytes or None,
+        "by_operator": counted.by_operator,
+        "by_module": forward_order(counted),
         "weight_bytes": weights,
         "gradient_bytes": step.gradient_bytes,
         "optimizer_bytes": optimizer,
         "step_bytes": step.peak_bytes,
-        "peak_bytes": standing + step.peak_bytes,
+        "peak_bytes": static_bytes + step.peak_bytes,
     }
 
-    own = loaded.batch or 1
+    current_batch = loaded.batch or 1
 
     def images(batch: int) -> Any:
-        other = resized(inputs, own, batch, data=False, make=loaded.make)
-        return None if other is None else spec.narrowed(other)
+        resized_inputs = resized(inputs, current_batch, batch, with_data=False, make=loaded.make)
+        return None if resized_inputs is None else spec.narrowed(resized_inputs)
 
     if memory_bytes is not None and images(1) is None:
         row["note"] = NO_BATCH
     elif memory_bytes is not None:
-        room = memory_bytes - standing
+        budget_bytes = memory_bytes - static_bytes
 
         def peak(batch: int) -> int:
             return timeline(model, images(batch), policy=spec.variant, autocast=autocast).peak_bytes
 
-        per_image = found.saved_bytes / own
-        guess = max(1, int(room / max(per_image, 1)))
+        per_image = counted.saved_bytes / current_batch
+        guess = max(1, int(budget_bytes / max(per_image, 1)))
         row["largest_batch"] = largest_batch_on_a_line(
-            peak, room, guess, per_image, step.gradient_bytes
+            peak, budget_bytes, guess, per_image, step.gradient_bytes
         )
     return row

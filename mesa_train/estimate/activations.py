@@ -28,10 +28,10 @@ class Activations:
 
     Args:
         points: (batch, bytes) at rising batch sizes. Other batches are on the line through two of
-            them; if there is one point, on the line from zero.
-        saved_per_image: bytes saved for the backward, an image.
-        split: share of the bytes that tensor parallelism splits.
-        offloaded_per_image: bytes in CPU memory, an image.
+            these points. If there is one point, they are on the line through (0, 0) and the point.
+        saved_per_image: bytes saved for the backward, for each image.
+        split: share of the bytes that tensor parallelism splits, from 0 to 1.
+        offloaded_per_image: bytes in CPU memory, for each image.
     """
 
     points: tuple[tuple[int, int], ...]
@@ -41,24 +41,34 @@ class Activations:
 
     def bytes(self, batch: int, tensor_parallel: int = 1) -> int:
         """Bytes of `batch` images on one GPU, if `tensor_parallel` GPUs share a layer."""
-        (low, base), (high, top) = self._segment(lambda point: point[0] >= batch)
-        whole = base + (top - base) * (batch - low) / (high - low)
-        return int(whole * self._factor(tensor_parallel)) if batch else 0
+        (low_batch, low_bytes), (high_batch, high_bytes) = self._segment(
+            lambda point: point[0] >= batch
+        )
+        unsplit = low_bytes + (high_bytes - low_bytes) * (batch - low_batch) / (
+            high_batch - low_batch
+        )
+        return int(unsplit * self._factor(tensor_parallel)) if batch else 0
 
-    def largest(self, room: int, tensor_parallel: int = 1) -> int:
-        """The largest batch that fits `room` bytes; 0 if none fits."""
-        room = int(room / self._factor(tensor_parallel))
-        (low, base), (high, top) = self._segment(lambda point: point[1] > room)
-        return max(0, int(low + (room - base) * (high - low) / max(1, top - base)))
+    def largest(self, budget_bytes: int, tensor_parallel: int = 1) -> int:
+        """The largest batch whose bytes are at most `budget_bytes`; 0 if none fits."""
+        budget_bytes = int(budget_bytes / self._factor(tensor_parallel))
+        (low_batch, low_bytes), (high_batch, high_bytes) = self._segment(
+            lambda point: point[1] > budget_bytes
+        )
+        span = high_batch - low_batch
+        added = (budget_bytes - low_bytes) * span / max(1, high_bytes - low_bytes)
+        return max(0, int(low_batch + added))
 
     def _factor(self, tensor_parallel: int) -> float:
         """Share of the bytes on one of the GPUs that share a layer."""
         return 1 - self.split + self.split / tensor_parallel
 
-    def _segment(self, beyond: Callable[[tuple[int, int]], bool]) -> Sequence[tuple[int, int]]:
-        """The two points whose line holds up to the first point that is `beyond`."""
+    def _segment(self, is_beyond: Callable[[tuple[int, int]], bool]) -> Sequence[tuple[int, int]]:
+        """The two points that end with the first point for which `is_beyond` is true."""
         points = self.points if len(self.points) > 1 else ((0, 0), *self.points)
-        end = next((i for i, point in enumerate(points) if beyond(point)), len(points) - 1)
+        end = next(
+            (index for index, point in enumerate(points) if is_beyond(point)), len(points) - 1
+        )
         return points[max(0, end - 1) :][:2]
 
 
@@ -94,13 +104,13 @@ def activations_of(
             images = _images(loaded, batch, size, not autocast)
             points[size] = timeline(model, images, policy=policy, autocast=dtype).working_bytes
         images = _images(loaded, batch, batch, not autocast)
-        found = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
-    on_tokens = sum(size for name, size in found.by_operator.items() if name in _ON_TOKENS)
+        counted = footprint(model, images, policy=policy, autocast=dtype, loss=default_loss)
+    on_tokens = sum(size for name, size in counted.by_operator.items() if name in _ON_TOKENS)
     return Activations(
         points=tuple(points.items()),
-        saved_per_image=found.saved_bytes // batch,
-        split=1 - on_tokens / max(1, found.saved_bytes),
-        offloaded_per_image=found.offloaded_bytes // batch,
+        saved_per_image=counted.saved_bytes // batch,
+        split=1 - on_tokens / max(1, counted.saved_bytes),
+        offloaded_per_image=counted.offloaded_bytes // batch,
     )
 
 
@@ -115,15 +125,15 @@ def forward_activations(loaded: Loaded, batch: int, sizes: Sequence[int]) -> Act
     return Activations(tuple(points), 0, 1.0)
 
 
-def _images(loaded: Loaded, own: int, size: int, narrow: bool) -> Any:
+def _images(loaded: Loaded, batch: int, size: int, to_bfloat16: bool) -> Any:
     """The inputs of another batch size on the meta device."""
-    images = resized(loaded.inputs, loaded.batch or own, size, data=False, make=loaded.make)
+    images = resized(loaded.inputs, loaded.batch or batch, size, with_data=False, make=loaded.make)
     if images is None:
         raise ValueError(f"{loaded.name}: {NO_BATCH}")
-    return _narrow(images) if narrow else images
+    return _in_bfloat16(images) if to_bfloat16 else images
 
 
-def _narrow(inputs: Any) -> Any:
+def _in_bfloat16(inputs: Any) -> Any:
     """The inputs in bfloat16."""
     from torch.utils import _pytree as pytree
 

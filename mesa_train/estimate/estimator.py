@@ -77,8 +77,8 @@ class Setup:
             raise ValueError(f"optimizer must be one of {choices}, got {self.optimizer!r}")
         if (self.optimizer in IN_BACKWARD) != (self.strategy == "in_backward"):
             raise ValueError(
-                f"{', '.join(IN_BACKWARD)} step in the backward and no others do, got "
-                f"optimizer={self.optimizer!r} with strategy={self.strategy!r}"
+                f"the optimizers {', '.join(IN_BACKWARD)}, and no others, need strategy='in_backward', "
+                f"got optimizer={self.optimizer!r} with strategy={self.strategy!r}"
             )
 
     @property
@@ -187,29 +187,31 @@ class Estimator:
             cluster: the GPUs and machines.
             reserve: bytes of each GPU that training cannot use.
         """
-        held = states(setup.strategy, setup.offload, self.parameters(setup), cluster)
-        found = self.activations(setup, policy)
+        model_states = states(setup.strategy, setup.offload, self.parameters(setup), cluster)
+        activations = self.activations(setup, policy)
         split = cluster.tensor_parallel if setup.strategy == "fsdp2" else 1
-        taken = found.bytes(self.batch, split)
-        moved = found.offloaded_per_image * cluster.per_node // split
-        waiting = cluster.cpu_memory - held.cpu
-        held = dataclasses.replace(held, cpu=held.cpu + moved * self.batch)
-        whole = held.gpu + taken + reserve
+        activation_bytes = activations.bytes(self.batch, split)
+        offloaded_per_image = activations.offloaded_per_image * cluster.per_node // split
+        free_cpu_memory = cluster.cpu_memory - model_states.cpu
+        model_states = dataclasses.replace(
+            model_states, cpu=model_states.cpu + offloaded_per_image * self.batch
+        )
+        gpu_bytes = model_states.gpu + activation_bytes + reserve
         reason = ""
-        if held.cpu > cluster.cpu_memory:
+        if model_states.cpu > cluster.cpu_memory:
             reason = "CPU memory"
-        elif whole > cluster.gpu_memory:
+        elif gpu_bytes > cluster.gpu_memory:
             reason = "GPU memory"
-        room = cluster.gpu_memory - reserve - held.gpu
-        largest = found.largest(room, split)
-        if moved:
-            largest = min(largest, max(0, waiting // moved))
+        budget_bytes = cluster.gpu_memory - reserve - model_states.gpu
+        largest_batch = activations.largest(budget_bytes, split)
+        if offloaded_per_image:
+            largest_batch = min(largest_batch, max(0, free_cpu_memory // offloaded_per_image))
         elif reason == "CPU memory":
-            largest = 0
+            largest_batch = 0
         name = policy if isinstance(policy, str) else "policy"
         return Estimate(
-            setup.strategy, setup.offload, name, setup.optimizer, setup.lora, setup.half, held,
-            taken, self.batch, largest, whole, not reason, reason,
+            setup.strategy, setup.offload, name, setup.optimizer, setup.lora, setup.half, model_states,
+            activation_bytes, self.batch, largest_batch, gpu_bytes, not reason, reason,
         )  # fmt: skip
 
 
@@ -293,9 +295,9 @@ def parameters_of(
     )
 
 
-def best(found: Sequence[Estimate]) -> Estimate | None:
+def best(rows: Sequence[Estimate]) -> Estimate | None:
     """The simplest estimate that fits; None if none fits.
 
     It is the first policy that fits in the first setup that has one.
     """
-    return next((e for e in found if e.fits), None)
+    return next((row for row in rows if row.fits), None)

@@ -18,7 +18,7 @@ _VIT22B = "recipes/vit22b"
 _OFFLOAD = {"optimizer": "cpu"}
 
 
-def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
+def accelerate_config(estimate: Estimate, cluster: Cluster, blocks: Sequence[str] = ()) -> str:
     """Make the YAML text for `accelerate launch --config_file`.
 
     Args:
@@ -41,34 +41,34 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
     if cluster.nodes > 1:
         # The file of each machine needs its own machine_rank.
         config |= {"main_process_ip": "ADDRESS_OF_MACHINE_0", "main_process_port": 29500}
-    if cluster.gpus == 1 and found.strategy in ("ddp", "in_backward"):
+    if cluster.gpus == 1 and estimate.strategy in ("ddp", "in_backward"):
         config["distributed_type"] = "NO"
-    if found.strategy.startswith("zero"):
+    if estimate.strategy.startswith("zero"):
         config["distributed_type"] = "DEEPSPEED"
-        stage = int(found.strategy[-1])
+        stage = int(estimate.strategy[-1])
         deepspeed: dict[str, Any] = {
             "zero_stage": stage,
             "gradient_accumulation_steps": 1,
-            "offload_optimizer_device": _OFFLOAD.get(found.offload, found.offload),
+            "offload_optimizer_device": _OFFLOAD.get(estimate.offload, estimate.offload),
             "offload_param_device": (
-                found.offload if stage == 3 and found.offload != "optimizer" else "none"
+                estimate.offload if stage == 3 and estimate.offload != "optimizer" else "none"
             ),
         }
-        if found.offload == "nvme":
+        if estimate.offload == "nvme":
             paths = ("offload_optimizer_nvme_path", "offload_param_nvme_path")
             deepspeed |= dict.fromkeys(paths, "/FOLDER/ON/NVME")
         if stage == 3:
             deepspeed |= {"zero3_init_flag": True, "zero3_save_16bit_model": True}
         config["deepspeed_config"] = deepspeed
-    elif found.strategy == "fsdp2":
+    elif estimate.strategy == "fsdp2":
         config["distributed_type"] = "FSDP"
         config["fsdp_config"] = {
             "fsdp_version": 2,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if blocks else "SIZE_BASED_WRAP",
             "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": found.offload == "cpu",
+            "fsdp_offload_params": estimate.offload == "cpu",
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-            "fsdp_activation_checkpointing": found.policy == "checkpoint",
+            "fsdp_activation_checkpointing": estimate.policy == "checkpoint",
         }
         if blocks:
             config["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = ",".join(blocks)
@@ -83,7 +83,7 @@ def accelerate_config(found: Estimate, cluster: Cluster, blocks: Sequence[str] =
 
 
 def command(
-    found: Estimate, model: str, path: str, gpus: int, image_size: int | None = None
+    estimate: Estimate, model: str, path: str, gpus: int, image_size: int | None = None
 ) -> str:
     """Make the command that starts the training.
 
@@ -102,16 +102,21 @@ def command(
         return f"{start} YOUR_TRAINING_SCRIPT.py"
     name = rest if colon else model
     if name.startswith("vit_22b"):
-        return _vit22b(found, name, start, gpus)
-    if found.strategy == "in_backward" or found.lora or found.half or "+coded" in found.policy:
+        return _vit22b(estimate, name, start, gpus)
+    if (
+        estimate.strategy == "in_backward"
+        or estimate.lora
+        or estimate.half
+        or "+coded" in estimate.policy
+    ):
         return f"{start} YOUR_TRAINING_SCRIPT.py"  # The recipe for timm models has none of these.
-    preset, checkpointed = _parts(found.policy)
+    preset, checkpointed = _parts(estimate.policy)
     settings = {
         "model.name": name,
-        "train.micro_batch": found.batch,
-        "train.global_batch": found.batch * gpus,
+        "train.micro_batch": estimate.batch,
+        "train.global_batch": estimate.batch * gpus,
         "train.policy": preset,
-        "optim.name": found.optimizer,
+        "optim.name": estimate.optimizer,
     }
     if image_size is not None:
         settings["data.image_size"] = image_size
@@ -120,22 +125,24 @@ def command(
     return f"{start} {_RECIPE}/train.py --config {_RECIPE}/litv2_s_imagenet.yaml {_set(settings)}"
 
 
-def _vit22b(found: Estimate, model: str, start: str, gpus: int) -> str:
+def _vit22b(estimate: Estimate, model: str, start: str, gpus: int) -> str:
     """The command of the ViT-22B recipes."""
-    preset, checkpointed = _parts(found.policy)
-    kind = "coded" if found.policy.endswith("+coded") else "block" if checkpointed else "none"
-    if found.strategy == "in_backward" or found.lora:
-        method = "nf4" if found.lora else found.optimizer
-        options = f"--model {model} --batch-size {found.batch} --policy {preset}"
-        return f"python {_VIT22B}/onecard.py {method} {options} --checkpointing {kind}"
+    preset, checkpointed = _parts(estimate.policy)
+    checkpointing = (
+        "coded" if estimate.policy.endswith("+coded") else "block" if checkpointed else "none"
+    )
+    if estimate.strategy == "in_backward" or estimate.lora:
+        method = "nf4" if estimate.lora else estimate.optimizer
+        options = f"--model {model} --batch-size {estimate.batch} --policy {preset}"
+        return f"python {_VIT22B}/onecard.py {method} {options} --checkpointing {checkpointing}"
     settings = {
         "model.name": model,
-        "train.micro_batch": found.batch,
-        "train.global_batch": found.batch * gpus,
+        "train.micro_batch": estimate.batch,
+        "train.global_batch": estimate.batch * gpus,
         "train.policy": preset,
-        "train.checkpointing": kind,
-        "train.precision": "pure_bf16" if found.half else "bf16",
-        "optim.name": found.optimizer,
+        "train.checkpointing": checkpointing,
+        "train.precision": "pure_bf16" if estimate.half else "bf16",
+        "optim.name": estimate.optimizer,
     }
     return f"{start} {_VIT22B}/train.py {_VIT22B}/large.yaml {_set(settings)}"
 

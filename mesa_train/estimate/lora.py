@@ -65,8 +65,8 @@ def with_lora(model: nn.Module, rank: int) -> int:
     """Freeze `model` in place and add LoRA to its Linears.
 
     Every Linear except the last gets a LoRA, if its weight has more than `rank` rows and columns.
-    So does every module with an attribute `adapted` (ViT-22B's fused projections). The last Linear,
-    the head, is trained whole.
+    So does every module with an attribute `adapted` (ViT-22B's fused projections). All parameters of
+    the last Linear, the head, are trained.
 
     Args:
         model: the module.
@@ -80,7 +80,7 @@ def with_lora(model: nn.Module, rank: int) -> int:
     """
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
-    linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     if len(linears) < 2:
         raise ValueError(f"{type(model).__name__} has fewer than two Linears to put LoRA on")
     head = model.get_submodule(linears[-1])
@@ -88,10 +88,10 @@ def with_lora(model: nn.Module, rank: int) -> int:
         parameter.requires_grad_(False)
     for parameter in head.parameters():
         parameter.requires_grad_(True)
-    coded = 0
-    for module in [m for m in model.modules() if hasattr(m, "adapted")]:
+    nf4_savings = 0
+    for module in [module for module in model.modules() if hasattr(module, "adapted")]:
         weight: Any = module.weight
-        coded += nf4_bytes(weight.numel()) - 2 * weight.numel()
+        nf4_savings += nf4_bytes(weight.numel()) - 2 * weight.numel()
         del module.weight
         module.adapted = Lora(weight, rank)
     for name in linears[:-1]:
@@ -99,11 +99,11 @@ def with_lora(model: nn.Module, rank: int) -> int:
         assert isinstance(linear, nn.Linear)
         if min(linear.weight.shape) <= rank:
             continue
-        coded += nf4_bytes(linear.weight.numel()) - 2 * linear.weight.numel()
+        nf4_savings += nf4_bytes(linear.weight.numel()) - 2 * linear.weight.numel()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, LoraLinear(linear, rank))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return 2 * frozen + coded
+    return 2 * frozen + nf4_savings
 
 
 def nf4_bytes(elements: int) -> int:

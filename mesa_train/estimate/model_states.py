@@ -32,7 +32,7 @@ class Cluster:
         tensor_parallel: number of GPUs that share a layer.
 
     Raises:
-        ValueError: a number is below 1, or the GPUs cannot be divided so.
+        ValueError: a number is below 1, or `gpus` is not a multiple of the other numbers.
     """
 
     gpus: int
@@ -46,10 +46,10 @@ class Cluster:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.gpus % self.nodes:
-            raise ValueError(f"gpus={self.gpus} do not spread evenly over nodes={self.nodes}")
+            raise ValueError(f"gpus={self.gpus} must be a multiple of nodes={self.nodes}")
         if self.gpus % self.tensor_parallel:
             raise ValueError(
-                f"gpus={self.gpus} is no multiple of tensor_parallel={self.tensor_parallel}"
+                f"gpus={self.gpus} must be a multiple of tensor_parallel={self.tensor_parallel}"
             )
 
     @property
@@ -116,7 +116,7 @@ class States:
         return self.weights + self.gradients + self.optimizer + self.gathered
 
 
-def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
+def states(strategy: str, offload: str, counts: Parameters, cluster: Cluster) -> States:
     """Compute the model states of a strategy.
 
     Args:
@@ -124,7 +124,7 @@ def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> St
         offload: one of `OFFLOADS`. "optimizer" offloads the optimizer and leaves the weights on the
             GPU (only zero3). "cpu" also offloads the weights with zero3 and fsdp2. "nvme" offloads
             both to disk (only zero3).
-        own: counts of the parameters.
+        counts: counts of the parameters.
         cluster: the GPUs and machines.
 
     Raises:
@@ -141,7 +141,7 @@ def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> St
     if offload != "none" and strategy in ("ddp", "in_backward", "frozen"):
         raise ValueError(f"{strategy} has nothing to offload; choose zero1, zero2, zero3 or fsdp2")
     if strategy == "in_backward" and cluster.gpus > 1:
-        raise ValueError(f"steps in the backward are one GPU's, got gpus={cluster.gpus}")
+        raise ValueError(f"strategy='in_backward' runs on one GPU, got gpus={cluster.gpus}")
     compute = {
         "ddp": _ddp,
         "zero1": _zero12,
@@ -151,101 +151,101 @@ def states(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> St
         "in_backward": _in_backward,
         "frozen": _frozen,
     }
-    return compute[strategy](strategy, offload, own, cluster)
+    return compute[strategy](strategy, offload, counts, cluster)
 
 
-def _frozen(_strategy: str, _offload: str, own: Parameters, _cluster: Cluster) -> States:
+def _frozen(_strategy: str, _offload: str, counts: Parameters, _cluster: Cluster) -> States:
     """A frozen model: 16-bit weights and buffers."""
-    return States(2 * own.trained + own.frozen_bytes + own.buffers_bytes, 0, 0, 0)
+    return States(2 * counts.trained + counts.frozen_bytes + counts.buffers_bytes, 0, 0, 0)
 
 
-def _in_backward(_strategy: str, _offload: str, own: Parameters, _cluster: Cluster) -> States:
+def _in_backward(_strategy: str, _offload: str, counts: Parameters, _cluster: Cluster) -> States:
     """An optimizer that steps in the backward.
 
     The one gradient that exists is part of the backward's working set. Counted here are the float32
     rows of its update: gradient, new value, and three temporaries of the rounding.
     """
-    weights = 2 * own.trained + own.frozen_bytes + own.buffers_bytes
-    return States(weights, 5 * 4 * min(UPDATE, own.tensor), own.moments_bytes, 0)
+    weights = 2 * counts.trained + counts.frozen_bytes + counts.buffers_bytes
+    return States(weights, 5 * 4 * min(UPDATE, counts.tensor), counts.moments_bytes, 0)
 
 
-def _ddp(_strategy: str, _offload: str, own: Parameters, cluster: Cluster) -> States:
+def _ddp(_strategy: str, _offload: str, counts: Parameters, cluster: Cluster) -> States:
     """DDP: everything on every GPU."""
     # Reduction buckets are a second copy of the gradients, unless gradients are views of the
     # buckets.
     copies = 2 if cluster.gpus > 1 else 1
-    each = 2 if own.half else 4
-    weights = each * own.trained + own.frozen_bytes + own.buffers_bytes
-    return States(weights, each * copies * own.trained, own.moments_bytes, 0)
+    element_bytes = 2 if counts.half else 4
+    weights = element_bytes * counts.trained + counts.frozen_bytes + counts.buffers_bytes
+    return States(weights, element_bytes * copies * counts.trained, counts.moments_bytes, 0)
 
 
-def _zero12(strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
+def _zero12(strategy: str, offload: str, counts: Parameters, cluster: Cluster) -> States:
     """zero2 as DeepSpeed's estimate_zero2_model_states_mem_needs; zero1 keeps whole gradients."""
-    ranks, trained = cluster.gpus, own.trained
-    weights = 2 * trained + own.frozen_bytes + own.buffers_bytes
-    whole = 2 * trained if strategy == "zero1" else 0
+    ranks, trained = cluster.gpus, counts.trained
+    weights = 2 * trained + counts.frozen_bytes + counts.buffers_bytes
+    unsharded_gradients = 2 * trained if strategy == "zero1" else 0
     # Bytes an element beside weights and moments: a float32 weight and gradient, or neither.
-    masters = 0 if own.half else 8
+    masters = 0 if counts.half else 8
     if offload == "cpu":
         # The optimizer's states of all ranks of a machine, or the memory for loading.
-        shared = masters * trained + own.moments_bytes
-        cpu = int(max(4 * ranks * own.total, shared) * BUFFERS)
-        return States(weights, whole, 0, 0, cpu)
-    cpu = int(own.total * 4 * cluster.per_node * BUFFERS)
-    if own.half:
-        gradients = whole or 2 * trained // ranks
-        return States(weights, gradients, own.moments_bytes // ranks, 0, cpu)
-    gradients = whole + (4 * trained) // ranks
-    optimizer = (4 * trained + own.moments_bytes) // ranks
+        shared = masters * trained + counts.moments_bytes
+        cpu = int(max(4 * ranks * counts.total, shared) * BUFFERS)
+        return States(weights, unsharded_gradients, 0, 0, cpu)
+    cpu = int(counts.total * 4 * cluster.per_node * BUFFERS)
+    if counts.half:
+        gradients = unsharded_gradients or 2 * trained // ranks
+        return States(weights, gradients, counts.moments_bytes // ranks, 0, cpu)
+    gradients = unsharded_gradients + (4 * trained) // ranks
+    optimizer = (4 * trained + counts.moments_bytes) // ranks
     if strategy == "zero2":
         # DeepSpeed counts 18 sharded bytes an element, which include 16-bit gradients and a float32
         # copy of them.
         gradients = (18 * trained) // ranks - (12 * trained) // ranks
-        optimizer = (12 * trained) // ranks - (8 * trained - own.moments_bytes) // ranks
+        optimizer = (12 * trained) // ranks - (8 * trained - counts.moments_bytes) // ranks
     return States(weights, gradients, optimizer, 0, cpu)
 
 
-def _zero3(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
+def _zero3(_strategy: str, offload: str, counts: Parameters, cluster: Cluster) -> States:
     """ZeRO-3 as DeepSpeed's estimate_zero3_model_states_mem_needs with zero.Init.
 
     The optimizer is on the GPUs or in CPU memory, with the parameters in CPU memory or on NVMe.
     """
-    ranks, trained = cluster.gpus, own.trained
-    gathered = 4 * own.largest
+    ranks, trained = cluster.gpus, counts.trained
+    gathered = 4 * counts.largest
     # Gradients are 16-bit with a float32 copy, and the optimizer has float32 weights. With 16-bit
     # weights alone there is neither.
-    weights, gradients = 2 * trained + own.frozen_bytes, (2 if own.half else 4) * trained
-    masters = 0 if own.half else 4 * trained
+    weights, gradients = 2 * trained + counts.frozen_bytes, (2 if counts.half else 4) * trained
+    masters = 0 if counts.half else 4 * trained
     if offload == "optimizer":
-        spread = gradients + masters + own.moments_bytes
-        cpu = int(spread / cluster.nodes * BUFFERS)
-        return States(weights // ranks + own.buffers_bytes, 0, 0, gathered, cpu)
-    spread = weights + gradients + masters + own.moments_bytes
+        sharded = gradients + masters + counts.moments_bytes
+        cpu = int(sharded / cluster.nodes * BUFFERS)
+        return States(weights // ranks + counts.buffers_bytes, 0, 0, gathered, cpu)
+    sharded = weights + gradients + masters + counts.moments_bytes
     if offload != "none":
-        away = int(spread / cluster.nodes * BUFFERS)
+        offloaded = int(sharded / cluster.nodes * BUFFERS)
         if offload == "cpu":
-            return States(own.buffers_bytes, 0, 0, gathered, cpu=away)
+            return States(counts.buffers_bytes, 0, 0, gathered, cpu=offloaded)
         # Pinned buffers for copies to NVMe: twice the largest layer in float32 states.
-        cpu = int(2 * 16 * own.largest * cluster.per_node)
-        return States(own.buffers_bytes, 0, 0, gathered, cpu=cpu, disk=away)
-    cpu = int(own.largest * 4 * cluster.per_node * BUFFERS)
-    optimizer = spread // ranks - weights // ranks - gradients // ranks
+        cpu = int(2 * 16 * counts.largest * cluster.per_node)
+        return States(counts.buffers_bytes, 0, 0, gathered, cpu=cpu, disk=offloaded)
+    cpu = int(counts.largest * 4 * cluster.per_node * BUFFERS)
+    optimizer = sharded // ranks - weights // ranks - gradients // ranks
     return States(
-        weights // ranks + own.buffers_bytes, gradients // ranks, optimizer, gathered, cpu
+        weights // ranks + counts.buffers_bytes, gradients // ranks, optimizer, gathered, cpu
     )
 
 
-def _fsdp2(_strategy: str, offload: str, own: Parameters, cluster: Cluster) -> States:
+def _fsdp2(_strategy: str, offload: str, counts: Parameters, cluster: Cluster) -> States:
     """FSDP2: everything sharded, and gathered blocks."""
     ranks = cluster.gpus
     # The 16-bit weights of two blocks (one is prefetched) and the gradients of one, for this rank's
     # part of the layers.
-    gathered = 3 * 2 * own.block // cluster.tensor_parallel
-    each = 2 if own.half else 4
-    weights = (each * own.trained + own.frozen_bytes) // ranks
-    gradients = each * own.trained // ranks
-    optimizer = own.moments_bytes // ranks
+    gathered = 3 * 2 * counts.block // cluster.tensor_parallel
+    element_bytes = 2 if counts.half else 4
+    weights = (element_bytes * counts.trained + counts.frozen_bytes) // ranks
+    gradients = element_bytes * counts.trained // ranks
+    optimizer = counts.moments_bytes // ranks
     if offload == "cpu":
         cpu = (weights + gradients + optimizer) * cluster.per_node
-        return States(own.buffers_bytes, 0, 0, gathered, cpu)
-    return States(weights + own.buffers_bytes, gradients, optimizer, gathered)
+        return States(counts.buffers_bytes, 0, 0, gathered, cpu)
+    return States(weights + counts.buffers_bytes, gradients, optimizer, gathered)

@@ -25,26 +25,26 @@ AnyAccelerator = TypeVar("AnyAccelerator")
 def enable(
     accelerator: AnyAccelerator, policy: Policy | str | Mapping[str, Any] | bool | None = True
 ) -> AnyAccelerator:
-    """Make `accelerator.prepare` wrap every model by mesa_train first.
+    """Make `accelerator.prepare` wrap every model with mesa_train first.
 
     A second call replaces the policy.
 
     Args:
-        accelerator: Accelerate's.
-        policy: a `Policy`, the name of a preset, or a value of a YAML file. True (default): the
-            default policy. A mapping: fields of `Policy`, with `preset` as a base. False or None:
-            models are not wrapped.
+        accelerator: an `accelerate.Accelerator`.
+        policy: a `Policy`, the name of a preset, or a value of a YAML file. True (default) is the
+            default policy. A mapping has fields of `Policy`, and may have `preset`, the preset to
+            start from. With False or None models are not wrapped.
     Returns:
         The accelerator.
     Raises:
         ValueError: the policy is wrong.
-        TypeError: the policy has a wrong type, or `accelerator` is no Accelerator.
+        TypeError: the policy has a wrong type, or `accelerator` is not an Accelerator.
     """
     if not callable(getattr(accelerator, "prepare", None)):
-        raise TypeError(f"enable takes an Accelerator, got {type(accelerator).__name__}")
-    chosen = _policy(policy)
+        raise TypeError(f"accelerator must be an Accelerator, got {type(accelerator).__name__}")
+    resolved = _policy(policy)
     vars(accelerator).pop("prepare", None)
-    if chosen is None:
+    if resolved is None:
         return accelerator
     prepare = accelerator.prepare  # type: ignore[attr-defined]
 
@@ -52,19 +52,19 @@ def enable(
     def prepare_wrapped(*objects: Any, **kwargs: Any) -> Any:
         for item in objects:
             if isinstance(item, nn.Module):
-                wrap(item, chosen)
+                wrap(item, resolved)
         return prepare(*objects, **kwargs)
 
     accelerator.prepare = prepare_wrapped  # type: ignore[attr-defined]
     return accelerator
 
 
-def _policy(given: Policy | str | Mapping[str, Any] | bool | None) -> Policy | None:
+def _policy(value: Policy | str | Mapping[str, Any] | bool | None) -> Policy | None:
     """The Policy of an argument of `enable`; None for no wrapping."""
-    if given is None or given is False:
+    if value is None or value is False:
         return None
-    if given is True:
+    if value is True:
         return Policy.of(None)
-    if isinstance(given, Mapping):
-        return Policy.from_fields(given)
-    return Policy.of(given)
+    if isinstance(value, Mapping):
+        return Policy.from_fields(value)
+    return Policy.of(value)

@@ -53,51 +53,53 @@ def from_factory(name: str, image_size: int | None, batch_size: int) -> tuple[nn
     module, attribute = _module(name)
     factory = getattr(module, attribute, None)
     if factory is not None and not callable(factory):
-        raise ValueError(f"python:{name} is no function, got {type(factory).__name__}")
+        raise ValueError(f"python:{name} must be a function, got {type(factory).__name__}")
     if factory is None:
         names = [
-            n
-            for n, value in vars(module).items()
+            name
+            for name, value in vars(module).items()
             if callable(value) and getattr(value, "__module__", "") == module.__name__
         ]
         raise ValueError(unknown(f"callable in {module.__name__}", attribute, names))
-    asked = {"batch_size": batch_size, "image_size": image_size}
-    taken = _keywords(factory)
-    given = {k: v for k, v in asked.items() if k in taken and v is not None}
+    offered = {"batch_size": batch_size, "image_size": image_size}
+    accepted = _keywords(factory)
+    call_kwargs = {k: v for k, v in offered.items() if k in accepted and v is not None}
     try:
-        found = factory(**given)
+        result = factory(**call_kwargs)
     except (Exception, SystemExit) as error:
-        found = _on_the_cpu(name, factory, given, error)
-    model, inputs = _checked(name, found, image_size)
-    fixed = "batch_size" not in taken and not callable(inputs)
+        result = _on_the_cpu(name, factory, call_kwargs, error)
+    model, inputs = _checked(name, result, image_size)
+    fixed = "batch_size" not in accepted and not callable(inputs)
     return model, Fixed(inputs) if fixed else inputs
 
 
 def _on_the_cpu(
-    name: str, factory: Callable[..., Any], given: dict[str, Any], error: BaseException
+    name: str, factory: Callable[..., Any], call_kwargs: dict[str, Any], error: BaseException
 ) -> Any:
     """Call a factory again on the CPU if it failed on the meta device."""
     try:
         if torch.empty(0).device.type != "meta":
             raise error
         with torch.device("cpu"):
-            return factory(**given)
+            return factory(**call_kwargs)
     except (Exception, SystemExit) as reason:
-        said = one_line(reason)
-        said = (
-            said if said.startswith(type(reason).__name__) else f"{type(reason).__name__}: {said}"
+        message = one_line(reason)
+        message = (
+            message
+            if message.startswith(type(reason).__name__)
+            else f"{type(reason).__name__}: {message}"
         )
-        raise ValueError(f"python:{name} failed: {said}") from reason
+        raise ValueError(f"python:{name} failed: {message}") from reason
 
 
-def _checked(name: str, found: Any, image_size: int | None) -> tuple[nn.Module, Any]:
+def _checked(name: str, result: Any, image_size: int | None) -> tuple[nn.Module, Any]:
     """(model, inputs) of a factory's result; without inputs, a function that makes images."""
-    pair = isinstance(found, tuple) and len(found) == 2
-    model, inputs = found if pair else (found, None)
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    model, inputs = result if is_pair else (result, None)
     if not isinstance(model, nn.Module):
-        kind = type(found).__name__
-        if isinstance(found, tuple):
-            kind = f"a tuple of {', '.join(type(part).__name__ for part in found) or 'nothing'}"
+        kind = type(result).__name__
+        if isinstance(result, tuple):
+            kind = f"a tuple of {', '.join(type(part).__name__ for part in result) or 'nothing'}"
         raise TypeError(f"python:{name} must return a module or (module, inputs), got {kind}")
     if inputs is None:
         size = image_size or 224
@@ -105,7 +107,7 @@ def _checked(name: str, found: Any, image_size: int | None) -> tuple[nn.Module, 
     return model, inputs
 
 
-def made(name: str, make: Callable[[int], Any], batch_size: int) -> Any:
+def make_inputs(name: str, make: Callable[[int], Any], batch_size: int) -> Any:
     """Call a function of the batch size that makes inputs; on the CPU again if it fails on meta.
 
     Raises:
@@ -116,8 +118,10 @@ def made(name: str, make: Callable[[int], Any], batch_size: int) -> Any:
     except Exception as error:
         if torch.empty(0).device.type == "meta":
             with torch.device("cpu"):
-                return made(name, make, batch_size)
-        raise ValueError(f"{name}: inputs of {batch_size} failed: {one_line(error)}") from error
+                return make_inputs(name, make, batch_size)
+        raise ValueError(
+            f"{name}: the function of inputs failed for batch size {batch_size}: {one_line(error)}"
+        ) from error
 
 
 def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
@@ -130,7 +134,8 @@ def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
     if not any(True for _ in _tensors(inputs)):
         raise TypeError(
             f"{name}: inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or a "
-            f"function of the batch size that makes one, got {type(inputs).__name__} without a tensor"
+            "function of the batch size that makes one of these, got "
+            f"{type(inputs).__name__} without a tensor"
         )
     args, kwargs = arguments(inputs)
     try:
@@ -140,10 +145,10 @@ def check_inputs(name: str, model: nn.Module, inputs: Any) -> None:
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        taken = f"{type(model).__name__}.forward({', '.join(signature.parameters)})"
-        listed = isinstance(inputs, tuple | list) and len(inputs) > 1
-        hint = "; for one argument that is a list, return ([...],) or a dict" if listed else ""
-        raise ValueError(f"{name}: its inputs do not fit {taken}: {error}{hint}") from error
+        call = f"{type(model).__name__}.forward({', '.join(signature.parameters)})"
+        is_list = isinstance(inputs, tuple | list) and len(inputs) > 1
+        hint = "; for one argument that is a list, return ([...],) or a dict" if is_list else ""
+        raise ValueError(f"{name}: its inputs do not fit {call}: {error}{hint}") from error
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:
@@ -162,7 +167,7 @@ def _module(name: str) -> tuple[Any, str]:
         module_name, _, attribute = name.replace(":", ".").rpartition(".")
         folder = Path.cwd()
         if attribute == "py" or "/" in name:
-            raise ValueError(f"python:{name}: a file is named as python:PATH.py:FACTORY")
+            raise ValueError(f"python:{name}: write a file as python:PATH.py:FACTORY")
     if not module_name or not attribute:
         raise ValueError(
             f"python:{name} must name a module and a function in it, such as "
@@ -173,8 +178,8 @@ def _module(name: str) -> tuple[Any, str]:
     try:
         return importlib.import_module(module_name), attribute
     except ModuleNotFoundError as error:
-        # The user's own module may also import a missing module: name that one.
-        raise ValueError(f"python:{name}: no module named {error.name!r} to import") from error
+        # The missing module may be one that the user's own module imports.
+        raise ValueError(f"python:{name}: there is no module named {error.name!r}") from error
     except SyntaxError as error:
         where = f"{Path(error.filename or '').name}, line {error.lineno}"
         raise ValueError(f"python:{name}: {error.msg} ({where})") from error
@@ -185,11 +190,11 @@ def _module(name: str) -> tuple[Any, str]:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown name, with the closest known names."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
-    if near:
-        return f"no {what} {name!r}; close names: {', '.join(near)}"
-    few = f"; there is {', '.join(names)}" if 0 < len(names) <= 8 else ""
-    return f"no {what} {name!r}{few}"
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
+    if close:
+        return f"no {what} {name!r}; close names: {', '.join(close)}"
+    choices = f"; there is {', '.join(names)}" if 0 < len(names) <= 8 else ""
+    return f"no {what} {name!r}{choices}"
 
 
 def _keywords(factory: Callable[..., Any]) -> set[str]:
@@ -198,5 +203,5 @@ def _keywords(factory: Callable[..., Any]) -> set[str]:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return set()  # Written in C, without a signature.
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {p.name for p in parameters if p.kind in named}
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {parameter.name for parameter in parameters if parameter.kind in by_keyword}

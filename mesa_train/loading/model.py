@@ -31,7 +31,7 @@ from mesa_train.measure.isolation import isolated
 from mesa_train.measure.step import arguments, device_of, tensors_in
 from mesa_train.utils.errors import one_line
 
-from .factory import Fixed, check_inputs, from_factory, made, unknown
+from .factory import Fixed, check_inputs, from_factory, make_inputs, unknown
 from .inputs import batch_of, on_meta
 
 
@@ -70,8 +70,8 @@ def load(
         device: device of model and inputs; "meta" allocates nothing.
 
     Raises:
-        ValueError: the scheme or name is unknown (the message has close names), or the model
-            refuses the image size.
+        ValueError: the scheme or name is unknown (the message has close names), or the model does
+            not accept the image size.
         ImportError: a package is missing; the message says what to install.
         TypeError: a factory returns no module.
     """
@@ -101,7 +101,7 @@ def load(
             model, inputs = builders[scheme](rest, image_size)
             make = inputs if callable(inputs) else None
             if make is not None:
-                inputs = made(name, make, batch_size)
+                inputs = make_inputs(name, make, batch_size)
     batch = batch_size
     if isinstance(inputs, Fixed):
         inputs = inputs.inputs
@@ -148,8 +148,8 @@ def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
         lambda n: {"input_size": (n, n)},
     )
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms
-    own = getattr(transforms, "keywords", {}).get("crop_size", 224)
-    size = image_size or (own if isinstance(own, int) else own[0])
+    crop_size = getattr(transforms, "keywords", {}).get("crop_size", 224)
+    size = image_size or (crop_size if isinstance(crop_size, int) else crop_size[0])
     return model, _images(3, size, size)
 
 
@@ -159,8 +159,8 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     config, folder, model_class = _transformers_config(transformers, name)
     if not hasattr(config, "image_size"):
         raise ValueError(
-            f"hf:{name} has no image_size in its config, so no images can be made for it; "
-            "write a factory that returns (model, inputs) and name it as python:MODULE.FACTORY"
+            f"the config of hf:{name} has no image_size, so mesa_train cannot make images; write a "
+            "factory that returns (model, inputs) and use python:MODULE.FACTORY"
         )
     if image_size is not None:
         config.image_size = image_size
@@ -168,7 +168,9 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, Any]:
     height, width = (size, size) if isinstance(size, int) else size
     model_class = model_class or _classifier(transformers, config)
     if "pixel_values" not in inspect.signature(model_class.forward).parameters:
-        raise ValueError(f"hf:{name} is a {model_class.__name__}, which takes no pixel_values")
+        raise ValueError(
+            f"hf:{name} is a {model_class.__name__}, whose forward has no argument pixel_values"
+        )
     without_data = torch.empty(0).device.type == "meta"
     if folder is not None and not without_data and image_size is None:
         model = model_class.from_pretrained(folder)
@@ -195,23 +197,24 @@ def _transformers_config(transformers: Any, name: str) -> tuple[Any, str | None,
             any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
         )
         return config, name if has_weights else None, None
-    types = list(transformers.CONFIG_MAPPING.keys())
-    if name in types:
+    model_types = list(transformers.CONFIG_MAPPING.keys())
+    if name in model_types:
         return transformers.AutoConfig.for_model(name), None, None
-    given = getattr(transformers, name, None) if name.isidentifier() else None
-    config_class = getattr(given, "config_class", None)
+    entry = getattr(transformers, name, None) if name.isidentifier() else None
+    config_class = getattr(entry, "config_class", None)
     if config_class is not None:
-        return config_class(), None, given
-    if inspect.isclass(given) and issubclass(given, transformers.PretrainedConfig):
-        return given(), None, None
+        return config_class(), None, entry
+    if inspect.isclass(entry) and issubclass(entry, transformers.PretrainedConfig):
+        return entry(), None, None
     if "/" in name and not name.endswith("/"):
         try:
             return transformers.AutoConfig.from_pretrained(name), name, None
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"hf:{name} is no file or folder here, and the hub did not give it: {one_line(error)}"
+                f"hf:{name} is not a local file or folder, and loading it from the hub failed: "
+                f"{one_line(error)}"
             ) from error
-    raise ValueError(unknown("transformers config, model type or path", name, types))
+    raise ValueError(unknown("transformers config, model type or path", name, model_types))
 
 
 def _classifier(transformers: Any, config: Any) -> Any:
@@ -221,15 +224,19 @@ def _classifier(transformers: Any, config: Any) -> Any:
         mapping = transformers.MODEL_MAPPING
     if type(config) not in mapping:
         raise ValueError(f"transformers has no image model for a {type(config).__name__}")
-    found = mapping[type(config)]
-    if not isinstance(found, tuple | list):
-        return found
-    named = [c for c in found if c.__name__ in (getattr(config, "architectures", None) or [])]
-    return (named or found)[0]
+    classes = mapping[type(config)]
+    if not isinstance(classes, tuple | list):
+        return classes
+    matches = [
+        candidate
+        for candidate in classes
+        if candidate.__name__ in (getattr(config, "architectures", None) or [])
+    ]
+    return (matches or classes)[0]
 
 
 def _built(
-    what: str,
+    description: str,
     build: Callable[..., nn.Module],
     image_size: int | None,
     *keywords: Callable[[int], dict[str, Any]],
@@ -244,20 +251,20 @@ def _built(
         return build()
     except (ValueError, AssertionError, RuntimeError) as error:
         size = "" if image_size is None else f" with images of {image_size}x{image_size}"
-        raise ValueError(f"{what} cannot be built{size}: {one_line(error)}") from error
+        raise ValueError(f"{description} cannot be built{size}: {one_line(error)}") from error
 
 
 def _check_size(name: str, model: nn.Module, inputs: Any, image_size: int) -> None:
-    """Run a forward on fake tensors: if it raises, the model refuses the image size."""
-    own = device_of(model)
-    fakes = FakeModel(torch.device("cpu") if own.type == "meta" else own)
+    """Run a forward on fake tensors; ValueError if the model does not accept the image size."""
+    device = device_of(model)
+    fake_model = FakeModel(torch.device("cpu") if device.type == "meta" else device)
     args, kwargs = arguments(inputs)
     try:
-        with isolated(model, fakes), torch.no_grad():
-            model(*fakes.of(args), **fakes.of(kwargs))
+        with isolated(model, fake_model), torch.no_grad():
+            model(*fake_model.of(args), **fake_model.of(kwargs))
     except Exception as error:  # Any error of the model's own check.
         raise ValueError(
-            f"{name} refuses images of {image_size}x{image_size}: {one_line(error)}"
+            f"{name} does not accept images of {image_size}x{image_size}: {one_line(error)}"
         ) from error
 
 

@@ -109,6 +109,8 @@ def coverage(model: nn.Module) -> Coverage:
             f"{type(model).__name__} first"
         )
     if not report.rows:
-        raise ValueError("coverage reads what a forward kept; run one with gradients enabled first")
+        raise ValueError(
+            "coverage reads the last forward; run a forward with gradients enabled first"
+        )
     rows = [CoverageRow(*key, *counts) for key, counts in report.rows.items()]
     return Coverage(tuple(sorted(rows, key=lambda row: -row.bytes)))

@@ -68,7 +68,7 @@ class FakeModel:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -82,15 +82,15 @@ class FakeModel:
         Args:
             value: tensors in any container; other values stay as they are.
         """
-        return pytree.tree_map_only(Tensor, self._one, value)
+        return pytree.tree_map_only(Tensor, self._fake_of, value)
 
-    def _one(self, tensor: Tensor) -> Tensor:
+    def _fake_of(self, tensor: Tensor) -> Tensor:
         """The fake tensor of one tensor; made at the first call."""
         # The table holds the real tensor too, so that Python does not give its id to another
         # tensor.
-        if id(tensor) not in self._made:
+        if id(tensor) not in self._fakes:
             if tensor.is_nested:
-                raise ValueError("nested tensors have no fakes: count with fake=False")
+                raise ValueError("PyTorch has no fake nested tensors; count with fake=False")
             with self._mode:
                 fake = torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
@@ -99,8 +99,8 @@ class FakeModel:
                     fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 else:
                     fake.requires_grad_(tensor.requires_grad)
-            self._made[id(tensor)] = (tensor, fake)
-        return self._made[id(tensor)][1]
+            self._fakes[id(tensor)] = (tensor, fake)
+        return self._fakes[id(tensor)][1]
 
 
 @contextlib.contextmanager
@@ -110,20 +110,22 @@ def _attention_choice() -> Iterator[None]:
     The true choice is the kernel that `scaled_dot_product_attention` runs. A function mode does not
     work here: the autograd engine runs a checkpoint's second forward, and the mode is off there.
     """
-    own = torch._fused_sdp_choice
+    original = torch._fused_sdp_choice
 
     def choice(query: Tensor, *args: Any, **kwargs: Any) -> int:
         if not isinstance(query, FakeTensor):
-            return own(query, *args, **kwargs)
-        with torch.no_grad(), _Called() as called:
+            return original(query, *args, **kwargs)
+        with torch.no_grad(), _Called() as operators:
             F.scaled_dot_product_attention(query, *args, **kwargs)
-        return next((n for name, n in _ATTENTION_KERNELS.items() if name in called.names), 0)
+        return next(
+            (number for name, number in _ATTENTION_KERNELS.items() if name in operators.names), 0
+        )
 
     torch._fused_sdp_choice = choice
     try:
         yield
     finally:
-        torch._fused_sdp_choice = own
+        torch._fused_sdp_choice = original
 
 
 class _Called(TorchDispatchMode):
@@ -154,8 +156,8 @@ class _NormStatistics(TorchDispatchMode):
             return results
         if all(t.dtype is args[0].dtype for t in args[1:] if isinstance(t, Tensor)):
             return results
-        output, mean, rstd, *more = results
-        return output, mean.float(), rstd.float(), *more
+        output, mean, rstd, *rest = results
+        return output, mean.float(), rstd.float(), *rest
 
 
 @contextlib.contextmanager
@@ -165,7 +167,7 @@ def gpu_norms() -> Iterator[None]:
     It computes nothing. A function mode does not work here: it is off in a checkpoint's second
     forward.
     """
-    own = torch.rms_norm
+    original = torch.rms_norm
 
     def rms_norm(
         x: Tensor, normalized_shape: Any, weight: Tensor | None = None, _: Any = None
@@ -176,7 +178,7 @@ def gpu_norms() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.rms_norm = own
+        torch.rms_norm = original
 
 
 class _RmsNorm(torch.autograd.Function):

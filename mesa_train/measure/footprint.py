@@ -26,7 +26,7 @@ from mesa_train.utils.formatting import format_bytes, format_table
 from .coverage import Coverage, coverage
 from .fake_tensors import FakeModel
 from .isolation import isolated
-from .saved_tensors import Kept, Recorder, by_address
+from .saved_tensors import Recorder, SavedStorage, by_address
 from .step import arguments, autocasting, device_of, tensors_in
 
 
@@ -51,7 +51,7 @@ class Footprint:
     saved_bytes: int
     parameter_bytes: int
     buffer_bytes: int
-    rows: tuple[Kept, ...]
+    rows: tuple[SavedStorage, ...]
     notes: tuple[str, ...] = ()
     stored: Coverage | None = None
     offloaded_bytes: int = 0
@@ -59,20 +59,20 @@ class Footprint:
     @property
     def by_operator(self) -> dict[str, int]:
         """Bytes by torch function, largest first."""
-        return _sums((row.operator, row.saved_bytes) for row in self._here)
+        return _sums((row.operator, row.saved_bytes) for row in self._on_device)
 
     @property
     def by_dtype(self) -> dict[str, int]:
         """Bytes by dtype as saved (codes are uint8), largest first."""
-        return _sums((row.dtype, row.saved_bytes) for row in self._here)
+        return _sums((row.dtype, row.saved_bytes) for row in self._on_device)
 
     @property
     def by_module(self) -> dict[str, int]:
         """Bytes by qualified module name without submodules, largest first; "" is the model."""
-        return _sums((row.module, row.saved_bytes) for row in self._here)
+        return _sums((row.module, row.saved_bytes) for row in self._on_device)
 
     @property
-    def _here(self) -> list[Kept]:
+    def _on_device(self) -> list[SavedStorage]:
         """The rows on the model's device."""
         return [row for row in self.rows if not row.offloaded]
 
@@ -107,17 +107,17 @@ class Footprint:
         groups = {"operator": self.by_operator, "dtype": self.by_dtype, "module": self.by_module}
         if by not in groups:
             raise ValueError(f"table(by={by!r}): choose from {', '.join(groups)}")
-        counts = _sums((getattr(row, by), 1) for row in self._here)
-        whole = self.saved_bytes or 1
+        counts = _sums((getattr(row, by), 1) for row in self._on_device)
+        total = self.saved_bytes or 1
         lines = [
-            [name or "(model)", str(counts[name]), format_bytes(size), f"{size / whole:.1%}"]
+            [name or "(model)", str(counts[name]), format_bytes(size), f"{size / total:.1%}"]
             for name, size in groups[by].items()
         ]
-        here = str(len(self._here))
-        lines.append(["saved for backward", here, format_bytes(self.saved_bytes), ""])
+        count = str(len(self._on_device))
+        lines.append(["saved for backward", count, format_bytes(self.saved_bytes), ""])
         if self.offloaded_bytes:
-            away = str(len(self.rows) - len(self._here))
-            lines.append(["in CPU memory", away, format_bytes(self.offloaded_bytes), ""])
+            offloaded_count = str(len(self.rows) - len(self._on_device))
+            lines.append(["in CPU memory", offloaded_count, format_bytes(self.offloaded_bytes), ""])
         lines.append(["parameters", "", format_bytes(self.parameter_bytes), ""])
         lines.append(["buffers", "", format_bytes(self.buffer_bytes), ""])
         rule = len(groups[by])
@@ -164,60 +164,60 @@ def footprint(
     Raises:
         ValueError: no output requires grad, the forward needs values that fake tensors do not have,
             or an argument is out of range.
-        TypeError: `model` is no module.
+        TypeError: `model` is not an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"footprint() counts an nn.Module, got {type(model).__name__}")
     args, kwargs = arguments(inputs)
-    own = device_of(model)
-    target, fakes, notes = _target(model, device, fake, autocast)
-    if fakes is not None:
-        args, kwargs = fakes.of(args), fakes.of(kwargs)
+    model_device = device_of(model)
+    target, fake_model, notes = _target(model, device, fake, autocast)
+    if fake_model is not None:
+        args, kwargs = fake_model.of(args), fake_model.of(kwargs)
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(applied(model, policy))
         parameter_bytes = _storage_bytes(model.parameters())
         buffer_bytes = _storage_bytes(model.buffers())
-        stack.enter_context(isolated(model, fakes))
-        if fakes is not None:
-            stack.enter_context(through(counted(own, target)))
-        with recorder.watching(model), autocasting(target, autocast):
+        stack.enter_context(isolated(model, fake_model))
+        if fake_model is not None:
+            stack.enter_context(through(counted(model_device, target)))
+        with recorder.recording(model), autocasting(target, autocast):
             output = model(*args, **kwargs)
             if loss is not None:
                 output = loss(output)
-        rows = tuple(recorder.kept())
+        rows = tuple(recorder.storages())
         report = report_of(model)
         stored = coverage(model) if report is not None and report.rows else None
-    if not rows and not any(t.requires_grad for t in tensors_in(output)):
+    if not rows and not any(tensor.requires_grad for tensor in tensors_in(output)):
         raise ValueError(
-            f"nothing is kept for a backward: no output of {type(model).__name__} requires grad "
+            f"no tensor is saved for a backward: no output of {type(model).__name__} requires grad "
             "(are all parameters frozen, or is the forward decorated with no_grad?)"
         )
-    if fakes is not None and any(row.operator in ("lstm", "gru") for row in rows):
-        notes.append("fakes do not show the workspace that a recurrent layer's kernel may keep")
+    if fake_model is not None and any(row.operator in ("lstm", "gru") for row in rows):
+        notes.append("fake tensors do not show the workspace that a recurrent layer's kernel saves")
     saved_bytes = sum(row.saved_bytes for row in rows if not row.offloaded)
     offloaded_bytes = sum(row.saved_bytes for row in rows if row.offloaded)
     if offloaded_bytes and target.type == "cpu":
-        notes.append("what is offloaded is counted as offloaded to CPU memory, as on a GPU")
+        notes.append("offloaded tensors are counted as on a GPU: in CPU memory")
     return Footprint(
         saved_bytes, parameter_bytes, buffer_bytes, rows, tuple(notes), stored, offloaded_bytes
     )
 
 
-def counted(own: torch.device, fakes: torch.device) -> CountedOffloadStream | None:
+def counted(model_device: torch.device, fake_device: torch.device) -> CountedOffloadStream | None:
     """Choose how to count offloaded tensors on fake tensors.
 
     Args:
-        own: device of the model.
-        fakes: device that the fake tensors stand for.
+        model_device: device of the model.
+        fake_device: device that the fake tensors stand for.
 
     Returns:
         A stream that counts offloaded tensors as on a GPU; None for a model on a CPU, unless
-            `fakes` is a GPU.
+            `fake_device` is a GPU.
     """
     return (
-        CountedOffloadStream(fakes)
-        if own.type in ("meta", "cuda") or fakes.type == "cuda"
+        CountedOffloadStream(fake_device)
+        if model_device.type in ("meta", "cuda") or fake_device.type == "cuda"
         else None
     )
 
@@ -229,29 +229,36 @@ def _target(
     autocast: torch.dtype | None,
 ) -> tuple[torch.device, FakeModel | None, list[str]]:
     """(device that the forward sees, the fake model if it runs on fake tensors, notes)."""
-    own = device_of(model)
-    on_meta = own.type == "meta"
-    wanted = torch.device(device) if device is not None else torch.device("cpu") if on_meta else own
-    if wanted.type == "meta":
-        raise ValueError("device='meta' names no kernels; name the device that the fakes stand for")
+    model_device = device_of(model)
+    on_meta = model_device.type == "meta"
+    target = (
+        torch.device(device)
+        if device is not None
+        else torch.device("cpu")
+        if on_meta
+        else model_device
+    )
+    if target.type == "meta":
+        raise ValueError("device must be the device that the fake tensors stand for, got 'meta'")
     if not (fake or on_meta):
-        if device is not None and wanted.type != own.type:
+        if device is not None and target.type != model_device.type:
             raise ValueError(
-                f"the model is on {own}, not on {wanted}: move it there, or count with fake=True"
+                f"the model is on {model_device}, not on {target}: move the model, or count with "
+                "fake=True"
             )
-        return own, None, []
-    notes = [f"counted on fake {wanted.type} tensors"]
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+        return model_device, None, []
+    notes = [f"counted on fake {target.type} tensors"]
+    if target.type == "cuda" and not torch.cuda.is_available():
         if autocast is not None:
             raise ValueError(
-                "PyTorch ignores CUDA autocast where it sees no CUDA device, so the bytes of a GPU "
-                "cannot be counted here; device='cpu' comes close"
+                "PyTorch sees no CUDA device here and then ignores CUDA autocast, so the bytes of a "
+                "GPU cannot be counted; device='cpu' is close to them"
             )
         notes.append(
-            "no CUDA device here: PyTorch then takes attention's math kernel, which keeps the "
-            "attention matrix; device='cpu' comes closer to a GPU"
+            "no CUDA device here: PyTorch then uses attention's math kernel, which saves the "
+            "attention matrix; device='cpu' is closer to a GPU"
         )
-    return wanted, FakeModel(wanted), notes
+    return target, FakeModel(target), notes
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -39,22 +39,24 @@ def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]
     Raises:
         ValueError: a model with fake tensors reads values, which fake tensors do not have.
     """
-    before = [
+    saved = [
         (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
         for module in model.modules()
     ]
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     copies: dict[int, Tensor] = {}
     try:
-        for module, attributes, parameters, buffers in before:
+        for module, attributes, parameters, buffers in saved:
             if fakes is None:
                 for name, buffer in buffers.items():
                     if buffer is not None:
                         copy = copies.setdefault(id(buffer), buffer.detach().clone())
                         module._buffers[name] = copy
                 continue
-            module._parameters.update({k: fakes.of(v) for k, v in parameters.items()})
-            module._buffers.update({k: fakes.of(v) for k, v in buffers.items()})
+            module._parameters.update(
+                {name: fakes.of(tensor) for name, tensor in parameters.items()}
+            )
+            module._buffers.update({name: fakes.of(tensor) for name, tensor in buffers.items()})
             for name, value in attributes.items():
                 if name not in _TABLES and _holds_tensor(value):
                     vars(module)[name] = fakes.of(value)
@@ -65,7 +67,7 @@ def isolated(model: nn.Module, fakes: FakeModel | None = None) -> Iterator[None]
                 with _no_values(model), fakes.on():
                     yield
     finally:
-        for module, attributes, parameters, buffers in before:
+        for module, attributes, parameters, buffers in saved:
             vars(module).clear()
             vars(module).update(attributes)
             module._parameters.clear()
@@ -85,12 +87,11 @@ def _no_values(model: nn.Module) -> Iterator[None]:
     except (*FAKES_CANNOT, RuntimeError) as error:
         if not isinstance(error, FAKES_CANNOT) and NUMPY not in str(error):
             raise
-        where = place(error)
+        line = place(error)
         raise ValueError(
-            f"{type(model).__name__} reads values, which tensors without data do not have "
-            f"({where + ': ' if where else ''}{error}); what measures it with data: "
-            "`mesa-train compare` and `mesa-train profile` without --fake, or footprint "
-            "with fake=False and the model on a real device"
+            f"{type(model).__name__} reads values, which fake tensors do not have "
+            f"({line + ': ' if line else ''}{error}); use `mesa-train compare` or `mesa-train profile` "
+            "without --fake, or footprint with fake=False and the model on a real device"
         ) from error
 
 

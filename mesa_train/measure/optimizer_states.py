@@ -67,12 +67,14 @@ def static_bytes(model: nn.Module, inputs: Any, optimizer_bytes: int | None = No
         optimizer_bytes: bytes of the optimizer's states; default: AdamW's for the trained
             parameters.
     """
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    tensors = [tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor)]
     if optimizer_bytes is None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer_bytes = sum(adamw_bytes(p.numel(), p.element_size()) for p in trained)
-    own = {
-        id(t) if t.device.type == "meta" else t.data_ptr(): t
-        for t in (*model.parameters(), *model.buffers(), *tensors)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer_bytes = sum(
+            adamw_bytes(parameter.numel(), parameter.element_size()) for parameter in trained
+        )
+    by_address = {
+        id(tensor) if tensor.device.type == "meta" else tensor.data_ptr(): tensor
+        for tensor in (*model.parameters(), *model.buffers(), *tensors)
     }
-    return optimizer_bytes + sum(t.nbytes for t in own.values())
+    return optimizer_bytes + sum(tensor.nbytes for tensor in by_address.values())

@@ -56,13 +56,13 @@ def peak_of(step: Callable[[], object], device: torch.device) -> Peak:
         torch.cuda.synchronize(device)
         return Peak(torch.cuda.max_memory_allocated(device) - before, resident_peak())
     reset_resident_peak()
-    with profile(use_cpu=True, profile_memory=True) as recorded:
+    with profile(use_cpu=True, profile_memory=True) as profiled:
         step()
-    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
+    events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    allocated = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
+        allocated += event.nbytes()
+        highest = max(highest, allocated)
     return Peak(highest, resident_peak())
 
 
@@ -153,20 +153,20 @@ class _Marks:
 
     def run(self, step: Callable[[], object]) -> list[tuple[tuple[str, str], int]]:
         """Run `step` and return ((phase, module), most bytes) of its moments."""
-        with profile(use_cpu=True, profile_memory=True) as recorded:
+        with profile(use_cpu=True, profile_memory=True) as profiled:
             step()
-        events = recorded.kineto_results.events()
-        found: list[tuple[tuple[str, str], int]] = []
-        now = highest = number = 0
+        events = profiled.kineto_results.events()
+        moments: list[tuple[tuple[str, str], int]] = []
+        allocated = highest = number = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             if event.name() == "[memory]":
-                now += event.nbytes()
-                highest = max(highest, now)
+                allocated += event.nbytes()
+                highest = max(highest, allocated)
             elif event.name().startswith(_MARK):
-                found.append((self.keys[number], highest))
+                moments.append((self.keys[number], highest))
                 number = int(event.name().removeprefix(_MARK))
-                highest = now
-        return [*found, (self.keys[number], highest)]
+                highest = allocated
+        return [*moments, (self.keys[number], highest)]
 
 
 class _CudaMarks(_Marks):
@@ -175,7 +175,7 @@ class _CudaMarks(_Marks):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.before = device, 0
-        self.found: list[tuple[tuple[str, str], int]] = []
+        self.moments: list[tuple[tuple[str, str], int]] = []
 
     def mark(self, phase: str, module: str) -> None:
         """End the current moment and begin the next."""
@@ -188,12 +188,12 @@ class _CudaMarks(_Marks):
         torch.cuda.reset_peak_memory_stats(self.device)
         step()
         self._close()
-        return self.found
+        return self.moments
 
     def _close(self) -> None:
         """Read and reset the allocator's peak."""
         highest = torch.cuda.max_memory_allocated(self.device) - self.before
-        self.found.append((self.keys[-1], highest))
+        self.moments.append((self.keys[-1], highest))
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
@@ -201,7 +201,7 @@ def _highest(
     moments: Iterable[tuple[tuple[str, str], int]],
 ) -> dict[tuple[str, str], int]:
     """The largest size of each (phase, module)."""
-    found: dict[tuple[str, str], int] = {}
+    highest: dict[tuple[str, str], int] = {}
     for key, size in moments:
-        found[key] = max(size, found.get(key, 0))
-    return found
+        highest[key] = max(size, highest.get(key, 0))
+    return highest

@@ -44,11 +44,11 @@ class StepRunner:
         """The plain gradient in float32; a model with narrower weights is copied for it."""
         if all(p.dtype.itemsize >= 4 for p in self.model.parameters()):
             return StepRunner(self.model, self.inputs, None, self.loss).gradients(PLAIN)
-        wide = copy.deepcopy(self.model).float()
+        float32_model = copy.deepcopy(self.model).float()
         inputs = pytree.tree_map_only(
             Tensor, lambda t: t.float() if t.is_floating_point() else t, self.inputs
         )
-        return StepRunner(wide, inputs, None, self.loss).gradients(PLAIN)
+        return StepRunner(float32_model, inputs, None, self.loss).gradients(PLAIN)
 
     def gradients(self, method: Policy | str) -> list[Tensor | None]:
         """Run a step and return its gradients.
@@ -94,26 +94,26 @@ class StepRunner:
         self,
         methods: Sequence[Policy | str],
         rounds: int,
-        tell: Callable[[str], None] = lambda _: None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> list[list[float]]:
         """Time steps of all methods in turns, after one step of each that warms up.
 
         Args:
             methods: the methods to time.
             rounds: number of timed steps of each method.
-            tell: called with a line of progress before every round.
+            report: called with a line of progress before every round.
 
         Returns:
             Seconds of `rounds` steps for each method.
         """
         times: list[list[float]] = [[] for _ in methods]
         for number in range(rounds + 1):
-            tell(f"time: round {number} of {rounds}" if number else "time: warming up")
-            for method, own in zip(methods, times, strict=True):
+            report(f"time: round {number} of {rounds}" if number else "time: warming up")
+            for method, seconds in zip(methods, times, strict=True):
                 with applied(self.model, method), isolated(self.model):
-                    taken = self.step.seconds(self._run)
+                    step_s = self.step.seconds(self._run)
                 if number:
-                    own.append(taken)
+                    seconds.append(step_s)
         return times
 
     def _run(self) -> list[Tensor | None]:

@@ -32,7 +32,7 @@ WEIGHT_CAST = "weight cast"
 _UNNAMED = "other"
 
 
-class Kept(NamedTuple):
+class SavedStorage(NamedTuple):
     """One storage saved for the backward.
 
     Args:
@@ -77,9 +77,9 @@ class _Token:
 
 
 class Recorder:
-    """Records saved tensors: `with recorder.watching(model): output = model(x)`, then `kept()`.
+    """Records saved tensors: `with recorder.recording(model): output = model(x)`.
 
-    Call `kept` while `output` exists.
+    Then call `storages()` while `output` exists.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Recorder:
         self._devices: set[str] = set()
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def recording(self, model: nn.Module) -> Iterator[None]:
         """Within the context, record every tensor saved for the backward.
 
         Args:
@@ -115,7 +115,7 @@ class Recorder:
                 stack.enter_context(_WeightCasts(self._weights, self._casts))
             yield
 
-    def kept(self) -> list[Kept]:
+    def storages(self) -> list[SavedStorage]:
         """The storages that autograd holds now, each once, in the order of the forward."""
         seen: set[int] = set()
         rows = []
@@ -130,9 +130,9 @@ class Recorder:
                 seen.add(address)
                 operator = WEIGHT_CAST if address in self._casts else token.operator
                 # Fake CPU tensors that stand for GPU tensors are offloaded to the meta device.
-                away = bool(self._devices) and device not in self._devices
-                offloaded = away and device in ("cpu", "meta")
-                rows.append(Kept(operator, token.module, dtype, shape, size, offloaded))
+                elsewhere = bool(self._devices) and device not in self._devices
+                offloaded = elsewhere and device in ("cpu", "meta")
+                rows.append(SavedStorage(operator, token.module, dtype, shape, size, offloaded))
         return rows
 
     @onlooker
@@ -192,9 +192,9 @@ class _WeightCasts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and not is_traceable_wrapper_subclass(args[0]):
-            source, made = args[0].untyped_storage(), output.untyped_storage()
+            source, cast = args[0].untyped_storage(), output.untyped_storage()
             if source._cdata in self.weights:
-                self.casts[made._cdata] = made
+                self.casts[cast._cdata] = cast
         return output
 
 
@@ -249,4 +249,4 @@ def by_address(tensors: Any) -> dict[int, torch.UntypedStorage]:
 
 def _no_backward(_: _Token) -> Tensor:
     """The unpack hook: a measured forward has no backward."""
-    raise RuntimeError("a forward that is being measured keeps no tensors: it has no backward")
+    raise RuntimeError("a measured forward saves no tensors, so it has no backward")

@@ -38,14 +38,14 @@ class StashLog(Report):
     The list also shows where each of the `blocks` begins and ends.
 
     Args:
-        holding: hold the stashes themselves, to read from which stashes a rebuilt stash is made.
-            Then the backward does not free them, so the peak of such a timeline means nothing.
+        hold: keep the stashes alive, to read from which stashes a rebuilt stash is made. Then the
+            backward does not free them, so the peak of such a timeline means nothing.
         blocks: qualified names of the blocks.
     """
 
-    def __init__(self, holding: bool = False, blocks: Iterable[str] = ()) -> None:
+    def __init__(self, hold: bool = False, blocks: Iterable[str] = ()) -> None:
         super().__init__()
-        self.holding, self.blocks = holding, frozenset(blocks)
+        self.hold, self.blocks = hold, frozenset(blocks)
         # True after the backward begins: stashes that a checkpoint recomputes are not in the list.
         self.closed = False
         self.stored: list[tuple[Key, int, tuple[int, int] | None]] = []
@@ -95,7 +95,7 @@ class StashLog(Report):
             key = (module, "fallback", "saved")
         if stash is None:
             return
-        if how == "rebuilt" and self.holding:
+        if how == "rebuilt" and self.hold:
             self.rebuilt.setdefault(key, stash)
         elif isinstance(stash.recipe, Leaf) and how != "shared":
             cols = stash.recipe.layout.cols
@@ -107,5 +107,5 @@ class StashLog(Report):
                 inputs.saved_bytes += rows * cols * stash.dtype.itemsize
                 return
             self.stored.append((key, size, (rows, cols)))
-            if self.holding:
+            if self.hold:
                 self.leaves[id(stash)] = (stash, key)

@@ -51,8 +51,8 @@ def device_of(model: nn.Module) -> torch.device:
     The device of a model without tensors is the CPU.
     """
     devices = [t.device for t in (*model.parameters(), *model.buffers())]
-    meta = [d for d in devices if d.type == "meta"]
-    return (meta or devices or [torch.device("cpu")])[0]
+    on_meta = [device for device in devices if device.type == "meta"]
+    return (on_meta or devices or [torch.device("cpu")])[0]
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
@@ -82,14 +82,14 @@ def default_loss(output: Any) -> Tensor:
     Raises:
         ValueError: no floating-point tensor of the output requires grad.
     """
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.requires_grad:
-        return own.float()
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss.float()
     outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
     if not outputs:
         raise ValueError(
-            "no output of the model requires grad (are all parameters frozen, or does it return "
-            "none?), so there is no gradient to compare"
+            "no output of the model requires grad, so there is no gradient to compare (are all "
+            "parameters frozen, or does the model return no tensor?)"
         )
     scores = outputs[0].float()
     if scores.dim() == 2 and scores.shape[1] > 1:
@@ -109,12 +109,14 @@ def relative_error(gradients: Sequence[Tensor | None], reference: Sequence[Tenso
         The distance; infinite if only the reference is zero.
     """
     distance = norm = 0.0
-    for own, exact in zip(gradients, reference, strict=True):
+    for gradient, exact in zip(gradients, reference, strict=True):
         if exact is not None:
             norm += exact.double().square().sum().item()
-        if own is None and exact is None:
+        if gradient is None and exact is None:
             continue
-        difference = (0 if own is None else own.double()) - (0 if exact is None else exact.double())
+        difference = (0 if gradient is None else gradient.double()) - (
+            0 if exact is None else exact.double()
+        )
         distance += torch.as_tensor(difference).square().sum().item()
     if norm == 0:
         return 0.0 if distance == 0 else math.inf
@@ -131,17 +133,17 @@ def cosine(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None
     Returns:
         The cosine; 1 if both vectors are zero, 0 if only one is zero.
     """
-    product = own_norm = norm = 0.0
-    for own, exact in zip(gradients, reference, strict=True):
-        if own is not None:
-            own_norm += own.double().square().sum().item()
+    product = gradient_norm = norm = 0.0
+    for gradient, exact in zip(gradients, reference, strict=True):
+        if gradient is not None:
+            gradient_norm += gradient.double().square().sum().item()
         if exact is not None:
             norm += exact.double().square().sum().item()
-        if own is not None and exact is not None:
-            product += (own.double() * exact.double()).sum().item()
-    if own_norm == norm == 0:
+        if gradient is not None and exact is not None:
+            product += (gradient.double() * exact.double()).sum().item()
+    if gradient_norm == norm == 0:
         return 1.0
-    return product / math.sqrt(own_norm * norm) if own_norm and norm else 0.0
+    return product / math.sqrt(gradient_norm * norm) if gradient_norm and norm else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,17 +122,17 @@ def timeline(
         TypeError: as for `footprint`.
     """
     args, kwargs = arguments(inputs)
-    fakes = FakeModel(torch.device("cpu"))
-    args, kwargs = fakes.of(args), fakes.of(kwargs)
-    offload_stream = counted(device_of(model), fakes.device)
+    fake_model = FakeModel(torch.device("cpu"))
+    args, kwargs = fake_model.of(args), fake_model.of(kwargs)
+    offload_stream = counted(device_of(model), fake_model.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(applied(model, policy))
-        stack.enter_context(isolated(model, fakes))
+        stack.enter_context(isolated(model, fake_model))
         stack.enter_context(through(offload_stream))
         if log is not None:
             log.installed(model)
-        known = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
-        live = _Live(known, log, list(model.parameters()))
+        existing = (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))
+        live = _Live(existing, log, list(model.parameters()))
         stack.enter_context(module_hooks(model, live))
         stack.enter_context(torch.set_grad_enabled(backward))
         with live:
@@ -146,9 +146,9 @@ def timeline(
         del value
         live.close()
         gradients = {
-            p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes()
-            for p in model.parameters()
-            if p.grad is not None
+            parameter.grad.untyped_storage()._cdata: parameter.grad.untyped_storage().nbytes()
+            for parameter in model.parameters()
+            if parameter.grad is not None
         }
     return Timeline(tuple(live.moments), sum(gradients.values()))
 
@@ -157,17 +157,17 @@ class _Live(TorchDispatchMode):
     """Counts the storages that operators make while the mode is on, except `known` storages."""
 
     def __init__(
-        self, known: tuple[Tensor, ...], log: StashLog | None, parameters: list[nn.Parameter]
+        self, existing: tuple[Tensor, ...], log: StashLog | None, parameters: list[nn.Parameter]
     ) -> None:
         super().__init__()
         self._parameters, self._gradients = parameters, 0
         self.bytes = self.highest = 0
         self.moments: list[Moment] = []
-        self._now = (FORWARD, "", 0)
+        self._moment = (FORWARD, "", 0)
         self._backward = False
         self._log = log
-        # Held, so that no address is used twice.
-        self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
+        # Holding the storages keeps their addresses unique.
+        self._existing = {t.untyped_storage()._cdata: t.untyped_storage() for t in existing}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,7 +182,7 @@ class _Live(TorchDispatchMode):
     def stored(self) -> int:
         """Number of existing stashes: all made so far in the forward, fewer in the backward."""
         if self._backward or self._log is None:
-            return self._now[2]
+            return self._moment[2]
         return len(self._log.stored)
 
     def enter(self, module: str) -> None:
@@ -197,9 +197,9 @@ class _Live(TorchDispatchMode):
             self._log.ends(module)
         return self.stored()
 
-    def arrive(self, module: str, left: int) -> None:
+    def arrive(self, module: str, stored: int) -> None:
         """The gradient of a module's output arrives."""
-        self._mark(BACKWARD, module, left)
+        self._mark(BACKWARD, module, stored)
         self._backward = True
         if self._log is not None:
             self._log.closed = True
@@ -207,29 +207,31 @@ class _Live(TorchDispatchMode):
     def _mark(self, phase: str, module: str, stored: int) -> None:
         """End the current moment and begin the next."""
         self.close()
-        self._now = phase, module, stored
+        self._moment = phase, module, stored
 
     def close(self) -> None:
         """End the current moment. In a forward moment stashes are added while it lasts."""
-        phase, module, _ = self._now
+        phase, module, _ = self._moment
         self.moments.append(Moment(phase, module, self.highest, self.stored(), self._gradients))
         self.highest = self.bytes
         if self._backward:
-            there = [p.grad for p in self._parameters if p.grad is not None]
-            self._gradients = sum(g.nbytes for g in there)
+            gradients = [
+                parameter.grad for parameter in self._parameters if parameter.grad is not None
+            ]
+            self._gradients = sum(g.nbytes for g in gradients)
 
     def _add(self, tensor: Tensor) -> None:
         """Count a new storage."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._known or address in self._alive or tensor.device.type == "meta":
+        if address in self._existing or address in self._alive or tensor.device.type == "meta":
             return  # Tensors offloaded to CPU memory are on the meta device.
         size = storage.nbytes()
-        self._alive[address] = weakref.ref(storage, functools.partial(self._gone, address, size))
+        self._alive[address] = weakref.ref(storage, functools.partial(self._free, address, size))
         self.bytes += size
         self.highest = max(self.highest, self.bytes)
 
-    def _gone(self, address: int, size: int, _: Any) -> None:
+    def _free(self, address: int, size: int, _: Any) -> None:
         """Count a freed storage."""
         del self._alive[address]
         self.bytes -= size
@@ -247,38 +249,38 @@ class StepListener(Protocol):
     def leave(self, module: str) -> Any:
         """A module's forward ends; the return value is passed to `arrive`."""
 
-    def arrive(self, module: str, left: Any) -> None:
+    def arrive(self, module: str, stored: Any) -> None:
         """The gradient of a module's output arrives."""
 
 
 @contextlib.contextmanager
-def module_hooks(model: nn.Module, marked: StepListener) -> Iterator[None]:
+def module_hooks(model: nn.Module, listener: StepListener) -> Iterator[None]:
     """Within the context, call a listener at the forwards and backwards of `model`'s modules.
 
     Args:
         model: the module.
-        marked: the listener.
+        listener: the listener.
     """
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
-            enter, leave = _hooks(marked, name)
+            enter, leave = _hooks(listener, name)
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         yield
 
 
-def _hooks(marked: StepListener, name: str) -> tuple[Any, Any]:
+def _hooks(listener: StepListener, name: str) -> tuple[Any, Any]:
     """The forward hooks of one module."""
 
     def enter(*_: Any) -> None:
-        marked.enter(name)
+        listener.enter(name)
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        left = marked.leave(name)
+        stored = listener.leave(name)
         # On the graph node: a hook on the tensor keeps a Linear from fusing with its layer scale.
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: marked.arrive(name, left))
+                tensor.grad_fn.register_prehook(lambda _: listener.arrive(name, stored))
                 return
 
     return enter, leave

@@ -34,23 +34,23 @@ BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "pap
 CODED = {f"{preset}+coded": preset for preset in PRESETS if preset != "paper"}
 
 
-def check_method(method: str, more: tuple[str, ...] = ()) -> None:
+def check_method(method: str, extra: tuple[str, ...] = ()) -> None:
     """Check the name of a method.
 
     Args:
         method: the name.
-        more: further names that are allowed.
+        extra: further names that are allowed.
 
     Raises:
         ValueError: the name is unknown; the message has the choices and the closest name.
     """
-    choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *more)
+    choices = (PLAIN, CHECKPOINT, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *extra)
     if method not in choices:
         near = difflib.get_close_matches(method, choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        short = [c for c in choices if c not in {**BOTH, **CODED, **OFFLOADED}]
+        shown = [choice for choice in choices if choice not in {**BOTH, **CODED, **OFFLOADED}]
         raise ValueError(
-            f"unknown method {method!r}{hint}; choose from {', '.join(short)}, "
+            f"unknown method {method!r}{hint}; choose from {', '.join(shown)}, "
             f"PRESET+{CHECKPOINT}, PRESET+coded, PRESET+offload"
         )
 
@@ -70,9 +70,9 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
     if isinstance(method, str):
         check_method(method)
     report = report_of(model)
-    reported = dict(report.rows) if report is not None else {}
+    report_rows = dict(report.rows) if report is not None else {}
     # `wrap` and `checkpointed` change only the `__dict__` of modules.
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    saved = [(module, dict(vars(module))) for module in model.modules()]
     try:
         with contextlib.ExitStack() as stack:
             if method is not None:
@@ -81,12 +81,12 @@ def applied(model: nn.Module, method: Policy | str | None) -> Iterator[None]:
                 stack.enter_context(running(model, method))
             yield
     finally:
-        for module, attributes in before:
+        for module, attributes in saved:
             vars(module).clear()
             vars(module).update(attributes)
         if report is not None:
             report.rows.clear()
-            report.rows.update(reported)
+            report.rows.update(report_rows)
 
 
 def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) -> None:

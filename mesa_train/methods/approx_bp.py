@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from mesa_train.codecs import bitmask
 
 REMARK = (
-    "timed with torch operators, not with its authors' CUDA kernels; random weights put GELU's input "
-    "near 0, where four steps fit its derivative worst"
+    "timed with torch operators, not with the authors' CUDA kernels; random weights put GELU's input "
+    "near 0, where four steps approximate its derivative worst"
 )
 
 # Three thresholds, and the rise of the derivative at each.

@@ -39,10 +39,10 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     blocks = find_blocks(model)
     if not blocks:
         raise NoBlocks(
-            f"{type(model).__name__} has no row of equal blocks in a ModuleList or Sequential, "
-            "so there is nothing to checkpoint block by block"
+            f"{type(model).__name__} has no row of equal blocks in a ModuleList or Sequential, so it "
+            "cannot be checkpointed block by block"
         )
-    own = [(block, vars(block).get("forward")) for block in blocks.values()]
+    forwards = [(block, vars(block).get("forward")) for block in blocks.values()]
     try:
         for block in blocks.values():
             # Python finds the instance's attribute before the method of its class.
@@ -51,7 +51,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
             )
         yield
     finally:
-        for block, forward in own:
+        for block, forward in forwards:
             if forward is None:
                 del vars(block)["forward"]
             else:
@@ -62,11 +62,11 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The innermost blocks below a module, with their qualified names."""
     in_row = _is_row(module)
     for name, child in module.named_children():
-        inner = f"{path}.{name}" if path else name
-        finer = list(_blocks(child, inner))
-        if in_row and not finer:
-            yield inner, child
-        yield from finer
+        qualified_name = f"{path}.{name}" if path else name
+        nested = list(_blocks(child, qualified_name))
+        if in_row and not nested:
+            yield qualified_name, child
+        yield from nested
 
 
 def _is_row(module: nn.Module) -> bool:
@@ -76,5 +76,8 @@ def _is_row(module: nn.Module) -> bool:
         isinstance(module, nn.ModuleList | nn.Sequential)
         and len({type(element) for element in elements}) == 1
         and not isinstance(elements[0], nn.ModuleList)
-        and all(sum(p.dim() >= 2 for p in e.parameters()) >= 2 for e in elements)
+        and all(
+            sum(parameter.dim() >= 2 for parameter in element.parameters()) >= 2
+            for element in elements
+        )
     )

@@ -43,25 +43,25 @@ DEFAULT = (
 )
 
 _REDRAWS = (
-    "budgets that repeat matmuls draw dropout and stochastic-depth masks anew in the backward: a "
+    "budgets that recompute matmuls draw new dropout and stochastic-depth masks in the backward: a "
     "wrong gradient (pytorch#190758)"
 )
 _CAVEATS = {
     FLOAT32: "float32 throughout: the reference of the gradient",
     PURE_BF16: "bfloat16 weights, gradients and optimizer states: small updates are rounded away",
     CHECKPOINT: "exact; runs every block's forward twice",
-    SAVE_ON_CPU: "exact; what is kept lies in CPU memory",
-    APPROX_BP: f"GELU and SiLU keep 2 bits, their derivative has four steps; {approx_bp.REMARK}",
-    OFFLOAD: "what is kept lies in CPU memory; saved for the backward: what stays on the GPU",
-    "paper": "running ranges: the first steps' ranges are those of the data seen so far",
+    SAVE_ON_CPU: "exact; saved tensors are in CPU memory",
+    APPROX_BP: f"GELU and SiLU save 2 bits, their derivative has four steps; {approx_bp.REMARK}",
+    OFFLOAD: "stashes are in CPU memory; the saved bytes are those that stay on the GPU",
+    "paper": "running ranges: in the first steps they are the ranges of few batches",
     "lossless": "exact; the engine without codes, for comparison",
-    COMPILE: "exact but for the order of rounding; PyTorch's default partitioner",
-    "compile-budget-0.5": "exact for masks that it keeps; recomputes elementwise operations",
+    COMPILE: "exact except for the order of rounding; PyTorch's default partitioner",
+    "compile-budget-0.5": "exact if masks are saved; recomputes elementwise operations",
     "compile-budget-0.2": _REDRAWS,
-    "compile-fp8": "an undocumented pass of PyTorch: what is kept in 8-bit floats (e4m3)",
-    ADAMW8BIT: "optimizer states in 8 bits, but for weights of fewer than 4096 elements",
+    "compile-fp8": "an undocumented pass of PyTorch: saved tensors in 8-bit floats (e4m3)",
+    ADAMW8BIT: "optimizer states in 8 bits, except for weights of fewer than 4096 elements",
 }
-_CODES = "forward exact; the gradient is taken from codes"
+_CODES = "exact forward; the gradient is computed from codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +108,20 @@ class MethodSpec:
     def caveats(self) -> tuple[str, ...]:
         """Remarks for the reader of the method's numbers."""
         parts = (self.name, *self.name.split("+"), self.name.partition(":")[0])
-        found = dict.fromkeys(_CAVEATS[part] for part in parts if part in _CAVEATS)
+        caveats = dict.fromkeys(_CAVEATS[part] for part in parts if part in _CAVEATS)
         coded = isinstance(self.variant, Policy) or any(
-            p in self.variant for p in ("mesa", "paper")
+            prefix in self.variant for prefix in ("mesa", "paper")
         )
-        return ((_CODES,) if coded else ()) + tuple(found)
+        return ((_CODES,) if coded else ()) + tuple(caveats)
 
     def why_not(self, device: str) -> str | None:
-        """The reason why the method shows nothing on a device; None if it does."""
+        """The reason why the method has no effect on a device; None if it has an effect."""
         if (
             isinstance(self.variant, str)
             and self.variant in OFFLOADED
             and not device.startswith("cuda")
         ):
-            return "needs a GPU: on a CPU what is kept lies in CPU memory already"
+            return "needs a GPU: on a CPU all saved tensors are in CPU memory already"
         return None
 
     @property
@@ -134,14 +134,18 @@ class MethodSpec:
         """True if its bytes can be counted on fake tensors."""
         return not self.compiled and self.variant != SAVE_ON_CPU
 
-    def autocast(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """The dtype of autocast for this method, in a comparison with the dtype `asked`."""
-        return None if self.pure is not None else asked
+    def autocast(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of autocast for this method.
+
+        Args:
+            dtype: the dtype of autocast of the comparison; None for no autocast.
+        """
+        return None if self.pure is not None else dtype
 
     def cast(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
         """Cast the model (in place) and the inputs to the method's own dtype."""
-        moved = self.narrowed(inputs)
-        return (model if self.pure is None else model.to(self.pure)), moved
+        cast_inputs = self.narrowed(inputs)
+        return (model if self.pure is None else model.to(self.pure)), cast_inputs
 
     def narrowed(self, inputs: Any) -> Any:
         """Cast the inputs to the method's own dtype."""

@@ -90,10 +90,10 @@ class Variant:
         self.method = method
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.module = unwrap(copy.deepcopy(model, shared))
-        eager = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
+        eager_method = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
         # Never closed: the copy stays checkpointed.
         self._installed = contextlib.ExitStack()
-        put_on(self.module, PLAIN if eager in _COMPILED else eager, self._installed)
+        put_on(self.module, PLAIN if eager_method in _COMPILED else eager_method, self._installed)
         if method in _COMPILED:
             self.module.compile(backend=_backend(*_COMPILED[method]), dynamic=False)
 
@@ -150,7 +150,7 @@ class _Token:
 
 def _no_backward(_: _Token) -> Tensor:
     """The unpack hook: this forward has no backward."""
-    raise RuntimeError("this forward was run to count what it keeps; it has no backward")
+    raise RuntimeError("this forward only counted its saved tensors, so it has no backward")
 
 
 def _backend(budget: float, fusion: dict[str, Any]) -> Callable[..., Any]:

@@ -27,20 +27,20 @@ class OverBudget(ValueError):
         self.smallest = smallest
 
     @classmethod
-    def of(cls, asked: str, smallest: Plan, static: int) -> OverBudget:
+    def of(cls, bounds: str, smallest: Plan, static_bytes: int) -> OverBudget:
         """Make the error.
 
         Args:
-            asked: the budget and the other bounds in words.
+            bounds: the budget and the other bounds in words.
             smallest: the plan with the smallest peak.
-            static: bytes that exist during the whole step under every choice.
+            static_bytes: bytes that exist during the whole step under every choice.
         """
         peak = format_bytes(smallest.prediction.peak_bytes)
-        how = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
+        choices = ", ".join(f"{kind} {choice}" for kind, choice, _ in smallest.summary())
         return cls(
-            f"no policy fits {asked}; the smallest peak within reach is {peak} "
-            f"({format_bytes(static)} of it there all the time: weights, inputs, optimizer "
-            f"states, workspace), with {how}",
+            f"no policy fits {bounds}; the smallest possible peak is {peak}, with {choices}; "
+            f"{format_bytes(static_bytes)} of the peak are static bytes: weights, inputs and "
+            "optimizer states",
             smallest,
         )
 
@@ -53,8 +53,8 @@ class Prediction:
         saved_bytes: bytes saved for the backward on the device, each storage once.
         peak_bytes: most bytes allocated at once in a step: with weights, buffers, inputs,
             gradients, optimizer states and the kernels' workspace.
-        step_s: seconds of forward and backward; None for a model without data, or if plain does not
-            fit.
+        step_s: seconds of forward and backward; None for a model on the meta device, or if plain
+            does not fit the device.
         time_ratio: `step_s` divided by the seconds of the plain step, or None.
         gradient_error: relative L2 distance from the float32 gradient.
         offloaded_bytes: bytes in CPU memory between forward and backward.
@@ -94,14 +94,14 @@ class Plan:
     @property
     def cost(self) -> float:
         """Time and gradient error in one number, as a multiple of the plain step's time."""
-        said = self.prediction
-        return (said.time_ratio or 0.0) + ERROR_WEIGHT * said.gradient_error**2
+        prediction = self.prediction
+        return (prediction.time_ratio or 0.0) + ERROR_WEIGHT * prediction.gradient_error**2
 
     def summary(self) -> list[tuple[str, str, int]]:
         """(operator.operand, choice, number of candidates), in the order of the model."""
         counts: dict[tuple[str, str], int] = {}
         for (_, operator, operand), choice in self.choices.items():
-            said = f"{choice} bits" if isinstance(choice, int) else choice
-            key = (f"{operator}.{operand}".rstrip("."), said)
+            label = f"{choice} bits" if isinstance(choice, int) else choice
+            key = (f"{operator}.{operand}".rstrip("."), label)
             counts[key] = counts.get(key, 0) + 1
         return [(*key, count) for key, count in counts.items()]

@@ -22,38 +22,38 @@ def with_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     divided by plain's.
     """
     plain = next((row for row in rows if row["method"] == "plain"), {})
-    found = []
+    extended = []
     for row in rows:
         extra: dict[str, Any] = {}
         if plain.get("saved_bytes") and row.get("saved_bytes"):
             extra["saved_ratio"] = plain["saved_bytes"] / row["saved_bytes"]
         if plain.get("step_ms") and row.get("step_ms"):
             extra["step_ratio"] = row["step_ms"] / plain["step_ms"]
-        found.append({**row, **extra})
-    return found
+        extended.append({**row, **extra})
+    return extended
 
 
 def worse_than_plain(key: str, row: Row, plain: Row) -> bool:
     """True if a value is worse than plain's by more than noise."""
-    own, base = row.get(key), plain.get(key)
-    if row is plain or own is None or base is None:
+    value, plain_value = row.get(key), plain.get(key)
+    if row is plain or value is None or plain_value is None:
         return False
     if key in ("saved_bytes", "peak_bytes"):
-        return bool(own > base)
+        return bool(value > plain_value)
     if key == "saved_ratio":
-        return bool(own < 1)
+        return bool(value < 1)
     if key in ("step_ms", "step_ratio"):
-        return bool(own > TIME_MARGIN * base)
-    return bool(key == "gradient_error" and own > ERROR_MARGIN * base)
+        return bool(value > TIME_MARGIN * plain_value)
+    return bool(key == "gradient_error" and value > ERROR_MARGIN * plain_value)
 
 
 def notes(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The reasons why rows are incomplete, with the methods of each reason."""
-    found: dict[str, list[str]] = {}
+    methods: dict[str, list[str]] = {}
     for row in rows:
         if row.get("note"):
-            found.setdefault(row["note"], []).append(row["method"])
-    return found
+            methods.setdefault(row["note"], []).append(row["method"])
+    return methods
 
 
 def cell(key: str, row: Row) -> str:

@@ -33,7 +33,7 @@ def figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
         from matplotlib.figure import Figure as MatplotlibFigure
     except ImportError as error:
         raise ImportError(
-            "drawing curves needs matplotlib: pip install 'mesa_train[report]'"
+            "drawing charts needs matplotlib: pip install 'mesa_train[report]'"
         ) from error
     canvas = MatplotlibFigure(figsize=(4.6 * columns, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
@@ -68,17 +68,17 @@ def curves(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float
 
     by_name = group_by(rows, "name")
     palette = colours([name for (name,) in by_name])
-    for order, ((name,), own) in enumerate(by_name.items()):
+    for order, ((name,), named_rows) in enumerate(by_name.items()):
         colour = palette[name]
-        seeds = group_by(own, "seed")
+        seeds = group_by(named_rows, "seed")
         for run in seeds.values():
             points = sorted((row["epoch"], scale * row[value]) for row in run)
             if len(seeds) > 1:
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.35)
         means = [
-            (epoch, scale * statistics.fmean(row[value] for row in at))
-            for (epoch,), at in sorted(group_by(own, "epoch").items())
-            if len(at) == len(seeds)
+            (epoch, scale * statistics.fmean(row[value] for row in epoch_rows))
+            for (epoch,), epoch_rows in sorted(group_by(named_rows, "epoch").items())
+            if len(epoch_rows) == len(seeds)
         ]
         axis.plot(
             *zip(*means, strict=True),
@@ -128,8 +128,8 @@ def bars(axis: Axes, values: Mapping[str, float], label: str, unit: str) -> None
 def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float = 1.0) -> None:
     """Draw one dot for each seed in a column for each name, and a short line at each name's mean.
 
-    Lines join the dots of one seed across names. So the effect of a seed can be told from the
-    effect of a name.
+    Lines join the dots of one seed across names. They show which part of a difference comes from
+    the seed.
 
     Args:
         axis: the panel.
@@ -141,11 +141,11 @@ def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float =
     by_name = group_by(rows, "name")
     names = [name for (name,) in by_name]
     palette = colours(names)
-    for own in group_by(rows, "seed").values():
-        points = [(names.index(row["name"]), scale * row[value]) for row in own]
+    for group in group_by(rows, "seed").values():
+        points = [(names.index(row["name"]), scale * row[value]) for row in group]
         axis.plot(*zip(*sorted(points), strict=True), color="#999999", linewidth=0.7, zorder=1)
-    for position, ((name,), own) in enumerate(by_name.items()):
-        values = [scale * row[value] for row in own]
+    for position, ((name,), group) in enumerate(by_name.items()):
+        values = [scale * row[value] for row in group]
         axis.scatter([position] * len(values), values, color=palette[name], s=22, zorder=2)
         axis.hlines(statistics.fmean(values), position - 0.2, position + 0.2, color=palette[name])
     axis.set_xticks(range(len(names)), names, rotation=15)

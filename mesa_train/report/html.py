@@ -1,8 +1,8 @@
-"""The report of a comparison as one HTML file: charts, sortable tables, the module tree, the command.
+"""Write the report of a comparison as one HTML file: charts, sortable tables, module tree, command.
 
-The layout is the Jinja2 template `report.html.j2`; this file computes its values. The page loads nothing
-from a network. It follows the reader's light or dark setting, fits a phone (tables and charts scroll
-sideways in their frames) and prints with everything open. The template escapes every text.
+The layout is the Jinja2 template `report.html.j2`; this file computes its values. The page loads
+nothing from a network. It has a light and a dark style. On a phone, tables and charts scroll
+sideways in their frames. In print all parts are open. The template escapes every text.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Row = Mapping[str, Any]
 _Cell = tuple[str, Any, str]
 # key, heading, explanation.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("saved_bytes", "saved for the backward", "every storage once, parameters and buffers apart"),
-    ("saved_ratio", "less than plain", "plain's saved bytes by this method's"),
-    ("offloaded_bytes", "in CPU memory", "moved there between forward and backward"),
-    ("peak_bytes", "peak of the step", "allocated at once, weights and optimizer states included"),
-    ("resident_bytes", "resident set", "of the process at the peak, beyond what it had before"),
+    ("saved_bytes", "saved for the backward", "each storage once, without parameters and buffers"),
+    ("saved_ratio", "less than plain", "plain's saved bytes divided by this method's"),
+    ("offloaded_bytes", "in CPU memory", "offloaded between forward and backward"),
+    ("peak_bytes", "peak of the step", "most bytes at once, with weights and optimizer states"),
+    ("resident_bytes", "resident set", "highest of the process, beyond that before the step"),
     ("weight_bytes", "weights", "parameters and buffers"),
-    ("gradient_bytes", "gradients", "when the backward is done"),
+    ("gradient_bytes", "gradients", "after the backward"),
     ("optimizer_bytes", "optimizer", "AdamW's two moments"),
     ("step_ms", "step, ms", "forward, backward and optimizer; median and quartiles"),
-    ("step_ratio", "step vs. plain", "this method's median by plain's"),
+    ("step_ratio", "step vs. plain", "this method's median divided by plain's"),
     ("images_per_s", "images/s", ""),
     ("gradient_error", "gradient error", "relative L2 distance from the plain float32 gradient"),
     ("gradient_cosine", "cosine", "of the angle to the plain float32 gradient"),
-    ("largest_batch", "largest batch", "that fits the memory asked for"),
+    ("largest_batch", "largest batch", "that fits --memory"),
 )
 _TREE_METHODS = ("plain", "mesa8", "mesa4", "mesa8-recompute", "checkpoint")
 
@@ -44,15 +44,23 @@ _TREE_METHODS = ("plain", "mesa8", "mesa4", "mesa8-recompute", "checkpoint")
 def write_report(path: Path, rows: Sequence[Row], setting: Mapping[str, Any]) -> None:
     """Write the page.
 
-    rows: as `processes.measure` yields them. setting: model, shapes, dtype, device, command,
-    versions, date, and what else there is to tell.
+    Args:
+        path: the HTML file.
+        rows: the rows that `compare.scheduler.measure` yields.
+        setting: model, shapes, dtype, device and command of the comparison; optional are weights,
+            device_name, threads, versions, commit and date.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(rows, setting), encoding="utf-8")
 
 
 def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """Return the page as HTML text.
+
+    Args:
+        rows: as for `write_report`.
+        setting: as for `write_report`.
+    """
     from jinja2 import Environment, StrictUndefined
 
     rows = with_ratios(rows)
@@ -84,40 +92,40 @@ def render(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One sentence: what the best known trade costs here."""
-    best = [r for r in rows if r["method"] == "mesa8" and r.get("saved_ratio")]
-    if not best:
+    """Describe the costs of mesa8, and of checkpointing, in one or two sentences."""
+    mesa8_rows = [row for row in rows if row["method"] == "mesa8" and row.get("saved_ratio")]
+    if not mesa8_rows:
         return f"{len(rows)} methods compared."
-    row = best[0]
-    said = f"mesa8 keeps {row['saved_ratio']:.2f} times less than plain"
+    row = mesa8_rows[0]
+    sentence = f"mesa8 saves {row['saved_ratio']:.2f} times fewer bytes than plain"
     if row.get("step_ratio"):
-        said += f" at {row['step_ratio']:.2f} times its step time"
-    plain: Row = next((r for r in rows if r["method"] == "plain"), {})
+        sentence += f" at {row['step_ratio']:.2f} times its step time"
+    plain: Row = next((row for row in rows if row["method"] == "plain"), {})
     if row.get("gradient_error") is not None:
-        said += f", with a gradient error of {row['gradient_error']:.2%}"
+        sentence += f", with a gradient error of {row['gradient_error']:.2%}"
         if plain.get("gradient_error") is not None:
-            said += f" (plain: {plain['gradient_error']:.2%})"
-    said += "."
-    baseline: Row = next((r for r in rows if r["method"] == "checkpoint"), {})
+            sentence += f" (plain: {plain['gradient_error']:.2%})"
+    sentence += "."
+    baseline: Row = next((row for row in rows if row["method"] == "checkpoint"), {})
     if baseline.get("saved_ratio") and baseline.get("step_ratio"):
-        said += (
-            f" Checkpointing every block keeps {baseline['saved_ratio']:.2f} times less at "
+        sentence += (
+            f" Checkpointing every block saves {baseline['saved_ratio']:.2f} times fewer bytes at "
             f"{baseline['step_ratio']:.2f} times the step time."
         )
-    return said
+    return sentence
 
 
 def _charts(rows: Sequence[Row], model: str) -> list[tuple[str, str]]:
     """(heading, SVG) of each chart that the rows are enough for."""
-    time = f"Kept bytes against step time of {len(rows)} methods on {model}"
-    place = f"Bytes saved by operator for each method on {model}"
-    drawn = (
-        ("Memory against time", "tradeoff", tradeoff(rows, ""), time),
-        ("Where the memory is", "where", where(rows, ""), place),
+    time_description = f"Saved bytes against step time of {len(rows)} methods on {model}"
+    place_description = f"Bytes saved by operator for each method on {model}"
+    charts = (
+        ("Memory against time", "tradeoff", tradeoff(rows, ""), time_description),
+        ("Where the memory is", "where", where(rows, ""), place_description),
     )
     return [
         (heading, as_svg(chart, name, description))
-        for heading, name, chart, description in drawn
+        for heading, name, chart, description in charts
         if chart is not None
     ]
 
@@ -142,7 +150,7 @@ def _table(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, list[_Ce
 
 
 def _caveats(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The methods by each caveat of theirs."""
+    """The methods of each caveat."""
     methods: dict[str, list[str]] = {}
     for row in rows:
         for caveat in row.get("caveats", ()):
@@ -151,7 +159,7 @@ def _caveats(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _facts(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Where, when and with what the rows were measured; an unknown fact is empty."""
+    """Command, device, versions and date of the measurement; an unknown value is empty."""
     timed = [len(row["times_ms"]) for row in rows if row.get("times_ms")]
     return {
         "command": setting["command"],
@@ -165,17 +173,20 @@ def _facts(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _timed(counts: Sequence[int]) -> str:
+    """The numbers of timed steps in words."""
     if not counts:
         return ""
-    few = "" if min(counts) == max(counts) else f", down to {min(counts)} of slow ones"
-    return f"{max(counts)} a method{few}"
+    suffix = "" if min(counts) == max(counts) else f", at least {min(counts)} of slow methods"
+    return f"{max(counts)} a method{suffix}"
 
 
 def _inputs(setting: Mapping[str, Any]) -> str:
+    """The inputs and the arithmetic in a sentence."""
     described = describe(setting).removeprefix(f"{setting['model']}, ")
     torch = setting.get("versions", {}).get("torch")
     return f"Inputs {described}{f', PyTorch {torch}' if torch else ''}."
 
 
 def _asset(name: str) -> str:
+    """The text of a file of this folder."""
     return resources.files("mesa_train.report").joinpath(name).read_text(encoding="utf-8")

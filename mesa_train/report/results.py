@@ -30,7 +30,7 @@ class Results:
         charts.check()  # Fail now, not after all measurements.
         self.folder = folder
         source = records.provenance(device)
-        self.told = {
+        self.setting = {
             **setting,
             "shapes": setting["inputs"],
             "command": command,
@@ -42,12 +42,12 @@ class Results:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row, so that no later failure loses it."""
-        records.append(self.folder / "rows.jsonl", {**self.told, **row})
+        records.append(self.folder / "rows.jsonl", {**self.setting, **row})
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write all rows in their order, the charts and the page."""
         self._write(rows)
-        title = describe(self.told)
+        title = describe(self.setting)
         for name, chart in (
             ("compare", charts.tradeoff(rows, title)),
             ("where", charts.where(rows, title)),
@@ -57,21 +57,21 @@ class Results:
             path.unlink(missing_ok=True)
             if chart is not None:
                 charts.save_png(chart, path)
-        write_report(self.folder / "report.html", rows, self.told)
+        write_report(self.folder / "report.html", rows, self.setting)
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the file of rows."""
         path = self.folder / "rows.jsonl"
         path.unlink(missing_ok=True)
-        records.append(path, *({**self.told, **row} for row in rows))
+        records.append(path, *({**self.setting, **row} for row in rows))
 
 
 def _versions(model: str) -> dict[str, str]:
     """Versions of the other packages that the rows depend on."""
     packages = {"hf": "transformers", "torchvision": "torchvision"}
-    wanted = ["bitsandbytes", *filter(None, [packages.get(model.partition(":")[0])])]
-    found = {}
-    for package in wanted:
+    names = ["bitsandbytes", *filter(None, [packages.get(model.partition(":")[0])])]
+    versions = {}
+    for package in names:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Line = tuple[Sequence[str | Text], str]
 
 # A module below this share of both totals is left out of the tree.
-_LEAST_SHARE = 0.0005
+_MIN_SHARE = 0.0005
 
 
 # (key, heading, least width of a terminal that shows the column).
@@ -62,8 +62,8 @@ def comparison(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     rows = with_ratios(rows)
     columns = [
         (key, heading)
-        for key, heading, least in _COLUMNS
-        if any(row.get(key) is not None for row in rows) and width >= least
+        for key, heading, min_width in _COLUMNS
+        if any(row.get(key) is not None for row in rows) and width >= min_width
     ]
     sizes = [row["saved_bytes"] for row in rows if row.get("saved_bytes") is not None]
     lines: list[_Line] = []
@@ -89,19 +89,19 @@ def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Tab
         other: footprint of the second method.
         names: names of the two methods.
     """
-    before, after, whole = one.by_operator, other.by_operator, one.saved_bytes
+    first, second, total = one.by_operator, other.by_operator, one.saved_bytes
     lines: list[_Line] = [
-        ([operator, *_cells(before.get(operator, 0), whole, after.get(operator, 0))], "")
-        for operator in dict.fromkeys([*before, *after])
+        ([operator, *_cells(first.get(operator, 0), total, second.get(operator, 0))], "")
+        for operator in dict.fromkeys([*first, *second])
     ]
     rule = len(lines)
-    lines.append((["saved for backward", *_cells(whole, whole, other.saved_bytes)], "bold"))
+    lines.append((["saved for backward", *_cells(total, total, other.saved_bytes)], "bold"))
     if one.offloaded_bytes or other.offloaded_bytes:
-        sizes = [format_bytes(f.offloaded_bytes) for f in (one, other)]
+        sizes = [format_bytes(footprint.offloaded_bytes) for footprint in (one, other)]
         lines.append((["in CPU memory", sizes[0], "", sizes[1], ""], ""))
-    for what in ("parameter", "buffer"):
-        sizes = [format_bytes(getattr(f, f"{what}_bytes")) for f in (one, other)]
-        lines.append(([f"{what}s", sizes[0], "", sizes[1], ""], ""))
+    for kind in ("parameter", "buffer"):
+        sizes = [format_bytes(getattr(footprint, f"{kind}_bytes")) for footprint in (one, other)]
+        lines.append(([f"{kind}s", sizes[0], "", sizes[1], ""], ""))
     head = ["operator", names[0], "share", names[1], "less"]
     return _table(head, lines, rule_before=rule)
 
@@ -118,14 +118,14 @@ def by_module(
         depth: levels to show; None for all.
     """
     root = grow([forward_order(one), forward_order(other)])
-    least = _LEAST_SHARE * one.saved_bytes, _LEAST_SHARE * other.saved_bytes
+    min_bytes = _MIN_SHARE * one.saved_bytes, _MIN_SHARE * other.saved_bytes
     lines: list[_Line] = []
-    for prefix, node in _lines(root, least, depth):
+    for prefix, node in _lines(root, min_bytes, depth):
         label = Text.assemble((prefix, "dim"), node.label)
         if node.count > 1:
             label.append(f"  x{node.count}", style="cyan")
-        before, after = node.sizes
-        lines.append(([label, *_cells(before, one.saved_bytes, after, node.count)], ""))
+        first, second = node.sizes
+        lines.append(([label, *_cells(first, one.saved_bytes, second, node.count)], ""))
     return _table(["module", names[0], "share", names[1], "less"], lines)
 
 
@@ -141,7 +141,11 @@ def stored(footprint: Footprint) -> Table | None:
 
 
 def _lines(
-    node: Node, least: tuple[float, float], depth: int | None, prefix: str = "", indent: str = ""
+    node: Node,
+    min_bytes: tuple[float, float],
+    depth: int | None,
+    prefix: str = "",
+    indent: str = "",
 ) -> Iterator[tuple[str, Node]]:
     """(branch of the tree, node) for each line of the tree."""
     yield prefix, node
@@ -150,18 +154,21 @@ def _lines(
     children = [
         child
         for child in node.children
-        if any(size * child.count > low for size, low in zip(child.sizes, least, strict=True))
+        if any(
+            size * child.count > minimum
+            for size, minimum in zip(child.sizes, min_bytes, strict=True)
+        )
     ]
     for child in children:
         branch, below = ("└ ", "  ") if child is children[-1] else ("├ ", "│ ")
         deeper = None if depth is None else depth - 1
-        yield from _lines(child, least, deeper, indent + branch, indent + below)
+        yield from _lines(child, min_bytes, deeper, indent + branch, indent + below)
 
 
-def _cells(before: int, whole: int, after: int, count: int = 1) -> list[str]:
+def _cells(first: int, total: int, second: int, count: int = 1) -> list[str]:
     """Bytes, share, bytes of the other method, and ratio."""
-    share = f"{count * before / whole:.1%}" if whole else ""
-    return [format_bytes(before), share, format_bytes(after), format_ratio(before, after)]
+    share = f"{count * first / total:.1%}" if total else ""
+    return [format_bytes(first), share, format_bytes(second), format_ratio(first, second)]
 
 
 def _table(
@@ -191,23 +198,27 @@ def _table(
 
 def prediction(plan: Plan) -> Table:
     """The predicted memory, time and error of a step with a plan's policy, beside plain."""
-    own, plain = plan.prediction, plan.plain
+    planned, plain = plan.prediction, plan.plain
     lines: list[_Line] = [
         (
-            ["peak of the step", format_bytes(plain.peak_bytes), format_bytes(own.peak_bytes)],
+            ["peak of the step", format_bytes(plain.peak_bytes), format_bytes(planned.peak_bytes)],
             "bold",
         ),
         (
-            ["saved for backward", format_bytes(plain.saved_bytes), format_bytes(own.saved_bytes)],
+            [
+                "saved for backward",
+                format_bytes(plain.saved_bytes),
+                format_bytes(planned.saved_bytes),
+            ],
             "",
         ),
     ]
-    if own.offloaded_bytes:
-        lines.append((["in CPU memory", "0", format_bytes(own.offloaded_bytes)], ""))
-    if own.step_s is not None and plain.step_s is not None:
-        times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, own.step_s)]
+    if planned.offloaded_bytes:
+        lines.append((["in CPU memory", "0", format_bytes(planned.offloaded_bytes)], ""))
+    if planned.step_s is not None and plain.step_s is not None:
+        times = [f"{1e3 * s:,.0f} ms" for s in (plain.step_s, planned.step_s)]
         lines.append((["forward + backward", *times], ""))
-    errors = [f"{error:.2%}" for error in (plain.gradient_error, own.gradient_error)]
+    errors = [f"{error:.2%}" for error in (plain.gradient_error, planned.gradient_error)]
     lines.append((["gradient error", *errors], ""))
     return _table(["predicted", "plain", "plan"], lines)
 
@@ -218,50 +229,52 @@ def choices(plan: Plan) -> Table:
     return _table(["stash", "saved as", "places"], lines)
 
 
-def estimates(found: Sequence[Estimate]) -> list[Table | str]:
+def estimates(rows: Sequence[Estimate]) -> list[Table | str]:
     """Tables of the bytes on each GPU: model states, activations by policy, and largest batches."""
-    setups = {_setup(e): e for e in found}
-    policies = list(dict.fromkeys(e.policy for e in found))
-    by_place = {(_setup(e), e.policy): e for e in found}
-    held: list[_Line] = []
-    for name, e in setups.items():
-        own = e.states
-        sizes = (
-            own.weights,
-            own.gradients,
-            own.optimizer,
-            own.gathered,
-            own.gpu,
-            own.cpu,
-            own.disk,
+    setups = {_setup(row): row for row in rows}
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    by_place = {(_setup(row), row.policy): row for row in rows}
+    states: list[_Line] = []
+    for name, row in setups.items():
+        model_states = row.states
+        columns_of_states = (
+            model_states.weights,
+            model_states.gradients,
+            model_states.optimizer,
+            model_states.gathered,
+            model_states.gpu,
+            model_states.cpu,
+            model_states.disk,
         )
-        held.append(([name, *map(format_gib, sizes)], ""))
-    head = ["GiB", "weights", "grads", "states", "gather", "a GPU", "main\nmemory", "disk"]
+        states.append(([name, *map(format_gib, columns_of_states)], ""))
+    head = ["GiB", "weights", "grads", "states", "gather", "a GPU", "CPU\nmemory", "disk"]
     # The bytes depend on copies of float32 weights: they are equal for all setups with them, and
     # without.
-    added: dict[tuple[int, ...], list[str]] = {}
+    by_sizes: dict[tuple[int, ...], list[str]] = {}
     for name in setups:
-        own_sizes = tuple(by_place[name, p].activations for p in policies if (name, p) in by_place)
-        added.setdefault(own_sizes, []).append(name)
+        sizes = tuple(
+            by_place[name, policy].activations for policy in policies if (name, policy) in by_place
+        )
+        by_sizes.setdefault(sizes, []).append(name)
     activations: list[_Line] = []
-    for names in added.values():
-        places = [by_place.get((names[0], p)) for p in policies]
-        cells = [format_gib(e.activations if e is not None else 0) for e in places]
-        said = names[0] if len(names) == 1 else f"{len(names)} others" if activations else "all"
-        activations.append(([said, *cells], ""))
+    for names in by_sizes.values():
+        cells_of_policies = [by_place.get((names[0], policy)) for policy in policies]
+        cells = [format_gib(row.activations if row is not None else 0) for row in cells_of_policies]
+        label = names[0] if len(names) == 1 else f"{len(names)} others" if activations else "all"
+        activations.append(([label, *cells], ""))
     largest: list[_Line] = []
     for name in setups:
-        places = [by_place.get((name, p)) for p in policies]
-        largest.append(([name, *map(_largest, places)], ""))
+        cells_of_policies = [by_place.get((name, policy)) for policy in policies]
+        largest.append(([name, *map(_largest, cells_of_policies)], ""))
     columns = [
-        p.replace("checkpoint", "check-\npoint")
+        policy.replace("checkpoint", "check-\npoint")
         .replace("-recompute", "-\nrecom-\npute")
         .replace("+offload", "+off-\nload")
-        for p in (p.replace("+", "\n+") for p in policies)
+        for policy in (policy.replace("+", "\n+") for policy in policies)
     ]
-    images = found[0].batch
+    images = rows[0].batch
     return [
-        _table(head, held, whole_names=True),
+        _table(head, states, whole_names=True),
         f"Activations of {images} images, GiB a GPU:",
         _table(["", *columns], activations, whole_names=True),
         f"Largest batch a GPU (in brackets where {images} do not fit):",
@@ -269,20 +282,20 @@ def estimates(found: Sequence[Estimate]) -> list[Table | str]:
     ]
 
 
-def _setup(e: Estimate) -> str:
+def _setup(estimate: Estimate) -> str:
     """A setup in words."""
-    away = {"none": "", "cpu": " CPU", "optimizer": " CPU states", "nvme": " NVMe"}
-    return e.strategy + away[e.offload]
+    suffixes = {"none": "", "cpu": " CPU", "optimizer": " CPU states", "nvme": " NVMe"}
+    return estimate.strategy + suffixes[estimate.offload]
 
 
-def _largest(e: Estimate | None) -> str:
-    """The largest batch as text; in brackets if the asked batch does not fit."""
-    if e is None:
+def _largest(estimate: Estimate | None) -> str:
+    """The largest batch as text; in brackets if the requested batch does not fit."""
+    if estimate is None:
         return "-"
-    if e.reason == "CPU memory":
+    if estimate.reason == "CPU memory":
         return "memory"
-    size = e.largest_batch
-    said = (
+    size = estimate.largest_batch
+    text = (
         f"{size:,}" if size < 1e4 else f"{size / 1e3:.0f}k" if size < 1e6 else f"{size / 1e6:.0f}M"
     )
-    return said if e.fits else f"({said})"
+    return text if estimate.fits else f"({text})"

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from .config_schema import ConfigError
 from .disk import CheckpointError as CheckpointError
 from .disk import reading, reason, remove, writing
 
@@ -147,22 +148,46 @@ def check_keys(name: str | Path, found: Mapping[str, Any], wanted: Mapping[str, 
         found: shapes by key, as read.
         wanted: shapes by key, as the model has them.
     Raises:
-        CheckpointError: names up to five keys of each kind (missing, unexpected, of another shape).
+        CheckpointError: names up to five keys of each kind (missing, unexpected, of another shape
+            with both shapes).
     """
+    other = {
+        key: f"{key} {tuple(found[key])} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in found and tuple(found[key]) != tuple(shape)
+    }
     problems = []
     for label, keys in (
         ("missing", [key for key in wanted if key not in found]),
         ("unexpected", [key for key in found if key not in wanted]),
-        (
-            "of another shape",
-            [key for key in wanted if key in found and list(found[key]) != list(wanted[key])],
-        ),
+        ("of another shape", list(other.values())),
     ):
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             problems.append(f"{label}: {shown}")
     if problems:
         raise CheckpointError(f"{name} is of another model; {'; '.join(problems)}")
+
+
+def check_images(checkpoint: Path, state: Mapping[str, Any], images: int) -> None:
+    """Check that a checkpoint was trained on as many images as the run that continues it.
+
+    An epoch would otherwise have another number of steps. Older checkpoints lack the number.
+
+    Args:
+        checkpoint: for the message.
+        state: of the checkpoint; "images" has the number.
+        images: training images of the run.
+    Raises:
+        ConfigError: the numbers differ.
+    """
+    before = state.get("images", images)
+    if before != images:
+        raise ConfigError(
+            f"data: {images} training images, but {checkpoint} was trained on {before}; its epochs "
+            "cannot be continued on another data set: choose another train.out, and model.weights "
+            "to start from its weights"
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

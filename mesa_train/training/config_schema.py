@@ -1,8 +1,13 @@
 """Configurations of recipes: frozen dataclasses, read from YAML and changed by `section.key=value`.
 
-The type of the field decides how a value is read. An unquoted value counts as its text
-(`yaml_text.py`): in a text field, `no`, `off`, `2024` and `1:30` are text. A mistake gives one line
-with the key, the value and the choices.
+The annotation of a field has its type and its checks:
+
+    lr: Annotated[float, POSITIVE] = 5e-4
+    name: Annotated[str, OneOf(("adamw", "adamw8bit"))] = "adamw"
+
+The type decides how a value is read. An unquoted value counts as its text (`yaml_text.py`): in a
+text field, `no`, `off`, `2024` and `1:30` are text. Checks that need several fields are in a method
+`check` of the dataclass. A mistake gives one line with the key, the value and the choices.
 """
 
 from __future__ import annotations
@@ -12,16 +17,86 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mesa_train.policy import OFFLOADED, PRESETS
 from mesa_train.utils import yaml_text
 from mesa_train.utils.yaml_text import Plain
 
 
 class ConfigError(ValueError):
     """A mistake in a recipe's configuration. The message is one line."""
+
+
+# A check of one field. It gets the dotted name and the value, and raises ConfigError.
+Check = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Check of a number, or of every number of a list.
+
+    Attributes:
+        text: what the value must be, for the message.
+        holds: True for an allowed number. It must be False for nan.
+    """
+
+    text: str
+    holds: Callable[[float], bool]
+
+    def __call__(self, name: str, value: Any) -> None:
+        numbers = list(value) if isinstance(value, tuple) else [value]
+        if not all(self.holds(number) for number in numbers):
+            shown = numbers if isinstance(value, tuple) else value
+            raise ConfigError(f"{name} must {self.text}, got {shown}")
+
+
+POSITIVE = Bounds("be positive", lambda number: 0 < number < math.inf)
+NOT_NEGATIVE = Bounds("not be negative", lambda number: number >= 0)
+SHARE = Bounds("lie in [0, 1)", lambda number: 0 <= number < 1)
+PROBABILITY = Bounds("lie in [0, 1]", lambda number: 0 <= number <= 1)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Check of a pair (low, high): 0 < low <= high <= most.
+
+    Attributes:
+        most: default: no bound.
+    """
+
+    most: float = math.inf
+
+    def __call__(self, name: str, value: tuple[float, float]) -> None:
+        low, high = value
+        if not 0 < low <= high <= self.most:
+            raise ConfigError(
+                f"{name} must be a range within 0 and {self.most:g}, got {list(value)}"
+            )
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Check of a text. The message has the choices and the closest one.
+
+    Attributes:
+        choices: the allowed texts.
+    """
+
+    choices: Iterable[str]
+
+    def __call__(self, name: str, value: str) -> None:
+        choices = list(self.choices)
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+POLICY = OneOf(("plain", *PRESETS, *OFFLOADED))
 
 
 def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -89,33 +164,62 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 
 
 def of_values(schema: Any, values: Any, prefix: str = "") -> Any:
-    """Build a dataclass from nested plain values. Its sections may be dataclasses too.
+    """Build a dataclass from nested plain values and check it. Its sections may be dataclasses too.
 
     Args:
         schema: the dataclass.
         values: values by field name.
         prefix: the section's name and a dot, for messages.
     Raises:
-        ConfigError: a key is unknown, or a value has the wrong type.
+        ConfigError: a key is unknown, or a value has the wrong type or fails a check.
     """
     if isinstance(values, Plain) and yaml_text.is_null(values):
         values = {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {_shown(values)}")
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=3)
             rest = f"did you mean {', '.join(near)}?" if near else f"keys: {', '.join(hints)}"
             raise ConfigError(f"unknown key {prefix}{key}; {rest}")
-    return schema(
-        **{
-            key: of_values(hints[key], value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(hints[key])
-            else _typed(hints[key], value, prefix + key)
-            for key, value in values.items()
-        }
-    )
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            given[key] = of_values(hints[key], value, f"{prefix}{key}.")
+        else:
+            kind, checks = _parts(hints[key])
+            given[key] = _typed(kind, value, prefix + key)
+            _run(checks, prefix + key, given[key])
+    built = schema(**given)
+    if hasattr(built, "check"):
+        built.check()
+    return built
+
+
+def check_fields(config: Any) -> None:
+    """Run the checks in the annotations of a dataclass that was built by its constructor.
+
+    Raises:
+        ConfigError: names the first field whose value fails a check.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        _run(_parts(hint)[1], name, getattr(config, name))
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Check, ...]]:
+    """The type and the checks of an annotation."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return hint, ()
+    kind, *checks = typing.get_args(hint)
+    return kind, tuple(checks)
+
+
+def _run(checks: Iterable[Check], name: str, value: Any) -> None:
+    """Run the checks of a field. None, in a field that may be null, needs no check."""
+    if value is not None:
+        for check in checks:
+            check(name, value)
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
@@ -180,17 +284,3 @@ def _remedy(kind: Any, value: Any) -> str:
         if text.lstrip("+-").isdigit() and len(text) > 1:
             return "; a number has no leading zeros"
     return ""
-
-
-def one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ConfigError, with the closest choice, if `value` is not one of `choices`."""
-    if value not in choices:
-        near = difflib.get_close_matches(value, list(choices), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError unless `value` is above 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be positive, got {value}")

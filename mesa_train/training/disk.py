@@ -13,11 +13,14 @@ or would run a different collective than this rank.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from mesa_train.utils import records
 
 _log = logging.getLogger(__name__)
 Gather = Callable[[list[str]], list[str]]
@@ -84,6 +87,20 @@ def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
         if beside is not None:
             remove(beside)
         raise CheckpointError(f"{path} could not be written ({reason(error)}{room})") from None
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a JSON-lines file of a run.
+
+    A folder that was removed is not created again, because it may be on a disk that is no longer
+    mounted.
+
+    Raises:
+        OSError: the run's folder was removed, or the file cannot be written; names the path.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed", str(path.parent))
+    records.append(path, row)
 
 
 def together(

@@ -15,11 +15,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mesa_train.training.config_schema import NOT_NEGATIVE, POSITIVE, SHARE, check_fields
 from mesa_train.training.data.packaged import ImageSet, Transform, held_out_batches, train_batches
 
 
@@ -41,24 +43,19 @@ class TrainConfig:
         device: default "cpu".
     """
 
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    label_smoothing: float = 0.1
-    clip_norm: float = 1.0
+    epochs: Annotated[int, POSITIVE] = 10
+    batch_size: Annotated[int, POSITIVE] = 64
+    lr: Annotated[float, POSITIVE] = 1e-3
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    warmup: Annotated[float, SHARE] = 0.1
+    label_smoothing: Annotated[float, SHARE] = 0.1
+    clip_norm: Annotated[float, POSITIVE] = 1.0
     autocast: torch.dtype | None = torch.bfloat16
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-_OURS = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple(
     Path(folder).resolve() for folder in {*sysconfig.get_paths().values()} if "lib" in folder
 )
 # Most characters of a message that is not from mesa_train.
-_MOST = 300
+_MAX_CHARACTERS = 300
 
 
 def one_line(error: BaseException) -> str:
@@ -22,10 +22,10 @@ def one_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     line = text.splitlines()[0] if text else "no message"
-    where = place(error)
-    if not where:
+    location = place(error)
+    if not location:
         return line if text else type(error).__name__
-    return f"{type(error).__name__}: {line[:_MOST]} ({where})"
+    return f"{type(error).__name__}: {line[:_MAX_CHARACTERS]} ({location})"
 
 
 def place(error: BaseException) -> str:
@@ -38,7 +38,7 @@ def place(error: BaseException) -> str:
         if not path.is_file():
             continue
         path = path.resolve()
-        if _OURS in path.parents or any(folder in path.parents for folder in _LIBRARIES):
+        if _PACKAGE in path.parents or any(folder in path.parents for folder in _LIBRARIES):
             continue
         return f"{path.name}, line {frame.lineno}"
     return ""

@@ -41,28 +41,35 @@ def parse_bytes(text: str, option: str = "") -> int:
         Bytes.
 
     Raises:
-        ValueError: the text is no size, or the size is zero or less.
+        ValueError: the text is not a size, or the size is not above 0.
     """
-    found = _SIZE.fullmatch(text.strip().lower())
-    start = f"{option}: " if option else ""
-    if found is None or float(found[1]) <= 0:
+    match = _SIZE.fullmatch(text.strip().lower())
+    prefix_text = f"{option}: " if option else ""
+    if match is None or float(match[1]) <= 0:
         raise ValueError(
-            f"{start}a size is a number with a unit such as 24GiB or 800MB (KiB, MiB, GiB, TiB, KB, "
-            f"MB, GB, TB), got {text!r}"
+            f"{prefix_text}a size must be a number with a unit such as 24GiB or 800MB (KiB, MiB, GiB, "
+            f"TiB, KB, MB, GB, TB), got {text!r}"
         )
-    number, prefix, kind = float(found[1]), found[2] or "", found[3] or ""
+    number, prefix, kind = float(match[1]), match[2] or "", match[3] or ""
     if option and not prefix and not kind and number < 1e6:
-        raise ValueError(f"{start}{text.strip()} bytes? Give a unit: {text.strip()}GiB")
+        raise ValueError(
+            f"{prefix_text}a size needs a unit, such as {text.strip()}GiB, got {text.strip()!r}"
+        )
     base = 1000 if kind == "b" and prefix else 1024
     return int(number * base ** " kmgt".index(prefix or " "))
 
 
-def format_shapes(shapes: Sequence[Sequence[int]], most: int = 4) -> str:
-    """Format shapes as `8x3x224x224, 8x12`; of more than `most` tensors the first, and a count."""
-    said = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
-    if len(said) <= most:
-        return ", ".join(said)
-    return f"{', '.join(said[: most - 1])} and {len(said) - most + 1} more tensors"
+def format_shapes(shapes: Sequence[Sequence[int]], limit: int = 4) -> str:
+    """Format shapes as `8x3x224x224, 8x12`.
+
+    Args:
+        shapes: the shapes of the tensors.
+        limit: most shapes in the text; for more tensors, the text ends in the number of the others.
+    """
+    texts = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
+    if len(texts) <= limit:
+        return ", ".join(texts)
+    return f"{', '.join(texts[: limit - 1])} and {len(texts) - limit + 1} more tensors"
 
 
 def format_precision(dtype: str | None, weights: str = "float32") -> str:

@@ -39,22 +39,26 @@ def match_override(
     elif operation and (
         operator not in operators or (operand and operand not in operators[operator])
     ):
-        known = [f"{o}.{p}" for o, ps in operators.items() for p in ps]
+        known = [
+            f"{operator_name}.{operand_name}"
+            for operator_name, operand_names in operators.items()
+            for operand_name in operand_names
+        ]
         choices = known if operator in operators else list(operators)
         raise ValueError(
-            f"override {pattern!r} names no operator; choose from {', '.join(choices)}"
+            f"override {pattern!r} matches no operator; choose from {', '.join(choices)}"
             f"{near_miss(operation, choices)}"
         )
     if not modules:
         return None, operator, operand or None
-    hit = matching(modules, names)
-    if not hit:
-        near = difflib.get_close_matches(modules, [*names, *operators], n=4, cutoff=0.4)
+    matches = matching(modules, names)
+    if not matches:
+        close = difflib.get_close_matches(modules, [*names, *operators], n=4, cutoff=0.4)
         if is_function(modules):
-            near = [f"fallback.{plain_name(modules)}", *near]
-        shown = f"close names: {', '.join(near)}" if near else f"operators: {', '.join(operators)}"
-        raise ValueError(f"override {pattern!r} matches no module and no operator; {shown}")
-    covered = {n for n in names if any(is_inside(n, h) for h in hit)}
+            close = [f"fallback.{plain_name(modules)}", *close]
+        hint = f"close names: {', '.join(close)}" if close else f"operators: {', '.join(operators)}"
+        raise ValueError(f"override {pattern!r} matches no module and no operator; {hint}")
+    covered = {name for name in names if any(is_inside(name, outer) for outer in matches)}
     return covered, operator or None, operand or None
 
 

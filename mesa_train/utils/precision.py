@@ -10,7 +10,7 @@ is
 * else float32 on a processor;
 * else float16 with a gradient scaler on a GPU, or float32 for a training without a scaler.
 
-Needs only torch. A probe takes microseconds.
+This file needs only torch. A probe takes microseconds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Choice:
         return self.name == "fp16"
 
 
-def choose(asked: str, device: Arithmetic | str, *, fp16: bool = True) -> Choice:
+def choose(requested: str, device: Arithmetic | str, *, fp16: bool = True) -> Choice:
     """Choose the precision for a device.
 
     Args:
@@ -79,26 +79,28 @@ def choose(asked: str, device: Arithmetic | str, *, fp16: bool = True) -> Choice
     Raises:
         ValueError: `asked` is none of these.
     """
-    have = probe(device) if isinstance(device, str) else device
-    if asked == "auto":
-        name = "bf16" if have.bf16 else "no"
-        if not have.bf16 and have.kind != "cpu" and have.fp16 and fp16:
+    arithmetic = probe(device) if isinstance(device, str) else device
+    if requested == "auto":
+        name = "bf16" if arithmetic.bf16 else "no"
+        if not arithmetic.bf16 and arithmetic.kind != "cpu" and arithmetic.fp16 and fp16:
             name = "fp16"
-        verb = "computes" if have.bf16 else "does not compute"
+        verb = "computes" if arithmetic.bf16 else "does not compute"
         scaled = " with loss scaling" if name == "fp16" else ""
-        line = f"precision auto: {_WORDS[name]}{scaled}, since {have.name} {verb} in bfloat16"
+        line = (
+            f"precision auto: {_WORDS[name]}{scaled}, because {arithmetic.name} {verb} in bfloat16"
+        )
         return Choice(name, line, emulated=False)
-    if asked not in DTYPES:
-        raise ValueError(f"precision must be one of auto, {', '.join(DTYPES)}, got {asked!r}")
-    native = {"no": True, "bf16": have.bf16, "fp16": have.fp16}[asked]
-    line = f"precision {asked}: {_WORDS[asked]}"
+    if requested not in DTYPES:
+        raise ValueError(f"precision must be one of auto, {', '.join(DTYPES)}, got {requested!r}")
+    native = {"no": True, "bf16": arithmetic.bf16, "fp16": arithmetic.fp16}[requested]
+    line = f"precision {requested}: {_WORDS[requested]}"
     if not native:
-        better = choose("auto", have, fp16=fp16)
+        better = choose("auto", arithmetic, fp16=fp16)
         line += (
-            f", which {have.name} only emulates, many times slower than {_WORDS[better.name]}; "
+            f", which {arithmetic.name} only emulates, many times slower than {_WORDS[better.name]}; "
             f"auto takes {_WORDS[better.name]}"
         )
-    return Choice(asked, line, emulated=not native)
+    return Choice(requested, line, emulated=not native)
 
 
 def probe(kind: str) -> Arithmetic:

@@ -39,8 +39,8 @@ def append(path: Path, *rows: Mapping[str, Any]) -> None:
     try:
         with path.open("a+b") as file:
             file.seek(0)
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
             file.write(text.encode())
     except OSError as error:
         # The error of a write to an open file does not have the file's name.
@@ -56,6 +56,8 @@ _RENAMED = {
     "kept_ratio": "saved_ratio",
     "mesa8_kept_bytes": "mesa8_saved_bytes",
     "standing_bytes": "static_bytes",
+    # A key of `by_operator`.
+    "copies in main memory": "copies in CPU memory",
 }
 
 

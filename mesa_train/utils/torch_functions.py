@@ -51,17 +51,17 @@ def checked(pattern: str, name: str) -> str:
     """
     plain = plain_name(name)
     if not is_function(plain):
-        public = {n for owner in _OWNERS for n in dir(owner) if not n.startswith("_")}
-        names = sorted({plain_name(n) for n in public} | _registered())
-        near = ", ".join([f"fallback.{n}" for n in difflib.get_close_matches(plain, names)])
+        public = {name for owner in _OWNERS for name in dir(owner) if not name.startswith("_")}
+        names = sorted({plain_name(name) for name in public} | _registered())
+        close = ", ".join([f"fallback.{name}" for name in difflib.get_close_matches(plain, names)])
         raise ValueError(
-            f"override {pattern!r} names no function of torch or of a loaded library"
-            f"{f'; close names: {near}' if near else ''}"
+            f"override {pattern!r} matches no function of torch or of a loaded library"
+            f"{f'; close names: {close}' if close else ''}"
         )
     return plain
 
 
 def _registered() -> set[str]:
     """Plain names of the operators that libraries have registered so far."""
-    every = torch._C._dispatch_get_all_op_names()
-    return {plain_name(n.partition("::")[2].partition(".")[0]) for n in every}
+    names = torch._C._dispatch_get_all_op_names()
+    return {plain_name(name.partition("::")[2].partition(".")[0]) for name in names}

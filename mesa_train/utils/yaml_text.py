@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NULL = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
-# 010 is 8 in YAML 1.1 and 10 in YAML 1.2: neither is taken.
+# 010 is 8 in YAML 1.1 and 10 in YAML 1.2. So it stays text.
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
@@ -34,7 +34,7 @@ def read(text: str | bytes) -> Any:
         Values: `Plain`, text that was quoted, and values with an explicit tag.
 
     Raises:
-        yaml.YAMLError: the text is no YAML, or a key is repeated.
+        yaml.YAMLError: the text is not YAML, or a key is repeated.
     """
     import yaml
 
@@ -58,9 +58,9 @@ def resolved(value: Any) -> Any:
     if is_null(value):
         return None
     for kind in (to_bool, to_int, to_float):
-        found = kind(value)
-        if found is not None:
-            return found
+        converted = kind(value)
+        if converted is not None:
+            return converted
     return str(value)
 
 
@@ -127,8 +127,8 @@ def to_float(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        whole = to_int(text)
-        return None if whole is None else float(whole)
+        integer = to_int(text)
+        return None if integer is None else float(integer)
 
 
 @cache
@@ -153,8 +153,8 @@ def _loader() -> type[yaml.SafeLoader]:
                             None, None, f"the key {key.value!r} is given twice", key.start_mark
                         )
                     seen.add(key.value)
-            made = super().construct_mapping(node, deep)
-            return {str(k) if isinstance(k, Plain) else k: v for k, v in made.items()}
+            mapping = super().construct_mapping(node, deep)
+            return {str(k) if isinstance(k, Plain) else k: v for k, v in mapping.items()}
 
     def text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
         written = loader.construct_scalar(node)

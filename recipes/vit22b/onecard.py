@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +25,8 @@ import typer
 
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
-from mesa_train.policy import OFFLOADED, PRESETS
-from mesa_train.training.config_schema import one_of
+from mesa_train.training import loop
+from mesa_train.training.config_schema import POLICY, OneOf
 from mesa_train.training.data import packaged as data
 from mesa_train.training.optim.optimizer_in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.optim.optimizer_in_backward import InBackward
@@ -44,6 +43,7 @@ from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes
 
 METHODS = ("nf4", *IN_BACKWARD)
+Batches = Iterator[tuple[Any, Any]]
 RANDOM = "random"
 
 
@@ -82,7 +82,7 @@ def main(
         net.train().set_grad_checkpointing(checkpointing != "none")
         install(net, policy, checkpointing)
         drawn = batches(images, batch_size, image_size, device)
-        losses, seconds = run(net, method, drawn, steps, lr, device)
+        results = train(net, method, drawn, steps, lr, device)
     except torch.OutOfMemoryError:
         taken = format_bytes(torch.cuda.max_memory_allocated())
         raise SystemExit(
@@ -91,6 +91,8 @@ def main(
         ) from None
     except (ConfigError, CheckpointError, ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    # Drawing and resizing images is not part of the method.
+    seconds = [(r.step_ms - r.wait_ms) / 1e3 for r in results]
     rate = batch_size / sorted(seconds)[len(seconds) // 2]
     row: dict[str, Any] = {
         "method": method,
@@ -99,7 +101,7 @@ def main(
         "batch_size": batch_size,
         "policy": policy,
         "checkpointing": checkpointing,
-        "losses": losses,
+        "losses": [r.loss for r in results],
         "images_per_s": rate,
         "predicted_bytes": predicted,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
@@ -113,17 +115,17 @@ def main(
     if peak_tflops:
         flops = rate * sharded_loop.model_flops(model, image_size)
         row["mfu"] = flops / (peak_tflops * 1e12)
-    sharded_loop.append_to(out / "results.jsonl")(row)
+    records.append(out / "results.jsonl", row)
     print(json.dumps(row, indent=1))
 
 
 def check(method: str, model: str, policy: str, checkpointing: str, images: str) -> None:
     """Raise ValueError or ConfigError for arguments that cannot run, before memory is used."""
-    one_of("method", method, METHODS)
-    one_of("model", model, SIZES)
-    one_of("policy", policy, ("plain", *PRESETS, *OFFLOADED))
-    one_of("checkpointing", checkpointing, CHECKPOINTING)
-    one_of("images", images, (*data.BUILTIN, RANDOM))
+    OneOf(METHODS)("method", method)
+    OneOf(SIZES)("model", model)
+    POLICY("policy", policy)
+    OneOf(CHECKPOINTING)("checkpointing", checkpointing)
+    OneOf((*data.BUILTIN, RANDOM))("images", images)
     if checkpointing == "coded" and policy == "plain":
         raise ValueError("checkpointing=coded needs a policy other than plain")
     check_precision("pure_bf16")
@@ -183,7 +185,7 @@ def build(
     return net
 
 
-def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[Any, Any]]:
+def batches(images: str, batch: int, size: int, device: str) -> Batches:
     """Yield (pixels, labels) endlessly, in the model's resolution, on the device."""
     if images == RANDOM:
         stream = torch.Generator(device).manual_seed(0)
@@ -200,32 +202,66 @@ def batches(images: str, batch: int, size: int, device: str) -> Iterator[tuple[A
         epoch += 1
 
 
-def run(
-    net: Any, method: str, drawn: Iterator[tuple[Any, Any]], steps: int, lr: float, device: str
-) -> tuple[list[float], list[float]]:
-    """Train. Returns losses and seconds of the steps."""
-    parameters = groups(net)
-    stepper = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
-    optimizer = None if stepper else torch.optim.AdamW(parameters, lr=lr)
-    losses, seconds = [], []
-    said = Every()
-    for step in range(steps):
-        said(f"step {step} of {steps}")
-        pixels, labels = next(drawn)
-        start = time.perf_counter()
-        if stepper:
-            stepper.begin()
-        with torch.autocast(device, torch.bfloat16, enabled=method == "nf4"):
-            loss = sigmoid_loss(net(pixels), labels)
+class OneCardRun(loop.TrainingRun):
+    """A model on one card. Its optimizer steps in the backward, except with nf4.
+
+    Args:
+        net: the model, in training.
+        method: "nf4", "lion" or "factored".
+        drawn: batches without end, on the device.
+        steps: optimizer steps.
+        lr: learning rate.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(
+        self, net: Any, method: str, drawn: Batches, steps: int, lr: float, device: str
+    ) -> None:
+        parameters = groups(net)
+        self.net, self.drawn, self.device, self.rate = net, drawn, device, lr
+        self.in_backward = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
+        self.optimizer = None if self.in_backward else torch.optim.AdamW(parameters, lr=lr)
+        self.cadence, self.steps = loop.Cadence(steps, steps), 0
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.steps
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, which is constant."""
+        return self.rate
+
+    def batches(self) -> Batches:
+        """Batches without end."""
+        return self.drawn
+
+    def step(self, batches: Batches) -> tuple[Any, float]:
+        """Take one optimizer step. Returns (loss, 0), because the norm is not computed."""
+        pixels, labels = next(batches)
+        if self.in_backward:
+            self.in_backward.begin()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.in_backward is None):
+            loss = sigmoid_loss(self.net(pixels), labels)
         loss.backward()
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        if device == "cuda":
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.steps += 1
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return losses, seconds
+        return loss.detach(), 0.0
+
+
+def train(
+    net: Any, method: str, drawn: Batches, steps: int, lr: float, device: str
+) -> list[loop.StepResult]:
+    """Train. Returns the result of each step."""
+    run, speak = OneCardRun(net, method, drawn, steps, lr, device), Every()
+    results: list[loop.StepResult] = []
+    loop.train(run, results.append, tick=lambda _: speak(f"step {run.done} of {steps}"))
+    return results
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.models.vit22b.init import initialise
 from mesa_train.models.vit22b.model import SIZES
-from mesa_train.training.config_schema import one_of
+from mesa_train.training.config_schema import OneOf
 from mesa_train.training.data import folder
 from mesa_train.training.data import packaged as data
 from mesa_train.training.data.config import DataConfig
@@ -125,7 +125,7 @@ def build(name: str, weights: Path | None, size: int, device: str) -> Any:
     Raises:
         ValueError: the name or the size is wrong.
     """
-    one_of("--model", name, SIZES)
+    OneOf(SIZES)("--model", name)
     if size % SIZES[name][0]:
         raise ValueError(f"--image-size must be a multiple of {SIZES[name][0]}, got {size}")
     with torch.device("meta"):

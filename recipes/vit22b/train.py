@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mesa_train.training.data import sources
-from mesa_train.training.disk import last_good, peer_ended
+from mesa_train.training.disk import append, last_good, peer_ended
 from mesa_train.training.vit22b import config as sharded_config
 from mesa_train.training.vit22b import dry_run as sharded_plan
 from mesa_train.training.vit22b import loop as sharded_loop
@@ -49,10 +49,11 @@ def main(
                 print(sharded_plan.report(settings, world, classes))
             leave(0)
         out = Path(settings.train.out)
-        write = sharded_loop.append_to(out / "metrics.jsonl")
+        metrics = out / "metrics.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
 
         def report(row: dict[str, Any]) -> None:
-            write(row)
+            append(metrics, row)
             rate = f"{row['images_per_s']:.1f} images/s"
             print(f"step {row['step']}: loss {row['loss']:.5f}, {rate}", flush=True)
 

@@ -129,7 +129,7 @@ def main(
     table = Table(title=f"{side}x{side} tokens, {DIM} channels, {HEADS} heads, bf16 autocast")
     for heading in (
         "layer", "parameters", "GMACs", "forward", "training step", "with mesa8",
-        f"kept, batch {count_batch}", "with mesa8",
+        f"saved, batch {count_batch}", "with mesa8",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in rows:
@@ -153,7 +153,7 @@ def counted(name: str, side: int, batch: int) -> dict[str, int]:
     # A norm precedes an attention layer, and the count includes the norm's saved bytes.
     model = nn.Sequential(nn.LayerNorm(DIM, device="meta"), layer)
     maps = torch.empty(batch, side, side, DIM, device="meta", requires_grad=True)
-    kept = {
+    saved = {
         policy: mesa_train.footprint(
             model, maps, policy=policy, autocast=torch.bfloat16
         ).saved_bytes
@@ -163,8 +163,8 @@ def counted(name: str, side: int, batch: int) -> dict[str, int]:
         "parameters": sum(p.numel() for p in layer.parameters()),
         "macs": layer.flops(side, side),
         "count_batch": batch,
-        "saved_bytes": kept["plain"],
-        "mesa8_saved_bytes": kept["mesa8"],
+        "saved_bytes": saved["plain"],
+        "mesa8_saved_bytes": saved["mesa8"],
     }
 
 
@@ -189,12 +189,15 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
                 torch.cuda.synchronize()
             if turn >= 2:  # two rounds warm up
                 times[key].append(1e3 * (time.perf_counter() - start))
-    found: dict[str, dict[str, float]] = {}
-    for (name, what), values in times.items():
+    medians: dict[str, dict[str, float]] = {}
+    for (name, measure), values in times.items():
         quartiles = statistics.quantiles(values, n=4)
-        found.setdefault(name, {})[what] = statistics.median(values)
-        found[name][f"{what}_low"], found[name][f"{what}_high"] = quartiles[0], quartiles[2]
-    return found
+        medians.setdefault(name, {})[measure] = statistics.median(values)
+        medians[name][f"{measure}_low"], medians[name][f"{measure}_high"] = (
+            quartiles[0],
+            quartiles[2],
+        )
+    return medians
 
 
 def _forward(model: nn.Module, maps: Tensor) -> Callable[[], None]:

@@ -48,11 +48,11 @@ def main(
 ) -> None:
     """Measure every call."""
     warnings.simplefilter("ignore")
-    wanted = {f.strip() for f in functions.split(",") if f.strip()}
+    selected = {f.strip() for f in functions.split(",") if f.strip()}
     origin = records.provenance()
     torch.manual_seed(0)
     for call in calls():
-        if not wanted or call.function in wanted:
+        if not selected or call.function in selected:
             row = measured(call)
             if row is not None:
                 records.append(out, {**row, **origin})
@@ -71,8 +71,8 @@ def _samples(op: OpInfo) -> Iterator[Call]:
     """A function's calls on PyTorch's own samples."""
     samples = op.sample_inputs("cpu", torch.float32, requires_grad=True)
     for number, sample in enumerate(itertools.islice(samples, SAMPLES)):
-        given = (sample.input, *sample.args, *sample.kwargs.values())
-        leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
+        arguments = (sample.input, *sample.args, *sample.kwargs.values())
+        leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
 
         def call(*_: Tensor, sample: Any = sample) -> Any:
             return op(sample.input, *sample.args, **sample.kwargs)
@@ -88,25 +88,29 @@ def measured(call: Call) -> Row | None:
     leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in call.tensors]
     if any(t.layout is not torch.strided for t in leaves) or not leaves:
         return None
-    keep: list[int] = []
+    saved_sizes: list[int] = []
     try:
-        plain = _gradients(call, leaves, lambda t: t, keep)
+        plain = _gradients(call, leaves, lambda t: t, saved_sizes)
     except Exception:  # an input outside of a function's domain
         return None
-    if not keep or not plain or not all(bool(g.isfinite().all()) for g in plain if g is not None):
+    if (
+        not saved_sizes
+        or not plain
+        or not all(bool(g.isfinite().all()) for g in plain if g is not None)
+    ):
         return None
     only_input = "input alone" in call.function
     first = leaves[0].untyped_storage()._cdata
 
-    def chosen(t: Tensor) -> bool:
+    def is_coded(t: Tensor) -> bool:
         return not only_input or t.untyped_storage()._cdata == first
 
     try:
-        coded = _gradients(call, leaves, lambda t: _coded(t) if chosen(t) else t)
+        coded = _gradients(call, leaves, lambda t: _coded(t) if is_coded(t) else t)
         error = max(_error(a, b) for a, b in zip(coded, plain, strict=True))
     except Exception:  # an index out of range, a matrix that is no longer positive
         error = FAILED
-    sizes = bool(keep) and not any(word in call.function for word in INDEXED)
+    sizes = bool(saved_sizes) and not any(word in call.function for word in INDEXED)
     if sizes:
         try:
             blank = _gradients(call, leaves, lambda t: torch.full_like(t, math.nan))
@@ -116,7 +120,7 @@ def measured(call: Call) -> Row | None:
     return {
         "function": call.function,
         "inputs": call.inputs,
-        "saved_bytes": sum(keep),
+        "saved_bytes": sum(saved_sizes),
         "sizes_alone": sizes,
         # The error of the worst gradient.
         "error": error,
@@ -126,10 +130,10 @@ def measured(call: Call) -> Row | None:
 def _gradients(
     call: Call,
     leaves: list[Tensor],
-    kept: Callable[[Tensor], Tensor],
+    replace: Callable[[Tensor], Tensor],
     sizes: list[int] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of the leaves if `kept` replaces every saved float tensor."""
+    """The gradients of the leaves if `replace` is applied to every saved float tensor."""
 
     def pack(tensor: Tensor) -> Tensor:
         if (
@@ -141,7 +145,7 @@ def _gradients(
         if sizes is not None:
             sizes.append(tensor.numel() * tensor.element_size())
         with torch.no_grad():
-            return kept(tensor.detach())
+            return replace(tensor.detach())
 
     torch.manual_seed(1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -164,11 +168,11 @@ def _coded(tensor: Tensor) -> Tensor:
     return layout.restore(codec.decode(codes, layout.cols, tensor.dtype))
 
 
-def _error(found: Tensor | None, exact: Tensor | None) -> float:
+def _error(gradient: Tensor | None, exact: Tensor | None) -> float:
     """Relative L2 distance of a gradient."""
-    if found is None or exact is None or not exact.numel():
+    if gradient is None or exact is None or not exact.numel():
         return 0.0
-    distance, size = (found - exact).double().norm().item(), exact.double().norm().item()
+    distance, size = (gradient - exact).double().norm().item(), exact.double().norm().item()
     return 0.0 if distance == 0 else min(distance / size, FAILED) if size else FAILED
 
 

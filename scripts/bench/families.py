@@ -144,12 +144,12 @@ def compare(
     for method in methods:
         steps.next(f"bytes: {method}")
         try:
-            found = plain if method == PLAIN else count(policy=method)
+            counted = plain if method == PLAIN else count(policy=method)
         except NoBlocks as reason:
             results[method] = Row(method, None, notes=(str(reason),))
             continue
-        ratio = plain.saved_bytes / found.saved_bytes if found.saved_bytes else None
-        results[method] = Row(method, found.saved_bytes, ratio, notes=found.notes)
+        ratio = plain.saved_bytes / counted.saved_bytes if counted.saved_bytes else None
+        results[method] = Row(method, counted.saved_bytes, ratio, notes=counted.notes)
     run = StepRunner(model, inputs, autocast, loss or default_loss)
     usable = [method for method, row in results.items() if row.saved_bytes is not None]
     if error and real:
@@ -160,14 +160,15 @@ def compare(
             distance = relative_error(run.gradients(method), reference)
             results[method] = dataclasses.replace(results[method], gradient_error=distance)
     if time and real:
-        every = usable if PLAIN in usable else [PLAIN, *usable]
-        times = dict(zip(every, run.times(every, rounds, steps.next), strict=True))
+        timed = usable if PLAIN in usable else [PLAIN, *usable]
+        times = dict(zip(timed, run.times(timed, rounds, steps.next), strict=True))
         for method in usable:
             results[method] = dataclasses.replace(
                 results[method],
                 time_ms=1e3 * statistics.median(times[method]),
                 time_ratio=statistics.median(
-                    own / plain for own, plain in zip(times[method], times[PLAIN], strict=True)
+                    seconds / plain
+                    for seconds, plain in zip(times[method], times[PLAIN], strict=True)
                 ),
             )
     steps.finish()
@@ -189,10 +190,10 @@ class _Steps:
         self.total = methods + 1 + error * (methods + 1) + time * (rounds + 1)
         self.done = 0
 
-    def next(self, what: str) -> None:
+    def next(self, description: str) -> None:
         """Report the next step."""
         if self.progress is not None:
-            self.progress(what, self.done, self.total)
+            self.progress(description, self.done, self.total)
         self.done += 1
 
     def finish(self) -> None:

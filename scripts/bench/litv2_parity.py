@@ -35,25 +35,25 @@ def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
     processes: Annotated[int, typer.Option(min=1, max=2)] = 1,
     set: Annotated[list[str], typer.Option(help="section.key=value for the recipe.")] = [],  # noqa: B006
-    work: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/litv2_parity"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/litv2_parity"),
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Train every policy with every seed by the recipe."""
     settings = {"processes": processes, "changes": sorted(set)}
-    done = {(r["name"], r["seed"]) for r in records.read(out) if r["settings"] == settings}
+    done = {(row["name"], row["seed"]) for row in records.read(out) if row["settings"] == settings}
     for seed in seeds.split(","):
         for policy in policies.split(","):
             if (policy, int(seed)) in done:
                 continue
             folder = work / f"{policy}-{seed}-{processes}"
-            about: records.Row = {"settings": settings, **records.provenance()}
-            about |= launch(
+            common: records.Row = {"settings": settings, **records.provenance()}
+            common |= launch(
                 folder, processes, [f"train.policy={policy}", f"train.seed={seed}", *set]
             )
-            rows = [r for r in records.read(folder / "metrics.jsonl") if r["kind"] == "epoch"]
-            records.append(out, *[{**row, **about} for row in rows])
-            spent = f"{about['minutes']:.1f} min" if about["minutes"] else "a run that was cut"
-            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {spent}", flush=True)
+            rows = [row for row in records.read(folder / "metrics.jsonl") if row["kind"] == "epoch"]
+            records.append(out, *[{**row, **common} for row in rows])
+            duration = f"{common['minutes']:.1f} min" if common["minutes"] else "several launches"
+            print(f"{policy} seed {seed}: {rows[-1]['top1']:.1%} in {duration}", flush=True)
 
 
 def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float | None]:
@@ -72,11 +72,11 @@ def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float 
     fresh = not (folder / "checkpoints").exists()
     start, computed = time.perf_counter(), _processor_seconds()
     subprocess.run(command, check=True, env=environment)
-    spent = {
+    minutes = {
         "minutes": (time.perf_counter() - start) / 60,
         "processor_minutes": (_processor_seconds() - computed) / 60,
     }
-    return {key: value if fresh else None for key, value in spent.items()}
+    return {key: value if fresh else None for key, value in minutes.items()}
 
 
 def _processor_seconds() -> float:

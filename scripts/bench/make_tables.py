@@ -1,14 +1,15 @@
-"""Puts measured rows into the tables of README.md, docs and recipes.
+"""Write measured rows into the tables of README.md, docs and recipes.
 
-A table stands between two markers, and everything between them is written by this script:
+A table is between two markers. This script replaces all text between them:
 
     <!-- table:step vit_small_patch16_224 -->
     <!-- /table -->
 
     python scripts/bench/make_tables.py            rewrites the files
-    python scripts/bench/make_tables.py --check    fails if a file is not what the rows say
+    python scripts/bench/make_tables.py --check    fails if a table differs from its rows
 
-The first word names a decorated function in scripts/tables, the others the value of its column.
+The first word is the name of a decorated function in scripts/bench/tables. The other words are values
+of its columns.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ def main(
 
 
 def renew(text: str, results: Path) -> str:
-    """`text` with the body of every marked table made anew. ValueError for an unknown table."""
+    """Return `text` with new bodies of all marked tables. ValueError for an unknown table."""
 
-    def table(found: re.Match[str]) -> str:
-        name, *words = found["words"].split()
+    def table(match: re.Match[str]) -> str:
+        name, *words = match["words"].split()
         if name not in TABLES:
             raise ValueError(f"no table {name!r}; choose from {', '.join(TABLES)}")
-        return found["open"] + TABLES[name].markdown(results, words) + found["close"]
+        return match["open"] + TABLES[name].markdown(results, words) + match["close"]
 
     if text.count("<!-- table:") != len(MARKED.findall(text)):
         raise ValueError("a table marker is not closed by <!-- /table -->")

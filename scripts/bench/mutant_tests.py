@@ -101,7 +101,7 @@ def copy_to(folder: Path) -> None:
     (folder / f"{_WATCH}.py").write_text(_WATCHING)
 
 
-def noted(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) -> list[Test]:
+def passing_tests(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) -> list[Test]:
     """The tests in `files` that pass.
 
     Args:
@@ -115,18 +115,18 @@ def noted(copy: Path, files: Sequence[str], marks: Sequence[tuple[str, int]]) ->
         for file in {file for file, _ in marks}:
             lines = {line: number for number, (f, line) in enumerate(marks) if f == file}
             path = copy / "mesa_train" / file
-            stack.enter_context(changed(path, marked(path.read_text(), lines)))
+            stack.enter_context(changed(path, insert_marks(path.read_text(), lines)))
         _wait(_child(copy, lambda: _note(copy, files, report)), 3600)
     if not report.exists():
         raise SystemExit(f"{' '.join(files)} cannot be run: {(copy / 'log.txt').read_text()}")
     rows = json.loads(report.read_text())
     for row in rows:
         if not row["passed"]:
-            print(f"left out: {row['name']} does not pass without a mutant", flush=True)
+            print(f"excluded: {row['name']} does not pass without a mutant", flush=True)
     return [Test(row["name"], row["seconds"], set(row["marks"])) for row in rows if row["passed"]]
 
 
-def marked(source: str, lines: Mapping[int, int]) -> str:
+def insert_marks(source: str, lines: Mapping[int, int]) -> str:
     """The text of a file with a call before each of the given lines.
 
     Args:
@@ -135,12 +135,14 @@ def marked(source: str, lines: Mapping[int, int]) -> str:
     """
     text = source.splitlines(keepends=True)
     for line in sorted(lines, reverse=True):
-        before = text[line - 1]
-        space = before[: len(before) - len(before.lstrip())]
-        text.insert(line - 1, f"{space}_{_WATCH}({lines[line]})\n")
+        line_text = text[line - 1]
+        indent = line_text[: len(line_text) - len(line_text.lstrip())]
+        text.insert(line - 1, f"{indent}_{_WATCH}({lines[line]})\n")
     future = "from __future__ import annotations\n"
-    place = text.index(future) + 1 if future in text else ast.parse(source).body[0].end_lineno or 0
-    text.insert(place, f"from {_WATCH} import seen as _{_WATCH}\n")
+    position = (
+        text.index(future) + 1 if future in text else ast.parse(source).body[0].end_lineno or 0
+    )
+    text.insert(position, f"from {_WATCH} import seen as _{_WATCH}\n")
     return "".join(text)
 
 
@@ -152,17 +154,17 @@ def first_failure(copy: Path, tests: Sequence[Test], limit_s: float) -> tuple[st
     """
     report = copy / "outcome.json"
     report.unlink(missing_ok=True)
-    begun = time.monotonic()
+    start = time.monotonic()
     names = [test.name for test in tests]
     # The limit is processor time, because the machine may be busy. Ten times the limit in
     # wall-clock time covers a process that does not run at all.
     status = _wait(_child(copy, lambda: _fail(names, report), limit_s), 10 * limit_s)
-    taken = time.monotonic() - begun
+    seconds = time.monotonic() - start
     if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
-        return f"its time: over {limit_s:.0f} s", taken
+        return f"timeout: over {limit_s:.0f} s", seconds
     if not report.exists():
-        return f"the process: status {status}", taken
-    return json.loads(report.read_text())["by"], taken
+        return f"process: status {status}", seconds
+    return json.loads(report.read_text())["by"], seconds
 
 
 def _child(copy: Path, work: Any, limit_s: float | None = None) -> int:
@@ -179,14 +181,14 @@ def _child(copy: Path, work: Any, limit_s: float | None = None) -> int:
     os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     if limit_s is not None:
-        own_s = int(time.process_time() + limit_s) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (own_s, own_s + 60))
+        limit = int(time.process_time() + limit_s) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))
     with (copy / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.chdir(copy)
-    own = {str(REPOSITORY), str(REPOSITORY / "scripts"), ""}
-    sys.path[:] = [str(copy), *(path for path in sys.path if path not in own)]
+    own_paths = {str(REPOSITORY), str(REPOSITORY / "scripts"), ""}
+    sys.path[:] = [str(copy), *(path for path in sys.path if path not in own_paths)]
     os.environ["PYTHONPATH"] = str(copy)
     try:
         work()
@@ -200,8 +202,8 @@ def _wait(child: int, limit_s: float) -> int | None:
     """The status of a child; None after a timeout. Also ends all processes of the child."""
     end, status = time.monotonic() + limit_s, None
     while status is None and time.monotonic() < end:
-        ended, found = os.waitpid(child, os.WNOHANG)
-        status = found if ended else None
+        pid, child_status = os.waitpid(child, os.WNOHANG)
+        status = child_status if pid else None
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
@@ -222,7 +224,7 @@ class _Noting:
     """pytest plugin that records the outcome, seconds and executed marks of each test."""
 
     def __init__(self, seen: set[int]) -> None:
-        self.seen, self.begun = seen, 0.0
+        self.seen, self.start = seen, 0.0
         self.shared: dict[str, set[int]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
 
@@ -240,20 +242,24 @@ class _Noting:
         for item in items:
             files.setdefault(item.nodeid.partition("::")[0], []).append(item)
         draw = random.Random(0)
-        taken = {i for own in files.values() for i in draw.sample(own, min(len(own), _OF_A_FILE))}
-        items[:] = [item for item in items if item in taken]
+        selected = {
+            i
+            for file_items in files.values()
+            for i in draw.sample(file_items, min(len(file_items), _OF_A_FILE))
+        }
+        items[:] = [item for item in items if item in selected]
 
     def pytest_runtest_protocol(self) -> None:
         """Start the record of a test."""
         self.seen.clear()
-        self.begun = time.process_time()
+        self.start = time.process_time()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Record the outcome of a phase of a test."""
         row = self.rows.setdefault(
             report.nodeid, {"name": report.nodeid, "seconds": 0.0, "passed": True}
         )
-        row["seconds"] = time.process_time() - self.begun
+        row["seconds"] = time.process_time() - self.start
         row["passed"] &= report.passed
         if report.when == "setup":
             self._share(report.nodeid)

@@ -75,7 +75,7 @@ def mutants(source: str) -> list[Mutant]:
     for line in lines:
         starts.append(starts[-1] + len(line))
     text = source.encode()
-    found = []
+    mutants_of_file = []
     tree = ast.parse(source)
     statements = _statements(tree, source.splitlines())
     firsts = [node for node in _first_statements(tree) if _begins(node, source.splitlines())]
@@ -89,19 +89,21 @@ def mutants(source: str) -> list[Mutant]:
         changed = (text[:begin] + after.encode() + text[end:]).decode()
         statement = statements.get(id(node))
         marks = begins if statement is None else (statement,)
-        found.append(Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, marks))
-    return sorted(found, key=lambda m: (m.line, m.column, m.kind))
+        mutants_of_file.append(
+            Mutant(node.lineno, node.col_offset + 1, kind, before, after, changed, marks)
+        )
+    return sorted(mutants_of_file, key=lambda m: (m.line, m.column, m.kind))
 
 
 def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
     """The first line of the statement of each node inside a function."""
-    found: dict[int, int] = {}
+    lines: dict[int, int] = {}
 
     def visit(node: ast.AST, inside: bool, line: int) -> None:
         if isinstance(node, ast.stmt) and _begins(node, text):
             line = min([node.lineno, *[d.lineno for d in getattr(node, "decorator_list", [])]])
         if inside:
-            found[id(node)] = line
+            lines[id(node)] = line
         function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _compiled(node)
         for field, value in ast.iter_fields(node):
             # Defaults and decorators run outside the function.
@@ -111,7 +113,7 @@ def _statements(tree: ast.Module, text: list[str]) -> dict[int, int]:
                     visit(child, within, line)
 
     visit(tree, False, 1)
-    return found
+    return lines
 
 
 def _begins(node: ast.stmt, text: list[str]) -> bool:

@@ -4,7 +4,7 @@ A mutant that no test detects shows a line that no test guards.
 
     python scripts/bench/mutate.py --count 200 --seed 0
     python scripts/bench/mutate.py --areas ops --count 40       more of one area
-    python scripts/bench/mutate.py --survivors                  those that survived, once more
+    python scripts/bench/mutate.py --survivors                  surviving mutants again
     python scripts/bench/mutate.py --survivors --tests stash/test_stash.py
     python scripts/bench/mutate.py --equivalent ID "the reason"
     python scripts/bench/mutate.py --summary
@@ -119,8 +119,8 @@ class Place(NamedTuple):
     def id(self) -> str:
         """The same for the same change of the same line, at any position in the file."""
         line = self.mutant.source.splitlines()[self.mutant.line - 1]
-        said = "|".join((self.file, str(self.mutant.column), self.mutant.kind, line))
-        return hashlib.sha1(said.encode()).hexdigest()[:10]
+        key = "|".join((self.file, str(self.mutant.column), self.mutant.kind, line))
+        return hashlib.sha1(key.encode()).hexdigest()[:10]
 
     @property
     def marks(self) -> set[tuple[str, int]]:
@@ -129,14 +129,14 @@ class Place(NamedTuple):
 
 
 def main(
-    count: Annotated[int, typer.Option(min=1, help="Mutants in all, with those in rows.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    areas: Annotated[str, typer.Option(help="Which of: " + ", ".join(AREAS))] = ",".join(AREAS),
-    out: Annotated[Path, typer.Option(help="Rows of outcomes.")] = RESULTS,
-    survivors: Annotated[bool, typer.Option("--survivors", help="Run these again.")] = False,
-    tests: Annotated[str, typer.Option(help="Files below tests instead of the area's.")] = "",
+    count: Annotated[int, typer.Option(min=1, help="Mutants, including those with a row.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    areas: Annotated[str, typer.Option(help="Areas: " + ", ".join(AREAS))] = ",".join(AREAS),
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+    survivors: Annotated[bool, typer.Option("--survivors", help="Run survivors again.")] = False,
+    tests: Annotated[str, typer.Option(help="Test files instead of the area's.")] = "",
     equivalent: Annotated[
-        tuple[str, str] | None, typer.Option(help="ID and reason: no test can notice it.")
+        tuple[str, str] | None, typer.Option(help="ID and reason: no test can detect it.")
     ] = None,
     summary: Annotated[bool, typer.Option("--summary", help="Only count the rows.")] = False,
 ) -> None:
@@ -149,31 +149,33 @@ def main(
         names = areas.split(",")
         if unknown := [name for name in names if name not in AREAS]:
             raise SystemExit(f"no area {unknown[0]!r}; choose from {', '.join(AREAS)}")
-        places = [place for name, own in _places().items() if name in names for place in own]
+        places = [
+            place for name, of_area in _places().items() if name in names for place in of_area
+        ]
         random.Random(seed).shuffle(places)
-        every = {place.id: place for place in places}
-        left = max(0, count - sum(row["area"] in names for row in rows.values()))
-        drawn = {i: every[i] for i in [i for i in every if i not in rows][:left]}
+        by_id = {place.id: place for place in places}
+        remaining = max(0, count - sum(row["area"] in names for row in rows.values()))
+        drawn = {i: by_id[i] for i in [i for i in by_id if i not in rows][:remaining]}
         if survivors:
-            again = [i for i, row in rows.items() if row["outcome"] == "survived"]
-            drawn = {i: every[i] for i in again if i in every}
+            survived_ids = [i for i, row in rows.items() if row["outcome"] == "survived"]
+            drawn = {i: by_id[i] for i in survived_ids if i in by_id}
         _run(dict(sorted(drawn.items(), key=lambda d: names.index(d[1].area))), rows, out, tests)
-    _tell(rows)
+    _print_summary(rows)
 
 
 def _places() -> dict[str, list[Place]]:
     """All mutants of the package, by area."""
     package = REPOSITORY / "mesa_train"
-    found: dict[str, list[Place]] = {name: [] for name in AREAS}
+    by_area: dict[str, list[Place]] = {name: [] for name in AREAS}
     for path in sorted(package.rglob("*.py")):
         file = path.relative_to(package).as_posix()
         if _matches(file, APART):
             continue
-        own = [name for name, area in AREAS.items() if _matches(file, area.sources)]
-        if not own:
-            raise SystemExit(f"mesa_train/{file} is in no area, and not apart")
-        found[own[0]] += [Place(own[0], file, mutant) for mutant in mutants(path.read_text())]
-    return found
+        areas = [name for name, area in AREAS.items() if _matches(file, area.sources)]
+        if not areas:
+            raise SystemExit(f"mesa_train/{file} is neither in AREAS nor in APART")
+        by_area[areas[0]] += [Place(areas[0], file, mutant) for mutant in mutants(path.read_text())]
+    return by_area
 
 
 def _matches(file: str, patterns: tuple[str, ...]) -> bool:
@@ -183,18 +185,18 @@ def _matches(file: str, patterns: tuple[str, ...]) -> bool:
 
 def _tests(patterns: tuple[str, ...]) -> list[str]:
     """The test files that match these patterns, relative to the repository's root."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for pattern in patterns:
         files = sorted((REPOSITORY / "tests").glob(pattern.lstrip("!")))
         if not files:
-            raise SystemExit(f"no file is tests/{pattern.lstrip('!')}")
+            raise SystemExit(f"no file matches tests/{pattern.lstrip('!')}")
         for file in files:
             name = file.relative_to(REPOSITORY).as_posix()
             if pattern.startswith("!"):
-                found.pop(name, None)
+                names.pop(name, None)
             else:
-                found[name] = None
-    return list(found)
+                names[name] = None
+    return list(names)
 
 
 def _run(
@@ -206,19 +208,21 @@ def _run(
         mutant_tests.copy_to(copy)
         for area in dict.fromkeys(place.area for place in drawn.values()):
             files = _tests(tuple(patterns.split(",")) if patterns else AREAS[area].tests)
-            own = {i: place for i, place in drawn.items() if place.area == area}
-            marks = {mark: n for n, mark in enumerate({m for p in own.values() for m in p.marks})}
-            tests = mutant_tests.noted(copy, files, list(marks))
+            of_area = {i: place for i, place in drawn.items() if place.area == area}
+            marks = {
+                mark: n for n, mark in enumerate({m for p in of_area.values() for m in p.marks})
+            }
+            tests = mutant_tests.passing_tests(copy, files, list(marks))
             sizes = Counter(test.file for test in tests)
             large = {file for file, size in sizes.items() if size > MANY}
-            print(f"{area}: {len(own)} mutants, {len(tests)} tests", flush=True)
-            for number, (i, place) in enumerate(own.items(), 1):
+            print(f"{area}: {len(of_area)} mutants, {len(tests)} tests", flush=True)
+            for number, (i, place) in enumerate(of_area.items(), 1):
                 rows[i] = _outcome(
                     copy, place, _guards({marks[m] for m in place.marks}, tests), large
                 )
                 _write(out, rows)
-                said = " ".join(str(rows[i][k]) for k in ("file", "line", "outcome", "by"))
-                print(f"{area} {number}/{len(own)} {i} {said}", flush=True)
+                outcome = " ".join(str(rows[i][k]) for k in ("file", "line", "outcome", "by"))
+                print(f"{area} {number}/{len(of_area)} {i} {outcome}", flush=True)
 
 
 def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
@@ -226,9 +230,9 @@ def _guards(marks: set[int], tests: list[Test]) -> list[Test]:
 
     A file of constants has no marks: all tests count.
     """
-    ran = sorted((t for t in tests if not marks or t.marks & marks), key=lambda t: t.seconds)
-    total = itertools.accumulate(test.seconds for test in ran)
-    return [test for test, so_far in zip(ran, total, strict=True) if so_far <= MOST_S]
+    executing = sorted((t for t in tests if not marks or t.marks & marks), key=lambda t: t.seconds)
+    total = itertools.accumulate(test.seconds for test in executing)
+    return [test for test, elapsed in zip(executing, total, strict=True) if elapsed <= MOST_S]
 
 
 def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str]) -> dict[str, Any]:
@@ -247,8 +251,8 @@ def _outcome(copy: Path, place: Place, tests: list[Test], large: Container[str])
     with mutant_tests.changed(path, mutant.source):
         for part in filter(None, parts):
             limit_s = 60 + 5 * sum(test.seconds for test in part)
-            by, taken = mutant_tests.first_failure(copy, part, limit_s)
-            seconds += taken
+            by, part_s = mutant_tests.first_failure(copy, part, limit_s)
+            seconds += part_s
             if by:
                 break
     return {
@@ -281,25 +285,25 @@ def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def _mark(rows: dict[str, dict[str, Any]], which: str, reason: str) -> None:
+def _mark(rows: dict[str, dict[str, Any]], mutant_id: str, reason: str) -> None:
     """Mark a mutant as equivalent."""
-    if which not in rows:
-        raise SystemExit(f"no row has the id {which!r}")
-    rows[which] |= {"outcome": "equivalent", "by": None, "reason": reason}
+    if mutant_id not in rows:
+        raise SystemExit(f"no row has the id {mutant_id!r}")
+    rows[mutant_id] |= {"outcome": "equivalent", "by": None, "reason": reason}
 
 
-def _tell(rows: dict[str, dict[str, Any]]) -> None:
+def _print_summary(rows: dict[str, dict[str, Any]]) -> None:
     """Print counts by area, and the survivors."""
     for name in dict.fromkeys(row["area"] for row in rows.values()):
         counts = Counter(row["outcome"] for row in rows.values() if row["area"] == name)
-        print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+        print(f"{name}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
     for row in rows.values():
         if row["outcome"] == "survived":
             print(f"{row['id']} {row['file']}:{row['line']} {row['before']} -> {row['after']}")
     outcomes = Counter(row["outcome"] for row in rows.values())
-    judged = outcomes["killed"] + outcomes["survived"]
-    if judged:
-        share = outcomes["survived"] / judged
+    decided = outcomes["killed"] + outcomes["survived"]
+    if decided:
+        share = outcomes["survived"] / decided
         print(f"{sum(outcomes.values())} mutants, {outcomes['survived']} survived: {share:.1%}")
 
 

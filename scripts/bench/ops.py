@@ -309,14 +309,14 @@ def on_cpu(operator: Calls, copy: Calls, rounds: int) -> tuple[list[float], list
     flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):  # the first one warms up
-        for own, (run, on_a_few) in zip(times, (operator, copy), strict=True):
+        for series, (run, on_few_rows) in zip(times, (operator, copy), strict=True):
             flush.add_(1)
-            on_a_few()
+            on_few_rows()
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
             if number:
-                own.append(elapsed * 1e6)
+                series.append(elapsed * 1e6)
     return *times, None
 
 
@@ -346,13 +346,13 @@ def on_gpu(operator: Calls, copying: Calls, rounds: int) -> tuple[list[float], l
     return times[::2], times[1::2], statistics.median(launches)
 
 
-def copying(case: Case, moved: int) -> Callable[[], Any]:
-    """A copy of moved / 2 bytes, from rows with the layout of the operator's input."""
+def copying(case: Case, total_bytes: int) -> Callable[[], Any]:
+    """A copy of total_bytes / 2 bytes, from rows with the layout of the operator's input."""
     x = case.reads[0]
     if x.is_contiguous():
-        source = torch.ones(moved // 2, dtype=torch.uint8, device=x.device)
+        source = torch.ones(total_bytes // 2, dtype=torch.uint8, device=x.device)
     else:
-        rows = moved // 2 // (x.shape[1] * x.element_size())
+        rows = total_bytes // 2 // (x.shape[1] * x.element_size())
         storage = torch.ones(rows, x.stride(0), dtype=x.dtype, device=x.device)
         source = storage[:, : x.shape[1]]
     target = torch.zeros(source.shape, dtype=source.dtype, device=x.device)
@@ -363,19 +363,19 @@ def measure(case: Case, small: Case, rounds: int, timer: Timer) -> records.Row:
     """The row of one call. `small` is the same call on a few rows."""
     result = case.call()
     writes = (result,) if isinstance(result, Tensor) else result
-    moved = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])
-    copies_of = copying(case, moved), copying(small, moved * FEW // len(case.reads[0]))
+    total_bytes = sum([t.numel() * t.element_size() for t in (*case.reads, *writes)])
+    copies_of = copying(case, total_bytes), copying(small, total_bytes * FEW // len(case.reads[0]))
     times, copies, host = timer((case.call, small.call), copies_of, rounds)
-    shares = [theirs / mine for mine, theirs in zip(times, copies, strict=True)]
+    shares = [copy_us / operator_us for operator_us, copy_us in zip(times, copies, strict=True)]
     low, _, high = statistics.quantiles(shares, n=4) if rounds > 1 else shares * 3
     row = {
         "operator": case.operator,
         "variant": case.variant,
-        "moved_bytes": moved,
+        "moved_bytes": total_bytes,
         "time_us": statistics.median(times),
         "copy_us": statistics.median(copies),
-        "bytes_per_s": moved / statistics.median(times) * 1e6,
-        "copy_bytes_per_s": moved / statistics.median(copies) * 1e6,
+        "bytes_per_s": total_bytes / statistics.median(times) * 1e6,
+        "copy_bytes_per_s": total_bytes / statistics.median(copies) * 1e6,
         "share": statistics.median(shares),
         "share_quartiles": [low, high],
     }

@@ -27,8 +27,8 @@ def built(
         classes = sources.load(settings.data, settings.model.classes).classes
     else:
         classes = 1000
-        named = {"model": {"name": name, "classes": classes}, "data": {"crop": False}}
-        settings = of_dict(changed(named, changes))
+        fields = {"model": {"name": name, "classes": classes}, "data": {"crop": False}}
+        settings = of_dict(changed(fields, changes))
     network = build_model(settings, classes).eval()
     if weights is not None:
         recipe.start_from(network, weights)

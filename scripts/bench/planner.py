@@ -55,10 +55,10 @@ def main(
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(name, total=None)
 
-            def tell(what: str, done: int, total: int, task: object = task) -> None:
-                progress.update(task, description=what, completed=done, total=total)  # type: ignore[arg-type]
+            def report(step: str, done: int, total: int, task: object = task) -> None:
+                progress.update(task, description=step, completed=done, total=total)  # type: ignore[arg-type]
 
-            planner = Planner.of(loaded.model, loaded.inputs, autocast=BF16, progress=tell)
+            planner = Planner.of(loaded.model, loaded.inputs, autocast=BF16, progress=report)
             runs = StepRunner(loaded.model, loaded.inputs, BF16, default_loss)
             exact = runs.reference()
             low, high = None, planner.plain.peak_bytes
@@ -67,8 +67,8 @@ def main(
                     smallest = planner.plan()
                     low = smallest.prediction.peak_bytes
                 budget = int(low + share * (high - low))
-                found = smallest if share == 0 else planner.plan(budget)
-                row = measured(planner, runs, found, exact, rounds)
+                plan = smallest if share == 0 else planner.plan(budget)
+                row = measured(planner, runs, plan, exact, rounds)
                 setting = {
                     "model": name,
                     "batch_size": batch_size,
@@ -82,44 +82,44 @@ def main(
 def measured(
     planner: Planner,
     runs: StepRunner,
-    found: Plan,
+    plan: Plan,
     exact: list[torch.Tensor | None],
     rounds: int,
 ) -> records.Row:
     """Predictions and measurements of one plan."""
-    policy = found.policy
-    kept = footprint(
+    policy = plan.policy
+    saved_bytes = footprint(
         runs.model, runs.inputs, policy=policy, autocast=BF16, loss=default_loss
     ).saved_bytes
     peak = planner.static + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)
-    plain, own = runs.times([PLAIN, policy], rounds)
-    ratios = [a / b for a, b in zip(own, plain, strict=True)]
+    plain, planned = runs.times([PLAIN, policy], rounds)
+    ratios = [a / b for a, b in zip(planned, plain, strict=True)]
     return {
-        "predicted": found.prediction.to_dict(),
+        "predicted": plan.prediction.to_dict(),
         "measured": {
-            "saved_bytes": kept,
+            "saved_bytes": saved_bytes,
             "peak_bytes": peak,
             "time_ratio": statistics.median(ratios),
             "time_ratios": [round(ratio, 4) for ratio in ratios],
             "gradient_error": error,
         },
-        "plain_peak_bytes": found.plain.peak_bytes,
+        "plain_peak_bytes": plan.plain.peak_bytes,
         "static_bytes": planner.static,
-        "gap": found.gap,
+        "gap": plan.gap,
         "passes": planner.profile.sensitivity.passes,
-        "choices": [list(line) for line in found.summary()],
+        "choices": [list(line) for line in plan.summary()],
     }
 
 
 def _line(name: str, share: float, row: records.Row) -> str:
     """One line that compares predictions and measurements."""
-    said, seen = row["predicted"], row["measured"]
+    predicted, actual = row["predicted"], row["measured"]
     return (
-        f"{name} {share:.0%}: kept {format_bytes(said['saved_bytes'])} ({format_bytes(seen['saved_bytes'])}), "
-        f"peak {format_bytes(said['peak_bytes'])} ({format_bytes(seen['peak_bytes'])}), "
-        f"time {said['time_ratio']:.2f} ({seen['time_ratio']:.2f}), "
-        f"error {said['gradient_error']:.2%} ({seen['gradient_error']:.2%})"
+        f"{name} {share:.0%}: saved {format_bytes(predicted['saved_bytes'])} ({format_bytes(actual['saved_bytes'])}), "
+        f"peak {format_bytes(predicted['peak_bytes'])} ({format_bytes(actual['peak_bytes'])}), "
+        f"time {predicted['time_ratio']:.2f} ({actual['time_ratio']:.2f}), "
+        f"error {predicted['gradient_error']:.2%} ({actual['gradient_error']:.2%})"
     )
 
 

@@ -32,7 +32,7 @@ def main(
     model: Annotated[str, typer.Option(help="Without a run: a LITv2 or LIT model.")] = "litv2_s",
     weights: Annotated[Path | None, typer.Option(help="safetensors, or the authors' .pth.")] = None,
     image: Annotated[Path | None, typer.Option(help="Default: images of the run's data.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many, without --image.")] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Number of images without --image.")] = 4,
     image_size: Annotated[int | None, typer.Option(min=29, help="Default: the run's own.")] = None,
     out: Annotated[Path, typer.Option()] = Path("runs/dtm.png"),
 ) -> None:
@@ -42,9 +42,11 @@ def main(
         batch = load_images(settings, image, images)
     except ConfigError as error:
         raise SystemExit(f"plot_dtm: {error}") from None
-    figure, axes = plots.figure(len(batch), f"{settings.model.name}: what one token samples")
-    for axis, shown, points, grid in zip(axes, batch, *sampled_points(network, batch), strict=True):
-        pixels = shown * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    figure, axes = plots.figure(len(batch), f"{settings.model.name}: points that one token samples")
+    for axis, picture, points, grid in zip(
+        axes, batch, *sampled_points(network, batch), strict=True
+    ):
+        pixels = picture * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
         axis.axis("off")
         for level, (colour, label) in enumerate(zip(COLOURS, LEVELS, strict=True)):
@@ -63,7 +65,7 @@ def sampled_points(model: nn.Module, images: Tensor) -> tuple[list[Any], list[An
     """The points of each image and level, (4, 2), (16, 2), (64, 2) in pixels (y, x).
 
     Returns:
-        (moved points, regular points).
+        (points with offsets, regular points).
     """
     merges = [m for m in model.modules() if isinstance(m, DeformConv)]
     offsets: list[Tensor] = []
@@ -74,16 +76,16 @@ def sampled_points(model: nn.Module, images: Tensor) -> tuple[list[Any], list[An
     model(images)
     for hook in hooks:
         hook.remove()
-    found: tuple[list[Any], list[Any]] = ([], [])
+    points: tuple[list[Any], list[Any]] = ([], [])
     for index in range(len(images)):
         maps = [o[index] for o in offsets]
         middle = torch.tensor([[(s - 1) // 2 for s in maps[-1].shape[1:]]]).float()
-        for levels, moved in zip(found, (True, False), strict=True):
-            levels.append(_trace(maps, middle, moved))
-    return found
+        for levels, with_offsets in zip(points, (True, False), strict=True):
+            levels.append(_trace(maps, middle, with_offsets))
+    return points
 
 
-def _trace(maps: list[Tensor], start: Tensor, moved: bool) -> list[Tensor]:
+def _trace(maps: list[Tensor], start: Tensor, with_offsets: bool) -> list[Tensor]:
     """The points of each level in pixels, from the last merge to the first."""
     points, levels = start, []
     for depth, offset in enumerate(reversed(maps)):
@@ -91,7 +93,7 @@ def _trace(maps: list[Tensor], start: Tensor, moved: bool) -> list[Tensor]:
         rows = nearest[:, 0].clamp(0, offset.shape[1] - 1)
         columns = nearest[:, 1].clamp(0, offset.shape[2] - 1)
         taps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).float()
-        shift = offset[:, rows, columns].T.view(-1, 4, 2) if moved else 0
+        shift = offset[:, rows, columns].T.view(-1, 4, 2) if with_offsets else 0
         points = (2 * points[:, None] + taps + shift).flatten(0, 1)
         # Pixels that a token of the finer map covers.
         stride = 4 * 2 ** (len(maps) - 1 - depth)

@@ -28,19 +28,19 @@ def main(
     model: Annotated[str, typer.Option(help="Without a run: a LITv2 model.")] = "litv2_s",
     weights: Annotated[Path | None, typer.Option(help="safetensors, or the authors' .pth.")] = None,
     image: Annotated[Path | None, typer.Option(help="Default: images of the run's data.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many, without --image.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Number of images without --image.")] = 64,
     image_size: Annotated[int | None, typer.Option(min=29, help="Default: the run's own.")] = None,
     out: Annotated[Path, typer.Option()] = Path("runs/hilo.png"),
 ) -> None:
     """Draw both branches of up to four blocks."""
     try:
         settings, network = built(run, model, weights, image_size)
-        found = spectra(network, load_images(settings, image, images))
+        by_layer = spectra(network, load_images(settings, image, images))
     except ConfigError as error:
         raise SystemExit(f"plot_hilo: {error}") from None
-    if not found:
+    if not by_layer:
         raise SystemExit(f"plot_hilo: {settings.model.name} has no layer with both branches")
-    shown = list(found.items())[:4]
+    shown = list(by_layer.items())[:4]
     figure, axes = plots.figure(2 * len(shown), f"{settings.model.name}: frequency magnitude")
     panels = [
         (f"{n}\n{b}", s) for n, both in shown for b, s in zip(("Hi-Fi", "Lo-Fi"), both, strict=True)
@@ -61,7 +61,9 @@ def spectra(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]
     for name, layer in model.named_modules():
         if isinstance(layer, HiLo) and layer.hi_heads and layer.lo_heads:
             for projection in (layer.h_proj, layer.l_proj):
-                hooks.append(projection.register_forward_hook(_note(maps.setdefault(name, []))))
+                hooks.append(
+                    projection.register_forward_hook(_append_output(maps.setdefault(name, [])))
+                )
     model(images)
     for hook in hooks:
         hook.remove()
@@ -76,11 +78,11 @@ def high_share(spectrum: Tensor) -> float:
     return 1 - (low.sum() / magnitude.sum()).item()
 
 
-def _note(into: list[Tensor]) -> Any:
+def _append_output(outputs: list[Tensor]) -> Any:
     """A hook that stores a branch's output."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        into.append(output.float())
+        outputs.append(output.float())
 
     return hook
 

@@ -56,13 +56,15 @@ def main(
     common = {"model": model, "batch_size": batch_size, **records.provenance()}
 
     def measure(preset: str, changes: dict[str, Any], policy: Policy | None) -> records.Row:
-        kept = mesa_train.footprint(network, x, policy=policy or "plain", autocast=torch.bfloat16)
+        counted = mesa_train.footprint(
+            network, x, policy=policy or "plain", autocast=torch.bfloat16
+        )
         if policy is not None:
             mesa_train.wrap(network, policy)
-        found = gradient(network, x, y, autocast=True)
+        coded = gradient(network, x, y, autocast=True)
         mesa_train.unwrap(network)
-        error = float((found - exact).norm() / exact.norm())
-        sizes = {"saved_bytes": kept.saved_bytes, "gradient_error": error}
+        error = float((coded - exact).norm() / exact.norm())
+        sizes = {"saved_bytes": counted.saved_bytes, "gradient_error": error}
         return {"preset": preset, "changes": changes, **sizes, **common}
 
     rows = [measure("plain", {}, None)]
@@ -77,8 +79,8 @@ def gradient(network: nn.Module, x: Tensor, y: Tensor, autocast: bool) -> Tensor
     """The flattened gradient of the cross entropy over all parameters."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = nn.functional.cross_entropy(network(x).float(), y)
-    found = torch.autograd.grad(loss, list(network.parameters()))
-    return torch.cat([g.flatten() for g in found])
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    return torch.cat([g.flatten() for g in gradients])
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class _Fails(torch.autograd.Function):
         raise ArithmeticError("backward")
 
 
-class Kept:
+class SavedTensors:
     """Context manager that records the tensors saved for the backward, without Parameters."""
 
     def __init__(self) -> None:
@@ -65,21 +65,21 @@ class Kept:
             self.storages.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedTensors:
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.hooks.__exit__(*error)
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         """The number of recorded storages that still exist."""
         return len([s for s in self.storages if not s.expired()])
 
 
 def main(
     steps: Annotated[int, typer.Option(min=300, help="Steps with each policy.")] = 2000,
-    limit: Annotated[float, typer.Option(help="Most bytes per step a policy may grow by.")] = 500.0,
+    limit: Annotated[float, typer.Option(help="Largest growth in bytes per step.")] = 500.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     out: Annotated[str, typer.Option(help="File for the rows; '' for none.")] = str(RESULTS),
 ) -> None:
@@ -87,17 +87,17 @@ def main(
     torch.manual_seed(0)
     grown = []
     for name, policy in POLICIES.items():
-        found = soak(policy, steps, batch_size)
+        result = soak(policy, steps, batch_size)
         print(
-            f"{name:22} {steps} steps   {found['slope_bytes_per_step']:+10.1f} bytes per step   "
-            f"now {found['resident_bytes'] / 2**20:.1f} MiB   left behind {found['left']}",
+            f"{name:22} {steps} steps   {result['slope_bytes_per_step']:+10.1f} bytes per step   "
+            f"now {result['resident_bytes'] / 2**20:.1f} MiB   not freed {result['left']}",
             flush=True,
         )
         if out:
             size = {"model": "a ViT of two blocks, width 64", "batch_size": batch_size}
-            row = {"policy": name, "steps": steps, **size, **found, **records.provenance()}
+            row = {"policy": name, "steps": steps, **size, **result, **records.provenance()}
             records.append(Path(out), row)
-        if found["slope_bytes_per_step"] > limit or found["left"]:
+        if result["slope_bytes_per_step"] > limit or result["left"]:
             grown.append(name)
     if grown:
         raise SystemExit(f"soak: memory grows with {', '.join(grown)}")
@@ -112,28 +112,28 @@ def soak(policy: mesa_train.Policy, steps: int, batch_size: int) -> records.Row:
     """
     model = mesa_train.wrap(_small_vit(), policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    seen: list[tuple[int, int]] = []
-    failed = left = 0
-    every = 3 if choose("bf16", "cpu").emulated else 1
+    memory: list[tuple[int, int]] = []
+    failed = remaining = 0
+    bf16_interval = 3 if choose("bf16", "cpu").emulated else 1
     # The garbage collector then visits only objects of the steps, not all imported modules.
     gc.freeze()
-    before = Kept()
+    previous = SavedTensors()
     for step in range(steps):
-        kept = Kept()
-        half = step % every == 0
-        failed += not _step(model, optimizer, torch.randn(batch_size, 3, 32, 32), step, kept, half)
+        saved = SavedTensors()
+        bf16 = step % bf16_interval == 0
+        failed += not _step(model, optimizer, torch.randn(batch_size, 3, 32, 32), step, saved, bf16)
         if step % 50 in (14, 15, 18):
             # Objects of a failed backward are freed with the next backward that works.
             gc.collect()
-            left += kept.left() + before.left()
+            remaining += saved.remaining() + previous.remaining()
         if step % 50 == 15 and step >= steps // 2:
-            seen.append((step, resident()))
-        before = kept
+            memory.append((step, resident()))
+        previous = saved
     return {
-        "slope_bytes_per_step": round(slope_of(seen), 1),
+        "slope_bytes_per_step": round(slope_of(memory), 1),
         "resident_bytes": resident(),
         "failed": failed,
-        "left": left,
+        "left": remaining,
     }
 
 
@@ -142,12 +142,12 @@ def _step(
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     step: int,
-    kept: Kept,
-    half: bool,
+    saved: SavedTensors,
+    bf16: bool,
 ) -> bool:
-    """Take one step, under bfloat16 autocast if `half`. Returns whether the step completed."""
+    """Run one step, under bfloat16 autocast if `bf16`. Return whether the step completed."""
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), kept:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved:
             loss = _run(model, images, step)
         loss.backward()
         optimizer.step()

@@ -68,7 +68,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 11,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="3 rounds, rows aside.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="3 rounds; rows go to runs.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON lines to append to.")] = None,
 ) -> None:
     """Measure every method on every model and append a row for each."""
@@ -81,8 +81,8 @@ def main(
         try:
             if dtype not in DTYPES:
                 raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
-            wanted = [PLAIN, *(m for m in methods.split(",") if m != PLAIN)]
-            for method in wanted:
+            selected = [PLAIN, *(m for m in methods.split(",") if m != PLAIN)]
+            for method in selected:
                 if method not in POLICIES:
                     check_variant(method)
             loaded = load(name, batch_size=batch_size, image_size=image_size, device=device)
@@ -100,11 +100,13 @@ def main(
             ),
         }
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(name, total=3 * len(wanted) + 1 + (rounds + 1) * len(wanted))
+            task = progress.add_task(
+                name, total=3 * len(selected) + 1 + (rounds + 1) * len(selected)
+            )
             measured = measure(
                 loaded,
                 batch_size,
-                wanted,
+                selected,
                 DTYPES[dtype],
                 rounds,
                 functools.partial(progress.advance, task),
@@ -131,7 +133,7 @@ def measure(
     rows: dict[str, records.Row] = {}
     for method in methods:
         try:
-            kept = bench.saved_bytes(method)
+            saved = bench.saved_bytes(method)
             advance()
             error = relative_error(bench.gradients(method), reference)
             advance()
@@ -139,11 +141,11 @@ def measure(
             rows[method] = {"method": method, "note": str(reason)}
             continue
         except RuntimeError as reason:
-            # A method that the compiler refuses gets a row too.
+            # If the compiler raises an error, the method's row has the error.
             lines = str(reason).strip().splitlines()
             rows[method] = {"method": method, "note": f"{type(reason).__name__}: {lines[0]}"}
             continue
-        rows[method] = {"method": method, "saved_bytes": kept, "gradient_error": error}
+        rows[method] = {"method": method, "saved_bytes": saved, "gradient_error": error}
         if method in REMARKS:
             rows[method]["remark"] = REMARKS[method]
     usable = [method for method, row in rows.items() if "note" not in row]
@@ -160,17 +162,19 @@ def measure(
         advance()
     plain = times_ms[PLAIN]
     for method in usable:
-        own = times_ms[method]
-        ratios = [mine / theirs for mine, theirs in zip(own, plain, strict=True)]
+        step_times = times_ms[method]
+        ratios = [
+            method_ms / plain_ms for method_ms, plain_ms in zip(step_times, plain, strict=True)
+        ]
         rows[method] |= {
             "saved_ratio": rows[PLAIN]["saved_bytes"] / rows[method]["saved_bytes"],
-            "images_per_s": batch_size / statistics.median(own) * 1e3,
+            "images_per_s": batch_size / statistics.median(step_times) * 1e3,
             "largest_batch": largest_batch(bench.model, rows[method]["saved_bytes"] / batch_size),
-            "step_ms": statistics.median(own),
-            "step_ms_quartiles": _quartiles(own),
+            "step_ms": statistics.median(step_times),
+            "step_ms_quartiles": _quartiles(step_times),
             "step_ratio": statistics.median(ratios),
             "step_ratio_quartiles": _quartiles(ratios),
-            "times_ms": [round(time_ms, 3) for time_ms in own],
+            "times_ms": [round(time_ms, 3) for time_ms in step_times],
         }
     return [rows[method] for method in methods]
 
@@ -206,8 +210,8 @@ class Bench:
         """Bytes saved for the backward. For save_on_cpu, bytes of the copies in CPU memory."""
         if method != SAVE_ON_CPU and not method.startswith(COMPILE):
             policy = POLICIES.get(method, method)
-            found = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
-            return found.saved_bytes
+            counted = footprint(self.model, self.inputs, policy=policy, autocast=self.autocast)
+            return counted.saved_bytes
         return self.variant(method).saved_bytes(lambda m: self.step.forward(m, self.inputs))
 
     def gradients(self, method: str | None) -> list[Tensor | None]:
@@ -225,11 +229,11 @@ class Bench:
 
     def peak_bytes(self, method: str) -> int:
         """Peak of allocated bytes in a step, with weights, optimizer states and inputs."""
-        standing = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.inputs)]
+        static_tensors = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.inputs)]
         with self.variant(method).active() as module:
             peak = peak_of(lambda: self._step(module), self.device)
         states = optimizer_bytes(self.optimizer)
-        return peak.allocated_bytes + states + sum([t.nbytes for t in standing])
+        return peak.allocated_bytes + states + sum([t.nbytes for t in static_tensors])
 
     def _step(self, module: nn.Module) -> None:
         """One whole training step."""
@@ -249,7 +253,7 @@ def _quartiles(values: list[float]) -> list[float]:
 def as_text(rows: list[records.Row]) -> str:
     """The rows as a table for a terminal."""
     head = [
-        *("method", "kept", "less", "peak", "gradient error"),
+        *("method", "saved", "less", "peak", "gradient error"),
         *("step", "step vs. plain", "quartiles"),
     ]
     lines = []

@@ -33,27 +33,35 @@ POLICIES = {"lossless": Policy(bits=32, min_bytes=0), "mesa8": Policy(min_bytes=
 
 def main(
     functions: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
-    most: Annotated[int, typer.Option(min=1, help="Samples of a function.")] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", "--most", min=1, help="Most samples of a function.")
+    ] = 100,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Run every function's samples in plain PyTorch, lossless and with 8 bits."""
     warnings.simplefilter("ignore")
-    wanted = {f.strip() for f in functions.split(",") if f.strip()}
+    selected = {f.strip() for f in functions.split(",") if f.strip()}
     origin = records.provenance()
     for op in op_db:
         if not op.supports_autograd or torch.float64 not in op.supported_backward_dtypes("cpu"):
             continue
-        if not wanted or op.name in wanted:
-            records.append(out, {**row_of(op, most), **origin})
+        if not selected or op.name in selected:
+            records.append(out, {**row_of(op, limit), **origin})
 
 
-def row_of(op: OpInfo, most: int) -> Row:
+def row_of(op: OpInfo, limit: int) -> Row:
     """The row of a function."""
-    name = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
-    row: Row = {"function": name, "samples": 0, "refused": 0, "outputs_differ": 0, "failures": []}
+    function = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+    row: Row = {
+        "function": function,
+        "samples": 0,
+        "refused": 0,
+        "outputs_differ": 0,
+        "failures": [],
+    }
     row.update({f"{policy}_error": 0.0 for policy in POLICIES})
     for number, sample in enumerate(op.sample_inputs("cpu", torch.float64, requires_grad=True)):
-        if number == most:
+        if number == limit:
             break
         try:
             outputs, gradients = _run(op, sample, None)
@@ -61,15 +69,15 @@ def row_of(op: OpInfo, most: int) -> Row:
             row["refused"] += 1
             continue
         row["samples"] += 1
-        for policy, given in POLICIES.items():
+        for name, policy in POLICIES.items():
             try:
-                found, coded = _run(op, sample, given)
+                policy_outputs, policy_gradients = _run(op, sample, policy)
             except Exception as error:  # any error of an operator or of the fallback
-                row["failures"].append(f"{policy}: {type(error).__name__}: {str(error)[:200]}")
+                row["failures"].append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
                 continue
-            row["outputs_differ"] += not all(map(_same, found, outputs))
-            errors = [_error(f, e) for f, e in zip(coded, gradients, strict=True)]
-            row[f"{policy}_error"] = max([row[f"{policy}_error"], *errors])
+            row["outputs_differ"] += not all(map(_same, policy_outputs, outputs))
+            errors = [_error(a, b) for a, b in zip(policy_gradients, gradients, strict=True)]
+            row[f"{name}_error"] = max([row[f"{name}_error"], *errors])
     return row
 
 
@@ -78,11 +86,11 @@ def _run(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs and gradients of one sample, under a policy or in plain PyTorch."""
     torch.manual_seed(0)
-    given = (sample.input, sample.args, sample.kwargs)
-    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
+    inputs = (sample.input, sample.args, sample.kwargs)
+    leaves = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
     # The inputs are no leaves: a leaf that needs a gradient counts as a parameter, which is never
     # coded.
-    input, args, kwargs = tree_map(_activation, given)
+    input, args, kwargs = tree_map(_activation, inputs)
     if policy is None:
         output = op(input, *args, **kwargs)
     else:
@@ -105,15 +113,15 @@ def _activation(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def _same(output: Tensor, expected: Tensor) -> bool:
     """True if two outputs are equal, with NaNs equal too."""
-    found, expected = found.detach(), expected.detach()
-    if found.layout is not torch.strided:
-        found, expected = found.to_dense(), expected.to_dense()
-    if found.is_complex() and expected.is_complex():
+    output, expected = output.detach(), expected.detach()
+    if output.layout is not torch.strided:
+        output, expected = output.to_dense(), expected.to_dense()
+    if output.is_complex() and expected.is_complex():
         # PyTorch does not replace NaN in complex half numbers.
-        found, expected = (torch.view_as_real(t.resolve_conj()) for t in (found, expected))
-    return torch.equal(torch.nan_to_num(found, 7e7), torch.nan_to_num(expected, 7e7))
+        output, expected = (torch.view_as_real(t.resolve_conj()) for t in (output, expected))
+    return torch.equal(torch.nan_to_num(output, 7e7), torch.nan_to_num(expected, 7e7))
 
 
 def _error(found: Tensor | None, exact: Tensor | None) -> float:

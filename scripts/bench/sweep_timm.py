@@ -30,21 +30,21 @@ SMALL = "test_ femto atto nano pico xxs xxt tiny _ti micro mini _xs small _s _0 
 LARGEST = 100_000_000  # parameters
 # Values over which each batch norm must average. With two values, the derivative through the norm
 # is nearly 0, so every error is large relative to it.
-LEAST = 16
+MIN_VALUES = 16
 
 
 def main(
     files: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     seconds: Annotated[int, typer.Option(min=1, help="Limit per model.")] = 90,
-    again: Annotated[bool, typer.Option("--again", help="Also what has a row.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat files with a row.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Compare one variant of each file."""
-    wanted = [f.strip() for f in files.split(",") if f.strip()] or sorted(_module_to_models)
-    unknown = sorted(set(wanted) - set(_module_to_models))
+    selected = [f.strip() for f in files.split(",") if f.strip()] or sorted(_module_to_models)
+    unknown = sorted(set(selected) - set(_module_to_models))
     if unknown:
         raise SystemExit(f"sweep_timm: timm has no model file {', '.join(unknown)}")
-    sweep(makers(wanted), out, seconds, again)
+    sweep(makers(selected), out, seconds, again)
 
 
 def makers(files: list[str]) -> Iterator[tuple[str, Make]]:
@@ -66,23 +66,23 @@ def smallest(file: str) -> tuple[nn.Module, torch.Tensor]:
         raise ValueError(f"{name} has {sizes[name]:,} parameters")
     default = timm.get_pretrained_cfg(name)
     channels, largest = (default.input_size[0], default.input_size[-1]) if default else (3, 224)
-    for least in (LEAST, 2):
-        for batch, size in itertools.product((2, LEAST), (*SIZES, largest)):
+    for min_values in (MIN_VALUES, 2):
+        for batch, size in itertools.product((2, MIN_VALUES), (*SIZES, largest)):
             for options in ({"img_size": size}, {}):
-                if _accepts(name, options, (batch, channels, size, size), least):
+                if _accepts(name, options, (batch, channels, size, size), min_values):
                     model = timm.create_model(name, num_classes=10, **options)
                     return model, torch.randn(batch, channels, size, size)
     raise ValueError(f"{name} accepts no image of {SIZES}")
 
 
-def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], least: int) -> bool:
+def _accepts(name: str, options: dict[str, Any], shape: tuple[int, ...], min_values: int) -> bool:
     """True if a variant accepts a batch of this shape, checked on the meta device.
 
     Each of its batch norms must average over at least `least` values.
     """
 
     def check(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if inputs[0].numel() < least * inputs[0].shape[1]:
+        if inputs[0].numel() < min_values * inputs[0].shape[1]:
             raise ValueError("too few values")
 
     try:

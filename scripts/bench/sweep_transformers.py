@@ -60,17 +60,19 @@ LARGEST = 130_000_000  # parameters
 def main(
     models: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     seconds: Annotated[int, typer.Option(min=1, help="Limit per model.")] = 90,
-    again: Annotated[bool, typer.Option("--again", help="Also what has a row.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat models with a row.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Compare every model with the first task that it has."""
     transformers.utils.logging.set_verbosity_error()
-    known = dict(kinds())
-    wanted = [m.strip() for m in models.split(",") if m.strip()] or list(known)
-    unknown = sorted(set(wanted) - set(known))
+    all_kinds = dict(kinds())
+    selected = [m.strip() for m in models.split(",") if m.strip()] or list(all_kinds)
+    unknown = sorted(set(selected) - set(all_kinds))
     if unknown:
         raise SystemExit(f"sweep_transformers: no vision model {', '.join(unknown)}")
-    makers: list[tuple[str, Make]] = [(n, functools.partial(small, n, known[n])) for n in wanted]
+    makers: list[tuple[str, Make]] = [
+        (n, functools.partial(small, n, all_kinds[n])) for n in selected
+    ]
     sweep(makers, out, seconds, again)
 
 
@@ -91,38 +93,41 @@ def small(kind: str, auto: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         ValueError: no model of the kind has at most LARGEST parameters.
     """
     # Some models cannot run on the meta device; they get small layers and images of their own size.
-    chosen = _shrunk(kind, auto, ("image_size",))
-    for whole in ((), ("image_size",), LAYERS):
-        made, shape = _shrunk(kind, auto, whole)
+    config_and_shape = _shrunk(kind, auto, ("image_size",))
+    for unchanged in ((), ("image_size",), LAYERS):
+        config, shape = _shrunk(kind, auto, unchanged)
         try:
             with torch.device("meta"):
-                model = getattr(transformers, auto).from_config(made)
+                model = getattr(transformers, auto).from_config(config)
                 model(**{_images(model): torch.empty(shape)})
         except Exception as error:  # each model raises its own type of error
-            _log.debug("%s with %s of its own: %s", kind, whole or "nothing", error)
+            _log.debug("%s with %s of its own: %s", kind, unchanged or "nothing", error)
             continue
-        chosen = made, shape
+        config_and_shape = config, shape
         break
-    made, shape = chosen
+    config, shape = config_and_shape
     with torch.device("meta"):
-        size = sum(p.numel() for p in getattr(transformers, auto).from_config(made).parameters())
+        size = sum(p.numel() for p in getattr(transformers, auto).from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{kind} has {size:,} parameters")
-    model = getattr(transformers, auto).from_config(made)
+    model = getattr(transformers, auto).from_config(config)
     return model, {_images(model): torch.randn(shape)}
 
 
-def _shrunk(kind: str, auto: str, whole: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
-    """(configuration, shape of images or videos); the fields in `whole` keep the model's values."""
-    made = shrunk(
-        transformers.AutoConfig.for_model(kind), {k: v for k, v in SMALL.items() if k not in whole}
+def _shrunk(kind: str, auto: str, unchanged: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
+    """(configuration, shape of images or videos). Fields in `unchanged` keep the model's values."""
+    config = shrunk(
+        transformers.AutoConfig.for_model(kind),
+        {k: v for k, v in SMALL.items() if k not in unchanged},
     )
-    size = getattr(made, "image_size", None) or 64
+    size = getattr(config, "image_size", None) or 64
     sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     if auto == "AutoModelForVideoClassification" or kind in VIDEOS:
-        frames = getattr(made, "num_frames", None) or getattr(made, "frames_per_clip", None) or 4
-        return made, (2, frames, 3, *sides)
-    return made, (2, getattr(made, "num_channels", None) or 3, *sides)
+        frames = (
+            getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None) or 4
+        )
+        return config, (2, frames, 3, *sides)
+    return config, (2, getattr(config, "num_channels", None) or 3, *sides)
 
 
 def _images(model: nn.Module) -> str:

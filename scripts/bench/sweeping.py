@@ -49,8 +49,8 @@ def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bo
             continue
         row = {"model": name, **limited(make, seconds)}
         records.append(out, {**row, **records.provenance()})
-        kept = row.get("saved_bytes", {})
-        print(f"{name}: {row['failure'] or row['mesa8_error']} {kept}", flush=True)
+        saved = row.get("saved_bytes", {})
+        print(f"{name}: {row['failure'] or row['mesa8_error']} {saved}", flush=True)
         gc.collect()
 
 
@@ -60,7 +60,7 @@ def limited(make: Make, seconds: int) -> Row:
     def stop(*_: object) -> None:
         raise TooLongError(f"longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    old_handler = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     row: Row = {"failure": ""}
     try:
@@ -69,7 +69,7 @@ def limited(make: Make, seconds: int) -> Row:
         row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, old_handler)
     return row
 
 
@@ -98,10 +98,10 @@ def row_of(make: Make, row: Row) -> None:
             runs[policy] = _run(model, args, kwargs)
         finally:
             mesa_train.unwrap(model)
-        row["saved_bytes"][policy] = _kept(model, inputs, policy)
+        row["saved_bytes"][policy] = _saved_bytes(model, inputs, policy)
     for policy in COUNTED:
         row["failed_in"] = policy
-        row["saved_bytes"][policy] = _kept(model, inputs, policy)
+        row["saved_bytes"][policy] = _saved_bytes(model, inputs, policy)
     outputs, gradients = runs["plain"]
     row["outputs_equal"] = all(
         torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
@@ -113,7 +113,7 @@ def row_of(make: Make, row: Row) -> None:
     del row["failed_in"]
 
 
-def _kept(model: nn.Module, inputs: Any, policy: str) -> int:
+def _saved_bytes(model: nn.Module, inputs: Any, policy: str) -> int:
     """Bytes that a policy saves; on real tensors if the forward reads values."""
     for fake in (True, False):
         torch.manual_seed(1)

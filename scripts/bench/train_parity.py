@@ -58,7 +58,7 @@ def main(
             autocast=None if float32 else torch.bfloat16,
         )
         images.steps_per_epoch(batch_size)
-        kept = {name: saved_bytes(model, images, config, name) for name in names}
+        saved = {name: saved_bytes(model, images, config, name) for name in names}
     except (ValueError, ImportError) as error:
         raise SystemExit(f"train_parity: {error}") from None
 
@@ -74,7 +74,7 @@ def main(
     console.print(f"{runs} runs to do, {len(names) * len(numbers) - runs} done before")
     total = runs * epochs * images.steps_per_epoch(batch_size)
     with Dashboard(
-        model, kept, total_steps=total, batch_size=batch_size, console=console
+        model, saved, total_steps=total, batch_size=batch_size, console=console
     ) as dashboard:
         for seed, missing in due.items():
             if not missing:
@@ -83,11 +83,13 @@ def main(
             rows = []
             for result in train(missing, model, images, config, seed, dashboard):
                 dashboard.on_epoch(result)
-                row = {**result.row(), "seed": seed, "saved_bytes": kept[result.name]}
+                row = {**result.row(), "seed": seed, "saved_bytes": saved[result.name]}
                 rows.append({**row, "settings": settings, **records.provenance()})
             records.append(out, *rows)
-    rows_at = os.path.relpath(out)
-    console.print(f"rows in {rows_at}; draw them with scripts/bench/plot_parity.py", soft_wrap=True)
+    rows_path = os.path.relpath(out)
+    console.print(
+        f"rows in {rows_path}; draw them with scripts/bench/plot_parity.py", soft_wrap=True
+    )
 
 
 def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module, ImageSet]:

@@ -34,13 +34,13 @@ def images():
 
 @pytest.mark.slow
 def test_all_columns(vit, images):
-    seen = []
+    recorded = []
     rows = compare(
         vit,
         images,
         autocast=BF16,
         rounds=2,
-        progress=lambda what, done, total: seen.append((what, done, total)),
+        progress=lambda what, done, total: recorded.append((what, done, total)),
     )
     assert [row.method for row in rows] == list(METHODS)
     by_method = {row.method: row for row in rows}
@@ -57,8 +57,8 @@ def test_all_columns(vit, images):
     assert by_method["mesa8"].gradient_error < 2 * plain.gradient_error
     assert by_method["mesa8"].gradient_error < by_method["mesa4"].gradient_error
     # Every step is told once, in order, and the last call says that all are done.
-    assert [done for _, done, _ in seen] == list(range(len(seen)))
-    assert {total for _, _, total in seen} == {len(seen) - 1}
+    assert [done for _, done, _ in recorded] == list(range(len(recorded)))
+    assert {total for _, _, total in recorded} == {len(recorded) - 1}
 
 
 def test_float32_plain_has_no_error(vit, images):
@@ -90,8 +90,8 @@ def test_times_are_medians(monkeypatch):
     """Against a clock that is set by hand: seconds of each step, in the order they run."""
     # Warming up; then rounds of plain and mesa8. No median is a mean, a minimum or a maximum, and the
     # median of the ratios, 6, 1/2 and 1/2, is no ratio of the medians.
-    taken = [90.0, 90.0, 1.0, 6.0, 2.0, 1.0, 6.0, 3.0]
-    ticks = iter([tick for seconds in taken for tick in (100.0, 100.0 + seconds)])
+    measured = [90.0, 90.0, 1.0, 6.0, 2.0, 1.0, 6.0, 3.0]
+    ticks = iter([tick for seconds in measured for tick in (100.0, 100.0 + seconds)])
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
     monkeypatch.setattr(mesa_train.measure.step, "clock", clock)
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))

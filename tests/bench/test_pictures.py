@@ -31,10 +31,10 @@ def photo(tmp_path):
 
 def test_without_offsets_the_points_are_the_patches_of_the_token():
     model = timm.create_model("litv2_tiny", img_size=96).eval()
-    moved, regular = script("plot_dtm").sampled_points(model, torch.randn(2, 3, 96, 96))
+    shifted, regular = script("plot_dtm").sampled_points(model, torch.randn(2, 3, 96, 96))
     for image in range(2):
-        assert [len(level) for level in moved[image]] == [4, 16, 64]
-        for level, grid in zip(moved[image], regular[image], strict=True):
+        assert [len(level) for level in shifted[image]] == [4, 16, 64]
+        for level, grid in zip(shifted[image], regular[image], strict=True):
             torch.testing.assert_close(level, grid)
         # The middle one of 3x3 tokens covers pixels 32 to 63; its finest points are 4 px apart.
         finest = regular[image][-1]
@@ -49,8 +49,8 @@ def test_offsets_move_the_points_down_and_right():
         if isinstance(module, DeformConv):
             # Tap 3, lower right: 0.25 down, 0.5 left.
             module.conv_offset.bias.data[6:] = torch.tensor([0.25, -0.5])
-    moved, regular = script("plot_dtm").sampled_points(model, torch.randn(1, 3, 96, 96))
-    shift = (moved[0][0] - regular[0][0]) / 16
+    shifted, regular = script("plot_dtm").sampled_points(model, torch.randn(1, 3, 96, 96))
+    shift = (shifted[0][0] - regular[0][0]) / 16
     torch.testing.assert_close(shift[:3], torch.zeros(3, 2))
     torch.testing.assert_close(shift[3], torch.tensor([0.25, -0.5]))
 
@@ -65,9 +65,9 @@ def test_spectra_tell_high_from_low():
     assert shares[0] < 0.01
     assert shares[1] > 0.99
     model = timm.create_model("litv2_tiny", img_size=128).eval()
-    found = plot.spectra(model, torch.randn(2, 3, 128, 128))
-    assert list(found) == ["layers.2.blocks.0.attn", "layers.2.blocks.1.attn"]
-    assert all(s.shape == (8, 8) for both in found.values() for s in both)
+    by_layer = plot.spectra(model, torch.randn(2, 3, 128, 128))
+    assert list(by_layer) == ["layers.2.blocks.0.attn", "layers.2.blocks.1.attn"]
+    assert all(s.shape == (8, 8) for both in by_layer.values() for s in both)
 
 
 @pytest.mark.parametrize("name", ["plot_dtm", "plot_hilo"])

@@ -18,14 +18,16 @@ def run(script, *arguments, cwd, as_a_user=False):
     """What a call of a script in the repository printed and returned. `as_a_user`: by a process that begins with its
     imports."""
     command = [str(REPOSITORY / script), *map(str, arguments)]
-    where = {
+    run_options = {
         "cwd": cwd,
         "env": {**os.environ, "TERM": "dumb", "COLUMNS": "120"},
         "timeout": HUNG_S,
     }
     if as_a_user:
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, **where)
-    return forked.run(command, **where)
+        return subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, **run_options
+        )
+    return forked.run(command, **run_options)
 
 
 def rows_of(path):
@@ -34,16 +36,16 @@ def rows_of(path):
 
 @pytest.mark.slow
 def test_quickstart_trains_both_and_says_where_the_results_are(tmp_path):
-    given = ["--data", "digits", "--epochs", 1]
-    done = run("recipes/quickstart/train.py", *given, cwd=tmp_path, as_a_user=True)
+    arguments = ["--data", "digits", "--epochs", 1]
+    done = run("recipes/quickstart/train.py", *arguments, cwd=tmp_path, as_a_user=True)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "quickstart"
     rows = rows_of(out / "metrics.jsonl")
     assert [row["name"] for row in rows] == ["plain", "mesa8"]
-    plain, ours = rows
-    assert ours["saved_bytes"] < plain["saved_bytes"] / 2.5
+    plain, wrapped = rows
+    assert wrapped["saved_bytes"] < plain["saved_bytes"] / 2.5
     # One epoch from the same start: what 8-bit codes change is far below what training changes.
-    assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
+    assert wrapped["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "runs/quickstart/curves.png" in done.stdout
     assert "Summary" in done.stdout
@@ -51,7 +53,7 @@ def test_quickstart_trains_both_and_says_where_the_results_are(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--polcy", "mesa8"], "--policy"),
         (["--policy", "mesa9"], "mesa8"),
@@ -59,10 +61,10 @@ def test_quickstart_trains_both_and_says_where_the_results_are(tmp_path):
         (["--batch-size", "5000"], "batch_size=5000"),
     ],
 )
-def test_quickstart_refuses_mistakes_in_a_line(tmp_path, arguments, said):
+def test_quickstart_refuses_mistakes_in_a_line(tmp_path, arguments, message):
     done = run("recipes/quickstart/train.py", *arguments, cwd=tmp_path)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -73,12 +75,12 @@ def test_parity_resumes_and_is_drawn(tmp_path):
     arguments += ["--out", rows]
     first = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    again = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0,1", cwd=tmp_path)
-    assert "2 runs to do, 2 done before" in again.stdout
-    found = [(row["name"], row["seed"]) for row in rows_of(rows)]
-    assert found == [("plain", 0), ("mesa4", 0), ("plain", 1), ("mesa4", 1)]
-    drawn = run("scripts/bench/plot_parity.py", rows, picture, cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    repeated = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0,1", cwd=tmp_path)
+    assert "2 runs to do, 2 done before" in repeated.stdout
+    runs = [(row["name"], row["seed"]) for row in rows_of(rows)]
+    assert runs == [("plain", 0), ("mesa4", 0), ("plain", 1), ("mesa4", 1)]
+    plotted = run("scripts/bench/plot_parity.py", rows, picture, cwd=tmp_path)
+    assert plotted.returncode == 0, plotted.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -159,16 +161,16 @@ def test_rows_of_one_dtype(tmp_path, make_tables):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("<!-- table:stp x -->\n<!-- /table -->", "no table 'stp'"),
-        ("<!-- table:step -->\n<!-- /table -->", "takes a model and maybe a dtype, got none"),
-        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "maybe a dtype, got x bf16 y"),
+        ("<!-- table:step -->\n<!-- /table -->", "takes a model and optionally a dtype, got none"),
+        ("<!-- table:step x bf16 y -->\n<!-- /table -->", "optionally a dtype, got x bf16 y"),
         ("<!-- table:vit22b_kept x -->\n<!-- /table -->", "'vit22b_kept' takes no words, got x"),
         ("<!-- table:step x -->\n", "not closed"),
     ],
 )
-def test_a_wrong_marker_is_named(tmp_path, make_tables, body, said):
+def test_a_wrong_marker_is_named(tmp_path, make_tables, body, message):
     (tmp_path / "README.md").write_text(body)
-    with pytest.raises(SystemExit, match=rf"README\.md: .*{said}"):
+    with pytest.raises(SystemExit, match=rf"README\.md: .*{message}"):
         make_tables.main(check=False, root=tmp_path)

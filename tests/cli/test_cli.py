@@ -51,13 +51,13 @@ def run(*arguments, columns=80):
 @pytest.mark.slow
 def test_compare_in_a_terminal(tmp_path, shallow):
     pytest.importorskip("matplotlib")
-    chosen = ["--methods", "plain,mesa8,vit_has_no_such.yaml"]
-    assert run("compare", *shallow, *chosen).exit_code == 2
+    options = ["--methods", "plain,mesa8,vit_has_no_such.yaml"]
+    assert run("compare", *shallow, *options).exit_code == 2
     policy = tmp_path / "mine.yaml"
     policy.write_text("preset: mesa4\n")
-    chosen = ["--methods", f"plain,mesa8,{policy}", "--rounds", "2", "--memory", "1GiB"]
+    options = ["--methods", f"plain,mesa8,{policy}", "--rounds", "2", "--memory", "1GiB"]
     size = [shallow[0], "--batch-size", "4"]
-    result = run("compare", *size, *chosen, "--out", str(tmp_path / "out"), columns=100)
+    result = run("compare", *size, *options, "--out", str(tmp_path / "out"), columns=100)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     arithmetic = "bf16 autocast" if choose("auto", "cpu").name == "bf16" else "float32"
@@ -79,13 +79,13 @@ def test_compare_in_a_terminal(tmp_path, shallow):
 
 @pytest.mark.slow
 def test_compare_json_is_json_alone(shallow):
-    chosen = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,mesa8+offload,plain+adamw8bit"
-    result = run("compare", *shallow, "--fake", "--json", "--methods", chosen)
+    options = "plain,float32,bf16,mesa8,checkpoint,mesa8+checkpoint,mesa8+offload,plain+adamw8bit"
+    result = run("compare", *shallow, "--fake", "--json", "--methods", options)
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["inputs"] == [[32, 3, 96, 96]]
-    rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == chosen.split(",")
+    output = json.loads(result.stdout)
+    assert output["inputs"] == [[32, 3, 96, 96]]
+    rows = {row["method"]: row for row in output["rows"]}
+    assert list(rows) == options.split(",")
     assert rows["plain"]["saved_bytes"] > 2.5 * rows["mesa8"]["saved_bytes"]
     assert rows["bf16"]["weight_bytes"] * 2 == rows["plain"]["weight_bytes"]
     assert rows["plain+adamw8bit"]["optimizer_bytes"] < rows["plain"]["optimizer_bytes"] / 3
@@ -97,7 +97,7 @@ def test_compare_json_is_json_alone(shallow):
 
 def test_compare_says_what_quick_cannot(shallow):
     result = run("compare", *shallow, "--fake", "--methods", "plain,compile", "--memory", "1GiB")
-    assert "compile: its bytes show in a real run alone" in result.stdout
+    assert "compile: only a real run can count its bytes" in result.stdout
 
 
 def test_profile_in_a_terminal():
@@ -116,7 +116,7 @@ def test_profile_in_a_wide_terminal(shallow):
     for text in ("scaled_dot_product_attention", "saved for backward", "0-1  x2", "└ head", "attn"):
         assert text in result.stdout
     assert "…" not in result.stdout
-    assert "What mesa8 stores, how and why:" in result.stdout
+    assert "Saved tensors of mesa8, and how they are stored:" in result.stdout
     assert "8 bits in groups of 128, nearest" in result.stdout
     assert "rebuilt" in result.stdout
 
@@ -132,8 +132,8 @@ def test_profile_with_a_policy_from_a_file(tmp_path, shallow):
     path.write_text("preset: mesa4\nmin_bytes: 0\n")
     result = run("profile", *shallow, "--fake", "--json", "--policy", str(path))
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["with_policy"]["saved_bytes"] < found["plain"]["saved_bytes"] / 4
+    output = json.loads(result.stdout)
+    assert output["with_policy"]["saved_bytes"] < output["plain"]["saved_bytes"] / 4
 
 
 def test_profile_of_two_policies(shallow):
@@ -141,15 +141,15 @@ def test_profile_of_two_policies(shallow):
     assert result.exit_code == 0, result.output
     head = next(line for line in result.stdout.splitlines() if "operator" in line)
     assert head.split() == ["operator", "mesa8", "share", "mesa4", "less"]
-    found = json.loads(run("profile", *shallow, "--fake", "--diff", "mesa4", "--json").stdout)
-    assert found["with_policy"]["saved_bytes"] > 1.2 * found["with_diff"]["saved_bytes"]
-    assert found["with_diff"]["stored"]
+    output = json.loads(run("profile", *shallow, "--fake", "--diff", "mesa4", "--json").stdout)
+    assert output["with_policy"]["saved_bytes"] > 1.2 * output["with_diff"]["saved_bytes"]
+    assert output["with_diff"]["stored"]
 
 
 def test_profile_beyond_this_machine(shallow):
     model = [shallow[0], "--batch-size", "1000000"]
-    found = json.loads(run("profile", *model, "--fake", "--json").stdout)
-    assert found["plain"]["saved_bytes"] > 500 * 2**30
+    output = json.loads(run("profile", *model, "--fake", "--json").stdout)
+    assert output["plain"]["saved_bytes"] > 500 * 2**30
 
 
 @pytest.mark.slow
@@ -158,19 +158,19 @@ def test_plan(tmp_path, shallow):
     # More is chosen between under autocast; no arithmetic is done.
     size = [*shallow, "--fake", "--dtype", "bf16"]
     policy, chart = tmp_path / "plan.yaml", tmp_path / "frontier.png"
-    drawn = run("plan", *size, "--json", "--frontier", str(chart))
-    least = json.loads(drawn.stdout)
-    low, high = (least[of]["peak_bytes"] for of in ("prediction", "plain"))
+    output = run("plan", *size, "--json", "--frontier", str(chart))
+    smallest = json.loads(output.stdout)
+    low, high = (smallest[of]["peak_bytes"] for of in ("prediction", "plain"))
     assert low < high
-    assert len(least["frontier"]) > 3
+    assert len(smallest["frontier"]) > 3
     assert chart.stat().st_size > 10_000
     budget = (low + high) // 2
     result = run("plan", *size, "--budget", str(budget), "--out", str(policy))
     assert result.exit_code == 0, result.output
     assert "peak of the step" in result.stdout
-    found = json.loads(run("profile", *size, "--policy", str(policy), "--json").stdout)
-    assert found["with_policy"]["saved_bytes"] > least["prediction"]["saved_bytes"]
-    assert found["with_policy"]["saved_bytes"] < least["plain"]["saved_bytes"]
+    actual = json.loads(run("profile", *size, "--policy", str(policy), "--json").stdout)
+    assert actual["with_policy"]["saved_bytes"] > smallest["prediction"]["saved_bytes"]
+    assert actual["with_policy"]["saved_bytes"] < smallest["plain"]["saved_bytes"]
 
 
 def test_a_budget_below_every_plan(tmp_path, monkeypatch):
@@ -180,23 +180,23 @@ def test_a_budget_below_every_plan(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     result = run("plan", "python:an_mlp.build", "--batch-size", "256", "--fake", "--budget", "1KiB")
     assert result.exit_code == 2
-    assert "the smallest peak within reach is" in result.stderr.splitlines()[-1]
+    assert "the smallest possible peak is" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_estimate(tmp_path, shallow):
     path = tmp_path / "accelerate.yaml"
     size = [*shallow, "--policies", "plain,mesa8"]
-    where = ["--gpus", "8", "--gpu-memory", "2.1GiB", "--out", str(path)]
-    result = run("estimate", *size, *where)
+    options = ["--gpus", "8", "--gpu-memory", "2.1GiB", "--out", str(path)]
+    result = run("estimate", *size, *options)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.partition("The simplest")[0].splitlines())) <= 80
     assert f"accelerate launch --config_file {path}" in result.stdout
     assert "num_processes: 8" in path.read_text()
-    found = json.loads(run("estimate", *size, *where, "--json").stdout)
-    assert found["chosen"]["fits"]
+    output = json.loads(run("estimate", *size, *options, "--json").stdout)
+    assert output["chosen"]["fits"]
     none = run("estimate", *size, "--gpu-memory", "2.001GiB")
-    assert "do not fit" in none.stdout or "not even one image" in none.stdout
+    assert "do not fit" in none.stdout or "one image a GPU does not fit" in none.stdout
 
 
 USERS_MODEL = """
@@ -232,16 +232,16 @@ def test_a_model_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "users_model.py").write_text(USERS_MODEL)
     monkeypatch.chdir(tmp_path)
     name = ["python:users_model.build", "--batch-size", "6", "--image-size", "96"]
-    found = json.loads(run("compare", *name, "--fake", "--json").stdout)
-    assert found["inputs"] == [[6, 3, 96, 96], [6, 12]]
-    rows = {row["method"]: row for row in found["rows"]}
+    output = json.loads(run("compare", *name, "--fake", "--json").stdout)
+    assert output["inputs"] == [[6, 3, 96, 96], [6, 12]]
+    rows = {row["method"]: row for row in output["rows"]}
     assert rows["mesa8"]["saved_bytes"] < rows["plain"]["saved_bytes"] / 2
-    chosen = ["--methods", "plain,mesa8"]
+    options = ["--methods", "plain,mesa8"]
     limit = ["--fake", "--json", "--memory", "1GiB"]
-    fitting = json.loads(run("compare", *name, *chosen, *limit).stdout)["rows"]
+    fitting = json.loads(run("compare", *name, *options, *limit).stdout)["rows"]
     assert fitting[1]["largest_batch"] > fitting[0]["largest_batch"]
-    chosen += ["--rounds", "1"]
-    real = json.loads(run("compare", *name, *chosen, "--json").stdout)["rows"]
+    options += ["--rounds", "1"]
+    real = json.loads(run("compare", *name, *options, "--json").stdout)["rows"]
     assert [row.get("note") for row in real] == [None, None]
     assert [row["saved_bytes"] for row in real] == [
         rows[m]["saved_bytes"] for m in ("plain", "mesa8")
@@ -263,8 +263,8 @@ def test_the_dtype_is_what_the_device_computes_in():
         # Bytes are counted without arithmetic, so that nothing is slow; a real step is.
         assert run("profile", *on_cpu, "--fake", "--dtype", "bf16").stderr == ""
         small = [VIT[0], "--batch-size", "1", "--image-size", "16", "--json", "--device", "cpu"]
-        told = run("profile", *small, "--dtype", "bf16").stderr
-        assert told.endswith("many times slower than float32; auto takes float32\n")
+        message = run("profile", *small, "--dtype", "bf16").stderr
+        assert message.endswith("many times slower than float32; auto takes float32\n")
 
 
 def test_half_weights_need_no_autocast(tmp_path, monkeypatch):
@@ -300,11 +300,14 @@ def test_dtypes(dtype):
         (["profile", *VIT, "--policy", "mesa9"], "unknown method 'mesa9'"),
         (["profile", *VIT, "--policy", "no_such_file.yaml"], "no_such_file.yaml"),
         (["profile", *VIT, "--diff", "mesa9"], "unknown method 'mesa9'"),
-        (["compare", *VIT, "--memory", "lots"], "a size is a number with a unit"),
-        (["plan", *VIT, "--fake", "--budget", "lots"], "a size is a number with a unit"),
-        (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "do not spread evenly"),
+        (["compare", *VIT, "--memory", "lots"], "a size must be a number with a unit"),
+        (["plan", *VIT, "--fake", "--budget", "lots"], "a size must be a number with a unit"),
+        (["estimate", *VIT, "--gpus", "3", "--nodes", "2"], "must be a multiple of nodes"),
         (["estimate", *VIT, "--policies", "mesa9"], "unknown method 'mesa9'"),
-        (["estimate", *VIT, "--gpu-memory", "24"], "--gpu-memory: 24 bytes? Give a unit: 24GiB"),
+        (
+            ["estimate", *VIT, "--gpu-memory", "24"],
+            "--gpu-memory: a size needs a unit, such as 24GiB, got '24'",
+        ),
         (["compare", *VIT, "--methods", "plain,mesa9"], "did you mean 'mesa8'?"),
         (["compare", *VIT, "--batchsize", "4"], "--batch-size"),
         (["compare", *VIT, "--dtype", "bfloat16"], "is not one of"),
@@ -312,8 +315,8 @@ def test_dtypes(dtype):
         (["compare"], "Missing argument"),
         (["compare", "pyhton:my.build"], "did you mean python:my.build?"),
         (["compare", *VIT, "--out", "/dev/null/out"], "--out /dev/null/out"),
-        (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: name a .yaml file"),
-        (["plan", *VIT, "--baselines", "rows.jsonl"], "give --frontier chart.png too"),
+        (["plan", *VIT, "--out", "plan.txt"], "--out plan.txt: the file name must end in .yaml"),
+        (["plan", *VIT, "--baselines", "rows.jsonl"], "--baselines needs --frontier"),
         (
             ["plan", *VIT, "--frontier", "c.png", "--baselines", "no.jsonl"],
             "--baselines no.jsonl: no such file",
@@ -366,10 +369,10 @@ def reads():
     [
         (
             ["compare", "half", "--dtype", "bf16"],
-            "float16 weights, which --dtype bf16 does not go with on a CPU",
+            "float16 weights; a CPU cannot run them with --dtype bf16",
         ),
         (["profile", "half", "--dtype", "bf16"], "choose fp16, or float32 for no autocast"),
-        (["compare", "reads", "--fake"], "without data do not have (narrow.py, line 7: "),
+        (["compare", "reads", "--fake"], "fake tensors do not have (narrow.py, line 7: "),
         (["profile", "reads", "--fake"], "`mesa-train profile` without --fake"),
         (["estimate", "reads", "--batch-size", "8"], "Reads reads values"),
     ],
@@ -389,10 +392,12 @@ def test_rivals_of_another_batch(tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"method": "plain", "model": VIT[0], "shapes": [[4, 3, 64, 64]]}
     rows.write_text(json.dumps(row) + "\n")
-    chosen = ["--fake", "--frontier", str(tmp_path / "c.png"), "--baselines", str(rows)]
-    result = run("plan", *VIT, *chosen)
+    options = ["--fake", "--frontier", str(tmp_path / "c.png"), "--baselines", str(rows)]
+    result = run("plan", *VIT, *options)
     assert result.exit_code == 2
-    assert f"rows of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
+    assert (
+        f"the rows are of {VIT[0]} with 4x3x64x64, not of {VIT[0]} with 2x3x64x64" in result.stderr
+    )
 
 
 @pytest.mark.slow

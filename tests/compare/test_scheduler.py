@@ -222,6 +222,33 @@ def test_an_interrupt_keeps_the_rows_and_leaves_nothing_running(tmp_path):
     assert not lives(child.read_text())
 
 
+@pytest.mark.slow
+def test_a_script_without_a_guard_of_its_main_module_runs_once_and_leaves_no_process(tmp_path):
+    """A worker that imported the script again would start a comparison of its own."""
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(8, 4), torch.rand(16, 8)\n"
+    )
+    (tmp_path / "script.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        "from mesa_train.compare.scheduler import Request, measure\n"
+        "print('begins', flush=True)\n"
+        "for row in measure(Request('python:model.build', dtype=None, rounds=0), ['plain']):\n"
+        "    print(row['method'], row.get('note'))\n"
+        "tasks = Path(f'/proc/{os.getpid()}/task').glob('*/children')\n"
+        "print('children:', ''.join(task.read_text() for task in tasks))\n"
+    )
+    source = str(Path(mesa_train.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        timeout=HUNG_S,
+    )
+    assert done.stdout.splitlines() == ["begins", "plain None", "children: "], done.stderr
+
+
 def lives(process):
     """Whether a process is there, and no zombie."""
     try:
@@ -234,7 +261,7 @@ def test_offloading_needs_a_gpu():
     """Said before the model is asked for."""
     (row,) = measure(Request("vit_of_nobody"), ["mesa8+offload"])
     assert row["method"] == "mesa8+offload"
-    assert row["note"] == "needs a GPU: on a CPU what is kept lies in CPU memory already"
+    assert row["note"] == "needs a GPU: on a CPU all saved tensors are in CPU memory already"
     assert MethodSpec.of("mesa8+offload+adamw8bit").why_not("cpu") == row["note"]
     assert MethodSpec.of("mesa8+offload").why_not("cuda:0") is None
     assert MethodSpec.of("mesa8").why_not("cpu") is None

@@ -42,27 +42,27 @@ MOST_NOT_RUN = 3
 def sources(*endings: str) -> list[Path]:
     """The repository's files with these endings, without what a run or a build leaves."""
     folders = ("docs", "mesa_train", "recipes", "scripts", "tests")
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    return sorted(p for p in [*ROOT.iterdir(), *found] if p.suffix in endings and p.is_file())
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return sorted(p for p in [*ROOT.iterdir(), *files] if p.suffix in endings and p.is_file())
 
 
 def blocks(path: Path) -> list[tuple[dict[str, str], str, str | None]]:
     """(comments, code, the output that is shown) of each Python block of a document."""
     text = path.read_text(encoding="utf-8")
-    found = list(BLOCK.finditer(text))
-    assert len(found) == text.count("\n```python\n"), f"{path.name}: a block of another form"
-    return [(dict(COMMENT.findall(b["comments"])), b["code"], b["text"]) for b in found]
+    matches = list(BLOCK.finditer(text))
+    assert len(matches) == text.count("\n```python\n"), f"{path.name}: a block of another form"
+    return [(dict(COMMENT.findall(b["comments"])), b["code"], b["text"]) for b in matches]
 
 
 def pages() -> list[object]:
-    found = []
+    parameters = []
     for path in EXAMPLES:
-        comments = [given for given, _, _ in blocks(path)]
+        comments = [options for options, _, _ in blocks(path)]
         if comments:
-            slow = any("slow" in given for given in comments)
+            slow = any("slow" in options for options in comments)
             marks = [pytest.mark.slow] if slow else []
-            found.append(pytest.param(path, id=path.stem, marks=marks))
-    return found
+            parameters.append(pytest.param(path, id=path.stem, marks=marks))
+    return parameters
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -74,23 +74,23 @@ def test_the_examples_run_and_print_what_is_shown(path, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the planner's timings
     monkeypatch.setattr(timm, "create_model", timm.create_model)  # a setup may replace it
     names: dict[str, object] = {"__name__": "example"}
-    for given, code, shown in blocks(path):
-        if "not run" in given:
+    for setup, code, expected in blocks(path):
+        if "not run" in setup:
             continue
-        exec(compile(given.get("setup", ""), f"{path.name}, setup", "exec"), names)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        exec(compile(setup.get("setup", ""), f"{path.name}, setup", "exec"), names)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
             exec(compile(code, f"{path.name}: {code.splitlines()[0]}", "exec"), names)
-        if shown is not None and "other output" not in given:
-            assert said.getvalue() == shown
+        if expected is not None and "other output" not in setup:
+            assert printed.getvalue() == expected
 
 
 def test_few_examples_do_not_run_and_say_why():
     left_out = [
-        (path.name, given["not run"])
+        (path.name, setup["not run"])
         for path in EXAMPLES
-        for given, _, _ in blocks(path)
-        if "not run" in given
+        for setup, _, _ in blocks(path)
+        if "not run" in setup
     ]
     assert len(left_out) <= MOST_NOT_RUN, left_out
     assert all(len(reason.split()) >= 3 for _, reason in left_out), left_out
@@ -110,26 +110,50 @@ def prose(path: Path) -> str:
 
 def anchors(path: Path) -> set[str]:
     """The anchors of a document's headings that are the same on GitHub and on the site."""
-    found = set()
+    names = set()
     for heading in HEADING.findall(prose(path)):
         plain = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
         github, site = plain.replace(" ", "-"), re.sub(r"[- ]+", "-", plain)
         if github == site:
-            found.add(site)
-    return found
+            names.add(site)
+    return names
 
 
 @pytest.mark.parametrize("path", sources(".md"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     wrong = []
-    for found in LINK.finditer(prose(path)):
-        target, _, anchor = found["target"].partition("#")
+    for match in LINK.finditer(prose(path)):
+        target, _, anchor = match["target"].partition("#")
         if "://" in target or target.startswith("mailto:"):
             continue
-        there = path if not target else (path.parent / target).resolve()
-        if not there.exists() or (anchor and anchor not in anchors(there)):
-            wrong.append(found["target"])
+        linked = path if not target else (path.parent / target).resolve()
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            wrong.append(match["target"])
     assert not wrong, f"{path.relative_to(ROOT)}: {', '.join(wrong)}"
+
+
+def walk(heading: str) -> list[tuple[Path, list[str]]]:
+    """The stops of a walk in concepts.md: the file, and the names that the file must have."""
+    section = (DOCS / "concepts.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    stops = []
+    for line in section.partition("\n## ")[0].splitlines():
+        link = re.match(r"\| \d \| \[[^]]+\]\(([^)]+)\) \| (.*) \|$", line)
+        if link is not None:
+            spans = [span.partition("(")[0] for span in re.findall(r"`([^`]+)`", link[2])]
+            names = [span.rpartition(".")[2] for span in spans if span[0].isupper() or "." in span]
+            stops.append(((DOCS / link[1]).resolve(), names))
+    return stops
+
+
+@pytest.mark.parametrize("heading", ["The walk of one tensor", "The walk of one model"])
+def test_the_files_of_a_walk_have_the_names_that_concepts_gives(heading):
+    stops = walk(heading)
+    assert len(stops) == 5
+    assert sum(len(names) for _, names in stops) >= 3
+    for path, names in stops:
+        text = path.read_text(encoding="utf-8")
+        missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{path.name} has no {', '.join(missing)}"
 
 
 def test_documents_that_the_code_names_are_there():
@@ -181,9 +205,9 @@ def test_the_page_of_the_command_line_is_renewed():
 @pytest.mark.parametrize("command", ["compare", "profile", "plan", "estimate"])
 def test_every_option_is_in_the_reference(command):
     """By the command's own help, which the page's generator does not read."""
-    told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
-    assert told.exit_code == 0
-    options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", told.stdout)) - {"--help"}
+    help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert help_text.exit_code == 0
+    options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text.stdout)) - {"--help"}
     assert len(options) > 8
     section = reference("cli.md").partition(f"## mesa-train {command}\n")[2].partition("\n## ")[0]
     missing = {option for option in options if f"`{option}`" not in section}

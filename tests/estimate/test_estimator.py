@@ -41,11 +41,11 @@ def _counted_once(monkeypatch, known):
     """Count the activations of a setup once for the tests of what an estimate makes of them. The tests of the count
     call `activations_of` itself."""
 
-    def counted(loaded, *asked):
+    def counted(loaded, *arguments):
         weights = [(p.requires_grad, p.dtype) for p in loaded.model.parameters()]
-        key = repr((loaded.name, loaded.shapes(), weights, asked))
+        key = repr((loaded.name, loaded.shapes(), weights, arguments))
         if key not in known:
-            known[key] = activations_of(loaded, *asked)
+            known[key] = activations_of(loaded, *arguments)
         return known[key]
 
     monkeypatch.setattr(estimate, "activations_of", counted)
@@ -53,7 +53,7 @@ def _counted_once(monkeypatch, known):
 
 @pytest.mark.slow
 def test_activations_lie_on_their_line():
-    found = activations_of(make(8), 8, "mesa8", autocast=True)
+    activations = activations_of(make(8), 8, "mesa8", autocast=True)
     model = make().model
     for batch in (1, 8, 16, 64):
         images = torch.empty(batch, 3, 64, 64, device="meta")
@@ -61,14 +61,14 @@ def test_activations_lie_on_their_line():
         # The statistics of a group of heads come in whole chunks: a step, not a line. Where it was
         # counted nothing is off.
         tolerance = 0.05 if batch == 64 else 0
-        assert found.bytes(batch) == pytest.approx(step.working_bytes, rel=tolerance)
-    assert found.largest(found.bytes(100)) in (99, 100)
-    assert found.largest(found.bytes(5)) in (4, 5)
-    assert found.largest(0) == 0
+        assert activations.bytes(batch) == pytest.approx(step.working_bytes, rel=tolerance)
+    assert activations.largest(activations.bytes(100)) in (99, 100)
+    assert activations.largest(activations.bytes(5)) in (4, 5)
+    assert activations.largest(0) == 0
 
 
-def per_image(found):
-    return found.bytes(8) - found.bytes(4)
+def per_image(activations):
+    return activations.bytes(8) - activations.bytes(4)
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_policies_and_lora_take_less():
     lora = activations_of(make(), 4, "mesa8", autocast=False, lora=4)
     assert lora.saved_per_image < mesa.saved_per_image
     # 4-bit weights are not a matmul that a policy repeats; the adapters' are, and are small.
-    again = activations_of(make(), 4, "mesa8-recompute", autocast=False, lora=4)
-    assert again.saved_per_image == pytest.approx(lora.saved_per_image, rel=0.03)
+    repeated = activations_of(make(), 4, "mesa8-recompute", autocast=False, lora=4)
+    assert repeated.saved_per_image == pytest.approx(lora.saved_per_image, rel=0.03)
     coded = activations_of(make(), 4, "mesa8+coded", autocast=False)
     blocks = activations_of(make(), 4, "checkpoint", autocast=False)
     assert coded.saved_per_image < 0.6 * blocks.saved_per_image
@@ -148,22 +148,25 @@ def test_the_simplest_that_fits():
 
 def test_main_memory_is_a_limit():
     cluster = Cluster(8, GIB, 1 << 20)
-    found = list(estimates(make, cluster, batch=4, policies=["mesa8"], setups=[("zero3", "cpu")]))
-    assert [(e.fits, e.reason, e.largest_batch) for e in found] == [(False, "CPU memory", 0)]
+    rows = list(estimates(make, cluster, batch=4, policies=["mesa8"], setups=[("zero3", "cpu")]))
+    assert [(e.fits, e.reason, e.largest_batch) for e in rows] == [(False, "CPU memory", 0)]
 
 
 def test_what_is_moved_lies_in_main_memory():
     """Of all GPUs of a machine together; what is left of CPU memory bounds the batch."""
-    setup, room = Setup("ddp"), 16 << 20
+    setup, budget_bytes = Setup("ddp"), 16 << 20
     of = Estimator(make, 4)
-    found = of.activations(setup, "mesa8+offload")
-    assert found.offloaded_per_image == of.activations(setup, "mesa8").saved_per_image - (
-        found.saved_per_image
+    activations = of.activations(setup, "mesa8+offload")
+    assert activations.offloaded_per_image == of.activations(setup, "mesa8").saved_per_image - (
+        activations.saved_per_image
     )
-    assert found.offloaded_per_image > 15 * found.saved_per_image
-    one = of.estimate(setup, "mesa8+offload", Cluster(8, GIB, room, nodes=2), reserve=0)
-    assert one.states.cpu == found.offloaded_per_image * 4 * 4
-    assert (one.fits, one.largest_batch) == (True, room // (4 * found.offloaded_per_image))
+    assert activations.offloaded_per_image > 15 * activations.saved_per_image
+    one = of.estimate(setup, "mesa8+offload", Cluster(8, GIB, budget_bytes, nodes=2), reserve=0)
+    assert one.states.cpu == activations.offloaded_per_image * 4 * 4
+    assert (one.fits, one.largest_batch) == (
+        True,
+        budget_bytes // (4 * activations.offloaded_per_image),
+    )
     none = of.estimate(setup, "mesa8+offload", Cluster(8, GIB, one.states.cpu - 1), reserve=0)
     assert (none.fits, none.reason) == (False, "CPU memory")
     assert command(one, "vit_tiny_patch16_224", "a.yaml", 8).count("policy=mesa8+offload") == 1
@@ -187,9 +190,9 @@ def test_unknown_optimizer():
 def test_accelerate_takes_the_configuration(setup, tensor_parallel, tmp_path):
     arguments = pytest.importorskip("accelerate.commands.config.config_args")
     cluster = Cluster(8, 80 * GIB, 512 * GIB, tensor_parallel=tensor_parallel)
-    (found,) = estimates(make, cluster, batch=4, policies=["mesa8"], setups=[setup])
+    (estimate,) = estimates(make, cluster, batch=4, policies=["mesa8"], setups=[setup])
     path = tmp_path / "accelerate.yaml"
-    path.write_text(accelerate_config(found, cluster, ["Block"]))
+    path.write_text(accelerate_config(estimate, cluster, ["Block"]))
     read = arguments.ClusterConfig.from_yaml_file(path)
     assert read.num_processes == 8
     fields = yaml.safe_load(path.read_text())
@@ -208,10 +211,10 @@ def test_accelerate_takes_the_configuration(setup, tensor_parallel, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mesa8", "plain", "checkpoint", "mesa8+offload"])
 def test_the_recipe_takes_the_command(policy):
-    (found,) = estimates(
+    (estimate,) = estimates(
         make, Cluster(8, GIB, 64 * GIB), batch=4, policies=[policy], setups=[("zero2", "none")]
     )
-    words = command(found, "vit_tiny_patch16_224", "accelerate.yaml", 8, 96).split()
+    words = command(estimate, "vit_tiny_patch16_224", "accelerate.yaml", 8, 96).split()
     assert words[:4] == ["accelerate", "launch", "--config_file", "accelerate.yaml"]
     assert (REPOSITORY / words[4]).exists()
     changes = [change for flag, change in itertools.pairwise(words) if flag == "--set"]
@@ -221,16 +224,16 @@ def test_the_recipe_takes_the_command(policy):
     assert (settings.train.micro_batch, settings.train.global_batch) == (4, 32)
     assert settings.train.policy == (policy if "mesa8" in policy else "plain")
     assert settings.model.grad_checkpointing == (policy == "checkpoint")
-    assert "litv2" not in command(found, "hf:vit", "accelerate.yaml", 8)
+    assert "litv2" not in command(estimate, "hf:vit", "accelerate.yaml", 8)
     # The recipe has no coded checkpoints: another one would not fit where this does.
-    coded = dataclasses.replace(found, policy="mesa8+coded")
+    coded = dataclasses.replace(estimate, policy="mesa8+coded")
     assert command(coded, "vit_tiny_patch16_224", "a.yaml", 8).endswith(" YOUR_TRAINING_SCRIPT.py")
 
 
 def test_vit22b_has_commands_of_its_own():
-    def words(**given):
-        (found,) = estimates(make, Cluster(1, GIB, 64 * GIB), batch=4, **given)
-        return command(found, "vit_22b_tiny", "accelerate.yaml", 1)
+    def words(**arguments):
+        (estimate,) = estimates(make, Cluster(1, GIB, 64 * GIB), batch=4, **arguments)
+        return command(estimate, "vit_22b_tiny", "accelerate.yaml", 1)
 
     assert words(policies=["mesa8+coded"], optimizer="lion") == (
         "python recipes/vit22b/onecard.py lion --model vit_22b_tiny --batch-size 4 --policy mesa8 "

@@ -31,39 +31,39 @@ class TestAsDeepSpeed:
 
     def test_zero2(self, vit, per_node, nodes):
         stage = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
-        own = made(vit)
+        counts = made(vit)
         cluster = Cluster(per_node * nodes, 80 * GIB, 512 * GIB, nodes)
         for offload in (False, True):
             cpu, gpu = stage.estimate_zero2_model_states_mem_needs(
-                own.total, per_node, nodes, cpu_offload=offload
+                counts.total, per_node, nodes, cpu_offload=offload
             )
-            found = states("zero2", "cpu" if offload else "none", own, cluster)
-            assert found.gpu - own.buffers_bytes == pytest.approx(gpu, abs=4)
-            assert found.cpu == cpu
+            result = states("zero2", "cpu" if offload else "none", counts, cluster)
+            assert result.gpu - counts.buffers_bytes == pytest.approx(gpu, abs=4)
+            assert result.cpu == cpu
 
     def test_zero3(self, vit, per_node, nodes):
         stage = pytest.importorskip("deepspeed.runtime.zero.stage3")
-        own = made(vit)
+        counts = made(vit)
         cluster = Cluster(per_node * nodes, 80 * GIB, 512 * GIB, nodes)
         for offload in ("none", "optimizer", "cpu"):
             cpu, gpu, largest = stage.estimate_zero3_model_states_mem_needs(
-                own.total,
-                own.largest,
+                counts.total,
+                counts.largest,
                 per_node,
                 nodes,
                 cpu_offload=offload != "none",
                 cpu_offload_params=offload == "cpu",
             )
-            found = states("zero3", offload, own, cluster)
-            assert found.gathered == largest
-            assert found.gpu - own.buffers_bytes == pytest.approx(gpu, abs=4)
-            assert found.cpu == cpu
+            result = states("zero3", offload, counts, cluster)
+            assert result.gathered == largest
+            assert result.gpu - counts.buffers_bytes == pytest.approx(gpu, abs=4)
+            assert result.cpu == cpu
 
     def test_counts(self, per_node, nodes):
         stage = pytest.importorskip("deepspeed.runtime.zero.stage3")
         model = timm.create_model("vit_tiny_patch16_224", depth=2)
-        own = made(model)
-        assert (own.total, own.largest) == stage.model_to_params(model)
+        counts = made(model)
+        assert (counts.total, counts.largest) == stage.model_to_params(model)
 
 
 class TestStates:
@@ -72,8 +72,8 @@ class TestStates:
     )
 
     def test_ddp_on_one_gpu_is_plain_training(self):
-        found = states("ddp", "none", self.own, Cluster(1, GIB, GIB))
-        assert (found.weights, found.gradients, found.optimizer) == (4000, 4000, 8000)
+        result = states("ddp", "none", self.own, Cluster(1, GIB, GIB))
+        assert (result.weights, result.gradients, result.optimizer) == (4000, 4000, 8000)
 
     def test_fsdp2_spreads_everything(self):
         one, eight = (states("fsdp2", "none", self.own, Cluster(n, GIB, GIB)) for n in (1, 8))
@@ -86,9 +86,9 @@ class TestStates:
     def test_offload_empties_the_gpu(self):
         cluster = Cluster(4, GIB, GIB)
         for strategy in ("zero3", "fsdp2"):
-            found = states(strategy, "cpu", self.own, cluster)
-            assert found.gpu == found.gathered
-            assert found.cpu >= 16000
+            result = states(strategy, "cpu", self.own, cluster)
+            assert result.gpu == result.gathered
+            assert result.cpu >= 16000
         nvme = states("zero3", "nvme", self.own, cluster)
         assert nvme.disk == states("zero3", "cpu", self.own, cluster).cpu
         assert nvme.cpu < nvme.disk
@@ -100,20 +100,21 @@ class TestStates:
         assert len(set(sizes)) == 3
 
     def test_zero1_keeps_whole_gradients_and_spreads_what_is_float32(self):
-        found = states("zero1", "none", self.own, Cluster(4, GIB, GIB))
+        result = states("zero1", "none", self.own, Cluster(4, GIB, GIB))
         # 2 bytes an element, 2 and a fourth of 4, a fourth of 4 and 8.
-        assert (found.weights, found.gradients, found.optimizer) == (2000, 3000, 3000)
+        assert (result.weights, result.gradients, result.optimizer) == (2000, 3000, 3000)
 
     def test_eight_bit_moments(self):
         less = dataclasses.replace(self.own, moments_bytes=2000)
         for strategy, ranks in itertools.product(
             ("ddp", "zero1", "zero2", "zero3", "fsdp2"), (1, 4)
         ):
-            whole, small = (
-                states(strategy, "none", own, Cluster(ranks, GIB, GIB)) for own in (self.own, less)
+            float32, small = (
+                states(strategy, "none", counts, Cluster(ranks, GIB, GIB))
+                for counts in (self.own, less)
             )
             share = 1 if strategy == "ddp" else ranks
-            assert whole.gpu - small.gpu == pytest.approx(6000 / share, abs=3)
+            assert float32.gpu - small.gpu == pytest.approx(6000 / share, abs=3)
 
     def test_weights_in_half_precision_alone(self):
         """Weights, gradients, moments: 2 + 2 bytes and what the optimizer has, spread as before."""
@@ -125,19 +126,19 @@ class TestStates:
             ("zero3", 4, (500, 500, 500)),
             ("fsdp2", 4, (500, 500, 500)),
         ):
-            found = states(strategy, "none", half, Cluster(ranks, GIB, GIB))
-            assert (found.weights, found.gradients, found.optimizer) == expected, strategy
+            result = states(strategy, "none", half, Cluster(ranks, GIB, GIB))
+            assert (result.weights, result.gradients, result.optimizer) == expected, strategy
         assert states("zero3", "cpu", half, Cluster(1, GIB, GIB)).cpu == 6000 * 1.5
 
     def test_one_card(self):
-        own = dataclasses.replace(self.own, moments_bytes=1030, tensor=60)
+        counts = dataclasses.replace(self.own, moments_bytes=1030, tensor=60)
         one = Cluster(1, GIB, GIB)
-        stepped = states("in_backward", "none", own, one)
+        stepped = states("in_backward", "none", counts, one)
         assert (stepped.weights, stepped.optimizer) == (2000, 1030)
         assert stepped.gradients == 20 * 60  # float32 rows of the largest parameter's update
-        assert states("frozen", "none", own, one).gpu == 2000
-        with pytest.raises(ValueError, match="one GPU's, got gpus=2"):
-            states("in_backward", "none", own, Cluster(2, GIB, GIB))
+        assert states("frozen", "none", counts, one).gpu == 2000
+        with pytest.raises(ValueError, match="runs on one GPU, got gpus=2"):
+            states("in_backward", "none", counts, Cluster(2, GIB, GIB))
 
     @pytest.mark.parametrize(
         ("strategy", "offload", "message"),
@@ -155,9 +156,9 @@ class TestStates:
             states(strategy, offload, self.own, Cluster(1, GIB, GIB))
 
     def test_bad_cluster(self):
-        with pytest.raises(ValueError, match="do not spread evenly"):
+        with pytest.raises(ValueError, match="must be a multiple of nodes"):
             Cluster(3, GIB, GIB, nodes=2)
-        with pytest.raises(ValueError, match="no multiple of tensor_parallel=3"):
+        with pytest.raises(ValueError, match="a multiple of tensor_parallel=3"):
             Cluster(8, GIB, GIB, tensor_parallel=3)
         with pytest.raises(ValueError, match="gpus must be at least 1"):
             Cluster(0, GIB, GIB)
@@ -173,12 +174,12 @@ def test_moments_as_the_optimizers_keep_them(elements):
         (bitsandbytes.optim.AdamW8bit([parameter]), True),
     ):
         optimizer.step()
-        kept = [
+        saved = [
             value
             for name, value in optimizer.state[parameter].items()
             if isinstance(value, torch.Tensor) and not name.startswith("qmap")
         ]
-        assert sum(t.nbytes for t in kept) == adamw_bytes(elements, 4, eight)
+        assert sum(t.nbytes for t in saved) == adamw_bytes(elements, 4, eight)
 
 
 def test_nf4_bytes():
@@ -190,13 +191,13 @@ def test_lora_trains_its_own_and_the_head(vit):
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", depth=2)
     linears = [m for m in model.modules() if type(m) is torch.nn.Linear][:-1]
-    whole = sum(p.numel() for p in model.parameters())
+    float32 = sum(p.numel() for p in model.parameters())
     size = with_lora(model, 4)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora" in name or name.startswith("head") for name in trained)
     assert sum("lora_a" in name for name in trained) == len(linears) == 8
     coded = sum(m.weight.numel() for m in linears)
     head = sum(p.numel() for p in model.head.parameters())
-    assert size == 2 * (whole - head - coded) + sum(nf4_bytes(m.weight.numel()) for m in linears)
+    assert size == 2 * (float32 - head - coded) + sum(nf4_bytes(m.weight.numel()) for m in linears)
     with pytest.raises(ValueError, match="at least 1"):
         with_lora(model, 0)

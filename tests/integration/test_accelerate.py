@@ -52,7 +52,7 @@ def test_calling_again_replaces(accelerator):
 
 
 def test_errors(accelerator):
-    with pytest.raises(TypeError, match="enable takes an Accelerator, got Linear"):
+    with pytest.raises(TypeError, match="accelerator must be an Accelerator, got Linear"):
         enable(nn.Linear(2, 2), "mesa8")
     with pytest.raises(ValueError, match="unknown preset 'mesa'"):
         enable(accelerator, "mesa")

@@ -193,7 +193,7 @@ def test_nested_tensors(case, policy):
 
 
 def test_nested_tensors_have_no_fakes():
-    with pytest.raises(ValueError, match="nested tensors have no fakes"):
+    with pytest.raises(ValueError, match="PyTorch has no fake nested tensors"):
         footprint(MLP(), nested(torch.jagged), fake=True)
 
 

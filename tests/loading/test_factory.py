@@ -147,12 +147,12 @@ def test_a_file_elsewhere(folder, monkeypatch, tmp_path_factory):
         ("own.no_labels", r"do not fit Net.forward\(x, labels\): missing .* 'labels'"),
         ("own.bare_list", r"too many positional arguments; for one argument that is a list"),
         ("own.biuld", "close names: build"),
-        ("own.number", "is no function, got int"),
+        ("own.number", "must be a function, got int"),
         ("own.py", "python:PATH.py:FACTORY"),
         ("own", "such as python:own.build"),
         ("gone.py:build", "no file gone.py"),
-        ("gone.build", "no module named 'gone'"),
-        ("needs.build", "no module named 'no_such_package'"),
+        ("gone.build", "there is no module named 'gone'"),
+        ("needs.build", "there is no module named 'no_such_package'"),
         ("typo.build", r"invalid syntax \(typo.py, line 1\)"),
         ("early.build", r"KeyError: 'at import' \(early.py, line 1\)"),
     ],
@@ -171,14 +171,14 @@ def test_a_mistyped_scheme():
 def test_inputs_of_another_size():
     """By the factory's own function where it gave one, else repeated; without data on meta."""
     loaded = load("python:own.padded", batch_size=2)
-    other = resized(loaded.inputs, 2, 7, data=False, make=loaded.make)
+    other = resized(loaded.inputs, 2, 7, with_data=False, make=loaded.make)
     assert [t.shape for t in other.values()] == [(7, 7, 8), (7,)]
     assert all(t.is_meta for t in other.values())
     loaded = load("python:own.build", batch_size=2)
-    other = resized(loaded.inputs, 2, 5, data=True, make=loaded.make)
+    other = resized(loaded.inputs, 2, 5, with_data=True, make=loaded.make)
     assert torch.equal(other["x"][2:4], loaded.inputs["x"])
     loaded = load("python:own.ragged", batch_size=2)
-    assert resized(loaded.inputs, 2, 5, data=False, make=loaded.make) is None
+    assert resized(loaded.inputs, 2, 5, with_data=False, make=loaded.make) is None
 
 
 def test_only_the_user_s_code_is_named():

@@ -85,7 +85,7 @@ def test_factory(tmp_path, monkeypatch):
         load("python:my_models.neither")
     with pytest.raises(ValueError, match=r"no callable in my_models 'bot'; close names: both"):
         load("python:my_models.bot")
-    with pytest.raises(ValueError, match="no module named 'no_such_package'"):
+    with pytest.raises(ValueError, match="there is no module named 'no_such_package'"):
         load("python:my_broken.build")
 
 
@@ -99,7 +99,7 @@ def test_factory(tmp_path, monkeypatch):
         ("hf:bert", "no image_size"),
         ("hf:.", "without a config.json"),
         ("python:build", "must name a module and a function in it"),
-        ("python:no_such_module.build", "no module named 'no_such_module'"),
+        ("python:no_such_module.build", "there is no module named 'no_such_module'"),
     ],
 )
 def test_unknown(name, message, tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_refused_image_size(name):
 
 def test_image_size_refused_by_the_forward(monkeypatch):
     monkeypatch.setattr(load_module.importlib, "import_module", lambda _: _Factories)
-    with pytest.raises(ValueError, match="refuses images of 5x5"):
+    with pytest.raises(ValueError, match="does not accept images of 5x5"):
         load("python:anything.build", image_size=5, **META)
 
 

@@ -19,16 +19,16 @@ def test_a_convolution_in_another_layout():
     model = model.to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 56, 56).to(memory_format=torch.channels_last)
     runs = StepRunner(model, images, None, default_loss)
-    plays = StepSimulator(model, images, None, default_loss, [])
+    simulator = StepSimulator(model, images, None, default_loss, [])
     counted = timeline(model, images, policy=PRESETS["mesa8"])
     workspace = runs.workspace(PRESETS["mesa8"], counted)
     assert max(workspace, key=lambda key: workspace[key])[1] == "1"
-    plays.workspace[False] = workspace
+    simulator.workspace[False] = workspace
     for policy in (PRESETS["mesa8"], Policy(bits=4), Policy(bits=32)):
         counted = timeline(model, images, policy=policy)
         real = runs.peak(policy)
         # What is counted alone is further off.
-        assert abs(plays.whole(counted, {}).peak_bytes - real) <= 0.02 * real
+        assert abs(simulator.with_workspace(counted, {}).peak_bytes - real) <= 0.02 * real
         assert real - counted.peak_bytes > 0.02 * real
 
 

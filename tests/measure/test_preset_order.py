@@ -193,21 +193,21 @@ def saved(model, x, policy, autocast=None):
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_no_preset_keeps_more_than_a_weaker_one(build, autocast):
     model, x = build()
-    kept = {preset: saved(model, x, preset, autocast) for preset in PRESETS}
+    saved_bytes = {preset: saved(model, x, preset, autocast) for preset in PRESETS}
     for stronger, weaker in ORDER:
-        assert kept[stronger] <= kept[weaker], (stronger, weaker, kept)
+        assert saved_bytes[stronger] <= saved_bytes[weaker], (stronger, weaker, saved_bytes)
 
 
 def test_an_adapter_costs_no_more_than_its_own_tensors():
     """mesa8-recompute with a frozen base kept up to 2.6 times what it keeps in full training."""
     model, x = transformer()
-    whole = saved(model, x, "mesa8-recompute")
+    full = saved(model, x, "mesa8-recompute")
     tuned, _ = adapted()
     tokens = 8 * 64
     # Per adapter: one bit an element for dropout, the codes of the product of low rank (small ones
     # stay float32). The first block's base gets no gradient, so its q, k and v are kept: 3C codes.
-    own = 6 * tokens * (64 // 8 + 8 * 4) + 3 * tokens * (64 + 4)
-    assert saved(tuned, x, "mesa8-recompute") <= whole + own
+    values = 6 * tokens * (64 // 8 + 8 * 4) + 3 * tokens * (64 + 4)
+    assert saved(tuned, x, "mesa8-recompute") <= full + values
 
 
 def gradients(model, x, policy):
@@ -232,8 +232,8 @@ def test_gradients_through_the_rebuilt_sums_and_convolutions(build):
     x = x.double()
     exact = Policy(bits=32, recompute="linear", min_bytes=0)
     expected = gradients(model, x, Policy(enabled=False))
-    for found, wanted in zip(gradients(model, x, exact), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    for actual, expected_gradient in zip(gradients(model, x, exact), expected, strict=True):
+        torch.testing.assert_close(actual, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("build", [positions, shared_positions], ids=lambda b: b.__name__)
@@ -247,8 +247,8 @@ def test_attention_weights_are_computed_again_where_the_mask_is_smaller(build):
 def test_a_part_of_an_activation_is_kept_once():
     """Lossless, the parts are views of what PyTorch's own node saves."""
     model, x = split_network()
-    kept = footprint(model, x, policy="lossless", fake=True).by_operator
-    assert kept["conv2d"] == x.numel() * x.element_size()
+    saved_bytes = footprint(model, x, policy="lossless", fake=True).by_operator
+    assert saved_bytes["conv2d"] == x.numel() * x.element_size()
 
 
 def test_a_sum_of_matmuls_is_rebuilt_and_nothing_else():
@@ -287,6 +287,6 @@ def test_two_matmuls_share_the_cast_operand_until_it_is_written_to():
         assert saved(model, x, "lossless", torch.bfloat16) == copies * x.numel() * 2
         with torch.autocast("cpu", torch.bfloat16):
             expected = gradients(model, x, Policy(enabled=False))
-            found = gradients(model, x, "lossless")
-        for a, b in zip(found, expected, strict=True):
+            result = gradients(model, x, "lossless")
+        for a, b in zip(result, expected, strict=True):
             assert torch.equal(a, b)

@@ -38,17 +38,17 @@ def test_as_the_allocator_counts(vit, images, method):
 
 
 def test_moments(vit, images):
-    found = timeline(vit, images, policy="mesa8", autocast=BF16)
-    phases = [m.phase for m in found.moments]
+    step = timeline(vit, images, policy="mesa8", autocast=BF16)
+    phases = [m.phase for m in step.moments]
     assert phases == sorted(phases, key=[FORWARD, BACKWARD].index)
-    order = [m.module for m in found.moments if m.module in ("blocks.0", "blocks.2")]
+    order = [m.module for m in step.moments if m.module in ("blocks.0", "blocks.2")]
     assert order == ["blocks.0", "blocks.2", "blocks.2", "blocks.0"]
-    assert found.gradient_bytes == sum(p.nbytes for p in vit.parameters())
-    assert [m.gradient_bytes for m in found.moments] == sorted(
-        m.gradient_bytes for m in found.moments
+    assert step.gradient_bytes == sum(p.nbytes for p in vit.parameters())
+    assert [m.gradient_bytes for m in step.moments] == sorted(
+        m.gradient_bytes for m in step.moments
     )
-    assert found.working_bytes < found.peak_bytes
-    assert found.peak.peak_bytes == found.peak_bytes
+    assert step.working_bytes < step.peak_bytes
+    assert step.peak.peak_bytes == step.peak_bytes
 
 
 def test_leaves_no_trace(vit, images):
@@ -67,12 +67,12 @@ def test_leaves_no_trace(vit, images):
 def test_by_hand():
     """Two Linears in float32: y = B A x. Backward of the mean square holds x's gradient nowhere."""
     model = nn.Sequential(nn.Linear(8, 64, bias=False), nn.Linear(64, 32, bias=False))
-    found = timeline(model, torch.randn(128, 8), policy="plain", loss=lambda y: y.square().mean())
+    step = timeline(model, torch.randn(128, 8), policy="plain", loss=lambda y: y.square().mean())
     hidden, out = 128 * 64 * 4, 128 * 32 * 4
     # In the backward of B: the hidden layer, its gradient, the output's gradient, B's gradient.
     weight = 64 * 32 * 4
-    assert hidden * 2 + out + weight <= found.peak_bytes <= hidden * 2 + 3 * out + weight + 64
-    assert found.gradient_bytes == weight + 8 * 64 * 4
+    assert hidden * 2 + out + weight <= step.peak_bytes <= hidden * 2 + 3 * out + weight + 64
+    assert step.gradient_bytes == weight + 8 * 64 * 4
 
 
 def test_on_meta():

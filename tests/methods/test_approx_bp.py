@@ -43,9 +43,9 @@ def test_a_model_keeps_two_bits_of_each_activation_input():
     model = timm.create_model("test_vit", num_classes=10, img_size=64)
     images = torch.randn(2, 3, 64, 64)
     plain = footprint(model, images, policy="plain", autocast=torch.bfloat16).saved_bytes
-    kept = footprint(model, images, policy="approx-bp", autocast=torch.bfloat16).saved_bytes
+    saved = footprint(model, images, policy="approx-bp", autocast=torch.bfloat16).saved_bytes
     hidden = sum(2 * 17 * block.mlp.fc1.out_features for block in model.blocks)
-    assert plain - kept == hidden * 2 - hidden // 4
+    assert plain - saved == hidden * 2 - hidden // 4
     with Variant(model, "approx-bp").active() as module:
         module(images).sum().backward()
     stepped = model.blocks[0].mlp.fc1.weight.grad.clone()

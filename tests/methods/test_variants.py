@@ -41,10 +41,10 @@ def runner(images):
 def gradients(model, variant, images):
     with variant.active() as module:
         runner(images)(module).backward()
-    found = [p.grad for p in model.parameters()]
+    result = [p.grad for p in model.parameters()]
     for p in model.parameters():
         p.grad = None
-    return found
+    return result
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_exact_methods_give_plain_gradients_to_the_shared_parameters(
 ):
     variant = request.getfixturevalue("compiled") if method == "compile" else Variant(model, method)
     expected = gradients(model, Variant(model, "plain"), images)
-    found = gradients(model, variant, images)
+    result = gradients(model, variant, images)
     tolerance = 1e-5 if method == "compile" else 0  # Inductor sums in another order.
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
 
 

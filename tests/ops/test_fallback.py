@@ -267,11 +267,11 @@ def test_an_override_names_a_function_in_a_module():
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("fallback.sinn", r"names no function .*close names: fallback\.sin"),
+        ("fallback.sinn", r"matches no function .*close names: fallback\.sin"),
         ("fallback.grid_sampl", r"close names: fallback\.grid_sample"),
-        ("fallback.no_such_thing_at_all", "names no function of torch or of a loaded library"),
+        ("fallback.no_such_thing_at_all", "matches no function of torch or of a loaded library"),
         ("sin", r"close names: fallback\.sin"),
-        ("blocks.*:sin", "names no operator"),
+        ("blocks.*:sin", "matches no operator"),
     ],
 )
 def test_a_mistyped_function_is_named(pattern, said):

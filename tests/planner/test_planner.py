@@ -63,18 +63,20 @@ class TestPlans:
     def test_predictions_hold(self, planner, vit, images, share):
         low = planner.plan().prediction.peak_bytes
         budget = int(low + share * (planner.plain.peak_bytes - low))
-        found = planner.plan(budget)
-        said = found.prediction
-        assert said.peak_bytes <= budget
-        kept = footprint(vit, images, policy=found.policy, loss=planner.model.loss)
-        assert said.saved_bytes == kept.saved_bytes
+        plan = planner.plan(budget)
+        prediction = plan.prediction
+        assert prediction.peak_bytes <= budget
+        saved = footprint(vit, images, policy=plan.policy, loss=planner.model.loss)
+        assert prediction.saved_bytes == saved.saved_bytes
         runs = StepRunner(vit, images, None, planner.model.loss)
         # Kernels' workspace is measured at two policies; at others it may differ.
-        assert planner.static + runs.peak(found.policy) == pytest.approx(said.peak_bytes, rel=0.05)
-        error = relative_error(runs.gradients(found.policy), runs.reference())
+        assert planner.static + runs.peak(plan.policy) == pytest.approx(
+            prediction.peak_bytes, rel=0.05
+        )
+        error = relative_error(runs.gradients(plan.policy), runs.reference())
         # Additive variances, shared out and extrapolated: right to a factor.
-        assert said.gradient_error / 2 < error < said.gradient_error * 2
-        assert said.time_ratio > 0
+        assert prediction.gradient_error / 2 < error < prediction.gradient_error * 2
+        assert prediction.time_ratio > 0
 
     def test_what_stands_outside_of_blocks_is_measured_alone(self, planner, vit, images):
         """The last norm feeds the classifier, so the weights around it do not show its error."""
@@ -84,16 +86,16 @@ class TestPlans:
             candidate.key for candidate in planner.profile.candidates if candidate.block is None
         }
         runs = StepRunner(vit, images, None, planner.model.loss)
-        kept = space.all(KEEP)
-        reference = runs.gradients(space.policy(kept))
-        coded = runs.gradients(space.policy({**kept, key: 4}))
+        saved = space.all(KEEP)
+        reference = runs.gradients(space.policy(saved))
+        coded = runs.gradients(space.policy({**saved, key: 4}))
         measured = relative_error(coded, reference) ** 2
         assert planner.profile.sensitivity.variance[key, 4] == pytest.approx(measured, rel=1e-3)
 
     def test_room_for_everything_is_plain(self, planner):
-        found = planner.plan("100GiB")
-        assert not found.policy.enabled
-        assert found.prediction == planner.plain
+        plan = planner.plan("100GiB")
+        assert not plan.policy.enabled
+        assert plan.prediction == planner.plain
 
     def test_smaller_budgets_cost_more(self, planner):
         plans = planner.frontier(points=4)
@@ -104,7 +106,7 @@ class TestPlans:
         assert timings == sorted(timings, reverse=True)
 
     def test_impossible(self, planner):
-        with pytest.raises(OverBudget, match=r"smallest peak within reach is .* MiB") as raised:
+        with pytest.raises(OverBudget, match=r"smallest possible peak is .* MiB") as raised:
             planner.plan(planner.static + 1000)
         assert raised.value.smallest.prediction.peak_bytes == planner.plan().prediction.peak_bytes
 
@@ -117,19 +119,19 @@ class TestPlans:
 
     def test_time_is_a_bound(self, planner):
         ratio = planner.plan(max_error=0.02).prediction.time_ratio
-        found = planner.plan(max_time=max(1.0, ratio - 0.02), max_error=0.5)
-        assert found.prediction.time_ratio <= max(1.0, ratio - 0.02) + 1e-6
+        plan = planner.plan(max_time=max(1.0, ratio - 0.02), max_error=0.5)
+        assert plan.prediction.time_ratio <= max(1.0, ratio - 0.02) + 1e-6
 
     def test_yaml(self, planner):
         low = planner.plan().prediction.peak_bytes
-        found = planner.plan((low + planner.plain.peak_bytes) // 2)
-        assert Policy.from_yaml(found.policy.to_yaml()) == found.policy
+        plan = planner.plan((low + planner.plain.peak_bytes) // 2)
+        assert Policy.from_yaml(plan.policy.to_yaml()) == plan.policy
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"budget": "many"}, "a size is a number with a unit"),
-            ({"budget": 0}, "budget is bytes or text"),
+            ({"budget": "many"}, "a size must be a number with a unit"),
+            ({"budget": 0}, "budget must be bytes above 0 or text"),
             ({"max_time": 0.5}, "at least 1"),
             ({"max_error": 0.0}, "above 0"),
         ],
@@ -153,8 +155,8 @@ def test_wrap_with_a_budget():
     mesa_train.wrap(model, budget=budget, inputs=x)
     assert policy_of(model).overrides
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
-    kept = footprint(model, x).saved_bytes
-    assert kept < smallest.plain.saved_bytes
+    saved = footprint(model, x).saved_bytes
+    assert saved < smallest.plain.saved_bytes
     for arguments in ({"budget": 8}, {"budget": 8, "inputs": x, "policy": "mesa8"}, {"inputs": x}):
         with pytest.raises(ValueError, match="budget"):
             mesa_train.wrap(model, **arguments)
@@ -189,8 +191,8 @@ def test_an_error_of_5_percent_costs_as_much_as_10_percent_of_the_step():
 def test_where_nothing_helps():
     """Weights outweigh what is kept: no policy has a smaller peak than none."""
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64))
-    found = mesa_train.plan(model, torch.randn(512, 64))
-    assert found.prediction.peak_bytes <= found.plain.peak_bytes
+    plan = mesa_train.plan(model, torch.randn(512, 64))
+    assert plan.prediction.peak_bytes <= plan.plain.peak_bytes
 
 
 class Large(nn.Module):
@@ -212,10 +214,10 @@ class Large(nn.Module):
 def test_where_plain_does_not_fit():
     planner = Planner.of(Large(), torch.randn(2048, 64))
     assert planner.profile.sensitivity.passes == 0
-    found = planner.plan(max_error=0.1)
-    assert found.prediction.time_ratio is None
-    assert found.prediction.peak_bytes < found.plain.peak_bytes
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    plan = planner.plan(max_error=0.1)
+    assert plan.prediction.time_ratio is None
+    assert plan.prediction.peak_bytes < plan.plain.peak_bytes
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 
@@ -225,11 +227,11 @@ def test_nothing_to_choose():
 
 
 def test_progress_counts_four_steps():
-    told = []
+    calls = []
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.empty(128, 64)
-    Planner.of(model, x, progress=lambda *step: told.append(step))
-    steps = [step for step in told if not step[0].startswith("gradient:")]
+    Planner.of(model, x, progress=lambda *step: calls.append(step))
+    steps = [step for step in calls if not step[0].startswith("gradient:")]
     assert steps == [("stashes", 0, 4), ("times", 1, 4), ("gradients", 2, 4), ("choosing", 3, 4)]
 
 
@@ -239,10 +241,10 @@ def test_on_meta():
         model = timm.create_model("vit_large_patch16_224", depth=3)
         images = torch.empty(64, 3, 224, 224)
     planner = Planner.of(model, images, autocast=BF16)
-    found = planner.plan(int(0.7 * planner.plain.peak_bytes))
-    assert found.prediction.peak_bytes <= 0.7 * planner.plain.peak_bytes
-    assert found.prediction.step_s is None
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    plan = planner.plan(int(0.7 * planner.plain.peak_bytes))
+    assert plan.prediction.peak_bytes <= 0.7 * planner.plain.peak_bytes
+    assert plan.prediction.step_s is None
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 
@@ -256,11 +258,11 @@ def test_of_a_swin_the_least_peak_is_reached_and_nothing_below_it():
     planner = Planner.of(model.train(), torch.randn(8, 3, 56, 56), autocast=BF16)
     with pytest.raises(OverBudget) as raised:
         planner.plan(planner.static + 1000)
-    least = raised.value.smallest.prediction.peak_bytes
-    for budget in (least, int(1.003 * least), int(1.05 * least)):
+    smallest = raised.value.smallest.prediction.peak_bytes
+    for budget in (smallest, int(1.003 * smallest), int(1.05 * smallest)):
         assert planner.plan(budget).prediction.peak_bytes <= budget
     with pytest.raises(OverBudget):
-        planner.plan(int(0.995 * least))
+        planner.plan(int(0.995 * smallest))
 
 
 class Mixer(nn.Module):
@@ -281,10 +283,10 @@ def test_a_checkpointed_block_keeps_its_input_unless_that_is_moved():
     space = SearchSpace(model, x, None, default_loss)
     assert space.simulator.blocks == ["0", "1", "2"]
     for block in ("1", "2"):  # The user holds the input of the first.
-        kept = {name: space.order.kept[block, name] for name in space.modes}
-        assert kept["checkpoint"] == kept["checkpoint of codes"] == 4 * x.numel()
-        assert x.numel() < kept["checkpoint, input 8 bits"] < 1.1 * x.numel()
-        assert kept["checkpoint, input 8 bits, offloaded"] == 0
+        saved = {name: space.order.saved_by_block[block, name] for name in space.strategies}
+        assert saved["checkpoint"] == saved["checkpoint of codes"] == 4 * x.numel()
+        assert x.numel() < saved["checkpoint, input 8 bits"] < 1.1 * x.numel()
+        assert saved["checkpoint, input 8 bits, offloaded"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -302,48 +304,51 @@ class TestMoving:
     """What is kept may wait in CPU memory, on a GPU."""
 
     def test_a_budget_is_met_by_moving_and_foretold_to_the_byte(self, moving):
-        planner, budget, found = moving
-        said = found.prediction
-        assert said.peak_bytes <= budget
-        assert said.offloaded_bytes > 0
-        assert set(found.choices.values()) & set(OFFLOADED_AS)
-        asked = planner.model.model, planner.model.inputs
-        kept = footprint(*asked, policy=found.policy, loss=planner.model.loss)
-        assert (said.saved_bytes, said.offloaded_bytes) == (kept.saved_bytes, kept.offloaded_bytes)
-        step = timeline(*asked, policy=found.policy)
-        assert said.peak_bytes == planner.static + step.peak_bytes
-        assert Policy.from_yaml(found.policy.to_yaml()) == found.policy
+        planner, budget, plan = moving
+        prediction = plan.prediction
+        assert prediction.peak_bytes <= budget
+        assert prediction.offloaded_bytes > 0
+        assert set(plan.choices.values()) & set(OFFLOADED_AS)
+        model_and_inputs = planner.model.model, planner.model.inputs
+        saved = footprint(*model_and_inputs, policy=plan.policy, loss=planner.model.loss)
+        assert (prediction.saved_bytes, prediction.offloaded_bytes) == (
+            saved.saved_bytes,
+            saved.offloaded_bytes,
+        )
+        step = timeline(*model_and_inputs, policy=plan.policy)
+        assert prediction.peak_bytes == planner.static + step.peak_bytes
+        assert Policy.from_yaml(plan.policy.to_yaml()) == plan.policy
 
     @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint of codes"])
     def test_a_checkpoints_input_may_be_moved(self, moving, mode):
         space = moving[0].model.space
         policy = space.policy(space.all(8, f"{mode}, input 8 bits, offloaded"))
-        kept = space.footprint(policy)
+        saved = space.footprint(policy)
         blocks = space.simulator.blocks
-        assert kept.offloaded_bytes == sum(space.input_bytes(block, 8) for block in blocks) > 0
+        assert saved.offloaded_bytes == sum(space.input_bytes(block, 8) for block in blocks) > 0
         assert (
-            kept.saved_bytes
-            < 0.01 * kept.offloaded_bytes
+            saved.saved_bytes
+            < 0.01 * saved.offloaded_bytes
             + space.footprint(space.policy(space.all(8, mode))).saved_bytes
-            - kept.offloaded_bytes
+            - saved.offloaded_bytes
         )
 
     def test_main_memory_is_a_bound(self, moving):
-        planner, budget, found = moving
-        host_link, room = planner.host_link, found.prediction.offloaded_bytes // 2
+        planner, budget, plan = moving
+        host_link, budget_bytes = planner.host_link, plan.prediction.offloaded_bytes // 2
         try:
-            planner.host_link = host_link._replace(room=room)
+            planner.host_link = host_link._replace(capacity=budget_bytes)
             tight = planner.plan(budget).prediction
         finally:
             planner.host_link = host_link
-        assert 0 <= tight.offloaded_bytes <= room
+        assert 0 <= tight.offloaded_bytes <= budget_bytes
         assert tight.peak_bytes <= budget
 
     def test_the_bus_is_filled_and_hardly_waited_for(self, moving):
         """Moving costs nothing while the link keeps up, so that much is offloaded, and not much more."""
-        planner, _, found = moving
-        taken = found.prediction.offloaded_bytes / planner.host_link.bytes_per_s
-        assert 0.5 * planner.host_link.forward_s < taken < 1.2 * planner.host_link.forward_s
+        planner, _, plan = moving
+        copy_s = plan.prediction.offloaded_bytes / planner.host_link.bytes_per_s
+        assert 0.5 * planner.host_link.forward_s < copy_s < 1.2 * planner.host_link.forward_s
         assert planner.host_link.forward_s == pytest.approx(planner.profile.step_s / 3)
 
     def test_on_a_cpu_there_is_no_such_choice(self):
@@ -355,7 +360,9 @@ class TestMoving:
         )
 
     def test_main_memory_is_bytes(self):
-        with pytest.raises(ValueError, match="cpu_memory is bytes or text such as '8GiB', got 0"):
+        with pytest.raises(
+            ValueError, match="cpu_memory must be bytes above 0 or text such as '8GiB', got 0"
+        ):
             mesa_train.plan(nn.Linear(4, 4), torch.randn(2, 4), cpu_memory=0)
 
 
@@ -365,11 +372,11 @@ class TestCosts:
         timings = OpTimings(torch.device("cpu"), BF16, path)
         first = timings.code(64, 128, 8), timings.matmul(64, 128, 32)
         assert all(seconds > 0 for seconds in first)
-        again = OpTimings(torch.device("cpu"), BF16, path)
-        assert (again.code(64, 128, 8), again.matmul(64, 128, 32)) == first
-        (known,) = json.loads(path.read_text()).values()
-        assert set(known) == {"code 64x128 8", "matmul 64x128x32"}
-        assert again.code(8192, 128, 8) == 2 * again.code(4096, 128, 8)
+        repeated = OpTimings(torch.device("cpu"), BF16, path)
+        assert (repeated.code(64, 128, 8), repeated.matmul(64, 128, 32)) == first
+        (existing,) = json.loads(path.read_text()).values()
+        assert set(existing) == {"code 64x128 8", "matmul 64x128x32"}
+        assert repeated.code(8192, 128, 8) == 2 * repeated.code(4096, 128, 8)
 
     def test_a_broken_file_is_measured_anew(self, tmp_path):
         path = tmp_path / "timings.json"

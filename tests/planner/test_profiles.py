@@ -60,38 +60,38 @@ def by_hand(blocks=(), floor=0.0, plain_s=1.0, rows=None):
 
 def test_the_cheapest_choice_that_fits():
     """8 bits cost 10 ms and an error of 0.1 %; a squared error of 0.05^2 is worth 0.1 s."""
-    found = Planner(by_hand()).plan(5000 + 1000 + BYTES[8] + WHOLE)
-    assert sorted(map(str, found.choices.values())) == ["8", "keep"]
-    assert found.prediction.peak_bytes == 5000 + 1000 + BYTES[8] + WHOLE
-    assert found.prediction.saved_bytes == 10 + BYTES[8] + WHOLE
-    assert found.prediction.time_ratio == pytest.approx(1.010)
-    assert found.prediction.gradient_error == pytest.approx(math.sqrt(1e-6))
-    assert found.prediction.step_s == pytest.approx(1.010)
+    plan = Planner(by_hand()).plan(5000 + 1000 + BYTES[8] + WHOLE)
+    assert sorted(map(str, plan.choices.values())) == ["8", "keep"]
+    assert plan.prediction.peak_bytes == 5000 + 1000 + BYTES[8] + WHOLE
+    assert plan.prediction.saved_bytes == 10 + BYTES[8] + WHOLE
+    assert plan.prediction.time_ratio == pytest.approx(1.010)
+    assert plan.prediction.gradient_error == pytest.approx(math.sqrt(1e-6))
+    assert plan.prediction.step_s == pytest.approx(1.010)
 
 
 def test_both_in_8_bits():
-    found = Planner(by_hand()).plan(5000 + 1000 + 2 * BYTES[8])
-    assert found.choices == {A: 8, B: 8}
-    assert found.prediction.gradient_error == pytest.approx(math.sqrt(2e-6))
-    assert found.policy.overrides == {"activation.input": {"bits": 8, "group_size": 128}}
+    plan = Planner(by_hand()).plan(5000 + 1000 + 2 * BYTES[8])
+    assert plan.choices == {A: 8, B: 8}
+    assert plan.prediction.gradient_error == pytest.approx(math.sqrt(2e-6))
+    assert plan.policy.overrides == {"activation.input": {"bits": 8, "group_size": 128}}
 
 
 def test_the_least_peak_and_what_is_below_it():
     planner = Planner(by_hand())
-    least = planner.plan()
-    assert least.choices == {A: 2, B: 2}
-    assert least.prediction.peak_bytes == 5000 + 1000 + 2 * BYTES[2]
+    smallest = planner.plan()
+    assert smallest.choices == {A: 2, B: 2}
+    assert smallest.prediction.peak_bytes == 5000 + 1000 + 2 * BYTES[2]
     with pytest.raises(OverBudget) as raised:
-        planner.plan(least.prediction.peak_bytes - 1000)
-    assert raised.value.smallest.prediction == least.prediction
+        planner.plan(smallest.prediction.peak_bytes - 1000)
+    assert raised.value.smallest.prediction == smallest.prediction
 
 
 def test_plain_where_all_fits():
     profile = by_hand(floor=4e-6)
     planner = Planner(profile)
-    found = planner.plan(5000 + profile.plain_peak_bytes)
-    assert not found.policy.enabled
-    assert found.prediction == planner.plain
+    plan = planner.plan(5000 + profile.plain_peak_bytes)
+    assert not plan.policy.enabled
+    assert plan.prediction == planner.plain
     assert planner.plain.gradient_error == pytest.approx(0.002)
 
 
@@ -110,7 +110,7 @@ def test_bounds_of_error_and_time():
 def test_without_times():
     planner = Planner(by_hand(plain_s=None))
     assert planner.plan(5000 + 1000 + 2 * BYTES[8]).prediction.time_ratio is None
-    with pytest.raises(ValueError, match="needs a model on a real device"):
+    with pytest.raises(ValueError, match="needs a timed plain step"):
         planner.plan(max_time=1.1)
 
 
@@ -127,11 +127,11 @@ def test_a_block_is_checkpointed_where_that_costs_less():
     )
     rows = {(None, None): [Row(1000.0, 4)]}
     profile = dataclasses.replace(profile, candidates=candidates, order=order, rows=rows)
-    found = Planner(profile).plan(5000 + 1000 + WHOLE + 300)
-    assert found.choices == {("0", BLOCK, ""): "checkpoint", B: KEEP}
-    assert found.policy.checkpoint == ("0",)
-    assert found.prediction.saved_bytes == 10 + 200 + WHOLE
-    assert found.prediction.time_ratio == pytest.approx(1.005)
+    plan = Planner(profile).plan(5000 + 1000 + WHOLE + 300)
+    assert plan.choices == {("0", BLOCK, ""): "checkpoint", B: KEEP}
+    assert plan.policy.checkpoint == ("0",)
+    assert plan.prediction.saved_bytes == 10 + 200 + WHOLE
+    assert plan.prediction.time_ratio == pytest.approx(1.005)
 
 
 def test_a_frontier_gets_cheaper():
@@ -161,10 +161,10 @@ def test_a_profile_alone_plans_about_as_the_model_does():
         ]
         model, x = nn.Sequential(*layers), torch.empty(4096, 64)
     profiler = Profiler(model, x)
-    alone, counted = Planner(profiler.profile), Planner(profiler.profile, profiler)
-    assert alone.plain == counted.plain
-    budget = int(0.7 * alone.plain.peak_bytes)
-    first, second = alone.plan(budget).prediction, counted.plan(budget).prediction
+    from_profile, counted = Planner(profiler.profile), Planner(profiler.profile, profiler)
+    assert from_profile.plain == counted.plain
+    budget = int(0.7 * from_profile.plain.peak_bytes)
+    first, second = from_profile.plan(budget).prediction, counted.plan(budget).prediction
     assert first.peak_bytes == pytest.approx(second.peak_bytes, rel=0.1)
     # What is said of choices that the model is asked about too is the same to a few bytes.
     choices = counted.plan(budget).choices
@@ -177,7 +177,7 @@ def test_a_profile_alone_plans_about_as_the_model_does():
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "no.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"no\.json is no profile of this version"):
+    with pytest.raises(ValueError, match=r"no\.json is not a profile of this version"):
         Profile.load(path)
 
 
@@ -194,9 +194,9 @@ def test_a_rebuilt_candidate_needs_its_product():
     profile = dataclasses.replace(
         profile, candidates=candidates, times=times, sensitivity=sensitivity, order=order
     )
-    found = Planner(profile).plan(5000 + 1000 + BYTES[2] + 100)
-    assert found.choices[A] == REBUILD
-    assert found.prediction.time_ratio == pytest.approx(1 + 0.5 + SECONDS[2])
+    plan = Planner(profile).plan(5000 + 1000 + BYTES[2] + 100)
+    assert plan.choices[A] == REBUILD
+    assert plan.prediction.time_ratio == pytest.approx(1 + 0.5 + SECONDS[2])
 
 
 def test_json_holds_plain_values(tmp_path):

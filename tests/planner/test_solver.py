@@ -13,11 +13,12 @@ from mesa_train.measure.profiling.candidates import (
     OFFLOADED_AS,
     REBUILD,
     Candidate,
-    also_offloaded,
+    add_offloaded_choices,
     as_policy,
 )
 from mesa_train.measure.stash_log import BLOCK
-from mesa_train.planner.solver import PEAK, HostLink, Moment, Problem, score, solve
+from mesa_train.planner.problem import HostLink, Moment, Problem, score
+from mesa_train.planner.solver import PEAK, solve
 from mesa_train.policy import Policy
 
 pytest.importorskip("highspy")
@@ -54,19 +55,19 @@ def problem(moments=((1e6, 6), (2e6, 3))):
     )
 
 
-def cheapest(scores, budget, price):
+def cheapest(scores, budget, error_weight):
     """The least cost of those that fit, None if there is none."""
-    return min((s.cost(price) for s in scores if s.peak_bytes <= budget), default=None)
+    return min((s.cost(error_weight) for s in scores if s.peak_bytes <= budget), default=None)
 
 
 @pytest.fixture(scope="module")
 def every():
     """What every combination of the small program timings."""
-    asked = problem()
-    keys = [s.key for s in asked.candidates]
+    small_problem = problem()
+    keys = [s.key for s in small_problem.candidates]
     return [
-        score(asked, dict(zip(keys, choices, strict=True)))
-        for choices in itertools.product(*[s.choices() for s in asked.candidates])
+        score(small_problem, dict(zip(keys, choices, strict=True)))
+        for choices in itertools.product(*[s.choices() for s in small_problem.candidates])
     ]
 
 
@@ -78,89 +79,99 @@ def test_solver_prints_nothing(capfd):
 
 @pytest.mark.parametrize("budget", [2.2e6, 2.6e6, 3.4e6, 5e6, 1e7])
 def test_solver_against_all_there_is(every, budget):
-    price = 2000.0
-    best = cheapest(every, budget, price)
-    found = solve(problem(), budget=budget, price=price)
+    error_weight = 2000.0
+    best = cheapest(every, budget, error_weight)
+    solution = solve(problem(), budget=budget, error_weight=error_weight)
     if best is None:
-        assert found is None
+        assert solution is None
         return
-    assert found.peak_bytes <= budget * (1 + 1e-6)
-    assert found.cost(price) == pytest.approx(best, rel=2e-3)
+    assert solution.peak_bytes <= budget * (1 + 1e-6)
+    assert solution.cost(error_weight) == pytest.approx(best, rel=2e-3)
 
 
 def test_solver_with_blocks_against_all_there_is():
     """The stashes of a block are chosen one by one, or all at once with it."""
-    asked = problem()
+    blocks_problem = problem()
     options = {
         "PyTorch": BlockOption(2_000_000, 0.0, 0.0),
         "checkpoint": BlockOption(300_000, 6.0, 1e-4),
     }
     blocks = [Block(name, options) for name in ("0", "1")]
     candidates = [
-        dataclasses.replace(candidate, block=candidate.key[0]) for candidate in asked.candidates
+        dataclasses.replace(candidate, block=candidate.key[0])
+        for candidate in blocks_problem.candidates
     ]
     order = []
     for name in ("0", "1"):
-        order += [((name, BLOCK, "begin"), 0.0), *[e for e in asked.order if e[0][0] == name]]
+        order += [
+            ((name, BLOCK, "begin"), 0.0),
+            *[e for e in blocks_problem.order if e[0][0] == name],
+        ]
     # A checkpointed block works in more memory when its turn comes, one left to PyTorch in less.
     moments = [Moment(1e5, 8)]
     for start, name in ((0, "0"), (4, "1")):
         moments.append(Moment(2e5, start + 4, name, STASHES))
         moments.append(Moment(1.5e6, start, name, "checkpoint"))
         moments.append(Moment(2.1e6, start, name, "PyTorch"))
-    asked = dataclasses.replace(
-        asked, candidates=candidates, order=order, moments=moments, blocks=blocks
+    blocks_problem = dataclasses.replace(
+        blocks_problem, candidates=candidates, order=order, moments=moments, blocks=blocks
     )
     every = []
-    for modes in itertools.product([STASHES, *options], repeat=2):
-        taken = dict(zip([block.key for block in blocks], modes, strict=True))
-        own = [s for s in candidates if taken[s.block, BLOCK, ""] == STASHES]
-        for picked in itertools.product(*[s.choices() for s in own]):
-            every.append(score(asked, dict(zip([s.key for s in own], picked, strict=True)) | taken))
-    for budget, price in ((1.2e6, 0.0), (1.8e6, 2000.0), (2.5e6, 2000.0), (4e6, 0.0)):
-        best = cheapest(every, budget, price)
-        found = solve(asked, budget=budget, price=price)
+    for labels in itertools.product([STASHES, *options], repeat=2):
+        strategies = dict(zip([block.key for block in blocks], labels, strict=True))
+        one_by_one = [s for s in candidates if strategies[s.block, BLOCK, ""] == STASHES]
+        for picked in itertools.product(*[s.choices() for s in one_by_one]):
+            every.append(
+                score(
+                    blocks_problem,
+                    dict(zip([s.key for s in one_by_one], picked, strict=True)) | strategies,
+                )
+            )
+    for budget, error_weight in ((1.2e6, 0.0), (1.8e6, 2000.0), (2.5e6, 2000.0), (4e6, 0.0)):
+        best = cheapest(every, budget, error_weight)
+        solution = solve(blocks_problem, budget=budget, error_weight=error_weight)
         if best is None:
-            assert found is None
+            assert solution is None
             continue
-        assert found.peak_bytes <= budget * (1 + 1e-6)
-        assert found.cost(price) == pytest.approx(best, rel=2e-3, abs=1e-6)
+        assert solution.peak_bytes <= budget * (1 + 1e-6)
+        assert solution.cost(error_weight) == pytest.approx(best, rel=2e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.7e6, 1.2e6, 3e6])
-@pytest.mark.parametrize("room", [None, 3e5, 0])
-def test_solver_with_a_bus_against_all_there_is(budget, room):
+@pytest.mark.parametrize("capacity", [None, 3e5, 0])
+def test_solver_with_a_bus_against_all_there_is(budget, capacity):
     """What is offloaded timings what the arithmetic does not hide, and fits CPU memory."""
-    asked = problem(((1e5, 3), (6e5, 1)))
+    offload_problem = problem(((1e5, 3), (6e5, 1)))
     candidates = [
-        dataclasses.replace(candidate, offloadable=True) for candidate in asked.candidates[:3]
+        dataclasses.replace(candidate, offloadable=True)
+        for candidate in offload_problem.candidates[:3]
     ]
-    seconds, variance = dict(asked.seconds), dict(asked.variance)
-    also_offloaded(seconds, candidates)
-    also_offloaded(variance, candidates)
+    seconds, variance = dict(offload_problem.seconds), dict(offload_problem.variance)
+    add_offloaded_choices(seconds, candidates)
+    add_offloaded_choices(variance, candidates)
     # 8-bit codes take 0.26 s a candidate, whole tensors 1.02 s.
-    host_link = HostLink(1e6, 0.3, 0.6, room)
-    asked = dataclasses.replace(
-        asked,
+    host_link = HostLink(1e6, 0.3, 0.6, capacity)
+    offload_problem = dataclasses.replace(
+        offload_problem,
         candidates=candidates,
         seconds=seconds,
         variance=variance,
-        order=asked.order[:3],
+        order=offload_problem.order[:3],
         host_link=host_link,
     )
-    price, best = 2000.0, None
+    error_weight, best = 2000.0, None
     for choices in itertools.product(*[s.choices() for s in candidates]):
-        own = dict(zip([s.key for s in candidates], choices, strict=True))
-        found = score(asked, own)
-        offloaded = sum(s.offloaded_bytes(own[s.key]) for s in candidates)
-        if found.peak_bytes <= budget and (room is None or offloaded <= room):
-            best = min(found.cost(price), best or found.cost(price))
-    found = solve(asked, budget=budget, price=price)
+        by_key = dict(zip([s.key for s in candidates], choices, strict=True))
+        solution = score(offload_problem, by_key)
+        offloaded = sum(s.offloaded_bytes(by_key[s.key]) for s in candidates)
+        if solution.peak_bytes <= budget and (capacity is None or offloaded <= capacity):
+            best = min(solution.cost(error_weight), best or solution.cost(error_weight))
+    solution = solve(offload_problem, budget=budget, error_weight=error_weight)
     if best is None:
-        assert found is None
+        assert solution is None
         return
-    assert found.peak_bytes <= budget * (1 + 1e-6)
-    assert found.cost(price) == pytest.approx(best, rel=2e-3)
+    assert solution.peak_bytes <= budget * (1 + 1e-6)
+    assert solution.cost(error_weight) == pytest.approx(best, rel=2e-3)
 
 
 def test_the_bus_is_waited_for_beyond_the_arithmetic():
@@ -170,18 +181,18 @@ def test_the_bus_is_waited_for_beyond_the_arithmetic():
 
 
 def test_solver_finds_the_smallest_peak(every):
-    least = min(found.peak_bytes for found in every)
-    assert solve(problem(), objective=PEAK).peak_bytes == pytest.approx(least)
+    smallest = min(solution.peak_bytes for solution in every)
+    assert solve(problem(), objective=PEAK).peak_bytes == pytest.approx(smallest)
 
 
 def test_solver_keeps_its_bounds():
-    asked = problem()
-    free = solve(asked, budget=3e6)
-    slow = solve(asked, objective=PEAK, max_seconds=free.seconds / 2)
+    small_problem = problem()
+    free = solve(small_problem, budget=3e6)
+    slow = solve(small_problem, objective=PEAK, max_seconds=free.seconds / 2)
     assert slow.seconds <= free.seconds / 2 + 1e-9
-    exact = solve(asked, objective=PEAK, max_variance=1e-5)
+    exact = solve(small_problem, objective=PEAK, max_variance=1e-5)
     assert exact.variance <= 1e-5 * (1 + 1e-3)
-    assert solve(asked, budget=3e5) is None
+    assert solve(small_problem, budget=3e5) is None
 
 
 def test_solver_without_anything_to_choose():
@@ -217,6 +228,6 @@ def test_policy_of_choices():
         rule = policy.rules(["", "a", "b", "b.c"])["b"]["attention", "q"]
         assert rule.offload == (other in OFFLOADED_AS)
         assert not rule.rebuild_linear
-    kept = as_policy(base, candidates, dict.fromkeys(keys, KEEP))
-    assert len(kept.overrides) == 3  # b.c is inside b: said again
-    assert all(change == {"bits": 32} for change in kept.overrides.values())
+    saved = as_policy(base, candidates, dict.fromkeys(keys, KEEP))
+    assert len(saved.overrides) == 3  # b.c is inside b: said again
+    assert all(change == {"bits": 32} for change in saved.overrides.values())

@@ -70,7 +70,7 @@ def test_recipes_whose_folders_fill_or_become_read_only_or_are_removed(tmp_path)
         assert codes == ([1, 1] if litv2 else [2, 2]), case
         if "removed" in case:
             assert line == (
-                f"error: [Errno 2] No such file or directory: '{out}/metrics.jsonl'; "
+                f"error: [Errno 2] the run's folder was removed: '{out}'; "
                 "no checkpoint is there yet"
             )
             assert not out.exists()

@@ -25,17 +25,17 @@ SETTING = {
 }
 
 
-def made(method, kept, step, error, **more):
-    blocks = {f"blocks.{i}.mlp": kept // 5 for i in range(4)}
+def made(method, saved, step, error, **more):
+    blocks = {f"blocks.{i}.mlp": saved // 5 for i in range(4)}
     return {
         "method": method,
-        "saved_bytes": kept,
-        "peak_bytes": 3 * kept,
+        "saved_bytes": saved,
+        "peak_bytes": 3 * saved,
         "step_ms": step,
         "step_ms_quartiles": [0.9 * step, 1.1 * step],
         "gradient_error": error,
-        "by_operator": {"linear": kept // 2, "gelu": kept // 2},
-        "by_module": {"stem": kept // 5, **blocks},
+        "by_operator": {"linear": saved // 2, "gelu": saved // 2},
+        "by_module": {"stem": saved // 5, **blocks},
         "caveats": ["exact"],
         **more,
     }
@@ -119,17 +119,20 @@ def test_one_file_without_a_network(page):
     assert not re.search(r'(?:src|href)="(?!data:|#)', page.replace("xlink:href", "href"))
     assert "url(http" not in page
     assert "@import" not in page
-    for said in (
+    for text in (
         "my_model&lt;b&gt;",
         "&lt;refused&gt;",
         html.escape(SETTING["command"]).replace("&#x27;", "&#39;"),
         "torch 2.15.0",
     ):
-        assert said in page
+        assert text in page
     assert "<b>" not in page
-    assert "mesa8 keeps 3.33 times less than plain at 1.07 times its step time" in page
+    assert "mesa8 saves 3.33 times fewer bytes than plain at 1.07 times its step time" in page
     assert "a gradient error of 1.20% (plain: 1.00%)" in page
-    assert "Checkpointing every block keeps 8.33 times less at 1.30 times the step time." in page
+    assert (
+        "Checkpointing every block saves 8.33 times fewer bytes at 1.30 times the step time."
+        in page
+    )
 
 
 class Elements(HTMLParser):
@@ -164,8 +167,10 @@ def test_names_of_the_user_are_text():
             made("mesa8", 150 << 20, 107.0, 0.012, by_module={name: 1, "b": 2}, caveats=[name]),
             made(name, 90 << 20, 104.0, 0.12, by_operator={name: 90 << 20}, note=name),
         ]
-        told = dict.fromkeys(("model", "command", "device_name", "commit", "date"), name)
-        return Elements(render(rows, {**SETTING, **told, "versions": {name: name, "torch": name}}))
+        setting = dict.fromkeys(("model", "command", "device_name", "commit", "date"), name)
+        return Elements(
+            render(rows, {**SETTING, **setting, "versions": {name: name, "torch": name}})
+        )
 
     hostile = (
         """</script><script>alert(1)</script><img src=x onerror='alert("1")'>&amp;{{ 7 * 7 }}"""
@@ -192,33 +197,33 @@ def test_what_is_behind_plain_is_marked():
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium: apt-get install chromium")
 class TestInABrowser:
     def test_works(self, page, tmp_path):
-        found = browse(tmp_path, page, "--window-size=1280,900")
-        assert found["errors"] == []
-        assert found["resources"] == 0
-        assert found["first"] == found["last"] == [row["method"] for row in ROWS]
+        result = browse(tmp_path, page, "--window-size=1280,900")
+        assert result["errors"] == []
+        assert result["resources"] == 0
+        assert result["first"] == result["last"] == [row["method"] for row in ROWS]
         # What has no value stays at the end, whichever way.
-        assert found["ascending"] == ["compile", "plain", "mesa8", "checkpoint", "compile-fp8"]
-        assert found["descending"] == ["checkpoint", "mesa8", "plain", "compile", "compile-fp8"]
-        assert found["sort"] == "ascending"
-        assert found["nodes"] == 2  # the model, and its row of blocks
-        assert (found["closed"], found["open"]) == (0, 2)
-        assert (found["printed"], found["after"]) == (2, 0)
-        assert len(found["charts"]) == 2
-        assert len(found["ids"]) == len(set(found["ids"]))
+        assert result["ascending"] == ["compile", "plain", "mesa8", "checkpoint", "compile-fp8"]
+        assert result["descending"] == ["checkpoint", "mesa8", "plain", "compile", "compile-fp8"]
+        assert result["sort"] == "ascending"
+        assert result["nodes"] == 2  # the model, and its row of blocks
+        assert (result["closed"], result["open"]) == (0, 2)
+        assert (result["printed"], result["after"]) == (2, 0)
+        assert len(result["charts"]) == 2
+        assert len(result["ids"]) == len(set(result["ids"]))
 
     def test_on_a_phone(self, page, tmp_path):
-        found = browse(tmp_path, page, "--window-size=390,800")
-        assert found["overflow"] <= 0
-        assert found["errors"] == []
+        result = browse(tmp_path, page, "--window-size=390,800")
+        assert result["overflow"] <= 0
+        assert result["errors"] == []
 
     def test_light_and_dark(self, page, tmp_path):
-        seen = {
+        recorded = {
             scheme: browse(tmp_path, page, f"--blink-settings=preferredColorScheme={number}")[
                 "background"
             ]
             for scheme, number in (("dark", 0), ("light", 1))
         }
-        assert seen == {"dark": "rgb(20, 24, 28)", "light": "rgb(255, 255, 255)"}
+        assert recorded == {"dark": "rgb(20, 24, 28)", "light": "rgb(255, 255, 255)"}
 
     def test_prints(self, page, tmp_path):
         source, target = tmp_path / "page.html", tmp_path / "page.pdf"

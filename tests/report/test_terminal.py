@@ -9,7 +9,7 @@ from mesa_train.estimate.estimator import POLICIES, SETUPS, Estimate
 from mesa_train.estimate.model_states import Cluster, Parameters, states
 from mesa_train.measure.footprint import Footprint
 from mesa_train.measure.module_tree import forward_order, grow
-from mesa_train.measure.saved_tensors import Kept
+from mesa_train.measure.saved_tensors import SavedStorage
 from mesa_train.report.columns import with_ratios
 from mesa_train.report.terminal import by_module, by_operator, comparison, estimates, notes_of
 from mesa_train.utils.formatting import (
@@ -30,8 +30,10 @@ def rendered(table, width):
 
 
 def made(*rows):
-    kept = tuple(Kept(operator, module, "float32", (1,), size) for operator, module, size in rows)
-    return Footprint(sum(row.saved_bytes for row in kept), 2**20, 0, kept)
+    saved = tuple(
+        SavedStorage(operator, module, "float32", (1,), size) for operator, module, size in rows
+    )
+    return Footprint(sum(row.saved_bytes for row in saved), 2**20, 0, saved)
 
 
 def tree(*footprints):
@@ -66,16 +68,16 @@ def test_comparison_fits(width):
     rows = [WIDE, {"method": "checkpoint", "note": "no blocks"}]
     text = rendered(comparison(rows, width), width)
     assert "…" not in text
-    for said in ("919.8 GiB", "12.35%", "123,457", "123,456"):
-        assert said in text
+    for message in ("919.8 GiB", "12.35%", "123,457", "123,456"):
+        assert message in text
     assert max(map(len, text.splitlines())) <= width
     assert ("0.98765" in text) == ("124,444" in text) == (width >= 180)
 
 
 def test_columns_that_no_row_has():
     text = rendered(comparison([{"method": "plain", "saved_bytes": 2**20}]), 80)
-    for said in ("gradient", "step", "largest"):
-        assert said not in text
+    for message in ("gradient", "step", "largest"):
+        assert message not in text
 
 
 def test_ratios_to_plain():
@@ -156,11 +158,11 @@ def test_format_ratio(before, after, text):
 
 def test_estimates_of_all_setups_fit_80_columns():
     """With the names of all setups and policies whole."""
-    own = Parameters(3 * 10**8, 0, 4 * 10**6, 12 * 10**6, 0, 24 * 10**8)
+    counts = Parameters(3 * 10**8, 0, 4 * 10**6, 12 * 10**6, 0, 24 * 10**8)
     cluster = Cluster(8, 24 << 30, 256 << 30)
     rows = [
         Estimate(
-            setup, offload, policy, "adamw", 0, False, states(setup, offload, own, cluster),
+            setup, offload, policy, "adamw", 0, False, states(setup, offload, counts, cluster),
             (60 - number) << 27, 32, 30 * 10**min(number, 5), 5, number > 0,
         )
         for setup, offload in SETUPS
@@ -186,7 +188,7 @@ def test_format_gib(size, text):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "text"),
     [
         ({}, "m, 2x3, bf16 autocast, EPYC, 2 threads"),
         ({"dtype": "float32"}, "m, 2x3, float32, EPYC, 2 threads"),
@@ -196,9 +198,9 @@ def test_format_gib(size, text):
         ({"device": "cuda", "device_name": "H100"}, "m, 2x3, bf16 autocast, H100"),
     ],
 )
-def test_describe(changed, said):
+def test_describe(changed, text):
     setting = {"model": "m", "shapes": [[2, 3]], "dtype": "bf16", "device": "cpu"}
-    assert describe({**setting, "device_name": "EPYC", "threads": 2, **changed}) == said
+    assert describe({**setting, "device_name": "EPYC", "threads": 2, **changed}) == text
 
 
 def test_format_table_aligns():
@@ -229,13 +231,15 @@ def test_parse_bytes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "0", "3 apples", "1e9"])
 def test_parse_bytes_refuses(text):
-    with pytest.raises(ValueError, match=r"^a size is a number with a unit .*KiB, MiB, GiB, TiB"):
+    with pytest.raises(
+        ValueError, match=r"^a size must be a number with a unit .*KiB, MiB, GiB, TiB"
+    ):
         parse_bytes(text)
 
 
 def test_parse_bytes_of_an_option():
     assert parse_bytes("8000000", "--memory") == 8_000_000
-    with pytest.raises(ValueError, match=r"--memory: 24 bytes\? Give a unit: 24GiB"):
+    with pytest.raises(ValueError, match=r"--memory: a size needs a unit, such as 24GiB, got '24'"):
         parse_bytes("24", "--memory")
-    with pytest.raises(ValueError, match=r"^--memory: a size is a number"):
+    with pytest.raises(ValueError, match=r"^--memory: a size must be a number"):
         parse_bytes("24 gigs", "--memory")

@@ -29,9 +29,9 @@ SKYLAKE = ZEN_3 | {"avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx5
     ],
 )
 def test_processors(flags, expected):
-    found = choose("auto", precision.of_processor(flags))
-    assert (found.name, found.emulated, found.scaler) == (expected, False, False)
-    assert "\n" not in found.line
+    choice = choose("auto", precision.of_processor(flags))
+    assert (choice.name, choice.emulated, choice.scaler) == (expected, False, False)
+    assert "\n" not in choice.line
 
 
 OLD, NEW = (
@@ -44,7 +44,7 @@ def test_graphics_cards():
     old = choose("auto", OLD)
     assert (old.name, old.dtype, old.scaler) == ("fp16", torch.float16, True)
     assert old.line == (
-        "precision auto: float16 with loss scaling, since a T4 does not compute in bfloat16"
+        "precision auto: float16 with loss scaling, because a T4 does not compute in bfloat16"
     )
     # A training without a scaler.
     assert choose("auto", OLD, fp16=False).dtype is None
@@ -52,31 +52,31 @@ def test_graphics_cards():
 
 def test_an_emulated_precision_is_told_with_the_better_one():
     cpu = precision.of_processor(ZEN_3)
-    for asked, device, better in (
+    for requested, device, better in (
         ("bf16", cpu, "float32"), ("fp16", cpu, "float32"), ("bf16", OLD, "float16"),
     ):  # fmt: skip
-        found = choose(asked, device)
-        assert (found.name, found.emulated) == (asked, True)
-        assert found.line.endswith(f"many times slower than {better}; auto takes {better}")
-    for asked, device in (("no", cpu), ("bf16", NEW), ("fp16", OLD)):
-        assert not choose(asked, device).emulated
-        assert "emulates" not in choose(asked, device).line
+        choice = choose(requested, device)
+        assert (choice.name, choice.emulated) == (requested, True)
+        assert choice.line.endswith(f"many times slower than {better}; auto takes {better}")
+    for requested, device in (("no", cpu), ("bf16", NEW), ("fp16", OLD)):
+        assert not choose(requested, device).emulated
+        assert "emulates" not in choose(requested, device).line
     with pytest.raises(ValueError, match="one of auto, no, bf16, fp16, got 'fp8'"):
         choose("fp8", cpu)
 
 
 def test_cuda_is_asked_for_bfloat16_without_emulation(monkeypatch):
-    asked = []
+    requested = []
 
     def supported(including_emulation=True):
-        asked.append(including_emulation)
+        requested.append(including_emulation)
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert precision.probe("cuda:0") == Arithmetic("cuda", "Tesla V100", False, True)
-    assert asked == [False]
+    assert requested == [False]
 
 
 def test_a_card_that_is_not_here_is_taken_for_a_current_one(monkeypatch):

@@ -87,48 +87,52 @@ class Block:
 
 def block_of(module: str, blocks: Sequence[str]) -> str | None:
     """The block that a module is or is part of, None if there is none. Blocks are never nested."""
-    return next((b for b in blocks if module == b or module.startswith(b + ".")), None)
+    return next(
+        (block for block in blocks if module == block or module.startswith(block + ".")), None
+    )
 
 
-def with_blocks(policy: Policy, modes: Mapping[str, str], rows: Mapping[str, int]) -> Policy:
+def with_blocks(
+    policy: Policy, strategies: Mapping[str, str], siblings: Mapping[str, int]
+) -> Policy:
     """Return `policy` with the strategy of every block.
 
     Args:
         policy: policy of the stashes that are chosen one by one.
-        modes: name of the strategy by block.
-        rows: number of modules that a parent module holds, by the parent's name. If all of them are
+        strategies: name of the strategy by block.
+        siblings: number of children of a parent module, by the parent's name. If all children are
             blocks with one strategy, one pattern names them.
     """
     checkpointed: list[str] = []
     overrides: dict[str, Mapping[str, Any]] = dict(policy.overrides)
-    for pattern, name in _patterns(modes, rows):
+    for pattern, name in _patterns(strategies, siblings):
         if name == STASHES:
             continue
-        mode = STRATEGIES[name]
-        if mode.checkpointed:
+        strategy = STRATEGIES[name]
+        if strategy.checkpointed:
             checkpointed.append(pattern)
-        eight = {"bits": 8, "group_size": GROUP[8], "recompute": "cheap", "rounding": "auto"}
-        overrides[pattern] = eight if mode.codes else {"enabled": False}
-        if mode.bits is not None:
+        codes = {"bits": 8, "group_size": GROUP[8], "recompute": "cheap", "rounding": "auto"}
+        overrides[pattern] = codes if strategy.codes else {"enabled": False}
+        if strategy.bits is not None:
             overrides[f"{pattern}:checkpoint"] = {
                 "enabled": True,
-                "checkpoint_inputs": mode.bits,
-                "group_size": GROUP[mode.bits],
-                **({"offload": True} if mode.offloaded else {}),
+                "checkpoint_inputs": strategy.bits,
+                "group_size": GROUP[strategy.bits],
+                **({"offload": True} if strategy.offloaded else {}),
             }
     return dataclasses.replace(policy, checkpoint=tuple(checkpointed), overrides=overrides)
 
 
-def _patterns(modes: Mapping[str, str], rows: Mapping[str, int]) -> list[tuple[str, str]]:
+def _patterns(strategies: Mapping[str, str], siblings: Mapping[str, int]) -> list[tuple[str, str]]:
     """(pattern, strategy) for all blocks, in their order."""
     parents: dict[str, list[str]] = {}
-    for name in modes:
+    for name in strategies:
         parents.setdefault(name.rpartition(".")[0], []).append(name)
-    found = []
+    patterns = []
     for parent, names in parents.items():
-        own = {modes[name] for name in names}
-        if parent and len(names) == rows.get(parent) and len(names) > 1 and len(own) == 1:
-            found.append((f"{parent}.*", own.pop()))
+        used = {strategies[name] for name in names}
+        if parent and len(names) == siblings.get(parent) and len(names) > 1 and len(used) == 1:
+            patterns.append((f"{parent}.*", used.pop()))
         else:
-            found += [(name, modes[name]) for name in names]
-    return found
+            patterns += [(name, strategies[name]) for name in names]
+    return patterns

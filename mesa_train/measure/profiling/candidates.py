@@ -24,7 +24,7 @@ from mesa_train.stash.stash import Stash
 
 from .blocks import GROUP, block_of, with_blocks
 
-# The choices for a candidate that are no number of bits: saved uncompressed, or recomputed.
+# The choices for a candidate that are not a number of bits: saved uncompressed, or rebuilt.
 KEEP, REBUILD = "keep", "rebuild"
 # In CPU memory between forward and backward, as codes or uncompressed.
 OFFLOAD8, OFFLOAD = "8 bits, offloaded", "keep, offloaded"
@@ -94,11 +94,11 @@ class Candidate:
         return self.bytes(OFFLOADED_AS[choice]) if choice in OFFLOADED_AS else 0
 
 
-def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
-    """Find the first offloaded stash that is still on the device, or on it again.
+def first_in_flight(order: Sequence[tuple[Key, float]], stored: int) -> int:
+    """Find the first offloaded stash that is on the device during its copy.
 
-    In the forward the last stashes are still being copied out. In the backward the next stashes are
-    already being copied back. At most `WINDOW` stashes are copied at a time.
+    In the forward the last stashes are still being copied to CPU memory. In the backward the next
+    stashes are already being copied back. At most `WINDOW` stashes are copied at a time.
 
     Args:
         order: (key, share) of all entries in the order of the forward.
@@ -107,18 +107,18 @@ def under_way(order: Sequence[tuple[Key, float]], stored: int) -> int:
     Returns:
         Index of that stash among the first `stored` entries.
     """
-    left = WINDOW
+    remaining = WINDOW
     for index in range(stored - 1, -1, -1):
-        left -= order[index][0][1] != BLOCK
-        if not left:
+        remaining -= order[index][0][1] != BLOCK
+        if not remaining:
             return index
     return 0
 
 
-def also_offloaded(
+def add_offloaded_choices(
     table: dict[tuple[Key, int | str], float], candidates: Iterable[Candidate]
 ) -> None:
-    """Enter each offloaded choice with the value of the same choice without offload.
+    """Add the offloaded choices to a table, each with the value of the choice without offload.
 
     Args:
         table: values by (key, choice); changed in place.
@@ -131,14 +131,14 @@ def also_offloaded(
 
 
 def candidates_of(
-    stored: StashLog, rebuilding: StashLog, whole: StashLog, blocks: Sequence[str] = ()
+    stored: StashLog, rebuilding: StashLog, uncompressed: StashLog, blocks: Sequence[str] = ()
 ) -> list[Candidate]:
     """List the candidates of a model from three logs.
 
     Args:
         stored: log of a forward with 8-bit codes.
-        rebuilding: log of a forward with `recompute="linear"`, which holds its stashes.
-        whole: log of a forward with 32 bits, which is uncompressed.
+        rebuilding: log of a forward with `recompute="linear"`, which keeps its stashes alive.
+        uncompressed: log of a forward with 32 bits, which saves all tensors uncompressed.
         blocks: qualified names of the blocks.
     """
     candidates: dict[Key, Candidate] = {}
@@ -148,31 +148,31 @@ def candidates_of(
                 key, Candidate(key, order, block=block_of(key[0], blocks))
             )
             candidate.matrices.append(matrix)
-    for key, size, _ in whole.stored:
+    for key, size, _ in uncompressed.stored:
         if key in candidates:
             candidates[key].saved_bytes += size
-    still = {key for key, *_ in rebuilding.stored}
+    stored_keys = {key for key, *_ in rebuilding.stored}
     for key, stash in rebuilding.rebuilt.items():
-        if key not in candidates or key in still:
+        if key not in candidates or key in stored_keys:
             continue
         candidate = candidates[key]
         product = _product(stash)
         if product is None:
             continue
-        named = rebuilding.modules.get(id(product.tensors[0]))
-        if named is None:
+        linear = rebuilding.modules.get(id(product.tensors[0]))
+        if linear is None:
             continue
-        candidate.product = named[1]
+        candidate.product = linear[1]
         candidate.source = next(
-            (k for s, k in _leaves(product, rebuilding) if k in candidates), None
+            (source for _, source in _leaves(product, rebuilding) if source in candidates), None
         )
     return list(candidates.values())
 
 
 def _product(stash: Stash) -> Stash | None:
     """The recomputed Linear in a stash's recipe; None if there is none or more than one."""
-    found = [s for s in _nodes(stash) if isinstance(s.recipe, RecomputedLinear)]
-    return found[0] if len(found) == 1 else None
+    linears = [node for node in _nodes(stash) if isinstance(node.recipe, RecomputedLinear)]
+    return linears[0] if len(linears) == 1 else None
 
 
 def _leaves(stash: Stash, log: StashLog) -> Iterator[tuple[Stash, Key]]:
@@ -202,7 +202,7 @@ def as_policy(
     base: Policy,
     candidates: Sequence[Candidate],
     choices: Mapping[Key, int | str],
-    rows: Mapping[str, int] | None = None,
+    siblings: Mapping[str, int] | None = None,
 ) -> Policy:
     """Make the policy of these choices.
 
@@ -214,36 +214,50 @@ def as_policy(
         base: policy of all fields that the choices do not set.
         candidates: all candidates.
         choices: choice of each candidate and strategy of each block, by key.
-        rows: number of modules that the parent of each block holds, by the parent's name.
+        siblings: number of children of the parent of each block, by the parent's name.
     """
-    modes = {key[0]: str(choice) for key, choice in choices.items() if key[1] == BLOCK}
+    strategies = {key[0]: str(choice) for key, choice in choices.items() if key[1] == BLOCK}
     candidates = [candidate for candidate in candidates if candidate.key in choices]
-    sources = {s.source for s in candidates if choices[s.key] == REBUILD}
-    wanted = {s.key: _changes(choices[s.key], s.key in sources) for s in candidates}
+    sources = {candidate.source for candidate in candidates if choices[candidate.key] == REBUILD}
+    changes = {
+        candidate.key: _changes(choices[candidate.key], candidate.key in sources)
+        for candidate in candidates
+    }
     overrides: dict[str, dict[str, Any]] = {}
     common: dict[tuple[str, str], dict[str, Any]] = {}
-    for kind in dict.fromkeys(s.kind for s in candidates):
-        own = [wanted[s.key] for s in candidates if s.kind == kind]
+    for kind in dict.fromkeys(candidate.kind for candidate in candidates):
+        same_kind = [changes[candidate.key] for candidate in candidates if candidate.kind == kind]
         # A candidate of the model itself has no module name for a pattern.
-        rooted = [wanted[s.key] for s in candidates if s.kind == kind and not s.key[0]]
-        common[kind] = rooted[0] if rooted else max(own, key=own.count)
+        of_root = [
+            changes[candidate.key]
+            for candidate in candidates
+            if candidate.kind == kind and not candidate.key[0]
+        ]
+        common[kind] = of_root[0] if of_root else max(same_kind, key=same_kind.count)
         overrides[".".join(kind)] = common[kind]
     # A module's pattern covers its submodules, so the submodules' patterns come later. A field that
     # an earlier pattern changes, and this one does not, gets the value of the base policy again.
-    for candidate in sorted(candidates, key=lambda s: s.key[0].count(".")):
+    for candidate in sorted(candidates, key=lambda c: c.key[0].count(".")):
         module, operator, operand = candidate.key
-        outer = [
-            o.key[0] for o in candidates if o.kind == candidate.kind and o.key != candidate.key
+        other_modules = [
+            other.key[0]
+            for other in candidates
+            if other.kind == candidate.kind and other.key != candidate.key
         ]
-        covered = any(not o or module.startswith(o + ".") for o in outer)
-        if (wanted[candidate.key] != common[candidate.kind] or covered) and module:
+        is_covered = any(not other or module.startswith(other + ".") for other in other_modules)
+        if (changes[candidate.key] != common[candidate.kind] or is_covered) and module:
             fields = sorted(
-                {f for s in candidates if s.kind == candidate.kind for f in wanted[s.key]}
+                {
+                    field
+                    for peer in candidates
+                    if peer.kind == candidate.kind
+                    for field in changes[peer.key]
+                }
             )
-            back = {field: getattr(base, field) for field in fields}
-            overrides[f"{module}:{operator}.{operand}"] = back | wanted[candidate.key]
-    own_policy = dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
-    return with_blocks(own_policy, modes, rows or {}) if modes else own_policy
+            defaults = {field: getattr(base, field) for field in fields}
+            overrides[f"{module}:{operator}.{operand}"] = defaults | changes[candidate.key]
+    policy = dataclasses.replace(base, overrides={k: v for k, v in overrides.items() if v})
+    return with_blocks(policy, strategies, siblings or {}) if strategies else policy
 
 
 def _changes(choice: int | str, feeds_matmul: bool) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mesa_train.policy import PRESETS, Policy
 from mesa_train.utils.records import provenance
 
 from .blocks import PYTORCH, Block, BlockOption
-from .candidates import KEEP, Candidate, also_offloaded, as_policy
+from .candidates import KEEP, Candidate, add_offloaded_choices, as_policy
 from .search_space import SearchSpace
 from .sensitivity import Sensitivity, calibrate, parameter_names, typical
 from .simulator import Choices, Order, Part, Row, SimulatedStep
@@ -44,7 +44,7 @@ class Profile:
 
     Args:
         candidates: the saved tensors to choose for, in the order of the forward.
-        siblings: number of modules that the parent of each block holds, by the parent's name.
+        siblings: number of children of the parent of each block, by the parent's name.
         blocks: the blocks, with the bytes, seconds and variance of each strategy.
         order: the candidates' stashes in the order of the forward.
         rows: bytes that are live beside the stashes at each moment, by (block, strategy).
@@ -76,8 +76,8 @@ class Profile:
     def step_s(self) -> float:
         """Seconds of the plain step; an estimate if the step was not timed."""
         # The matmuls that may be recomputed take about a fifth of a ViT's step.
-        eight = sum(self.times.candidates[s.key, 8] for s in self.candidates)
-        return self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * eight
+        coding_s = sum(self.times.candidates[candidate.key, 8] for candidate in self.candidates)
+        return self.plain_s or 5 * sum(self.times.matmuls.values()) or 10 * coding_s
 
     def policy(self, choices: Choices) -> Policy:
         """The policy of these choices."""
@@ -86,9 +86,11 @@ class Profile:
     def saved_bytes(self, choices: Choices) -> tuple[int, int]:
         """(bytes saved on the device, bytes offloaded) under these choices."""
         offloaded = sum(
-            s.offloaded_bytes(choices[s.key]) for s in self.candidates if s.key in choices
+            candidate.offloaded_bytes(choices[candidate.key])
+            for candidate in self.candidates
+            if candidate.key in choices
         )
-        strategies = [b.options.get(str(choices.get(b.key))) for b in self.blocks]
+        strategies = [block.options.get(str(choices.get(block.key))) for block in self.blocks]
         offloaded += sum(option.offloaded_bytes for option in strategies if option is not None)
         return self.other_saved_bytes + math.ceil(_stored(self.order, choices)), offloaded
 
@@ -101,12 +103,13 @@ class Profile:
         """Read a profile that `save` wrote.
 
         Raises:
-            ValueError: the file is no profile of this version; the message has the path.
+            ValueError: the file is not a profile of this version; the message has the path.
         """
         try:
             return _decoded(json.loads(Path(path).read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no profile of this version: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not a profile of this version: {reason}") from None
 
 
 def profile(
@@ -171,17 +174,17 @@ class Profiler:
         self.model, self.inputs, self.autocast = model, inputs, autocast
         self.loss = loss or default_loss
         device = device_of(model)
-        tell = progress or (lambda *_: None)
-        tell("stashes", 0, 4)
+        report = progress or (lambda *_: None)
+        report("stashes", 0, 4)
         self.space = space = SearchSpace(model, inputs, autocast, self.loss)
-        tell("times", 1, 4)
+        report("times", 1, 4)
         plain_s, times = fit_time_model(space, device)
-        tell("gradients", 2, 4)
-        sensitivity = self._sensitivity(lambda what: tell(f"gradient: {what}", 2, 4))
-        also_offloaded(sensitivity.variance, space.candidates)
-        also_offloaded(sensitivity.coupled, space.candidates)
-        tell("choosing", 3, 4)
-        eight = space.all(8)
+        report("gradients", 2, 4)
+        sensitivity = self._sensitivity(lambda name: report(f"gradient: {name}", 2, 4))
+        add_offloaded_choices(sensitivity.variance, space.candidates)
+        add_offloaded_choices(sensitivity.coupled, space.candidates)
+        report("choosing", 3, 4)
+        choices = space.all(8)
         self.profile = Profile(
             candidates=tuple(space.candidates),
             siblings=space.siblings,
@@ -194,14 +197,14 @@ class Profiler:
             static_bytes=static_bytes(model, inputs, optimizer_bytes),
             plain_saved_bytes=space.footprint(PLAIN).saved_bytes,
             plain_peak_bytes=self._plain_peak(),
-            other_saved_bytes=space.footprint(space.policy(eight)).saved_bytes
-            - math.floor(_stored(space.order, eight)),
+            other_saved_bytes=space.footprint(space.policy(choices)).saved_bytes
+            - math.floor(_stored(space.order, choices)),
             source=provenance("cpu" if device.type == "meta" else device),
         )
 
     def step(self, choices: Choices) -> SimulatedStep:
         """Simulate a step with these choices on fake tensors."""
-        return self.space.simulator.simulated(self.space.policy(choices), choices)
+        return self.space.simulator.simulate(self.space.policy(choices), choices)
 
     def rows(self, step: SimulatedStep) -> dict[Part, list[Row]]:
         """The moments of a simulated step, by (block, strategy)."""
@@ -216,24 +219,26 @@ class Profiler:
         counted = timeline(
             self.model, self.inputs, policy=PLAIN, autocast=self.autocast, loss=self.loss
         )
-        plain: Choices = {(b, BLOCK, ""): PYTORCH for b in self.space.simulator.blocks}
-        return self.space.simulator.whole(counted, plain).peak_bytes
+        plain: Choices = {(block, BLOCK, ""): PYTORCH for block in self.space.simulator.blocks}
+        return self.space.simulator.with_workspace(counted, plain).peak_bytes
 
     def _sensitivity(self, progress: Callable[[str], None]) -> Sensitivity:
         """Measure the gradient errors; on meta or without enough memory, use typical errors."""
         space = self.space
-        every = [*space.candidates, *space.block_inputs.values()]
+        candidates = [*space.candidates, *space.block_inputs.values()]
         if not space.real:
-            return typical(every)
-        runs = StepRunner(self.model, self.inputs, self.autocast, self.loss)
+            return typical(candidates)
+        runner = StepRunner(self.model, self.inputs, self.autocast, self.loss)
 
         def gradients(policy: Policy | str | None) -> list[Tensor | None]:
-            return runs.reference() if policy is None else runs.gradients(policy)
+            return runner.reference() if policy is None else runner.gradients(policy)
 
         checkpointing = {
-            mode.bits: space.policy(space.all(KEEP, name))
-            for name, mode in space.modes.items()
-            if mode.checkpointed and not (mode.codes or mode.offloaded) and space.block_inputs
+            strategy.bits: space.policy(space.all(KEEP, name))
+            for name, strategy in space.strategies.items()
+            if strategy.checkpointed
+            and not (strategy.codes or strategy.offloaded)
+            and space.block_inputs
         }
         try:
             return calibrate(
@@ -246,117 +251,132 @@ class Profiler:
                 checkpointing,
             )
         except torch.OutOfMemoryError:
-            # The passes save nearly everything uncompressed. If that does not fit, the errors come
-            # from theory.
-            logger.info("no room to measure gradient errors: those of a typical ViT are taken")
-            return typical(every)
+            # The passes save nearly all tensors uncompressed.
+            logger.info(
+                "memory is too small to measure gradient errors: the plan uses those of a typical ViT"
+            )
+            return typical(candidates)
 
 
 def blocks_of(space: SearchSpace, times: TimeModel, sensitivity: Sensitivity) -> list[Block]:
     """The costs of every block under each strategy."""
     blocks = []
     for name in space.simulator.blocks:
-        inside = sum(sensitivity.variance[s.key, 8] for s in space.candidates if s.block == name)
+        codes_variance = sum(
+            sensitivity.variance[candidate.key, 8]
+            for candidate in space.candidates
+            if candidate.block == name
+        )
         options = {}
-        for label, mode in space.modes.items():
-            kind = CHECKPOINT_CODES if mode.codes else CHECKPOINT
-            seconds = times.blocks[name, kind] if mode.checkpointed else 0.0
-            variance = inside if mode.codes else 0.0
+        for label, strategy in space.strategies.items():
+            timed_as = CHECKPOINT_CODES if strategy.codes else CHECKPOINT
+            seconds = times.blocks[name, timed_as] if strategy.checkpointed else 0.0
+            variance = codes_variance if strategy.codes else 0.0
             candidate = space.block_inputs.get(name)
-            if candidate is not None and mode.bits is not None:
-                variance += sensitivity.variance[candidate.key, mode.bits]
-            saved = space.order.kept[name, label]
-            offloaded = space.input_bytes(name, mode.bits) if mode.offloaded else 0
+            if candidate is not None and strategy.bits is not None:
+                variance += sensitivity.variance[candidate.key, strategy.bits]
+            saved = space.order.saved_by_block[name, label]
+            offloaded = space.input_bytes(name, strategy.bits) if strategy.offloaded else 0
             options[label] = BlockOption(saved, seconds, variance, offloaded)
         blocks.append(Block(name, options))
     return blocks
 
 
 def _stored(order: Order, choices: Choices) -> float:
-    """Bytes of all entries on the device after the forward, when no copy is under way."""
+    """Bytes of all entries on the device after the forward and all its copies."""
     total = 0.0
     for key, share in order.entries:
         if key[1] == BLOCK:
             if key[2] == "begin":
-                total += order.kept.get((key[0], str(choices.get((key[0], BLOCK, "")))), 0)
+                total += order.saved_by_block.get(
+                    (key[0], str(choices.get((key[0], BLOCK, "")))), 0
+                )
         elif key in choices:
             total += share * order.candidates[key].bytes(choices[key])
     return total
 
 
-def _encoded(own: Profile) -> dict[str, Any]:
+def _encoded(profile: Profile) -> dict[str, Any]:
     """A profile as JSON values. Tables with tuple keys become lists of [*key, value]."""
     return {
         "version": _VERSION,
-        "candidates": [dataclasses.asdict(candidate) for candidate in own.candidates],
-        "siblings": dict(own.siblings),
+        "candidates": [dataclasses.asdict(candidate) for candidate in profile.candidates],
+        "siblings": dict(profile.siblings),
         "blocks": [
-            [b.name, {label: list(o) for label, o in b.options.items()}] for b in own.blocks
+            [block.name, {label: list(option) for label, option in block.options.items()}]
+            for block in profile.blocks
         ],
-        "order": [[*key, share] for key, share in own.order.entries],
-        "saved_by_block": [[*key, size] for key, size in own.order.kept.items()],
-        "rows": [[*part, [list(row) for row in rows]] for part, rows in own.rows.items()],
+        "order": [[*key, share] for key, share in profile.order.entries],
+        "saved_by_block": [[*key, size] for key, size in profile.order.saved_by_block.items()],
+        "rows": [[*part, [list(row) for row in rows]] for part, rows in profile.rows.items()],
         "times": {
             "candidates": [
-                [*key, choice, value] for (key, choice), value in own.times.candidates.items()
+                [*key, choice, value] for (key, choice), value in profile.times.candidates.items()
             ],
-            "matmuls": own.times.matmuls,
-            "blocks": [[*key, value] for key, value in own.times.blocks.items()],
-            "host_link": own.times.host_link,
+            "matmuls": profile.times.matmuls,
+            "blocks": [[*key, value] for key, value in profile.times.blocks.items()],
+            "host_link": profile.times.host_link,
         },
         "sensitivity": {
             "variance": [
-                [*key, choice, value] for (key, choice), value in own.sensitivity.variance.items()
+                [*key, choice, value]
+                for (key, choice), value in profile.sensitivity.variance.items()
             ],
             "coupled": [
-                [*key, choice, value] for (key, choice), value in own.sensitivity.coupled.items()
+                [*key, choice, value]
+                for (key, choice), value in profile.sensitivity.coupled.items()
             ],
-            "floor": own.sensitivity.floor,
-            "passes": own.sensitivity.passes,
+            "floor": profile.sensitivity.floor,
+            "passes": profile.sensitivity.passes,
         },
-        **{name: getattr(own, name) for name in _SCALARS},
-        "source": dict(own.source),
+        **{name: getattr(profile, name) for name in _SCALARS},
+        "source": dict(profile.source),
     }
 
 
 _SCALARS = ("plain_s", "static_bytes", "plain_saved_bytes", "plain_peak_bytes", "other_saved_bytes")
 
 
-def _decoded(given: Mapping[str, Any]) -> Profile:
+def _decoded(fields: Mapping[str, Any]) -> Profile:
     """The profile of the JSON values that `_encoded` made."""
-    if given["version"] != _VERSION:
-        raise ValueError(f"version {given['version']}, not {_VERSION}")
+    if fields["version"] != _VERSION:
+        raise ValueError(f"its version is {fields['version']}, expected {_VERSION}")
 
     def table(rows: list[list[Any]]) -> dict[tuple[Key, int | str], float]:
-        return {((r[0], r[1], r[2]), r[3]): r[4] for r in rows}
+        return {((row[0], row[1], row[2]), row[3]): row[4] for row in rows}
 
     candidates = []
-    for fields in given["candidates"]:
-        matrices = [(rows, cols) for rows, cols in fields["matrices"]]
-        source = None if fields["source"] is None else tuple(fields["source"])
+    for candidate_fields in fields["candidates"]:
+        matrices = [(rows, cols) for rows, cols in candidate_fields["matrices"]]
+        source = None if candidate_fields["source"] is None else tuple(candidate_fields["source"])
         candidates.append(
             Candidate(
-                **{**fields, "key": tuple(fields["key"]), "matrices": matrices, "source": source}
+                **{
+                    **candidate_fields,
+                    "key": tuple(candidate_fields["key"]),
+                    "matrices": matrices,
+                    "source": source,
+                }
             )
         )
-    times, sensitivity = given["times"], given["sensitivity"]
+    times, sensitivity = fields["times"], fields["sensitivity"]
     return Profile(
         candidates=tuple(candidates),
-        siblings=given["siblings"],
+        siblings=fields["siblings"],
         blocks=tuple(
             Block(name, {label: BlockOption(*option) for label, option in options.items()})
-            for name, options in given["blocks"]
+            for name, options in fields["blocks"]
         ),
         order=Order(
-            [((r[0], r[1], r[2]), r[3]) for r in given["order"]],
+            [((row[0], row[1], row[2]), row[3]) for row in fields["order"]],
             {candidate.key: candidate for candidate in candidates},
-            {(r[0], r[1]): r[2] for r in given["saved_by_block"]},
+            {(row[0], row[1]): row[2] for row in fields["saved_by_block"]},
         ),
-        rows={(r[0], r[1]): [Row(*row) for row in r[2]] for r in given["rows"]},
+        rows={(row[0], row[1]): [Row(*row) for row in row[2]] for row in fields["rows"]},
         times=TimeModel(
             table(times["candidates"]),
             times["matmuls"],
-            {(r[0], r[1]): r[2] for r in times["blocks"]},
+            {(row[0], row[1]): row[2] for row in times["blocks"]},
             times["host_link"],
         ),
         sensitivity=Sensitivity(
@@ -365,6 +385,6 @@ def _decoded(given: Mapping[str, Any]) -> Profile:
             sensitivity["floor"],
             sensitivity["passes"],
         ),
-        source=given["source"],
-        **{name: given[name] for name in _SCALARS},
+        source=fields["source"],
+        **{name: fields[name] for name in _SCALARS},
     )

@@ -58,75 +58,84 @@ class SearchSpace:
         self.model, self.inputs, self.autocast, self.loss = model, inputs, autocast, loss
         device = device_of(model)
         self.real = device.type != "meta"
-        # A CPU has nothing to offload. A model on meta is planned for a GPU.
+        # On a CPU all tensors are in CPU memory. A model on meta is planned for a GPU.
         self.offloadable = device.type in ("meta", "cuda")
-        self.modes = {n: m for n, m in STRATEGIES.items() if self.offloadable or not m.offloaded}
+        self.strategies = {
+            name: strategy
+            for name, strategy in STRATEGIES.items()
+            if self.offloadable or not strategy.offloaded
+        }
         self.base = PRESETS["mesa8"]
-        names = list(find_blocks(self.model))
-        self.simulator = StepSimulator(self.model, self.inputs, self.autocast, self.loss, names)
-        stored, first = self.simulator.watch(self.base)
-        linear = dataclasses.replace(self.base, recompute="linear")
-        rebuilding, _ = self.simulator.watch(linear, holding=True)
-        whole, _ = self.simulator.watch(dataclasses.replace(self.base, bits=32))
-        begun = [key[0] for key, *_ in stored.stored if key[1:] == (BLOCK, "begin")]
-        once = [name for name in names if begun.count(name) == 1]
-        self.candidates = candidates_of(stored, rebuilding, whole, once)
+        block_names = list(find_blocks(self.model))
+        self.simulator = StepSimulator(
+            self.model, self.inputs, self.autocast, self.loss, block_names
+        )
+        stored, first = self.simulator.trace(self.base)
+        recompute_linear = dataclasses.replace(self.base, recompute="linear")
+        rebuilding, _ = self.simulator.trace(recompute_linear, hold=True)
+        uncompressed, _ = self.simulator.trace(dataclasses.replace(self.base, bits=32))
+        started = [key[0] for key, *_ in stored.stored if key[1:] == (BLOCK, "begin")]
+        single_use = [block for block in block_names if started.count(block) == 1]
+        self.candidates = candidates_of(stored, rebuilding, uncompressed, single_use)
         for candidate in self.candidates:
             candidate.offloadable = self.offloadable
         if not self.candidates:
             raise ValueError(
-                f"{type(self.model).__name__} stores no tensor of {self.base.min_bytes} bytes or "
-                "more with this batch, so there is nothing to choose"
+                f"{type(self.model).__name__} saves no tensor of at least {self.base.min_bytes} bytes "
+                "with this batch, so there is nothing to choose"
             )
-        used = {candidate.block for candidate in self.candidates}
-        self.simulator.blocks = [name for name in once if name in used]
-        parents = {name.rpartition(".")[0] for name in self.simulator.blocks}
-        self.siblings = {p: len(list(self.model.get_submodule(p).children())) for p in parents}
+        blocks = {candidate.block for candidate in self.candidates}
+        self.simulator.blocks = [block for block in single_use if block in blocks]
+        parents = {block.rpartition(".")[0] for block in self.simulator.blocks}
+        self.siblings = {
+            parent: len(list(self.model.get_submodule(parent).children())) for parent in parents
+        }
         self.order = Order.of(stored, self.candidates)
         self._measure_workspace(first)
-        order = [key for key, *_ in stored.stored]
-        eight = self.all(8)
+        stash_order = [key for key, *_ in stored.stored]
+        choices = self.all(8)
         self.rows = self.simulator.rows(
-            SimulatedStep(eight, self.simulator.whole(first, eight), order), self.order
+            SimulatedStep(choices, self.simulator.with_workspace(first, choices), stash_order),
+            self.order,
         )
         self.block_inputs: dict[str, Candidate] = {}
         if self.simulator.blocks:
             self._blocks()
 
     def _blocks(self) -> None:
-        """Count steps with all blocks checkpointed, or left to PyTorch."""
-        modes = self.simulator.blocks
-        watch, _ = self.simulator.watch(self.policy(self.all(8, "checkpoint, input 8 bits")))
+        """Simulate steps with all blocks checkpointed, and with all blocks left to PyTorch."""
+        blocks = self.simulator.blocks
+        log, _ = self.simulator.trace(self.policy(self.all(8, "checkpoint, input 8 bits")))
         self.block_inputs = {
-            b: Candidate(
-                (b, "checkpoint", "input"), 0, inputs.matrices, inputs.saved_bytes, block=b
+            block: Candidate(
+                (block, "checkpoint", "input"), 0, inputs.matrices, inputs.saved_bytes, block=block
             )
-            for b, inputs in watch.inputs.items()
-            if b in modes
+            for block, inputs in log.inputs.items()
+            if block in blocks
         }
-        plain = self.footprint(self.policy(self.all(8, PYTORCH))).by_module
-        for block in modes:
-            inside = [size for module, size in plain.items() if block_of(module, [block])]
-            self.order.kept[block, PYTORCH] = sum(inside)
-            for name, mode in self.modes.items():
-                if mode.checkpointed:
-                    kept = 0 if mode.offloaded else self.input_bytes(block, mode.bits)
-                    self.order.kept[block, name] = kept
+        by_module = self.footprint(self.policy(self.all(8, PYTORCH))).by_module
+        for block in blocks:
+            sizes = [size for module, size in by_module.items() if block_of(module, [block])]
+            self.order.saved_by_block[block, PYTORCH] = sum(sizes)
+            for name, strategy in self.strategies.items():
+                if strategy.checkpointed:
+                    saved = 0 if strategy.offloaded else self.input_bytes(block, strategy.bits)
+                    self.order.saved_by_block[block, name] = saved
         for name in (PYTORCH, "checkpoint, input 8 bits", "checkpoint of codes, input 8 bits"):
             choices = self.all(8, name)
             rows = self.simulator.rows(
-                self.simulator.simulated(self.policy(choices), choices), self.order
+                self.simulator.simulate(self.policy(choices), choices), self.order
             )
-            self.rows |= {part: own for part, own in rows.items() if part[0] is not None}
-        for block in modes:
-            for name, mode in self.modes.items():
-                if not mode.checkpointed or (block, name) in self.rows:
+            self.rows |= {part: moments for part, moments in rows.items() if part[0] is not None}
+        for block in blocks:
+            for name, strategy in self.strategies.items():
+                if not strategy.checkpointed or (block, name) in self.rows:
                     continue
-                like = "checkpoint of codes" if mode.codes else "checkpoint"
-                row = self.rows[block, f"{like}, input 8 bits"][0]
+                same_kind = "checkpoint of codes" if strategy.codes else "checkpoint"
+                row = self.rows[block, f"{same_kind}, input 8 bits"][0]
                 # The decoded input exists beside its codes. An uncompressed input is not decoded.
-                own = 0 if mode.bits is None else self.input_bytes(block, mode.bits)
-                fixed = row.fixed - self.input_bytes(block, 8) + own
+                input_bytes = 0 if strategy.bits is None else self.input_bytes(block, strategy.bits)
+                fixed = row.fixed - self.input_bytes(block, 8) + input_bytes
                 self.rows[block, name] = [Row(fixed, row.stored)]
 
     def input_bytes(self, block: str, bits: int | None) -> int:
@@ -134,23 +143,25 @@ class SearchSpace:
         candidate = self.block_inputs.get(block)
         return 0 if candidate is None else candidate.bytes(KEEP if bits is None else bits)
 
-    def all(self, choice: int | str, mode: str = STASHES) -> dict[Key, int | str]:
+    def all(self, choice: int | str, strategy: str = STASHES) -> dict[Key, int | str]:
         """The same choice for every candidate, or the same strategy for every block.
 
         Args:
             choice: choice of every candidate; 8 bits for a candidate that does not have this
                 choice.
-            mode: strategy of every block. If it is not stash by stash, `choice` is for the
+            strategy: strategy of every block. If it is not stash by stash, `choice` is for the
                 candidates outside of blocks.
 
         Returns:
             The choices by key.
         """
-        blocks: dict[Key, int | str] = {(b, BLOCK, ""): mode for b in self.simulator.blocks}
+        blocks: dict[Key, int | str] = {
+            (block, BLOCK, ""): strategy for block in self.simulator.blocks
+        }
         candidates = {
-            s.key: choice if choice in s.choices() else 8
-            for s in self.candidates
-            if mode == STASHES or s.block is None
+            candidate.key: choice if choice in candidate.choices() else 8
+            for candidate in self.candidates
+            if strategy == STASHES or candidate.block is None
         }
         return {**candidates, **blocks}
 
@@ -158,14 +169,14 @@ class SearchSpace:
         """Measure the workspace of a real step in 8 bits and of one left to PyTorch."""
         if not self.real:
             return
-        runs = StepRunner(self.model, self.inputs, self.autocast, self.loss)
-        self.simulator.workspace[False] = runs.workspace(self.base, first)
+        runner = StepRunner(self.model, self.inputs, self.autocast, self.loss)
+        self.simulator.workspace[False] = runner.workspace(self.base, first)
         plain = PLAIN if not self.simulator.blocks else self.policy(self.all(8, PYTORCH))
         counted = timeline(
             self.model, self.inputs, policy=plain, autocast=self.autocast, loss=self.loss
         )
         try:
-            self.simulator.workspace[True] = runs.workspace(plain, counted)
+            self.simulator.workspace[True] = runner.workspace(plain, counted)
         except torch.OutOfMemoryError:
             self.simulator.workspace[True] = self.simulator.workspace[False]
 

@@ -1,14 +1,14 @@
-"""Measure how much each candidate's codes add to the gradient's error: a few backwards, and theory.
+"""Measure how much each candidate's codes add to the gradient's error.
 
 With a quantiser of 2^b - 1 steps, the variance of the error adds up over tensors (ActNN, arXiv
 2104.14129; GACT, arXiv 2206.11357):
 
     Var = sum of c_l / (2^b - 1)^2
 
-Therefore c_l needs no pass for each tensor. A kind is an operand of an operator. For each kind, one
-pass codes all candidates in the blocks at 4 bits, and one pass at 2 bits. All other candidates are
-uncompressed. The variance of the kind is divided among its candidates by the gradient errors of the
-parameters around each. The variance at 8 bits follows from 4 bits by the formula.
+Therefore one pass measures many tensors at once. A kind is an operand of an operator. For each kind,
+one pass codes all candidates in the blocks at 4 bits, and one pass at 2 bits. All other candidates
+are uncompressed. The variance of the kind is divided among its candidates by the gradient errors of
+the parameters around each. The variance at 8 bits follows from 4 bits by the formula.
 
 Cost: about fifteen passes for a ViT.
 """
@@ -41,9 +41,9 @@ _TYPICAL = {
     ("activation", "input"): 1e-4,
     ("checkpoint", "input"): 1e-2,
 }
-_OTHERWISE = 1e-3
-# Up to this many candidates outside of blocks get passes of their own.
-_FEW = 8
+_TYPICAL_DEFAULT = 1e-3
+# If at most this many candidates are outside of blocks, each gets a pass of its own.
+_MAX_SINGLE_PASSES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Sensitivity:
     Args:
         variance: added by each candidate, by choice. The inputs of checkpointed blocks are
             candidates too.
-        coupled: added by the choice of a source if a product is rebuilt from that source.
-        floor: error with everything uncompressed, against float32.
+        coupled: added by the choice of a source if a Linear is recomputed from that source.
+        floor: error with all candidates uncompressed, against float32.
         passes: number of forwards with backwards that ran.
     """
 
@@ -86,58 +86,65 @@ def calibrate(
         checkpointing: policies that checkpoint all blocks, by the bits of these inputs; None comes
             first.
     """
-    everything: dict[Key, int | str] = {s.key: KEEP for s in candidates}
+    uncompressed: dict[Key, int | str] = {candidate.key: KEEP for candidate in candidates}
     progress("float32")
     exact = gradients(None)
-    progress("all kept")
-    reference = gradients(as_policy(base, list(candidates), everything))
+    progress("uncompressed")
+    reference = gradients(as_policy(base, list(candidates), uncompressed))
     floor = relative_error(reference, exact) ** 2
     passes = 2
     variance: dict[tuple[Key, int | str], float] = {
-        (s.key, c): 0.0 for s in candidates for c in (KEEP, REBUILD)
+        (candidate.key, choice): 0.0 for candidate in candidates for choice in (KEEP, REBUILD)
     }
     coupled: dict[tuple[Key, int | str], float] = {}
-    sources = {s.source for s in candidates if s.source is not None}
-    for own in _groups(candidates):
-        kind = own[0].kind if len(own) > 1 else (*filter(None, own[0].key),)
-        low: list[int] = [bits for bits in (4, 2) if bits in own[0].choices()] or [8]
-        for bits in low:
+    sources = {candidate.source for candidate in candidates if candidate.source is not None}
+    for group in _groups(candidates):
+        kind = group[0].kind if len(group) > 1 else (*filter(None, group[0].key),)
+        tested_bits: list[int] = [bits for bits in (4, 2) if bits in group[0].choices()] or [8]
+        for bits in tested_bits:
             progress(f"{'.'.join(kind)} at {bits} bits")
-            choices = {**everything, **{s.key: bits for s in own}}
-            shares = _shares(
-                own, names, gradients(as_policy(base, list(candidates), choices)), reference
+            choices = {**uncompressed, **{candidate.key: bits for candidate in group}}
+            shares = _divide_error(
+                group, names, gradients(as_policy(base, list(candidates), choices)), reference
             )
             variance |= {(key, bits): value for key, value in shares.items()}
             passes += 1
-            if any(s.key in sources for s in own):
+            if any(candidate.key in sources for candidate in group):
                 progress(f"{'.'.join(kind)} at {bits} bits, rebuilding")
-                # A product may be rebuilt from this candidate: its noise enters the product too.
-                again = {
+                # A Linear may be recomputed from this candidate. Its output then has this noise too.
+                rebuilding = {
                     **choices,
-                    **{s.key: REBUILD for s in candidates if s.source in choices and s.product},
+                    **{
+                        candidate.key: REBUILD
+                        for candidate in candidates
+                        if candidate.source in choices and candidate.product
+                    },
                 }
-                found = _shares(
-                    own, names, gradients(as_policy(base, list(candidates), again)), reference
+                with_rebuild = _divide_error(
+                    group,
+                    names,
+                    gradients(as_policy(base, list(candidates), rebuilding)),
+                    reference,
                 )
                 coupled |= {
                     (key, bits): max(0.0, value - shares[key])
-                    for key, value in found.items()
+                    for key, value in with_rebuild.items()
                     if key in sources
                 }
                 passes += 1
-        if 4 in low:
-            for candidate in own:
+        if 4 in tested_bits:
+            for candidate in group:
                 variance[candidate.key, 8] = variance[candidate.key, 4] * _EIGHT
                 if (candidate.key, 4) in coupled:
                     coupled[candidate.key, 8] = coupled[candidate.key, 4] * _EIGHT
     for input_bits, policy in (checkpointing or {}).items():
-        progress(f"checkpoints' inputs at {input_bits or 'all'} bits")
+        progress(f"checkpoint inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)
         passes += 1
         if input_bits is None:
             reference = coded
             continue
-        shares = _shares(inputs, names, coded, reference)
+        shares = _divide_error(inputs, names, coded, reference)
         variance |= {(key, input_bits): value for key, value in shares.items()}
     return Sensitivity(variance, coupled, floor, passes)
 
@@ -150,23 +157,23 @@ def typical(candidates: Sequence[Candidate]) -> Sensitivity:
     """
     variance: dict[tuple[Key, int | str], float] = {}
     coupled: dict[tuple[Key, int | str], float] = {}
-    for kind in dict.fromkeys(s.kind for s in candidates):
-        own = [s for s in candidates if s.kind == kind]
-        total = sum(s.elements for s in own) or 1
-        for candidate in own:
-            four = _TYPICAL.get(kind, _OTHERWISE) * candidate.elements / total
+    for kind in dict.fromkeys(candidate.kind for candidate in candidates):
+        same_kind = [candidate for candidate in candidates if candidate.kind == kind]
+        total = sum(candidate.elements for candidate in same_kind) or 1
+        for candidate in same_kind:
+            at_4_bits = _TYPICAL.get(kind, _TYPICAL_DEFAULT) * candidate.elements / total
             variance |= {
-                (candidate.key, 8): four * _EIGHT,
-                (candidate.key, 4): four,
-                (candidate.key, 2): four * _TWO,
+                (candidate.key, 8): at_4_bits * _EIGHT,
+                (candidate.key, 4): at_4_bits,
+                (candidate.key, 2): at_4_bits * _TWO,
                 (candidate.key, KEEP): 0.0,
                 (candidate.key, REBUILD): 0.0,
             }
     for candidate in candidates:
         if candidate.source is not None:
             for bits, factor in ((8, _EIGHT), (4, 1.0), (2, _TWO)):
-                more = variance.get((candidate.key, 4), 0.0) * factor
-                coupled[candidate.source, bits] = coupled.get((candidate.source, bits), 0.0) + more
+                added = variance.get((candidate.key, 4), 0.0) * factor
+                coupled[candidate.source, bits] = coupled.get((candidate.source, bits), 0.0) + added
     return Sensitivity(variance, coupled, 0.0, 0)
 
 
@@ -174,18 +181,25 @@ def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Group the candidates that one pass codes together: all of one kind in the blocks.
 
     A candidate outside of blocks, such as the norm before the classifier, affects the gradient in
-    its own way. It gets a pass of its own, unless there are many of them.
+    its own way. It gets a pass of its own, unless there are more than _MAX_SINGLE_PASSES of them.
     """
-    inside = [s for s in candidates if s.block is not None]
-    outside = [s for s in candidates if s.block is None]
-    alone = [[s] for s in outside] if inside and len(outside) <= _FEW else []
-    rest = inside if alone else list(candidates)
-    kinds = dict.fromkeys(s.kind for s in rest)
-    return [*([s for s in rest if s.kind == kind] for kind in kinds), *alone]
+    inside = [candidate for candidate in candidates if candidate.block is not None]
+    outside = [candidate for candidate in candidates if candidate.block is None]
+    singles = (
+        [[candidate] for candidate in outside]
+        if inside and len(outside) <= _MAX_SINGLE_PASSES
+        else []
+    )
+    grouped = inside if singles else list(candidates)
+    kinds = dict.fromkeys(candidate.kind for candidate in grouped)
+    return [
+        *([candidate for candidate in grouped if candidate.kind == kind] for kind in kinds),
+        *singles,
+    ]
 
 
-def _shares(
-    own: Sequence[Candidate],
+def _divide_error(
+    group: Sequence[Candidate],
     names: Sequence[str],
     gradients: Sequence[Tensor | None],
     reference: Sequence[Tensor | None],
@@ -195,22 +209,24 @@ def _shares(
     The share of a candidate is in proportion to the squared error of the parameters around it, and
     to its number of elements.
     """
-    norm = sum(_square(r) for r in reference) or 1.0
+    norm = sum(_sum_of_squares(gradient) for gradient in reference) or 1.0
     errors: dict[str, float] = {}
     for name, gradient, exact in zip(names, gradients, reference, strict=True):
         if gradient is None or exact is None:
             continue
-        errors[name] = _square(gradient.double() - exact.double())
+        errors[name] = _sum_of_squares(gradient.double() - exact.double())
     total = sum(errors.values())
     if not math.isfinite(total):
-        return {s.key: math.inf for s in own}
-    weights = {s.key: _around(s.key[0], errors) + 1e-3 * total for s in own}
-    weights = {s.key: weights[s.key] * s.elements for s in own}
-    whole = sum(weights.values()) or 1.0
-    return {key: total / norm * weight / whole for key, weight in weights.items()}
+        return {candidate.key: math.inf for candidate in group}
+    weights = {
+        candidate.key: _error_around(candidate.key[0], errors) + 1e-3 * total for candidate in group
+    }
+    weights = {candidate.key: weights[candidate.key] * candidate.elements for candidate in group}
+    total_weight = sum(weights.values()) or 1.0
+    return {key: total / norm * weight / total_weight for key, weight in weights.items()}
 
 
-def _around(module: str, errors: dict[str, float]) -> float:
+def _error_around(module: str, errors: dict[str, float]) -> float:
     """The squared error of the parameters around a module.
 
     They are the parameters of the innermost numbered block that contains the module, else of the
@@ -219,10 +235,12 @@ def _around(module: str, errors: dict[str, float]) -> float:
     parts = module.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     prefix = ".".join(parts[: numbers[-1] + 1]) if numbers else module
-    return sum(e for name, e in errors.items() if not prefix or name.startswith(prefix + "."))
+    return sum(
+        error for name, error in errors.items() if not prefix or name.startswith(prefix + ".")
+    )
 
 
-def _square(tensor: Tensor | None) -> float:
+def _sum_of_squares(tensor: Tensor | None) -> float:
     """The sum of squares of a tensor; 0 for None."""
     return 0.0 if tensor is None else float(tensor.double().square().sum())
 

@@ -20,7 +20,7 @@ from mesa_train.measure.timeline import Timeline, timeline
 from mesa_train.policy import Policy
 
 from .blocks import STASHES, STRATEGIES, block_of
-from .candidates import Candidate, under_way
+from .candidates import Candidate, first_in_flight
 
 Choices = Mapping[Key, int | str]
 # (block, strategy), or (None, None) outside of blocks.
@@ -47,25 +47,25 @@ class Order:
         entries: (key, share) of all stashes, the share being a part of its candidate's bytes. Keys
             of blocks show where a block begins and ends; their share is 0.
         candidates: by key.
-        kept: bytes saved of a block under a strategy other than stash by stash, by (block,
-            strategy).
+        saved_by_block: bytes that a block saves under a strategy other than stash by stash, by
+            (block, strategy).
     """
 
     entries: list[tuple[Key, float]]
     candidates: Mapping[Key, Candidate]
-    kept: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+    saved_by_block: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, watch: StashLog, candidates: Sequence[Candidate]) -> Order:
+    def of(cls, log: StashLog, candidates: Sequence[Candidate]) -> Order:
         """The order of a forward that stores all candidates."""
         by_key = {candidate.key: candidate for candidate in candidates}
         entries = [
             (key, 0.0 if matrix is None else matrix[0] * matrix[1] / by_key[key].elements)
-            for key, _, matrix in watch.stored
+            for key, _, matrix in log.stored
         ]
         return cls(entries, by_key)
 
-    def begins(self, block: str) -> int:
+    def block_start(self, block: str) -> int:
         """Number of entries before a block."""
         return next(i for i, (key, _) in enumerate(self.entries) if key == (block, BLOCK, "begin"))
 
@@ -78,22 +78,22 @@ class Order:
         for key, share in self.entries:
             size = 0.0
             if key[1] == BLOCK:
-                mode = str(choices.get((key[0], BLOCK, ""), STASHES))
-                size = self.kept.get((key[0], mode), 0) if key[2] == "begin" else 0
+                strategy = str(choices.get((key[0], BLOCK, ""), STASHES))
+                size = self.saved_by_block.get((key[0], strategy), 0) if key[2] == "begin" else 0
             elif key in choices:
                 size = share * self.candidates[key].bytes(choices[key])
             sums.append(sums[-1] + size)
-            away = key in choices and key[1] != BLOCK
+            is_offloaded = key in choices and key[1] != BLOCK
             offloaded.append(
-                share * self.candidates[key].offloaded_bytes(choices[key]) if away else 0.0
+                share * self.candidates[key].offloaded_bytes(choices[key]) if is_offloaded else 0.0
             )
-        begins = [under_way(self.entries, stored) for stored in range(len(sums))]
+        in_flight_from = [first_in_flight(self.entries, stored) for stored in range(len(sums))]
         return [
-            size + sum(offloaded[begin + 1 : stored + 1])
-            for stored, (size, begin) in enumerate(zip(sums, begins, strict=True))
+            size + sum(offloaded[start + 1 : stored + 1])
+            for stored, (size, start) in enumerate(zip(sums, in_flight_from, strict=True))
         ]
 
-    def places(self, order: Sequence[Key]) -> list[int]:
+    def positions(self, order: Sequence[Key]) -> list[int]:
         """Find the stashes of another forward among the entries.
 
         Args:
@@ -102,18 +102,18 @@ class Order:
         Returns:
             For each stash, the number of entries before it; at the end, the number of all entries.
         """
-        found, start = [], 0
+        positions, start = [], 0
         for key in order:
-            place = next(
+            position = next(
                 (i for i in range(start, len(self.entries)) if self.entries[i][0] == key), None
             )
-            if place is None:
-                # Stored under this policy alone: part of the working set.
-                found.append(start)
+            if position is None:
+                # Only this policy stores the stash, so it counts as working set.
+                positions.append(start)
                 continue
-            found.append(place)
-            start = place + 1
-        return [*found, len(self.entries)]
+            positions.append(position)
+            start = position + 1
+        return [*positions, len(self.entries)]
 
 
 class SimulatedStep(NamedTuple):
@@ -156,62 +156,64 @@ class StepSimulator:
         self.blocks = list(blocks)
         self.workspace: dict[bool, Workspace] = {}
 
-    def watch(self, policy: Policy, holding: bool = False) -> tuple[StashLog, Timeline]:
-        """Count a step with `policy`.
+    def trace(self, policy: Policy, hold: bool = False) -> tuple[StashLog, Timeline]:
+        """Run a step with `policy` on fake tensors.
 
         Args:
             policy: the policy.
-            holding: hold the stashes, see `StashLog`.
+            hold: keep the stashes alive, see `StashLog`.
 
         Returns:
             (its stashes, its timeline without workspace).
         """
-        watch = StashLog(holding, self.blocks)
-        played = timeline(
+        log = StashLog(hold, self.blocks)
+        counted = timeline(
             self.model,
             self.inputs,
             policy=policy,
             autocast=self.autocast,
             loss=self.loss,
-            log=watch,
+            log=log,
         )
-        return watch, played
+        return log, counted
 
-    def simulated(self, policy: Policy, choices: Choices) -> SimulatedStep:
+    def simulate(self, policy: Policy, choices: Choices) -> SimulatedStep:
         """Simulate a step with the `policy` of these `choices`, workspace included."""
-        watch, counted = self.watch(policy)
+        log, counted = self.trace(policy)
         return SimulatedStep(
-            choices, self.whole(counted, choices), [key for key, *_ in watch.stored]
+            choices, self.with_workspace(counted, choices), [key for key, *_ in log.stored]
         )
 
-    def whole(self, counted: Timeline, choices: Choices) -> Timeline:
+    def with_workspace(self, counted: Timeline, choices: Choices) -> Timeline:
         """Add the workspace, which fake tensors do not show, to a timeline."""
         moments = []
         for moment in counted.moments:
             block = block_of(moment.module, self.blocks)
-            mode = choices.get((block or "", BLOCK, ""), STASHES)
-            plain = mode != STASHES and not STRATEGIES[str(mode)].codes
-            more = self.workspace.get(plain, {}).get((moment.phase, moment.module), 0)
-            moments.append(dataclasses.replace(moment, peak_bytes=moment.peak_bytes + more))
+            strategy = choices.get((block or "", BLOCK, ""), STASHES)
+            plain = strategy != STASHES and not STRATEGIES[str(strategy)].codes
+            workspace = self.workspace.get(plain, {}).get((moment.phase, moment.module), 0)
+            moments.append(dataclasses.replace(moment, peak_bytes=moment.peak_bytes + workspace))
         return dataclasses.replace(counted, moments=tuple(moments))
 
-    def rows(self, simulated: SimulatedStep, order: Order) -> dict[Part, list[Row]]:
+    def rows(self, step: SimulatedStep, order: Order) -> dict[Part, list[Row]]:
         """The moments of a simulated step, by the part of the model that they belong to."""
-        sums, places = order.bytes(simulated.choices), order.places(simulated.order)
-        found: dict[Part, list[Row]] = {}
-        for moment in simulated.timeline.moments:
+        sums, positions = order.bytes(step.choices), order.positions(step.order)
+        by_part: dict[Part, list[Row]] = {}
+        for moment in step.timeline.moments:
             block = block_of(moment.module, self.blocks)
             if block is None:
                 part: Part = (None, None)
-                stored = places[moment.stored]
+                stored = positions[moment.stored]
             else:
-                mode = str(simulated.choices.get((block, BLOCK, ""), STASHES))
-                part = (block, mode)
-                stored = places[moment.stored] if mode == STASHES else order.begins(block)
+                strategy = str(step.choices.get((block, BLOCK, ""), STASHES))
+                part = (block, strategy)
+                stored = (
+                    positions[moment.stored] if strategy == STASHES else order.block_start(block)
+                )
             row = Row(moment.peak_bytes - sums[stored], stored)
-            rows = found.setdefault(part, [])
+            rows = by_part.setdefault(part, [])
             if part[1] in (None, STASHES) or not rows:
                 rows.append(row)
             elif row.fixed > rows[0].fixed:
                 rows[0] = row
-        return found
+        return by_part

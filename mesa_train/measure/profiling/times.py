@@ -37,7 +37,7 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.utils.records import provenance
 
 from .blocks import GROUP
-from .candidates import KEEP, REBUILD, Candidate, also_offloaded, weights_of
+from .candidates import KEEP, REBUILD, Candidate, add_offloaded_choices, weights_of
 
 if TYPE_CHECKING:
     from .search_space import SearchSpace
@@ -78,45 +78,47 @@ def fit_time_model(space: SearchSpace, device: torch.device) -> tuple[float | No
     """
     timings = OpTimings(device, space.autocast or torch.float32)
     weights = weights_of(space.model)
-    alone, matmuls = seconds_of(timings, space.candidates, weights)
+    op_seconds, matmuls = seconds_of(timings, space.candidates, weights)
     flops = flops_of(space.model, space.inputs, space.autocast)
     outs, ins = max(weights.values(), default=(256, 256))
     blocks = space.simulator.blocks
-    forwards = {b: timings.flops(flops.get(b, 0), (1024, ins, outs)) for b in blocks}
+    forwards = {block: timings.flops(flops.get(block, 0), (1024, ins, outs)) for block in blocks}
     plain_s, steps = _steps(space)
-    found = times(space.candidates, alone, matmuls, forwards, steps)
-    also_offloaded(found.candidates, space.candidates)
-    return plain_s, found._replace(host_link=timings.host_link() if space.offloadable else None)
+    model = times(space.candidates, op_seconds, matmuls, forwards, steps)
+    add_offloaded_choices(model.candidates, space.candidates)
+    return plain_s, model._replace(host_link=timings.host_link() if space.offloadable else None)
 
 
 def _steps(space: SearchSpace) -> tuple[float | None, dict[int | str, float]]:
     """Seconds of the plain step, and of other steps beyond it.
 
-    None and nothing for a model on meta, or if plain does not fit the device.
+    For a model on meta, or if plain does not fit the device, they are None and empty.
     """
     if not space.real:
         return None, {}
-    asked = {choice: space.all(choice) for choice in (8, 4, KEEP)}
-    if any(s.product for s in space.candidates):
-        asked[REBUILD] = space.all(REBUILD)
+    choices_by_name = {choice: space.all(choice) for choice in (8, 4, KEEP)}
+    if any(candidate.product for candidate in space.candidates):
+        choices_by_name[REBUILD] = space.all(REBUILD)
     if space.simulator.blocks:
-        asked[CHECKPOINT] = space.all(8, "checkpoint, input 8 bits")
-        asked[CHECKPOINT_CODES] = space.all(8, "checkpoint of codes, input 8 bits")
-    runs = StepRunner(space.model, space.inputs, space.autocast, space.loss)
-    policies = [space.policy(choices) for choices in asked.values()]
+        choices_by_name[CHECKPOINT] = space.all(8, "checkpoint, input 8 bits")
+        choices_by_name[CHECKPOINT_CODES] = space.all(8, "checkpoint of codes, input 8 bits")
+    runner = StepRunner(space.model, space.inputs, space.autocast, space.loss)
+    policies = [space.policy(choices) for choices in choices_by_name.values()]
     try:
-        plain, *others = runs.times([PLAIN, *policies], _ROUNDS)
+        plain, *others = runner.times([PLAIN, *policies], _ROUNDS)
     except torch.OutOfMemoryError:
-        logger.info("plain does not fit this device: plans go without times")
+        logger.info("plain does not fit this device: the plan has no times")
         return None, {}
-    # Other work of the machine makes a step slower, never faster.
-    least = min(plain)
-    return least, {c: min(own) - least for c, own in zip(asked, others, strict=True)}
+    # Other work on the machine makes a step slower, never faster: the minimum is the best estimate.
+    plain_s = min(plain)
+    return plain_s, {
+        name: min(seconds) - plain_s for name, seconds in zip(choices_by_name, others, strict=True)
+    }
 
 
 def times(
     candidates: Sequence[Candidate],
-    alone: Mapping[tuple[Key, int | str], float],
+    op_seconds: Mapping[tuple[Key, int | str], float],
     matmuls: Mapping[str, float],
     forwards: Mapping[str, float],
     steps: Mapping[int | str, float],
@@ -125,57 +127,69 @@ def times(
 
     Args:
         candidates: all candidates.
-        alone: seconds of the single operators, by (candidate, choice).
-        matmuls: seconds to recompute each product alone.
+        op_seconds: seconds of the single operators, by (candidate, choice).
+        matmuls: seconds to recompute each Linear, timed alone.
         forwards: seconds of the forward of each block.
         steps: seconds of whole steps beyond the plain step, by the choice of all candidates, or
             CHECKPOINT, or CHECKPOINT_CODES; empty if nothing was timed.
     """
-    again = sum(forwards.values())
+    forward_s = sum(forwards.values())
     if not steps:
-        blocks = {(b, CHECKPOINT): t for b, t in forwards.items()}
+        blocks = {(block, CHECKPOINT): seconds for block, seconds in forwards.items()}
         blocks |= {
-            (b, CHECKPOINT_CODES): t + sum(alone[s.key, 8] for s in candidates if s.block == b)
-            for b, t in forwards.items()
+            (block, CHECKPOINT_CODES): seconds
+            + sum(
+                op_seconds[candidate.key, 8] for candidate in candidates if candidate.block == block
+            )
+            for block, seconds in forwards.items()
         }
-        return TimeModel(dict(alone), dict(matmuls), blocks)
-    whole = sum(s.elements for s in candidates) or 1
-    found: dict[tuple[Key, int | str], float] = {}
+        return TimeModel(dict(op_seconds), dict(matmuls), blocks)
+    elements = sum(candidate.elements for candidate in candidates) or 1
+    by_choice: dict[tuple[Key, int | str], float] = {}
     for choice in (8, 4, 2, KEEP):
-        own = {s.key: alone[s.key, choice if choice in s.choices() else 8] for s in candidates}
-        total = sum(own.values())
+        op_times = {
+            candidate.key: op_seconds[candidate.key, choice if choice in candidate.choices() else 8]
+            for candidate in candidates
+        }
+        total = sum(op_times.values())
         # 2 bits take the time of 4 bits plus the difference of their single operators.
-        more = total - sum(alone[s.key, 4 if 4 in s.choices() else 8] for s in candidates)
-        took = steps[4] + more if choice == 2 else steps[choice]
+        more = total - sum(
+            op_seconds[candidate.key, 4 if 4 in candidate.choices() else 8]
+            for candidate in candidates
+        )
+        step_s = steps[4] + more if choice == 2 else steps[choice]
         for candidate in candidates:
             if choice in candidate.choices():
-                left = (took - total) * candidate.elements / whole
-                found[candidate.key, choice] = own[candidate.key] + left
-    found |= {(s.key, REBUILD): 0.0 for s in candidates if s.product}
+                rest = (step_s - total) * candidate.elements / elements
+                by_choice[candidate.key, choice] = op_times[candidate.key] + rest
+    by_choice |= {(candidate.key, REBUILD): 0.0 for candidate in candidates if candidate.product}
     products = dict(matmuls)
     if products:
-        saved = sum(found[s.key, 8] for s in candidates if s.product)
-        took = max(0.1 * sum(products.values()), steps[REBUILD] - steps[8] + saved)
-        products = {p: t * took / sum(products.values()) for p, t in products.items()}
+        saved = sum(by_choice[candidate.key, 8] for candidate in candidates if candidate.product)
+        step_s = max(0.1 * sum(products.values()), steps[REBUILD] - steps[8] + saved)
+        products = {
+            product: seconds * step_s / sum(products.values())
+            for product, seconds in products.items()
+        }
     blocks = {
-        # One more forward takes time, even if a busy machine measures less.
-        (block, kind): max(0.3 * again, steps[kind])
-        * (time / again if again else 1 / len(forwards))
+        # A second forward takes at least 0.3 of its estimate, even if a busy machine measures less.
+        (block, kind): max(0.3 * forward_s, steps[kind])
+        * (time / forward_s if forward_s else 1 / len(forwards))
         for kind in (CHECKPOINT, CHECKPOINT_CODES)
         if kind in steps
         for block, time in forwards.items()
     }
-    return TimeModel(found, products, blocks)
+    return TimeModel(by_choice, products, blocks)
 
 
 def flops_of(model: nn.Module, inputs: Any, autocast: torch.dtype | None) -> dict[str, int]:
     """Count the floating-point operations of each module's forward, by name, on fake tensors."""
     args, kwargs = arguments(inputs)
-    fakes = FakeModel(torch.device("cpu"))
-    args, kwargs = fakes.of(args), fakes.of(kwargs)
+    fake_model = FakeModel(torch.device("cpu"))
+    args, kwargs = fake_model.of(args), fake_model.of(kwargs)
     counter = FlopCounterMode(display=False)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(isolated(model, fakes))
+        stack.enter_context(isolated(model, fake_model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(autocasting(torch.device("cpu"), autocast))
         stack.enter_context(counter)
@@ -187,9 +201,9 @@ def flops_of(model: nn.Module, inputs: Any, autocast: torch.dtype | None) -> dic
     }
 
 
-# Bytes per second of memory, operations per second of matmuls, and bytes per second of the link to
-# CPU memory (PCIe 4 with 16 lanes) of an A100: used if nothing can be measured.
-_BANDWIDTH, _MATMULS, _BUS = 1.3e12, 2e14, 2.5e10
+# Values of an A100 for a model on meta: bytes per second of memory, operations per second of
+# matmuls, and bytes per second of the link to CPU memory (PCIe 4 with 16 lanes).
+_BANDWIDTH, _MATMULS, _HOST_LINK = 1.3e12, 2e14, 2.5e10
 # Bytes of the timed copy.
 _COPY = 1 << 26
 _REPEATS = 5
@@ -210,30 +224,32 @@ class OpTimings:
         self.device, self.dtype = device, dtype
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = path or folder / "mesa_train" / "timings.json"
-        self._known: dict[str, float] = {}
+        self._measured: dict[str, float] = {}
         if device.type != "meta":
             source = provenance(device)
-            about = [source["device"], source["versions"]["torch"], source["threads"], str(dtype)]
-            self._where = "|".join(map(str, about))
-            self._known = self._read().get(self._where, {})
+            parts = [source["device"], source["versions"]["torch"], source["threads"], str(dtype)]
+            self._section = "|".join(map(str, parts))
+            self._measured = self._read().get(self._section, {})
 
     def code(self, rows: int, cols: int, bits: int) -> float:
         """Seconds to code a (rows, cols) tensor and to decode it once."""
         if self.device.type == "meta":
             # Read the tensor, write the codes, read the codes, write the tensor.
             return rows * cols * (2 * self.dtype.itemsize + bits / 4) / _BANDWIDTH
-        few = min(rows, _ROWS)
-        return self._cached(f"code {few}x{cols} {bits}", lambda: self._code(few, cols, bits)) * (
-            rows / few
-        )
+        timed_rows = min(rows, _ROWS)
+        return self._cached(
+            f"code {timed_rows}x{cols} {bits}", lambda: self._code(timed_rows, cols, bits)
+        ) * (rows / timed_rows)
 
     def matmul(self, rows: int, inner: int, cols: int) -> float:
         """Seconds of a (rows, inner) by (inner, cols) product."""
         if self.device.type == "meta":
             return 2 * rows * inner * cols / _MATMULS
-        few = min(rows, _ROWS)
-        key = f"matmul {few}x{inner}x{cols}"
-        return self._cached(key, lambda: self._matmul(few, inner, cols)) * (rows / few)
+        timed_rows = min(rows, _ROWS)
+        key = f"matmul {timed_rows}x{inner}x{cols}"
+        return self._cached(key, lambda: self._matmul(timed_rows, inner, cols)) * (
+            rows / timed_rows
+        )
 
     def flops(self, count: int, matmul: tuple[int, int, int]) -> float:
         """Seconds of `count` floating-point operations, at the speed of a matmul.
@@ -248,15 +264,15 @@ class OpTimings:
     def host_link(self) -> float:
         """Bytes per second between a GPU and pinned CPU memory, in the slower direction."""
         if self.device.type == "meta":
-            return _BUS
-        return _COPY / self._cached("host_link", self._bus)
+            return _HOST_LINK
+        return _COPY / self._cached("host_link", self._copy_seconds)
 
-    def _bus(self) -> float:
+    def _copy_seconds(self) -> float:
         """Seconds of a copy of _COPY bytes, in the slower direction."""
         host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
-        own = torch.empty(_COPY, dtype=torch.uint8, device=self.device)
-        out = self._time(lambda: host.copy_(own, non_blocking=True))
-        return max(out, self._time(lambda: own.copy_(host, non_blocking=True)))
+        on_device = torch.empty(_COPY, dtype=torch.uint8, device=self.device)
+        to_host = self._time(lambda: host.copy_(on_device, non_blocking=True))
+        return max(to_host, self._time(lambda: on_device.copy_(host, non_blocking=True)))
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
         """Measure the seconds to code and decode a random tensor."""
@@ -272,7 +288,7 @@ class OpTimings:
 
     def _time(self, run: Callable[[], Any]) -> float:
         """The median seconds of _REPEATS calls, after two that warm up."""
-        taken = []
+        seconds = []
         with torch.no_grad():
             for number in range(_REPEATS + 2):
                 self._synchronize()
@@ -280,8 +296,8 @@ class OpTimings:
                 run()
                 self._synchronize()
                 if number >= 2:
-                    taken.append(clock.perf_counter() - start)
-        return statistics.median(taken)
+                    seconds.append(clock.perf_counter() - start)
+        return statistics.median(seconds)
 
     def _synchronize(self) -> None:
         """Wait until the device has finished."""
@@ -290,11 +306,11 @@ class OpTimings:
 
     def _cached(self, key: str, measure: Callable[[], float]) -> float:
         """The seconds of an operation; measured if the cache does not have them."""
-        if key not in self._known:
+        if key not in self._measured:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                self._known[key] = measure()
+                self._measured[key] = measure()
             self._write()
-        return self._known[key]
+        return self._measured[key]
 
     def _read(self) -> dict[str, dict[str, float]]:
         """The cache file: seconds by operation, by device and versions."""
@@ -305,14 +321,14 @@ class OpTimings:
 
     def _write(self) -> None:
         """Write the measured seconds to the cache file."""
-        everything = {**self._read(), self._where: self._known}
+        content = {**self._read(), self._section: self._measured}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(everything, indent=1))
+            partial.write_text(json.dumps(content, indent=1))
             partial.replace(self.path)
         except OSError:
-            return  # A folder without write permission costs time, nothing else.
+            return  # Without a cache file the next process measures again.
 
 
 def seconds_of(
@@ -339,8 +355,8 @@ def seconds_of(
                 )
         if candidate.product and candidate.product not in products:
             outs, ins = weights[candidate.product]
-            # q, k and v are parts of one product, so the product has as many rows as all parts
+            # q, k and v are parts of one output, so this output has as many rows as all parts
             # together.
-            parts = [s.elements for s in candidates if s.product == candidate.product]
+            parts = [c.elements for c in candidates if c.product == candidate.product]
             products[candidate.product] = timings.matmul(max(1, sum(parts) // outs), ins, outs)
     return seconds, products

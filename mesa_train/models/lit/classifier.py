@@ -81,15 +81,15 @@ class Classifier(nn.Module, abc.ABC):
         """timm's interface: the map of each stage before merging, and the final features."""
         output_fmt = map_format(output_fmt)
         count = self.depth
-        take, last = feature_take_indices(count, indices)
-        found = []
+        indices_taken, last = feature_take_indices(count, indices)
+        maps = []
         for index, x in enumerate(self.stages(x)):  # noqa: B020
-            if index in take:
-                own = self.norm(x) if norm and index == count - 1 else x
-                found.append(in_format(self.as_map(own), output_fmt))
+            if index in indices_taken:
+                features = self.norm(x) if norm and index == count - 1 else x
+                maps.append(in_format(self.as_map(features), output_fmt))
             if stop_early and index == last:
                 break
-        return found if intermediates_only else (self.norm(x), found)
+        return maps if intermediates_only else (self.norm(x), maps)
 
     def prune_intermediate_layers(
         self,
@@ -107,8 +107,8 @@ class Classifier(nn.Module, abc.ABC):
         return take
 
     @abc.abstractmethod
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -160,7 +160,7 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """One rate for each block, from 0 to `last`. ValueError unless 0 <= last < 1."""
     if not 0 <= last < 1:
-        raise ValueError(f"drop_path_rate={last} must lie in [0, 1)")
+        raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {last}")
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
@@ -168,8 +168,8 @@ def check_image_size(name: str, height: int, width: int) -> None:
     """Raise ValueError for images that leave no token in the last stage."""
     if min(height, width) < LEAST_IMAGE_SIZE:
         raise ValueError(
-            f"{name}: images of {height}x{width} are too small, at least "
-            f"{LEAST_IMAGE_SIZE}x{LEAST_IMAGE_SIZE} are needed"
+            f"{name}: images must be at least {LEAST_IMAGE_SIZE}x{LEAST_IMAGE_SIZE}, got "
+            f"{height}x{width}"
         )
 
 
@@ -177,9 +177,9 @@ def check_stages(name: str, **lists: Any) -> None:
     """Raise ValueError unless all lists of values per stage have one length."""
     lengths = [len(values) for values in lists.values()]
     if len(set(lengths)) > 1:
-        *most, last = lists
+        *first_names, last_name = lists
         raise ValueError(
-            f"{name}: {', '.join(most)} and {last} must be of one length, got "
+            f"{name}: {', '.join(first_names)} and {last_name} must have one length, got "
             f"{', '.join(map(str, lengths[:-1]))} and {lengths[-1]}"
         )
 

@@ -45,9 +45,9 @@ class DeformConv(nn.Module):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x = x.to(self.weight.dtype)
             offset = self.conv_offset(x).to(wide)
-            # torchvision's kernels read outside their memory if an offset is NaN. Such samples are
-            # not moved. Instead, the bias makes every output NaN, so that a gradient scaler detects
-            # it.
+            # torchvision's kernels read outside their memory if an offset is NaN. So NaN offsets
+            # are replaced by 0. The bias makes every output NaN, so that a gradient scaler detects
+            # them.
             broken = 0 * offset.detach().sum()
             offset = offset.masked_fill(offset.isnan(), 0)
             bias = self.bias.to(wide) + broken

@@ -43,11 +43,9 @@ def without_early_attention(model: Any, stages: int = 2) -> Any:
     elif isinstance(model, PyramidVisionTransformerV2):
         all_stages = model.stages
     else:
-        raise ValueError(
-            f"early attention is removed from timm's Swin and PVT v2 models, got {type(model).__name__}"
-        )
+        raise ValueError(f"model must be a timm Swin or PVT v2 model, got {type(model).__name__}")
     if not 0 <= stages <= len(all_stages):
-        raise ValueError(f"stages={stages} must lie between 0 and {len(all_stages)}")
+        raise ValueError(f"stages must be from 0 to {len(all_stages)}, got {stages}")
     for stage in all_stages[:stages]:
         for index, block in enumerate(stage.blocks):
             if not isinstance(block, MlpBlock):

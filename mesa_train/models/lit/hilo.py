@@ -41,11 +41,11 @@ class HiLo(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"HiLo: dim={dim} is no multiple of num_heads={num_heads}")
+            raise ValueError(f"HiLo: dim={dim} must be a multiple of num_heads={num_heads}")
         if window < 1:
-            raise ValueError(f"HiLo: window={window} must be at least 1")
+            raise ValueError(f"HiLo: window must be at least 1, got {window}")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"HiLo: alpha={alpha} must lie between 0 and 1")
+            raise ValueError(f"HiLo: alpha must be from 0 to 1, got {alpha}")
         self.dim, self.num_heads, self.window, self.alpha = dim, num_heads, window, alpha
         self.head_dim = dim // num_heads
         self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)

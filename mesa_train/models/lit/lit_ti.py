@@ -111,12 +111,12 @@ class LITTi(Classifier):
         """A stage's output as a map, without the class token."""
         return x if x.dim() == 4 else x[:, 1:].unflatten(1, self.grids[3])
 
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
-        for stage in _STAGES[kept:]:
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
+        for stage in _STAGES[count:]:
             for name in ("patch_embed", "block", "pos_embed"):
                 delattr(self, f"{name}{stage}")
-        self.depth = kept
+        self.depth = count
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of all blocks on or off."""
@@ -130,8 +130,8 @@ class LITTi(Classifier):
         """Run one stage. ValueError for images of another size than `img_size`."""
         if stage == 1 and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
-                f"LITTi was made for images of {self.img_size[0]}x{self.img_size[1]}, not "
-                f"{x.shape[2]}x{x.shape[3]}: its positions fix the size; give img_size"
+                f"this LITTi takes images of {self.img_size[0]}x{self.img_size[1]}, got "
+                f"{x.shape[2]}x{x.shape[3]}; set img_size when the model is built"
             )
         x = self.get_submodule(f"patch_embed{stage}")(x)
         positions = self.get_parameter(f"pos_embed{stage}")

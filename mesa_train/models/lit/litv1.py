@@ -59,8 +59,8 @@ class RelativeAttention(nn.Module):
         batch, height, width, _ = x.shape
         if (height, width) != self.resolution:
             raise ValueError(
-                f"LIT was made for maps of {self.resolution[0]}x{self.resolution[1]} here, not "
-                f"{height}x{width}: its position biases fix the image size; give img_size"
+                f"this LIT takes maps of {self.resolution[0]}x{self.resolution[1]} here, got "
+                f"{height}x{width}; set img_size when the model is built"
             )
         tokens = height * width
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.dim // self.num_heads)
@@ -110,14 +110,18 @@ class LIT(Pyramid):
 
 def resize_biases(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A LIT checkpoint's weights for the image size of `model`, with interpolated bias tables."""
-    own = model.state_dict()
+    model_weights = model.state_dict()
     resized = {}
     for key, value in weights.items():
-        if key in own and key.endswith(_INDEX):
-            value = own[key]
-        elif key in own and key.endswith(_BIAS) and value.shape != own[key].shape:
+        if key in model_weights and key.endswith(_INDEX):
+            value = model_weights[key]
+        elif (
+            key in model_weights and key.endswith(_BIAS) and value.shape != model_weights[key].shape
+        ):
             attn: Any = model.get_submodule(key.rpartition(".")[0])
-            value = resize_rel_pos_bias_table_simple(value, attn.resolution, own[key].shape)
+            value = resize_rel_pos_bias_table_simple(
+                value, attn.resolution, model_weights[key].shape
+            )
         resized[key] = value
     return resized
 

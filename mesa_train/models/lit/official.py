@@ -42,23 +42,23 @@ def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, 
     allowed: list[Any] = [(_Config, "yacs.config.CfgNode")] if allow_config else []
     try:
         with torch.serialization.safe_globals(allowed):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "yacs.config.CfgNode" in str(error) and not allow_config:
             raise ValueError(
-                f"{path} holds its trainer's configuration besides weights; allow_config=True reads "
-                "it as plain data and drops it"
+                f"{path} has its trainer's configuration beside the weights; allow_config=True reads "
+                "the configuration as plain data and drops it"
             ) from None
         raise ValueError(
-            f"{path} is no checkpoint or holds objects other than tensors, which are not loaded"
+            f"{path} is not a checkpoint, or has objects other than tensors, which are not loaded"
         ) from error
     except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is empty or no checkpoint") from error
-    weights = found.get("model", found) if isinstance(found, Mapping) else None
+        raise ValueError(f"{path} is empty or not a checkpoint") from error
+    weights = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
     ):
-        raise ValueError(f"{path} holds no weights: expected a state dict, alone or under 'model'")
+        raise ValueError(f"{path} has no weights: expected a state dict, alone or under 'model'")
     return dict(weights)
 
 
@@ -77,27 +77,27 @@ def load_official(
             unchanged.
     """
     weights = adapted(read_official(path, allow_config=allow_config), model)
-    own = model.state_dict()
+    model_weights = model.state_dict()
     if not head:
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-        weights |= {key: value for key, value in own.items() if key.startswith("head.")}
+        weights |= {key: value for key, value in model_weights.items() if key.startswith("head.")}
     problems = {
-        "missing": [key for key in own if key not in weights],
-        "unexpected": [key for key in weights if key not in own],
+        "missing": [key for key in model_weights if key not in weights],
+        "unexpected": [key for key in weights if key not in model_weights],
         "of another shape": [
             f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
-            for key, value in own.items()
+            for key, value in model_weights.items()
             if key in weights and weights[key].shape != value.shape
         ],
     }
-    told = [
+    descriptions = [
         f"{kind}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
         for kind, keys in problems.items()
         if keys
     ]
-    if told:
+    if descriptions:
         raise ValueError(
-            f"{path} is of another model than {type(model).__name__}; {'; '.join(told)}"
+            f"{path} is of another model than {type(model).__name__}; {'; '.join(descriptions)}"
         )
     model.load_state_dict(weights)
 

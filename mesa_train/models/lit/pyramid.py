@@ -223,9 +223,9 @@ class Pyramid(Classifier):
         """The mean over all tokens."""
         return x.mean((1, 2))
 
-    def drop_stages(self, kept: int) -> None:
-        """Remove all stages but the first `kept`."""
-        self.layers = self.layers[:kept]
+    def drop_stages(self, count: int) -> None:
+        """Remove all stages after the first `count`."""
+        self.layers = self.layers[:count]
         self.layers[-1].downsample = None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -299,11 +299,11 @@ class PyramidFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         check_image_size(type(self).__name__, *images.shape[2:])
-        found = []
+        maps = []
         for index, x in enumerate(unmerged(self.patch_embed, self.layers, images)):
             if index in self.out_indices:
-                found.append(in_format(self.get_submodule(f"norm{index}")(x), self.output_fmt))
-        return found
+                maps.append(in_format(self.get_submodule(f"norm{index}")(x), self.output_fmt))
+        return maps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of all blocks on or off."""

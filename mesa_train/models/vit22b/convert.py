@@ -72,7 +72,7 @@ def from_timm(state: Mapping[str, Tensor], num_heads: int) -> Pairs:
     for block in _blocks(state):
         take = _Taker(state, block, num_heads)
         if block + "in_proj.bias" in state:
-            raise ValueError(f"{block}in_proj.bias: a bias of q, k and v has no place in ViT-22B")
+            raise ValueError(f"{block}in_proj.bias: ViT-22B has no bias of q, k and v")
         yield block + "in_norm.weight", take("in_norm.weight")
         yield from _head_norms(state, block)
         weight = take("in_proj.weight")
@@ -123,9 +123,9 @@ def from_flax(params: Mapping[str, Any], num_heads: int) -> Pairs:
     Raises:
         ValueError: a name is unknown.
     """
-    found = {name.removeprefix("params/"): _tensor(value) for name, value in params.items()}
+    arrays = {name.removeprefix("params/"): _tensor(value) for name, value in params.items()}
     plain: dict[str, Tensor] = {}
-    for name, value in found.items():
+    for name, value in arrays.items():
         for pattern, target in _FLAX:
             match = re.fullmatch(pattern, name)
             if match:
@@ -133,7 +133,7 @@ def from_flax(params: Mapping[str, Any], num_heads: int) -> Pairs:
                 plain[key] = value if value.dim() == 1 else _kernel(key, value)
                 break
         else:
-            raise ValueError(f"{name!r} is no parameter of a ViT-22B in Flax")
+            raise ValueError(f"{name!r} is not a parameter of a ViT-22B in Flax")
     pooling = {k: plain.pop(f"attn_pool.{k}.weight", None) for k in ("key", "value")}
     biases = {k: plain.pop(f"attn_pool.{k}.bias", None) for k in ("key", "value")}
     if all(v is not None for v in pooling.values()):
@@ -262,5 +262,5 @@ def _blocks(state: Mapping[str, Tensor]) -> list[str]:
     """The prefixes `blocks.N.` in order. ValueError if there are none."""
     numbers = sorted({int(m[1]) for m in map(_BLOCK.match, state) if m})
     if not numbers:
-        raise ValueError("no parameter is named blocks.N.*: this is no ViT-22B")
+        raise ValueError("no parameter is named blocks.N.*: the weights are not a ViT-22B's")
     return [f"blocks.{n}." for n in numbers]

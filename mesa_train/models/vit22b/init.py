@@ -39,7 +39,7 @@ def initialise(model: VisionTransformer, seed: int, head_bias: float = -10.0) ->
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"{name} is on the meta device; model.to_empty(device=...) gives it memory"
+                f"{name} is on the meta device; allocate it with model.to_empty(device=...)"
             )
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -69,21 +69,21 @@ def _fill(
         value.fill_(size)
         return
     # (rows, columns): a vector is one column; all dims after the first are columns.
-    whole = (shape[0], math.prod(shape[1:])) if shape[0] > 1 else (math.prod(shape), 1)
+    matrix_shape = (shape[0], math.prod(shape[1:])) if shape[0] > 1 else (math.prod(shape), 1)
     part = value.reshape(value.shape[0], -1) if shape[0] > 1 else value.reshape(-1, 1)
     bounds = _bounds(model, name, size)
     first, column = offset
     for start in range(first - first % ROWS, first + len(part), ROWS):
-        rows = min(ROWS, whole[0] - start)
-        drawn = _draw(kind, seed, name, start // ROWS, rows, whole[1])
+        rows = min(ROWS, matrix_shape[0] - start)
+        drawn = _draw(kind, seed, name, start // ROWS, rows, matrix_shape[1])
         if isinstance(bounds, Tensor):
             drawn = drawn * (bounds[start : start + rows] if bounds.shape[1] == 1 else bounds)
         else:
             drawn = drawn * bounds
         low, high = max(start, first), min(start + rows, first + len(part))
         if high > low:
-            taken = drawn[low - start : high - start, column : column + part.shape[1]]
-            part[low - first : high - first] = taken.to(part.device, part.dtype)
+            values = drawn[low - start : high - start, column : column + part.shape[1]]
+            part[low - first : high - first] = values.to(part.device, part.dtype)
     if part.data_ptr() != value.data_ptr():
         value.copy_(part.view_as(value))
 

@@ -42,12 +42,12 @@ class GroupedInput(nn.Module):
     mesh: DeviceMesh | None = None
     sequence = False
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, **made: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden: int, **factory_kwargs: Any) -> None:
         super().__init__()
         self.adapted: nn.Module | None = None
         self.head_dim, self.share = dim // num_heads, hidden // num_heads
-        self.weight = nn.Parameter(torch.empty(3 * dim + hidden, dim, **made))
-        self.mlp_bias = nn.Parameter(torch.empty(hidden, **made))
+        self.weight = nn.Parameter(torch.empty(3 * dim + hidden, dim, **factory_kwargs))
+        self.mlp_bias = nn.Parameter(torch.empty(hidden, **factory_kwargs))
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:
         mlp_bias = local(self.mlp_bias)
@@ -85,11 +85,11 @@ class GroupedOutput(nn.Module):
     mesh: DeviceMesh | None = None
     sequence = False
 
-    def __init__(self, dim: int, hidden: int, **made: Any) -> None:
+    def __init__(self, dim: int, hidden: int, **factory_kwargs: Any) -> None:
         super().__init__()
         self.adapted: nn.Module | None = None
-        self.weight = nn.Parameter(torch.empty(dim, dim + hidden, **made))
-        self.bias = nn.Parameter(torch.empty(dim, **made))
+        self.weight = nn.Parameter(torch.empty(dim, dim + hidden, **factory_kwargs))
+        self.bias = nn.Parameter(torch.empty(dim, **factory_kwargs))
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         both = torch.cat([attended, hidden], -1).flatten(-2)
@@ -137,13 +137,13 @@ class ParallelBlock(nn.Module):
             raise ValueError(
                 f"num_heads={num_heads} must divide the width {dim} and the MLP's {hidden}"
             )
-        made = {"device": device, "dtype": dtype}
-        self.in_norm = nn.RMSNorm(dim, eps=EPS, **made)
-        self.in_proj = GroupedInput(dim, num_heads, hidden, **made)
-        self.q_norm = _head_norm(qk_norm, dim // num_heads, made)
-        self.k_norm = _head_norm(qk_norm, dim // num_heads, made)
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.in_norm = nn.RMSNorm(dim, eps=EPS, **factory_kwargs)
+        self.in_proj = GroupedInput(dim, num_heads, hidden, **factory_kwargs)
+        self.q_norm = _head_norm(qk_norm, dim // num_heads, factory_kwargs)
+        self.k_norm = _head_norm(qk_norm, dim // num_heads, factory_kwargs)
         self.act = nn.GELU(approximate=gelu)
-        self.out_proj = GroupedOutput(dim, hidden, **made)
+        self.out_proj = GroupedOutput(dim, hidden, **factory_kwargs)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,11 +178,15 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _head_norm(kind: str, head_dim: int, made: dict[str, Any]) -> nn.Module:
+def _head_norm(kind: str, head_dim: int, factory_kwargs: dict[str, Any]) -> nn.Module:
     """The norm of queries or keys of a kind."""
     if kind == "rms":
-        return nn.RMSNorm(head_dim, eps=EPS, **made)
-    return nn.LayerNorm(head_dim, EPS, bias=False, **made) if kind == "layer" else nn.Identity()
+        return nn.RMSNorm(head_dim, eps=EPS, **factory_kwargs)
+    return (
+        nn.LayerNorm(head_dim, EPS, bias=False, **factory_kwargs)
+        if kind == "layer"
+        else nn.Identity()
+    )
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

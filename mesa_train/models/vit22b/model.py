@@ -96,11 +96,13 @@ class ViT22B(VisionTransformer):
         qk_norm: str = "rms",
         gelu: str = "tanh",
         pool_bias: bool = True,
-        **made: Any,
+        **factory_kwargs: Any,
     ) -> None:
-        def block(**given: Any) -> ParallelBlock:
-            own = {k: given[k] for k in ("dim", "num_heads", "mlp_ratio", "drop_path")}
-            return ParallelBlock(**own, qk_norm=qk_norm, gelu=gelu, **made)
+        def block(**arguments: Any) -> ParallelBlock:
+            block_arguments = {
+                k: arguments[k] for k in ("dim", "num_heads", "mlp_ratio", "drop_path")
+            }
+            return ParallelBlock(**block_arguments, qk_norm=qk_norm, gelu=gelu, **factory_kwargs)
 
         super().__init__(
             img_size=img_size,
@@ -119,7 +121,7 @@ class ViT22B(VisionTransformer):
             norm_layer=partial(nn.RMSNorm, eps=EPS),
             act_layer=partial(nn.GELU, approximate=gelu),
             block_fn=block,
-            **made,
+            **factory_kwargs,
         )
 
         if not pool_bias:

@@ -32,7 +32,7 @@ def mesh_of(device: str, world: int, tensor_parallel: int = 1) -> DeviceMesh:
     if tensor_parallel < 1 or world % tensor_parallel:
         raise ValueError(
             f"tensor_parallel={tensor_parallel} must divide the {world} processes; "
-            f"start a multiple of {max(tensor_parallel, 1)}"
+            f"start a multiple of {max(tensor_parallel, 1)} processes"
         )
     return init_device_mesh(
         device, (world // tensor_parallel, tensor_parallel), mesh_dim_names=("dp", "tp")
@@ -72,9 +72,9 @@ def shard_heads(model: ViT22B, mesh: DeviceMesh, sequence: bool = False) -> ViT2
             (block.in_proj, "mlp_bias", 0),
             (block.out_proj, "weight", 1),
         ):
-            whole = getattr(module, name)
-            cut = distribute_tensor(whole, mesh, [Shard(dim)])
-            setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
+            weight = getattr(module, name)
+            shard = distribute_tensor(weight, mesh, [Shard(dim)])
+            setattr(module, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
         block.in_proj.mesh = block.out_proj.mesh = mesh
         block.in_proj.sequence = block.out_proj.sequence = sequence
     model.tokens = mesh if sequence else None
@@ -142,7 +142,7 @@ def sharded(
     """
     if not all(p.is_meta for p in model.parameters()):
         raise ValueError(
-            "build the model under torch.device('meta'), so that no rank holds it whole"
+            "build the model under torch.device('meta'), so that no rank allocates all of it"
         )
     if mesh["tp"].size() > 1:
         shard_heads(model, mesh["tp"], sequence)
@@ -168,7 +168,7 @@ def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
     """
     mesh = model.blocks[0].in_proj.mesh
     if mesh is not None:
-        gains = [_own(p.grad) for p in _partial(model) if p.grad is not None]
+        gains = [_local_shard(p.grad) for p in _partial(model) if p.grad is not None]
         if gains:
             flat = torch.cat([g.flatten() for g in gains])
             dist.all_reduce(flat, group=mesh.get_group())
@@ -180,7 +180,7 @@ def finish_gradients(model: ViT22B, max_norm: float | None = None) -> Tensor:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in model.parameters():
             if parameter.grad is not None:
-                _own(parameter.grad).mul_(scale.to(parameter.grad.device))
+                _local_shard(parameter.grad).mul_(scale.to(parameter.grad.device))
     return norm
 
 
@@ -216,8 +216,8 @@ def gradient_norm(model: nn.Module) -> Tensor:
                 for i, placement in enumerate(grad.placements)
                 if not placement.is_replicate()
             )
-        own = _own(grad).float().square().sum()
-        squares[groups] = squares.get(groups, torch.zeros_like(own)) + own
+        square_sum = _local_shard(grad).float().square().sum()
+        squares[groups] = squares.get(groups, torch.zeros_like(square_sum)) + square_sum
     total: Any = 0.0
     for groups, square in squares.items():
         for group in groups:
@@ -226,7 +226,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.as_tensor(total).sqrt()
 
 
-def _own(grad: Tensor | None) -> Tensor:
+def _local_shard(grad: Tensor | None) -> Tensor:
     """This rank's part of a gradient."""
     assert grad is not None
     return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -22,9 +22,9 @@ TOKENS = 1
 _ops = torch.ops._c10d_functional
 
 
-def gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
+def gathered(local_tokens: Tensor, mesh: DeviceMesh) -> Tensor:
     """All tokens. Every rank uses its own heads' part of them, so the gradients are summed."""
-    return _Gather.apply(own, mesh.get_group().group_name, mesh.size())
+    return _Gather.apply(local_tokens, mesh.get_group().group_name, mesh.size())
 
 
 def scattered(part: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -42,15 +42,19 @@ def cut(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
     return _Cut.apply(tokens, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
 
 
-def joined(own: Tensor, mesh: DeviceMesh) -> Tensor:
+def joined(local_tokens: Tensor, mesh: DeviceMesh) -> Tensor:
     """All tokens. Every rank then computes the same with them, so the gradients are not summed."""
-    return _Join.apply(own, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+    return _Join.apply(
+        local_tokens, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank()
+    )
 
 
-def _gather(own: Tensor, group: str, ranks: int) -> Tensor:
+def _gather(local_tokens: Tensor, group: str, ranks: int) -> Tensor:
     """All-gather along the tokens."""
-    every = _ops.wait_tensor(_ops.all_gather_into_tensor(own.contiguous(), ranks, group))
-    return torch.cat(torch.split(every, own.shape[0]), TOKENS)
+    gathered_parts = _ops.wait_tensor(
+        _ops.all_gather_into_tensor(local_tokens.contiguous(), ranks, group)
+    )
+    return torch.cat(torch.split(gathered_parts, local_tokens.shape[0]), TOKENS)
 
 
 def _scatter(part: Tensor, group: str, ranks: int) -> Tensor:
@@ -63,9 +67,9 @@ class _Gather(torch.autograd.Function):
     """All-gather; its backward is a reduce-scatter."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, group: str, ranks: int) -> Tensor:
+    def forward(ctx: Any, local_tokens: Tensor, group: str, ranks: int) -> Tensor:
         ctx.of = group, ranks
-        return _gather(own, group, ranks)
+        return _gather(local_tokens, group, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -102,9 +106,9 @@ class _Join(torch.autograd.Function):
     """All-gather; the backward selects this rank's tokens."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, group: str, ranks: int, rank: int) -> Tensor:
+    def forward(ctx: Any, local_tokens: Tensor, group: str, ranks: int, rank: int) -> Tensor:
         ctx.of = ranks, rank
-        return _gather(own, group, ranks)
+        return _gather(local_tokens, group, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -140,19 +144,19 @@ def check_overlap(mesh: DeviceMesh) -> None:
     """Raise ValueError if the ranks' devices have no symmetric memory."""
     if mesh.device_type != "cuda":
         raise ValueError(
-            f"asynchronous tensor parallelism needs CUDA devices with peer access, these are "
-            f"{mesh.device_type}; leave train.async_tensor_parallel off"
+            f"asynchronous tensor parallelism needs CUDA devices with peer access, got "
+            f"{mesh.device_type}; set train.async_tensor_parallel to false"
         )
     if mesh.size() > torch.cuda.device_count():
         raise ValueError(
-            f"asynchronous tensor parallelism needs its {mesh.size()} ranks on one machine, this one "
-            f"has {torch.cuda.device_count()} CUDA devices"
+            f"asynchronous tensor parallelism needs its {mesh.size()} ranks on one machine; this "
+            f"machine has {torch.cuda.device_count()} CUDA devices"
         )
-    own, first = torch.cuda.current_device(), dist.get_rank() - mesh.get_local_rank()
+    device, first = torch.cuda.current_device(), dist.get_rank() - mesh.get_local_rank()
     peers = [(first + i) % torch.cuda.device_count() for i in range(mesh.size())]
-    apart = [p for p in peers if p != own and not torch.cuda.can_device_access_peer(own, p)]
+    apart = [p for p in peers if p != device and not torch.cuda.can_device_access_peer(device, p)]
     if apart:
         raise ValueError(
-            f"asynchronous tensor parallelism needs peer access, which device {own} has not to "
+            f"asynchronous tensor parallelism needs peer access; device {device} has none to "
             f"{', '.join(map(str, apart))}"
         )

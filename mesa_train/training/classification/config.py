@@ -7,16 +7,23 @@ loaded. The defaults are LITv2's official ImageNet recipe for S.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from mesa_train.training.config_schema import (
+    NOT_NEGATIVE,
+    POLICY,
+    POSITIVE,
+    SHARE,
+    OneOf,
+    of_values,
+    read_yaml,
+)
 from mesa_train.training.config_schema import ConfigError as ConfigError
-from mesa_train.training.config_schema import of_values, one_of, positive, read_yaml
-from mesa_train.training.data.config import AugmentConfig, DataConfig, check_data, check_path
+from mesa_train.training.data.config import AugmentConfig, DataConfig, check_path
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
 PRECISIONS = ("no", "bf16", "fp16", "auto")
@@ -40,13 +47,13 @@ class ModelConfig:
     """
 
     name: str = "litv2_s"
-    classes: int | None = None
-    drop_path: float = 0.2
+    classes: Annotated[int | None, POSITIVE] = None
+    drop_path: Annotated[float, SHARE] = 0.2
     weights: str | None = None
     allow_config: bool = False
     sync_batch_norm: bool = False
     grad_checkpointing: bool = False
-    early_stages_without_attention: int = 0
+    early_stages_without_attention: Annotated[int, NOT_NEGATIVE] = 0
 
 
 @dataclass(frozen=True)
@@ -73,18 +80,18 @@ class OptimConfig:
             floor is scaled like the peak.
     """
 
-    name: str = "adamw"
-    lr: float = 5e-4
-    warmup_lr: float = 5e-7
-    min_lr: float = 5e-6
-    lr_batch: int = 512
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    warmup_epochs: float = 20
-    clip: float = 5.0
-    offset_scale: float = 0.01
-    offset_floor: str = "shared"
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: Annotated[float, POSITIVE] = 5e-4
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = 5e-7
+    min_lr: Annotated[float, NOT_NEGATIVE] = 5e-6
+    lr_batch: Annotated[int, NOT_NEGATIVE] = 512
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.999)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 20
+    clip: Annotated[float, POSITIVE] = 5.0
+    offset_scale: Annotated[float, NOT_NEGATIVE] = 0.01
+    offset_floor: Annotated[str, OneOf(("shared", "scaled"))] = "shared"
 
 
 @dataclass(frozen=True)
@@ -110,18 +117,18 @@ class TrainConfig:
         out: folder of the run; default "runs/litv2".
     """
 
-    epochs: int = 300
-    global_batch: int = 1024
-    micro_batch: int = 128
-    precision: str = "auto"
-    policy: str = "mesa8"
-    seed: int = 0
-    ema: float = 0.0
-    log_every: int = 10
-    save_every: int = 0
-    keep: int = 2
-    tracker: str = "tensorboard"
-    device: str = "auto"
+    epochs: Annotated[int, POSITIVE] = 300
+    global_batch: Annotated[int, POSITIVE] = 1024
+    micro_batch: Annotated[int, POSITIVE] = 128
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
+    policy: Annotated[str, POLICY] = "mesa8"
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    ema: Annotated[float, SHARE] = 0.0
+    log_every: Annotated[int, POSITIVE] = 10
+    save_every: Annotated[int, NOT_NEGATIVE] = 0
+    keep: Annotated[int, POSITIVE] = 2
+    tracker: Annotated[str, OneOf(("tensorboard", "wandb", "none"))] = "tensorboard"
+    device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/litv2"
 
 
@@ -147,6 +154,17 @@ class Config:
         """Nested plain values, as in the YAML."""
         return dataclasses.asdict(self)
 
+    def check(self) -> None:
+        """Raise ConfigError for values of several sections that do not fit together."""
+        optim, train, augment = self.optim, self.train, self.augment
+        if optim.warmup_epochs >= train.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs={optim.warmup_epochs:g} must be fewer than "
+                f"train.epochs={train.epochs}"
+            )
+        if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
+            raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` changes and check every value.
@@ -164,80 +182,7 @@ def of_dict(values: Mapping[str, Any]) -> Config:
         ConfigError: a key or a value is wrong.
     """
     config: Config = of_values(Config, values)
-    _check(config)
     return config
-
-
-def _check(config: Config) -> None:
-    """Check every value and the values that depend on each other. Raises ConfigError."""
-    from mesa_train.policy import OFFLOADED, PRESETS
-
-    data, optim, train, augment = config.data, config.optim, config.train, config.augment
-    check_data(data)
-    one_of("optim.name", optim.name, OPTIMIZERS)
-    one_of("optim.offset_floor", optim.offset_floor, ("shared", "scaled"))
-    one_of("train.precision", train.precision, PRECISIONS)
-    one_of("train.policy", train.policy, ("plain", *PRESETS, *OFFLOADED))
-    one_of("train.tracker", train.tracker, ("tensorboard", "wandb", "none"))
-    one_of("train.device", train.device, ("auto", "cpu"))
-    for name, value in (
-        ("data.image_size", data.image_size),
-        ("optim.lr", optim.lr),
-        ("optim.clip", optim.clip),
-        ("train.epochs", train.epochs),
-        ("train.global_batch", train.global_batch),
-        ("train.micro_batch", train.micro_batch),
-        ("train.log_every", train.log_every),
-        ("train.keep", train.keep),
-    ):
-        positive(name, value)
-    for name, share in (
-        ("augment.label_smoothing", augment.label_smoothing),
-        ("augment.erase", augment.erase),
-        ("model.drop_path", config.model.drop_path),
-        ("train.ema", train.ema),
-    ):
-        if not 0 <= share < 1:
-            raise ConfigError(f"{name} must lie in [0, 1), got {share}")
-    _check_ranges(config)
-    if optim.warmup_epochs >= train.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={optim.warmup_epochs:g} must be fewer than "
-            f"train.epochs={train.epochs}"
-        )
-    if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
-        raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
-
-
-def _check_ranges(config: Config) -> None:
-    """Raise ConfigError for a forbidden negative number, or for a pair that is no range."""
-    augment, optim, train = config.augment, config.optim, config.train
-    for name, value in (
-        ("augment.color_jitter", augment.color_jitter),
-        ("augment.mixup", augment.mixup),
-        ("augment.cutmix", augment.cutmix),
-        ("optim.warmup_lr", optim.warmup_lr),
-        ("optim.min_lr", optim.min_lr),
-        ("optim.lr_batch", optim.lr_batch),
-        ("optim.eps", optim.eps),
-        ("optim.weight_decay", optim.weight_decay),
-        ("optim.warmup_epochs", optim.warmup_epochs),
-        ("optim.offset_scale", optim.offset_scale),
-        ("train.seed", train.seed),
-        ("train.save_every", train.save_every),
-    ):
-        if not value >= 0:
-            raise ConfigError(f"{name} must not be negative, got {value}")
-    for name, (low, high), most in (
-        ("augment.scale", augment.scale, 1.0),
-        ("augment.ratio", augment.ratio, math.inf),
-    ):
-        if not 0 < low <= high <= most:
-            raise ConfigError(f"{name} must be a range within 0 and {most}, got [{low}, {high}]")
-    if not 0 <= augment.hflip <= 1:
-        raise ConfigError(f"augment.hflip must lie in [0, 1], got {augment.hflip}")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"optim.betas must lie in [0, 1), got {list(optim.betas)}")
 
 
 def check_files(config: Config) -> None:

@@ -6,7 +6,6 @@ A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, `best.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError, changed
 from mesa_train.training.data import sources
 from mesa_train.training.data.loader import Batch, Loader
+from mesa_train.training.loop import StepResult, speed, train
 from mesa_train.training.progress import Dashboard, waiting
 from mesa_train.training.trainer import EpochResult, StepEvent
 from mesa_train.utils import records
@@ -34,7 +34,7 @@ from . import dry_run as plan
 from .accelerated import trackers
 from .config import Config, check_files, of_dict
 from .run import CHECKPOINTS, Run
-from .train_state import Scores, StepResult
+from .train_state import Scores
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -181,7 +181,7 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
     Returns:
         The scores of the last epoch; None if no step was left.
     """
-    config, made, main = run.config, run.plan, run.accelerator.is_main_process
+    config, main = run.config, run.accelerator.is_main_process
     metrics = run.out / METRICS
     scores = None
     if main:
@@ -190,24 +190,16 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
     with _written(run), _view(run, saved_bytes) as view, trackers(config, run.accelerator) as track:
 
         def report(result: StepResult) -> None:
-            rate = 1e3 * config.train.global_batch / result.step_ms
-            row = {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr": result.lr,
-                "images_per_s": rate,
-            } | _peak(run)
+            row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+            row |= speed(config.train.global_batch, result.step_ms, run.accelerator.device)
             track(row, result.step)
             if main:
-                _append(metrics, {"kind": "step", "step": result.step} | row)
+                disk.append(metrics, {"kind": "step", "step": result.step} | row)
                 event = StepEvent(config.train.policy, result.step, result.loss, result.step_ms)
                 view.on_step(event, result.steps)
 
-        while run.position.step < made.steps:
-            epoch, start = run.epoch + 1, time.perf_counter()
-            before = run.position.step
-            run.train_epoch(report, lambda further: view.alive("training", further))
-            step_ms = (time.perf_counter() - start) * 1e3 / (run.position.step - before)
+        def end_of_epoch(epoch: int, step_ms: float) -> None:
+            nonlocal scores
             scores = run.evaluate(tick=lambda: view.alive("evaluating"))
             row = {
                 "train_loss": run.position.loss / run.position.losses,
@@ -220,13 +212,13 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
                     averaged := run.evaluate(averaged=True, tick=lambda: view.alive("evaluating"))
                 ).top1
             run.save_best(averaged if run.ema is not None else scores, run.ema is not None)
-            track(row, run.position.step)
+            track(row, run.done)
             if main:
                 named = {"name": config.train.policy, "seed": config.train.seed, "epoch": epoch}
-                line = {"kind": "epoch", "step": run.position.step, **named, **row}
+                line = {"kind": "epoch", "step": run.done, **named, **row}
                 line |= {"step_ms": step_ms, "saved_bytes": saved_bytes}
                 line |= {"skipped": run.position.skipped} if run.position.skipped else {}
-                _append(metrics, line)
+                disk.append(metrics, line)
                 view.on_epoch(
                     EpochResult(
                         config.train.policy, epoch, row["train_loss"], scores.loss, scores.top1,
@@ -237,21 +229,17 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
             # included.
             run.position.loss, run.position.losses = 0.0, 0
             run.save()
+
+        train(
+            run,
+            report,
+            tick=lambda further: view.alive("training", further),
+            end_of_epoch=end_of_epoch,
+        )
     if main:
         with _written(run):
             draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
     return scores
-
-
-def _append(metrics: Path, row: records.Row) -> None:
-    """Append a row to the metrics.
-
-    Raises OSError if the run's folder was removed. The folder is not created again, because it may
-    be on a disk that is no longer mounted.
-    """
-    if not metrics.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed", str(metrics.parent))
-    records.append(metrics, row)
 
 
 @contextlib.contextmanager
@@ -271,9 +259,9 @@ def _written(run: Run) -> Iterator[None]:
 
 def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]:
     """Measure images per second and the median step time on random images. Saves nothing."""
-    data, train = run.config.data, run.config.train
-    images = torch.randn(train.micro_batch, 3, data.image_size, data.image_size)
-    labels = torch.arange(train.micro_batch) % run.classes
+    data, batch = run.config.data, run.config.train
+    images = torch.randn(batch.micro_batch, 3, data.image_size, data.image_size)
+    labels = torch.arange(batch.micro_batch) % run.classes
 
     def batches() -> Iterator[Batch]:
         while True:
@@ -287,8 +275,7 @@ def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]
         loss.item()
         times.append(1e3 * (time.perf_counter() - start))
     step_ms = statistics.median(times[warm_up:])
-    rate = 1e3 * train.global_batch / step_ms
-    return {"images_per_s": rate, "step_ms": step_ms} | _peak(run)
+    return speed(batch.global_batch, step_ms, run.accelerator.device) | {"step_ms": step_ms}
 
 
 def draw(metrics: Path, picture: Path, title: str) -> None:
@@ -353,13 +340,6 @@ def _view(run: Run, saved_bytes: int) -> Any:
     )
     view.start_at(run.position.step)
     return view
-
-
-def _peak(run: Run) -> dict[str, float]:
-    """The peak of allocated memory on this rank's GPU, in bytes."""
-    if run.accelerator.device.type != "cuda":
-        return {}
-    return {"peak_bytes": float(torch.cuda.max_memory_allocated(run.accelerator.device))}
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,19 @@ from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch, Loader
 from mesa_train.training.data.sources import keeping_random_state, seed_all
+from mesa_train.training.loop import Cadence, StepResult, TrainingRun
 
 from . import optimizers
 from .accelerated import accelerator, gather
 from .config import Config
 from .dry_run import Plan
-from .train_state import Scores, StepResult, TrainState, score
+from .train_state import Scores, TrainState, score
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-class Run:
+class Run(TrainingRun):
     """A model in training.
 
     Args:
@@ -52,6 +52,8 @@ class Run:
     ) -> None:
         self.config, self.plan, self.loader, self.classes = config, plan, loader, classes
         self.position = TrainState()
+        train = config.train
+        self.cadence = Cadence(plan.steps, plan.steps_per_epoch, train.log_every, train.save_every)
         self.accelerator = accelerator(config, plan)
         self.out = Path(config.train.out)
         self.images = loader.sources.train.count
@@ -79,48 +81,19 @@ class Run:
         return self.accelerator.process_index
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the next step, from 0."""
-        return self.position.step // self.plan.steps_per_epoch
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.position.step
 
     @property
     def bare(self) -> nn.Module:
         """The model without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
-    def train_epoch(
-        self, report: Callable[[StepResult], None], tick: Callable[[int], None] | None = None
-    ) -> None:
-        """Train to the end of the current epoch, and save every `save_every` steps.
-
-        Args:
-            report: called every `log_every` steps.
-            tick: called after every step with the number of steps since the last report. Reads
-                nothing from the device.
-        """
-        config, plan, position = self.config.train, self.plan, self.position
-        epoch, first = divmod(position.step, plan.steps_per_epoch)
-        batches = self.loader.training(epoch, first)
+    def batches(self) -> Iterator[Batch]:
+        """Micro-batches from the next step to the end of its epoch."""
         self.model.train()
-        window = _Window(self.accelerator.device)
-        for _ in range(first, plan.steps_per_epoch):
-            window.add(*self.step(batches))
-            if tick is not None:
-                tick(window.steps)
-            done = position.step - epoch * plan.steps_per_epoch
-            saving = bool(config.save_every) and position.step % config.save_every == 0
-            if position.step % config.log_every == 0 or saving or done == plan.steps_per_epoch:
-                loss, grad_norm = self._mean(window)
-                position.loss += loss * window.steps
-                position.losses += window.steps
-                report(
-                    StepResult(
-                        position.step, loss, grad_norm, self.lr, window.time_ms(), window.steps
-                    )
-                )
-                window = _Window(self.accelerator.device)
-            if saving and done < plan.steps_per_epoch:
-                self.save()
+        return self.loader.training(*divmod(self.done, self.plan.steps_per_epoch))
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Take one optimizer step of `accumulation` micro-batches.
@@ -236,13 +209,7 @@ class Run:
                     f"{name}={now}, but {checkpoint} was trained with {then}; "
                     "keep it or choose another train.out"
                 )
-        # Older checkpoints lack this key.
-        if state.get("images", self.images) != self.images:
-            raise ConfigError(
-                f"data: {self.images} training images, but {checkpoint} was trained on "
-                f"{state['images']}; its epochs cannot be continued on another data set: choose "
-                "another train.out, and model.weights to start from its weights"
-            )
+        checkpoints.check_images(checkpoint, state, self.images)
         with disk.reading(checkpoint):
             self.accelerator.load_state(str(checkpoint))
             if self.ema is not None:
@@ -287,16 +254,19 @@ class Run:
         """Text that names the checkpoint from which a failed run can continue."""
         return disk.last_good(self.out / CHECKPOINTS)
 
-    def _mean(self, window: _Window) -> tuple[float, float]:
-        """Mean loss and gradient norm. FloatingPointError if the loss is not finite."""
-        loss = self.accelerator.reduce(window.loss, reduction="mean")
-        value, norm = (loss / window.steps).item(), (window.norm / window.steps).item()
-        if not math.isfinite(value):
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over all processes."""
+        return self.accelerator.reduce(loss, reduction="mean")
+
+    def accept(self, result: StepResult) -> None:
+        """Add the losses to the epoch's. FloatingPointError if the loss is not finite."""
+        if not math.isfinite(result.loss):
             raise FloatingPointError(
-                f"the loss is {value} after step {self.position.step}; a lower optim.lr, or "
+                f"the loss is {result.loss} after step {result.step}; a lower optim.lr, or "
                 "train.precision=bf16 or no instead of fp16, usually helps"
             )
-        return value, norm
+        self.position.loss += result.loss * result.steps
+        self.position.losses += result.steps
 
     def _same_buffers(self, module: nn.Module) -> None:
         """Copy the first rank's buffers to all ranks."""
@@ -313,22 +283,6 @@ class Run:
             raise ConfigError("train.ema needs the whole model on every device, not FSDP or ZeRO")
         # Without a warm-up, the average of a short run would stay close to the initial weights.
         return ModelEmaV3(self.bare, decay=self.config.train.ema, use_warmup=True)
-
-
-class _Window:
-    """Sums since the last report. They stay on the device until the report."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss, self.norm = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.steps, self.start = 0, time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Add one step."""
-        self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
-
-    def time_ms(self) -> float:
-        """Mean time of a step in milliseconds."""
-        return (time.perf_counter() - self.start) * 1e3 / max(self.steps, 1)
 
 
 def _mixup(config: Config, classes: int) -> Any:

@@ -1,4 +1,4 @@
-"""The state of a training run, the results of a step and the scores of an evaluation."""
+"""The state of a training run and the scores of an evaluation."""
 
 from __future__ import annotations
 
@@ -32,27 +32,6 @@ class TrainState:
     loss: float = 0.0
     losses: int = 0
     skipped: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """Means over the steps since the last report.
-
-    Attributes:
-        step: counts from 1.
-        loss: mean loss.
-        grad_norm: mean norm of the gradient.
-        lr: learning rate.
-        step_ms: mean time of a step in milliseconds.
-        steps: steps since the last report.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    step_ms: float
-    steps: int
 
 
 @dataclasses.dataclass(frozen=True)

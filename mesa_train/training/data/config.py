@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from mesa_train.training.config_schema import ConfigError, one_of
+from mesa_train.training.config_schema import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SHARE,
+    ConfigError,
+    OneOf,
+    Range,
+)
 
 FILES = ("parquet", "arrow")
 
@@ -37,16 +46,23 @@ class DataConfig:
     source: str = "mnist5k"
     path: str | None = None
     streaming: bool = False
-    train_images: int | None = None
+    train_images: Annotated[int | None, NOT_NEGATIVE] = None
     train_split: str = "train"
     val_split: str = "validation"
     image_key: str = "image"
     label_key: str = "label"
-    image_size: int = 224
+    image_size: Annotated[int, POSITIVE] = 224
     crop: bool = True
-    workers: int = 8
+    workers: Annotated[int, NOT_NEGATIVE] = 8
     pin_memory: bool = True
-    on_corrupt: str = "raise"
+    on_corrupt: Annotated[str, OneOf(("raise", "skip"))] = "raise"
+
+    def check(self) -> None:
+        """Raise ConfigError if the source lacks a setting that it needs."""
+        if self.source in ("imagefolder", *FILES) and not self.path:
+            raise ConfigError(f"data.path is missing: {self.source} needs a folder")
+        if self.streaming and not self.train_images:
+            raise ConfigError("data.train_images is missing: streaming cannot count the images")
 
 
 @dataclass(frozen=True)
@@ -65,30 +81,15 @@ class AugmentConfig:
         label_smoothing: default 0.1; in [0, 1). Applies without mixup too.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.4
+    scale: Annotated[tuple[float, float], Range(1.0)] = (0.08, 1.0)
+    ratio: Annotated[tuple[float, float], Range()] = (3 / 4, 4 / 3)
+    hflip: Annotated[float, PROBABILITY] = 0.5
+    color_jitter: Annotated[float, NOT_NEGATIVE] = 0.4
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-
-
-def check_data(data: DataConfig) -> None:
-    """Check that the source has the settings that it needs.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    one_of("data.on_corrupt", data.on_corrupt, ("raise", "skip"))
-    if data.source in ("imagefolder", *FILES) and not data.path:
-        raise ConfigError(f"data.path is missing: {data.source} needs a folder")
-    if data.streaming and not data.train_images:
-        raise ConfigError("data.train_images is missing: streaming cannot count the images")
-    if data.workers < 0:
-        raise ConfigError(f"data.workers must not be negative, got {data.workers}")
+    erase: Annotated[float, SHARE] = 0.25
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.8
+    cutmix: Annotated[float, NOT_NEGATIVE] = 1.0
+    label_smoothing: Annotated[float, SHARE] = 0.1
 
 
 def check_path(data: DataConfig) -> None:

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from mesa_train.models.vit22b.model import resampled
 from mesa_train.training import disk
+from mesa_train.training.checkpoints import check_keys
 from mesa_train.training.disk import CheckpointError as CheckpointError
 
 STATE, INDEX = "state.json", "model.safetensors.index.json"
@@ -142,7 +143,7 @@ def check(checkpoint: Path, model: nn.Module) -> None:
     else:  # DeepSpeed's: `zero3_checkpoint` writes the shapes to the state file
         with disk.reading(checkpoint / STATE):
             found = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
-    compare(checkpoint, found, model)
+    check_keys(checkpoint, found, shapes(model))
 
 
 def newest(folder: Path) -> Path | None:
@@ -151,32 +152,12 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def compare(source: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """Compare names and global shapes with the parameters of a model.
-
-    Raises:
-        CheckpointError: names up to three differences of each kind.
-    """
-    wanted = {
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The global shape of every key of the state dict, on the meta device and under ZeRO-3 too."""
+    return {
         name: tuple(getattr(value, "ds_shape", value.shape))
         for name, value in model.state_dict(keep_vars=True).items()
     }
-    problems = []
-    for label, names in (
-        ("missing", [n for n in wanted if n not in found]),
-        ("unexpected", [n for n in found if n not in wanted]),
-        ("of another shape", [n for n in wanted if n in found and found[n] != wanted[n]]),
-    ):
-        if names:
-            shown = ", ".join(
-                f"{n} {found[n]} instead of {wanted[n]}" if label == "of another shape" else n
-                for n in names[:3]
-            )
-            problems.append(
-                f"{label}: {shown}" + (f" and {len(names) - 3} more" if names[3:] else "")
-            )
-    if problems:
-        raise CheckpointError(f"{source} is of another model; {'; '.join(problems)}")
 
 
 def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
@@ -293,13 +274,12 @@ def _opened(source: Path, model: Any, fresh_head: bool) -> tuple[dict[str, Any],
             raise CheckpointError(f"{file} is missing or no safetensors file: {error}") from None
         for name in here.keys():  # noqa: SIM118  not a mapping
             found[name], opened[name] = tuple(here.get_slice(name).get_shape()), here
-    own = dict(model.state_dict(keep_vars=True))
-    wanted = {n: tuple(getattr(v, "ds_shape", v.shape)) for n, v in own.items()}
+    wanted = shapes(model)
     if fresh_head:
         found = {n: s for n, s in found.items() if not n.startswith("head.")}
         found |= {n: s for n, s in wanted.items() if n.startswith("head.")}
     grid = _resampled(found, wanted)
-    compare(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, model)
+    check_keys(source, {**found, **({"pos_embed": wanted["pos_embed"]} if grid else {})}, wanted)
     return opened, grid
 
 

@@ -8,15 +8,26 @@ A mistake gives one line with the key, the value and the choices, before any mod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mesa_train.policy import OFFLOADED, PRESETS
+from mesa_train.models.vit22b.layers import GELUS, QK_NORMS
+from mesa_train.models.vit22b.model import SIZES
+from mesa_train.training.config_schema import (
+    NOT_NEGATIVE,
+    POLICY,
+    POSITIVE,
+    PROBABILITY,
+    SHARE,
+    OneOf,
+    Range,
+    of_values,
+    read_yaml,
+)
 from mesa_train.training.config_schema import ConfigError as ConfigError
-from mesa_train.training.config_schema import of_values, one_of, positive, read_yaml
-from mesa_train.training.data.config import DataConfig, check_data, check_path
+from mesa_train.training.data.config import DataConfig, check_path
 
 if TYPE_CHECKING:
     from mesa_train.utils.precision import Choice
@@ -25,6 +36,15 @@ BACKENDS = ("auto", "single", "fsdp2", "zero3")
 PRECISIONS = ("no", "bf16", "pure_bf16", "auto")
 CHECKPOINTING = ("none", "block", "coded")
 OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def _without_scaling(name: str, value: str) -> None:
+    """Raise ConfigError for float16, which needs loss scaling."""
+    if value == "fp16":
+        raise ConfigError(
+            f"{name}=fp16 needs loss scaling, which these recipes do without, as ViT-22B did in "
+            f"bfloat16; take one of {', '.join(PRECISIONS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,13 +64,13 @@ class ModelConfig:
         fresh_head: do not load the classifier from `weights`; default false.
     """
 
-    name: str = "vit_22b_tiny"
-    image_size: int = 224
-    classes: int | None = None
-    qk_norm: str = "rms"
-    gelu: str = "tanh"
+    name: Annotated[str, OneOf(SIZES)] = "vit_22b_tiny"
+    image_size: Annotated[int, POSITIVE] = 224
+    classes: Annotated[int | None, POSITIVE] = None
+    qk_norm: Annotated[str, OneOf(QK_NORMS)] = "rms"
+    gelu: Annotated[str, OneOf(GELUS)] = "tanh"
     pool_bias: bool = True
-    drop_path: float = 0.0
+    drop_path: Annotated[float, SHARE] = 0.0
     head_bias: float = -10.0
     weights: str | None = None
     fresh_head: bool = False
@@ -73,16 +93,16 @@ class OptimConfig:
         z_loss: weight of the z-loss; default 0.
     """
 
-    name: str = "adamw"
-    lr: float = 1e-3
-    warmup: int = 10_000
-    cooldown: int = 30_000
-    timescale: int = 10_000
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.03
-    head_decay: float = 3.0
-    clip: float = 1.0
-    z_loss: float = 0.0
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: Annotated[float, POSITIVE] = 1e-3
+    warmup: Annotated[int, NOT_NEGATIVE] = 10_000
+    cooldown: Annotated[int, NOT_NEGATIVE] = 30_000
+    timescale: Annotated[int, POSITIVE] = 10_000
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.999)
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.03
+    head_decay: Annotated[float, NOT_NEGATIVE] = 3.0
+    clip: Annotated[float, POSITIVE] = 1.0
+    z_loss: Annotated[float, NOT_NEGATIVE] = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +115,9 @@ class CropConfig:
         hflip: probability of a flip; default 0.5; in [0, 1].
     """
 
-    scale: tuple[float, float] = (0.05, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
+    scale: Annotated[tuple[float, float], Range(1.0)] = (0.05, 1.0)
+    ratio: Annotated[tuple[float, float], Range()] = (3 / 4, 4 / 3)
+    hflip: Annotated[float, PROBABILITY] = 0.5
 
 
 @dataclass(frozen=True)
@@ -138,24 +158,24 @@ class TrainConfig:
         out: folder of the run; default "runs/vit22b".
     """
 
-    backend: str = "auto"
-    tensor_parallel: int = 1
+    backend: Annotated[str, OneOf(BACKENDS)] = "auto"
+    tensor_parallel: Annotated[int, POSITIVE] = 1
     sequence_parallel: bool = False
     async_tensor_parallel: bool = False
     reshard: bool = True
     offload: bool = False
     nvme_path: str | None = None
-    precision: str = "auto"
-    policy: str = "mesa8"
-    checkpointing: str = "none"
-    global_batch: int = 64
-    micro_batch: int = 64
-    steps: int = 100
-    seed: int = 0
-    save_every: int = 0
+    precision: Annotated[str, _without_scaling, OneOf(PRECISIONS)] = "auto"
+    policy: Annotated[str, POLICY] = "mesa8"
+    checkpointing: Annotated[str, OneOf(CHECKPOINTING)] = "none"
+    global_batch: Annotated[int, POSITIVE] = 64
+    micro_batch: Annotated[int, POSITIVE] = 64
+    steps: Annotated[int, POSITIVE] = 100
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    save_every: Annotated[int, NOT_NEGATIVE] = 0
     resume: str | None = None
-    watch_every: int = 0
-    peak_tflops: float = 0.0
+    watch_every: Annotated[int, NOT_NEGATIVE] = 0
+    peak_tflops: Annotated[float, NOT_NEGATIVE] = 0.0
     out: str = "runs/vit22b"
 
 
@@ -181,6 +201,39 @@ class Config:
         """Nested plain values, as in the YAML."""
         return dataclasses.asdict(self)
 
+    def check(self) -> None:
+        """Raise ConfigError for values of several fields that do not fit together."""
+        model, optim, train = self.model, self.optim, self.train
+        if train.checkpointing == "coded" and train.policy == "plain":
+            raise ConfigError("train.checkpointing=coded needs a train.policy other than plain")
+        patch, _, _, heads = SIZES[model.name]
+        if model.image_size % patch:
+            raise ConfigError(
+                f"model.image_size must be a multiple of the patch, {patch}; got {model.image_size}"
+            )
+        if optim.warmup + optim.cooldown > train.steps:
+            raise ConfigError(
+                f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "
+                f"train.steps={train.steps}"
+            )
+        if heads % train.tensor_parallel:
+            raise ConfigError(
+                f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
+                f"{model.name}"
+            )
+        if train.async_tensor_parallel and not train.sequence_parallel:
+            raise ConfigError("train.async_tensor_parallel needs train.sequence_parallel=true")
+        if not train.sequence_parallel:
+            return
+        if train.tensor_parallel == 1:
+            raise ConfigError("train.sequence_parallel needs a train.tensor_parallel above 1")
+        tokens = (model.image_size // patch) ** 2
+        if tokens % train.tensor_parallel:
+            raise ConfigError(
+                f"train.sequence_parallel: train.tensor_parallel={train.tensor_parallel} must divide "
+                f"the {tokens} tokens of {model.image_size} px"
+            )
+
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` changes and check every value.
@@ -189,94 +242,13 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
         ConfigError: a key or a value is wrong.
     """
     values = read_yaml(path, changes)
-    config: Config = of_values(Config, values)
-    if "image_size" in (values.get("data") or {}):
+    data = values.get("data")
+    if isinstance(data, Mapping) and "image_size" in data:
         raise ConfigError("data.image_size is model.image_size in these recipes; set that")
-    data = dataclasses.replace(config.data, image_size=config.model.image_size)
-    config = dataclasses.replace(config, data=data)
-    _check(config)
-    check_data(data)
-    check_path(data)
-    _check_crop(config.augment)
-    return config
-
-
-def _check(config: Config) -> None:
-    """Check every value and the values that depend on each other. Raises ConfigError."""
-    from mesa_train.models.vit22b.layers import GELUS, QK_NORMS
-    from mesa_train.models.vit22b.model import SIZES
-
-    model, optim, train = config.model, config.optim, config.train
-    if train.precision == "fp16":
-        raise ConfigError(
-            "train.precision=fp16 needs loss scaling, which these recipes do without, as ViT-22B did "
-            f"in bfloat16; take one of {', '.join(PRECISIONS)}"
-        )
-    for name, value, choices in (
-        ("model.name", model.name, SIZES),
-        ("model.qk_norm", model.qk_norm, QK_NORMS),
-        ("model.gelu", model.gelu, GELUS),
-        ("optim.name", optim.name, OPTIMIZERS),
-        ("train.backend", train.backend, BACKENDS),
-        ("train.precision", train.precision, PRECISIONS),
-        ("train.checkpointing", train.checkpointing, CHECKPOINTING),
-        ("train.policy", train.policy, ("plain", *PRESETS, *OFFLOADED)),
-    ):
-        one_of(name, value, choices)
-    if train.checkpointing == "coded" and train.policy == "plain":
-        raise ConfigError("train.checkpointing=coded needs a train.policy other than plain")
-    patch = SIZES[model.name][0]
-    if model.image_size <= 0 or model.image_size % patch:
-        raise ConfigError(
-            f"model.image_size must be a multiple of the patch, {patch}; got {model.image_size}"
-        )
-    for name, number in (
-        ("optim.lr", optim.lr),
-        ("optim.clip", optim.clip),
-        ("train.global_batch", train.global_batch),
-        ("train.micro_batch", train.micro_batch),
-        ("train.steps", train.steps),
-        ("train.tensor_parallel", train.tensor_parallel),
-    ):
-        positive(name, number)
-    if optim.warmup + optim.cooldown > train.steps:
-        raise ConfigError(
-            f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "
-            f"train.steps={train.steps}"
-        )
-    heads = SIZES[model.name][3]
-    if heads % train.tensor_parallel:
-        raise ConfigError(
-            f"train.tensor_parallel={train.tensor_parallel} must divide the {heads} heads of "
-            f"{model.name}"
-        )
-    _check_tokens(model, train)
-
-
-def _check_tokens(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ConfigError if the tokens cannot be sharded."""
-    from mesa_train.models.vit22b.model import SIZES
-
-    if train.async_tensor_parallel and not train.sequence_parallel:
-        raise ConfigError("train.async_tensor_parallel needs train.sequence_parallel=true")
-    if not train.sequence_parallel:
-        return
-    if train.tensor_parallel == 1:
-        raise ConfigError("train.sequence_parallel needs a train.tensor_parallel above 1")
-    tokens = (model.image_size // SIZES[model.name][0]) ** 2
-    if tokens % train.tensor_parallel:
-        raise ConfigError(
-            f"train.sequence_parallel: train.tensor_parallel={train.tensor_parallel} must divide the "
-            f"{tokens} tokens of {model.image_size} px"
-        )
-
-
-def _check_crop(crop: CropConfig) -> None:
-    """Raise ConfigError for an impossible crop."""
-    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
-        raise ConfigError(f"augment.scale must be a range within 0 and 1, got {list(crop.scale)}")
-    if not 0 <= crop.hflip <= 1:
-        raise ConfigError(f"augment.hflip must lie in [0, 1], got {crop.hflip}")
+    config: Config = of_values(Config, values)
+    check_path(config.data)
+    sized = dataclasses.replace(config.data, image_size=config.model.image_size)
+    return dataclasses.replace(config, data=sized)
 
 
 def accumulation(train: TrainConfig, ranks: int) -> int:

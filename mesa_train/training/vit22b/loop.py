@@ -1,4 +1,4 @@
-"""Training loop of the ViT-22B recipes: same batches, schedule, log and checkpoints on any backend.
+"""Training of the ViT-22B recipes: same batches, schedule, log and checkpoints on any backend.
 
 A global batch depends on (seed, step) only, and each data-parallel rank reads its own part
 (`data.py`). The losses therefore equal the losses of a single process, for any number of ranks.
@@ -6,16 +6,19 @@ A global batch depends on (seed, step) only, and each data-parallel rank reads i
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
+from mesa_train.training import loop
+from mesa_train.training.checkpoints import check_images
+from mesa_train.training.data.sources import Sources
+from mesa_train.training.loop import Cadence, StepResult, TrainingRun
 
 from . import data as sharded_data
 from .backend import Backend
@@ -28,6 +31,77 @@ from .stability import AttentionWatch, Guard
 Report = Callable[[dict[str, Any]], None]
 
 
+class ShardedRun(TrainingRun):
+    """A model of the ViT-22B recipes in training, on any backend.
+
+    Args:
+        config: of the run.
+        backend: model, optimizer and processes.
+        data: the images.
+        first: optimizer steps that the loaded checkpoint has done; 0 for a new run.
+    """
+
+    def __init__(self, config: Config, backend: Backend, data: Sources, first: int) -> None:
+        optim, train = config.optim, config.train
+        self.config, self.backend, self.data = config, backend, data
+        self.cadence = Cadence(train.steps, train.steps, save_every=train.save_every)
+        self.schedule = ReciprocalSqrt(
+            optim.lr, optim.warmup, optim.cooldown, train.steps, optim.timescale
+        )
+        self.watch = AttentionWatch(backend.model, every=train.watch_every)
+        self.guard = Guard(backend.model)
+        self.steps = first
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.steps
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return self.schedule(self.steps - 1)
+
+    def batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """This rank's micro-batches of each step, from the next step on."""
+        ranks = self.backend.data_rank, self.backend.data_ranks
+        return sharded_data.batches(self.config, self.data, *ranks, self.steps)
+
+    def step(self, batches: Iterator[list[tuple[Tensor, Tensor]]]) -> tuple[Tensor, float]:
+        """Take one optimizer step. Returns (loss of this rank, norm of the gradient)."""
+        backend, parts = self.backend, next(batches)
+        loss = torch.zeros((), device=backend.device)
+        with self.watch.step(self.steps), self.guard.step(self.steps):
+            for images, target in parts:
+                images, target = images.to(backend.device), target.to(backend.device)
+                value = sigmoid_loss(backend.forward(images), target, self.config.optim.z_loss)
+                backend.backward(value)
+                loss += value.detach() / len(parts)
+        norm = backend.step(self.schedule(self.steps))
+        self.steps += 1
+        return loss, norm
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over all ranks.
+
+        Tensor-parallel ranks hold the same loss. The sum counts it once for each of them.
+        """
+        if self.backend.data_ranks == 1:
+            return loss
+        dist.all_reduce(loss)
+        return loss / dist.get_world_size()
+
+    def accept(self, result: StepResult) -> None:
+        """Raise DivergenceError if the step diverged."""
+        self.guard.check(result.loss, result.grad_norm)
+
+    def save(self) -> Path:
+        """Write a checkpoint from all ranks."""
+        images = self.data.train.count
+        state = {"step": self.steps, "config": self.config.to_dict(), "images": images}
+        return self.backend.save(Path(self.config.train.out), state)
+
+
 def train(config: Config, report: Report) -> Backend:
     """Train as configured.
 
@@ -38,60 +112,30 @@ def train(config: Config, report: Report) -> Backend:
     Returns:
         The backend, still open.
     """
-    schedule = _schedule(config)
     data = sharded_data.load(config)
     out, first, checkpoint = Path(config.train.out), 0, None
     if config.train.resume:
         checkpoint = newest(out) if config.train.resume == "last" else Path(config.train.resume)
         if checkpoint is None:
             raise ConfigError(f"train.resume=last, but {out} has no complete checkpoint")
-    images = data.train.count
+        check_images(checkpoint, state_of(checkpoint), data.train.count)
+    backend = make_backend(config, data.classes, checkpoint)
     if checkpoint is not None:
-        _check_images(checkpoint, images)
-    engine = make_backend(config, data.classes, checkpoint)
-    if checkpoint is not None:
-        first = int(engine.load(checkpoint)["step"])
-    watch = AttentionWatch(engine.model, every=config.train.watch_every)
-    guard = Guard(engine.model)
-    ranks = (engine.data_rank, engine.data_ranks)
-    start = time.perf_counter()
-    for step, batches in enumerate(sharded_data.batches(config, data, *ranks, first), first):
-        loss = torch.zeros((), device=engine.device)
-        with watch.step(step), guard.step(step):
-            for part, target in batches:
-                part, target = part.to(engine.device), target.to(engine.device)
-                value = sigmoid_loss(engine.forward(part), target, config.optim.z_loss)
-                engine.backward(value)
-                loss += value.detach() / len(batches)
-        norm = engine.step(schedule(step))
-        if engine.data_ranks > 1:
-            dist.all_reduce(loss)
-            # Tensor-parallel ranks hold the same loss, so the sum counts it once for each of them.
-            loss /= dist.get_world_size()
-        guard.check(loss.item(), norm)
-        if engine.rank == 0:
-            seconds = time.perf_counter() - start
-            row = {"step": step + 1, "loss": loss.item(), "lr": schedule(step), "norm": norm}
-            report(row | _speed(config, seconds) | watch.row())
-        every = config.train.save_every
-        if (every and (step + 1) % every == 0) or (every and step + 1 == config.train.steps):
-            engine.save(out, {"step": step + 1, "config": config.to_dict(), "images": images})
-        start = time.perf_counter()
-    return engine
+        first = int(backend.load(checkpoint)["step"])
+    run = ShardedRun(config, backend, data, first)
 
+    def row_of(result: StepResult) -> None:
+        if backend.rank == 0:
+            row = {"step": result.step, "loss": result.loss, "lr": result.lr}
+            row |= {"norm": result.grad_norm} | _speed(config, result.step_ms, backend.device)
+            report(row | run.watch.row())
 
-def _check_images(checkpoint: Path, images: int) -> None:
-    """Raise ConfigError if a checkpoint was trained on another number of images.
+    def end_of_epoch(epoch: int, step_ms: float) -> None:  # noqa: ARG001
+        if config.train.save_every:
+            run.save()
 
-    An epoch would then have another number of steps. Older checkpoints lack this entry.
-    """
-    before = state_of(checkpoint).get("images", images)
-    if before != images:
-        raise ConfigError(
-            f"data: {images} training images, but {checkpoint} was trained on {before}; its epochs "
-            "cannot be continued on another data set: choose another train.out, and model.weights "
-            "to start from its weights"
-        )
+    loop.train(run, row_of, end_of_epoch=end_of_epoch)
+    return backend
 
 
 def model_flops(name: str, image_size: int) -> float:
@@ -121,40 +165,14 @@ def peak_tflops_of(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
-def append_to(path: Path) -> Report:
-    """A report that appends rows to a JSON-lines file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def report(row: dict[str, Any]) -> None:
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            # An error on an open file does not name the file.
-            raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
-
-    return report
-
-
-def _schedule(config: Config) -> ReciprocalSqrt:
-    """The schedule of a configuration."""
-    optim = config.optim
-    return ReciprocalSqrt(
-        optim.lr, optim.warmup, optim.cooldown, config.train.steps, optim.timescale
-    )
-
-
-def _speed(config: Config, seconds: float) -> dict[str, float]:
+def _speed(config: Config, step_ms: float, device: torch.device) -> dict[str, float]:
     """Images per second, peak bytes and MFU of a step, as far as they are known."""
-    rate = config.train.global_batch / seconds
-    row: dict[str, float] = {"images_per_s": rate}
-    if torch.cuda.is_available():
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    row = loop.speed(config.train.global_batch, step_ms, device)
     peak: float | None = config.train.peak_tflops
-    if not peak and torch.cuda.is_available():
-        peak = peak_tflops_of(torch.cuda.get_device_name())
+    if not peak and device.type == "cuda":
+        peak = peak_tflops_of(torch.cuda.get_device_name(device))
     if peak:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        flops = rate * model_flops(config.model.name, config.model.image_size)
+        flops = row["images_per_s"] * model_flops(config.model.name, config.model.image_size)
         row["mfu"] = flops / (peak * 1e12 * ranks)
     return row

@@ -1,2 +1,4 @@
-"""Tables of the rows in docs/results: each a function from the folder of rows and the words of a marker to
-Markdown. `scripts/bench/make_tables.py` puts them where they belong."""
+"""Tables of the rows in docs/results. Each table is a function that makes Markdown of rows.
+
+`scripts/bench/make_tables.py` writes the tables between the markers in the documents.
+"""

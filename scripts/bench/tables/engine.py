@@ -61,19 +61,22 @@ def steps(rows: Sequence[Row]) -> str:
         last[row["method"]] = row
     methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
     lines = []
-    for model, found in newest.items():
-        plain = found["plain"]
+    for model, by_method in newest.items():
+        plain = by_method["plain"]
         size = plain["shapes"][0][-1]
         cells = [
-            f"{found[m]['saved_ratio']:.1f}x, {found[m]['step_ratio']:.2f}" if m in found else ""
+            f"{by_method[m]['saved_ratio']:.1f}x, {by_method[m]['step_ratio']:.2f}"
+            if m in by_method
+            else ""
             for m in methods
         ]
-        about = f"{plain['batch_size']} x {size} px"
-        lines.append([model, about, format_bytes(plain["saved_bytes"]), *cells])
-    head = ["model", "batch", "plain keeps", *methods]
+        batch = f"{plain['batch_size']} x {size} px"
+        lines.append([model, batch, format_bytes(plain["saved_bytes"]), *cells])
+    head = ["model", "batch", "plain saves", *methods]
     return markdown(head, lines) + (
-        "\nHow many times less is kept, and the step's time by plain's (forward, backward, AdamW; "
-        f"medians of rounds that take turns); {_computed(rows[-1])}. {origin(rows[-1])}\n"
+        "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A "
+        "step is forward, backward and AdamW: median of rounds that take turns. "
+        f"{_computed(rows[-1])}. {origin(rows[-1])}\n"
     )
 
 
@@ -98,9 +101,9 @@ def ops(rows: Sequence[Row]) -> str:
         if "2 bits" not in row["variant"]
     ]
     return markdown(head, lines) + (
-        "\nAgainst a copy that reads and writes as many bytes, from rows that lie as the input's do; in "
-        "turns, caches flushed and code warm before "
-        f"each; medians of {newest[0]['rounds']}. {origin(newest[0])}\n"
+        "\nThe copy reads and writes the same number of bytes, from rows with the strides of the input. Operator and "
+        "copy run in turns, after a warm-up, with flushed caches. Times are medians of "
+        f"{newest[0]['rounds']} rounds. {origin(newest[0])}\n"
     )
 
 
@@ -113,15 +116,15 @@ def parity(rows: Sequence[Row]) -> str:
     )
     head = ["policy", "saved for the backward", "final training loss", "held-out accuracy", "seeds"]
     lines = []
-    for (name,), own in records.group_by(final, "name").items():
-        own.sort(key=lambda row: row["seed"])
-        accuracies = [100 * row["val_accuracy"] for row in own]
-        spread = statistics.stdev(accuracies) if len(own) > 1 else 0.0
+    for (name,), of_policy in records.group_by(final, "name").items():
+        of_policy.sort(key=lambda row: row["seed"])
+        accuracies = [100 * row["val_accuracy"] for row in of_policy]
+        spread = statistics.stdev(accuracies) if len(of_policy) > 1 else 0.0
         lines.append(
             [
                 name,
-                format_bytes(own[0]["saved_bytes"]),
-                f"{statistics.fmean(row['train_loss'] for row in own):.4f}",
+                format_bytes(of_policy[0]["saved_bytes"]),
+                f"{statistics.fmean(row['train_loss'] for row in of_policy):.4f}",
                 f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
             ]
@@ -140,17 +143,19 @@ def families(rows: Sequence[Row]) -> str:
     newest = {(row["model"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(method for _, method in newest))
     presets = [method for method in methods if method != "plain"]
-    head = ["model", "plain keeps", *[f"{p} keeps" for p in presets]]
+    head = ["model", "plain saves", *[f"{p} saves" for p in presets]]
     head += ["plain's gradient error", *[f"{p}'s" for p in presets]]
     lines = []
     for model in dict.fromkeys(model for model, _ in newest):
-        own = {m: newest[model, m] for m in methods if (model, m) in newest}
-        kept = [
+        of_model = {m: newest[model, m] for m in methods if (model, m) in newest}
+        saved = [
             f"{format_bytes(row['saved_bytes'])}"
             + (f" ({row['saved_ratio']:.2f}x less)" if method != "plain" else "")
-            for method, row in own.items()
+            for method, row in of_model.items()
         ]
-        lines.append([model, *kept, *[f"{row['gradient_error']:.2%}" for row in own.values()]])
+        lines.append(
+            [model, *saved, *[f"{row['gradient_error']:.2%}" for row in of_model.values()]]
+        )
     return markdown(head, lines) + (
         f"\nBatch {rows[-1]['batch_size']}, {rows[-1]['dtype']}, random weights; gradient error: "
         "relative L2 distance from the plain float32 gradient over all parameters. "
@@ -164,8 +169,8 @@ def rounding(rows: Sequence[Row]) -> str:
     lines = []
     for row in newest_run(rows):
         changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
-        kept = format_bytes(row["saved_bytes"])
-        lines.append([row["preset"], changes or "", kept, f"{row['gradient_error']:.2%}"])
+        saved = format_bytes(row["saved_bytes"])
+        lines.append([row["preset"], changes or "", saved, f"{row['gradient_error']:.2%}"])
     return markdown(["preset", "changed", "saved for the backward", "gradient error"], lines) + (
         f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
         "initialisation; relative L2 distance from the plain float32 gradient over all "
@@ -177,29 +182,29 @@ def rounding(rows: Sequence[Row]) -> str:
 def plans(rows: Sequence[Row]) -> str:
     """The newest rows: predictions, with measurements in brackets."""
     newest = {(row["model"], row["share"]): row for row in rows}
-    head = ["model", "budget", "kept", "peak of the step", "time, plain = 1", "gradient error"]
-    lines, off = [], {"saved_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
+    head = ["model", "budget", "saved", "peak of the step", "time, plain = 1", "gradient error"]
+    lines, errors = [], {"saved_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
     for (model, share), row in sorted(newest.items()):
-        said, seen = row["predicted"], row["measured"]
-        off = {k: max(v, abs(said[k] / seen[k] - 1)) for k, v in off.items()}
-        kept, peak = (
-            f"{format_bytes(said[k])} ({format_bytes(seen[k])})"
+        predicted, measured = row["predicted"], row["measured"]
+        errors = {k: max(v, abs(predicted[k] / measured[k] - 1)) for k, v in errors.items()}
+        saved, peak = (
+            f"{format_bytes(predicted[k])} ({format_bytes(measured[k])})"
             for k in ("saved_bytes", "peak_bytes")
         )
         lines.append(
             [
                 model if share == min(s for m, s in newest if m == model) else "",
-                "least possible" if share == 0 else format_bytes(row["budget"]),
-                kept,
+                "smallest possible" if share == 0 else format_bytes(row["budget"]),
+                saved,
                 peak,
-                f"{said['time_ratio']:.2f} ({seen['time_ratio']:.2f})",
-                f"{said['gradient_error']:.2%} ({seen['gradient_error']:.2%})",
+                f"{predicted['time_ratio']:.2f} ({measured['time_ratio']:.2f})",
+                f"{predicted['gradient_error']:.2%} ({measured['gradient_error']:.2%})",
             ]
         )
-    worst = ", ".join(f"{name} {off[key]:.1%}" for key, name in _PREDICTED.items())
+    worst = ", ".join(f"{name} {errors[key]:.1%}" for key, name in _PREDICTED.items())
     return markdown(head, lines) + (
-        "\nPredicted, and measured in brackets; bf16 autocast, random weights; the peak is that of "
-        "a whole training step with weights and AdamW's states. Furthest off: "
+        "\nPredicted values, with measured values in brackets; bf16 autocast, random weights. The peak is of a whole "
+        "training step, with weights and AdamW's states. Largest relative errors of the predictions: "
         f"{worst}. {origin(rows[-1])}\n"
     )
 
@@ -235,8 +240,8 @@ def soak(rows: Sequence[Row]) -> str:
         for policy, row in newest.items()
     ]
     head = ["policy", "steps", "of them failed", "growth per step", "resident at the end"]
-    return markdown([*head, "stashes left behind"], lines) + (
-        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}; growth: slope of resident memory "
-        "over the second half of the steps; one process, policies in this order. "
+    return markdown([*head, "stashes not freed"], lines) + (
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}. The growth is the slope of resident memory over the "
+        "second half of the steps. One process runs the policies in this order. "
         f"{origin(rows[-1])}\n"
     )

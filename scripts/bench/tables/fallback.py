@@ -15,11 +15,11 @@ _ROWED = "nn.functional."
 
 @table(_FILE, _SCRIPT)
 def fallback_sizes(rows: Sequence[Row]) -> str:
-    """The functions of which only sizes are kept, in one paragraph."""
-    found = sorted(
+    """The functions of which only sizes are saved, in one paragraph."""
+    functions = sorted(
         {row["function"] for row in newest_run(rows) if decision(row["function"]) == "size"}
     )
-    names = ", ".join(f"`{name}`" for name in found if not name.startswith(_ROWED))
+    names = ", ".join(f"`{name}`" for name in functions if not name.startswith(_ROWED))
     return f"{names}. {origin(rows[-1])}\n"
 
 
@@ -42,10 +42,10 @@ def decision(function: str) -> str:
     name = name.removeprefix("linalg.").removeprefix("linalg_").partition(".")[0]
     if name == "grid_sample":
         return "coded" if kind else "exact"
-    found = [way for plain, way in _WAYS.items() if plain == name]
-    if not found or found[0].masks or (name == "pow" and kind not in _POWERS):
+    matches = [how for plain, how in _WAYS.items() if plain == name]
+    if not matches or matches[0].masks or (name == "pow" and kind not in _POWERS):
         return "exact"
-    return "size" if found[0].sizes else "coded"
+    return "size" if matches[0].sizes else "coded"
 
 
 _POWERS = ("exponent 2", "exponent 3")
@@ -54,18 +54,18 @@ _WAYS = {
 }
 
 
-def _table(rows: Sequence[Row], wanted: str) -> str:
-    by: dict[str, list[Row]] = {}
+def _table(rows: Sequence[Row], kind: str) -> str:
+    by_function: dict[str, list[Row]] = {}
     for row in newest_run(rows):
-        if decision(row["function"]) == wanted:
-            by.setdefault(row["function"], []).append(row)
+        if decision(row["function"]) == kind:
+            by_function.setdefault(row["function"], []).append(row)
     lines = []
-    for function, own in sorted(by.items()):
-        worst = max(own, key=lambda row: row["error"])
-        lines.append([f"`{function}`", _percent(worst["error"]), worst["inputs"], str(len(own))])
+    for function, calls in sorted(by_function.items()):
+        worst = max(calls, key=lambda row: row["error"])
+        lines.append([f"`{function}`", _percent(worst["error"]), worst["inputs"], str(len(calls))])
     return markdown(["function", "largest error", "on", "calls"], lines) + (
-        "\nRelative L2 distance of the gradient that is furthest off, with 8-bit codes in groups of 128 "
-        f"of every float tensor that the call saves. {origin(rows[-1])}\n"
+        "\nThe error is the relative L2 distance of the worst gradient, with 8-bit codes in groups of 128 for every "
+        f"float tensor that the call saves. {origin(rows[-1])}\n"
     )
 
 

@@ -21,18 +21,18 @@ def litv2_parity(rows: Sequence[Row]) -> str:
     for (name, processes, _), row in last.items():
         groups.setdefault((name, processes), []).append(row)
     lines = []
-    for (name, processes), own in groups.items():
-        accuracies = [100 * row["top1"] for row in own]
-        whole = [row for row in own if row["minutes"]]  # those cut and continued have none
+    for (name, processes), of_group in groups.items():
+        accuracies = [100 * row["top1"] for row in of_group]
+        complete = [row for row in of_group if row["minutes"]]  # those cut and continued have none
         lines.append(
             [
                 name,
                 str(processes),
-                format_bytes(own[0]["saved_bytes"]),
+                format_bytes(of_group[0]["saved_bytes"]),
                 f"{statistics.fmean(accuracies):.2f} %",
                 ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
                 *[
-                    f"{min(row[key] for row in whole):.1f}" if whole else "-"
+                    f"{min(row[key] for row in complete):.1f}" if complete else "-"
                     for key in ("minutes", "processor_minutes")
                 ],
             ]
@@ -40,9 +40,9 @@ def litv2_parity(rows: Sequence[Row]) -> str:
     head = ["policy", "processes", "saved for the backward", "held-out top-1", "seeds"]
     head += ["minutes, at best", "processor minutes, at best"]
     return markdown(head, lines) + (
-        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, the last epoch's accuracy; kept: of "
-        "a micro-batch of one process. Other work shared the machine and paused some runs, hence "
-        "the least of the minutes; processor minutes are those of all processes together. "
+        f"\nThe quickstart recipe, {rows[-1]['epoch']} epochs, accuracy of the last epoch. Saved bytes are "
+        "of a micro-batch of one process. Other programs ran on the machine and paused some runs, so the "
+        "minutes are the smallest of all seeds. Processor minutes are the sum over all processes. "
         f"{origin(rows[-1])}\n"
     )
 
@@ -66,12 +66,12 @@ def attention(rows: Sequence[Row]) -> str:
         for row in newest.values()
     ]
     head = ["layer, tokens", "parameters", "multiply-adds", "forward", "training", "with mesa8"]
-    head += ["keeps", "with mesa8"]
-    one = rows[-1]
+    head += ["saves", "with mesa8"]
+    newest_row = rows[-1]
     return markdown(head, lines) + (
-        f"\nOne layer of {one['dim']} channels and {one['heads']} heads behind a layer norm, bf16 "
+        f"\nOne layer of {newest_row['dim']} channels and {newest_row['heads']} heads behind a layer norm, bf16 "
         "autocast. Times per image, medians of rounds that take turns, after warm-up; bytes of "
-        f"{one['count_batch']} images. {origin(one)}\n"
+        f"{newest_row['count_batch']} images. {origin(newest_row)}\n"
     )
 
 
@@ -79,21 +79,21 @@ def _estimates(render: Callable[[Row], tuple[list[str], list[list[str]]]]) -> Ta
     """A table of the newest row of ViT-22B's estimates, from its head and lines."""
 
     @functools.wraps(render)
-    def whole(rows: Sequence[Row]) -> str:
+    def render_newest(rows: Sequence[Row]) -> str:
         row = rows[-1]
-        about = (
+        caption = (
             f"{row['model']} at {row['image_size']} px, counted on the meta device, not measured."
         )
-        return markdown(*render(row)) + f"\n{about} {origin(row)}\n"
+        return markdown(*render(row)) + f"\n{caption} {origin(row)}\n"
 
-    return Table(whole, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
+    return Table(render_newest, "vit22b_estimates.jsonl", "python recipes/vit22b/estimate.py", ())
 
 
 @_estimates
 def vit22b_kept(row: Row) -> tuple[list[str], list[list[str]]]:
     """Bytes saved for one image under every policy."""
     lines = [[policy, format_bytes(size)] for policy, size in row["saved_bytes"].items()]
-    return ["policy", "kept for one image"], lines
+    return ["policy", "saved for one image"], lines
 
 
 @_estimates
@@ -118,4 +118,4 @@ def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
         ]
         for fit in row["fits"]
     ]
-    return ["machine", "scheme", "states / card", "on the host", *policies], lines
+    return ["machine", "scheme", "states / card", "CPU memory", *policies], lines

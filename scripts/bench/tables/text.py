@@ -11,10 +11,14 @@ from mesa_train.utils.records import Row
 
 
 class Table(NamedTuple):
-    """A kind of table: what makes Markdown of the rows that `script` left in `file`.
+    """A kind of table.
 
-    by: the columns that the marker's words name values of, in order; the first is needed. Empty for a
-        table without words.
+    Args:
+        render: makes Markdown of rows.
+        file: file of the rows.
+        script: command that writes the rows.
+        by: columns whose values are the words of a marker, in order. The first is required. Empty for
+            a table without words.
     """
 
     render: Callable[[Sequence[Row]], str]
@@ -23,19 +27,21 @@ class Table(NamedTuple):
     by: tuple[str, ...]
 
     def markdown(self, results: Path, words: Sequence[str]) -> str:
-        """The table from the folder of rows. ValueError for words too many or missing."""
+        """Make the table from the folder of rows. ValueError if words are missing or too many."""
         name = self.render.__name__
         if len(self.by) == 1 and words:
             words = [" ".join(words)]
         if bool(words) != bool(self.by) or len(words) > len(self.by):
-            more = "".join(f" and maybe a {column}" for column in self.by[1:])
-            wanted = f"a {self.by[0]}{more}" if self.by else "no words"
-            raise ValueError(f"the table {name!r} takes {wanted}, got {' '.join(words) or 'none'}")
-        given = dict(zip(self.by, words, strict=False))
+            optional = "".join(f" and optionally a {column}" for column in self.by[1:])
+            expected = f"a {self.by[0]}{optional}" if self.by else "no words"
+            raise ValueError(
+                f"the table {name!r} takes {expected}, got {' '.join(words) or 'none'}"
+            )
+        values = dict(zip(self.by, words, strict=False))
         rows = [
             row
             for row in records.read(results / self.file)
-            if all(row.get(column) == word for column, word in given.items())
+            if all(row.get(column) == word for column, word in values.items())
         ]
         return self.render(rows) if rows else f"No rows yet: `{self.script}` makes them.\n"
 

@@ -21,13 +21,13 @@ from mesa_train.measure.profiling.candidates import (
     OFFLOAD8,
     REBUILD,
     Candidate,
-    also_offloaded,
-    under_way,
+    add_offloaded_choices,
+    first_in_flight,
 )
 from mesa_train.measure.profiling.profile import blocks_of
 from mesa_train.measure.profiling.times import CHECKPOINT, CHECKPOINT_CODES
 from mesa_train.measure.stash_log import BLOCK, StashLog
-from mesa_train.planner.solver import HostLink, Moment, Problem, score
+from mesa_train.planner.problem import HostLink, Moment, Problem, score
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import WINDOW
 
@@ -60,19 +60,19 @@ def test_bytes_of_a_sites_choices():
 def test_what_is_on_its_way_is_on_the_device():
     """The last WINDOW stashes; a block's begin and end are none."""
     order = [((str(n), "linear", "input"), 1.0) for n in range(WINDOW + 2)]
-    assert under_way(order, WINDOW + 2) == 2
-    assert under_way(order, WINDOW + 1) == 1
-    assert under_way(order, WINDOW) == 0
-    assert under_way(order, 1) == 0
-    assert under_way(order, 0) == 0
+    assert first_in_flight(order, WINDOW + 2) == 2
+    assert first_in_flight(order, WINDOW + 1) == 1
+    assert first_in_flight(order, WINDOW) == 0
+    assert first_in_flight(order, 1) == 0
+    assert first_in_flight(order, 0) == 0
     begun = [*order[:2], (("b", BLOCK, "begin"), 0.0), *order[2:]]
-    assert under_way(begun, WINDOW + 3) == 3
-    assert under_way(begun, WINDOW + 2) == 1
+    assert first_in_flight(begun, WINDOW + 3) == 3
+    assert first_in_flight(begun, WINDOW + 2) == 1
 
 
 def test_what_is_moved_costs_as_much():
     table = {(NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0}
-    also_offloaded(table, [candidate(offloadable=True), candidate(Q)])
+    add_offloaded_choices(table, [candidate(offloadable=True), candidate(Q)])
     assert table == {
         (NORM, 8): 1.0, (NORM, KEEP): 2.0, (Q, 8): 3.0, (NORM, OFFLOAD8): 1.0, (NORM, OFFLOAD): 2.0,
     }  # fmt: skip
@@ -98,26 +98,26 @@ def test_a_blocks_mode_in_a_policy(mode):
     assert inside.enabled == ("of codes" in mode)
     if inside.enabled:
         assert (inside.codec.bits, inside.group_size, inside.rebuild_linear) == (8, 128, False)
-    kept = rules["a.0"]["checkpoint", "input"]
+    rule = rules["a.0"]["checkpoint", "input"]
     bits = next((n for n in (8, 4) if f"input {n} bits" in mode), None)
-    assert kept.enabled == (bits is not None)
-    assert kept.offload == ("offloaded" in mode)
+    assert rule.enabled == (bits is not None)
+    assert rule.offload == ("offloaded" in mode)
     if bits is not None:
-        assert (kept.codec.bits, kept.group_size) == (bits, {8: 128, 4: 64}[bits])
+        assert (rule.codec.bits, rule.group_size) == (bits, {8: 128, 4: 64}[bits])
 
 
 def test_blocks_in_a_row_are_one_pattern():
     def patterns(modes, rows):
         return list(with_blocks(Policy(), modes, rows).checkpoint)
 
-    kept = "checkpoint"
-    assert patterns({"a.0": kept, "a.1": kept}, {"a": 2}) == ["a.*"]
+    strategy = "checkpoint"
+    assert patterns({"a.0": strategy, "a.1": strategy}, {"a": 2}) == ["a.*"]
     # Not all that stand there, not of one mode, alone, or in the model itself.
-    assert patterns({"a.0": kept, "a.1": kept}, {"a": 3}) == ["a.0", "a.1"]
-    assert patterns({"a.0": kept, "a.1": "PyTorch"}, {"a": 2}) == ["a.0"]
-    assert patterns({"a.0": kept}, {"a": 1}) == ["a.0"]
-    assert patterns({"0": kept, "1": kept}, {"": 2}) == ["0", "1"]
-    assert patterns({"a.0": kept, "b.0": kept, "a.1": kept}, {"a": 2}) == ["a.*", "b.0"]
+    assert patterns({"a.0": strategy, "a.1": strategy}, {"a": 3}) == ["a.0", "a.1"]
+    assert patterns({"a.0": strategy, "a.1": "PyTorch"}, {"a": 2}) == ["a.0"]
+    assert patterns({"a.0": strategy}, {"a": 1}) == ["a.0"]
+    assert patterns({"0": strategy, "1": strategy}, {"": 2}) == ["0", "1"]
+    assert patterns({"a.0": strategy, "b.0": strategy, "a.1": strategy}, {"a": 2}) == ["a.*", "b.0"]
 
 
 def test_costs_of_choices_by_hand():
@@ -138,9 +138,9 @@ def test_costs_of_choices_by_hand():
         [Block("1", {"checkpoint": option})],
     )
     stored = {NORM: 8, Q: 4, ("1", BLOCK, ""): STASHES}
-    found = score(problem, stored)
-    assert (found.seconds, found.variance) == pytest.approx((5.0, 0.05))
-    assert found.peak_bytes == 900_000 + BYTES[8] + BYTES[4] / 2
+    solution = score(problem, stored)
+    assert (solution.seconds, solution.variance) == pytest.approx((5.0, 0.05))
+    assert solution.peak_bytes == 900_000 + BYTES[8] + BYTES[4] / 2
     rebuilt = score(problem, stored | {Q: REBUILD})
     assert (rebuilt.seconds, rebuilt.variance) == pytest.approx((11.5, 0.015 + 0.2))
     assert rebuilt.peak_bytes == 900_000 + BYTES[8]
@@ -172,30 +172,35 @@ def test_a_watch_knows_the_module_of_each_weight():
 
 def test_what_a_block_takes_in_each_mode_by_hand():
     """The variance of a mode is that of 8-bit codes inside, if there are any, plus that of its input's codes."""
-    one, taken = candidate(block="b"), Candidate(("b", "checkpoint", "input"), 0)
+    one, block_input = candidate(block="b"), Candidate(("b", "checkpoint", "input"), 0)
     other = candidate(Q)
     modes = {name: STRATEGIES[name] for name in STRATEGIES if name.startswith("checkpoint")}
     sensitivity = SimpleNamespace(
-        variance={(one.key, 8): 1.0, (Q, 8): 100.0, (taken.key, 8): 0.25, (taken.key, 4): 0.5}
+        variance={
+            (one.key, 8): 1.0,
+            (Q, 8): 100.0,
+            (block_input.key, 8): 0.25,
+            (block_input.key, 4): 0.5,
+        }
     )
     times = SimpleNamespace(blocks={("b", CHECKPOINT): 3.0, ("b", CHECKPOINT_CODES): 5.0})
     space = SimpleNamespace(
         simulator=SimpleNamespace(blocks=["b"]),
         candidates=[one, other],
-        modes={"PyTorch": STRATEGIES["PyTorch"], **modes},
-        block_inputs={"b": taken},
-        order=SimpleNamespace(kept={("b", name): len(name) for name in STRATEGIES}),
+        strategies={"PyTorch": STRATEGIES["PyTorch"], **modes},
+        block_inputs={"b": block_input},
+        order=SimpleNamespace(saved_by_block={("b", name): len(name) for name in STRATEGIES}),
         input_bytes=lambda block, bits: 10 * bits,
     )
-    (found,) = blocks_of(space, times, sensitivity)
-    assert found.name == "b"
-    assert {name: option.saved_bytes for name, option in found.options.items()} == {
+    (block,) = blocks_of(space, times, sensitivity)
+    assert block.name == "b"
+    assert {name: option.saved_bytes for name, option in block.options.items()} == {
         n: len(n) for n in STRATEGIES
     }
-    assert {name: option.seconds for name, option in found.options.items()} == {
+    assert {name: option.seconds for name, option in block.options.items()} == {
         "PyTorch": 0.0, **{name: 5.0 if "codes" in name else 3.0 for name in modes},
     }  # fmt: skip
-    assert {name: option.variance for name, option in found.options.items()} == {
+    assert {name: option.variance for name, option in block.options.items()} == {
         "PyTorch": 0.0,
         "checkpoint": 0.0,
         "checkpoint, input 8 bits": 0.25,
@@ -206,5 +211,5 @@ def test_what_a_block_takes_in_each_mode_by_hand():
         "checkpoint, input 8 bits, offloaded": 0.25,
         "checkpoint of codes, input 8 bits, offloaded": 1.25,
     }
-    offloaded = {name for name, option in found.options.items() if option.offloaded_bytes == 80}
+    offloaded = {name for name, option in block.options.items() if option.offloaded_bytes == 80}
     assert offloaded == {name for name in STRATEGIES if "offloaded" in name}

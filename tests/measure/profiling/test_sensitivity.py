@@ -31,8 +31,8 @@ def test_variance_of_the_codes_of_noise(bits):
 def test_the_planner_extrapolates_as_the_codes_do(bits, kind):
     source = Candidate(("0", "layer_norm", "normalized"), 0, [(8, 64)], 2048)
     rebuilt = Candidate(("0", "attention", "q"), 1, [(8, 64)], 2048, "0.qkv", source.key)
-    said = getattr(typical([source, rebuilt]), kind)
-    ratio = said[source.key, bits] / said[source.key, 4]
+    table = getattr(typical([source, rebuilt]), kind)
+    ratio = table[source.key, bits] / table[source.key, 4]
     assert ratio == pytest.approx((STEPS[4] / STEPS[bits]) ** 2)
     assert ratio == pytest.approx(variance(bits) / variance(4), rel=0.05)
 
@@ -78,33 +78,33 @@ def made_up(policies):
 
 
 def test_calibration_finds_what_was_made_up():
-    asked, told = [], []
-    found = calibrate(MODEL, PRESETS["mesa8"], made_up(asked), NAMES, told.append)
+    policies, passes = [], []
+    sensitivity = calibrate(MODEL, PRESETS["mesa8"], made_up(policies), NAMES, passes.append)
     # float32 and all kept; 4 and 2 bits of q, of the Linears' inputs with and without q rebuilt from
     # them, and of the head's, which stands in no block.
-    assert found.passes == len(asked) == 2 + 2 + 4 + 2
-    assert len(told) == found.passes
-    assert found.floor == pytest.approx(0.01**2, rel=1e-3)
+    assert sensitivity.passes == len(policies) == 2 + 2 + 4 + 2
+    assert len(passes) == sensitivity.passes
+    assert sensitivity.floor == pytest.approx(0.01**2, rel=1e-3)
     # Squares relative to the whole gradient's, which is 3. A thousandth is shared out evenly.
-    assert found.variance[Q, 4] == pytest.approx(0.1**2 / 3)
-    assert found.variance[Q, 2] == pytest.approx(25 * 0.1**2 / 3)
-    assert found.variance[LAST, 4] == pytest.approx(0.2**2 / 3)
-    assert found.variance[Q, KEEP] == found.variance[Q, REBUILD] == 0
-    both = found.variance[FIRST, 4] + found.variance[SECOND, 4]
+    assert sensitivity.variance[Q, 4] == pytest.approx(0.1**2 / 3)
+    assert sensitivity.variance[Q, 2] == pytest.approx(25 * 0.1**2 / 3)
+    assert sensitivity.variance[LAST, 4] == pytest.approx(0.2**2 / 3)
+    assert sensitivity.variance[Q, KEEP] == sensitivity.variance[Q, REBUILD] == 0
+    both = sensitivity.variance[FIRST, 4] + sensitivity.variance[SECOND, 4]
     assert both == pytest.approx((0.3**2 + 0.4**2) / 3)
     # By the squared error around each and by its elements, of which the second has twice as many.
-    whole = 1e-3 * (0.3**2 + 0.4**2)
-    ratio = 2 * (0.4**2 + whole) / (0.3**2 + whole)
-    assert found.variance[SECOND, 4] / found.variance[FIRST, 4] == pytest.approx(ratio)
+    base = 1e-3 * (0.3**2 + 0.4**2)
+    ratio = 2 * (0.4**2 + base) / (0.3**2 + base)
+    assert sensitivity.variance[SECOND, 4] / sensitivity.variance[FIRST, 4] == pytest.approx(ratio)
     for key in (FIRST, Q, SECOND, LAST):
-        assert found.variance[key, 8] == pytest.approx(found.variance[key, 4] / 17**2)
-    assert {key for key, _ in found.coupled} == {FIRST}
-    assert found.coupled[FIRST, 8] == pytest.approx(found.coupled[FIRST, 4] / 17**2)
+        assert sensitivity.variance[key, 8] == pytest.approx(sensitivity.variance[key, 4] / 17**2)
+    assert {key for key, _ in sensitivity.coupled} == {FIRST}
+    assert sensitivity.coupled[FIRST, 8] == pytest.approx(sensitivity.coupled[FIRST, 4] / 17**2)
     # The first's share of the pass in which q is rebuilt, less its share of the one without.
     more = 0.3**2 + 0.4**2 + 0.5**2
     around, other = 0.3**2 + 0.5**2 + 1e-3 * more, 2 * (0.4**2 + 1e-3 * more)
     share = more / 3 * around / (around + other)
-    assert found.coupled[FIRST, 4] == pytest.approx(share - found.variance[FIRST, 4])
+    assert sensitivity.coupled[FIRST, 4] == pytest.approx(share - sensitivity.variance[FIRST, 4])
 
 
 def test_a_gradient_that_is_not_finite_rules_a_choice_out():
@@ -112,11 +112,11 @@ def test_a_gradient_that_is_not_finite_rules_a_choice_out():
         coded = policy is not None and "2" in str(policy.rules(["0"])["0"]["linear", "input"].codec)
         return [torch.full((4,), float("nan") if coded else 1.0)]
 
-    found = calibrate(
+    result = calibrate(
         [Candidate(FIRST, 0, [(8, 64)], 2048)], PRESETS["mesa8"], gradients, ["0.weight"]
     )
-    assert found.variance[FIRST, 2] == float("inf")
-    assert found.variance[FIRST, 4] == 0
+    assert result.variance[FIRST, 2] == float("inf")
+    assert result.variance[FIRST, 4] == 0
 
 
 def test_inputs_of_checkpoints_are_measured_against_the_tensors_themselves():
@@ -129,7 +129,7 @@ def test_inputs_of_checkpoints_are_measured_against_the_tensors_themselves():
         return [torch.tensor([1.0, moves[bits]])]
 
     candidate = Candidate(FIRST, 0, [(8, 64)], 2048)
-    found = calibrate(
+    result = calibrate(
         [candidate],
         PRESETS["lossless"],
         gradients,
@@ -138,6 +138,6 @@ def test_inputs_of_checkpoints_are_measured_against_the_tensors_themselves():
         checkpointing=policies,
     )
     norm = 1.0 + 0.5**2
-    assert found.variance[one.key, 8] == pytest.approx(0.01**2 / norm, rel=1e-4)
-    assert found.variance[one.key, 4] == pytest.approx(0.2**2 / norm, rel=1e-4)
-    assert found.passes == 2 + 2 + 3
+    assert result.variance[one.key, 8] == pytest.approx(0.01**2 / norm, rel=1e-4)
+    assert result.variance[one.key, 4] == pytest.approx(0.2**2 / norm, rel=1e-4)
+    assert result.passes == 2 + 2 + 3

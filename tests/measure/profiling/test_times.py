@@ -25,37 +25,37 @@ FORWARDS = {"0": 10.0, "1": 30.0}
 
 
 def test_without_steps_the_operators_alone():
-    found = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, {})
-    assert found.candidates == ALONE
-    assert found.matmuls == {"0.qkv": 5.0}
-    assert found.blocks["0", CHECKPOINT] == 10
+    result = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, {})
+    assert result.candidates == ALONE
+    assert result.matmuls == {"0.qkv": 5.0}
+    assert result.blocks["0", CHECKPOINT] == 10
     # The codes of its two candidates beside its forward.
-    assert found.blocks["0", CHECKPOINT_CODES] == 12
+    assert result.blocks["0", CHECKPOINT_CODES] == 12
 
 
 @pytest.mark.parametrize("choice", [8, 4, KEEP])
 def test_sites_add_up_to_the_step(choice):
-    found = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
+    result = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
     # The fallback has no 4 bits: it took 8 in that step, and its share is left with it.
-    own = [(s, choice) for s in SITES if choice in s.choices()]
-    total = sum(found.candidates[s.key, c] for s, c in own)
+    shares = [(s, choice) for s in SITES if choice in s.choices()]
+    total = sum(result.candidates[s.key, c] for s, c in shares)
     left_out = sum(s.elements for s in SITES if choice not in s.choices()) / 16_000
-    alone = sum(ALONE[s.key, choice if choice in s.choices() else 8] for s in SITES)
+    op_seconds = sum(ALONE[s.key, choice if choice in s.choices() else 8] for s in SITES)
     out = sum(ALONE[s.key, 8] for s in SITES if choice not in s.choices())
-    assert total == pytest.approx(STEPS[choice] - out - left_out * (STEPS[choice] - alone))
+    assert total == pytest.approx(STEPS[choice] - out - left_out * (STEPS[choice] - op_seconds))
 
 
 def test_a_repeated_matmul_costs_what_rebuilding_took():
-    found = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
-    saved = found.candidates[SITES[1].key, 8]
-    assert found.matmuls["0.qkv"] - saved == pytest.approx(STEPS[REBUILD] - STEPS[8])
-    assert found.candidates[SITES[1].key, REBUILD] == 0
+    result = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
+    saved = result.candidates[SITES[1].key, 8]
+    assert result.matmuls["0.qkv"] - saved == pytest.approx(STEPS[REBUILD] - STEPS[8])
+    assert result.candidates[SITES[1].key, REBUILD] == 0
 
 
 def test_checkpoints_by_their_arithmetic():
-    found = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
-    assert found.blocks["1", CHECKPOINT] == pytest.approx(3 * found.blocks["0", CHECKPOINT])
-    assert sum(found.blocks[b, CHECKPOINT_CODES] for b in FORWARDS) == pytest.approx(18)
+    result = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, STEPS)
+    assert result.blocks["1", CHECKPOINT] == pytest.approx(3 * result.blocks["0", CHECKPOINT])
+    assert sum(result.blocks[b, CHECKPOINT_CODES] for b in FORWARDS) == pytest.approx(18)
     # A measurement that says a second forward takes nothing is noise.
     noisy = times(SITES, ALONE, {"0.qkv": 5.0}, FORWARDS, {**STEPS, CHECKPOINT: -4.0})
     assert sum(noisy.blocks[b, CHECKPOINT] for b in FORWARDS) == pytest.approx(12)

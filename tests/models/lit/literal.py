@@ -84,9 +84,9 @@ def hilo(x, w, prefix, rows, columns, heads, s, alpha):
                 area = (slice(None), slice(i * s, i * s + s), slice(j * s, j * s + s))
                 window = linear(grid[area].reshape(batch, s * s, c), w, f"{prefix}h_qkv")
                 q, k, v = window.split((heads - lo) * d, dim=-1)
-                own = [slice(h * d, h * d + d) for h in range(heads - lo)]
-                seen = [attention(q[..., h], k[..., h], v[..., h]) for h in own]
-                fine[area] = torch.cat(seen, -1).reshape(batch, s, s, -1)
+                head_slices = [slice(h * d, h * d + d) for h in range(heads - lo)]
+                outputs = [attention(q[..., h], k[..., h], v[..., h]) for h in head_slices]
+                fine[area] = torch.cat(outputs, -1).reshape(batch, s, s, -1)
         fine = fine[:, :rows, :columns].reshape(batch, rows * columns, -1)
         outs.append(linear(fine, w, f"{prefix}h_proj"))
     if lo:
@@ -94,9 +94,9 @@ def hilo(x, w, prefix, rows, columns, heads, s, alpha):
         coarse = (sum(corners) / (s * s)).reshape(batch, high * wide, c)
         q = linear(x, w, f"{prefix}l_q")
         k, v = linear(coarse, w, f"{prefix}l_kv").split(lo * d, dim=-1)
-        own = [slice(h * d, h * d + d) for h in range(lo)]
-        seen = [attention(q[..., h], k[..., h], v[..., h]) for h in own]
-        outs.append(linear(torch.cat(seen, -1), w, f"{prefix}l_proj"))
+        head_slices = [slice(h * d, h * d + d) for h in range(lo)]
+        outputs = [attention(q[..., h], k[..., h], v[..., h]) for h in head_slices]
+        outs.append(linear(torch.cat(outputs, -1), w, f"{prefix}l_proj"))
     return torch.cat(outs, -1)
 
 

@@ -30,8 +30,8 @@ def test_parameters_and_work_are_the_published_ones(bench):
     layers = bench.layers(14)
     assert list(layers) == list(published)
     for name, (parameters, work) in published.items():
-        found = sum(p.numel() for p in layers[name].parameters()) / 1e6
-        assert found == pytest.approx(parameters, abs=0.01), name
+        result = sum(p.numel() for p in layers[name].parameters()) / 1e6
+        assert result == pytest.approx(parameters, abs=0.01), name
         assert layers[name].flops(14, 14) / 1e6 == pytest.approx(work, abs=0.3), name
 
 

@@ -96,19 +96,19 @@ def test_gradients_under_every_preset(policy, alpha):
 
     out, expected = gradient()
     mesa_train.wrap(layer, policy)
-    ours, found = gradient()
-    assert torch.equal(ours, out)
+    output, wrapped_gradient = gradient()
+    assert torch.equal(output, out)
     # Lossless differs by summation order; a code of 8 bits is 0.7 % off, one of 4 bits 16 %.
     bound = 1e-5 if policy == "lossless" else 0.3 if "4" in policy else 0.02
-    assert (found - expected).norm() < bound * expected.norm()
+    assert (wrapped_gradient - expected).norm() < bound * expected.norm()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 30, "num_heads": 4}, "dim=30 is no multiple of num_heads=4"),
-        ({"dim": 32, "window": 0}, "window=0"),
-        ({"dim": 32, "alpha": 1.5}, "alpha=1.5"),
+        ({"dim": 30, "num_heads": 4}, "dim=30 must be a multiple of num_heads=4"),
+        ({"dim": 32, "window": 0}, "window must be at least 1, got 0"),
+        ({"dim": 32, "alpha": 1.5}, "alpha must be from 0 to 1, got 1.5"),
     ],
 )
 def test_mistakes_are_named(arguments, message):

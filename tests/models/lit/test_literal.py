@@ -12,10 +12,10 @@ from mesa_train.models.lit.hilo import HiLo
 HEADS = {"litv2_s": (3, 6, 12, 24), "litv2_m": (3, 6, 12, 24), "litv2_b": (4, 8, 16, 32)}
 
 
-def assert_alike(found, expected, what=""):
+def assert_alike(result, expected, what=""):
     # Both in float64, so only the order of sums differs; a wrong eps makes 1e-6.
     torch.testing.assert_close(
-        found, expected, atol=1e-9, rtol=1e-9, msg=lambda text: f"{what}: {text}"
+        result, expected, atol=1e-9, rtol=1e-9, msg=lambda text: f"{what}: {text}"
     )
 
 
@@ -54,8 +54,8 @@ def test_every_variant(name):
         (4 * width, 7, 5),
         (8 * width, 3, 2),
     ]
-    for stage, (own, map_) in enumerate(zip(expected, dense(images.double()), strict=True)):
-        assert_alike(map_, own, f"stage {stage}")
+    for stage, (values, map_) in enumerate(zip(expected, dense(images.double()), strict=True)):
+        assert_alike(map_, values, f"stage {stage}")
 
 
 def test_a_backbone_has_the_authors_keys_in_their_order():

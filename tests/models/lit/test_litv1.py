@@ -56,13 +56,13 @@ def test_names_are_the_authors():
 def test_attention_is_swins_in_one_window():
     from timm.models.swin_transformer import WindowAttention
 
-    ours, theirs = RelativeAttention(32, 4, (3, 5)), WindowAttention(32, 4, window_size=(3, 5))
-    theirs.load_state_dict(
-        {k: v for k, v in ours.state_dict().items() if k != "relative_position_index"}
+    relative, swin = RelativeAttention(32, 4, (3, 5)), WindowAttention(32, 4, window_size=(3, 5))
+    swin.load_state_dict(
+        {k: v for k, v in relative.state_dict().items() if k != "relative_position_index"}
     )
-    assert torch.equal(ours.relative_position_index, theirs.relative_position_index)
+    assert torch.equal(relative.relative_position_index, swin.relative_position_index)
     x = torch.randn(2, 3, 5, 32)
-    torch.testing.assert_close(ours(x).flatten(1, 2), theirs(x.flatten(1, 2)))
+    torch.testing.assert_close(relative(x).flatten(1, 2), swin(x.flatten(1, 2)))
 
 
 @pytest.mark.slow
@@ -76,16 +76,16 @@ def test_it_trains_in_less_memory(make, policy):
     bf16 = {"autocast": torch.bfloat16, "fake": True}
     plain = mesa_train.footprint(model, images, **bf16).saved_bytes
     mesa_train.wrap(model, policy)
-    ours, found = step()
-    assert torch.equal(ours, loss)
-    assert (found - expected).norm() < (0.03 if policy == "mesa8" else 0.5) * expected.norm()
-    kept = mesa_train.footprint(model, images, **bf16).saved_bytes
-    assert plain > 2.5 * kept
+    wrapped_loss, gradient = step()
+    assert torch.equal(wrapped_loss, loss)
+    assert (gradient - expected).norm() < (0.03 if policy == "mesa8" else 0.5) * expected.norm()
+    saved = mesa_train.footprint(model, images, **bf16).saved_bytes
+    assert plain > 2.5 * saved
 
 
 @pytest.mark.parametrize("make", [small, tiny])
 def test_another_image_size_is_one_clear_error(make):
-    with pytest.raises(ValueError, match="give img_size"):
+    with pytest.raises(ValueError, match="set img_size"):
         make()(torch.randn(1, 3, 96, 96))
 
 

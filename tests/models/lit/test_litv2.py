@@ -74,11 +74,11 @@ def test_variants_of_alpha(alpha, parameters, giga):
 
 
 def test_every_map_and_the_logits_are_the_authors(small, reference):
-    found = {}
+    maps = {}
 
     def note(name):
         def hook(module, inputs, output):
-            found[name] = output.detach()
+            maps[name] = output.detach()
 
         return hook
 
@@ -97,11 +97,11 @@ def test_every_map_and_the_logits_are_the_authors(small, reference):
     # All but the pooling, which is a mean here and not a module.
     assert len(names) == len(rows) - 1
     for name in names:
-        value = found[name].double()
+        value = maps[name].double()
         numbers = [value.mean(), value.std(correction=0), value.abs().max()]
         np.testing.assert_allclose(numbers, rows[name], atol=1e-4, err_msg=name)
     with torch.no_grad():
-        pooled = small.forward_head(found["norm"], pre_logits=True)
+        pooled = small.forward_head(maps["norm"], pre_logits=True)
     np.testing.assert_allclose(pooled.numpy(), reference["pooled"], atol=3e-5, rtol=0)
 
 
@@ -111,14 +111,14 @@ def test_gradients_are_the_authors(reference):
     images = golden.images(2, 3, 224, 224).double().requires_grad_()
     weights = golden.images(2, 1000, seed=1) / 1000**0.5
     (model(images) * weights.double()).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    assert sorted(found) == sorted(reference["grad_keys"].tolist())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert sorted(gradients) == sorted(reference["grad_keys"].tolist())
     for key, length, total in zip(
         reference["grad_keys"].tolist(), reference["grad_l2"], reference["grad_sum"], strict=True
     ):
         # Both in float64: what differs is the order of sums.
-        assert found[key].norm().item() == pytest.approx(length, rel=1e-9), key
-        assert found[key].sum().item() == pytest.approx(total, rel=1e-9, abs=1e-9 * length), key
+        assert gradients[key].norm().item() == pytest.approx(length, rel=1e-9), key
+        assert gradients[key].sum().item() == pytest.approx(total, rel=1e-9, abs=1e-9 * length), key
     assert images.grad.norm().item() == pytest.approx(float(reference["grad_input_l2"]), rel=1e-9)
 
 
@@ -140,16 +140,18 @@ def test_kept_bytes_of_litv2_s():
     with torch.device("meta"):
         model = create("litv2_s", drop_path_rate=0.2).train()
     images = torch.empty(16, 3, 224, 224, device="meta")
-    kept = {
+    saved = {
         policy: mesa_train.footprint(model, images, policy=policy, autocast=torch.bfloat16)
         for policy in ("plain", "mesa8", "mesa4")
     }
-    plain = kept["plain"].saved_bytes
-    assert plain >= 3.5 * kept["mesa8"].saved_bytes
-    assert plain >= 6.4 * kept["mesa4"].saved_bytes
+    plain = saved["plain"].saved_bytes
+    assert plain >= 3.5 * saved["mesa8"].saved_bytes
+    assert plain >= 6.4 * saved["mesa4"].saved_bytes
     # Nothing large is kept as it is: beyond codes there are scales, statistics and offsets.
-    whole = sum(r.saved_bytes for r in kept["mesa8"].rows if r.dtype in ("float32", "bfloat16"))
-    assert whole < 0.08 * kept["mesa8"].saved_bytes
+    uncompressed = sum(
+        r.saved_bytes for r in saved["mesa8"].rows if r.dtype in ("float32", "bfloat16")
+    )
+    assert uncompressed < 0.08 * saved["mesa8"].saved_bytes
 
 
 @pytest.mark.parametrize("policy", mesa_train.PRESETS)
@@ -158,12 +160,12 @@ def test_it_trains_under_every_preset(policy):
     step = Step(model, torch.randn(6, 3, 40, 36), torch.arange(6))
     loss, expected = step()
     mesa_train.wrap(model, policy)
-    ours, found = step()
-    assert torch.equal(ours, loss)
+    wrapped_loss, gradient = step()
+    assert torch.equal(wrapped_loss, loss)
     # Lossless differs by summation order, magnified by batch norms over few positions; codes add
     # 0.7 % an operand at 8 bits, up to 16 % at 4.
     bound = 1e-3 if policy == "lossless" else 0.5 if "4" in policy else 0.05
-    assert (found - expected).norm() < bound * expected.norm()
+    assert (gradient - expected).norm() < bound * expected.norm()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 45), (64, 33), (29, 29)])
@@ -234,8 +236,10 @@ def test_features_are_the_classifiers_maps():
     model, dense = create().eval(), create(features_only=True).eval()
     images = torch.randn(2, 3, 64, 64)
     final, maps = model.forward_intermediates(images)
-    for index, (own, normed) in enumerate(zip(maps, dense(images), strict=True)):
-        expected = F.layer_norm(own.permute(0, 2, 3, 1), own.shape[1:2]).permute(0, 3, 1, 2)
+    for index, (head_maps, normed) in enumerate(zip(maps, dense(images), strict=True)):
+        expected = F.layer_norm(head_maps.permute(0, 2, 3, 1), head_maps.shape[1:2]).permute(
+            0, 3, 1, 2
+        )
         torch.testing.assert_close(normed, expected, msg=f"stage {index}")
     assert torch.equal(final, model.forward_features(images))
 
@@ -295,9 +299,9 @@ def test_grad_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": 28}, "28x28 are too small"),
-        ({"depths": (1, 1)}, "of one length, got 2, 4 and 4"),
-        ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0 must lie in \[0, 1\)"),
+        ({"img_size": 28}, "must be at least 29x29, got 28x28"),
+        ({"depths": (1, 1)}, "have one length, got 2, 4 and 4"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be at least 0 and below 1, got 1.0"),
         ({"global_pool": "max"}, "global_pool must be 'avg' or '', got 'max'"),
     ],
 )
@@ -307,7 +311,7 @@ def test_mistakes_are_named(options, message):
 
 
 def test_small_images_are_refused_in_the_forward_too():
-    with pytest.raises(ValueError, match="LITv2: images of 32x28 are too small"):
+    with pytest.raises(ValueError, match="LITv2: images must be at least 29x29, got 32x28"):
         LITv2(width=32, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))(torch.randn(1, 3, 32, 28))
 
 
@@ -324,5 +328,5 @@ def test_the_whole_graph_compiles():
 
     expected = gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = gradients(compiled)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    gradient = gradients(compiled)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()

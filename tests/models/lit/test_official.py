@@ -41,7 +41,7 @@ def test_both_layouts_load(tmp_path, nested):
 def test_a_trainers_configuration_is_refused_with_a_remedy_or_allowed(yacs_file):
     model, path = yacs_file
     other = create()
-    with pytest.raises(ValueError, match=r"trainer\.pth holds its trainer's .*allow_config=True"):
+    with pytest.raises(ValueError, match=r"trainer\.pth has its trainer's .*allow_config=True"):
         load_official(other, path)
     load_official(other, path, allow_config=True)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())

@@ -44,7 +44,7 @@ def test_the_compiler_joins_gathers_and_scatters_to_matmuls(mesh, policy):
     from torch._inductor.fx_passes import micro_pipeline_tp, post_grad
     from torch.distributed._symmetric_memory import _test_mode
 
-    seen = []
+    recorded = []
 
     def watched(traced, inputs):
         module = copy.deepcopy(traced)
@@ -53,7 +53,7 @@ def test_the_compiler_joins_gathers_and_scatters_to_matmuls(mesh, policy):
         with _test_mode():
             micro_pipeline_tp.micro_pipeline_tp_pass(module.graph)
         names = [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
-        seen.append(sorted(n for n in names if n.startswith(("symm_mem", "_c10d_functional"))))
+        recorded.append(sorted(n for n in names if n.startswith(("symm_mem", "_c10d_functional"))))
         return make_boxed_func(traced)
 
     block = shard(mesh) if policy is None else wrap(shard(mesh), policy)
@@ -68,7 +68,7 @@ def test_the_compiler_joins_gathers_and_scatters_to_matmuls(mesh, policy):
         "symm_mem.fused_all_gather_matmul.default",
         "symm_mem.fused_matmul_reduce_scatter.default",
     ]
-    assert seen == [joined, joined]
+    assert recorded == [joined, joined]
 
 
 def test_tokens_that_do_not_divide(mesh):
@@ -77,16 +77,16 @@ def test_tokens_that_do_not_divide(mesh):
 
 
 def test_who_cannot_overlap(mesh, monkeypatch):
-    with pytest.raises(ValueError, match="needs CUDA devices with peer access, these are cpu"):
+    with pytest.raises(ValueError, match="needs CUDA devices with peer access, got cpu"):
         vit22b_tokens.overlapped(None, mesh)
     cards = SimpleNamespace(device_type="cuda", size=lambda: 2, get_local_rank=lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="its 2 ranks on one machine, this one has 1 CUDA"):
+    with pytest.raises(ValueError, match="its 2 ranks on one machine; this machine has 1 CUDA"):
         vit22b_tokens.check_overlap(cards)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: False)
-    with pytest.raises(ValueError, match="peer access, which device 0 has not to 1"):
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: False)
+    with pytest.raises(ValueError, match="peer access; device 0 has none to 1"):
         vit22b_tokens.check_overlap(cards)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: True)
     vit22b_tokens.check_overlap(cards)

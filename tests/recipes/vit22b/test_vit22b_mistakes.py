@@ -51,6 +51,13 @@ TINY = RECIPE / "tiny.yaml"
             r"augment\.scale must be a range within 0 and 1, got \[0\.0, 1\.0\]",
         ),
         ("augment.hflip=2", r"augment\.hflip must lie in \[0, 1\], got 2"),
+        ("augment.ratio=[2, 1]", r"augment\.ratio must be a range within 0 and inf, got \[2\.0, 1"),
+        ("model.drop_path=1", r"model\.drop_path must lie in \[0, 1\), got 1"),
+        ("model.image_size=0", r"model\.image_size must be positive, got 0"),
+        ("optim.timescale=0", r"optim\.timescale must be positive, got 0"),
+        ("optim.betas=[0.9, 1]", r"optim\.betas must lie in \[0, 1\), got \[0\.9, 1\.0\]"),
+        ("optim.cooldown=-1", r"optim\.cooldown must not be negative, got -1"),
+        ("train.save_every=-1", r"train\.save_every must not be negative, got -1"),
     ],
 )
 def test_configuration(change, said):

@@ -43,7 +43,10 @@ def test_defaults_are_the_official_recipe():
         ("optim.weight_decay=-0.1", r"optim\.weight_decay must not be negative, got -0\.1"),
         ("optim.min_lr=.nan", r"optim\.min_lr must not be negative, got nan"),
         ("augment.mixup=-1", r"augment\.mixup must not be negative"),
-        ("augment.scale=[1, 0.5]", r"augment\.scale must be a range within 0 and 1\.0, got"),
+        (
+            "augment.scale=[1, 0.5]",
+            r"augment\.scale must be a range within 0 and 1, got \[1\.0, 0\.5\]",
+        ),
         ("augment.ratio=[0, 2]", r"augment\.ratio must be a range"),
         ("augment.hflip=1.1", r"augment\.hflip must lie in \[0, 1\]"),
         ("optim.betas=[0.9, 1]", r"optim\.betas must lie in \[0, 1\), got \[0\.9, 1\.0\]"),

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from mesa_train.training import checkpoints
+from mesa_train.training import checkpoints, disk
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.classification import fit as recipe
 from mesa_train.training.classification.config import of_dict
@@ -65,5 +65,5 @@ def test_a_folder_that_was_removed_is_not_made_again(run, tmp_path):
     run.last_good = lambda: "no checkpoint is there yet"
     removed = pytest.raises(CheckpointError, match="unmounted: the run's folder was removed; no ch")
     with removed, recipe._written(run):
-        recipe._append(run.out / "metrics.jsonl", {"kind": "step", "step": 8})
+        disk.append(run.out / "metrics.jsonl", {"kind": "step", "step": 8})
     assert not run.out.exists()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mesa_train.training import checkpoints
+from mesa_train.training import checkpoints, loop
 from mesa_train.training.classification import dry_run as plan
 from mesa_train.training.classification import fit as recipe
 from mesa_train.training.classification.config import of_dict
@@ -60,7 +60,7 @@ def test_an_interrupted_run_continues_exactly(tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        cut.train_epoch(stop)
+        loop.train_epoch(cut, stop)
     torch.manual_seed(321)
     again = recipe.prepare(configured(tmp_path / "cut", **changes))
     assert recipe.resume(again, "auto")
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"the loss is nan after step 1; a lower optim\.lr"
     ):
-        run.train_epoch(lambda result: None)
+        loop.train_epoch(run, lambda result: None)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_run_goes_on_from_the_checkpo
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(checkpoints.CheckpointError) as error:
-            run.train_epoch(fill)
+            loop.train_epoch(run, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     folder = tmp_path / "checkpoints"
