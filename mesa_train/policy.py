@@ -269,16 +269,14 @@ _TEXTS = ("preset", "checkpoint", *(f.name for f in dataclasses.fields(Policy) i
 class Rules:
     """The policy of one module. `rules[operator, operand]` is the `Rule` of one saved operand.
 
-    `rebuilds_matmuls`: whether a rule of any module of the model recomputes the result of a matmul.
+    `rebuilds_matmuls`: whether a rule of any module recomputes a matmul. `native`: these rules in C++.
     """
 
     def __init__(
         self,
         policy: Policy,
-        changes: Iterable[tuple[str | None, str | None, Mapping[str, Any]]] = (),
+        changes: Sequence[tuple[str | None, str | None, Mapping[str, Any]]] = (),
     ) -> None:
-        changes = list(changes)
-        # The form of the rules in C++, made at the first native call (see `native/recorder.cpp`).
         self.native: Any = None
         self.rebuilds_matmuls = False
         self.table: dict[tuple[str, str], Rule] = {}
@@ -295,9 +293,9 @@ class Rules:
                         merged.update(fields)
                 # An unknown operator may use its saved tensors in any way. So its codes have at least 8 bits.
                 effective = policy._changed(merged)
-                if operator == "fallback" and effective.bits < 8:
-                    effective = dataclasses.replace(effective, bits=8)
-                if operator == "checkpoint":
+                if operator == "fallback":
+                    effective = dataclasses.replace(effective, bits=max(8, effective.bits))
+                elif operator == "checkpoint":
                     effective = _for_inputs(effective)
                 self.table[operator, operand] = Rule.of(effective, operator, operand)
             self.operators[operator] = any(self.table[operator, o].enabled for o in operands)
@@ -366,9 +364,8 @@ def _for_inputs(policy: Policy) -> Policy:
 
 def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices or isinstance(value, bool):
-        raise ValueError(
-            f"Policy.{field} must be one of {', '.join(map(str, choices))}, got {value!r}"
-        )
+        named = ", ".join(map(str, choices))
+        raise ValueError(f"Policy.{field} must be one of {named}, got {value!r}")
 
 
 def _integer(field: str, value: Any, minimum: int) -> None:
@@ -397,7 +394,7 @@ PRESETS: dict[str, Policy] = {
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }
 
-# By the name of a preset with "+offload" appended: the same preset, offloaded to CPU memory.
+# "PRESET+offload": the same preset, offloaded to CPU memory.
 OFFLOADED: dict[str, Policy] = {
     f"{name}+offload": dataclasses.replace(policy, offload=True) for name, policy in PRESETS.items()
 }

@@ -27,9 +27,19 @@ from torch.autograd import forward_ad
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.codecs.lossless import Lossless
-from mesa_train.ops import activation, add, attention, linear, matmul, multiply, norm, softmax, table
+from mesa_train.ops import (
+    activation,
+    add,
+    attention,
+    linear,
+    matmul,
+    multiply,
+    norm,
+    softmax,
+    table,
+)
 from mesa_train.ops.fallback import NOTHING
-from mesa_train.stash import backward_cache, sharded_parameters, stash
+from mesa_train.stash import backward_cache, recipes, sharded_parameters, stash, tensors
 from mesa_train.stash.context import Report
 
 _nn = torch._C._nn
@@ -131,7 +141,7 @@ def _set_up(module: Any, mode: type) -> None:
     """Give the extension the classes and tables of the Python code."""
     classes = {
         "Stash": stash.Stash, "Leaf": stash.Leaf, "MatrixLayout": stash.MatrixLayout,
-        "Replay": stash.Replay, "Cast": stash.Cast, "WHOLE": stash.WHOLE, "held": stash.held,
+        "Replay": recipes.Replay, "Cast": recipes.Cast, "WHOLE": stash.WHOLE, "held": tensors.held,
         "Normalized": norm.Normalized, "UseHandle": backward_cache.UseHandle,
         "backward_cache": backward_cache.backward_cache, "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
         "Activated": activation.Activated, "Report": Report,

@@ -104,11 +104,11 @@ Ref uncompressed(const Tensor& tensor, PyObject* object = nullptr);
 int cost_of(PyObject* stash);
 // True if a tensor's memory belongs to a parameter.
 bool of_parameter(const Tensor& tensor);
-// A view of a part of its storage (`stash.narrowed`).
+// A view of a part of its storage (`stash/tensors.py`).
 bool narrowed(const Tensor& tensor);
 // True if autocast is active for the tensor's device.
 bool autocasts(const Tensor& tensor);
-// An alias of a parameter's present data (`stash.held`).
+// An alias of a parameter's present data (`stash/tensors.py`).
 Ref held(PyObject* parameter);
 
 }  // namespace mesa

@@ -48,8 +48,9 @@ Tensor activation(const Tensor& x, std::string_view kind) {
 Ref Geometry::pack(const Tensor& source, const Tensor& view, bool reshapes) {
   const bool strided = view.is_alias_of(source) && view.scalar_type() == source.scalar_type();
   if (!strided && !reshapes) return Ref::borrow(Py_None);
-  std::vector<int64_t> numbers = {strided, reshapes, source.dim(), view.dim(),
-                                  strided ? view.storage_offset() - source.storage_offset() : 0};
+  std::vector<int64_t> numbers = {
+      strided,    reshapes,   view.is_contiguous(),
+      source.dim(), view.dim(), strided ? view.storage_offset() - source.storage_offset() : 0};
   for (const auto& list : {source.sizes(), source.strides(), view.sizes(), view.strides()}) {
     numbers.insert(numbers.end(), list.begin(), list.end());
   }
@@ -62,9 +63,10 @@ Geometry Geometry::unpack(PyObject* bytes) {
   Geometry geometry;
   geometry.strided = number[0];
   geometry.reshaped = number[1];
-  const int64_t inner = number[2], outer = number[3];
-  geometry.offset = number[4];
-  number += 5;
+  geometry.contiguous = number[2];
+  const int64_t inner = number[3], outer = number[4];
+  geometry.offset = number[5];
+  number += 6;
   geometry.source_sizes.assign(number, number + inner);
   geometry.source_strides.assign(number + inner, number + 2 * inner);
   number += 2 * inner;
@@ -347,8 +349,12 @@ Tensor Rebuilt::view(const Spec& spec, at::ScalarType dtype) {
     return from.as_strided(geometry.sizes, geometry.strides,
                            from.storage_offset() + geometry.offset);
   }
-  if (geometry.reshaped) return from.reshape(geometry.sizes);
-  // Any other function: as `stash.Replay` does.
+  if (geometry.reshaped) {
+    const Tensor copy = from.reshape(geometry.sizes);
+    // A later view may rely on the memory order of the forward's copy.
+    return geometry.contiguous ? copy.contiguous() : copy;
+  }
+  // Any other function: as `recipes.Replay` does.
   const pybind11::gil_scoped_acquire gil;
   PyObject* const recipe = spec.recipe->ptr(getPyInterpreter());
   const auto& slots = classes.replay_slots;

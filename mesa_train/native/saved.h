@@ -31,7 +31,7 @@ enum class Kind : uint8_t {
 
 // A view of a source, as strides if it is one. The Python recipe is called for all other views.
 struct Geometry {
-  bool strided = false, reshaped = false;
+  bool strided = false, reshaped = false, contiguous = false;
   c10::DimVector source_sizes, source_strides, sizes, strides;
   int64_t offset = 0;  // from the first element of the source
 

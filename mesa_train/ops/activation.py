@@ -22,11 +22,11 @@ from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
 from mesa_train.policy import CHEAP
 from mesa_train.stash.backward_cache import backward_cache
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import (
     Leaf,
     MatrixLayout,
-    Recompute,
     Saved,
     Spec,
     Stash,

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
-from mesa_train.stash.recorder import Recorder, autocasts
-from mesa_train.stash.stash import Saved, of_parameter, uncompressed
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, uncompressed
+from mesa_train.stash.tensors import autocasts, of_parameter
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, additive, aligned, recorded

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs.placeholder import recomputes
-from mesa_train.stash.recorder import Recorder, autocasts, beneath
+from mesa_train.stash.recorder import Recorder, beneath
 from mesa_train.stash.stash import Saved, Spec, Stash, save, strip
+from mesa_train.stash.tensors import autocasts
 
 
 class Packed:

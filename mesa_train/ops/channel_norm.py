@@ -15,7 +15,8 @@ from torch._prims_common import suggest_memory_format
 from mesa_train.codecs.lossless import Lossless
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Leaf, MatrixLayout, Saved, Spec, Stash, held, uncompressed
+from mesa_train.stash.stash import Leaf, MatrixLayout, Saved, Spec, Stash, uncompressed
+from mesa_train.stash.tensors import held
 
 from .base import Operator, cast_like_autocast, derivative
 from .norm import Scaled, keeps_input

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesa_train.stash.recorder import Recorder, autocasts
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.tensors import autocasts
 
 
 def folded(

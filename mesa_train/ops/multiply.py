@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Recompute, Saved, Spec, Stash
+from mesa_train.stash.stash import Saved, Spec, Stash
 
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled

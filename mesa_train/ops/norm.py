@@ -26,11 +26,10 @@ from mesa_train.stash.stash import (
     Saved,
     Spec,
     Stash,
-    held,
-    narrowed,
     once,
     uncompressed,
 )
+from mesa_train.stash.tensors import held, narrowed
 
 from .base import Operator, cast_like_autocast, derivative
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mesa_train.policy import VIEW
+from mesa_train.stash.recipes import Cast, Replay
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Cast, Replay, Saved, Spec, Stash
+from mesa_train.stash.stash import Saved, Spec, Stash
 
 from .fallback import fallback
 

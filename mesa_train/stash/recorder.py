@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
@@ -33,7 +32,8 @@ from .context import ModuleContext, Report
 from .lineage import Lineage, TracedLineage
 from .offload import OffloadedStash, Order, offload_stream_of, passes
 from .sharded_parameters import zero3_hooked
-from .stash import Leaf, MatrixLayout, Stash, held, narrowed, of_parameter, uncompressed
+from .stash import Leaf, MatrixLayout, Stash, uncompressed
+from .tensors import autocasts, held, is_plain, new_bytes, of_parameter, saved_with_its_base
 
 
 class Recorder:
@@ -86,7 +86,7 @@ class Recorder:
         for tensor in tensors:
             if tensor is None:
                 continue
-            if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and _plain(tensor)):
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and is_plain(tensor)):
                 return False
             gradient = gradient or tensor.requires_grad
         return gradient
@@ -143,11 +143,11 @@ class Recorder:
                 return self._keep_cast(tensor, dtype, operator, operand, within, label)
         if reason:
             self.report.add(
-                self.context.name, label, operand, f"uncompressed: {reason}", _new_bytes(tensor)
+                self.context.name, label, operand, f"uncompressed: {reason}", new_bytes(tensor)
             )
             cast = operator in _AUTOCAST and autocasts(tensor.device.type)
             return uncompressed(held(tensor) if cast else tensor)
-        if rule.lossless and not rule.offload and _kept_with_its_base(tensor):
+        if rule.lossless and not rule.offload and saved_with_its_base(tensor):
             self.report.add(self.context.name, label, operand, "shared", 0)
             leaf = uncompressed(tensor)
             self.lineage.set(tensor, leaf)
@@ -342,14 +342,6 @@ def beneath(pack: Any) -> Any:
         pack = None if outer is None else outer[0]
 
 
-def _plain(tensor: Tensor) -> bool:
-    """True if a tensor is strided and neither nested nor a wrapper subclass."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return False
-    kind = type(tensor)
-    return kind is Tensor or kind is nn.Parameter or not is_traceable_wrapper_subclass(tensor)
-
-
 # Operators that autocast runs in its lower precision.
 _AUTOCAST = frozenset(["linear", "matmul", "conv"])
 
@@ -379,26 +371,3 @@ def why_uncompressed(tensor: Tensor, rule: Rule) -> str:
     if tensor.dim() == 0 or tensor.shape[-1] == 1:
         return "one element per token"
     return ""
-
-
-def _kept_with_its_base(tensor: Tensor) -> bool:
-    """True if a tensor is a part of an output that PyTorch's own node saves.
-
-    A copy of the part would be saved in addition.
-    """
-    if torch.compiler.is_compiling() or not narrowed(tensor):
-        return False
-    base = tensor._base
-    return base is not None and hasattr(type(base.grad_fn), "_saved_result")
-
-
-def _new_bytes(tensor: Tensor) -> int:
-    """Bytes that an uncompressed tensor adds; 0 for a parameter and while compiling."""
-    if torch.compiler.is_compiling() or (tensor.is_leaf and tensor.requires_grad):
-        return 0
-    return tensor.numel() * tensor.element_size()
-
-
-def autocasts(device: str) -> bool:
-    """True if autocast is active for a device type. The meta device has no autocast."""
-    return device != "meta" and torch.is_autocast_enabled(device)
