@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from mesa_train.codecs.affine import Affine
 from mesa_train.codecs.lossless import Lossless
@@ -145,7 +146,7 @@ def _set_up(module: Any, mode: type) -> None:
         "Normalized": norm.Normalized, "UseHandle": backward_cache.UseHandle,
         "backward_cache": backward_cache.backward_cache, "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
         "Activated": activation.Activated, "Report": Report,
-        "UseCount": backward_cache.UseCount, "CompressionMode": mode, "PRODUCT": linear.PRODUCT,
+        "UseCount": backward_cache.UseCount, "CompressionMode": mode, "DeviceContext": DeviceContext, "PRODUCT": linear.PRODUCT,
         "Multiplied": multiply.Multiplied, "SUM": add.SUM, "Mul": multiply.Mul,
         "ScaledLinear": linear.ScaledLinear, "Linear": linear.Linear, "TokenNorm": norm.TokenNorm,
         "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU,

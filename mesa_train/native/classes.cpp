@@ -24,6 +24,7 @@ void set_up(PyObject* dict) {
   c.sum = get("SUM");
   c.report = get("Report");
   c.mode = get("CompressionMode");
+  c.device_context = get("DeviceContext");
   c.product = get("PRODUCT");
   c.whole = get("WHOLE");
   c.use_count = get("UseCount");

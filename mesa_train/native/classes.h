@@ -11,7 +11,7 @@ enum Cost : int { VIEW = 0, CHEAP = 1, MATMUL = 2 };
 struct Classes {
   Ref stash, leaf, matrix_layout, affine, lossless, scaled, normalized, activated, replay, cast,
       multiplied, sum, report,
-      mode, product, whole, use_count;
+      mode, device_context, product, whole, use_count;
   struct {
     Slot recipe, tensors, sources, cost, dtype, offloaded, uses;
   } stash_slots;

@@ -66,6 +66,16 @@ bool usable(PyObject* recorder) {
   return hooks.get() == (active ? active : Py_None);
 }
 
+// True if no other torch function mode sees the calls. A default device is such a mode too, but it
+// changes no operator. `below`: the number of modes below the compression mode.
+bool alone(int64_t below) {
+  for (const auto i : c10::irange(below)) {
+    PyObject* const mode = TorchFunction::get_stack_at(i)->ptr(getPyInterpreter());
+    if (!Py_IS_TYPE(mode, (PyTypeObject*)classes.device_context.get())) return false;
+  }
+  return true;
+}
+
 // The innermost torch function mode if it is a compression mode, else null. Borrowed.
 PyObject* innermost() {
   const int64_t count = TorchFunction::stack_len();
@@ -174,7 +184,8 @@ PyObject* dispatch(PyObject* mode, PyObject* func, PyObject* args, PyObject* kwa
   const Arguments arguments{func, args, kwargs};
   if (!at::GradMode::is_enabled()) return slow();
   if (PyObject* const place = item(native_rows, func)) {
-    if (!plain_eager()) return slow();
+    // PyTorch has taken the compression mode off the stack.
+    if (!plain_eager() || !alone(TorchFunction::stack_len())) return slow();
     const Ref recorder = attribute(mode, names.recorder);
     if (!usable(recorder.get())) return slow();
     Call call(recorder.get());
@@ -205,7 +216,7 @@ PyObject* enter(PyObject* module, PyObject* forward, PyObject* args, PyObject* k
 
   const Context inside(recorder.get(), context.get());
   if (const Stock* const entry = stock_of(module, forward);
-      entry && TorchFunction::stack_len() == 1 && PyTuple_GET_SIZE(args) == 2 &&
+      entry && alone(TorchFunction::stack_len() - 1) && PyTuple_GET_SIZE(args) == 2 &&
       !PyDict_GET_SIZE(kwargs)) {
     Call call(recorder.get());
     Ref result = stock_forward(*entry, call, attributes.get(), PyTuple_GET_ITEM(args, 1));

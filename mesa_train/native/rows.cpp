@@ -95,29 +95,30 @@ Ref silu_row(Call& call, const Arguments& arguments) {
   return smooth(call, values[0], "silu");
 }
 
-// A Linear's output times a trained scale per feature (`linear.scaled`).
-Ref scaled(Call& call, PyObject* product, PyObject* scale) {
+// A Linear's output times a trained scale per feature (`linear.scaled`). Nothing for any other
+// product; empty if the Python row has to handle the scale.
+std::optional<Ref> scaled(Call& call, PyObject* product, PyObject* scale) {
   const Tensor *const y = plain_tensor(product), *const s = plain_tensor(scale);
   if (!y || !s || s->dim() != 1 || !s->requires_grad() || !y->dim() ||
       y->size(-1) != s->size(0)) {
-    return {};
+    return std::nullopt;
   }
   const Ref operands = Ref::borrow(call.linear_of(product, *y));
-  if (!operands) return {};
+  if (!operands) return std::nullopt;
   PyObject* const input = PyTuple_GET_ITEM(operands.get(), 0);
   PyObject* const kept = PyTuple_GET_ITEM(operands.get(), 2);
   PyObject* const weight = PyTuple_GET_ITEM(operands.get(), 3);
   PyObject* const bias = given(PyTuple_GET_ITEM(operands.get(), 4));
   const Tensor *const x = plain_tensor(input), *const w = plain_tensor(weight);
   const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
-  if (!x || !w || (bias && !b)) return {};
+  if (!x || !w || (bias && !b)) return Ref();
   const int64_t version = x->is_inference() ? 0 : static_cast<int64_t>(x->_version());
-  if (integer(PyTuple_GET_ITEM(operands.get(), 1)) != version) return {};
+  if (integer(PyTuple_GET_ITEM(operands.get(), 1)) != version) return Ref();
   // The user needs the gradient of the product, or autocast casts a weight that the model computed.
   if (truth(attribute(product, names.retains_grad).get()) ||
       truth(attribute(product, names.backward_hooks).get()) ||
       (autocasts(*w) && !(of_parameter(*w) || !w->requires_grad()))) {
-    return {};
+    return Ref();
   }
   const Ref alias = held(weight);
   Ref bias_alias;
@@ -126,7 +127,7 @@ Ref scaled(Call& call, PyObject* product, PyObject* scale) {
   node->dtype = y->scalar_type();
   if (!node->saved.save({kept, THPVariable_Unpack(alias.get()), *s,
                          bias ? Item(THPVariable_Unpack(bias_alias.get())) : nullptr})) {
-    return {};
+    return Ref();
   }
   const Tensor result = exactly([&] { return at::mul(*y, *s); });
   return recorded(result, node, {x, w, b, s});
@@ -148,9 +149,8 @@ Ref mul_row(Call& call, const Arguments& arguments) {
   }
   if (!left->requires_grad() || !right->requires_grad()) return arguments.call();
   if (!call.covers(MUL_LEFT, {left, right}) || !left->dim() || !right->dim()) return {};
-  Ref output = scaled(call, first, second);
-  if (!output) output = scaled(call, second, first);
-  if (output) return output;
+  if (auto output = scaled(call, first, second)) return std::move(*output);
+  if (auto output = scaled(call, second, first)) return std::move(*output);
   const Ref kept_left = call.keep(first, *left, MUL_LEFT, last(*left));
   const Ref kept_right = call.keep(second, *right, MUL_RIGHT, last(*right));
   const Tensor result = exactly([&] { return at::mul(*left, *right); });
@@ -158,6 +158,7 @@ Ref mul_row(Call& call, const Arguments& arguments) {
   node->left_shape.assign(left->sizes().begin(), left->sizes().end());
   node->right_shape.assign(right->sizes().begin(), right->sizes().end());
   const Ref stashes = tuple_of(kept_left.get(), kept_right.get());
+  Ref output;
   if (node->saved.save({kept_left.get(), kept_right.get()})) {
     output = recorded(result, node, {left, right});
   } else {
@@ -179,9 +180,9 @@ Ref mul_in_place_row(Call& call, const Arguments& arguments) {
   if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
   if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
   PyObject* const input = PyTuple_GET_ITEM(arguments.args, 0);
-  const Ref product = scaled(call, input, PyTuple_GET_ITEM(arguments.args, 1));
-  if (!product) return {};
-  return Ref::steal(PyObject_CallMethodOneArg(input, names.copy, product.get()));
+  const std::optional<Ref> product = scaled(call, input, PyTuple_GET_ITEM(arguments.args, 1));
+  if (!product || !*product) return {};
+  return Ref::steal(PyObject_CallMethodOneArg(input, names.copy, product->get()));
 }
 
 // An addition saves nothing. Its sum is rebuilt only if matmuls are.

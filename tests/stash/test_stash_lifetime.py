@@ -78,27 +78,24 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(error):
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
-def test_repeated_matmuls_are_shared_in_one_backward_and_then_gone():
+def test_repeated_matmuls_are_shared_in_one_backward_and_then_gone(monkeypatch):
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.LayerNorm(COLS), nn.Linear(COLS, COLS), nn.GELU(), nn.Linear(COLS, COLS))
     calls = []
 
-    class Counted(type(stash.backward_cache)):
-        def take(self, *args):
-            found = super().take(*args)
-            calls.append(found is not None)
-            return found
+    take = type(stash.backward_cache).take
 
-    counted = Counted()
-    before, stash.backward_cache = stash.backward_cache, counted
-    try:
-        with compress(Policy(min_bytes=0, recompute="linear")):
-            output = mlp(activation(ROWS, COLS))
-        output.sum().backward()
-    finally:
-        stash.backward_cache = before
+    def counted(self, *args):
+        value = take(self, *args)
+        calls.append(value is not None)
+        return value
+
+    monkeypatch.setattr(type(stash.backward_cache), "take", counted)
+    with compress(Policy(min_bytes=0, recompute="linear")):
+        output = mlp(activation(ROWS, COLS))
+    output.sum().backward()
     assert calls == [False, True]
-    assert not counted.values
+    assert not stash.backward_cache.values
 
 
 def test_a_repeated_matmul_goes_with_its_last_user_where_a_layer_scale_replaced_one():
