@@ -64,6 +64,7 @@ std::array<Ref, 3> keep_each(Call& call, const std::array<PyObject*, 3>& objects
   }
   if (together) {
     const at::NoGradGuard guard;
+    const at::AutoDispatchBelowADInplaceOrView below;
     if (const auto parts = packed(tensors)) {
       const Tensor& matrix = (*parts)[0].second;
       const std::vector<Tensor> codes = affine_encode_parts(

@@ -355,7 +355,8 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
   const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
   const Rule& rule = call.rule(LAYER_NORM);
   if (!x || (weight && !w) || (bias && !b) || !x->numel() || !call.covers(LAYER_NORM, {x, w, b}) ||
-      !(rule.affine || rule.values) || rule.fused || of_parameter(*x) ||
+      !(rule.affine || rule.values) || rule.fused ||
+      (x->is_view() && of_parameter(*x)) ||
       PyObject_TypeCheck(input, (PyTypeObject*)ParameterClass) ||
       (autocasts(*x) && (!x->is_cpu() || !rule.affine)) || (rule.values && narrowed(*x))) {
     return {};
@@ -367,7 +368,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
   }
   const auto [result, mean, rstd] =
       exactly([&] { return at::native_layer_norm(*x, shape, optional(w), optional(b), eps); });
-  const Tensor deviations = rstd.reshape(-1);
+  const Tensor deviations = exactly([&, &rstd = rstd] { return flat_vector(rstd); });
   Ref x_hat;
   if (rule.affine) {
     Layout layout;
@@ -376,7 +377,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
     for (const auto d : c10::irange(result.dim())) layout.order[d] = d;
     layout.cols = c10::multiply_integers(shape);
     const auto [codes, scales] = exactly([&, &mean = mean] {
-      return normalized_encode(x->reshape({-1, layout.cols}), mean.reshape(-1), deviations, rule);
+      return normalized_encode(reshaped(*x, {-1, layout.cols}), flat_vector(mean), deviations, rule);
     });
     x_hat = call.leaf(rule, codes, scales, layout, result.scalar_type());
   } else {
