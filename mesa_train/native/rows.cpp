@@ -288,6 +288,8 @@ struct NamedRow {
 Ref attention_row(Call& call, const Arguments& arguments);
 Ref softmax_row(Call& call, const Arguments& arguments);
 Ref matmul_row(Call& call, const Arguments& arguments);
+Ref bmm_row(Call& call, const Arguments& arguments);
+Ref mm_row(Call& call, const Arguments& arguments);
 
 Row row_named(const char* name) {
   static constexpr NamedRow rows[] = {
@@ -295,6 +297,7 @@ Row row_named(const char* name) {
       {"silu", silu_row},         {"add", add_row},               {"dropout", dropout_row},
       {"view", view_row},         {"reshape", reshape_row},       {"nothing", nothing_row},
       {"mul", mul_row},           {"mul_", mul_in_place_row},     {"attention", attention_row}, {"softmax", softmax_row},     {"matmul", matmul_row},
+      {"bmm", bmm_row},           {"mm", mm_row},
   };
   for (const auto& row : rows) {
     if (std::string_view(row.name) == name) return row.row;

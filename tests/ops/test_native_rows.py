@@ -188,6 +188,16 @@ def test_errors_of_the_graph_are_pytorchs():
     model(torch.randn(2, 8)).sum().backward()
 
 
+def test_products_of_wrong_dims_are_pytorchs_errors():
+    batch, matrix = torch.randn(2, 3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    with compress(ALL):
+        with pytest.raises(RuntimeError):
+            torch.bmm(batch, matrix)
+        with pytest.raises(RuntimeError):
+            torch.mm(batch, matrix)
+        assert torch.matmul(batch, matrix).shape == (2, 3, 3)
+
+
 def test_retained_graphs_and_partial_gradients():
     model, x = model_and_batch("blocks")
     wrap(model, ALL)

@@ -67,8 +67,9 @@ def host(rows: Sequence[Row]) -> str:
         for row in newest
     ]
     return markdown(head, lines) + (
-        f"\nA step is forward and backward of 2 images of 32 x 32 pixels: median of {newest[0]['rounds']} rounds that take "
-        'turns, quartiles in brackets. "compress" is functional code and is compared with the same code without it. '
+        "\nA step is forward and backward of 2 images of 32 x 32 pixels: median of "
+        f"{newest[0]['rounds']} rounds that take turns, quartiles in brackets. "
+        '"compress" is functional code and is compared with the same code without it. '
         '"mesa8-python" runs every row in Python. Python calls and operators are counts of one step. '
         f"{origin(newest[0])}\n"
     )
