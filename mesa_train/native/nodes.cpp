@@ -328,6 +328,26 @@ void BackwardCache::offer_gradient(const Tensor& codes, const Tensor& grad, cons
                               Gradient{codes, grad, value, (uint32_t)grad._version()});
 }
 
+Tensor BackwardCache::take_decoded(const Tensor& codes, at::ScalarType dtype, bool last) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = decoded_.find(codes.unsafeGetTensorImpl());
+  if (found == decoded_.end() || run_ != torch::autograd::get_current_graph_task_id()) return {};
+  // The codes live, because the caller holds them. An entry of a dead tensor has another control
+  // block at the same address.
+  const bool same = !found->second.codes.expired() && found->second.value.scalar_type() == dtype;
+  const Tensor value = same ? found->second.value : Tensor();
+  if (last || !same) decoded_.erase(found);
+  return value;
+}
+
+void BackwardCache::offer_decoded(const Tensor& codes, const Tensor& value) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  enter();
+  decoded_.insert_or_assign(
+      codes.unsafeGetTensorImpl(),
+      Decoded{c10::weak_intrusive_ptr<c10::TensorImpl>(codes.getIntrusivePtr()), value});
+}
+
 Tensor BackwardCache::take_sum(const Tensor& grad) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (sums_.empty()) return {};
@@ -360,6 +380,7 @@ void BackwardCache::enter() {
 
 void BackwardCache::clear() {
   gradients_.clear();
+  decoded_.clear();
   sums_.clear();
 }
 

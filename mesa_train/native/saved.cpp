@@ -11,6 +11,7 @@
 #include <pybind11/gil.h>
 #include <torch/csrc/PyInterpreter.h>
 
+#include "backward_cache.h"
 #include "operators.h"
 
 namespace mesa {
@@ -238,9 +239,19 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
   switch (spec.kind) {
     case Kind::WHOLE:
       return cast(own(spec, 0), dtype);
-    case Kind::CODES:
-      return spec.layout.restore(
-          affine_decode(own(spec, 0), own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+    case Kind::CODES: {
+      const Tensor& codes = own(spec, 0);
+      // This node holds the codes twice: in its saved variable and unpacked. Any further owner is
+      // another node that reads them in this backward.
+      const bool last = codes.use_count() <= 2;
+      if (const Tensor known = backward_cache().take_decoded(codes, dtype, last); known.defined()) {
+        return known;
+      }
+      const Tensor value = spec.layout.restore(
+          affine_decode(codes, own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+      if (!last) backward_cache().offer_decoded(codes, value);
+      return value;
+    }
     case Kind::VALUES:
       return spec.layout.restore(cast(own(spec, 0), dtype));
     case Kind::SCALED: {
