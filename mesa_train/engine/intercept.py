@@ -7,7 +7,7 @@ A row of the table (see `ops/table.py`) computes the output with the same functi
 so the forward is PyTorch's own. The row also attaches an autograd node that saves stashes instead
 of tensors. A call without a row runs under the generic fallback.
 
-Cost: about 1 us per torch call, 10 to 30 us per recorded operator.
+Cost: see the table of host times in docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The native rows: the common calls of the operators, and their backward, in C++.
 
-Why: on a fast GPU a step waits for Python. A native row does in a few microseconds what a Python
-row and its autograd node do in 50 to 150.
+Why: on a fast GPU a step waits for Python. A native row takes less time than a Python row and its
+autograd node (docs/benchmarks.md has the times of steps).
 
 How: `native/` is a C++ extension. It reads and makes the same objects as the Python code (stashes,
 lineage, report). A call that is not a common case runs the Python row, which stays the reference.

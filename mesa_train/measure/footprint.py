@@ -39,7 +39,7 @@ class Footprint:
             buffers.
         parameter_bytes: bytes of the model's parameters, which exist with or without a backward.
         buffer_bytes: bytes of the model's buffers.
-        rows: one `Kept(operator, module, dtype, shape, saved_bytes, offloaded)` for each storage,
+        rows: one `SavedStorage(operator, module, dtype, shape, saved_bytes, offloaded)` for each storage,
             in forward order.
         notes: remarks on how the bytes were counted.
         stored: under a policy, how each saved tensor is stored and why (see `coverage`); None

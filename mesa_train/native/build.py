@@ -1,7 +1,7 @@
 """The C++ extension of the native rows: compiled once per machine, and imported.
 
 The extension needs Python's headers. It is one compilation unit, because torch's headers take most
-of the time: 35 s on Zen 3. `utils/cpp_build.py` describes the cache and the compiler's environment
+of the time: 20 to 40 s on Zen 3. `utils/cpp_build.py` describes the cache and the compiler's environment
 variables.
 
 Environment:
@@ -50,8 +50,8 @@ def load() -> ModuleType | None:
         spec.loader.exec_module(module)
     except (BuildError, OSError, ImportError) as error:
         logger.warning(
-            "mesa_train runs its operators in Python: the results are the same, and a step takes "
-            "20 to 60 us more for each operator, which small models and fast GPUs show. To fix it, "
+            "mesa_train runs its operators in Python: the results are the same, and steps of small "
+            "models and steps on fast GPUs take longer. To fix it, "
             "install a C++20 compiler (g++ 11 or later) and Python's headers (the package "
             "python3-dev on Debian and Ubuntu); to silence this, set MESA_TRAIN_NATIVE=0. The "
             "reason: %s",

@@ -1,3 +1,5 @@
+// Reads the Python classes and interns the names (`classes.h`).
+
 #include "classes.h"
 
 namespace mesa {

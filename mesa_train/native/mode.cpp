@@ -1,3 +1,5 @@
+// A torch call under the mode, and the call of a wrapped module (`mode.h`).
+
 #include "mode.h"
 
 #include <vector>

@@ -13,7 +13,7 @@ PyObject* dispatch(PyObject* mode, PyObject* func, PyObject* args, PyObject* kwa
 // the Python code must handle the call.
 PyObject* enter(PyObject* module, PyObject* call, PyObject* args, PyObject* kwargs);
 
-// Takes over `ops.native.TABLES`: the tables that `dispatch` and `enter` look into.
+// Takes over the tables of `engine/native.py`, in which `dispatch` and `enter` look up a call.
 void set_tables(PyObject* rows, PyObject* python_rows, PyObject* nothing, PyObject* stock);
 
 extern PyObject* SLOW;

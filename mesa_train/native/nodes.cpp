@@ -1,3 +1,5 @@
+// The gradients of the autograd nodes, and the cache between them (`nodes.h`, `backward_cache.h`).
+
 #include "nodes.h"
 
 #include <mutex>

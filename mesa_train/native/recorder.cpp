@@ -1,3 +1,5 @@
+// Rules, lineage, report and new stashes (`recorder.h`).
+
 #include "recorder.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -265,7 +267,7 @@ Ref Call::keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t
     report(rule, rule.small.get(), static_cast<int64_t>(tensor.nbytes()), nullptr);
     return uncompressed(tensor, object);
   }
-  // All other cases are rare: parameters, lossless rules, offload, running ranges, casts.
+  // All other cases are rare: parameters, offload, running ranges, casts, parts of a larger tensor.
   c10::DimVector dims;
   for (const auto d : c10::irange(tensor.dim())) {
     if (within >> d & 1) dims.push_back(d);

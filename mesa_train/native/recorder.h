@@ -99,7 +99,7 @@ class Call {
 
   // `Recorder.keep`. `within`: as a bit mask of dims.
   Ref keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t within);
-  // True if `keep` would make new affine codes, if the tensor has no stash yet.
+  // True if `keep` would make codes or a lossless leaf, if the tensor has no stash yet.
   static bool codes(const Rule& rule, const Tensor& tensor);
   // A leaf of codes that exist already, reported. The lossless codec has no scales.
   Ref leaf(const Rule& rule, const Tensor& codes, const Tensor& scales, const Layout& layout,

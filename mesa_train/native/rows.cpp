@@ -1,3 +1,5 @@
+// The rows of Linear, layer norm, activations, products, sums and views (`rows.h`).
+
 #include "rows.h"
 
 #include <ATen/autocast_mode.h>

@@ -1,5 +1,5 @@
-// The native rows: what `ops/linear.py`, `norm.py`, `activation.py`, `attention.py` and others do
-// in the forward, for the common cases.
+// The rows of `ops/linear.py`, `norm.py`, `activation.py`, `attention.py` and others in C++, for the
+// common cases of the forward.
 //
 // A row returns an empty reference if the call is not a common case. Then it has changed nothing,
 // and the Python row handles the call.
@@ -49,7 +49,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
                PyObject* bias, double eps);
 Ref smooth(Call& call, PyObject* input, std::string_view kind);
 
-// The row of a name that `ops/native.py` gives to a torch function, or null.
+// The row of a name that `engine/native.py` gives to a torch function, or null.
 Row row_named(const char* name);
 
 // Computes under `no_grad`, without autocast's cache and without the GIL (`Recorder.exactly`).

@@ -1,3 +1,5 @@
+// The structure of saved stashes, and how tensors are rebuilt from it (`saved.h`).
+
 #include "saved.h"
 
 #include <ATen/core/grad_mode.h>

@@ -1,6 +1,7 @@
 // What a node saves: tensors, and the structure that rebuilds other tensors from them.
 //
-// `SavedStashes` is the native form of `stash.Spec` and `stash.Saved`. Its tensors are PyTorch's
+// `SavedStashes` is the native form of the saved tensors and of `ctx.kept`, `Rebuilt` that of
+// `stash.Saved`. Its tensors are PyTorch's
 // saved variables, so saved-tensor hooks and the check of versions apply to them.
 #pragma once
 

@@ -1,6 +1,6 @@
 """The table of operators: each recorded torch function with its row.
 
-A new operation needs one line here and one file.
+CONTRIBUTING.md describes how to add an operator.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def test_errors_of_the_graph_are_pytorchs():
 
 
 def test_products_of_wrong_dims_are_pytorchs_errors():
-    batch, matrix = torch.randn(2, 3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    batch, matrix = torch.randn(2, 3, 3, requires_grad=True), torch.randn(3, 3)
     with compress(ALL):
         with pytest.raises(RuntimeError):
             torch.bmm(batch, matrix)
