@@ -14,9 +14,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .tiles import launch
+from .launch import Launch
 
 # Elements of a tile, and programs per multiprocessor. Together they keep enough loads in flight,
 # and the parts stay at a few percent of the memory traffic.
@@ -46,21 +45,25 @@ def _add(
         tl.store(second + c, out, c < cols)
 
 
-def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Add the parts (parts, 1 or 2, cols) of one or two sums into vectors (cols,)."""
-    parts, sums, cols = partial.shape
+def add_parts(parts: int, sums: int, cols: int) -> Launch:
+    """The launch that adds the parts (parts, 1 or 2, cols) of one or two sums.
+
+    Its arguments are the parts and two vectors (cols,) for the sums, or one vector and None.
+    """
     grid = (triton.cdiv(cols, _COLUMNS), sums)
-    launch(_add, grid, 4, (partial, first, second), (parts, cols), (sums, _COLUMNS, _PARTS))
+    return Launch(_add, grid, 4, (parts, cols, sums, _COLUMNS, _PARTS))
 
 
-@lru_cache(maxsize=4096)
-def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(rows of a tile, columns of a tile, programs, tiles per program)."""
+def tile(cols: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of whole rows."""
     width = max(triton.next_power_of_2(cols), 16)
-    height = max(1, min(_TILE // width, 16))
-    count = triton.cdiv(rows, height)
+    return max(1, min(_TILE // width, 16)), width
+
+
+def split(count: int, device: torch.device) -> tuple[int, int]:
+    """(programs, tiles per program) for a number of tiles."""
     share = triton.cdiv(count, _PROGRAMS * multiprocessors(device))
-    return height, width, triton.cdiv(count, share), share
+    return triton.cdiv(count, share), share
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,9 @@ grad and codes are read once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +17,9 @@ from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .columns import add_parts, split
-from .tiles import WIDEST, as_scale, as_zero, handles, launch, unpack, warps
+from .columns import add_parts, split, tile
+from .launch import Launch, contiguous, outputs, per_site
+from .tiles import WIDEST, as_scale, as_zero, handles, unpack, warps
 
 
 @triton.jit
@@ -63,6 +67,7 @@ def _rows(
     tl.store(to + cols, tl.sum(dbias, 0), columns)
 
 
+@per_site()
 def norm_backward(
     grad: Tensor,
     codes: Tensor,
@@ -72,27 +77,36 @@ def norm_backward(
     bits: int,
     centered: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
-    dx, dweight, dbias = schemas._norm_backward(
-        grad, codes, scales, rstd, weight, bits, centered, dtype
-    )
+    empty = schemas._norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
+    make = outputs(*empty)
     rows, cols = grad.shape
-    if dx.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    if cols > WIDEST // 2 or not handles(grad, rstd, weight, dx):
-        return reference.norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
-    height, width, programs, share = split(rows, cols, grad.device)
+    if grad.numel() == 0:
+
+        def call_empty(*_: Any) -> tuple[Tensor, ...]:
+            dx, dweight, dbias = make()
+            return dx, dweight.zero_(), dbias.zero_()
+
+        return call_empty
+    if cols > WIDEST // 2 or not handles(grad, rstd, weight, empty[0]):
+        return reference.norm_backward
+    height, width = tile(cols)
+    programs, share = split(triton.cdiv(rows, height), grad.device)
     groups = scales.shape[1]
-    partial = grad.new_empty((programs, 2, cols), dtype=torch.float32)
-    weight = None if weight is None else weight.contiguous()
-    launch(
-        _rows,
-        (programs,),
-        warps(2 * height * width),
-        (grad, codes.contiguous(), scales.contiguous(), rstd.contiguous(), weight, dx, partial),
-        (rows, cols, groups, codes.shape[1], *grad.stride(), share),
-        (-(-cols // groups), centered, bits, height, width),
-    )
-    add_parts(partial, dweight, dbias)
-    return dx, dweight, dbias
+    numbers = rows, cols, groups, codes.shape[1], *grad.stride(), share
+    constants = -(-cols // groups), centered, bits, height, width
+    launch = Launch(_rows, (programs,), warps(2 * height * width), (*numbers, *constants))
+    add = add_parts(programs, 2, cols)
+    make = outputs(*empty, grad.new_empty((programs, 2, cols), dtype=torch.float32))
+
+    def call(
+        grad: Tensor, codes: Tensor, scales: Tensor, rstd: Tensor, weight: Tensor | None, *_: Any
+    ) -> tuple[Tensor, ...]:
+        dx, dweight, dbias, partial = make()
+        codes, scales, rstd = codes.contiguous(), scales.contiguous(), rstd.contiguous()
+        launch(grad, codes, scales, rstd, contiguous(weight), dx, partial)
+        add(partial, dweight, dbias)
+        return dx, dweight, dbias
+
+    return call

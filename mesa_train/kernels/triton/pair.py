@@ -8,7 +8,8 @@ gradient again.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,8 @@ from . import schemas as triton_schemas
 from .activations import slope, value
 from .columns import add_parts, multiprocessors
 from .decode import cut
-from .tiles import decode_tile, handles, launch, value_mask
+from .launch import Launch, outputs, per_site
+from .tiles import decode_tile, handles, value_mask
 
 # Programs per multiprocessor. They keep as many loads in flight as one program per tile would.
 _PROGRAMS = 8
@@ -59,37 +61,44 @@ def _pair(
     tl.store(partial + program.to(tl.int64) * cols + column, tl.sum(total, 0), inside)
 
 
+@per_site()
 def activation_pair_sum(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """grad * kind'(decoded), kind(decoded), and the column sums of the first in float32.
 
     The first two are (rows, cols) in grad's dtype.
     """
-    dx, y, total = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
+    empty = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
+    make = outputs(*empty)
     rows, cols = grad.shape
-    if dx.numel() == 0:
-        return dx, y, total.zero_()
+    if grad.numel() == 0:
+
+        def call_empty(*_: Any) -> tuple[Tensor, ...]:
+            dx, y, total = make()
+            return dx, y, total.zero_()
+
+        return call_empty
     tiles = cut(codes, scales, bits, cols)
     if tiles is None or not handles(grad):
-        return triton_schemas.activation_pair_sum(grad, codes, scales, bits, kind)
+        return triton_schemas.activation_pair_sum
     _, per_row, *numbers = tiles.numbers
     bits, joined, ragged, height, width = tiles.constants
     programs, share = _split(rows, per_row, height, grad.device)
-    partial = grad.new_empty((programs, 1, cols), dtype=torch.float32)
-    launch(
-        _pair,
-        (per_row, programs),
-        tiles.num_warps,
-        (grad, codes.contiguous(), scales.contiguous(), dx, y, partial),
-        (rows, *numbers, *grad.stride(), share),
-        (bits, joined, ragged, height, width, kind),
-    )
-    add_parts(partial, total)
-    return dx, y, total
+    bound = rows, *numbers, *grad.stride(), share, bits, joined, ragged, height, width, kind
+    launch = Launch(_pair, (per_row, programs), tiles.num_warps, bound)
+    add = add_parts(programs, 1, cols)
+    make = outputs(*empty, grad.new_empty((programs, 1, cols), dtype=torch.float32))
+
+    def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        dx, y, total, partial = make()
+        launch(grad, codes.contiguous(), scales.contiguous(), dx, y, partial)
+        add(partial, total, None)
+        return dx, y, total
+
+    return call
 
 
-@lru_cache(maxsize=4096)
 def _split(rows: int, per_row: int, height: int, device: torch.device) -> tuple[int, int]:
     """(programs per unit, tiles per program)."""
     count = triton.cdiv(rows, height)
