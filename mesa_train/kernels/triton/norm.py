@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .columns import add_parts, split, tile
+from .columns import add_parts, programs_at_once, split, tile
 from .launch import Launch, contiguous, outputs, per_site
 from .tiles import WIDEST, as_scale, as_zero, handles, unpack, warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _rows(
     grad, codes, scales, rstd, weight, dx, partial,
     rows, cols, groups, code_bytes, row_stride, col_stride, share,
@@ -30,7 +30,8 @@ def _rows(
     C: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = 8 // BITS
-    program = tl.program_id(0)
+    # The tiles of the last program may lie beyond the last row, and their rows beyond an int32.
+    program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)[None, :]
     b = tl.arange(0, C // PER)[None, :]
     inside = c < cols
@@ -42,7 +43,7 @@ def _rows(
     dweight = tl.zeros((R, C), tl.float32)
     dbias = tl.zeros((R, C), tl.float32)
     for turn in range(share):
-        row = ((program * share + turn) * R + tl.arange(0, R)).to(tl.int64)
+        row = (program * share + turn) * R + tl.arange(0, R)
         live = row < rows
         mask = live[:, None] & inside
         at = row[:, None] * row_stride + c.to(tl.int64) * col_stride
@@ -61,7 +62,7 @@ def _rows(
         tl.store(dx + row[:, None] * cols + c, out.to(dx.dtype.element_ty), mask)
         dweight = tl.fma(g, x_hat, dweight)
         dbias += g
-    to = partial + program.to(tl.int64) * 2 * cols + tl.arange(0, C)
+    to = partial + program * 2 * cols + tl.arange(0, C)
     columns = tl.arange(0, C) < cols
     tl.store(to, tl.sum(dweight, 0), columns)
     tl.store(to + cols, tl.sum(dbias, 0), columns)
@@ -92,11 +93,15 @@ def norm_backward(
     if cols > WIDEST // 2 or not handles(grad, rstd, weight, empty[0]):
         return reference.norm_backward
     height, width = tile(cols)
-    programs, share = split(triton.cdiv(rows, height), grad.device)
+    num_warps = warps(2 * height * width)
     groups = scales.shape[1]
-    numbers = rows, cols, groups, codes.shape[1], *grad.stride(), share
+    numbers = rows, cols, groups, codes.shape[1], *grad.stride()
     constants = -(-cols // groups), centered, bits, height, width
-    launch = Launch(_rows, (programs,), warps(2 * height * width), (*numbers, *constants))
+    coded = codes.contiguous(), scales.contiguous()
+    tensors = grad, *coded, rstd.contiguous(), contiguous(weight), empty[0], empty[1]
+    most = programs_at_once(_rows, num_warps, (*tensors, *numbers, 1, *constants), grad.device)
+    programs, share = split(triton.cdiv(rows, height), most)
+    launch = Launch(_rows, (programs,), num_warps, (*numbers, share, *constants))
     add = add_parts(programs, 2, cols)
     make = outputs(*empty, grad.new_empty((programs, 2, cols), dtype=torch.float32))
 

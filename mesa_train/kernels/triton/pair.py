@@ -18,16 +18,17 @@ from torch import Tensor
 
 from . import schemas as triton_schemas
 from .activations import slope, value
-from .columns import add_parts, multiprocessors
+from .columns import add_parts, programs_at_once, split
 from .decode import cut
 from .launch import Launch, outputs, per_site
 from .tiles import decode_tile, handles, value_mask
 
-# Programs per multiprocessor. They keep as many loads in flight as one program per tile would.
+# Programs per multiprocessor, at most. They keep as many loads in flight as one program per tile
+# would.
 _PROGRAMS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _pair(
     grad, codes, scales, dx, y, partial,
     rows, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, share,
@@ -36,7 +37,8 @@ def _pair(
 ):  # fmt: skip
     # A program processes rows of one unit, so that its sums stay in registers.
     place = tl.zeros((R,), tl.int32) + tl.program_id(0)
-    program = tl.program_id(1)
+    # The tiles of the last program may lie beyond the last row, and their rows beyond an int32.
+    program = tl.program_id(1).to(tl.int64)
     start = place * (P * size)
     i = tl.arange(0, W)[None, :]
     total = tl.zeros((R, W), tl.float32)
@@ -48,17 +50,17 @@ def _pair(
             codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
             BITS, P, RAGGED, W,
         )  # fmt: skip
-        begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
+        begin = row * row_stride + start.to(tl.int64) * col_stride
         at = grad + begin[:, None] + i.to(tl.int64) * col_stride
         g = tl.load(at, mask, other=0).to(tl.float32)
         out = (g * slope(x, KIND)).to(dx.dtype.element_ty)
-        to = (row.to(tl.int64) * cols + start)[:, None] + i
+        to = (row * cols + start)[:, None] + i
         tl.store(dx + to, out, mask)
         tl.store(y + to, value(x, KIND).to(y.dtype.element_ty), mask)
         total += tl.where(mask, out.to(tl.float32), 0.0)
     column = tl.program_id(0) * (P * size) + tl.arange(0, W)
     inside = (tl.arange(0, W) < P * size) & (column < cols)
-    tl.store(partial + program.to(tl.int64) * cols + column, tl.sum(total, 0), inside)
+    tl.store(partial + program * cols + column, tl.sum(total, 0), inside)
 
 
 @per_site()
@@ -84,8 +86,14 @@ def activation_pair_sum(
         return triton_schemas.activation_pair_sum
     _, per_row, *numbers = tiles.numbers
     bits, joined, ragged, height, width = tiles.constants
-    programs, share = _split(rows, per_row, height, grad.device)
-    bound = rows, *numbers, *grad.stride(), share, bits, joined, ragged, height, width, kind
+    numbers = [rows, *numbers, *grad.stride()]
+    constants = bits, joined, ragged, height, width, kind
+    tensors = grad, codes.contiguous(), scales.contiguous(), *empty
+    arguments = *tensors, *numbers, 1, *constants
+    most = programs_at_once(_pair, tiles.num_warps, arguments, grad.device, _PROGRAMS)
+    # The programs of each unit of a row.
+    programs, share = split(triton.cdiv(rows, height), triton.cdiv(most, per_row))
+    bound = *numbers, share, *constants
     launch = Launch(_pair, (per_row, programs), tiles.num_warps, bound)
     add = add_parts(programs, 1, cols)
     make = outputs(*empty, grad.new_empty((programs, 1, cols), dtype=torch.float32))
@@ -97,11 +105,3 @@ def activation_pair_sum(
         return dx, y, total
 
     return call
-
-
-def _split(rows: int, per_row: int, height: int, device: torch.device) -> tuple[int, int]:
-    """(programs per unit, tiles per program)."""
-    count = triton.cdiv(rows, height)
-    wanted = max(1, triton.cdiv(_PROGRAMS * multiprocessors(device), per_row))
-    share = triton.cdiv(count, wanted)
-    return triton.cdiv(count, share), share

@@ -26,6 +26,9 @@ from torch import Tensor
 TILE = 4096
 # The longest row of a tile. At 32 warps, a thread then holds 32 elements.
 WIDEST = 32768
+# The most units of a matrix, and columns of a row. The last tile may reach beyond them by less than
+# WIDEST, and its indices must fit an int32.
+_LAST = 2**31 - WIDEST
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,7 +54,7 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     per_row = -(-groups // joined)
     units = rows * per_row
     code_bytes, unit_bytes = -(-cols * bits // 8), joined * size * bits // 8
-    if width > WIDEST or units >= 2**31 or cols >= 2**31:
+    if width > WIDEST or max(units, cols) > _LAST:
         return None
     height = max(1, TILE // width)
     return Tiles(
