@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .launch import Launch, contiguous, outputs, per_site
+from .launch import Launch, compiled, contiguous, outputs, per_site
 from .tiles import code_place, handles, locate, tiles, value_mask
 
 
@@ -152,6 +153,19 @@ def _encode(
 def signed(seed: int) -> int:
     """The low 32 bits of a seed as an int32. All seeds have one type, so one kernel is compiled."""
     return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def compile_one() -> None:
+    """Compile the kernel for bfloat16 on the current device, without a launch.
+
+    Raises:
+        Exception: Triton cannot compile for the device.
+    """
+    cut = tiles(1, 64, 1, 8)
+    assert cut is not None
+    pointers = torch.bfloat16, None, None, torch.uint8, torch.bfloat16
+    numbers = *cut.numbers, 64, 1
+    compiled(_encode, cut.num_warps, (*pointers, 0, *numbers, *cut.constants, False))
 
 
 def _launch(
