@@ -4,7 +4,6 @@ import contextlib
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import conftest
 import pytest
@@ -237,16 +236,3 @@ def test_a_captured_graph_replays():
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
-
-
-# --- what the compiler makes of them, for which it needs no GPU ---
-
-
-@pytest.mark.slow
-def test_compiled_kernels_round_as_specified_and_move_whole_vectors():
-    pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
-    script = Path(__file__).with_name("triton_compiled.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=HUNG_S
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

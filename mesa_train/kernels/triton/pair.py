@@ -37,8 +37,7 @@ def _pair(
 ):  # fmt: skip
     # A program processes rows of one unit, so that its sums stay in registers.
     place = tl.zeros((R,), tl.int32) + tl.program_id(0)
-    # The tiles of the last program may lie beyond the last row, and their rows beyond an int32.
-    program = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(1)
     start = place * (P * size)
     i = tl.arange(0, W)[None, :]
     total = tl.zeros((R, W), tl.float32)
@@ -50,17 +49,17 @@ def _pair(
             codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
             BITS, P, RAGGED, W,
         )  # fmt: skip
-        begin = row * row_stride + start.to(tl.int64) * col_stride
+        begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
         at = grad + begin[:, None] + i.to(tl.int64) * col_stride
         g = tl.load(at, mask, other=0).to(tl.float32)
         out = (g * slope(x, KIND)).to(dx.dtype.element_ty)
-        to = (row * cols + start)[:, None] + i
+        to = (row.to(tl.int64) * cols + start)[:, None] + i
         tl.store(dx + to, out, mask)
         tl.store(y + to, value(x, KIND).to(y.dtype.element_ty), mask)
         total += tl.where(mask, out.to(tl.float32), 0.0)
     column = tl.program_id(0) * (P * size) + tl.arange(0, W)
     inside = (tl.arange(0, W) < P * size) & (column < cols)
-    tl.store(partial + program * cols + column, tl.sum(total, 0), inside)
+    tl.store(partial + program.to(tl.int64) * cols + column, tl.sum(total, 0), inside)
 
 
 @per_site()
@@ -93,6 +92,9 @@ def activation_pair_sum(
     most = programs_at_once(_pair, tiles.num_warps, arguments, grad.device, _PROGRAMS)
     # The programs of each unit of a row.
     programs, share = split(triton.cdiv(rows, height), triton.cdiv(most, per_row))
+    # Rows are int32, which takes fewer registers. The last tiles may lie beyond the last row.
+    if programs * share * height > 2**31:
+        return triton_schemas.activation_pair_sum
     bound = *numbers, share, *constants
     launch = Launch(_pair, (per_row, programs), tiles.num_warps, bound)
     add = add_parts(programs, 1, cols)
