@@ -245,7 +245,7 @@ def norm_backward(
     if centered:
         dx = dx - dxhat.mean(1, keepdim=True)
     dx = dx * rstd.to(torch.float32).unsqueeze(1)
-    return dx.to(dtype), (grad * xhat).sum(0), grad.sum(0)
+    return dx.to(dtype).contiguous(), (grad * xhat).sum(0), grad.sum(0)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -26,15 +26,21 @@ _library = torch.library.Library("mesa_train", "DEF")
 # --- checks: shared by the fake and the body; the C++ repeats them ---
 
 
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check. A condition that is plainly True needs no call, a symbolic one is recorded."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def _check_matrix(name: str, tensor: Tensor) -> None:
-    torch._check(
+    _check(
         tensor.dim() == 2,
         lambda: f"{name} must be 2-D (rows, cols), got shape {tuple(tensor.shape)}",
     )
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
-    torch._check(
+    _check(
         tensor.is_floating_point(),
         lambda: f"{name} must be a floating-point tensor, got {tensor.dtype}",
     )
@@ -43,48 +49,46 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 def _check_vector(name: str, tensor: Tensor | None, length: int) -> None:
     if tensor is None:
         return
-    torch._check(
+    _check(
         tensor.dim() == 1,
         lambda: f"{name} must be 1-D, got shape {tuple(tensor.shape)}",
     )
-    torch._check(
+    _check(
         tensor.shape[0] == length,
         lambda: f"{name} must have {length} elements, got {tensor.shape[0]}",
     )
 
 
 def _check_bits(bits: int) -> None:
-    torch._check(bits in BITS, lambda: f"bits must be one of {BITS}, got {bits}")
+    _check(bits in BITS, lambda: f"bits must be one of {BITS}, got {bits}")
 
 
 def _check_encode(x: Tensor, bits: int, group_size: int) -> None:
     _check_matrix("x", x)
     _check_floating("x", x)
     _check_bits(bits)
-    torch._check(group_size >= 1, lambda: f"group_size must be at least 1, got {group_size}")
+    _check(group_size >= 1, lambda: f"group_size must be at least 1, got {group_size}")
 
 
 def _check_codes(codes: Tensor, scales: Tensor, bits: int, rows: int, cols: int) -> None:
     _check_bits(bits)
     _check_matrix("codes", codes)
-    torch._check(
-        codes.dtype == torch.uint8, lambda: f"codes must be torch.uint8, got {codes.dtype}"
-    )
-    torch._check(
+    _check(codes.dtype == torch.uint8, lambda: f"codes must be torch.uint8, got {codes.dtype}")
+    _check(
         scales.dtype == torch.bfloat16 and scales.dim() == 3,
         lambda: (
             f"scales must be torch.bfloat16 (rows, groups, 2), got {scales.dtype} "
             f"{tuple(scales.shape)}"
         ),
     )
-    torch._check(scales.shape[2] == 2, lambda: f"scales must end in 2, got {scales.shape[2]}")
-    torch._check(
+    _check(scales.shape[2] == 2, lambda: f"scales must end in 2, got {scales.shape[2]}")
+    _check(
         codes.shape[0] == rows and scales.shape[0] == rows,
         lambda: (
             f"codes and scales must have {rows} rows, got {codes.shape[0]} and {scales.shape[0]}"
         ),
     )
-    torch._check(
+    _check(
         codes.shape[1] == (cols * bits + 7) // 8,
         lambda: (
             f"codes must have {(cols * bits + 7) // 8} bytes a row for cols={cols} at "
@@ -95,7 +99,7 @@ def _check_codes(codes: Tensor, scales: Tensor, bits: int, rows: int, cols: int)
 
 def _check_kind(kind: str) -> None:
     choices = tuple(reference.ACTIVATIONS)
-    torch._check(kind in choices, lambda: f"kind must be one of {choices}, got {kind!r}")
+    _check(kind in choices, lambda: f"kind must be one of {choices}, got {kind!r}")
 
 
 # --- fakes ---
@@ -120,7 +124,7 @@ def _affine_encode_parts(
     x: Tensor, parts: int, bits: int, group_size: int, stochastic: bool, seed: int
 ) -> list[Tensor]:
     _check_encode(x, bits, group_size)
-    torch._check(
+    _check(
         parts >= 1 and x.shape[1] % parts == 0,
         lambda: f"parts must divide the columns of x, got {parts} and {x.shape[1]} columns",
     )
@@ -221,7 +225,7 @@ def _scale_backward(
 
 
 def _bitmask_encode(mask: Tensor) -> Tensor:
-    torch._check(mask.dtype == torch.bool, lambda: f"mask must be torch.bool, got {mask.dtype}")
+    _check(mask.dtype == torch.bool, lambda: f"mask must be torch.bool, got {mask.dtype}")
     return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
 
 
@@ -232,13 +236,13 @@ def _bitmask_positive(x: Tensor) -> Tensor:
 
 def _bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
     _check_floating("grad", grad)
-    torch._check(bits.dtype == torch.uint8, lambda: f"bits must be torch.uint8, got {bits.dtype}")
+    _check(bits.dtype == torch.uint8, lambda: f"bits must be torch.uint8, got {bits.dtype}")
     _check_vector("bits", bits, (grad.numel() + 7) // 8)
     return torch.empty_like(grad)
 
 
 def _cast_like(x: Tensor, like: Tensor) -> Tensor:
-    torch._check(x.dtype != like.dtype, lambda: f"x is {like.dtype} already")
+    _check(x.dtype != like.dtype, lambda: f"x is {like.dtype} already")
     return torch.empty_like(x, dtype=like.dtype)
 
 

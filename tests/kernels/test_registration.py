@@ -7,7 +7,7 @@ import torch
 from mesa_train import kernels
 from mesa_train.codecs import bitmask
 from mesa_train.codecs.affine import Affine
-from mesa_train.kernels import reference
+from mesa_train.kernels import reference, schemas
 
 ops = torch.ops.mesa_train
 
@@ -49,6 +49,15 @@ def test_opcheck(name):
     kernels.load()
     for args in samples()[name]:
         torch.library.opcheck(getattr(ops, name).default, args)
+
+
+def test_a_plainly_true_check_is_skipped_and_a_symbolic_one_is_recorded(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(torch, "_check", lambda condition, _message: recorded.append(condition))
+    symbolic = object()  # in the place of a SymBool, which must not be evaluated
+    for condition in (True, symbolic, False):
+        schemas._check(condition, lambda: "")
+    assert recorded == [symbolic, False]
 
 
 @pytest.mark.parametrize("name", [*conftest.OPERATORS, "cast_like"])

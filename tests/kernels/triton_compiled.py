@@ -1,12 +1,28 @@
-"""Compiles the Triton kernels for an H100, without one, through their own launchers, and checks the
-assembly: no fused multiply-add where two roundings are specified, no atomics, and memory moved 16
-bytes at a time. Run by test_triton_operators.py in a process of its own."""
+"""Compiles the Triton kernels for an NVIDIA GPU, without one, through their own launchers.
+
+    python tests/kernels/triton_compiled.py 90          each operator once
+    python tests/kernels/triton_compiled.py 90 --all    more bits, dtypes and strides
+
+Each operator: no spills, at most `REGISTERS` registers, and memory moved 16 bytes at a time. With
+--all also: no fused multiply-add where two roundings are specified, and no atomics. The exit status is
+`NO_TARGET` if the assembler of the installed Triton does not have the GPU; the last line of the
+output has the reason. test_triton_compiled.py runs this file in a process for each GPU.
+"""
+# ruff: noqa: T201 (a program of its own)
 
 import os
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -14,15 +30,27 @@ from triton.runtime.jit import JITFunction
 from mesa_train.kernels import reference
 from mesa_train.kernels.triton import bitmask, decode, encode, forward, norm, pair, scale, softmax
 
+NO_TARGET = 77
+# The most registers of a thread, by operator: 168 for three programs of four warps on a
+# multiprocessor. Other operators have at most 96, for five programs.
+REGISTERS = {"activation_pair": 136, "activation_pair_sum": 168, "norm_backward": 168}
+
 compiled = []
 run = JITFunction.run
 
 
-class H100:
-    """What the compiler asks of a device."""
+class Device:
+    """What the compiler asks of a device.
+
+    Args:
+        capability: compute capability times ten.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -45,9 +73,72 @@ def ptx(launcher, *args) -> str:
     return "\n".join(kernel.asm["ptx"] for kernel in compiled)
 
 
-def main() -> None:
-    driver.set_active(H100())
-    JITFunction.run = compile_only
+def usage(kernel) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack and local memory) of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    registers, stack, local = map(int, found)
+    return registers, stack + local
+
+
+def operators() -> Iterator[tuple[str, object, tuple[object, ...]]]:
+    """Each operator once, with arguments as in the training of a ViT: (name, launcher, arguments)."""
+    # The column sums have loops over tiles only if there are more tiles than programs.
+    qkv, rows, weight = torch.randn(256, 3 * 768), torch.rand(256), torch.randn(768)
+    x, half = qkv[:, 768:1536], qkv.bfloat16()[:, :768]
+    coded = {bits: reference.affine_encode(x, bits, 128, False, 0) for bits in (8, 4, 2)}
+    bf16 = torch.bfloat16
+    yield "affine_encode", encode.affine_encode, (half, 8, 128, False, 0)
+    yield "affine_encode", encode.affine_encode, (half, 4, 128, True, 0)
+    yield "normalized_encode", encode.normalized_encode, (x, rows, rows, 8, 128, False, 0)
+    yield "affine_decode", decode.affine_decode, (*coded[8], 8, 768, bf16, weight, weight)
+    yield "activation_decode", decode.activation_decode, (*coded[4], 4, 768, bf16, "gelu")
+    yield "activation_backward", decode.activation_backward, (half, *coded[4], 4, "gelu")
+    yield "activation_pair", decode.activation_pair, (half, *coded[2], 2, "gelu")
+    yield "activation_pair_sum", pair.activation_pair_sum, (half, *coded[8], 8, "gelu")
+    for bits in (8, 2):
+        args = (half, *coded[bits], rows, weight, bits, True, bf16)
+        yield "norm_backward", norm.norm_backward, args
+    short = reference.affine_encode(x[:, :384], 2, 128, False, 0)
+    args = (half[:, :384], *short, rows, weight[:384], 2, True, torch.float32)
+    yield "norm_backward", norm.norm_backward, args
+    yield "softmax_backward", softmax.softmax_backward, (half, *coded[8], 8)
+    yield "scale_backward", scale.scale_backward, (x, weight, bf16)
+    code = 8, 128, False, 0
+    yield "norm_encode", forward.norm_encode, (x, weight, weight, 1e-5, True, bf16, *code)
+    yield "activation_encode", forward.activation_encode, (half, "gelu", *code)
+    yield "softmax_encode", softmax.softmax_encode, (half, bf16, *code)
+    yield "bitmask_positive", bitmask.bitmask_positive, (half,)
+    yield "bitmask_encode", bitmask.bitmask_encode, (half > 0,)
+    yield "bitmask_apply", bitmask.bitmask_apply, (half, reference.bitmask_positive(half), 2.0)
+
+
+# Operators whose results are smaller than 16 bytes a thread.
+NARROW = {"bitmask_positive", "bitmask_encode"}
+
+
+def check_resources() -> None:
+    for name, launcher, args in operators():
+        text = ptx(launcher, *args)
+        found = [usage(kernel) for kernel in compiled]
+        print(name, found)
+        assert all(spilled == 0 for _, spilled in found), f"{name} spills: {found}"
+        most = max(registers for registers, _ in found)
+        assert most <= REGISTERS.get(name, 96), f"{name} has {most} registers"
+        assert re.search(r"ld\.global\.v4\.b32", text), f"{name} loads in small pieces"
+        if name not in NARROW:
+            assert re.search(r"st\.global\.v4\.b32", text), f"{name} stores in small pieces"
+            assert not re.search(r"global\.b8", text) or name == "bitmask_apply"
+
+
+def check_rounding_and_vectors() -> None:
+    """All kernels with many combinations of bits, dtypes and strides."""
     qkv = torch.randn(64, 3 * 384)
     rows = torch.rand(64)
     for bits in (8, 4, 2):
@@ -69,12 +160,9 @@ def main() -> None:
         for grad in (qkv[:, :384], qkv.bfloat16()[:, :384]):
             args = (grad, *coded, rows, qkv[0, :384], bits, True, grad.dtype)
             assert "atom" not in ptx(norm.norm_backward, *args)
+    grad = qkv.bfloat16()[:, :384]
     for kind in reference.ACTIVATIONS:
-        text = ptx(decode.activation_decode, *coded, 2, 384, torch.bfloat16, kind)
-        assert "st.global.v4.b32" in text
-        grad = qkv.bfloat16()[:, :384]
-        ptx(decode.activation_backward, grad, *coded, 2, kind)
-        ptx(decode.activation_pair, grad, *coded, 2, kind)
+        # The pair has the code of the other kernels of an activation: its value and its slope.
         text = ptx(pair.activation_pair_sum, grad, *coded, 2, kind)
         assert "atom" not in text
         assert "st.global.v4.b32" in text
@@ -103,5 +191,21 @@ def main() -> None:
     ptx(bitmask.bitmask_encode, qkv > 0)
 
 
+def main(capability: int, everything: bool) -> None:
+    driver.set_active(Device(capability))
+    try:
+        encode.compile_one()
+    except Exception as error:
+        if "gpu-name" not in str(error):  # The assembler has the GPU.
+            raise
+        line = next(text for text in str(error).splitlines() if "gpu-name" in text)
+        print(f"compute capability {capability / 10}: {line}")
+        sys.exit(NO_TARGET)
+    JITFunction.run = compile_only
+    check_resources()
+    if everything:
+        check_rounding_and_vectors()
+
+
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), "--all" in sys.argv[2:])

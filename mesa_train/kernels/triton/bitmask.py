@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .tiles import handles, launch
+from .launch import Launch, outputs, per_site
+from .tiles import handles
 
 # Bytes of the mask that a program writes or reads: 4096 elements at 4 warps.
 _BYTES = 512
@@ -31,7 +34,7 @@ def _encode(x, bits, numel, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _apply(grad, bits, out, numel, scale, BYTES: tl.constexpr):
+def _apply(grad, bits, out, scale, numel, BYTES: tl.constexpr):
     begin = tl.program_id(0).to(tl.int64) * BYTES
     b = begin + tl.arange(0, BYTES)
     packed = tl.load(bits + b, b * 8 < numel, other=0).to(tl.int32)
@@ -42,40 +45,55 @@ def _apply(grad, bits, out, numel, scale, BYTES: tl.constexpr):
     tl.store(out + i, kept.to(out.dtype.element_ty), i < numel)
 
 
-def _write_bits(x: Tensor, bits: Tensor) -> Tensor:
-    if x.numel():
-        grid = (triton.cdiv(bits.numel(), _BYTES),)
-        launch(_encode, grid, 4, (x.contiguous(), bits), (x.numel(),), (_BYTES,))
-    return bits
-
-
-def bitmask_encode(mask: Tensor) -> Tensor:
-    """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
-    bits = schemas._bitmask_encode(mask)
-    return _write_bits(mask.contiguous().view(torch.uint8), bits)
-
-
-def bitmask_positive(x: Tensor) -> Tensor:
-    """Bits of x > 0. A NaN counts as positive."""
-    bits = schemas._bitmask_positive(x)
-    return _write_bits(x, bits) if handles(x) else reference.bitmask_positive(x)
-
-
-def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
-    """grad * scale if the bit is set, else 0. Strides follow grad."""
-    out = schemas._bitmask_apply(grad, bits, scale)
-    numel = grad.numel()
+def _write_bits(empty: Tensor, numel: int) -> Callable[[Tensor], Tensor]:
+    """A function from a tensor to its bits. `empty`: the bits, not yet written."""
+    make = outputs(empty)
     if numel == 0:
-        return out
+        return lambda _: make()[0]
+    launch = Launch(_encode, (triton.cdiv(empty.numel(), _BYTES),), 4, (numel, _BYTES))
+
+    def call(x: Tensor) -> Tensor:
+        (bits,) = make()
+        launch(x.contiguous(), bits)
+        return bits
+
+    return call
+
+
+@per_site()
+def bitmask_encode(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
+    write = _write_bits(schemas._bitmask_encode(mask), mask.numel())
+    return lambda mask: write(mask.contiguous().view(torch.uint8))
+
+
+@per_site()
+def bitmask_positive(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Bits of x > 0. A NaN counts as positive."""
+    empty = schemas._bitmask_positive(x)
+    return _write_bits(empty, x.numel()) if handles(x) else reference.bitmask_positive
+
+
+@per_site(free=1)
+def bitmask_apply(
+    grad: Tensor, bits: Tensor, scale: float
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """grad * scale if the bit is set, else 0. Strides follow grad."""
+    empty = schemas._bitmask_apply(grad, bits, scale)
+    make = outputs(empty)
+    if grad.numel() == 0:
+        return lambda *_: make()[0]
     # A kernel gets its numbers in float32, which is too coarse for the scale of float64 values.
     if grad.dtype == torch.float64 or not handles(grad):
-        return reference.bitmask_apply(grad, bits, scale)
-    dense = (
-        out
-        if out.is_contiguous()
-        else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    )
+        return reference.bitmask_apply
     grid = (triton.cdiv(bits.numel(), _BYTES),)
-    tensors = grad.contiguous(), bits.contiguous(), dense
-    launch(_apply, grid, 4, tensors, (numel, scale), (_BYTES,))
-    return out if dense is out else out.copy_(dense)
+    launch = Launch(_apply, grid, 4, (grad.numel(), _BYTES))
+    dense = outputs(empty.contiguous())
+    in_order = empty.is_contiguous()
+
+    def call(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
+        (out,) = dense()
+        launch(grad.contiguous(), bits.contiguous(), out, scale)
+        return out if in_order else make()[0].copy_(out)
+
+    return call

@@ -10,16 +10,16 @@ input gives the same bits on the same device.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .tiles import launch
+from .launch import Launch, compiled
 
-# Elements of a tile, and programs per multiprocessor. Together they keep enough loads in flight,
-# and the parts stay at a few percent of the memory traffic.
+# Elements of a tile, and programs per multiprocessor, at most. Together they keep enough loads in
+# flight, and the parts stay at a few percent of the memory traffic.
 _TILE = 2048
 _PROGRAMS = 4
 # Columns and parts that a program of the second launch reads at once.
@@ -46,27 +46,83 @@ def _add(
         tl.store(second + c, out, c < cols)
 
 
-def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Add the parts (parts, 1 or 2, cols) of one or two sums into vectors (cols,)."""
-    parts, sums, cols = partial.shape
+def add_parts(parts: int, sums: int, cols: int) -> Launch:
+    """The launch that adds the parts (parts, 1 or 2, cols) of one or two sums.
+
+    Its arguments are the parts and two vectors (cols,) for the sums, or one vector and None.
+    """
     grid = (triton.cdiv(cols, _COLUMNS), sums)
-    launch(_add, grid, 4, (partial, first, second), (parts, cols), (sums, _COLUMNS, _PARTS))
+    return Launch(_add, grid, 4, (parts, cols, sums, _COLUMNS, _PARTS))
 
 
-@lru_cache(maxsize=4096)
-def split(rows: int, cols: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(rows of a tile, columns of a tile, programs, tiles per program)."""
+def tile(cols: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of whole rows."""
     width = max(triton.next_power_of_2(cols), 16)
-    height = max(1, min(_TILE // width, 16))
-    count = triton.cdiv(rows, height)
-    share = triton.cdiv(count, _PROGRAMS * multiprocessors(device))
-    return height, width, triton.cdiv(count, share), share
+    return max(1, min(_TILE // width, 16)), width
+
+
+def split(count: int, programs: int) -> tuple[int, int]:
+    """(programs, tiles per program) for `count` tiles and at most so many programs."""
+    share = triton.cdiv(count, programs)
+    return triton.cdiv(count, share), share
+
+
+def programs_at_once(
+    kernel: Any,
+    num_warps: int,
+    arguments: tuple[Any, ...],
+    device: torch.device,
+    most: int = _PROGRAMS,
+) -> int:
+    """The programs of a kernel that a device runs at the same time.
+
+    A grid with more programs runs in two waves, and the second wave leaves most of the device idle.
+    On an NVIDIA GPU the number follows from the registers of the compiled kernel. They differ
+    between GPUs and versions of Triton.
+
+    Args:
+        kernel: the Triton kernel. It is compiled if it has not been compiled before.
+        num_warps: warps per program.
+        arguments: arguments of the launch. The number of programs must not depend on them.
+        device: the device of the tensors.
+        most: programs per multiprocessor, at most.
+    """
+    if device.type == "cuda" and torch.version.hip is None:
+        fit = fitting(compiled(kernel, num_warps, arguments), num_warps, _properties(device))
+        most = min(most, fit)
+    return most * multiprocessors(device)
+
+
+def fitting(compiled_kernel: Any, num_warps: int, properties: Any) -> int:
+    """The programs of a compiled kernel that fit on one multiprocessor of an NVIDIA GPU, 1 or more.
+
+    Args:
+        compiled_kernel: Triton's compiled kernel. Without a count of registers, 128 are assumed.
+        num_warps: warps per program.
+        properties: torch's properties of the device.
+    """
+    # Triton loads the kernel onto the device, and so counts its registers, when `run` is read.
+    getattr(compiled_kernel, "run", None)
+    registers = getattr(compiled_kernel, "n_regs", None) or 128
+    shared = getattr(getattr(compiled_kernel, "metadata", None), "shared", 0)
+    # A warp gets a multiple of 256 registers, and CUDA reserves 1 KiB of memory for each program.
+    warp_registers = triton.cdiv(registers * 32, 256) * 256
+    limits = (
+        getattr(properties, "regs_per_multiprocessor", 65536) // (warp_registers * num_warps),
+        getattr(properties, "max_threads_per_multi_processor", 1024) // (32 * num_warps),
+        getattr(properties, "shared_memory_per_multiprocessor", 65536) // (shared + 1024),
+    )
+    return max(1, min(limits))
 
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """The number of programs that a device runs in parallel."""
+    """The number of multiprocessors of a device."""
     if device.type == "cpu":  # Triton's interpreter
         return 1
-    properties = torch.get_device_module(device).get_device_properties(device)
+    properties = _properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)

@@ -7,6 +7,9 @@ The results are the values, a norm's output, an activation, its gradient, or the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +18,8 @@ from torch import Tensor
 from mesa_train.kernels import reference, schemas
 
 from .activations import slope, value
-from .tiles import Tiles, decode_tile, handles, launch, locate, tiles, value_mask
+from .launch import Launch, contiguous, outputs, per_site
+from .tiles import Tiles, decode_tile, handles, locate, tiles, value_mask
 
 
 @triton.jit
@@ -77,6 +81,7 @@ def cut(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tiles | None:
     return tiles(codes.shape[0], cols, groups, bits)
 
 
+@per_site()
 def affine_decode(
     codes: Tensor,
     scales: Tensor,
@@ -85,78 +90,104 @@ def affine_decode(
     dtype: torch.dtype,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """Values (rows, cols), times weight (cols,) plus bias (cols,), in `dtype`."""
-    out = schemas._affine_decode(codes, scales, bits, cols, dtype, weight, bias)
-    if out.numel() == 0:
-        return out
+    empty = schemas._affine_decode(codes, scales, bits, cols, dtype, weight, bias)
+    make = outputs(empty)
+    if empty.numel() == 0:
+        return lambda *_: make()[0]
     found = cut(codes, scales, bits, cols)
-    if found is None or not handles(out, weight, bias):
-        return reference.affine_decode(codes, scales, bits, cols, dtype, weight, bias)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    tensors = codes.contiguous(), scales.contiguous(), weight, bias, out
-    launch(_decode, found.grid, found.num_warps, tensors, found.numbers, (*found.constants, None))
-    return out
+    if found is None or not handles(empty, weight, bias):
+        return reference.affine_decode
+    bound = *found.numbers, *found.constants, None
+    launch = Launch(_decode, found.grid, found.num_warps, bound)
+
+    def call(
+        codes: Tensor,
+        scales: Tensor,
+        _bits: int,
+        _cols: int,
+        _dtype: torch.dtype,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        (out,) = make()
+        weight, bias = contiguous(weight), contiguous(bias)
+        launch(codes.contiguous(), scales.contiguous(), weight, bias, out)
+        return out
+
+    return call
 
 
+@per_site()
 def activation_decode(
     codes: Tensor, scales: Tensor, bits: int, cols: int, dtype: torch.dtype, kind: str
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """kind(decoded), (rows, cols) in `dtype`."""
-    out = schemas._activation_decode(codes, scales, bits, cols, dtype, kind)
-    if out.numel() == 0:
-        return out
+    empty = schemas._activation_decode(codes, scales, bits, cols, dtype, kind)
+    make = outputs(empty)
+    if empty.numel() == 0:
+        return lambda *_: make()[0]
     found = cut(codes, scales, bits, cols)
-    if found is None or not handles(out):
-        return reference.activation_decode(codes, scales, bits, cols, dtype, kind)
-    tensors = codes.contiguous(), scales.contiguous(), None, None, out
-    launch(_decode, found.grid, found.num_warps, tensors, found.numbers, (*found.constants, kind))
-    return out
+    if found is None or not handles(empty):
+        return reference.activation_decode
+    bound = *found.numbers, *found.constants, kind
+    launch = Launch(_decode, found.grid, found.num_warps, bound)
+
+    def call(codes: Tensor, scales: Tensor, *_: Any) -> Tensor:
+        (out,) = make()
+        launch(codes.contiguous(), scales.contiguous(), None, None, out)
+        return out
+
+    return call
 
 
+@per_site()
 def activation_backward(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """grad * kind'(decoded), (rows, cols) in grad's dtype."""
-    dx = schemas._activation_backward(grad, codes, scales, bits, kind)
-    if dx.numel() == 0:
+    make = outputs(schemas._activation_backward(grad, codes, scales, bits, kind))
+    if grad.numel() == 0:
+        return lambda *_: make()[0]
+    launch = _launch_backward(grad, codes, scales, bits, kind)
+    if launch is None:
+        return reference.activation_backward
+
+    def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> Tensor:
+        (dx,) = make()
+        launch(grad, codes.contiguous(), scales.contiguous(), dx, None)
         return dx
-    found = cut(codes, scales, bits, grad.shape[1])
-    if found is None or not handles(grad):
-        return reference.activation_backward(grad, codes, scales, bits, kind)
-    _launch_backward(found, grad, codes, scales, dx, None, kind)
-    return dx
+
+    return call
 
 
+@per_site()
 def activation_pair(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """(grad * kind'(decoded), kind(decoded)), both (rows, cols) in grad's dtype."""
-    dx, y = schemas._activation_pair(grad, codes, scales, bits, kind)
-    if dx.numel() == 0:
+    make = outputs(*schemas._activation_pair(grad, codes, scales, bits, kind))
+    if grad.numel() == 0:
+        return lambda *_: tuple(make())
+    launch = _launch_backward(grad, codes, scales, bits, kind)
+    if launch is None:
+        return reference.activation_pair
+
+    def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        dx, y = make()
+        launch(grad, codes.contiguous(), scales.contiguous(), dx, y)
         return dx, y
-    found = cut(codes, scales, bits, grad.shape[1])
-    if found is None or not handles(grad):
-        return reference.activation_pair(grad, codes, scales, bits, kind)
-    _launch_backward(found, grad, codes, scales, dx, y, kind)
-    return dx, y
+
+    return call
 
 
 def _launch_backward(
-    found: Tiles,
-    grad: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    dx: Tensor,
-    y: Tensor | None,
-    kind: str,
-) -> None:
-    launch(
-        _activation_backward,
-        found.grid,
-        found.num_warps,
-        (grad, codes.contiguous(), scales.contiguous(), dx, y),
-        (*found.numbers, *grad.stride()),
-        (*found.constants, kind),
-    )
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
+) -> Launch | None:
+    """The launch of the kernel, or None if it cannot read these tensors."""
+    found = cut(codes, scales, bits, grad.shape[1])
+    if found is None or not handles(grad):
+        return None
+    bound = *found.numbers, *grad.stride(), *found.constants, kind
+    return Launch(_activation_backward, found.grid, found.num_warps, bound)

@@ -8,13 +8,18 @@ copy. A normalised input is computed in the same pass, so a norm's x_hat is neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .tiles import code_place, handles, launch, locate, tiles, value_mask
+from .launch import Launch, compiled, contiguous, outputs, per_site
+from .tiles import code_place, handles, locate, tiles, value_mask
 
 
 @triton.jit
@@ -125,8 +130,8 @@ def encode_tile(
 
 @triton.jit(do_not_specialize=["seed"])
 def _encode(
-    x, mean, rstd, codes, scales,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, seed,
+    x, mean, rstd, codes, scales, seed,
+    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -150,52 +155,78 @@ def signed(seed: int) -> int:
     return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
 
 
+def compile_one() -> None:
+    """Compile the kernel for bfloat16 on the current device, without a launch.
+
+    Raises:
+        Exception: Triton cannot compile for the device.
+    """
+    cut = tiles(1, 64, 1, 8)
+    assert cut is not None
+    pointers = torch.bfloat16, None, None, torch.uint8, torch.bfloat16
+    numbers = *cut.numbers, 64, 1
+    compiled(_encode, cut.num_warps, (*pointers, 0, *numbers, *cut.constants, False))
+
+
+def _launch(
+    x: Tensor,
+    means: tuple[Tensor | None, Tensor | None],
+    scales: Tensor,
+    bits: int,
+    stochastic: bool,
+) -> Launch | None:
+    """The launch of the kernel, or None if it cannot read these tensors."""
+    rows, cols = x.shape
+    cut = tiles(rows, cols, scales.shape[1], bits)
+    if cut is None or not handles(x, *means):
+        return None
+    bound = *cut.numbers, *x.stride(), *cut.constants, stochastic
+    return Launch(_encode, cut.grid, cut.num_warps, bound)
+
+
+@per_site(free=1)
 def affine_encode(
     x: Tensor, bits: int, group_size: int, stochastic: bool, seed: int
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """(rows, cols) to codes (rows, bytes) uint8 and scales (rows, groups, 2) bfloat16."""
-    return normalized_encode(x, None, None, bits, group_size, stochastic, seed)
+    empty = schemas._affine_encode(x, bits, group_size, stochastic, seed)
+    make = outputs(*empty)
+    if x.numel() == 0:
+        return lambda *_: tuple(make())
+    launch = _launch(x, (None, None), empty[1], bits, stochastic)
+    if launch is None:
+        return reference.affine_encode
+
+    def call(x: Tensor, *code: Any) -> tuple[Tensor, Tensor]:
+        codes, scales = make()
+        launch(x, None, None, codes, scales, signed(code[-1]))
+        return codes, scales
+
+    return call
 
 
+@per_site(free=1)
 def normalized_encode(
     x: Tensor,
     mean: Tensor | None,
-    rstd: Tensor | None,
+    rstd: Tensor,
     bits: int,
     group_size: int,
     stochastic: bool,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Codes of (x - mean) * rstd, with one mean and one rstd per row.
-
-    If both are None, codes of x.
-    """
-    if rstd is None:
-        codes, scales = schemas._affine_encode(x, bits, group_size, stochastic, seed)
-    else:
-        codes, scales = schemas._normalized_encode(
-            x, mean, rstd, bits, group_size, stochastic, seed
-        )
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Codes of (x - mean) * rstd, with one mean and one rstd per row. None: no mean."""
+    empty = schemas._normalized_encode(x, mean, rstd, bits, group_size, stochastic, seed)
+    make = outputs(*empty)
     if x.numel() == 0:
+        return lambda *_: tuple(make())
+    launch = _launch(x, (mean, rstd), empty[1], bits, stochastic)
+    if launch is None:
+        return reference.normalized_encode
+
+    def call(x: Tensor, mean: Tensor | None, rstd: Tensor, *code: Any) -> tuple[Tensor, Tensor]:
+        codes, scales = make()
+        launch(x, contiguous(mean), rstd.contiguous(), codes, scales, signed(code[-1]))
         return codes, scales
-    rows, cols = x.shape
-    cut = tiles(rows, cols, scales.shape[1], bits)
-    if cut is None or not handles(x, mean, rstd):
-        if rstd is None:
-            return reference.affine_encode(x, bits, group_size, stochastic, seed)
-        return reference.normalized_encode(x, mean, rstd, bits, group_size, stochastic, seed)
-    launch(
-        _encode,
-        cut.grid,
-        cut.num_warps,
-        (
-            x,
-            None if mean is None else mean.contiguous(),
-            None if rstd is None else rstd.contiguous(),
-            codes,
-            scales,
-        ),
-        (*cut.numbers, *x.stride(), signed(seed) if stochastic else 0),
-        (*cut.constants, stochastic),
-    )
-    return codes, scales
+
+    return call

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,13 +15,14 @@ from torch import Tensor
 from . import schemas as triton_schemas
 from .activations import value
 from .encode import encode_tile, signed
-from .tiles import handles, launch, locate, locate_rows, row_sum, row_tiles, tiles, value_mask
+from .launch import Launch, contiguous, outputs, per_site
+from .tiles import handles, locate, locate_rows, row_sum, row_tiles, tiles, value_mask
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _activation(
-    x, y, codes, scales,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, seed,
+    x, y, codes, scales, seed,
+    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -38,8 +42,8 @@ def _activation(
 
 @triton.jit(do_not_specialize=["seed"])
 def _norm(
-    x, weight, bias, y, rstds, codes, scales,
-    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, eps, seed,
+    x, weight, bias, y, rstds, codes, scales, seed,
+    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, eps,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
     UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
@@ -68,29 +72,31 @@ def _norm(
     tl.store(y + to, v.to(y.dtype.element_ty), mask)
 
 
+@per_site(free=1)
 def activation_encode(
     x: Tensor, kind: str, bits: int, group_size: int, stochastic: bool, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """kind(x), (rows, cols) in x's dtype, and the codes and scales of x."""
-    y, codes, scales = triton_schemas._activation_encode(
-        x, kind, bits, group_size, stochastic, seed
-    )
+    empty = triton_schemas._activation_encode(x, kind, bits, group_size, stochastic, seed)
+    make = outputs(*empty)
     if x.numel() == 0:
-        return y, codes, scales
-    cut = tiles(*x.shape, scales.shape[1], bits)
+        return lambda *_: tuple(make())
+    rows, cols = x.shape
+    cut = tiles(rows, cols, empty[-1].shape[1], bits)
     if cut is None or not handles(x):
-        return triton_schemas.activation_encode(x, kind, bits, group_size, stochastic, seed)
-    launch(
-        _activation,
-        cut.grid,
-        cut.num_warps,
-        (x, y, codes, scales),
-        (*cut.numbers, *x.stride(), signed(seed) if stochastic else 0),
-        (*cut.constants, stochastic, kind),
-    )
-    return y, codes, scales
+        return triton_schemas.activation_encode
+    bound = *cut.numbers, *x.stride(), *cut.constants, stochastic, kind
+    launch = Launch(_activation, cut.grid, cut.num_warps, bound)
+
+    def call(x: Tensor, *code: Any) -> tuple[Tensor, ...]:
+        y, codes, scales = make()
+        launch(x, y, codes, scales, signed(code[-1]))
+        return y, codes, scales
+
+    return call
 
 
+@per_site(free=1)
 def norm_encode(
     x: Tensor,
     weight: Tensor | None,
@@ -102,28 +108,35 @@ def norm_encode(
     group_size: int,
     stochastic: bool,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """LayerNorm (centered) or RMSNorm in `dtype`, rstd (rows,), and codes of the normalised rows.
 
     Arguments and results are as for `schemas.norm_encode`.
     """
-    code = bits, group_size, stochastic, seed
-    y, rstd, codes, scales = triton_schemas._norm_encode(
-        x, weight, bias, eps, centered, dtype, *code
+    empty = triton_schemas._norm_encode(
+        x, weight, bias, eps, centered, dtype, bits, group_size, stochastic, seed
     )
+    make = outputs(*empty)
     if x.numel() == 0:
-        return y, rstd.fill_(eps**-0.5), codes, scales
-    cut = row_tiles(*x.shape, scales.shape[1], bits)
-    if cut is None or not handles(x, weight, bias, y):
-        return triton_schemas.norm_encode(x, weight, bias, eps, centered, dtype, *code)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    launch(
-        _norm,
-        cut.grid,
-        cut.num_warps,
-        (x, weight, bias, y, rstd, codes, scales),
-        (*cut.numbers, *x.stride(), eps, signed(seed) if stochastic else 0),
-        (*cut.constants, stochastic, centered),
-    )
-    return y, rstd, codes, scales
+
+        def call_empty(*_: Any) -> tuple[Tensor, ...]:
+            y, rstd, codes, scales = make()
+            return y, rstd.fill_(eps**-0.5), codes, scales
+
+        return call_empty
+    rows, cols = x.shape
+    cut = row_tiles(rows, cols, empty[-1].shape[1], bits)
+    if cut is None or not handles(x, weight, bias, empty[0]):
+        return triton_schemas.norm_encode
+    bound = *cut.numbers, *x.stride(), eps, *cut.constants, stochastic, centered
+    launch = Launch(_norm, cut.grid, cut.num_warps, bound)
+
+    def call(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        y, rstd, codes, scales = make()
+        weight, bias = contiguous(weight), contiguous(bias)
+        launch(x, weight, bias, y, rstd, codes, scales, signed(rest[-1]))
+        return y, rstd, codes, scales
+
+    return call

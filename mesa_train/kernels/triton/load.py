@@ -44,8 +44,9 @@ OPERATORS = {
 }
 # NVIDIA's and AMD's GPUs share the first key.
 _KEYS = ("CUDA", "XPU")
-# The oldest NVIDIA GPUs that Triton compiles for.
-_OLDEST = (8, 0)
+# The oldest compute capability that Triton supports officially. Triton 3.8 compiles all kernels
+# for 7.0 and 7.5 too.
+_SUPPORTED = (8, 0)
 
 logger = logging.getLogger(__name__)
 
@@ -99,23 +100,44 @@ def _body(name: str, device: torch.device) -> Callable[..., Any]:
 @lru_cache
 def _obstacle(device: torch.device) -> str | None:
     """The reason why Triton cannot run on a device, logged once; None if it can."""
-    reason = None
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            major, minor = capability
-            reason = f"{device} has compute capability {major}.{minor}, below 8.0"
-    if reason is None:
-        try:
-            importlib.import_module("triton")
-        except ImportError as error:
-            reason = str(error)
-    if reason is not None:
-        logger.warning(
-            "mesa_train runs without its Triton kernels on %s: the plain-torch reference gives the "
-            "same results about ten times slower. To fix it, install triton (pip install triton); "
-            "to silence this, set MESA_TRAIN_TRITON=0. The reason: %s",
-            device,
-            reason,
-        )
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        reason, remedy = str(error), "To fix it, install triton (pip install triton); to"
+    else:
+        refused = _refused(device)
+        if refused is None:
+            return None
+        reason, remedy = refused, "To"
+    logger.warning(
+        "mesa_train runs without its Triton kernels on %s: the plain-torch reference gives the "
+        "same results about ten times slower. %s silence this, set MESA_TRAIN_TRITON=0. "
+        "The reason: %s",
+        device,
+        remedy,
+        reason,
+    )
     return reason
+
+
+def _refused(device: torch.device) -> str | None:
+    """The reason why Triton cannot compile for a device; None if it can.
+
+    It is tried with one kernel if the device is older than the GPUs that Triton supports. The trial
+    takes about a second.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _SUPPORTED:
+        return None
+    encode = importlib.import_module("mesa_train.kernels.triton.encode")
+    try:
+        with torch.accelerator.device_index(device.index):
+            encode.compile_one()
+    # Triton, LLVM and the assembler raise exceptions of many types.
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        name = f"compute capability {capability[0]}.{capability[1]}"
+        return f"{device} has {name}, and Triton does not compile for it: {line}"
+    return None

@@ -7,6 +7,9 @@ grad and codes are read once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +17,12 @@ from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .columns import add_parts, split
-from .tiles import WIDEST, as_scale, as_zero, handles, launch, unpack, warps
+from .columns import add_parts, programs_at_once, split, tile
+from .launch import Launch, contiguous, outputs, per_site
+from .tiles import WIDEST, as_scale, as_zero, handles, unpack, warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _rows(
     grad, codes, scales, rstd, weight, dx, partial,
     rows, cols, groups, code_bytes, row_stride, col_stride, share,
@@ -26,7 +30,8 @@ def _rows(
     C: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = 8 // BITS
-    program = tl.program_id(0)
+    # The tiles of the last program may lie beyond the last row, and their rows beyond an int32.
+    program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)[None, :]
     b = tl.arange(0, C // PER)[None, :]
     inside = c < cols
@@ -38,7 +43,7 @@ def _rows(
     dweight = tl.zeros((R, C), tl.float32)
     dbias = tl.zeros((R, C), tl.float32)
     for turn in range(share):
-        row = ((program * share + turn) * R + tl.arange(0, R)).to(tl.int64)
+        row = (program * share + turn) * R + tl.arange(0, R)
         live = row < rows
         mask = live[:, None] & inside
         at = row[:, None] * row_stride + c.to(tl.int64) * col_stride
@@ -57,12 +62,13 @@ def _rows(
         tl.store(dx + row[:, None] * cols + c, out.to(dx.dtype.element_ty), mask)
         dweight = tl.fma(g, x_hat, dweight)
         dbias += g
-    to = partial + program.to(tl.int64) * 2 * cols + tl.arange(0, C)
+    to = partial + program * 2 * cols + tl.arange(0, C)
     columns = tl.arange(0, C) < cols
     tl.store(to, tl.sum(dweight, 0), columns)
     tl.store(to + cols, tl.sum(dbias, 0), columns)
 
 
+@per_site()
 def norm_backward(
     grad: Tensor,
     codes: Tensor,
@@ -72,27 +78,40 @@ def norm_backward(
     bits: int,
     centered: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
-    dx, dweight, dbias = schemas._norm_backward(
-        grad, codes, scales, rstd, weight, bits, centered, dtype
-    )
+    empty = schemas._norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
+    make = outputs(*empty)
     rows, cols = grad.shape
-    if dx.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    if cols > WIDEST // 2 or not handles(grad, rstd, weight, dx):
-        return reference.norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
-    height, width, programs, share = split(rows, cols, grad.device)
+    if grad.numel() == 0:
+
+        def call_empty(*_: Any) -> tuple[Tensor, ...]:
+            dx, dweight, dbias = make()
+            return dx, dweight.zero_(), dbias.zero_()
+
+        return call_empty
+    if cols > WIDEST // 2 or not handles(grad, rstd, weight, empty[0]):
+        return reference.norm_backward
+    height, width = tile(cols)
+    num_warps = warps(2 * height * width)
     groups = scales.shape[1]
-    partial = grad.new_empty((programs, 2, cols), dtype=torch.float32)
-    weight = None if weight is None else weight.contiguous()
-    launch(
-        _rows,
-        (programs,),
-        warps(2 * height * width),
-        (grad, codes.contiguous(), scales.contiguous(), rstd.contiguous(), weight, dx, partial),
-        (rows, cols, groups, codes.shape[1], *grad.stride(), share),
-        (-(-cols // groups), centered, bits, height, width),
-    )
-    add_parts(partial, dweight, dbias)
-    return dx, dweight, dbias
+    numbers = rows, cols, groups, codes.shape[1], *grad.stride()
+    constants = -(-cols // groups), centered, bits, height, width
+    coded = codes.contiguous(), scales.contiguous()
+    tensors = grad, *coded, rstd.contiguous(), contiguous(weight), empty[0], empty[1]
+    most = programs_at_once(_rows, num_warps, (*tensors, *numbers, 1, *constants), grad.device)
+    programs, share = split(triton.cdiv(rows, height), most)
+    launch = Launch(_rows, (programs,), num_warps, (*numbers, share, *constants))
+    add = add_parts(programs, 2, cols)
+    make = outputs(*empty, grad.new_empty((programs, 2, cols), dtype=torch.float32))
+
+    def call(
+        grad: Tensor, codes: Tensor, scales: Tensor, rstd: Tensor, weight: Tensor | None, *_: Any
+    ) -> tuple[Tensor, ...]:
+        dx, dweight, dbias, partial = make()
+        codes, scales, rstd = codes.contiguous(), scales.contiguous(), rstd.contiguous()
+        launch(grad, codes, scales, rstd, contiguous(weight), dx, partial)
+        add(partial, dweight, dbias)
+        return dx, dweight, dbias
+
+    return call

@@ -8,7 +8,8 @@ gradient again.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from . import schemas as triton_schemas
 from .activations import slope, value
-from .columns import add_parts, multiprocessors
+from .columns import add_parts, programs_at_once, split
 from .decode import cut
-from .tiles import decode_tile, handles, launch, value_mask
+from .launch import Launch, outputs, per_site
+from .tiles import decode_tile, handles, value_mask
 
-# Programs per multiprocessor. They keep as many loads in flight as one program per tile would.
+# Programs per multiprocessor, at most. They keep as many loads in flight as one program per tile
+# would.
 _PROGRAMS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _pair(
     grad, codes, scales, dx, y, partial,
     rows, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, share,
@@ -59,40 +62,48 @@ def _pair(
     tl.store(partial + program.to(tl.int64) * cols + column, tl.sum(total, 0), inside)
 
 
+@per_site()
 def activation_pair_sum(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """grad * kind'(decoded), kind(decoded), and the column sums of the first in float32.
 
     The first two are (rows, cols) in grad's dtype.
     """
-    dx, y, total = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
+    empty = triton_schemas._activation_pair_sum(grad, codes, scales, bits, kind)
+    make = outputs(*empty)
     rows, cols = grad.shape
-    if dx.numel() == 0:
-        return dx, y, total.zero_()
+    if grad.numel() == 0:
+
+        def call_empty(*_: Any) -> tuple[Tensor, ...]:
+            dx, y, total = make()
+            return dx, y, total.zero_()
+
+        return call_empty
     tiles = cut(codes, scales, bits, cols)
     if tiles is None or not handles(grad):
-        return triton_schemas.activation_pair_sum(grad, codes, scales, bits, kind)
+        return triton_schemas.activation_pair_sum
     _, per_row, *numbers = tiles.numbers
     bits, joined, ragged, height, width = tiles.constants
-    programs, share = _split(rows, per_row, height, grad.device)
-    partial = grad.new_empty((programs, 1, cols), dtype=torch.float32)
-    launch(
-        _pair,
-        (per_row, programs),
-        tiles.num_warps,
-        (grad, codes.contiguous(), scales.contiguous(), dx, y, partial),
-        (rows, *numbers, *grad.stride(), share),
-        (bits, joined, ragged, height, width, kind),
-    )
-    add_parts(partial, total)
-    return dx, y, total
+    numbers = [rows, *numbers, *grad.stride()]
+    constants = bits, joined, ragged, height, width, kind
+    tensors = grad, codes.contiguous(), scales.contiguous(), *empty
+    arguments = *tensors, *numbers, 1, *constants
+    most = programs_at_once(_pair, tiles.num_warps, arguments, grad.device, _PROGRAMS)
+    # The programs of each unit of a row.
+    programs, share = split(triton.cdiv(rows, height), triton.cdiv(most, per_row))
+    # Rows are int32, which takes fewer registers. The last tiles may lie beyond the last row.
+    if programs * share * height > 2**31:
+        return triton_schemas.activation_pair_sum
+    bound = *numbers, share, *constants
+    launch = Launch(_pair, (per_row, programs), tiles.num_warps, bound)
+    add = add_parts(programs, 1, cols)
+    make = outputs(*empty, grad.new_empty((programs, 1, cols), dtype=torch.float32))
 
+    def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        dx, y, total, partial = make()
+        launch(grad, codes.contiguous(), scales.contiguous(), dx, y, partial)
+        add(partial, total, None)
+        return dx, y, total
 
-@lru_cache(maxsize=4096)
-def _split(rows: int, per_row: int, height: int, device: torch.device) -> tuple[int, int]:
-    """(programs per unit, tiles per program)."""
-    count = triton.cdiv(rows, height)
-    wanted = max(1, triton.cdiv(_PROGRAMS * multiprocessors(device), per_row))
-    share = triton.cdiv(count, wanted)
-    return triton.cdiv(count, share), share
+    return call

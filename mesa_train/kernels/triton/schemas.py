@@ -76,7 +76,7 @@ def norm_encode(
         value = value * weight.to(torch.float32)
     if bias is not None:
         value = value + bias.to(torch.float32)
-    return value.to(dtype), rstd, codes, scales
+    return value.to(dtype).contiguous(), rstd, codes, scales
 
 
 def _activation_encode(

@@ -8,6 +8,9 @@ codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,8 @@ from mesa_train.kernels import reference, schemas
 
 from . import schemas as triton_schemas
 from .encode import encode_tile, signed
-from .tiles import decode_tile, handles, launch, locate_rows, row_sum, row_tiles, value_mask
+from .launch import Launch, outputs, per_site
+from .tiles import decode_tile, handles, locate_rows, row_sum, row_tiles, value_mask
 
 
 @triton.jit
@@ -29,8 +33,8 @@ def _row_max(x, R: tl.constexpr, UNITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed"])
 def _forward(
-    x, y, codes, scales,
-    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, seed,
+    x, y, codes, scales, seed,
+    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
     UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -77,41 +81,51 @@ def _backward(
     tl.store(dx + to, (y * (g - along[:, None])).to(dx.dtype.element_ty), mask)
 
 
+@per_site(free=1)
 def softmax_encode(
     x: Tensor, dtype: torch.dtype, bits: int, group_size: int, stochastic: bool, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """Softmax of each row of (rows, cols), in `dtype`, and the codes and scales of the output."""
-    code = bits, group_size, stochastic, seed
-    y, codes, scales = triton_schemas._softmax_encode(x, dtype, *code)
+    empty = triton_schemas._softmax_encode(x, dtype, bits, group_size, stochastic, seed)
+    make = outputs(*empty)
     if x.numel() == 0:
+        return lambda *_: tuple(make())
+    rows, cols = x.shape
+    cut = row_tiles(rows, cols, empty[-1].shape[1], bits)
+    if cut is None or not handles(x, empty[0]):
+        return triton_schemas.softmax_encode
+    bound = *cut.numbers, *x.stride(), *cut.constants, stochastic
+    launch = Launch(_forward, cut.grid, cut.num_warps, bound)
+
+    def call(x: Tensor, *code: Any) -> tuple[Tensor, ...]:
+        y, codes, scales = make()
+        launch(x, y, codes, scales, signed(code[-1]))
         return y, codes, scales
-    cut = row_tiles(*x.shape, scales.shape[1], bits)
-    if cut is None or not handles(x, y):
-        return triton_schemas.softmax_encode(x, dtype, *code)
-    launch(
-        _forward,
-        cut.grid,
-        cut.num_warps,
-        (x, y, codes, scales),
-        (*cut.numbers, *x.stride(), signed(seed) if stochastic else 0),
-        (*cut.constants, stochastic),
-    )
-    return y, codes, scales
+
+    return call
 
 
-def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+@per_site()
+def softmax_backward(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int
+) -> Callable[..., Tensor]:
     """y * (grad - sum(grad * y)) in grad's dtype.
 
     y is the decoded output of a softmax along each row.
     """
-    dx = schemas._softmax_backward(grad, codes, scales, bits)
-    if dx.numel() == 0:
-        return dx
-    cut = row_tiles(*grad.shape, scales.shape[1], bits)
+    make = outputs(schemas._softmax_backward(grad, codes, scales, bits))
+    if grad.numel() == 0:
+        return lambda *_: make()[0]
+    rows, cols = grad.shape
+    cut = row_tiles(rows, cols, scales.shape[1], bits)
     if cut is None or not handles(grad):
-        return reference.softmax_backward(grad, codes, scales, bits)
-    tensors = grad, codes.contiguous(), scales.contiguous(), dx
-    launch(
-        _backward, cut.grid, cut.num_warps, tensors, (*cut.numbers, *grad.stride()), cut.constants
-    )
-    return dx
+        return reference.softmax_backward
+    bound = *cut.numbers, *grad.stride(), *cut.constants
+    launch = Launch(_backward, cut.grid, cut.num_warps, bound)
+
+    def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> Tensor:
+        (dx,) = make()
+        launch(grad, codes.contiguous(), scales.contiguous(), dx)
+        return dx
+
+    return call

@@ -1,12 +1,12 @@
-"""Tiles for the Triton kernels: how they are cut, decoded and launched.
+"""Tiles for the Triton kernels: how they are cut and decoded.
 
 A row is cut into units. A unit is P neighbouring groups whose codes begin on a whole byte. P is 1,
 unless the length of a group leaves a byte partly filled (197 keys in two groups at 4 bits). A tile
 is U units by W columns, and W is the next power of two. So the range of a group is a reduction
 along the tile's fast dimension, and memory is read and written once, in order.
 
-Rounding is specified (`reference.py`). So every launch disables the fusion of products and sums. A
-kernel uses `tl.fma` explicitly if a single rounding is acceptable.
+Rounding is specified (`reference.py`). So every launch disables the fusion of products and sums
+(`launch.py`). A kernel uses `tl.fma` explicitly if a single rounding is acceptable.
 """
 # ruff: noqa: ANN001, ANN201 (a kernel's parameters and results have Triton's types)
 # mypy: disable-error-code="no-untyped-def"
@@ -14,7 +14,6 @@ kernel uses `tl.fma` explicitly if a single rounding is acceptable.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,11 @@ from torch import Tensor
 TILE = 4096
 # The longest row of a tile. At 32 warps, a thread then holds 32 elements.
 WIDEST = 32768
+# The most units of a matrix, and columns of a row. The last tile may reach beyond them by less than
+# WIDEST, and its indices must fit an int32.
+_LAST = 2**31 - WIDEST
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-# --- tiles ---
 
 
 class Tiles(NamedTuple):
@@ -46,7 +45,6 @@ class Tiles(NamedTuple):
     constants: tuple[Any, ...]
 
 
-@lru_cache(maxsize=4096)
 def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits."""
     size = -(-cols // groups)
@@ -56,7 +54,7 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     per_row = -(-groups // joined)
     units = rows * per_row
     code_bytes, unit_bytes = -(-cols * bits // 8), joined * size * bits // 8
-    if width > WIDEST or units >= 2**31 or cols >= 2**31:
+    if width > WIDEST or max(units, cols) > _LAST:
         return None
     height = max(1, TILE // width)
     return Tiles(
@@ -75,7 +73,6 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     )
 
 
-@lru_cache(maxsize=4096)
 def row_tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     """Tiles of whole rows, for kernels that need a sum along a row; None if a row does not fit.
 
@@ -201,44 +198,3 @@ def decode_tile(
         later = tl.load(pairs + p, live & (first + p < groups), other=0)[:, None]
         stored = tl.where(i >= p * size, later, stored)
     return q.to(tl.float32) * as_scale(stored) + as_zero(stored)
-
-
-# --- launching ---
-
-_compiled: dict[Any, Any] = {}
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    num_warps: int,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: tuple[Any, ...],
-) -> None:
-    """Run `kernel(*tensors, *numbers, *constants)` on the current device and stream.
-
-    On every call, Triton finds the compiled kernel by binding all arguments. This takes longer than
-    many of these kernels run. So a compiled kernel is cached by all properties that its choice can
-    depend on: device, dtypes, alignment of the pointers, and the numbers and constants themselves.
-
-    Args:
-        kernel: the Triton kernel.
-        grid: the launch grid.
-        num_warps: warps per program.
-        tensors: the tensor arguments, or None.
-        numbers: the number arguments.
-        constants: the constexpr arguments.
-    """
-    signature = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-    device = next(t.device for t in tensors if t is not None)
-    key = kernel, device, num_warps, signature, numbers, constants
-    found = _compiled.get(key)
-    if found is not None:
-        found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
-        return
-    found = kernel[grid](
-        *tensors, *numbers, *constants, num_warps=num_warps, enable_fp_fusion=False
-    )
-    if found is not None:  # Triton's interpreter compiles nothing.
-        _compiled[key] = found
