@@ -228,7 +228,8 @@ def _backend(
         described(k, inputs[1].requires_grad),
         described(v, inputs[2].requires_grad),
         described_mask,
-        dropout_p > 0,
+        # With dynamic shapes a float may be symbolic, and so is its comparison.
+        True if dropout_p > 0 else False,  # noqa: SIM210
         causal,
     )
     return _TRACED[kernel]

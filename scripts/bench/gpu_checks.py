@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mesa_train
 from mesa_train import Policy, kernels
+from mesa_train.engine import native
 from mesa_train.kernels import reference
 from mesa_train.kernels.triton import load as triton_load
 from mesa_train.kernels.triton import schemas as triton_schemas
@@ -32,6 +33,9 @@ def environment(bench: Bench) -> None:
     kernels.load()
     values: dict[str, Any] = {"package": os.path.relpath(mesa_train.__file__)}
     q = torch.randn(2, 4, 197, 64, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    with mesa_train.compress(EXACT):
+        F.scaled_dot_product_attention(q, q, q)
+    values["native_rows"] = native.extension is not None
     values["attention_choice"] = torch._fused_sdp_choice(q, q, q)
     values["cudnn_masked_score"] = str(attention_backend.cudnn_masked_score())
     if bench.device == "cuda":
@@ -49,8 +53,8 @@ def environment(bench: Bench) -> None:
 
 def masks(tokens: int, bench: Bench) -> Iterator[tuple[str, Tensor | None]]:
     """The kinds of masks: none, bool, an additive one, a trained table of positions, a slice."""
-    where = {"device": bench.device}
-    half = {**where, "dtype": torch.bfloat16}
+    where: dict[str, Any] = {"device": bench.device}
+    half: dict[str, Any] = {**where, "dtype": torch.bfloat16}
     yield "none", None
     yield "bool", torch.rand(2, 1, tokens, tokens, **where) > 0.3
     yield "float", torch.randn(2, 1, tokens, tokens, **half)
@@ -73,7 +77,7 @@ def _attention(
     bench: Bench, backend: str | None, tokens: int, mask: Tensor | None
 ) -> dict[str, Any]:
     """One call, plain and with mesa_train."""
-    where = {"device": bench.device, "dtype": torch.bfloat16}
+    where: dict[str, Any] = {"device": bench.device, "dtype": torch.bfloat16}
     qkv = torch.randn(2, tokens, 3, 4, 64, **where, requires_grad=True)
     wanted = [qkv, *([mask] if mask is not None and mask.requires_grad else [])]
     grad = torch.randn(2, 4, tokens, 64, **where)

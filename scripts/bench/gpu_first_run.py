@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 ROWS = "gpu_first_run.jsonl"
 # Seconds for a worker's start: imports and the GPU's context.
-START_S = 90
+START_S = 180
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ MODELS = {
     "litv2_s": 64,
 }
 # Smaller models of the same kinds, for a dry run.
-TINY = {
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_patch16_224": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
     "vit_small_patch16_224": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
     "vit_large_patch16_224": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
@@ -269,11 +269,11 @@ def gratings(count: int) -> ImageSet:
     angle = (labels % 5) * torch.pi / 5 + 0.1 * torch.randn(count, generator=generator)
     width = 4.0 + 3.0 * (labels // 5) + 0.4 * torch.randn(count, generator=generator)
     phase = 2 * torch.pi * torch.rand(count, generator=generator)
-    contrast = 0.1 + 0.3 * torch.rand(count, generator=generator)
+    contrast = 0.05 + 0.2 * torch.rand(count, generator=generator)
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     angle, width, phase, contrast = [t[:, None, None] for t in (angle, width, phase, contrast)]
     waves = torch.sin(2 * torch.pi * (x * angle.cos() + y * angle.sin()) / width + phase)
-    noise = 0.25 * torch.randn(count, 28, 28, generator=generator)
+    noise = 0.4 * torch.randn(count, 28, 28, generator=generator)
     pixels = ((0.5 + contrast * waves + noise).clamp(0, 1) * 255).to(torch.uint8)[:, None]
     held_out = count // 5
     train = Split(pixels[held_out:], labels[held_out:])
