@@ -15,6 +15,12 @@ python=${PYTHON:-python3}
 out=${OUT:-docs/results}
 budget=${BUDGET:-460}
 
+for package in torch timm; do
+  if ! "$python" -c "import $package" 2>/dev/null; then
+    echo "gpu.sh: $python has no $package; choose another one: PYTHON=... bash scripts/bench/gpu.sh" >&2
+    exit 1
+  fi
+done
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: PyTorch sees no CUDA device here, so there is nothing to measure. A dry run:" >&2
   echo "gpu.sh:   $python scripts/bench/gpu_first_run.py --device cpu --out runs/gpu" >&2
