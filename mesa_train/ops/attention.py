@@ -26,9 +26,11 @@ from mesa_train.codecs.affine import Affine
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, uncompressed
 from mesa_train.stash.tensors import autocasts, of_parameter
+from mesa_train.utils import attention_backend
+from mesa_train.utils.attention_backend import described, traced_kernel
 
 from . import attention_cuda
-from .attention_cuda import WITHIN, Call, additive, aligned, recorded
+from .attention_cuda import WITHIN, Call, additive, recorded
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .packed_qkv import keep_each
 from .views import view
@@ -37,6 +39,12 @@ _aten = torch.ops.aten
 
 # The return values of torch._fused_sdp_choice.
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
+_TRACED = {
+    attention_backend.MATH: _MATH,
+    attention_backend.FLASH: _FLASH,
+    attention_backend.EFFICIENT: _EFFICIENT,
+    attention_backend.CUDNN: _CUDNN,
+}
 
 
 class FlashCPU(Operator):
@@ -168,21 +176,23 @@ def attention(
         with torch.no_grad():
             q, k, v = [_cast(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
-                mask = _cast(mask, dtype).requires_grad_(mask.requires_grad)
+                mask = _cast(mask, dtype)
+    inputs = (query, key, value, attn_mask)
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
-        choice = _backend(q, k, v, mask, dropout_p, is_causal, scale)
+        choice = _backend((q, k, v, mask), inputs, dropout_p, is_causal, scale)
     first, second, third = keep_each(recorder, (query, key, value), "attention", "qkv", WITHIN)
     stashes, cast = (first, second, third), (q, k, v, mask)
-    inputs = (query, key, value, attn_mask)
     call = Call(recorder, stashes, cast, inputs, dropout_p, is_causal, scale)
     if choice == _FLASH and device == "cpu" and dropout_p == 0:
         return _flash_cpu(call)
-    if choice == _FLASH and device == "cuda" and q.shape[-1] % 8 == 0:
+    if choice == _FLASH and device == "cuda":
         return attention_cuda.flash(call)
-    if choice == _EFFICIENT and device == "cuda" and (mask is None or aligned(mask)):
+    if choice == _EFFICIENT and device == "cuda":
         return attention_cuda.efficient(call)
-    if choice == _CUDNN and device == "cuda" and (mask is None or mask.is_floating_point()):
+    # cuDNN has no gradient of the mask.
+    trained = attn_mask is not None and attn_mask.requires_grad
+    if choice == _CUDNN and device == "cuda" and not trained:
         return attention_cuda.cudnn(call)
     rebuild = recorder.context.rules["attention", "q"].rebuild_linear
     rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask)
@@ -192,31 +202,37 @@ def attention(
 
 
 def _backend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    cast: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     dropout_p: float,
     causal: bool,
     scale: float | None,
 ) -> int:
-    """The kernel that PyTorch would choose.
+    """The kernel that PyTorch chooses for these operands.
 
-    A tracer cannot call PyTorch's choice. For a tracer, this function decides the common cases
-    itself.
+    The choice also depends on which operands require gradients. While tracing, the casts do not say
+    this, so `inputs` are asked.
     """
+    q, k, v, mask = cast
     if not torch.compiler.is_compiling():
         return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale)
-    if q.device.type == "cpu":
-        same = q.shape[-1] == k.shape[-1] == v.shape[-1]
-        return (
-            _FLASH
-            if dropout_p == 0 and same and (mask is None or not mask.requires_grad)
-            else _MATH
-        )
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        return _FLASH if mask is None else _EFFICIENT
-    return _MATH
+    device = q.device.type
+    if device not in ("cpu", "cuda"):
+        return _MATH
+    described_mask = None
+    if mask is not None and inputs[3] is not None:
+        described_mask = described(mask, inputs[3].requires_grad)
+    kernel = traced_kernel(
+        device,
+        described(q, inputs[0].requires_grad),
+        described(k, inputs[1].requires_grad),
+        described(v, inputs[2].requires_grad),
+        described_mask,
+        # With dynamic shapes a float may be symbolic, and so is its comparison.
+        True if dropout_p > 0 else False,  # noqa: SIM210
+        causal,
+    )
+    return _TRACED[kernel]
 
 
 def _flash_cpu(call: Call) -> Any:

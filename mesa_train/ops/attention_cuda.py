@@ -6,20 +6,28 @@ shares the output's stash. Each calls its own backward on the decoded tensors.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Stash, uncompressed
+from mesa_train.utils.attention_backend import cudnn_masked_score
 
-from .base import Operator, derivative, distinct
+from .base import Operator, derivative, distinct, sum_to
 
 _aten = torch.ops.aten
 
 # The heads and features of one token may share a group of codes. Two tokens may not.
 WITHIN = (1, 3)
+
+# Flash attention takes head dims that are multiples of this number.
+_FLASH_WIDTH = 8
+# The memory-efficient kernel takes masks whose strides are multiples of this number.
+_BIAS_WIDTH = 8
 
 
 class Call(NamedTuple):
@@ -57,8 +65,11 @@ class FlashCUDA(Operator):
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
         cum_q, cum_k, max_q, max_k, dropout_p, causal, scale = static
-        operands = [saved.get(i, grad.dtype) for i in range(4)]
-        return _aten._scaled_dot_product_flash_attention_backward(
+        width = grad.shape[-1]
+        grad, *operands = [
+            pad_last(t, _FLASH_WIDTH) for t in (grad, *[saved.get(i, grad.dtype) for i in range(4)])
+        ]
+        gradients = _aten._scaled_dot_product_flash_attention_backward(
             *(
                 grad,
                 *operands,
@@ -74,6 +85,7 @@ class FlashCUDA(Operator):
             ),
             scale=scale,
         )
+        return tuple([g[..., :width] for g in gradients])
 
 
 class Efficient(Operator):
@@ -81,17 +93,17 @@ class Efficient(Operator):
 
     inputs: q, k, v, mask.
     stashes: q, k, v, out, logsumexp, seed, offset, mask.
-    static: dropout, causal, scale.
+    static: dropout, causal, scale, shape of the user's mask.
     """
 
     @derivative("attention")
     def backward(
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
-        dropout_p, causal, scale = static
+        dropout_p, causal, scale, mask_shape = static
         operands = [saved.get(i, grad.dtype) for i in range(3)]
         mask = saved[7] if saved.specs[7] is not None else None
-        return _aten._scaled_dot_product_efficient_attention_backward(
+        *gradients, dmask = _aten._scaled_dot_product_efficient_attention_backward(
             *(
                 grad,
                 *operands,
@@ -106,6 +118,7 @@ class Efficient(Operator):
             causal,
             scale=scale,
         )
+        return *gradients, sum_to(dmask, mask_shape) if needs[3] else None
 
 
 class CuDNN(Operator):
@@ -143,24 +156,36 @@ class CuDNN(Operator):
 
 
 def flash(call: Call) -> Any:
-    """Record flash attention, which takes no mask."""
-    recorder, q, k, v = call.recorder, *call.cast[:3]
+    """Record flash attention, which takes no mask.
+
+    As in PyTorch, head dims that are no multiple of 8 are padded with zeros.
+    """
+    recorder, operands = call.recorder, call.cast[:3]
+    width = operands[0].shape[-1]
+    scale = width**-0.5 if call.scale is None else call.scale
+    with torch.no_grad():
+        q, k, v = [pad_last(t, _FLASH_WIDTH) for t in operands]
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_flash_attention,
         *(q, k, v, call.dropout_p, call.causal, False),
-        scale=call.scale,
+        scale=scale,
     )
+    result = result[..., :width]
     out = recorder.keep(result, "attention", "out", WITHIN)
     kept = (*call.stashes, out, uncompressed(logsumexp), uncompressed(seed), uncompressed(offset))
-    static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, call.scale)
+    static = (cum_q, cum_k, max_q, max_k, call.dropout_p, call.causal, scale)
     return recorded(recorder, FlashCUDA, result, out, kept, static, call.inputs[:3])
 
 
 def efficient(call: Call) -> Any:
     """Record memory-efficient attention, which takes any mask."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
-    mask = additive(mask, q.dtype)
-    bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    with torch.no_grad():
+        bias = additive(mask, q.dtype)
+        if bias is not None:
+            if not aligned(bias):
+                bias = pad_last(bias, _BIAS_WIDTH, always=True)[..., : bias.shape[-1]]
+            bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     result, logsumexp, seed, offset = recorder.exactly(
         _aten._scaled_dot_product_efficient_attention,
         *(q, k, v, bias, True, call.dropout_p, call.causal),
@@ -169,13 +194,16 @@ def efficient(call: Call) -> Any:
     out = recorder.keep(result, "attention", "out", WITHIN)
     statistics = (uncompressed(logsumexp), uncompressed(seed), uncompressed(offset))
     kept = (*call.stashes, out, *statistics, None if bias is None else uncompressed(bias))
-    static = (call.dropout_p, call.causal, call.scale)
+    mask_shape = None if mask is None else tuple(mask.shape)
+    static = (call.dropout_p, call.causal, call.scale, mask_shape)
     return recorded(recorder, Efficient, result, out, kept, static, call.inputs)
 
 
 def cudnn(call: Call) -> Any:
-    """Record cuDNN's attention, which takes no mask or an additive mask."""
+    """Record cuDNN's attention, which takes any mask. The mask has no gradient."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
+    if mask is not None and mask.dtype is torch.bool:
+        mask = additive(mask, q.dtype, cudnn_masked_score())
     result, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = recorder.exactly(
         _aten._scaled_dot_product_cudnn_attention,
         *(q, k, v, mask, True, call.dropout_p, call.causal, False),
@@ -197,16 +225,40 @@ def recorded(
     return output
 
 
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask as the numbers that are added to the scores. Other masks stay as they are."""
+def additive(mask: Tensor | None, dtype: torch.dtype, masked: float = -math.inf) -> Tensor | None:
+    """A bool mask as the numbers that are added to the scores. Other masks stay as they are.
+
+    masked: the number for False.
+    """
     if mask is None or mask.dtype is not torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return torch.where(mask, 0.0, torch.full((), masked, dtype=dtype, device=mask.device))
 
 
 def aligned(mask: Tensor) -> bool:
-    """True if rows of the mask start at multiples of 16 bytes, as the efficient kernel requires.
+    """True if the memory-efficient kernel reads the mask as it is.
 
-    PyTorch pads other masks; mesa_train does not.
+    All strides but the last must be multiples of 8. PyTorch pads other masks, and so does
+    `efficient`.
     """
-    return mask.shape[-1] % 8 == 0
+    *strides, last = mask.stride()
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        # As in PyTorch: a stride that the tracer does not know is not aligned.
+        if not all([has_static_value(n) for n in strides]):
+            return False
+    return all([n % _BIAS_WIDTH == 0 for n in strides]) and last == 1
+
+
+def pad_last(tensor: Tensor, multiple: int, always: bool = False) -> Tensor:
+    """Pad the last dim with zeros to a multiple.
+
+    always: pad a size that is a multiple to the next one. The strides of the result are then
+    multiples, whatever they were.
+    """
+    size = tensor.shape[-1]
+    missing = multiple - size % multiple
+    if missing == multiple and not always:
+        return tensor
+    return F.pad(tensor, (0, missing))

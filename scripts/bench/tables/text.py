@@ -19,12 +19,14 @@ class Table(NamedTuple):
         script: command that writes the rows.
         by: columns whose values are the words of a marker, in order. The first is required. Empty for
             a table without words.
+        beside: more files. `render` gets the rows of each as another argument.
     """
 
-    render: Callable[[Sequence[Row]], str]
+    render: Callable[..., str]
     file: str
     script: str
     by: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def markdown(self, results: Path, words: Sequence[str]) -> str:
         """Make the table from the folder of rows. ValueError if words are missing or too many."""
@@ -43,12 +45,17 @@ class Table(NamedTuple):
             for row in records.read(results / self.file)
             if all(row.get(column) == word for column, word in values.items())
         ]
-        return self.render(rows) if rows else f"No rows yet: `{self.script}` makes them.\n"
+        if not rows:
+            return f"No rows yet: `{self.script}` makes them.\n"
+        return self.render(rows, *[records.read(results / file) for file in self.beside])
 
 
-def table(file: str, script: str, by: str = "") -> Callable[..., Table]:
-    """Decorates a function from rows, never none, to Markdown. by: columns, with spaces between."""
-    return lambda render: Table(render, file, script, tuple(by.split()))
+def table(file: str, script: str, by: str = "", beside: str = "") -> Callable[..., Table]:
+    """Decorates a function from rows, never none, to Markdown. by: columns, with spaces between.
+
+    beside: more files, with spaces between. They may have no rows.
+    """
+    return lambda render: Table(render, file, script, tuple(by.split()), tuple(beside.split()))
 
 
 def newest_run(rows: Sequence[Row]) -> list[Row]:
