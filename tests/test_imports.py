@@ -25,7 +25,7 @@ ORDER = (
     ("estimate",),
     ("loading",),
     ("measure",),
-    ("methods",),
+    ("methods", "graphs"),
     ("engine",),
     ("ops",),
     ("stash",),
