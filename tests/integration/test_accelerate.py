@@ -111,11 +111,13 @@ def test_a_captured_step_equals_accelerates_own_loop(record):  # noqa: F811
     assert recorder.log.count("replay") == 9
 
 
-def test_captures_that_are_refused(record, monkeypatch):  # noqa: F811
+def test_the_scaler_and_captures_that_are_refused(record, monkeypatch):  # noqa: F811
     accelerator = accelerate.Accelerator(cpu=True)
     model = nn.Linear(4, 4)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     record(model)
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # as with fp16 on a GPU
+    assert capture_step(accelerator, model, None, optimizer)._update.scaler is accelerator.scaler
     with pytest.raises(TypeError, match=r"use mesa_train\.integrations\.accelerate\.capture_step"):
         mesa_train.capture_step(model, None, optimizer)
     for name in ("FSDP", "DEEPSPEED", "MULTI_CPU"):
