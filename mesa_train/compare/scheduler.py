@@ -38,7 +38,7 @@ _MEMINFO = Path("/proc/meminfo")
 # Share of a method's seconds for timed steps, if all methods together have a time limit.
 _TIMING = 0.4
 # The second worker slot needs this many times the resident memory of the first method.
-_ROOM = 3
+_MEMORY_FACTOR = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def measure(
         raise ValueError(f"a comparison needs a method; choose from {FLOAT32}, plain, or a preset")
     for method in methods:
         MethodSpec.of(method)
-    tell = progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     with (
         tempfile.TemporaryDirectory(prefix="mesa_train_") as folder,
         contextlib.ExitStack() as stack,
@@ -106,7 +106,7 @@ def measure(
         bench.start()
         measured = False
         for done in range(len(methods)):
-            row = bench.next(functools.partial(_told, tell, done, len(methods)))
+            row = bench.next(functools.partial(_report_running, report, done, len(methods)))
             broken = row.pop("broken", False)
             if broken and not measured and MethodSpec.of(row["method"]).variant == PLAIN:
                 raise ValueError(
@@ -114,12 +114,14 @@ def measure(
                 )
             measured = measured or not broken
             yield row
-        tell("done", len(methods), len(methods))
+        report("done", len(methods), len(methods))
 
 
-def _told(tell: Callable[[str, int, int], None], done: int, total: int, running: str) -> None:
-    """Call `tell` with the running methods first."""
-    tell(running, done, total)
+def _report_running(
+    report: Callable[[str, int, int], None], done: int, total: int, running: str
+) -> None:
+    """Call `report` with the running methods first."""
+    report(running, done, total)
 
 
 class _Bench:
@@ -134,9 +136,9 @@ class _Bench:
         self.two = request.device == "cpu" and (os.cpu_count() or 1) > 1
         numbers = range(len(methods))
         compiled = [n for n in numbers if self.two and MethodSpec.of(methods[n]).compiled]
-        # Methods of the first slot alone, and methods for either slot.
-        self.own = [n for n in numbers if n not in compiled]
-        self.either = compiled
+        # Numbers of the methods for the first slot alone, and for either slot.
+        self.first_slot = [n for n in numbers if n not in compiled]
+        self.either_slot = compiled
         self.running: dict[Server, str] = {}
         self.rows: queue.Queue[Row | BaseException] = queue.Queue()
         self.taking, self.timing = threading.Lock(), threading.Lock()
@@ -145,7 +147,7 @@ class _Bench:
 
     def start(self) -> None:
         """Start the slots. Servers start in this thread: Linux ends a server with its thread."""
-        slots = self.servers if self.either and len(self.methods) > 1 else self.servers[:1]
+        slots = self.servers if self.either_slot and len(self.methods) > 1 else self.servers[:1]
         for number, server in enumerate(slots):
             server.start()
             threading.Thread(target=self._slot, args=(server, number == 0), daemon=True).start()
@@ -154,21 +156,21 @@ class _Bench:
         """Start no more jobs."""
         self.closed = True
 
-    def next(self, tell: Callable[[str], None]) -> Row:
-        """Wait for the next finished row; `tell` is called with the running methods."""
+    def next(self, report: Callable[[str], None]) -> Row:
+        """Wait for the next finished row; `report` is called with the running methods."""
         while True:
             with contextlib.suppress(queue.Empty):
                 row = self.rows.get(timeout=0.1)
                 if isinstance(row, BaseException):
                     raise row
                 return row
-            tell(", ".join(list(self.running.values())))
+            report(", ".join(list(self.running.values())))
 
     def _slot(self, server: Server, first: bool) -> None:
         """Measure methods until none is left."""
         try:
             if not first:
-                self._until_there_is_room()
+                self._wait_for_memory()
             while (number := self._take(first)) is not None:
                 row = self._measured(server, number)
                 self.first = self.first or row
@@ -177,15 +179,15 @@ class _Bench:
             if not self.closed:
                 self.rows.put(error)
 
-    def _until_there_is_room(self) -> None:
+    def _wait_for_memory(self) -> None:
         """Wait for the first row, which writes the reference, and for enough free memory."""
         while not self.closed and (self.first is None or not self.reference.exists()):
             clock.sleep(0.05)
             with self.taking:
-                if not self.own and not self.either:
+                if not self.first_slot and not self.either_slot:
                     return
-        needed = _ROOM * (self.first or {}).get("resident_bytes", 0)
-        while not self.closed and _available() < needed and self.either:
+        needed = _MEMORY_FACTOR * (self.first or {}).get("resident_bytes", 0)
+        while not self.closed and _available() < needed and self.either_slot:
             clock.sleep(0.5)
 
     def _take(self, first: bool) -> int | None:
@@ -193,7 +195,7 @@ class _Bench:
         with self.taking:
             if self.closed:
                 return None
-            waiting = self.own if first and self.own else self.either
+            waiting = self.first_slot if first and self.first_slot else self.either_slot
             return waiting.pop(0) if waiting else None
 
     def _measured(self, server: Server, number: int) -> Row:
@@ -202,17 +204,17 @@ class _Bench:
         why_not = MethodSpec.of(method).why_not(self.request.device)
         if why_not is not None:
             return self._row(method, None, why_not)
-        left = self.end - clock.monotonic()
+        remaining_s = self.end - clock.monotonic()
         over = f"{self.request.total_s:.0f} s for all methods were over"
-        if left <= 0:
+        if remaining_s <= 0:
             return self._row(method, None, f"not begun: {over}")
         job = self._job(method, number)
         # A compiled method uses most of the other core. If both jobs use all threads, both wait.
-        job["shares"] = bool(self.either or self.running) and self.first is not None
-        waiting = 1 + len(self.own) + len(self.either)
+        job["shares"] = bool(self.either_slot or self.running) and self.first is not None
+        waiting = 1 + len(self.first_slot) + len(self.either_slot)
         # At least two steps are timed, however long they take. None means no limit: JSON has no
         # infinity.
-        job["timing_s"] = None if math.isinf(left) else _TIMING * left / waiting
+        job["timing_s"] = None if math.isinf(remaining_s) else _TIMING * remaining_s / waiting
         self.running[server] = method
         server.begin(job, self.request.limit_s)
         ended, timed, reason = False, False, None
@@ -223,16 +225,16 @@ class _Bench:
             ended, reason = server.outcome(0.05)
             if not ended and clock.monotonic() >= self.end:
                 server.end()
-                ended, reason = True, f"stopped after {left:.0f} s: {over}"
+                ended, reason = True, f"stopped after {remaining_s:.0f} s: {over}"
         self.running.pop(server, None)
         return self._row(method, Path(job["result"]), reason)
 
     def _time(self, server: Server, job: Row) -> None:
         """Let a job measure its peak and time its steps while the other slot is paused."""
         others = [s for s in self.servers if s is not server]
-        asked = clock.monotonic()
+        requested_at = clock.monotonic()
         with self.timing:
-            server.extend(clock.monotonic() - asked)
+            server.extend(clock.monotonic() - requested_at)
             for other in others:
                 other.pause()
             try:
@@ -271,10 +273,10 @@ def _packages(request: Request, method: str) -> list[str]:
     """The packages to import before the fork, so that they are imported once."""
     scheme, colon, _ = request.model.partition(":")
     known = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}
-    own = [known[scheme]] if scheme in known else [] if colon else ["timm"]
+    packages = [known[scheme]] if scheme in known else [] if colon else ["timm"]
     # On a GPU, the import of the compiler looks for the device, which breaks the fork.
     compiles = request.device == "cpu" and MethodSpec.of(method).compiled
-    return [*own, *(["torch._inductor.compile_fx"] if compiles else [])]
+    return [*packages, *(["torch._inductor.compile_fx"] if compiles else [])]
 
 
 def _inductor(device: str) -> dict[str, str]:

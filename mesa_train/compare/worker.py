@@ -70,8 +70,8 @@ class MethodBenchmark:
         self.job = job
         self.spec = MethodSpec.of(job["method"])
         self.device = torch.device(job["device"])
-        asked = None if job["dtype"] is None else getattr(torch, job["dtype"])
-        self.autocast = self.spec.autocast(asked)
+        requested = None if job["dtype"] is None else getattr(torch, job["dtype"])
+        self.autocast = self.spec.autocast(requested)
         self.run = Step(self.device, self.autocast)
         self.before = resident()
         loaded = load(
@@ -86,9 +86,9 @@ class MethodBenchmark:
         if reference.exists():
             # The file also has the weights and inputs: a factory may make other random ones each
             # time.
-            kept = torch.load(reference, weights_only=False, map_location=self.device)
-            loaded.model.load_state_dict(kept["state"])
-            inputs, self.exact = kept["inputs"], kept["gradients"]
+            stored = torch.load(reference, weights_only=False, map_location=self.device)
+            loaded.model.load_state_dict(stored["state"])
+            inputs, self.exact = stored["inputs"], stored["gradients"]
         elif job["writes_reference"]:
             self._write_reference(loaded.model, inputs, reference)
         self.batch, self.make = loaded.batch or job["batch_size"], loaded.make
@@ -108,7 +108,7 @@ class MethodBenchmark:
         report(row)
         with self.alone():
             peak = self.peak()
-            row["peak_bytes"] = self.standing() + peak.allocated_bytes
+            row["peak_bytes"] = self.static_bytes() + peak.allocated_bytes
             row["step_bytes"] = peak.allocated_bytes
             if peak.resident_bytes is not None and self.before is not None:
                 row["resident_bytes"] = peak.resident_bytes - self.before
@@ -170,7 +170,7 @@ class MethodBenchmark:
             t.nbytes for t in (*self.model.parameters(), *self.model.buffers())
         )
         row["optimizer_bytes"] = optimizer_bytes(self.optimizer)
-        return row | self.kept()
+        return row | self.saved_bytes()
 
     def forward_backward(self, inputs: Any = None) -> None:
         """Compute the gradients of one batch."""
@@ -183,13 +183,13 @@ class MethodBenchmark:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def kept(self) -> Row:
+    def saved_bytes(self) -> Row:
         """Bytes saved for the backward, and by operator and module if these have names."""
         if not self.spec.countable:
-            kept = self.variant.saved_bytes(lambda module: self.run.forward(module, self.inputs))
-            what = "compiled graph" if self.spec.compiled else "copies in CPU memory"
-            return {"saved_bytes": kept, "by_operator": {what: kept}}
-        found = footprint(
+            size = self.variant.saved_bytes(lambda module: self.run.forward(module, self.inputs))
+            source = "compiled graph" if self.spec.compiled else "copies in CPU memory"
+            return {"saved_bytes": size, "by_operator": {source: size}}
+        saved = footprint(
             self.model,
             self.inputs,
             policy=self.spec.variant,
@@ -197,17 +197,17 @@ class MethodBenchmark:
             loss=default_loss,
         )
         return {
-            "saved_bytes": found.saved_bytes,
-            "offloaded_bytes": found.offloaded_bytes or None,
-            "by_operator": found.by_operator,
-            "by_module": forward_order(found),
+            "saved_bytes": saved.saved_bytes,
+            "offloaded_bytes": saved.offloaded_bytes or None,
+            "by_operator": saved.by_operator,
+            "by_module": forward_order(saved),
         }
 
-    def standing(self) -> int:
+    def static_bytes(self) -> int:
         """Static bytes: they exist before and after a step."""
-        tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
-        own = [*self.model.parameters(), *self.model.buffers(), *tensors]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
+        inputs = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor)]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *inputs]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values()) + optimizer_bytes(self.optimizer)
 
     def peak(self) -> Peak:
@@ -223,18 +223,18 @@ class MethodBenchmark:
         """
         if not self.job["rounds"]:
             return {}
-        taken: list[float] = []
-        enough = self.job["timing_s"]
+        times_ms: list[float] = []
+        limit_s = self.job["timing_s"]
         for _ in range(self.job["rounds"]):
-            taken.append(1e3 * self.run.seconds(self.step))
-            if enough is not None and len(taken) > 1 and sum(taken) > 1e3 * enough:
+            times_ms.append(1e3 * self.run.seconds(self.step))
+            if limit_s is not None and len(times_ms) > 1 and sum(times_ms) > 1e3 * limit_s:
                 break
-        median = statistics.median(taken)
+        median = statistics.median(times_ms)
         return {
             "step_ms": median,
-            "step_ms_quartiles": quartiles(taken),
+            "step_ms_quartiles": quartiles(times_ms),
             "images_per_s": self.batch / median * 1e3,
-            "times_ms": [round(time, 3) for time in taken],
+            "times_ms": [round(time, 3) for time in times_ms],
         }
 
     def largest_batch(self, peak: Peak, row: Row) -> tuple[int | None, str]:
@@ -249,25 +249,25 @@ class MethodBenchmark:
             return None, NO_BATCH
         if on_gpu:
             return largest_batch_by_trying(self, memory), "largest batch: tried on the device"
-        room = memory - self.standing()
+        free_bytes = memory - self.static_bytes()
         per_image = max(1, peak.allocated_bytes // batch)
-        guess = max(1, room // per_image)
+        guess = max(1, free_bytes // per_image)
         if not self.spec.countable:
             return guess, f"largest batch: in proportion to the peak of batch {batch}"
         count = functools.partial(
             timeline, self.model, policy=self.spec.variant, autocast=self.autocast
         )
-        found = largest_batch_on_a_line(
+        largest = largest_batch_on_a_line(
             lambda n: count(self.resized(n)).peak_bytes,
-            room,
+            free_bytes,
             guess,
             row["saved_bytes"] / batch,
             row["gradient_bytes"],
         )
-        return found, "largest batch: computed on tensors without data"
+        return largest, "largest batch: computed on fake tensors"
 
     def resized(self, batch: int) -> Any:
-        """Make inputs of another batch size: with data on a GPU, without data elsewhere.
+        """Make inputs of another batch size: real tensors on a GPU, fake tensors elsewhere.
 
         Returns:
             The inputs; None if an input has no batch dimension.
@@ -280,17 +280,17 @@ class MethodBenchmark:
         """Write weights, inputs and the float32 gradient of the plain model."""
         state = {key: value.clone() for key, value in model.state_dict().items()}
         narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
-        own = copy.deepcopy(model) if narrow else model
-        wide, wide_inputs = MethodSpec.of("float32").cast(own, inputs)
+        float32_model = copy.deepcopy(model) if narrow else model
+        wide, wide_inputs = MethodSpec.of("float32").cast(float32_model, inputs)
         Step(self.device, None).backward(wide, wide_inputs)
         self.exact = [p.grad for p in wide.parameters()]
         for parameter in model.parameters():
             parameter.grad = None
         for name, value in model.state_dict().items():
             value.copy_(state[name])
-        kept = {"state": state, "inputs": inputs, "gradients": self.exact}
+        reference = {"state": state, "inputs": inputs, "gradients": self.exact}
         partial = path.with_suffix(".part")
-        torch.save(kept, partial)
+        torch.save(reference, partial)
         partial.rename(path)
 
 
@@ -318,12 +318,12 @@ def run(job: Row) -> None:
         bench = MethodBenchmark(job)
         row = bench.row(report)
     except torch.OutOfMemoryError as error:
-        row = _so_far(result, row) | {"note": f"out of memory: {_own(error)}"}
+        row = _so_far(result, row) | {"note": f"out of memory: {_without_type(error)}"}
     except NoBlocks as error:
-        row = _so_far(result, row) | {"note": _own(error)}
+        row = _so_far(result, row) | {"note": _without_type(error)}
     except Exception as error:  # Any error of a baseline is the reason in its row.
         traceback.print_exc()
-        note = f"{type(error).__name__}: {_own(error)}"
+        note = f"{type(error).__name__}: {_without_type(error)}"
         row = _so_far(result, row) | {"note": note[:400]}
         # Nothing was measured: for plain, the model itself fails.
         row["broken"] = "saved_bytes" not in row
@@ -335,7 +335,7 @@ def _so_far(result: Path, row: Row) -> Row:
     return json.loads(result.read_text()) if result.exists() else row
 
 
-def _own(error: BaseException) -> str:
+def _without_type(error: BaseException) -> str:
     """The line of an error without its type."""
     return one_line(error).removeprefix(f"{type(error).__name__}: ")
 

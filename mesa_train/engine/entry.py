@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from mesa_train.policy import Policy
 from mesa_train.stash import sharded_parameters
@@ -89,7 +90,7 @@ def enter(
     Returns:
         The output of `call`.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if not compiling and not again and native.extension is not None:
         result = native.extension.enter(module, call, args, kwargs)
         if result is not native.extension.SLOW:

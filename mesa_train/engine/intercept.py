@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from mesa_train.ops import arrays, table
 from mesa_train.policy import Policy
@@ -93,8 +94,13 @@ class CompressionMode(Mode):
             self.before = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        compiling = is_compiling()
+        if not compiling and native.extension is not None:
+            result = native.extension.dispatch(self, func, args, kwargs)
+            if result is not native.extension.SLOW:
+                return result
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if compiling:
             for arg in args[:2]:
                 if arrays.is_array(arg):
                     return arrays.call(func, args, kwargs)
@@ -107,10 +113,6 @@ class CompressionMode(Mode):
                 return func(*args, **kwargs)
             row = table.ROWS.get(func)
         else:
-            if native.extension is not None:
-                result = native.extension.dispatch(self, func, args, kwargs)
-                if result is not native.extension.SLOW:
-                    return result
             if (
                 not torch.is_grad_enabled()
                 or _transformed()

@@ -58,8 +58,10 @@ ROWS: dict[Any, str] = {
     torch.matmul: "matmul",
     Tensor.matmul: "matmul",
     Tensor.__matmul__: "matmul",
-    torch.bmm: "matmul",
-    torch.mm: "matmul",
+    torch.bmm: "bmm",
+    Tensor.bmm: "bmm",
+    torch.mm: "mm",
+    Tensor.mm: "mm",
     torch.mul: "mul",
     Tensor.mul: "mul",
     Tensor.mul_: "mul_",
@@ -79,8 +81,12 @@ ROWS[Tensor.__getitem__] = "view"
 
 # Classes whose forward calls one torch function: (class, name in torch.nn.functional, the number
 # of `Stock::Kind`).
-_STOCK = ((nn.Linear, "linear", 0), (nn.LayerNorm, "layer_norm", 1), (nn.GELU, "gelu", 2),
-          (nn.Dropout, "dropout", 3))  # fmt: skip
+_STOCK = (
+    (nn.Linear, "linear", 0),
+    (nn.LayerNorm, "layer_norm", 1),
+    (nn.GELU, "gelu", 2),
+    (nn.Dropout, "dropout", 3),
+)
 
 
 # The extension. None before the first `wrap` or `compress`, and if it cannot be loaded.
@@ -140,20 +146,26 @@ def python_rows(mode: type) -> Iterator[None]:
 
 def _set_up(module: Any, mode: type) -> None:
     """Give the extension the classes and tables of the Python code."""
-    classes = {
-        "Stash": stash.Stash, "Leaf": stash.Leaf, "MatrixLayout": stash.MatrixLayout,
-        "Replay": recipes.Replay, "Cast": recipes.Cast, "WHOLE": stash.WHOLE, "held": tensors.held,
-        "Normalized": norm.Normalized, "UseHandle": backward_cache.UseHandle,
-        "backward_cache": backward_cache.backward_cache, "Affine": Affine, "Lossless": Lossless, "Scaled": norm.Scaled,
-        "Activated": activation.Activated, "Report": Report,
-        "UseCount": backward_cache.UseCount, "CompressionMode": mode, "DeviceContext": DeviceContext, "PRODUCT": linear.PRODUCT,
-        "Multiplied": multiply.Multiplied, "SUM": add.SUM, "Mul": multiply.Mul,
-        "ScaledLinear": linear.ScaledLinear, "Linear": linear.Linear, "TokenNorm": norm.TokenNorm,
-        "Smooth": activation.Smooth, "FlashCPU": attention.FlashCPU,
-        "MatMul": matmul.MatMul, "Softmax": softmax.Softmax, "forward_ad": vars(forward_ad),
+    classes = [
+        *(stash.Stash, stash.Leaf, stash.MatrixLayout, recipes.Replay, recipes.Cast),
+        *(norm.Scaled, norm.Normalized, activation.Activated, multiply.Multiplied),
+        *(Affine, Lossless, Report, mode, DeviceContext),
+        *(backward_cache.UseCount, backward_cache.UseHandle),
+        *(linear.Linear, linear.ScaledLinear, norm.TokenNorm, activation.Smooth),
+        *(attention.FlashCPU, multiply.Mul, matmul.MatMul, softmax.Softmax),
+    ]
+    objects = {
+        **{kind.__name__: kind for kind in classes},
+        "WHOLE": stash.WHOLE,
+        "PRODUCT": linear.PRODUCT,
+        "SUM": add.SUM,
+        "held": tensors.held,
+        "backward_cache": backward_cache.backward_cache,
+        "is_fsdp_module": sharded_parameters.is_fsdp_module,
+        "forward_ad": vars(forward_ad),
         "compiler": vars(torch.compiler),
+        "functional": vars(F),
         "eval_frame_callback": torch._C._dynamo.eval_frame.get_eval_frame_callback,
-        "functional": vars(F), "is_fsdp_module": sharded_parameters.is_fsdp_module,
-    }  # fmt: skip
+    }
     stock = [(kind, kind.forward, name, getattr(F, name), number) for kind, name, number in _STOCK]
-    module.set_up(classes, ROWS, {**table.ROWS, **table.EAGER}, NOTHING, stock)
+    module.set_up(objects, ROWS, {**table.ROWS, **table.EAGER}, NOTHING, stock)

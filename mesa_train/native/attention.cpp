@@ -64,6 +64,7 @@ std::array<Ref, 3> keep_each(Call& call, const std::array<PyObject*, 3>& objects
   }
   if (together) {
     const at::NoGradGuard guard;
+    const at::AutoDispatchBelowADInplaceOrView below;
     if (const auto parts = packed(tensors)) {
       const Tensor& matrix = (*parts)[0].second;
       const std::vector<Tensor> codes = affine_encode_parts(
@@ -186,13 +187,17 @@ Ref softmax_row(Call& call, const Arguments& arguments) {
   return output;
 }
 
-Ref matmul_row(Call& call, const Arguments& arguments) {
+namespace {
+
+// A product of matrices. `dims`: what both operands must have, or 0 for any.
+Ref product(Call& call, const Arguments& arguments, int64_t dims) {
   if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
   if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
   PyObject *const first = PyTuple_GET_ITEM(arguments.args, 0),
                   *const second = PyTuple_GET_ITEM(arguments.args, 1);
   const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
   if (!left || !right || left->dim() < 2 || right->dim() < 2 || !right->numel() ||
+      (dims && (left->dim() != dims || right->dim() != dims)) ||
       !call.covers(LEFT, {left, right}) || matmul_folds_by_gradient(*left, *right)) {
     return {};
   }
@@ -217,5 +222,11 @@ Ref matmul_row(Call& call, const Arguments& arguments) {
                                                stashes.get(), shapes.get(), first, second,
                                                nullptr));
 }
+
+}  // namespace
+
+Ref matmul_row(Call& call, const Arguments& arguments) { return product(call, arguments, 0); }
+Ref bmm_row(Call& call, const Arguments& arguments) { return product(call, arguments, 3); }
+Ref mm_row(Call& call, const Arguments& arguments) { return product(call, arguments, 2); }
 
 }  // namespace mesa

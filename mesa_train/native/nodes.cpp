@@ -70,8 +70,6 @@ variable_list blocked(StashNode& node, const Tensor& grad, const variable_list& 
   return all;
 }
 
-Tensor flattened(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
-
 // A gradient summed over the dims that broadcasting added.
 Tensor summed_to(const Tensor& grad, at::IntArrayRef shape) {
   return grad.sizes() == shape ? grad : grad.sum_to_size(shape);
@@ -119,7 +117,7 @@ Tensor input_of_linear(Rebuilt& saved, const Tensor& dx, at::ScalarType dtype) {
 // (dx, dweight, dbias) of a norm over rows (`norm.token_norm_gradients`).
 Triple norm_gradients(const Tensor& grad, const Tensor& x_hat, const Tensor& rstd,
                       const std::optional<Tensor>& weight, bool centred) {
-  Tensor g = grad.to(x_hat.scalar_type());
+  Tensor g = cast(grad, x_hat.scalar_type());
   const Tensor dweight = at::mul(g, x_hat).sum(0), dbias = g.sum(0);
   if (weight) g = at::mul(g, *weight);
   Tensor inner = at::sub(g, at::mul(x_hat, at::mul(g, x_hat).mean(1, /*keepdim=*/true)));
@@ -137,6 +135,7 @@ variable_list StashNode::apply(variable_list&& grads) {
   variable_list results;
   {
     const at::NoGradGuard guard;
+    const at::AutoDispatchBelowADInplaceOrView below;
     Rebuilt rebuilt(saved);
     results = gradients(rebuilt, grad);
   }
@@ -153,7 +152,7 @@ variable_list LinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
   const at::ScalarType dtype = grad.scalar_type();
   // Flattened first. Otherwise a matmul with a permuted gradient would run batch by batch, and
   // copy the weight for each batch.
-  const Tensor flat = flattened(grad);
+  const Tensor flat = flat_rows(grad);
   if (needs(0)) {
     const Tensor weight = saved.get(1, dtype);
     c10::DimVector shape(grad.sizes().begin(), grad.sizes().end());
@@ -162,7 +161,7 @@ variable_list LinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
   }
   if (needs(1)) {
     const Tensor x = input_of_linear(saved, results[0], dtype);
-    results[1] = at::mm(flat.t(), flattened(x));
+    results[1] = at::mm(flat.t(), flat_rows(x));
   }
   if (needs(2)) {
     const Tensor known = backward_cache().take_sum(grad);
@@ -173,24 +172,24 @@ variable_list LinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
 
 variable_list ScaledLinearNode::gradients(Rebuilt& saved, const Tensor& grad) {
   variable_list results(4);
-  const Tensor weight = saved.get(1), scale = saved.get(2), rows = flattened(grad);
+  const Tensor weight = saved.get(1), scale = saved.get(2), rows = flat_rows(grad);
   Tensor scaled, narrow, total;
   if (rows.scalar_type() == at::kDouble || rows.scalar_type() == dtype) {
-    scaled = at::mul(rows, scale).to(dtype);
-    narrow = rows.to(dtype);
+    scaled = cast(at::mul(rows, scale), dtype);
+    narrow = cast(rows, dtype);
     total = rows.sum(0);
   } else {
     std::tie(scaled, narrow, total) = scale_backward(rows, scale, dtype);
-    total = total.to(rows.scalar_type());
+    total = cast(total, rows.scalar_type());
   }
   if (needs(0)) {
     c10::DimVector shape(grad.sizes().begin(), grad.sizes().end());
     shape.back() = weight.size(1);
-    results[0] = at::mm(scaled, weight.to(scaled.scalar_type())).view(shape);
+    results[0] = at::mm(scaled, cast(weight, scaled.scalar_type())).view(shape);
   }
   if (needs(1) || needs(3)) {
     const Tensor x = input_of_linear(saved, results[0], dtype);
-    const Tensor unscaled = at::mm(narrow.t(), flattened(x)).to(weight.scalar_type());
+    const Tensor unscaled = cast(at::mm(narrow.t(), flat_rows(x)), weight.scalar_type());
     if (needs(1)) results[1] = at::mul(unscaled, scale.unsqueeze(1));
     if (needs(3)) {
       results[3] = at::mul(weight, unscaled).sum(1);
@@ -211,9 +210,10 @@ variable_list MulNode::gradients(Rebuilt& saved, const Tensor& grad) {
 variable_list NormNode::gradients(Rebuilt& saved, const Tensor& grad) {
   const Tensor rstd = saved.get(1);
   std::optional<Tensor> weight;
-  if (saved.has(2)) weight = saved.get(2).reshape(-1);
+  if (saved.has(2)) weight = flat_vector(saved.get(2));
   const Spec& spec = saved.spec(0);
-  const Tensor flat = grad.reshape({-1, c10::multiply_integers(shape)});
+  const int64_t cols = c10::multiply_integers(shape);
+  const Tensor flat = grad.dim() == 2 && grad.size(1) == cols ? grad : reshaped(grad, {-1, cols});
   Tensor dx, dweight, dbias;
   if (spec.kind == Kind::CODES) {
     std::tie(dx, dweight, dbias) = norm_backward(flat, saved.own(spec, 0), saved.own(spec, 1), rstd,
@@ -221,12 +221,12 @@ variable_list NormNode::gradients(Rebuilt& saved, const Tensor& grad) {
   } else {
     const Tensor x_hat = saved.get(0, c10::promoteTypes(rstd.scalar_type(), at::kFloat));
     std::tie(dx, dweight, dbias) =
-        norm_gradients(flat, x_hat.reshape(flat.sizes()), rstd, weight, centred);
+        norm_gradients(flat, reshaped(x_hat, flat.sizes()), rstd, weight, centred);
   }
   variable_list results(3);
-  if (needs(0)) results[0] = dx.view_as(grad);
-  if (needs(1)) results[1] = dweight.view(shape);
-  if (needs(2)) results[2] = dbias.view(shape);
+  if (needs(0)) results[0] = grad.dim() == 2 ? dx : dx.view_as(grad);
+  if (needs(1)) results[1] = shape.size() == 1 ? dweight : dweight.view(shape);
+  if (needs(2)) results[2] = shape.size() == 1 ? dbias : dbias.view(shape);
   return results;
 }
 
@@ -258,9 +258,9 @@ variable_list MatMulNode::gradients(Rebuilt& saved, const Tensor& grad) {
   const at::ScalarType dtype = grad.scalar_type();
   if (right_shape.size() == 2) {
     // One matmul over all leading dims (see `ops/matmul.py`).
-    const Tensor flat = flattened(grad);
+    const Tensor flat = flat_rows(grad);
     if (needs(0)) results[0] = at::matmul(flat, saved.get(1, dtype).mT()).view(left_shape);
-    if (needs(1)) results[1] = at::matmul(flattened(saved.get(0, dtype)).t(), flat);
+    if (needs(1)) results[1] = at::matmul(flat_rows(saved.get(0, dtype)).t(), flat);
     return results;
   }
   if (needs(0)) results[0] = summed_to(at::matmul(grad, saved.get(1, dtype).mT()), left_shape);
@@ -328,6 +328,26 @@ void BackwardCache::offer_gradient(const Tensor& codes, const Tensor& grad, cons
                               Gradient{codes, grad, value, (uint32_t)grad._version()});
 }
 
+Tensor BackwardCache::take_decoded(const Tensor& codes, at::ScalarType dtype, bool last) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = decoded_.find(codes.unsafeGetTensorImpl());
+  if (found == decoded_.end() || run_ != torch::autograd::get_current_graph_task_id()) return {};
+  // The codes live, because the caller holds them. An entry of a dead tensor has another control
+  // block at the same address.
+  const bool same = !found->second.codes.expired() && found->second.value.scalar_type() == dtype;
+  const Tensor value = same ? found->second.value : Tensor();
+  if (last || !same) decoded_.erase(found);
+  return value;
+}
+
+void BackwardCache::offer_decoded(const Tensor& codes, const Tensor& value) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  enter();
+  decoded_.insert_or_assign(
+      codes.unsafeGetTensorImpl(),
+      Decoded{c10::weak_intrusive_ptr<c10::TensorImpl>(codes.getIntrusivePtr()), value});
+}
+
 Tensor BackwardCache::take_sum(const Tensor& grad) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (sums_.empty()) return {};
@@ -360,6 +380,7 @@ void BackwardCache::enter() {
 
 void BackwardCache::clear() {
   gradients_.clear();
+  decoded_.clear();
   sums_.clear();
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/irange.h>
 
 #include "operators.h"
@@ -158,12 +159,13 @@ std::pair<Layout, Tensor> Layout::of(const Tensor& tensor, uint64_t within) {
     (i < dims - inner ? rows : cols) *= layout.shape[layout.order[i]];
   }
   layout.cols = cols;
+  if (layout.contiguous && dims == 2 && inner == 1) return {std::move(layout), x};
   const Tensor permuted = layout.contiguous ? x : x.permute(layout.order);
-  return {std::move(layout), permuted.reshape({rows, cols})};
+  return {std::move(layout), reshaped(permuted, {rows, cols})};
 }
 
 Tensor Layout::restore(const Tensor& matrix) const {
-  if (contiguous) return matrix.view(shape);
+  if (contiguous) return matrix.sizes() == shape ? matrix : matrix.view(shape);
   c10::DimVector sizes(order.size()), inverse(order.size());
   for (const auto i : c10::irange(order.size())) {
     sizes[i] = shape[order[i]];
@@ -173,7 +175,8 @@ Tensor Layout::restore(const Tensor& matrix) const {
 }
 
 Tensor Layout::rows(const Tensor& grad) const {
-  return (contiguous ? grad : grad.permute(order)).reshape({-1, cols});
+  if (contiguous && grad.dim() == 2 && grad.size(1) == cols) return grad;
+  return reshaped(contiguous ? grad : grad.permute(order), {-1, cols});
 }
 
 Ref Layout::object() const {
@@ -243,6 +246,7 @@ Ref Call::keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t
   const bool cast = autocasts(tensor);
   if (codes(rule, tensor) && (rule.affine || (!cast && !narrowed(tensor)))) {
     const at::NoGradGuard guard;
+    const at::AutoDispatchBelowADInplaceOrView below;
     const auto [layout, matrix] = Layout::of(tensor, within);
     Ref stash;
     if (rule.affine) {
@@ -372,7 +376,8 @@ Ref held(PyObject* parameter) {
   // Hooks that move or count saved tensors skip parameters. So the alias is a Parameter if there are
   // hooks.
   if (!at::SavedTensorDefaultHooks::get_hooks()) {
-    return wrapped(THPVariable_Unpack(parameter).detach());
+    c10::TensorImpl* const held = THPVariable_Unpack(parameter).unsafeGetTensorImpl();
+    return wrapped(Tensor(held->shallow_copy_and_detach(held->version_counter(), false)));
   }
   return Ref::steal(PyObject_CallOneArg(classes.held.get(), parameter));
 }

@@ -46,6 +46,21 @@ struct Rules {
   bool plain_fallback = false;
 };
 
+// Without an operator if there is nothing to do.
+inline Tensor cast(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+// A reshape is two operators, a view is one.
+inline Tensor reshaped(const Tensor& tensor, at::IntArrayRef shape) {
+  return tensor.is_contiguous() ? tensor.view(shape) : tensor.reshape(shape);
+}
+inline Tensor flat_vector(const Tensor& tensor) {
+  return tensor.dim() == 1 ? tensor : reshaped(tensor, {-1});
+}
+inline Tensor flat_rows(const Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor : reshaped(tensor, {-1, tensor.size(-1)});
+}
+
 // A tensor as a (rows, cols) matrix: `MatrixLayout`.
 struct Layout {
   c10::DimVector shape, order;

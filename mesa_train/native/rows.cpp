@@ -288,6 +288,8 @@ struct NamedRow {
 Ref attention_row(Call& call, const Arguments& arguments);
 Ref softmax_row(Call& call, const Arguments& arguments);
 Ref matmul_row(Call& call, const Arguments& arguments);
+Ref bmm_row(Call& call, const Arguments& arguments);
+Ref mm_row(Call& call, const Arguments& arguments);
 
 Row row_named(const char* name) {
   static constexpr NamedRow rows[] = {
@@ -295,6 +297,7 @@ Row row_named(const char* name) {
       {"silu", silu_row},         {"add", add_row},               {"dropout", dropout_row},
       {"view", view_row},         {"reshape", reshape_row},       {"nothing", nothing_row},
       {"mul", mul_row},           {"mul_", mul_in_place_row},     {"attention", attention_row}, {"softmax", softmax_row},     {"matmul", matmul_row},
+      {"bmm", bmm_row},           {"mm", mm_row},
   };
   for (const auto& row : rows) {
     if (std::string_view(row.name) == name) return row.row;
@@ -355,7 +358,8 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
   const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
   const Rule& rule = call.rule(LAYER_NORM);
   if (!x || (weight && !w) || (bias && !b) || !x->numel() || !call.covers(LAYER_NORM, {x, w, b}) ||
-      !(rule.affine || rule.values) || rule.fused || of_parameter(*x) ||
+      !(rule.affine || rule.values) || rule.fused ||
+      (x->is_view() && of_parameter(*x)) ||
       PyObject_TypeCheck(input, (PyTypeObject*)ParameterClass) ||
       (autocasts(*x) && (!x->is_cpu() || !rule.affine)) || (rule.values && narrowed(*x))) {
     return {};
@@ -367,7 +371,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
   }
   const auto [result, mean, rstd] =
       exactly([&] { return at::native_layer_norm(*x, shape, optional(w), optional(b), eps); });
-  const Tensor deviations = rstd.reshape(-1);
+  const Tensor deviations = exactly([&, &rstd = rstd] { return flat_vector(rstd); });
   Ref x_hat;
   if (rule.affine) {
     Layout layout;
@@ -376,7 +380,7 @@ Ref layer_norm(Call& call, PyObject* input, at::IntArrayRef shape, PyObject* wei
     for (const auto d : c10::irange(result.dim())) layout.order[d] = d;
     layout.cols = c10::multiply_integers(shape);
     const auto [codes, scales] = exactly([&, &mean = mean] {
-      return normalized_encode(x->reshape({-1, layout.cols}), mean.reshape(-1), deviations, rule);
+      return normalized_encode(reshaped(*x, {-1, layout.cols}), flat_vector(mean), deviations, rule);
     });
     x_hat = call.leaf(rule, codes, scales, layout, result.scalar_type());
   } else {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <pybind11/gil.h>
 
@@ -52,9 +53,13 @@ Ref smooth(Call& call, PyObject* input, std::string_view kind);
 Row row_named(const char* name);
 
 // Computes under `no_grad`, without autocast's cache and without the GIL (`Recorder.exactly`).
+//
+// The dispatcher skips the kernels that record for autograd. No operator here writes to a tensor or
+// returns a view to the user, so there is nothing to record.
 template <typename Compute>
 auto exactly(const Compute& compute) {
   const at::NoGradGuard guard;
+  const at::AutoDispatchBelowADInplaceOrView below;
   const pybind11::gil_scoped_release release;
   if (!at::autocast::is_autocast_cache_enabled()) return compute();
   struct Cache {

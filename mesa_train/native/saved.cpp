@@ -11,6 +11,7 @@
 #include <pybind11/gil.h>
 #include <torch/csrc/PyInterpreter.h>
 
+#include "backward_cache.h"
 #include "operators.h"
 
 namespace mesa {
@@ -237,17 +238,27 @@ Tensor Rebuilt::value(int index, at::ScalarType dtype) {
 Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
   switch (spec.kind) {
     case Kind::WHOLE:
-      return own(spec, 0).to(dtype);
-    case Kind::CODES:
-      return spec.layout.restore(
-          affine_decode(own(spec, 0), own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+      return cast(own(spec, 0), dtype);
+    case Kind::CODES: {
+      const Tensor& codes = own(spec, 0);
+      // This node holds the codes twice: in its saved variable and unpacked. Any further owner is
+      // another node that reads them in this backward.
+      const bool last = codes.use_count() <= 2;
+      if (const Tensor known = backward_cache().take_decoded(codes, dtype, last); known.defined()) {
+        return known;
+      }
+      const Tensor value = spec.layout.restore(
+          affine_decode(codes, own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+      if (!last) backward_cache().offer_decoded(codes, value);
+      return value;
+    }
     case Kind::VALUES:
-      return spec.layout.restore(own(spec, 0).to(dtype));
+      return spec.layout.restore(cast(own(spec, 0), dtype));
     case Kind::SCALED: {
       const Spec& leaf = source(spec);
       const auto parameter = [&](bool exists, size_t i) -> std::optional<Tensor> {
         if (!exists) return std::nullopt;
-        return own(spec, static_cast<int>(i)).reshape(-1);
+        return flat_vector(own(spec, static_cast<int>(i)));
       };
       const auto weight = parameter(spec.has_weight, 0);
       const auto bias = parameter(spec.has_bias, spec.slots.size() - 1);
@@ -256,7 +267,7 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
         Tensor x = value(spec.sources[0], c10::promoteTypes(rounded, at::kFloat));
         if (weight) x = at::mul(x, weight->view(spec.per_channel));
         if (bias) x = at::add(x, bias->view(spec.per_channel));
-        return x.to(rounded).to(dtype);
+        return cast(cast(x, rounded), dtype);
       }
       Tensor matrix;
       if (leaf.kind == Kind::CODES) {
@@ -266,9 +277,9 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
         matrix = own(leaf, 0);
         if (weight) matrix = at::mul(matrix, *weight);
         if (bias) matrix = at::add(matrix, *bias);
-        matrix = matrix.to(rounded);
+        matrix = cast(matrix, rounded);
       }
-      return leaf.layout.restore(matrix).to(dtype);
+      return cast(leaf.layout.restore(matrix), dtype);
     }
     case Kind::NORMALIZED: {
       const Tensor x = value(spec.sources[0], source(spec).dtype);
@@ -282,19 +293,20 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
     }
     case Kind::PRODUCT: {
       std::optional<Tensor> bias;
-      if (spec.slots.size() > 1) bias = own(spec, 1).to(spec.dtype);
-      return at::linear(value(spec.sources[0], spec.dtype), own(spec, 0).to(spec.dtype), bias)
-          .to(dtype);
+      if (spec.slots.size() > 1) bias = cast(own(spec, 1), spec.dtype);
+      const Tensor product =
+          at::linear(value(spec.sources[0], spec.dtype), cast(own(spec, 0), spec.dtype), bias);
+      return cast(product, dtype);
     }
     case Kind::ACTIVATED: {
       const Spec& input = source(spec);
       if (input.kind != Kind::CODES) {
-        return activation(value(spec.sources[0], spec.dtype), spec.activation).to(dtype);
+        return cast(activation(value(spec.sources[0], spec.dtype), spec.activation), dtype);
       }
-      return input.layout
-          .restore(activation_decode(own(input, 0), own(input, 1), input.bits, input.layout.cols,
-                                     once(spec.dtype, dtype), spec.activation))
-          .to(dtype);
+      const Tensor matrix = activation_decode(own(input, 0), own(input, 1), input.bits,
+                                              input.layout.cols, once(spec.dtype, dtype),
+                                              spec.activation);
+      return cast(input.layout.restore(matrix), dtype);
     }
     case Kind::VIEW:
       return view(spec, dtype);
@@ -309,9 +321,9 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
           .to(dtype);
     }
     case Kind::MULTIPLIED:
-      return at::mul(of_source(spec, 0), of_source(spec, 1)).to(dtype);
+      return cast(at::mul(of_source(spec, 0), of_source(spec, 1)), dtype);
     case Kind::SUM:
-      return at::add(of_source(spec, 0), of_source(spec, 1)).to(dtype);
+      return cast(at::add(of_source(spec, 0), of_source(spec, 1)), dtype);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -350,7 +362,7 @@ Tensor Rebuilt::view(const Spec& spec, at::ScalarType dtype) {
                            from.storage_offset() + geometry.offset);
   }
   if (geometry.reshaped) {
-    const Tensor copy = from.reshape(geometry.sizes);
+    const Tensor copy = reshaped(from, geometry.sizes);
     // A later view may rely on the memory order of the forward's copy.
     return geometry.contiguous ? copy.contiguous() : copy;
   }

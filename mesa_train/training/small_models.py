@@ -37,7 +37,7 @@ def build(
     Returns:
         (model, resized data).
     Raises:
-        ValueError: the name is unknown, or the model refuses the image size.
+        ValueError: the name is unknown, or the model cannot take the image size.
     """
     import timm
 
@@ -62,7 +62,7 @@ def build(
             model.eval()(resized.normalise(resized.held_out.images[:1].float() / 255))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} refuses images of {size}x{size}: {reason}") from error
+        raise ValueError(f"{name} cannot take images of {size}x{size}: {reason}") from error
     return model, resized
 
 

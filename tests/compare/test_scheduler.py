@@ -150,9 +150,9 @@ def test_what_compiles_waits_for_memory(monkeypatch):
     """Where the first method took too much of it, there is one slot."""
     monkeypatch.setattr("mesa_train.compare.scheduler._available", lambda: 2.9e9)
     bench = _Bench(Request("m"), ["plain", "compile"], Path(), [])
-    assert (bench.own, bench.either) == ([0], [1])
+    assert (bench.first_slot, bench.either_slot) == ([0], [1])
     bench.first, bench.reference = {"resident_bytes": 10**9}, Path(__file__)
-    waiting = threading.Thread(target=bench._until_there_is_room)
+    waiting = threading.Thread(target=bench._wait_for_memory)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()

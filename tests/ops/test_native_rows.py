@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from operator_case import EVERY, run
 from operator_cases import CASES
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mesa_train import Policy, compress, wrap
@@ -188,6 +190,16 @@ def test_errors_of_the_graph_are_pytorchs():
     model(torch.randn(2, 8)).sum().backward()
 
 
+def test_products_of_wrong_dims_are_pytorchs_errors():
+    batch, matrix = torch.randn(2, 3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    with compress(ALL):
+        with pytest.raises(RuntimeError):
+            torch.bmm(batch, matrix)
+        with pytest.raises(RuntimeError):
+            torch.mm(batch, matrix)
+        assert torch.matmul(batch, matrix).shape == (2, 3, 3)
+
+
 def test_retained_graphs_and_partial_gradients():
     model, x = model_and_batch("blocks")
     wrap(model, ALL)
@@ -196,6 +208,35 @@ def test_retained_graphs_and_partial_gradients():
     (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
     second = torch.autograd.grad(loss, [x, *model.parameters()])
     assert_equal([dx, *first], second)
+
+
+class Decodes(TorchDispatchMode):
+    """The number of decoded leaves, and weak references to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.mesa_train.affine_decode.default:
+            self.results.append(weakref.ref(result.untyped_storage()))
+        return result
+
+
+def test_attentions_output_is_decoded_once_for_its_two_readers():
+    model, x = model_and_batch("vit")
+    wrap(model, ALL)
+    loss = model(x).square().sum()
+    with Decodes() as decodes:
+        loss.backward(retain_graph=True)
+        first = len(decodes.results)
+        loss.backward()
+    # Of each of two blocks: q, k, v, the output, and two norms' outputs. Besides them: the last
+    # norm's output, and the input of the patch embedding's convolution if it is coded.
+    assert first == len(decodes.results) - first
+    assert first - 2 * 6 in (1, 2)
+    assert all(r() is None for r in decodes.results), "nothing outlives the backward"
 
 
 def test_batched_gradients():

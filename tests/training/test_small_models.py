@@ -45,5 +45,5 @@ def test_unknown_name_lists_close_ones(digits):
 
 
 def test_refused_size_is_named(digits):
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 refuses images of 5x5: "):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot take images of 5x5: "):
         models.build("vit_tiny_patch16_224", digits, seed=0, image_size=5)

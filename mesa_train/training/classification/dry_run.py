@@ -116,7 +116,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
     """Build the model, not wrapped by mesa_train.
 
     Raises:
-        ConfigError: the name is unknown, or the model refuses the image size.
+        ConfigError: the name is unknown, or the model cannot take the image size.
     """
     import difflib
 
@@ -145,7 +145,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
             built.set_grad_checkpointing(True)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{model.name} refuses data.image_size={size}: {reason}") from None
+        raise ConfigError(f"{model.name} cannot take data.image_size={size}: {reason}") from None
     return built
 
 
@@ -155,7 +155,7 @@ def check_model(config: Config, classes: int) -> None:
     The check allocates no memory.
 
     Raises:
-        ConfigError: the model is unknown, refuses the size, or is no classifier of images.
+        ConfigError: the model is unknown, cannot take the size, or is no classifier of images.
     """
     size = config.data.image_size
     model = build_model(config, classes, "meta").eval()
@@ -164,7 +164,9 @@ def check_model(config: Config, classes: int) -> None:
             logits = model(torch.empty(1, 3, size, size, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{config.model.name} refuses data.image_size={size}: {reason}") from None
+        raise ConfigError(
+            f"{config.model.name} cannot take data.image_size={size}: {reason}"
+        ) from None
     if tuple(logits.shape) != (1, classes):
         raise ConfigError(f"model.name: {config.model.name} is no classifier of images")
 

@@ -50,6 +50,31 @@ def step(rows: Sequence[Row]) -> str:
     )
 
 
+@table("host.jsonl", "python scripts/bench/host.py", by="path")
+def host(rows: Sequence[Row]) -> str:
+    """The newest run of a launch path, a line per model and method."""
+    newest = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    head = ["model", "method", "step", "vs. plain", "Python calls", "operators"]
+    lines = [
+        [
+            row["model"],
+            row["method"],
+            f"{row['step_ms']:.1f} ms",
+            "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_quartiles"]),
+            f"{row['python_calls']:,}",
+            f"{row['operators']:,}",
+        ]
+        for row in newest
+    ]
+    return markdown(head, lines) + (
+        "\nA step is forward and backward of 2 images of 32 x 32 pixels: median of "
+        f"{newest[0]['rounds']} rounds that take turns, quartiles in brackets. "
+        '"compress" is functional code and is compared with the same code without it. '
+        '"mesa8-python" runs every row in Python. Python calls and operators are counts of one step. '
+        f"{origin(newest[0])}\n"
+    )
+
+
 @table("bench_step.jsonl", "python scripts/bench/step.py", by="device_type dtype")
 def steps(rows: Sequence[Row]) -> str:
     """The newest run on every model on a kind of device, "less memory, step" a method."""

@@ -1,0 +1,84 @@
+"""The host's share of a step, as counts: Python calls and operators. Counts are exact, times are not."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import pytest
+
+from mesa_train.engine import native
+from mesa_train.engine.intercept import CompressionMode
+from mesa_train.utils import records
+
+SCRIPT = Path(host.__file__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension():
+    native.prepare(CompressionMode)
+    if native.extension is None:
+        pytest.skip("no compiler, or MESA_TRAIN_NATIVE=0")
+
+
+def counts(step):
+    """(Python calls, operators) of a step that is warm."""
+    step()
+    step()
+    return host.python_calls_of(step), host.operators_of(step)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: counts(host.step_of(make, "plain")) for name, make in host.MODELS.items()}
+
+
+# The upper bounds: the counts of a step divided by plain's.
+@pytest.mark.parametrize(
+    ("model", "method", "calls", "operators"),
+    [
+        ("vit", "mesa8", 1.40, 1.15),
+        ("vit", "mesa4", 1.40, 1.15),
+        ("vit", "mesa8-recompute", 1.50, 1.15),
+        ("vit", "mesa4-recompute", 1.50, 1.15),
+        ("vit", "lossless", 1.75, 1.50),
+        ("swin", "mesa8", 2.0, 1.20),
+        ("swin", "mesa8-recompute", 2.6, 1.30),
+        ("swin", "lossless", 2.1, 1.45),
+    ],
+)
+def test_a_step_makes_few_calls(plain, model, method, calls, operators):
+    found = counts(host.step_of(host.MODELS[model], method))
+    assert found[0] <= calls * plain[model][0]
+    assert found[1] <= operators * plain[model][1]
+
+
+def test_functional_code_makes_few_calls():
+    plain = counts(host.functional_step(contextlib.nullcontext))
+    found = counts(host.functional_step(lambda: host.compress("mesa8")))
+    # Every torch call of functional code goes through one Python function of the mode.
+    assert found[0] - plain[0] <= 150 * 12
+    assert found[1] <= 1.2 * plain[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", host.PATHS)
+def test_the_script(tmp_path, path):
+    rows = tmp_path / "rows.jsonl"
+    options = ["--quick", "--models", "vit", "--paths", path, "--methods", "plain,mesa8,compress"]
+    subprocess.run(
+        [sys.executable, SCRIPT, *options, "--out", rows], check=True, capture_output=True
+    )
+    found = records.read(rows)
+    assert [row["method"] for row in found] == ["plain", "mesa8", "functional", "compress"]
+    assert all(row["path"] == path and row["step_ms"] > 0 for row in found)
+    assert [row["ratio"] for row in found if row["method"] in ("plain", "functional")] == [1, 1]
+
+
+def test_a_mistyped_method_is_one_line():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--methods", "mesa9"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("host: --methods has 'mesa9'; choose from plain, ")
