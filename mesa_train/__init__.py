@@ -14,6 +14,8 @@ from .engine.intercept import compress
 from .policy import PRESETS, Policy
 
 if TYPE_CHECKING:
+    from .graphs.checks import CaptureError
+    from .graphs.step import CapturedStep, capture_step
     from .measure.coverage import Coverage, coverage
     from .measure.footprint import Footprint, footprint
     from .planner.plan import OverBudget, Plan
@@ -22,11 +24,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "CaptureError",
+    "CapturedStep",
     "Coverage",
     "Footprint",
     "OverBudget",
     "Plan",
     "Policy",
+    "capture_step",
     "checkpoint",
     "compress",
     "coverage",
@@ -38,8 +43,11 @@ __all__ = [
 
 _moved.install()
 
-# Imported on first use. A training run needs none of these tools.
+# Imported on first use. An ordinary training run needs none of these tools.
 _LATER = {
+    "CaptureError": "graphs.checks",
+    "CapturedStep": "graphs.step",
+    "capture_step": "graphs.step",
     "Coverage": "measure.coverage",
     "coverage": "measure.coverage",
     "Footprint": "measure.footprint",

@@ -16,7 +16,8 @@ PACKAGE = Path(mesa_train.__file__).parent
 # import each other. "" is `mesa_train/__init__.py`.
 ORDER = (
     ("cli",),
-    ("training", "integrations"),
+    ("training",),
+    ("integrations",),
     ("",),
     ("moved_modules",),
     ("api",),
@@ -25,7 +26,7 @@ ORDER = (
     ("estimate",),
     ("loading",),
     ("measure",),
-    ("methods",),
+    ("methods", "graphs"),
     ("engine",),
     ("ops",),
     ("stash",),

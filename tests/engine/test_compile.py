@@ -151,6 +151,19 @@ def test_inductor(model):
     assert distance(found, expected) < 1e-2
 
 
+@pytest.mark.slow
+def test_the_mode_with_cuda_graphs_computes_the_same_on_a_cpu(model):
+    """`mode="reduce-overhead"` compiles the same code, and adds CUDA graphs on a GPU."""
+    mesa_train.wrap(model, EIGHT)
+    default_output, default = gradients(torch.compile(model, fullgraph=True), model, images())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(2):
+        output, found = gradients(compiled, model, images())
+        assert torch.equal(output, default_output)
+        assert all(torch.equal(f, d) for f, d in zip(found, default, strict=True))
+
+
 def test_compress_inside_and_outside():
     torch.manual_seed(0)
     x, w = torch.randn(8, 32).requires_grad_(), torch.randn(4, 32, requires_grad=True)

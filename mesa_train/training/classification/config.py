@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from mesa_train.methods.apply import PLAIN
+from mesa_train.policy import Policy
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
     POLICY,
@@ -109,6 +111,8 @@ class TrainConfig:
         seed: default 0; at least 0.
         ema: decay of the averaged weights, reached gradually; default 0: none; in [0, 1). With it,
             `best` holds the averaged weights.
+        cuda_graph: run each step as CUDA graphs (`mesa_train.capture_step`), for small models on a
+            fast GPU; default false; one process on a GPU.
         log_every: optimizer steps between log lines; default 10.
         save_every: optimizer steps between checkpoints; default 0: once an epoch.
         keep: how many of the newest checkpoints stay; default 2.
@@ -124,6 +128,7 @@ class TrainConfig:
     policy: Annotated[str, POLICY] = "mesa8"
     seed: Annotated[int, NOT_NEGATIVE] = 0
     ema: Annotated[float, SHARE] = 0.0
+    cuda_graph: bool = False
     log_every: Annotated[int, POSITIVE] = 10
     save_every: Annotated[int, NOT_NEGATIVE] = 0
     keep: Annotated[int, POSITIVE] = 2
@@ -164,6 +169,13 @@ class Config:
             )
         if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
             raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+        if train.cuda_graph and train.policy != PLAIN:
+            policy = Policy.preset(train.policy)
+            if policy.offload or policy.ranges == "running":
+                raise ConfigError(
+                    f"train.cuda_graph=true cannot capture train.policy={train.policy}, which works "
+                    "on the host in every step; mesa8 and mesa4 can be captured"
+                )
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:

@@ -49,9 +49,12 @@ def shared(config: Config, world: int) -> Config:
     A micro-batch is at most one process's part of the global batch.
 
     Raises:
-        ConfigError: micro-batches do not divide that part. The message names a size that does.
+        ConfigError: micro-batches do not divide that part, and the message names a size that does;
+            or CUDA graphs are wanted and `world` is above 1.
     """
     train, even = config.train, config.augment.mixup + config.augment.cutmix > 0
+    if train.cuda_graph and world > 1:
+        raise ConfigError(f"train.cuda_graph=true needs one process, got {_processes(world)}")
     part, rest = divmod(train.global_batch, world)
     if rest:
         raise ConfigError(
@@ -104,6 +107,8 @@ def check_machine(config: Config) -> None:
         )
     if on_cpu and config.model.sync_batch_norm:
         raise ConfigError("model.sync_batch_norm: PyTorch synchronises batch norms on GPUs only")
+    if on_cpu and config.train.cuda_graph:
+        raise ConfigError("train.cuda_graph=true needs a GPU; a CPU has no CUDA graphs")
     optimizers.check(config.optim.name, "cpu" if on_cpu else "cuda")
 
 

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from mesa_train import CaptureError
 from mesa_train.report import figures as plots
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError, changed
@@ -43,6 +44,7 @@ METRICS = "metrics.jsonl"
 # traceback.
 MISTAKES = (
     ConfigError,
+    CaptureError,
     checkpoints.CheckpointError,
     sources.CorruptImage,
     FloatingPointError,

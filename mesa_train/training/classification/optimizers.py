@@ -74,15 +74,29 @@ def check(name: str, device_type: str) -> None:
             ) from None
 
 
-def build(config: OptimConfig, parameter_groups: Groups) -> torch.optim.Optimizer:
+def build(
+    config: OptimConfig, parameter_groups: Groups, capturable: bool = False
+) -> torch.optim.Optimizer:
     """Build the optimizer of a configuration.
 
+    Args:
+        config: of the optimizer.
+        parameter_groups: as `groups` returns them.
+        capturable: whether "adamw" can step inside of a CUDA graph; default False.
     Raises:
         ConfigError: the optimizer needs bitsandbytes, and bitsandbytes is missing.
     """
     common = {"lr": parameter_groups[0]["lr"], "betas": config.betas}
     if config.name == "adamw":
-        return torch.optim.AdamW(parameter_groups, eps=config.eps, **common)
+        adamw = torch.optim.AdamW(parameter_groups, eps=config.eps, capturable=capturable, **common)
+
+        def as_built(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            # A checkpoint of a run with the other choice would change this optimizer's.
+            groups = [group | {"capturable": capturable} for group in state["param_groups"]]
+            return state | {"param_groups": groups}
+
+        adamw.register_load_state_dict_pre_hook(as_built)
+        return adamw
     bnb = _bitsandbytes(config.name).optim
     if config.name == "lion8bit":
         return bnb.Lion8bit(parameter_groups, **common)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mesa_train
+from mesa_train import CapturedStep, CaptureError
+from mesa_train.integrations.accelerate import capture_step
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError
@@ -63,7 +65,7 @@ class Run(TrainingRun):
         if config.train.policy != PLAIN:
             mesa_train.wrap(model, config.train.policy)
         groups = optimizers.groups(model, config.optim, config.train.global_batch)
-        optimizer = optimizers.build(config.optim, groups)
+        optimizer = optimizers.build(config.optim, groups, capturable=train.cuda_graph)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = optimizers.Schedule(
             self.optimizer,
@@ -74,6 +76,7 @@ class Run(TrainingRun):
         )
         self.mixup = _mixup(config, classes)
         self.ema = self._averaged() if config.train.ema else None
+        self.captured = self._captured() if train.cuda_graph else None
 
     @property
     def rank(self) -> int:
@@ -111,8 +114,13 @@ class Run(TrainingRun):
                 _log.warning("skipped %s", ", ".join(skipped))
             # Mixup, drop path and dropout use these generators.
             seed_all(self.config.train.seed, position.step, turn, self.rank)
+            inputs = self.inputs(images, labels)
+            if self.captured is not None:
+                loss = self.captured(*inputs)
+                total = loss if total is None else total + loss
+                continue
             with self.accelerator.accumulate(self.model):
-                loss = self.loss(images, labels)
+                loss = self.loss(*inputs)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
@@ -121,19 +129,29 @@ class Run(TrainingRun):
                 self.optimizer.zero_grad()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        if self.captured is not None and self.captured.grad_norm is not None:
+            norm = self.captured.grad_norm
         position.step += 1
         if self.ema is not None:
             self.ema.update(self.bare, step=position.step)
         return total / self.plan.accumulation, norm
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy in float32. With mixup the targets are soft."""
-        device, smoothing = self.accelerator.device, self.config.augment.label_smoothing
+    def inputs(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, targets) on the device. With mixup the targets are soft."""
+        device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of the model's logits, as `criterion`."""
+        return self.criterion(self.model(images), targets)
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in float32. Soft targets are smooth already."""
         if self.mixup is not None:
-            images, targets = self.mixup(images, labels)
-            return F.cross_entropy(self.model(images).float(), targets.float())
-        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
+            return F.cross_entropy(logits.float(), targets.float())
+        smoothing = self.config.augment.label_smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
     @property
     def lr(self) -> float:
@@ -274,6 +292,19 @@ class Run(TrainingRun):
 
         for buffer in module.buffers():
             buffer.copy_(broadcast(buffer.detach().clone()))
+
+    def _captured(self) -> CapturedStep:
+        """The step as CUDA graphs. ConfigError with the reason if it cannot be captured."""
+        try:
+            return capture_step(
+                self.accelerator,
+                self.model,
+                self.criterion,
+                self.optimizer,
+                clip_norm=self.config.optim.clip,
+            )
+        except CaptureError as error:
+            raise ConfigError(f"train.cuda_graph=true: {error}") from None
 
     def _averaged(self) -> Any:
         """A copy of the model with averaged weights."""
