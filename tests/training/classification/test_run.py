@@ -218,7 +218,10 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
     ("sections", "message"),
     [
         ({"model": {"name": "litv2_tyni"}}, r"no model 'litv2_tyni'; litv2_tiny"),
-        ({"data": {"image_size": 28}}, r"litv2_tiny cannot take data\.image_size=28: .*at least 29x29"),
+        (
+            {"data": {"image_size": 28}},
+            r"litv2_tiny cannot take data\.image_size=28: .*at least 29x29",
+        ),
         ({"model": {"classes": 7}}, r"model\.classes=7 but digits has 10"),
         (
             {"train": {"global_batch": 96}},
