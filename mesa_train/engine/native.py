@@ -68,12 +68,12 @@ ROWS: dict[Any, str] = {
     torch.add: "add",
     Tensor.add: "add",
     Tensor.add_: "add",
+    F.pad: "pad",
     F.dropout: "dropout",
     torch.dropout: "dropout",
 }
 _RESHAPES = frozenset("reshape view flatten unflatten squeeze unsqueeze contiguous clone".split())
-_VIEWS = table.VIEWS - {"roll", "flip"}
-for _name in sorted(_VIEWS):
+for _name in sorted(table.VIEWS):
     for _owner in (torch, Tensor):
         if hasattr(_owner, _name):
             ROWS[getattr(_owner, _name)] = "reshape" if _name in _RESHAPES else "view"

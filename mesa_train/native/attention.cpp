@@ -1,9 +1,8 @@
-// The rows of attention: fused on a CPU, or as softmax and matrix products.
+// The rows of fused attention on a CPU, and of softmax.
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/softmax.h>
 #include <c10/util/irange.h>
 #include <pybind11/gil.h>
@@ -84,22 +83,6 @@ std::array<Ref, 3> keep_each(Call& call, const std::array<PyObject*, 3>& objects
     kept[i] = call.keep(objects[i], *tensors[i], static_cast<Operand>(Q + i), WITHIN);
   }
   return kept;
-}
-
-// The dims that one group of codes of a matmul's operand may span (`matmul._within`).
-uint64_t within_matmul(const Tensor& operand) {
-  const int64_t dims = operand.dim();
-  if (dims < 4) return uint64_t{1} << (dims - 1);
-  const bool transposed = operand.stride(-2) == 1 && operand.stride(-1) != 1;
-  return uint64_t{1} << (dims - 3) | uint64_t{1} << (transposed ? dims - 2 : dims - 1);
-}
-
-// True if PyTorch's choice between one matmul and a batch of matmuls may depend on a gradient
-// (`folding._depends`). Then the Python row handles the call.
-bool matmul_folds_by_gradient(const Tensor& left, const Tensor& right) {
-  const bool first = left.dim() >= right.dim();
-  const Tensor &large = first ? left : right, &small = first ? right : left;
-  return large.dim() >= 3 && small.dim() <= 2 && small.requires_grad();
 }
 
 }  // namespace
@@ -186,47 +169,5 @@ Ref softmax_row(Call& call, const Arguments& arguments) {
   call.remember(output.get(), THPVariable_Unpack(output.get()), kept.get());
   return output;
 }
-
-namespace {
-
-// A product of matrices. `dims`: what both operands must have, or 0 for any.
-Ref product(Call& call, const Arguments& arguments, int64_t dims) {
-  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
-  if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
-  PyObject *const first = PyTuple_GET_ITEM(arguments.args, 0),
-                  *const second = PyTuple_GET_ITEM(arguments.args, 1);
-  const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
-  if (!left || !right || left->dim() < 2 || right->dim() < 2 || !right->numel() ||
-      (dims && (left->dim() != dims || right->dim() != dims)) ||
-      !call.covers(LEFT, {left, right}) || matmul_folds_by_gradient(*left, *right)) {
-    return {};
-  }
-  Ref kept_left, kept_right;
-  if (right->requires_grad()) kept_left = call.keep(first, *left, LEFT, within_matmul(*left));
-  if (left->requires_grad()) kept_right = call.keep(second, *right, RIGHT, within_matmul(*right));
-  const Tensor result = exactly([&] { return at::matmul(*left, *right); });
-  auto node = make_node<MatMulNode>();
-  node->left_shape.assign(left->sizes().begin(), left->sizes().end());
-  node->right_shape.assign(right->sizes().begin(), right->sizes().end());
-  if (node->saved.save({kept_left.get(), kept_right.get()})) {
-    return recorded(result, node, {left, right});
-  }
-  PyObject* const none = Py_None;
-  const Ref stashes = tuple_of(kept_left ? kept_left.get() : none,
-                               kept_right ? kept_right.get() : none);
-  const Ref left_shape = tuple_of_integers(left->sizes());
-  const Ref right_shape = tuple_of_integers(right->sizes());
-  const Ref shapes = tuple_of(left_shape.get(), right_shape.get());
-  const Ref object = wrapped(result);
-  return Ref::steal(PyObject_CallMethodObjArgs(classes.matmul.get(), names.apply, object.get(),
-                                               stashes.get(), shapes.get(), first, second,
-                                               nullptr));
-}
-
-}  // namespace
-
-Ref matmul_row(Call& call, const Arguments& arguments) { return product(call, arguments, 0); }
-Ref bmm_row(Call& call, const Arguments& arguments) { return product(call, arguments, 3); }
-Ref mm_row(Call& call, const Arguments& arguments) { return product(call, arguments, 2); }
 
 }  // namespace mesa

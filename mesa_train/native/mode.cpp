@@ -12,6 +12,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/irange.h>
 #include <pybind11/gil.h>
+#include <torch/csrc/Device.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -94,6 +95,32 @@ bool fsdp_module(PyTypeObject* type) {
   Py_INCREF(type);  // so that no other class gets its address
   known.emplace(type, is);
   return is;
+}
+
+// True if an argument may need a gradient (`fallback._tracked`), or is no plain object.
+bool may_need_gradient(PyObject* value, bool nested = false) {
+  if (THPVariable_CheckExact(value)) return THPVariable_Unpack(value).requires_grad();
+  if (value == Py_None || PyLong_Check(value) || PyFloat_Check(value) || PyUnicode_Check(value) ||
+      Py_IS_TYPE(value, &THPDtypeType) || Py_IS_TYPE(value, &THPDeviceType)) {
+    return false;
+  }
+  if (nested || !(PyTuple_Check(value) || PyList_Check(value))) return true;
+  for (const auto i : c10::irange(PySequence_Fast_GET_SIZE(value))) {
+    if (may_need_gradient(PySequence_Fast_GET_ITEM(value, i), true)) return true;
+  }
+  return false;
+}
+
+bool may_need_gradient(const Arguments& arguments) {
+  for (const auto i : c10::irange(PyTuple_GET_SIZE(arguments.args))) {
+    if (may_need_gradient(PyTuple_GET_ITEM(arguments.args, i))) return true;
+  }
+  PyObject *key, *value;
+  for (Py_ssize_t place = 0;
+       arguments.kwargs && PyDict_Next(arguments.kwargs, &place, &key, &value);) {
+    if (may_need_gradient(value)) return true;
+  }
+  return false;
 }
 
 // Sets the recorder's context, and restores the former one.
@@ -198,7 +225,9 @@ PyObject* dispatch(PyObject* mode, PyObject* func, PyObject* args, PyObject* kwa
   const Ref name = Ref::steal(PyObject_GetAttrString(func, "__name__"));
   const int saves_nothing = PySet_Contains(nothing, name.get());
   check(saves_nothing);
-  return saves_nothing ? arguments.call().release() : slow();
+  // Without a gradient nothing is saved at all.
+  if (!saves_nothing && (!plain_eager() || may_need_gradient(arguments))) return slow();
+  return arguments.call().release();
 }
 
 PyObject* enter(PyObject* module, PyObject* forward, PyObject* args, PyObject* kwargs) {

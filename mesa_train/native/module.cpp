@@ -5,6 +5,7 @@
 #include "classes.cpp"
 #include "mode.cpp"
 #include "nodes.cpp"
+#include "products.cpp"
 #include "recorder.cpp"
 #include "rows.cpp"
 #include "saved.cpp"

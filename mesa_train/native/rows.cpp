@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/silu.h>
 #include <c10/util/irange.h>
@@ -13,15 +12,9 @@
 
 #include "nodes.h"
 #include "operators.h"
-#include "rows.h"
 
 namespace mesa {
 namespace {
-
-constexpr uint64_t bit(int64_t dim) { return uint64_t{1} << dim; }
-
-// The last dim as a bit mask.
-uint64_t last(const Tensor& tensor) { return bit(tensor.dim() - 1); }
 
 // True if PyTorch's choice between one matmul and a batch of matmuls depends on a gradient that
 // only a recorded call requires (`folding._depends` for the weight of a Linear).
@@ -45,19 +38,6 @@ void remember_linear(Call& call, PyObject* output, PyObject* input, const Tensor
   const Ref operands = tuple_of(input, version.get(), kept, weight, bias ? bias : Py_None);
   call.remember_linear(output, THPVariable_Unpack(output), operands.get());
 }
-
-// Calls a Python operator, if no native node can read its stashes.
-template <typename... Objects>
-Ref apply(const Ref& type, const Tensor& result, const Ref& stashes, Objects*... rest) {
-  const Ref output = wrapped(result);
-  return Ref::steal(PyObject_CallMethodObjArgs(type.get(), names.apply, output.get(),
-                                               stashes.get(), rest..., nullptr));
-}
-
-PyObject* or_none(PyObject* object) { return object ? object : Py_None; }
-
-// None as an absent argument.
-PyObject* given(PyObject* object) { return object == Py_None ? nullptr : object; }
 
 Ref linear_row(Call& call, const Arguments& arguments) {
   std::array<PyObject*, 3> values;
@@ -95,96 +75,6 @@ Ref silu_row(Call& call, const Arguments& arguments) {
   std::array<PyObject*, 2> values;
   if (!arguments.read<2>({"input", "inplace"}, values) || (values[1] && truth(values[1]))) return {};
   return smooth(call, values[0], "silu");
-}
-
-// A Linear's output times a trained scale per feature (`linear.scaled`). Nothing for any other
-// product; empty if the Python row has to handle the scale.
-std::optional<Ref> scaled(Call& call, PyObject* product, PyObject* scale) {
-  const Tensor *const y = plain_tensor(product), *const s = plain_tensor(scale);
-  if (!y || !s || s->dim() != 1 || !s->requires_grad() || !y->dim() ||
-      y->size(-1) != s->size(0)) {
-    return std::nullopt;
-  }
-  const Ref operands = Ref::borrow(call.linear_of(product, *y));
-  if (!operands) return std::nullopt;
-  PyObject* const input = PyTuple_GET_ITEM(operands.get(), 0);
-  PyObject* const kept = PyTuple_GET_ITEM(operands.get(), 2);
-  PyObject* const weight = PyTuple_GET_ITEM(operands.get(), 3);
-  PyObject* const bias = given(PyTuple_GET_ITEM(operands.get(), 4));
-  const Tensor *const x = plain_tensor(input), *const w = plain_tensor(weight);
-  const Tensor* const b = bias ? plain_tensor(bias) : nullptr;
-  if (!x || !w || (bias && !b)) return Ref();
-  const int64_t version = x->is_inference() ? 0 : static_cast<int64_t>(x->_version());
-  if (integer(PyTuple_GET_ITEM(operands.get(), 1)) != version) return Ref();
-  // The user needs the gradient of the product, or autocast casts a weight that the model computed.
-  if (truth(attribute(product, names.retains_grad).get()) ||
-      truth(attribute(product, names.backward_hooks).get()) ||
-      (autocasts(*w) && !(of_parameter(*w) || !w->requires_grad()))) {
-    return Ref();
-  }
-  const Ref alias = held(weight);
-  Ref bias_alias;
-  if (bias) bias_alias = held(bias);
-  auto node = make_node<ScaledLinearNode>();
-  node->dtype = y->scalar_type();
-  if (!node->saved.save({kept, THPVariable_Unpack(alias.get()), *s,
-                         bias ? Item(THPVariable_Unpack(bias_alias.get())) : nullptr})) {
-    return Ref();
-  }
-  const Tensor result = exactly([&] { return at::mul(*y, *s); });
-  return recorded(result, node, {x, w, b, s});
-}
-
-Ref mul_row(Call& call, const Arguments& arguments) {
-  if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
-  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
-  PyObject *const first = PyTuple_GET_ITEM(arguments.args, 0),
-                  *const second = PyTuple_GET_ITEM(arguments.args, 1);
-  const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
-  if (!left || !right) {
-    // A product with a number. If the tensor has a stash, the Python row records the product.
-    PyObject* const object = left ? first : second;
-    const Tensor* const tensor = left ? left : right;
-    PyObject* const number = left ? second : first;
-    if (!tensor || !(PyFloat_Check(number) || PyLong_Check(number))) return {};
-    return call.known(object, *tensor) ? Ref() : arguments.call();
-  }
-  if (!left->requires_grad() || !right->requires_grad()) return arguments.call();
-  if (!call.covers(MUL_LEFT, {left, right}) || !left->dim() || !right->dim()) return {};
-  if (auto output = scaled(call, first, second)) return std::move(*output);
-  if (auto output = scaled(call, second, first)) return std::move(*output);
-  const Ref kept_left = call.keep(first, *left, MUL_LEFT, last(*left));
-  const Ref kept_right = call.keep(second, *right, MUL_RIGHT, last(*right));
-  const Tensor result = exactly([&] { return at::mul(*left, *right); });
-  auto node = make_node<MulNode>();
-  node->left_shape.assign(left->sizes().begin(), left->sizes().end());
-  node->right_shape.assign(right->sizes().begin(), right->sizes().end());
-  const Ref stashes = tuple_of(kept_left.get(), kept_right.get());
-  Ref output;
-  if (node->saved.save({kept_left.get(), kept_right.get()})) {
-    output = recorded(result, node, {left, right});
-  } else {
-    const Ref left_shape = tuple_of_integers(left->sizes());
-    const Ref right_shape = tuple_of_integers(right->sizes());
-    const Ref shapes = tuple_of(left_shape.get(), right_shape.get());
-    output = apply(classes.mul, result, stashes, shapes.get(), first, second);
-  }
-  if (cost_of(kept_left.get()) < MATMUL && cost_of(kept_right.get()) < MATMUL) {
-    const Ref recipe = Ref::steal(PyObject_CallNoArgs(classes.multiplied.get()));
-    const Ref stash = new_stash(recipe.get(), Ref(), stashes, CHEAP, result.scalar_type());
-    call.remember(output.get(), THPVariable_Unpack(output.get()), stash.get());
-  }
-  return output;
-}
-
-// A layer scale in place: the product is computed apart, and written back by autograd's own copy.
-Ref mul_in_place_row(Call& call, const Arguments& arguments) {
-  if (PyTuple_GET_SIZE(arguments.args) != 2) return {};
-  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
-  PyObject* const input = PyTuple_GET_ITEM(arguments.args, 0);
-  const std::optional<Ref> product = scaled(call, input, PyTuple_GET_ITEM(arguments.args, 1));
-  if (!product || !*product) return {};
-  return Ref::steal(PyObject_CallMethodOneArg(input, names.copy, product->get()));
 }
 
 // An addition saves nothing. Its sum is rebuilt only if matmuls are.
@@ -232,8 +122,11 @@ bool has_tensor(PyObject* values) {
   const Py_ssize_t count = PyTuple_GET_SIZE(values);
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const value = PyTuple_GET_ITEM(values, i);
-    // An int, None or a slice is no tensor. Any other object is left to the Python row.
-    if (PyLong_Check(value) || value == Py_None || PySlice_Check(value)) continue;
+    // A number, a text, None or a slice is no tensor. Any other object is left to the Python row.
+    if (PyLong_Check(value) || PyFloat_Check(value) || PyUnicode_Check(value) ||
+        value == Py_None || PySlice_Check(value)) {
+      continue;
+    }
     if ((PyTuple_Check(value) && !has_tensor(value)) ||
         (PyList_Check(value) && !has_tensor(Ref::steal(PyList_AsTuple(value)).get()))) {
       continue;
@@ -251,11 +144,14 @@ Ref view_row_of(Call& call, const Arguments& arguments, bool reshapes) {
   PyObject* const source = call.known(input, *x);
   if (!source) return arguments.call();
   const Ref rest = Ref::steal(PyTuple_GetSlice(arguments.args, 1, count));
-  if (arguments.kwargs && PyDict_GET_SIZE(arguments.kwargs)) return {};
-  if (has_tensor(rest.get())) return {};
+  const Ref kwargs =
+      Ref::steal(arguments.kwargs ? PyDict_Copy(arguments.kwargs) : PyDict_New());
+  const Ref named = Ref::steal(PyDict_Values(kwargs.get()));
+  if (has_tensor(rest.get()) || has_tensor(Ref::steal(PyList_AsTuple(named.get())).get())) {
+    return {};
+  }
   const Ref held_source = Ref::borrow(source);
   Ref output = arguments.call();
-  const Ref kwargs = Ref::steal(PyDict_New());
   if (THPVariable_Check(output.get())) {
     derive(call, output.get(), input, source, rest.get(), kwargs.get(), arguments.function, Py_None,
            reshapes);
@@ -277,6 +173,17 @@ Ref reshape_row(Call& call, const Arguments& arguments) {
   return view_row_of(call, arguments, true);
 }
 
+// A padding with a constant saves nothing.
+Ref pad_row(Call& call, const Arguments& arguments) {
+  std::array<PyObject*, 4> values;
+  if (!arguments.read<4>({"input", "pad", "mode", "value"}, values)) return {};
+  const Tensor* const x = plain_tensor(values[0]);
+  const bool constant =
+      !values[2] || (PyUnicode_Check(values[2]) &&
+                     PyUnicode_CompareWithASCIIString(values[2], "constant") == 0);
+  return x && constant ? view_row_of(call, arguments, false) : Ref();
+}
+
 // A function that saves nothing large.
 Ref nothing_row(Call&, const Arguments& arguments) { return arguments.call(); }
 
@@ -289,6 +196,8 @@ struct NamedRow {
 
 Ref attention_row(Call& call, const Arguments& arguments);
 Ref softmax_row(Call& call, const Arguments& arguments);
+Ref mul_row(Call& call, const Arguments& arguments);
+Ref mul_in_place_row(Call& call, const Arguments& arguments);
 Ref matmul_row(Call& call, const Arguments& arguments);
 Ref bmm_row(Call& call, const Arguments& arguments);
 Ref mm_row(Call& call, const Arguments& arguments);
@@ -299,7 +208,7 @@ Row row_named(const char* name) {
       {"silu", silu_row},         {"add", add_row},               {"dropout", dropout_row},
       {"view", view_row},         {"reshape", reshape_row},       {"nothing", nothing_row},
       {"mul", mul_row},           {"mul_", mul_in_place_row},     {"attention", attention_row}, {"softmax", softmax_row},     {"matmul", matmul_row},
-      {"bmm", bmm_row},           {"mm", mm_row},
+      {"bmm", bmm_row},           {"mm", mm_row},                 {"pad", pad_row},
   };
   for (const auto& row : rows) {
     if (std::string_view(row.name) == name) return row.row;

@@ -52,6 +52,22 @@ Ref smooth(Call& call, PyObject* input, std::string_view kind);
 // The row of a name that `engine/native.py` gives to a torch function, or null.
 Row row_named(const char* name);
 
+// The last dim as a bit mask.
+inline uint64_t last(const Tensor& tensor) { return uint64_t{1} << (tensor.dim() - 1); }
+
+// Calls a Python operator, if no native node can read its stashes.
+template <typename... Objects>
+Ref apply(const Ref& type, const Tensor& result, const Ref& stashes, Objects*... rest) {
+  const Ref output = wrapped(result);
+  return Ref::steal(PyObject_CallMethodObjArgs(type.get(), names.apply, output.get(),
+                                               stashes.get(), rest..., nullptr));
+}
+
+inline PyObject* or_none(PyObject* object) { return object ? object : Py_None; }
+
+// None as an absent argument.
+inline PyObject* given(PyObject* object) { return object == Py_None ? nullptr : object; }
+
 // Computes under `no_grad`, without autocast's cache and without the GIL (`Recorder.exactly`).
 //
 // The dispatcher skips the kernels that record for autograd. No operator here writes to a tensor or
