@@ -248,7 +248,9 @@ Ref Call::keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t
   const bool cast = autocasts(tensor);
   if (codes(rule, tensor) && (rule.affine || (!cast && !narrowed(tensor)))) {
     const at::NoGradGuard guard;
-    const at::AutoDispatchBelowADInplaceOrView below;
+    // A lossless leaf is a view of the tensor: the view must share the tensor's version.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (rule.affine) below.emplace();
     const auto [layout, matrix] = Layout::of(tensor, within);
     Ref stash;
     if (rule.affine) {
