@@ -92,7 +92,7 @@ def check_model(model: nn.Module, accumulate: int) -> None:
 
 
 def check_optimizer(optimizer: Any, scaler: Any, in_graph: bool | None) -> bool:
-    """Whether the optimizer's step goes into a graph.
+    """True if the optimizer's step goes into a graph.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, or None.
@@ -120,7 +120,7 @@ def check_optimizer(optimizer: Any, scaler: Any, in_graph: bool | None) -> bool:
 
 
 def is_ddp(model: nn.Module) -> bool:
-    """Whether the model is wrapped in DistributedDataParallel."""
+    """True if the model is wrapped in DistributedDataParallel."""
     return isinstance(model, nn.parallel.DistributedDataParallel)
 
 

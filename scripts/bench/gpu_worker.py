@@ -48,7 +48,7 @@ class Section(NamedTuple):
 
 
 class Bench:
-    """What a section gets: the device, the sizes, and the rows.
+    """The device, the sizes and the rows of a section.
 
     Attributes:
         device: "cuda" or "cpu".
@@ -193,7 +193,7 @@ def run(section: Section, bench: Bench) -> None:
 
 
 def healthy(bench: Bench) -> bool:
-    """Whether the GPU still computes. After an illegal access no call of the process works."""
+    """True if the GPU still computes. After an illegal access no call of the process works."""
     if bench.device == "cpu":
         return True
     try:
