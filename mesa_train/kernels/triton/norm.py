@@ -91,9 +91,7 @@ def norm_backward(
     dither: int | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
-    empty = schemas._norm_backward(
-        grad, codes, scales, rstd, weight, bits, centered, dtype, dither
-    )
+    empty = schemas._norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype, dither)
     make = outputs(*empty)
     rows, cols = grad.shape
     if grad.numel() == 0:
