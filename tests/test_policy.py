@@ -68,7 +68,7 @@ def expected_bytes(blocks, softmax):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"bits": 3}, ValueError, ["Policy.bits", "3", "8, 4, 2, 32"]),
+        ({"bits": 7}, ValueError, ["Policy.bits", "7", "8, 6, 5, 4, 3, 2, 32"]),
         ({"bits": "8"}, ValueError, ["Policy.bits", "'8'"]),
         ({"bits": True}, ValueError, ["Policy.bits", "True"]),
         ({"rounding": "up"}, ValueError, ["Policy.rounding", "'up'", "auto, nearest, stochastic"]),
@@ -77,9 +77,9 @@ def expected_bytes(blocks, softmax):
         ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
         ({"forward": "fast"}, ValueError, ["Policy.forward", "'fast'", "exact, fused"]),
         (
-            {"checkpoint_inputs": 3},
+            {"checkpoint_inputs": 7},
             ValueError,
-            ["Policy.checkpoint_inputs", "3", "None, 8, 4, 2, 32"],
+            ["Policy.checkpoint_inputs", "7", "None, 8, 6, 5, 4, 3, 2, 32"],
         ),
         ({"checkpoint": "blocks.*"}, TypeError, ["Policy.checkpoint", "'blocks.*'"]),
         ({"checkpoint": [3]}, TypeError, ["Policy.checkpoint", "[3]"]),
