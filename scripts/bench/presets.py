@@ -117,34 +117,32 @@ def rows(network: nn.Module, x: Tensor, gradients: Gradients) -> Iterator[dict[s
     nothing = saved(network, x, Policy(bits=32))
     error: dict[tuple[str, int], float] = {}
     size: dict[tuple[str, int], int] = {}
-    for name, bits in itertools.product(OPERANDS, WIDTHS):
-        policy = alone(name, bits)
-        error[name, bits] = relative_error(gradients(policy), exact)
-        size[name, bits] = saved(network, x, policy) - nothing
+    for name, width in itertools.product(OPERANDS, WIDTHS):
+        policy = alone(name, width)
+        error[name, width] = relative_error(gradients(policy), exact)
+        size[name, width] = saved(network, x, policy) - nothing
         yield {
             "kind": "operand",
             "operand": name,
-            "bits": bits,
-            "saved_bytes": size[name, bits] + nothing,
-            "gradient_error": error[name, bits],
+            "bits": width,
+            "saved_bytes": size[name, width] + nothing,
+            "gradient_error": error[name, width],
         }
     for preset in ("mesa4", "mesa6"):
         budget = saved(network, x, PRESETS[preset])
         found = []
-        for bits in itertools.product(WIDTHS, repeat=len(OPERANDS)):
-            chosen = dict(zip(OPERANDS, bits, strict=True))
-            total = nothing + sum(size[item] for item in chosen.items())
-            variance = sum(error[item] ** 2 for item in chosen.items())
-            if total <= budget:
-                found.append((variance**0.5, total, chosen))
+        for widths in itertools.product(WIDTHS, repeat=len(OPERANDS)):
+            bits = dict(zip(OPERANDS, widths, strict=True))
+            if nothing + sum(size[item] for item in bits.items()) <= budget:
+                found.append((sum(error[item] ** 2 for item in bits.items()) ** 0.5, bits))
         best = sorted(found, key=lambda entry: entry[0])[:BEST]
-        tried = [(predicted, chosen, allocation(chosen)) for predicted, _, chosen in best]
-        for predicted, chosen, policy in [(None, None, PRESETS[preset]), *tried]:
+        tried = [(predicted, bits, allocation(bits)) for predicted, bits in best]
+        for predicted, allocated, policy in [(None, None, PRESETS[preset]), *tried]:
             yield {
                 "kind": "allocation",
                 "budget": preset,
                 "budget_bytes": budget,
-                "bits": chosen,
+                "bits": allocated,
                 "saved_bytes": saved(network, x, policy),
                 "predicted_error": predicted,
                 "gradient_error": relative_error(gradients(policy), exact),

@@ -136,11 +136,9 @@ def calibrate(
             for candidate in group:
                 for table in (variance, coupled):
                     if (candidate.key, 4) in table:
-                        table |= {
-                            (candidate.key, bits): table[candidate.key, 4] * factor
-                            for bits, factor in _RELATIVE.items()
-                            if bits not in tested_bits
-                        }
+                        for other, factor in _RELATIVE.items():
+                            if other not in tested_bits:
+                                table[candidate.key, other] = table[candidate.key, 4] * factor
     for input_bits, policy in (checkpointing or {}).items():
         progress(f"checkpoint inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)

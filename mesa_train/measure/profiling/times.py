@@ -146,7 +146,8 @@ def times(
         return TimeModel(dict(op_seconds), dict(matmuls), blocks)
     elements = sum(candidate.elements for candidate in candidates) or 1
     by_choice: dict[tuple[Key, int | str], float] = {}
-    for choice in (*GROUP, KEEP):
+    choices: list[int | str] = [*GROUP, KEEP]
+    for choice in choices:
         op_times = {
             candidate.key: op_seconds[candidate.key, choice if choice in candidate.choices() else 8]
             for candidate in candidates
