@@ -134,7 +134,8 @@ def calibrate(
                 passes += 1
         if 4 in tested_bits:
             for candidate in group:
-                for table in (variance, coupled):
+                tables: list[dict[tuple[Key, int | str], float]] = [variance, coupled]
+                for table in tables:
                     if (candidate.key, 4) in table:
                         for other, factor in _RELATIVE.items():
                             if other not in tested_bits:
@@ -164,11 +165,9 @@ def typical(candidates: Sequence[Candidate]) -> Sensitivity:
         total = sum(candidate.elements for candidate in same_kind) or 1
         for candidate in same_kind:
             at_4_bits = _TYPICAL.get(kind, _TYPICAL_DEFAULT) * candidate.elements / total
-            variance |= {
-                **{(candidate.key, b): at_4_bits * factor for b, factor in _RELATIVE.items()},
-                (candidate.key, KEEP): 0.0,
-                (candidate.key, REBUILD): 0.0,
-            }
+            for bits, factor in _RELATIVE.items():
+                variance[candidate.key, bits] = at_4_bits * factor
+            variance |= {(candidate.key, KEEP): 0.0, (candidate.key, REBUILD): 0.0}
     for candidate in candidates:
         if candidate.source is not None:
             for bits, factor in _RELATIVE.items():
