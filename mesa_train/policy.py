@@ -1,8 +1,7 @@
 """Policy: which tensors are saved for the backward, in how many bits, and which are recomputed.
 
 A `Policy` is a frozen value that holds no tensor and no model. `wrap` resolves it once per module
-into `Rules`. The operators look up a rule by operator and operand name. An operator uses a codec
-and two switches, never the policy.
+into `Rules`. The operators look up a rule by operator and operand name, and never use the policy.
 """
 
 from __future__ import annotations
@@ -47,15 +46,10 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("input",),
 }
 
-# Operands that are rounded to nearest. The backward puts inputs of element-wise nonlinearities into a nonlinear
-# function again, where the noise of stochastic rounding would not average out. All other operands enter linearly,
-# and dither is unbiased for them. A norm's output enters linearly too, unless a matmul is recomputed
-# from it: then q and k are exponentiated, and the MLP's hidden layer is activated.
-_NEAREST = {
-    ("activation", "input"),
-    ("activation", "output"),
-    ("checkpoint", "input"),
-}
+# Operands that are rounded to nearest. They enter a nonlinear function in the backward, where random noise would not
+# average out. All other operands enter linearly, and dither is unbiased for them. A norm's output enters linearly too,
+# unless a matmul is recomputed from it: then q and k are exponentiated, and the MLP's hidden layer is activated.
+_NEAREST = {("activation", "input"), ("activation", "output"), ("checkpoint", "input")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +61,8 @@ class Policy:
         group_size: elements that share one scale and one zero (both bfloat16); at least 8, default 128. A group
             never contains elements of two tokens.
         rounding: "nearest", "stochastic", "dither" or "auto" (default). "dither" subtracts the random numbers of
-            stochastic rounding again when it decodes: the result is unbiased too, and its variance is half as
-            large. It rounds operands that enter a nonlinear function to nearest. "auto" is nearest at 8 bits, and
-            dither at fewer bits (measurements: docs/internals/kernels.md).
+            stochastic rounding when it decodes: unbiased too, at half the variance. Operands that enter a nonlinear
+            function are rounded to nearest. "auto" is nearest at 8 bits and dither below (docs/internals/kernels.md).
         recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs, activations, views and
             masks from stored operands. "linear" also recomputes a matmul if that frees its output (q, k, v, MLP
             hidden).
@@ -378,18 +371,15 @@ def _integer(field: str, value: Any, minimum: int) -> None:
         raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
-# The operands that add least to the gradient's error, so 4 bits are enough (`scripts/bench/presets.py` compares
-# allocations of equal bytes). A Linear's own input is attention's output, or another tensor behind no norm and no
-# activation.
-_FOUR_BITS: dict[str, dict[str, Any]] = {
+# 4 bits are enough for the operands that add least to the gradient's error (`scripts/bench/presets.py`). A Linear's
+# own input is attention's output, or another tensor behind no norm and no activation.
+_FOUR_BITS = {
     "attention.v": {"bits": 4, "group_size": 192},
     "attention.out": {"bits": 4},
     "linear": {"bits": 4},
 }
-# q, k, v and the MLP's hidden layer are recomputed from these codes, so their error enters several times.
-_SHORT_GROUPS: dict[str, dict[str, Any]] = {
-    operator: {"group_size": 96} for operator in ("layer_norm", "rms_norm")
-}
+# Matmuls are recomputed from the codes of a norm, so their error enters several times.
+_SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96}}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mesa_train import kernels
-from mesa_train.kernels.reference import ACTIVATIONS, code_bytes
+from mesa_train.kernels.packing import code_bytes
+from mesa_train.kernels.reference import ACTIVATIONS
 
 Codes = tuple[Tensor, Tensor]
 

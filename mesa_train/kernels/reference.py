@@ -48,6 +48,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import code_bytes, pack, unpack
+
 _BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
@@ -55,60 +57,12 @@ _BFLOAT16_NAN = 0x7FC0
 _UINT32 = 0xFFFFFFFF
 
 
-# --- groups and bits ---
+# --- groups ---
 
 
 def _group_size(cols: int, groups: int) -> int:
     """Length of the balanced groups of a row. The last group may be shorter."""
     return -(-cols // max(groups, 1))
-
-
-def planes(bits: int) -> tuple[int, ...]:
-    """The bits of each plane of a code, low bits first: powers of two with `bits` as their sum."""
-    return tuple(plane for plane in (8, 4, 2, 1) if bits & plane)
-
-
-def code_bytes(cols: int, bits: int) -> int:
-    """Bytes of the codes of a row. `cols` may be symbolic."""
-    return sum((cols * plane + 7) // 8 for plane in planes(bits))
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    """(rows, cols) integers below 2**bits to (rows, bytes) uint8, low bits first."""
-    packed, first = [], 0
-    for plane in planes(bits):
-        packed.append(_pack_plane((values.to(torch.int32) >> first) & (2**plane - 1), plane))
-        first += plane
-    return packed[0] if len(packed) == 1 else torch.cat(packed, 1)
-
-
-def _pack_plane(values: Tensor, bits: int) -> Tensor:
-    """(rows, cols) integers below 2**bits to (rows, bytes) uint8, for bits that divide 8."""
-    rows, cols = values.shape
-    per_byte = 8 // bits
-    width = -(-cols // per_byte)
-    padded = F.pad(values, (0, width * per_byte - cols))
-    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=values.device)
-    return (padded.view(rows, width, per_byte) << shifts).sum(-1).to(torch.uint8)
-
-
-def _unpack(codes: Tensor, bits: int, cols: int) -> Tensor:
-    """(rows, bytes) uint8 to (rows, cols) int32."""
-    values, first, begin = None, 0, 0
-    for plane in planes(bits):
-        end = begin + (cols * plane + 7) // 8
-        part = _unpack_plane(codes[:, begin:end], plane, cols)
-        values = part if values is None else values | (part << first)
-        first, begin = first + plane, end
-    assert values is not None
-    return values
-
-
-def _unpack_plane(codes: Tensor, bits: int, cols: int) -> Tensor:
-    """`_unpack` for bits that divide 8."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device)
-    values = (codes.to(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return values.flatten(1)[:, :cols]
 
 
 # --- the grid of a group ---
@@ -207,7 +161,7 @@ def affine_encode(
         q = (fixed + drawn).clamp(max=0xFFFF) >> (16 - bits)
     else:
         q = v.round().clamp(0, 2**bits - 1)
-    codes = _pack(q.view(rows, groups * size)[:, :cols], bits)
+    codes = pack(q.view(rows, groups * size)[:, :cols], bits)
     bits16 = torch.where(finite.unsqueeze(-1), bits16, _BFLOAT16_NAN)
     return codes, bits16.to(torch.int16).view(torch.bfloat16)
 
@@ -235,7 +189,7 @@ def _decode(
     size = _group_size(cols, scales.shape[1])
     group = torch.arange(cols, device=codes.device) // max(size, 1)
     scale, zero = scales.to(torch.float32)[:, group].unbind(-1)
-    q = _unpack(codes, bits, cols)
+    q = unpack(codes, bits, cols)
     if dither is None:
         return q.to(torch.float32) * scale + zero
     bits16 = scales.view(torch.int16).to(torch.int64) & 0xFFFF
@@ -390,7 +344,7 @@ def scale_backward(
 
 def bitmask_encode(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
-    return _pack(mask.reshape(1, -1), 1).view(-1)
+    return pack(mask.reshape(1, -1), 1).view(-1)
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
@@ -400,7 +354,7 @@ def bitmask_positive(x: Tensor) -> Tensor:
 
 def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
     """grad * scale if the bit is set, else 0. Strides follow grad. Float64 stays float64."""
-    mask = _unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
+    mask = unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     return torch.empty_like(grad).copy_(torch.where(mask, wide * scale, 0.0))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import packing, reference
 
 BITS = (8, 6, 5, 4, 3, 2)
 
@@ -88,7 +88,7 @@ def _check_codes(codes: Tensor, scales: Tensor, bits: int, rows: int, cols: int)
             f"codes and scales must have {rows} rows, got {codes.shape[0]} and {scales.shape[0]}"
         ),
     )
-    expected = reference.code_bytes(cols, bits)
+    expected = packing.code_bytes(cols, bits)
     _check(
         codes.shape[1] == expected,
         lambda: (
@@ -110,7 +110,7 @@ def _encoded(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Empty codes and scales of (rows, cols)."""
     rows, cols = x.shape
     groups = (cols + group_size - 1) // group_size
-    codes = x.new_empty((rows, reference.code_bytes(cols, bits)), dtype=torch.uint8)
+    codes = x.new_empty((rows, packing.code_bytes(cols, bits)), dtype=torch.uint8)
     return codes, x.new_empty((rows, groups, 2), dtype=torch.bfloat16)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesa_train.codecs.affine import Affine, code_bytes, group_shape
-from mesa_train.kernels import reference
+from mesa_train.kernels import packing, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BITS = (8, 6, 5, 4, 3, 2)
@@ -196,7 +196,7 @@ def test_error_is_bounded_by_the_step(ops, bits, stochastic, scale):
 @stochastic_param
 def test_both_ends_saturate(ops, bits, stochastic):
     x = torch.linspace(-1, 1, 64)[None]
-    values = reference._unpack(ops.affine_encode(x, bits, 64, stochastic, 0)[0], bits, 64)
+    values = packing.unpack(ops.affine_encode(x, bits, 64, stochastic, 0)[0], bits, 64)
     assert values[0, 0] <= 1
     # scale is rounded up by at most 1/128, so the top code may be a little below 2**bits - 1.
     assert 2**bits - 1 >= values[0, -1] >= (2**bits - 1) * 127 / 128 - 1
@@ -282,8 +282,8 @@ def test_dither_is_unbiased_with_half_the_variance(native, bits):
     assert ((dither.var(0) - 1 / 12).abs() < 0.01).all()
     assert dither.abs().max() <= 0.5 + 2.0**-8
     assert abs(stochastic.var() / dither.var() - 2) < 0.5
-    # The draws of another seed do not fit the codes.
-    assert other.var() > 1.5 * stochastic.var()
+    # The draws of another seed do not fit the codes: they add their own variance.
+    assert other.var() > 1.3 * stochastic.var()
 
 
 @bits_param
@@ -293,9 +293,9 @@ def test_dither_of_finite_groups_is_finite(ops, bits):
     codes, scales = ops.affine_encode(x, bits, 4, True, 9)
     value = ops.affine_decode(codes, scales, bits, 3, torch.float32, None, None, 9)
     assert value.isfinite().all()
-    # A draw more than a step off, and the scale may be one bfloat16 step too small.
-    step = scales[..., 0].float()
-    assert ((value.double() - x).abs() <= 1.1 * step.double() + top / 2**bits).all()
+    # One sign, as for the finite input above. A group without its draws is off by up to a step.
+    error = (value - x)[1:].abs() / top
+    assert (error <= 2 / (2**bits - 1)).all()
 
 
 def test_stochastic_codes_depend_on_data_and_seed_alone(ops):

@@ -12,7 +12,7 @@ import triton_interpreter
 from limits import HUNG_S
 
 from mesa_train import kernels
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import packing, reference, schemas
 from mesa_train.kernels.triton import load as triton_load
 
 # (rows, cols, group_size): empty, single, groups that share a byte, a short last group, one group a
@@ -110,7 +110,7 @@ def test_units_start_on_whole_bytes_and_cover_the_row(triton, cols, groups, bits
     _, joined, ragged, height, width = cut.constants
     assert units == 10 * per_row
     assert per_row * joined >= groups > (per_row - 1) * joined
-    assert per_row == 1 or joined * size * min(reference.planes(bits)) % 8 == 0
+    assert per_row == 1 or joined * size * min(packing.planes(bits)) % 8 == 0
     assert width >= joined * size
     assert ragged == (cols % (joined * size) != 0)
     assert cut.grid[0] * height >= units

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import packing, reference, schemas
 
 from .columns import add_parts, programs_at_once, split, tile
 from .launch import Launch, contiguous, outputs, per_site, signed
@@ -106,7 +106,7 @@ def norm_backward(
     height, width = tile(cols)
     num_warps = warps(2 * height * width)
     groups = scales.shape[1]
-    low_bytes = reference.code_bytes(cols, reference.planes(bits)[0])
+    low_bytes = packing.code_bytes(cols, packing.planes(bits)[0])
     numbers = rows, cols, groups, codes.shape[1], low_bytes, *grad.stride()
     constants = -(-cols // groups), centered, bits, height, width, dither is not None
     seed = signed(dither or 0)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mesa_train.kernels import reference
+from mesa_train.kernels import packing
 
 # Elements of a tile: 32 per thread at 4 warps. This keeps enough loads in flight to hide the memory
 # latency.
@@ -53,14 +53,14 @@ class Tiles(NamedTuple):
 def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits."""
     size = -(-cols // groups)
-    planes = reference.planes(bits)
+    planes = packing.planes(bits)
     per_byte = 8 // planes[-1]
     joined = 1 if groups == 1 else per_byte // math.gcd(size, per_byte)
     width = max(triton.next_power_of_2(joined * size), per_byte)
     per_row = -(-groups // joined)
     units = rows * per_row
-    low_bytes = reference.code_bytes(cols, planes[0])
-    code_bytes = reference.code_bytes(cols, bits)
+    low_bytes = packing.code_bytes(cols, planes[0])
+    code_bytes = packing.code_bytes(cols, bits)
     unit = [joined * size * plane // 8 for plane in planes]
     if per_row == 1:
         unit = [low_bytes, code_bytes - low_bytes]
