@@ -1,8 +1,7 @@
 """Policy: which tensors are saved for the backward, in how many bits, and which are recomputed.
 
 A `Policy` is a frozen value that holds no tensor and no model. `wrap` resolves it once per module
-into `Rules`. The operators look up a rule by operator and operand name. An operator uses a codec
-and two switches, never the policy.
+into `Rules`. The operators look up a rule by operator and operand name, and never use the policy.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from .codecs.lossless import Lossless
 from .utils import yaml_text
 from .utils.patterns import is_inside, match_override, matching, near_miss
 
-BITS = (8, 4, 2, 32)
+BITS = (8, 6, 5, 4, 3, 2, 32)
 # The cost classes of rebuilding a stash, in rising order. A rule sets the highest class that it allows.
 VIEW, CHEAP, MATMUL = 0, 1, 2
-ROUNDINGS = ("auto", "nearest", "stochastic")
+ROUNDINGS = ("auto", "nearest", "stochastic", "dither")
 RECOMPUTE = ("none", "cheap", "linear")
 RANGES = ("exact", "running")
 FORWARDS = ("exact", "fused")
-CHECKPOINT_INPUTS = (None, 8, 4, 2, 32)
+CHECKPOINT_INPUTS = (None, *BITS)
 
 # Every operator with its operands. "attention.q" in an override names one operand, "attention" names all operands.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -47,15 +46,10 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("input",),
 }
 
-# Operands that are rounded to nearest. The backward puts inputs of element-wise nonlinearities into a nonlinear
-# function again, where the noise of stochastic rounding would not average out. All other operands enter linearly,
-# and stochastic rounding is unbiased for them. A norm's output enters linearly too, unless a matmul is recomputed
-# from it: then q and k are exponentiated, and the MLP's hidden layer is activated.
-_NEAREST = {
-    ("activation", "input"),
-    ("activation", "output"),
-    ("checkpoint", "input"),
-}
+# Operands that are rounded to nearest. They enter a nonlinear function in the backward, where random noise would not
+# average out. All other operands enter linearly, and dither is unbiased for them. A norm's output enters linearly too,
+# unless a matmul is recomputed from it: then q and k are exponentiated, and the MLP's hidden layer is activated.
+_NEAREST = {("activation", "input"), ("activation", "output"), ("checkpoint", "input")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +57,12 @@ class Policy:
     """The choice of saved tensors for the backward. A frozen value.
 
     Args:
-        bits: 8, 4 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default 8.
+        bits: 8, 6, 5, 4, 3 or 2 bits per stored element; 32 saves the tensors themselves (lossless). Default 8.
         group_size: elements that share one scale and one zero (both bfloat16); at least 8, default 128. A group
             never contains elements of two tokens.
-        rounding: "nearest", "stochastic" or "auto" (default). "auto" is nearest at 8 bits and for operands that
-            enter a nonlinear function, and stochastic for other operands at fewer bits (measurements:
-            docs/internals/kernels.md).
+        rounding: "nearest", "stochastic", "dither" or "auto" (default). "dither" subtracts the random numbers of
+            stochastic rounding when it decodes: unbiased too, at half the variance. Operands that enter a nonlinear
+            function are rounded to nearest. "auto" is nearest at 8 bits and dither below (docs/internals/kernels.md).
         recompute: "none" stores every operand. "cheap" (default) rebuilds norms' outputs, activations, views and
             masks from stored operands. "linear" also recomputes a matmul if that frees its output (q, k, v, MLP
             hidden).
@@ -84,8 +78,8 @@ class Policy:
         checkpoint: names of modules, with `*` for any part. The forward of such a module saves only its inputs and
             runs again in the backward. Inside another checkpointed module it has no further effect. Default: none.
         checkpoint_inputs: how activation checkpointing saves the inputs of its regions, the regions of this policy
-            and all others. None (default) leaves these inputs to PyTorch. 8, 4 or 2 saves codes of the inputs that
-            need a gradient; 32 saves the tensors themselves. Does not affect what the regions save between
+            and all others. None (default) leaves these inputs to PyTorch. 8, 6, 5, 4, 3 or 2 saves codes of the inputs
+            that need a gradient; 32 saves the tensors themselves. Does not affect what the regions save between
             recompute and backward.
         overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is a module name
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
@@ -336,10 +330,12 @@ class Rule:
         """The rule of a policy without overrides for one operand."""
         nearest = (operator, operand) in _NEAREST or operator == "fallback"
         nearest |= policy.recompute == "linear" and operand == "normalized"
-        stochastic = policy.rounding == "stochastic" or (
-            policy.rounding == "auto" and policy.bits < 8 and not nearest
-        )
-        codec = codecs.of(policy.bits, policy.group_size, stochastic, policy.ranges == "running")
+        rounding = policy.rounding
+        if rounding == "auto":
+            rounding = "dither" if policy.bits < 8 else "nearest"
+        if rounding == "dither" and nearest:
+            rounding = "nearest"
+        codec = codecs.of(policy.bits, policy.group_size, rounding, policy.ranges == "running")
         return cls(
             enabled=policy.enabled,
             codec=codec,
@@ -375,21 +371,25 @@ def _integer(field: str, value: Any, minimum: int) -> None:
         raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
-_QK8 = {"attention.q": {"bits": 8}, "attention.k": {"bits": 8}}
-# Short groups cost bytes. Only tensors that a matmul is recomputed from, or that replace such a tensor, need them.
-_LONG_GROUPS = {
-    operator: {"group_size": 128}
-    for operator in (
-        *("conv", "batch_norm", "group_norm", "activation", "mul"),
-        *("linear", "softmax", "matmul", "normalize", "fallback"),
-    )
+# 4 bits are enough for the operands that add least to the gradient's error (`scripts/bench/presets.py`). A Linear's
+# own input is attention's output, or another tensor behind no norm and no activation.
+_FOUR_BITS = {
+    "attention.v": {"bits": 4, "group_size": 192},
+    "attention.out": {"bits": 4},
+    "linear": {"bits": 4},
 }
+# Matmuls are recomputed from the codes of a norm, so their error enters several times.
+_SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96}}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
-    "mesa4": Policy(bits=4, overrides=_QK8),
+    "mesa6": Policy(bits=6),
+    "mesa4": Policy(bits=5, overrides=_FOUR_BITS),
     "mesa8-recompute": Policy(recompute="linear"),
-    "mesa4-recompute": Policy(bits=4, group_size=32, recompute="linear", overrides=_LONG_GROUPS),
+    "mesa6-recompute": Policy(bits=6, recompute="linear"),
+    "mesa4-recompute": Policy(
+        bits=5, recompute="linear", overrides={**_FOUR_BITS, **_SHORT_GROUPS}
+    ),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

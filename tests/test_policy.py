@@ -9,6 +9,7 @@ from torch import nn
 
 import mesa_train
 from mesa_train import PRESETS, Policy
+from mesa_train.codecs.affine import Affine
 from mesa_train.policy import OPERATORS
 
 ROWS, COLS = 64, 128
@@ -67,7 +68,7 @@ def expected_bytes(blocks, softmax):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"bits": 3}, ValueError, ["Policy.bits", "3", "8, 4, 2, 32"]),
+        ({"bits": 7}, ValueError, ["Policy.bits", "7", "8, 6, 5, 4, 3, 2, 32"]),
         ({"bits": "8"}, ValueError, ["Policy.bits", "'8'"]),
         ({"bits": True}, ValueError, ["Policy.bits", "True"]),
         ({"rounding": "up"}, ValueError, ["Policy.rounding", "'up'", "auto, nearest, stochastic"]),
@@ -76,9 +77,9 @@ def expected_bytes(blocks, softmax):
         ({"ranges": "mean"}, ValueError, ["Policy.ranges", "'mean'", "exact, running"]),
         ({"forward": "fast"}, ValueError, ["Policy.forward", "'fast'", "exact, fused"]),
         (
-            {"checkpoint_inputs": 3},
+            {"checkpoint_inputs": 7},
             ValueError,
-            ["Policy.checkpoint_inputs", "3", "None, 8, 4, 2, 32"],
+            ["Policy.checkpoint_inputs", "7", "None, 8, 6, 5, 4, 3, 2, 32"],
         ),
         ({"checkpoint": "blocks.*"}, TypeError, ["Policy.checkpoint", "'blocks.*'"]),
         ({"checkpoint": [3]}, TypeError, ["Policy.checkpoint", "[3]"]),
@@ -98,7 +99,7 @@ def expected_bytes(blocks, softmax):
             ["'head'", "'bit'", "bits", "did you mean 'bits'"],
         ),
         ({"overrides": {"head": {"overrides": {}}}}, ValueError, ["'overrides'"]),
-        ({"overrides": {"head": {"bits": 5}}}, ValueError, ["Policy.bits", "5"]),
+        ({"overrides": {"head": {"bits": 7}}}, ValueError, ["Policy.bits", "7"]),
         ({"overrides": {"head": 4}}, TypeError, ["head"]),
         ({"overrides": {3: {"bits": 4}}}, TypeError, ["3"]),
     ],
@@ -111,21 +112,15 @@ def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, mess
 
 
 def test_presets():
-    assert set(PRESETS) == {
-        "mesa8",
-        "mesa4",
-        "mesa8-recompute",
-        "mesa4-recompute",
-        "lossless",
-        "paper",
-    }
+    coded = {f"mesa{bits}{suffix}" for bits in (8, 6, 4) for suffix in ("", "-recompute")}
+    assert set(PRESETS) == {*coded, "lossless", "paper"}
     for name, policy in PRESETS.items():
         assert Policy.preset(name) is policy
         assert Policy.of(name) is policy
     assert Policy.of(None) == Policy() == PRESETS["mesa8"]
     assert PRESETS["lossless"].bits == 32
     assert PRESETS["paper"].ranges == "running"
-    with pytest.raises(ValueError, match=r"'mesa9'.*mesa8, mesa4.*did you mean 'mesa"):
+    with pytest.raises(ValueError, match=r"'mesa9'.*mesa8, mesa6, mesa4.*did you mean 'mesa"):
         Policy.preset("mesa9")
     with pytest.raises(TypeError, match=r"preset's name or None, got int"):
         Policy.of(8)
@@ -144,20 +139,21 @@ def test_presets_differ_from_the_default_as_documented():
         name: {k: v for k, v in dataclasses.asdict(policy).items() if v != default[k]}
         for name, policy in PRESETS.items()
     }
-    eight = {"bits": 8}
-    # Groups of 32 pay where a matmul is rebuilt; everything else keeps mesa4's groups.
-    families = (
-        *("conv", "batch_norm", "group_norm", "activation", "mul"),
-        *("linear", "softmax", "matmul", "normalize", "fallback"),
-    )
-    long_groups = {family: {"group_size": 128} for family in families}
+    four = {
+        "attention.v": {"bits": 4, "group_size": 192}, "attention.out": {"bits": 4},
+        "linear": {"bits": 4},
+    }  # fmt: skip
+    # Short groups pay where a matmul is rebuilt.
+    short = {norm: {"group_size": 96} for norm in ("layer_norm", "rms_norm")}
     assert changed == {
         "mesa8": {},
-        "mesa4": {"bits": 4, "overrides": {"attention.q": eight, "attention.k": eight}},
+        "mesa6": {"bits": 6},
+        "mesa4": {"bits": 5, "overrides": four},
         "mesa8-recompute": {"recompute": "linear"},
         "mesa4-recompute": {
-            "bits": 4, "group_size": 32, "recompute": "linear", "overrides": long_groups,
+            "bits": 5, "recompute": "linear", "overrides": {**four, **short},
         },
+        "mesa6-recompute": {"bits": 6, "recompute": "linear"},
         "lossless": {"bits": 32},
         "paper": {
             "group_size": 64, "rounding": "stochastic", "recompute": "none", "ranges": "running",
@@ -173,19 +169,21 @@ NONLINEAR = {
 NORMS = {(operator, "normalized") for operator, kept in OPERATORS.items() if "normalized" in kept}
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("recompute", ["none", "cheap", "linear"])
-@pytest.mark.parametrize("rounding", ["auto", "nearest", "stochastic"])
-def test_what_is_rounded_stochastically(bits, recompute, rounding):
+@pytest.mark.parametrize("rounding", ["auto", "nearest", "stochastic", "dither"])
+def test_how_each_operand_is_rounded(bits, recompute, rounding):
     policy = Policy(bits=bits, recompute=recompute, rounding=rounding, checkpoint_inputs=bits)
     nearest = NONLINEAR | (NORMS if recompute == "linear" else set())
     for key, rule in policy.rules([""])[""].table.items():
         # The fallback keeps 8 bits at least, which are rounded to nearest.
         few_bits = bits < 8 and key != ("fallback", "saved")
-        auto = few_bits and key not in nearest
-        assert (
-            rule.codec.stochastic == {"nearest": False, "stochastic": True, "auto": auto}[rounding]
+        linear = "nearest" if key in nearest or key == ("fallback", "saved") else "dither"
+        expected = {"auto": linear if few_bits else "nearest", "dither": linear}.get(
+            rounding, rounding
         )
+        assert rule.codec.stochastic == (expected != "nearest")
+        assert rule.codec.dither == (expected == "dither")
         assert rule.rebuild_cheap == (recompute != "none")
         assert rule.rebuild_linear == (recompute == "linear")
 
@@ -196,11 +194,13 @@ def test_the_least_group_is_8_elements():
         Policy(group_size=7)
 
 
-def test_q_and_k_keep_8_bits_in_mesa4():
+def test_the_operands_of_mesa4_that_have_4_bits():
     rules = PRESETS["mesa4"].rules([""])[""]
-    assert [rules["attention", o].codec.bits for o in ("q", "k", "v", "out")] == [8, 8, 4, 4]
-    assert rules["linear", "input"].codec.stochastic
-    assert not rules["activation", "input"].codec.stochastic
+    assert [rules["attention", o].codec.bits for o in ("q", "k", "v", "out")] == [5, 5, 4, 4]
+    assert rules["layer_norm", "normalized"].codec == Affine(5, 128, True, dither=True)
+    assert rules["activation", "input"].codec == Affine(5, 128)
+    assert rules["linear", "input"].codec == Affine(4, 128, True, dither=True)
+    assert rules["conv", "input"].codec == Affine(5, 128, True, dither=True)
     # Nothing is known of how an unknown operator uses what it saves.
     assert rules["fallback", "saved"].codec.bits == 8
 
@@ -253,7 +253,7 @@ def test_yaml_starts_from_a_preset():
         ("- bits\n- 4\n", ["mapping"]),
         ("mesa8", ["mapping", "mesa8"]),
         ("preset: mesa5\nbits: 4\n", ["'mesa5'"]),
-        ("bits: 5\nrounding: auto\n", ["Policy.bits", "5"]),
+        ("bits: 7\nrounding: auto\n", ["Policy.bits", "7"]),
     ],
 )
 def test_yaml_errors(text, message):

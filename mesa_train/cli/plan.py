@@ -61,7 +61,7 @@ def plan(
 ) -> None:
     """Find a policy that fits a memory budget.
 
-    Chooses for each stash: uncompressed, 8, 4 or 2 bits, rebuilt, or, on a GPU, offloaded to CPU
+    Chooses for each stash: uncompressed, 8 to 2 bits, rebuilt, or, on a GPU, offloaded to CPU
     memory. Chooses for each block whether to checkpoint it. Predicts the memory, time and gradient
     error of a step.
     """

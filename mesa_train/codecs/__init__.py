@@ -8,17 +8,19 @@ from .affine import Affine
 from .lossless import Lossless
 
 
-def of(bits: int, group_size: int, stochastic: bool, running: bool) -> Any:
+def of(bits: int, group_size: int, rounding: str, running: bool) -> Any:
     """The codec with these parameters.
 
     Args:
-        bits: 8, 4 or 2; 32 for lossless.
+        bits: 8, 6, 5, 4, 3 or 2; 32 for lossless.
         group_size: elements that share one scale.
-        stochastic: stochastic rounding instead of nearest.
+        rounding: "nearest", "stochastic" or "dither".
         running: running ranges instead of exact ranges.
     Returns:
         The codec, or None for running ranges. Running ranges belong to a module and an operand.
     """
     if running:
         return None
-    return Lossless() if bits == 32 else Affine(bits, group_size, stochastic, 0)
+    if bits == 32:
+        return Lossless()
+    return Affine(bits, group_size, rounding != "nearest", dither=rounding == "dither")

@@ -1,4 +1,4 @@
-"""Affine codes: 8, 4 or 2 bits per element, and four bytes (scale, zero) per group.
+"""Affine codes: 2 to 6 or 8 bits per element, and four bytes (scale, zero) per group.
 
 A tensor is viewed as (rows, cols), and a group never crosses a row. `kernels/reference.py`
 specifies the code.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mesa_train import kernels
+from mesa_train.kernels.packing import code_bytes
+from mesa_train.kernels.reference import ACTIVATIONS
 
 Codes = tuple[Tensor, Tensor]
 
@@ -27,31 +29,31 @@ def group_shape(cols: int, group_size: int) -> tuple[int, int]:
     return groups, (cols + groups - 1) // groups if groups else 0
 
 
-def code_bytes(cols: int, bits: int) -> int:
-    """Bytes of the codes of one row."""
-    return (cols * bits + 7) // 8
-
-
 @dataclass(frozen=True)
 class Affine:
     """How to code a tensor. The methods are pure functions of the codec and the data.
 
     Args:
-        bits: 8, 4 or 2; default 8.
+        bits: 8, 6, 5, 4, 3 or 2; default 8.
         group_size: the largest number of elements that share a scale and a zero; at least 1,
             default 64.
         stochastic: True for unbiased rounding (error up to scale), False (default) for nearest
             (error up to scale / 2).
         seed: seed of stochastic rounding, of which the low 32 bits are used; default 0. The same
             data and seed give the same codes.
+        dither: True for subtractive dither. The codes are those of stochastic rounding, and
+            decoding draws the same numbers again and subtracts them. So the result is unbiased, and
+            its variance is half as large. Needs `stochastic`; default False.
     Raises:
-        ValueError: `bits` is not one of the choices, or `group_size` is below 1.
+        ValueError: `bits` is not one of the choices, `group_size` is below 1, or `dither` is True
+            without `stochastic`.
     """
 
     bits: int = 8
     group_size: int = 64
     stochastic: bool = False
     seed: int = 0
+    dither: bool = False
 
     def __post_init__(self) -> None:
         choices = kernels.schemas.BITS
@@ -59,9 +61,12 @@ class Affine:
             raise ValueError(f"bits must be one of {choices}, got {self.bits!r}")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size!r}")
+        if self.dither and not self.stochastic:
+            raise ValueError("dither=True needs stochastic=True, got stochastic=False")
 
     def __str__(self) -> str:
         rounding = "stochastic" if self.stochastic else "nearest"
+        rounding = "dither" if self.dither else rounding
         return f"{self.bits} bits in groups of {self.group_size}, {rounding}"
 
     def encode(self, x: Tensor) -> Codes:
@@ -126,7 +131,7 @@ class Affine:
     def softmax_backward(self, codes: Codes, grad: Tensor) -> Tensor:
         """The gradient (rows, cols) of a softmax's input, from codes of its output."""
         kernels.load()
-        return _ops.softmax_backward.default(grad, *codes, self.bits)
+        return _ops.softmax_backward.default(grad, *codes, self.bits, self._seed_of_dither())
 
     def decode(
         self,
@@ -138,30 +143,41 @@ class Affine:
     ) -> Tensor:
         """The decoded (rows, cols) in `dtype`, times weight (cols,) plus bias (cols,)."""
         kernels.load()
-        return _ops.affine_decode.default(*codes, self.bits, cols, dtype, weight, bias)
+        dither = self._seed_of_dither()
+        return _ops.affine_decode.default(*codes, self.bits, cols, dtype, weight, bias, dither)
 
     def norm_backward(
         self, codes: Codes, grad: Tensor, rstd: Tensor, weight: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx (in grad's dtype), dweight and dbias of a norm, from codes of its normalised input."""
         kernels.load()
+        dither = self._seed_of_dither()
         return _ops.norm_backward.default(
-            grad, *codes, rstd, weight, self.bits, centred, grad.dtype
+            grad, *codes, rstd, weight, self.bits, centred, grad.dtype, dither
         )
 
     def activation_decode(self, codes: Codes, cols: int, dtype: torch.dtype, kind: str) -> Tensor:
         """The activation `kind` of the decoded tensor, (rows, cols) in `dtype`."""
         kernels.load()
+        if self.dither:
+            x = self.decode(codes, cols, torch.float32)
+            return ACTIVATIONS[kind][0](x).to(dtype)
         return _ops.activation_decode.default(*codes, self.bits, cols, dtype, kind)
 
     def activation_backward(self, codes: Codes, grad: Tensor, kind: str) -> Tensor:
         """grad (rows, cols) times the derivative of `kind` at the decoded tensor."""
         kernels.load()
+        if self.dither:
+            x = self.decode(codes, grad.shape[1], torch.float32)
+            return ACTIVATIONS[kind][1](grad.float().contiguous(), x).to(grad.dtype)
         return _ops.activation_backward.default(grad, *codes, self.bits, kind)
 
     def activation_pair(self, codes: Codes, grad: Tensor, kind: str) -> Codes:
         """`activation_backward`, and the activation itself in grad's dtype, in one pass."""
         kernels.load()
+        if self.dither:
+            value = self.activation_decode(codes, grad.shape[1], grad.dtype, kind)
+            return self.activation_backward(codes, grad, kind), value
         return _ops.activation_pair.default(grad, *codes, self.bits, kind)
 
     def activation_pair_sum(
@@ -169,7 +185,14 @@ class Affine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`activation_pair`, and the sum of its first result over the rows in float32."""
         kernels.load()
+        if self.dither:
+            dx, value = self.activation_pair(codes, grad, kind)
+            return dx, value, dx.float().sum(0)
         return _ops.activation_pair_sum.default(grad, *codes, self.bits, kind)
+
+    def _seed_of_dither(self) -> int | None:
+        """The argument `dither` of a decoding operator."""
+        return self.seed if self.dither else None
 
     def _code(self) -> tuple[int, int, bool, int]:
         """The arguments of an encoding operator."""

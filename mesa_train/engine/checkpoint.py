@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.policy import BITS, PRESETS, Policy
 from mesa_train.stash.context import ModuleContext
 from mesa_train.stash.recorder import Recorder
 
 from .checkpoint_inputs import InputHooks
 from .modes import innermost
-
-_CHOICES = (8, 4, 2, 32)
 
 
 def checkpoint(
@@ -38,7 +36,7 @@ def checkpoint(
         function: the region, as for torch's checkpoint.
         args: arguments of `function`. Float tensors among them that need a gradient are coded.
         use_reentrant: as for torch's checkpoint; default False.
-        bits: 8, 4 or 2 bits per element; 32 saves the tensors themselves; default 8. The recompute
+        bits: 8, 6, 5, 4, 3 or 2 bits per element; 32 saves the tensors themselves; default 8. The recompute
             starts from the decoded inputs. So the forward is exact, and the gradient is the
             gradient at inputs that differ by at most half a code.
         kwargs: arguments of `function`, which the region itself saves, and torch's keywords
@@ -48,8 +46,8 @@ def checkpoint(
     Raises:
         ValueError: `bits` is not one of the choices. Also any error of torch's checkpoint.
     """
-    if bits not in _CHOICES:
-        raise ValueError(f"bits must be one of {', '.join(map(str, _CHOICES))}, got {bits!r}")
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
 
     def run() -> Any:
         return torch.utils.checkpoint.checkpoint(

@@ -28,6 +28,18 @@ from a hash. The hash depends on the group's grid, the group's index, the seed a
 position in the group. So a recompute draws the same numbers, no generator is used, and nothing
 needs to be saved. All values fit into 16 bits, and a processor handles twice as many 16-bit values
 at once as floats.
+
+Subtractive dither has the codes of stochastic rounding. The decoder draws u again and subtracts it:
+
+    value = (q - u + mean(u)) * scale + zero
+
+The error is at most about scale / 2 and has the same distribution for every x. So its expectation
+is 0, as for stochastic rounding, and its variance is half as large on average. The values lie up to
+half a step outside [min, max]. The decoder takes u as mean(u) in a group whose scale is 2**96 or
+more, so every finite group decodes to finite values.
+
+Codes of 6, 5 and 3 bits are stored in two planes. A row has the plane of the low 4, 4 or 2 bits
+first, then the plane of the high 2, 1 or 1 bits. Each plane begins on a whole byte.
 """
 
 from collections.abc import Callable
@@ -36,6 +48,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import code_bytes, pack, unpack
+
 _BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
@@ -43,29 +57,12 @@ _BFLOAT16_NAN = 0x7FC0
 _UINT32 = 0xFFFFFFFF
 
 
-# --- groups and bits ---
+# --- groups ---
 
 
 def _group_size(cols: int, groups: int) -> int:
     """Length of the balanced groups of a row. The last group may be shorter."""
     return -(-cols // max(groups, 1))
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    """(rows, cols) integers below 2**bits to (rows, bytes) uint8, low bits first."""
-    rows, cols = values.shape
-    per_byte = 8 // bits
-    width = -(-cols // per_byte)
-    padded = F.pad(values.to(torch.int32), (0, width * per_byte - cols))
-    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=values.device)
-    return (padded.view(rows, width, per_byte) << shifts).sum(-1).to(torch.uint8)
-
-
-def _unpack(codes: Tensor, bits: int, cols: int) -> Tensor:
-    """(rows, bytes) uint8 to (rows, cols) int32."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device)
-    values = (codes.to(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return values.flatten(1)[:, :cols]
 
 
 # --- the grid of a group ---
@@ -146,7 +143,7 @@ def affine_encode(
     groups = -(-cols // group_size)
     size = _group_size(cols, groups)
     if x.numel() == 0:
-        codes = x.new_empty((rows, -(-cols * bits // 8)), dtype=torch.uint8)
+        codes = x.new_empty((rows, code_bytes(cols, bits)), dtype=torch.uint8)
         return codes, x.new_empty((rows, groups, 2), dtype=torch.bfloat16)
     # The last group is padded with copies of the last column. These copies change neither minimum
     # nor maximum.
@@ -164,7 +161,7 @@ def affine_encode(
         q = (fixed + drawn).clamp(max=0xFFFF) >> (16 - bits)
     else:
         q = v.round().clamp(0, 2**bits - 1)
-    codes = _pack(q.view(rows, groups * size)[:, :cols], bits)
+    codes = pack(q.view(rows, groups * size)[:, :cols], bits)
     bits16 = torch.where(finite.unsqueeze(-1), bits16, _BFLOAT16_NAN)
     return codes, bits16.to(torch.int16).view(torch.bfloat16)
 
@@ -181,12 +178,28 @@ def affine_encode_parts(
     return [tensor for pair in coded for tensor in pair]
 
 
-def _decode(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tensor:
-    """The decoded values (rows, cols) in float32."""
+# The scale from which a group is decoded without its draws, as the bits of a bfloat16: 2**96.
+UNDITHERED = 0x6F80
+
+
+def _decode(
+    codes: Tensor, scales: Tensor, bits: int, cols: int, dither: int | None = None
+) -> Tensor:
+    """The decoded values (rows, cols) in float32. `dither`: the seed of the draws to subtract."""
     size = _group_size(cols, scales.shape[1])
     group = torch.arange(cols, device=codes.device) // max(size, 1)
     scale, zero = scales.to(torch.float32)[:, group].unbind(-1)
-    return _unpack(codes, bits, cols).to(torch.float32) * scale + zero
+    q = unpack(codes, bits, cols)
+    if dither is None:
+        return q.to(torch.float32) * scale + zero
+    bits16 = scales.view(torch.int16).to(torch.int64) & 0xFFFF
+    drawn = draws(bits16[..., 0], bits16[..., 1], size, dither)
+    drawn = torch.where(bits16[..., :1] >= UNDITHERED, 0x8000, drawn).flatten(1)[:, :cols]
+    # All of this is exact in float32.
+    point = 16 - bits
+    middle = (2**point - 1) / 2
+    shifted = ((q << point) - (drawn >> bits)).to(torch.float32) + middle
+    return shifted * 2.0**-point * scale + zero
 
 
 def affine_decode(
@@ -197,9 +210,10 @@ def affine_decode(
     dtype: torch.dtype,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    dither: int | None = None,
 ) -> Tensor:
     """Values (rows, cols), times weight (cols,) plus bias (cols,), in `dtype`."""
-    value = _decode(codes, scales, bits, cols)
+    value = _decode(codes, scales, bits, cols, dither)
     if weight is not None:
         value = value * weight.to(torch.float32)
     if bias is not None:
@@ -236,10 +250,11 @@ def norm_backward(
     bits: int,
     centered: bool,
     dtype: torch.dtype,
+    dither: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
     grad = grad.to(torch.float32)
-    xhat = _decode(codes, scales, bits, grad.shape[1])
+    xhat = _decode(codes, scales, bits, grad.shape[1], dither)
     dxhat = grad if weight is None else grad * weight.to(torch.float32)
     dx = dxhat - xhat * (dxhat * xhat).mean(1, keepdim=True)
     if centered:
@@ -302,13 +317,15 @@ def activation_pair(
     return activation_backward(grad, codes, scales, bits, kind), value
 
 
-def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+def softmax_backward(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, dither: int | None = None
+) -> Tensor:
     """y * (grad - sum(grad * y)) in grad's dtype.
 
     y is the decoded output of a softmax along each row.
     """
     wide = grad.to(torch.float32)
-    y = _decode(codes, scales, bits, grad.shape[1])
+    y = _decode(codes, scales, bits, grad.shape[1], dither)
     return (y * (wide - (wide * y).sum(1, keepdim=True))).to(grad.dtype)
 
 
@@ -327,7 +344,7 @@ def scale_backward(
 
 def bitmask_encode(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 (ceil(numel / 8),), row-major, low bit first."""
-    return _pack(mask.reshape(1, -1), 1).view(-1)
+    return pack(mask.reshape(1, -1), 1).view(-1)
 
 
 def bitmask_positive(x: Tensor) -> Tensor:
@@ -337,7 +354,7 @@ def bitmask_positive(x: Tensor) -> Tensor:
 
 def bitmask_apply(grad: Tensor, bits: Tensor, scale: float) -> Tensor:
     """grad * scale if the bit is set, else 0. Strides follow grad. Float64 stays float64."""
-    mask = _unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
+    mask = unpack(bits.view(1, -1), 1, grad.numel()).view(grad.shape).bool()
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     return torch.empty_like(grad).copy_(torch.where(mask, wide * scale, 0.0))
 

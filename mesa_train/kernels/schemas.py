@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import packing, reference
 
-BITS = (8, 4, 2)
+BITS = (8, 6, 5, 4, 3, 2)
 
 _library = torch.library.Library("mesa_train", "DEF")
 
@@ -88,10 +88,11 @@ def _check_codes(codes: Tensor, scales: Tensor, bits: int, rows: int, cols: int)
             f"codes and scales must have {rows} rows, got {codes.shape[0]} and {scales.shape[0]}"
         ),
     )
+    expected = packing.code_bytes(cols, bits)
     _check(
-        codes.shape[1] == (cols * bits + 7) // 8,
+        codes.shape[1] == expected,
         lambda: (
-            f"codes must have {(cols * bits + 7) // 8} bytes a row for cols={cols} at "
+            f"codes must have {expected} bytes a row for cols={cols} at "
             f"bits={bits}, got {codes.shape[1]}"
         ),
     )
@@ -109,7 +110,7 @@ def _encoded(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Empty codes and scales of (rows, cols)."""
     rows, cols = x.shape
     groups = (cols + group_size - 1) // group_size
-    codes = x.new_empty((rows, (cols * bits + 7) // 8), dtype=torch.uint8)
+    codes = x.new_empty((rows, packing.code_bytes(cols, bits)), dtype=torch.uint8)
     return codes, x.new_empty((rows, groups, 2), dtype=torch.bfloat16)
 
 
@@ -140,6 +141,7 @@ def _affine_decode(
     dtype: torch.dtype,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    dither: int | None = None,
 ) -> Tensor:
     _check_codes(codes, scales, bits, codes.shape[0], cols)
     _check_vector("weight", weight, cols)
@@ -171,6 +173,7 @@ def _norm_backward(
     bits: int,
     centered: bool,
     dtype: torch.dtype,
+    dither: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_matrix("grad", grad)
     _check_floating("grad", grad)
@@ -206,7 +209,9 @@ def _activation_pair(
     return dx, torch.empty_like(dx)
 
 
-def _softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+def _softmax_backward(
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, dither: int | None = None
+) -> Tensor:
     _check_matrix("grad", grad)
     _check_floating("grad", grad)
     _check_codes(codes, scales, bits, grad.shape[0], grad.shape[1])
@@ -276,7 +281,7 @@ _define(
 )
 _define(
     "affine_decode(Tensor codes, Tensor scales, int bits, int cols, ScalarType dtype,"
-    " Tensor? weight=None, Tensor? bias=None) -> Tensor",
+    " Tensor? weight=None, Tensor? bias=None, int? dither=None) -> Tensor",
     _affine_decode,
     reference.affine_decode,
 )
@@ -288,7 +293,7 @@ _define(
 )
 _define(
     "norm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor rstd, Tensor? weight,"
-    " int bits, bool centered, ScalarType dtype)"
+    " int bits, bool centered, ScalarType dtype, int? dither=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _norm_backward,
     reference.norm_backward,
@@ -311,7 +316,8 @@ _define(
     reference.activation_pair,
 )
 _define(
-    "softmax_backward(Tensor grad, Tensor codes, Tensor scales, int bits) -> Tensor",
+    "softmax_backward(Tensor grad, Tensor codes, Tensor scales, int bits, int? dither=None)"
+    " -> Tensor",
     _softmax_backward,
     reference.softmax_backward,
 )

@@ -98,6 +98,8 @@ void set_up(PyObject* dict) {
       .level = interned("_current_level"),
       .codec = interned("codec"),
       .bits = interned("bits"),
+      .dither = interned("dither"),
+      .seed = interned("seed"),
       .parameters = interned("_parameters"),
       .add = interned("add"),
       .how_shared = interned("shared"),

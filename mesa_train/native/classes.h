@@ -48,7 +48,7 @@ extern Classes& classes;
 struct Names {
   PyObject *context, *rules, *native, *report, *rows, *name, *lineage, *linears, *entries, *hooks,
       *recorder, *owner, *keep, *apply, *installed, *module, *checkpointed, *dict, *entry,
-      *compiling, *exporting, *level, *codec, *bits, *parameters, *add, *how_shared, *how_rebuilt,
+      *compiling, *exporting, *level, *codec, *bits, *dither, *seed, *parameters, *add, *how_shared, *how_rebuilt,
       *training, *weight, *bias, *normalized_shape, *eps, *approximate, *linear, *layer_norm,
       *within, *enabled, *p, *take, *offer, *count, *retains_grad, *backward_hooks, *copy;
 };

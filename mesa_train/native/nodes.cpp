@@ -219,7 +219,7 @@ variable_list NormNode::gradients(Rebuilt& saved, const Tensor& grad) {
   Tensor dx, dweight, dbias;
   if (spec.kind == Kind::CODES) {
     std::tie(dx, dweight, dbias) = norm_backward(flat, saved.own(spec, 0), saved.own(spec, 1), rstd,
-                                                 weight, spec.bits, centred);
+                                                 weight, spec.bits, centred, spec.dither);
   } else {
     const Tensor x_hat = saved.get(0, c10::promoteTypes(rstd.scalar_type(), at::kFloat));
     std::tie(dx, dweight, dbias) =
@@ -236,6 +236,10 @@ variable_list SmoothNode::gradients(Rebuilt& saved, const Tensor& grad) {
   const Spec& spec = saved.spec(0);
   if (spec.kind != Kind::CODES) {
     return {derivative(grad, saved.get(0, grad.scalar_type()), kind)};
+  }
+  if (spec.dither) {
+    const Tensor dx = derivative(cast(grad, at::kFloat), saved.get(0, at::kFloat), kind);
+    return {cast(dx, grad.scalar_type())};
   }
   const Tensor& codes = saved.own(spec, 0);
   if (const Tensor known = backward_cache().take_gradient(codes, grad); known.defined()) {
@@ -276,7 +280,7 @@ variable_list SoftmaxNode::gradients(Rebuilt& saved, const Tensor& grad) {
   if (spec.kind == Kind::CODES && grad.scalar_type() != at::kDouble &&
       spec.layout.cols == grad.size(dim) && spec.layout.order.back() == positive) {
     return {spec.layout.restore(softmax_backward(spec.layout.rows(grad), saved.own(spec, 0),
-                                                 saved.own(spec, 1), spec.bits))};
+                                                 saved.own(spec, 1), spec.bits, spec.dither))};
   }
   const Tensor output = saved.get(0, grad.scalar_type());
   const Tensor weighted = at::mul(grad, output);

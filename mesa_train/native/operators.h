@@ -46,12 +46,12 @@ inline Pair normalized_encode(const Tensor& x, const std::optional<Tensor>& mean
 
 inline Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
                             at::ScalarType dtype, const std::optional<Tensor>& weight,
-                            const std::optional<Tensor>& bias) {
+                            const std::optional<Tensor>& bias, std::optional<int64_t> dither) {
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, at::ScalarType,
-                           const std::optional<Tensor>&, const std::optional<Tensor>&)>(
-          "mesa_train::affine_decode");
-  return op.call(codes, scales, bits, cols, dtype, weight, bias);
+                           const std::optional<Tensor>&, const std::optional<Tensor>&,
+                           std::optional<int64_t>)>("mesa_train::affine_decode");
+  return op.call(codes, scales, bits, cols, dtype, weight, bias, dither);
 }
 
 inline Tensor activation_decode(const Tensor& codes, const Tensor& scales, int64_t bits,
@@ -85,12 +85,12 @@ inline Triple activation_pair_sum(const Tensor& grad, const Tensor& codes, const
 
 inline Triple norm_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
                             const Tensor& rstd, const std::optional<Tensor>& weight, int64_t bits,
-                            bool centred) {
+                            bool centred, std::optional<int64_t> dither) {
   static const auto op =
       find_operator<Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                           const std::optional<Tensor>&, int64_t, bool, at::ScalarType)>(
-          "mesa_train::norm_backward");
-  return op.call(grad, codes, scales, rstd, weight, bits, centred, grad.scalar_type());
+                           const std::optional<Tensor>&, int64_t, bool, at::ScalarType,
+                           std::optional<int64_t>)>("mesa_train::norm_backward");
+  return op.call(grad, codes, scales, rstd, weight, bits, centred, grad.scalar_type(), dither);
 }
 
 inline Triple scale_backward(const Tensor& grad, const Tensor& scale, at::ScalarType dtype) {
@@ -100,11 +100,10 @@ inline Triple scale_backward(const Tensor& grad, const Tensor& scale, at::Scalar
 }
 
 inline Tensor softmax_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
-                               int64_t bits) {
-  static const auto op =
-      find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>(
-          "mesa_train::softmax_backward");
-  return op.call(grad, codes, scales, bits);
+                               int64_t bits, std::optional<int64_t> dither) {
+  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                              std::optional<int64_t>)>("mesa_train::softmax_backward");
+  return op.call(grad, codes, scales, bits, dither);
 }
 
 }  // namespace mesa

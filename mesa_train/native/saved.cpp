@@ -154,6 +154,9 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     if (Py_IS_TYPE(codec, (PyTypeObject*)c.affine.get())) {
       spec.kind = Kind::CODES;
       spec.bits = integer(attribute(codec, names.bits).get());
+      if (truth(attribute(codec, names.dither).get())) {
+        spec.dither = integer(attribute(codec, names.seed).get());
+      }
     } else if (Py_IS_TYPE(codec, (PyTypeObject*)c.lossless.get())) {
       spec.kind = Kind::VALUES;
     } else {
@@ -188,7 +191,9 @@ int SavedStashes::strip(PyObject* stash, Making& making) {
     const char* const name = PyUnicode_AsUTF8(c.activated_slots.kind.get(recipe));
     if (!name) throw python_error();
     spec.activation = name;
-    if (specs_[spec.sources[0]].kind != Kind::CODES && !computes(spec.activation)) return -2;
+    const Spec& input = specs_[spec.sources[0]];
+    if (input.dither) return -2;  // the operators of activations subtract no draws
+    if (input.kind != Kind::CODES && !computes(spec.activation)) return -2;
   } else if (is(c.replay)) {
     spec.kind = Kind::VIEW;
     PyObject* const geometry = c.replay_slots.geometry.get(recipe);
@@ -250,7 +255,8 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
         return known;
       }
       const Tensor value = spec.layout.restore(
-          affine_decode(codes, own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {}));
+          affine_decode(codes, own(spec, 1), spec.bits, spec.layout.cols, dtype, {}, {},
+                        spec.dither));
       if (!last) backward_cache().offer_decoded(codes, value);
       return value;
     }
@@ -274,7 +280,7 @@ Tensor Rebuilt::load(const Spec& spec, at::ScalarType dtype) {
       Tensor matrix;
       if (leaf.kind == Kind::CODES) {
         matrix = affine_decode(own(leaf, 0), own(leaf, 1), leaf.bits, leaf.layout.cols, rounded,
-                               weight, bias);
+                               weight, bias, leaf.dither);
       } else {
         matrix = own(leaf, 0);
         if (weight) matrix = at::mul(matrix, *weight);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,7 @@ struct Spec {
   c10::SmallVector<int, 2> slots;  // of the saved tensors
   c10::SmallVector<int, 2> sources;  // indices of the sources' structures
   int64_t bits = 0;
+  std::optional<int64_t> dither;  // the seed of the draws that are subtracted from codes
   Layout layout;
   bool has_weight = false, has_bias = false;
   c10::DimVector per_channel;  // the shape of weight and bias; empty if x_hat is a leaf

@@ -163,7 +163,7 @@ def _coded(tensor: Tensor) -> Tensor:
     if not tensor.numel() or tensor.shape[-1] == 1:
         return tensor
     layout, matrix = MatrixLayout.of(tensor, (tensor.dim() - 1,))
-    codec = codecs.of(8, 128, False, False)
+    codec = codecs.of(8, 128, "nearest", False)
     codes = codec.encode(matrix)
     return layout.restore(codec.decode(codes, layout.cols, tensor.dtype))
 

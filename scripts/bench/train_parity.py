@@ -7,6 +7,7 @@ not run again.
 
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
+    python scripts/bench/train_parity.py --data cifar10:DIRECTORY --float32 --epochs 20
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import small_models as models
-from mesa_train.training.data.packaged import ImageSet, light_augmentation, load
+from mesa_train.training.data.packaged import ImageSet, Split, light_augmentation, load
 from mesa_train.training.progress import Dashboard
 from mesa_train.training.trainer import EpochResult, TrainConfig, Trainer, fit
 from mesa_train.utils import records
@@ -39,7 +40,10 @@ def main(
     ] = "plain,mesa8,mesa4,paper",
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
     model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
-    data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
+    data: Annotated[str, typer.Option(help="mnist5k, digits, or cifar10:DIRECTORY.")] = "mnist5k",
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="The first so many training images. Default: all.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -51,6 +55,9 @@ def main(
         names = [name.strip() for name in policies.split(",")]
         numbers = [int(seed) for seed in seeds.split(",")]
         images = load(data)
+        if train_images is not None:
+            first = Split(*(t[:train_images] for t in (images.train.images, images.train.labels)))
+            images = dataclasses.replace(images, train=first)
         config = TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
@@ -119,7 +126,9 @@ def train(
     for name in names:
         module, resized = build(name, model, images, seed)
         trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
-    return fit(trainers, resized, config, transform=light_augmentation(), watch=dashboard.on_step)
+    return fit(
+        trainers, resized, config, transform=light_augmentation(resized), watch=dashboard.on_step
+    )
 
 
 def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:

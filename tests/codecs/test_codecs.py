@@ -13,8 +13,9 @@ from mesa_train.codecs.running import Running
 
 ROWS, COLS = 6, 100
 CODECS = {
-    **{f"{bits} bits": Affine(bits, 32) for bits in (8, 4, 2)},
+    **{f"{bits} bits": Affine(bits, 32) for bits in (8, 6, 5, 4, 3, 2)},
     "stochastic": Affine(8, 32, stochastic=True),
+    "dither": Affine(8, 32, stochastic=True, dither=True),
     "lossless": Lossless(),
     "running": Running(None, "", 0, 32),
 }
@@ -22,10 +23,9 @@ EVERY = pytest.mark.parametrize("name", CODECS)
 # Half of the widest step of a grid over the range of normal numbers, and a whole one where rounding is
 # stochastic; scales are rounded up to bfloat16.
 STEP = {
-    "8 bits": 0.02,
-    "4 bits": 0.3,
-    "2 bits": 1.3,
+    **{f"{bits} bits": 4.3 / (2**bits - 1) for bits in (8, 6, 5, 4, 3, 2)},
     "stochastic": 0.04,
+    "dither": 0.02,
     "lossless": 0,
     "running": 0.04,
 }
@@ -79,7 +79,7 @@ def test_shapes_are_those_of_the_codes(name, x):
         assert codec.bytes(ROWS, COLS) == sum(t.nbytes for t in codes)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 def test_parts_are_coded_as_if_alone(bits, x):
     codec = Affine(bits, 32)
     for part, found in zip(x.chunk(4, 1), codec.encode_parts(x, 4), strict=True):
@@ -147,8 +147,8 @@ def test_a_codec_says_what_it_is_and_what_it_refuses():
     assert str(Affine(4, 64, stochastic=True)) == "4 bits in groups of 64, stochastic"
     assert str(Affine()) == "8 bits in groups of 64, nearest"
     assert str(Lossless()) == "lossless"
-    with pytest.raises(ValueError, match=r"bits must be one of .*, got 3"):
-        Affine(3)
+    with pytest.raises(ValueError, match=r"bits must be one of .*, got 7"):
+        Affine(7)
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         Affine(8, 0)
     assert Affine(8, 1).group_size == 1

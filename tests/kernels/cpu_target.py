@@ -22,15 +22,16 @@ def codes(ops):
         for rows, cols, size in SHAPES:
             x = conftest.special(rows, 2 * cols, dtype)
             for view in (x[:, :cols].contiguous(), x[:, cols:], x[:, ::2]):
-                for bits in (8, 4, 2):
+                for bits in (8, 6, 5, 4, 3, 2):
                     for stochastic in (False, True):
                         args = (view, bits, size, stochastic, 7)
                         coded = reference.affine_encode(*args)
                         for a, e in zip(ops.affine_encode.default(*args), coded, strict=True):
                             same(a, e)
                     affine = torch.randn(cols), torch.randn(cols)
-                    args = (*coded, bits, cols, dtype, *affine)
-                    same(ops.affine_decode.default(*args), reference.affine_decode(*args))
+                    for dither in (None, 7):
+                        args = (*coded, bits, cols, dtype, *affine, dither)
+                        same(ops.affine_decode.default(*args), reference.affine_decode(*args))
 
 
 def gradients(ops):
@@ -39,10 +40,19 @@ def gradients(ops):
         eps = torch.finfo(dtype).eps
         close = {"rtol": max(eps, 2e-6), "atol": 2e-5 + eps}
         for rows, cols, size in SHAPES:
-            for bits in (8, 4):
+            for bits, dither in ((8, None), (4, None), (5, 7), (3, 7)):
                 coded = reference.affine_encode(torch.randn(rows, cols), bits, size, False, 0)
                 grad = torch.randn(rows, cols).to(dtype)
-                args = (grad, *coded, torch.rand(rows), torch.randn(cols), bits, True, dtype)
+                args = (
+                    grad,
+                    *coded,
+                    torch.rand(rows),
+                    torch.randn(cols),
+                    bits,
+                    True,
+                    dtype,
+                    dither,
+                )
                 for a, e in zip(
                     ops.norm_backward.default(*args), reference.norm_backward(*args), strict=True
                 ):
@@ -54,7 +64,7 @@ def gradients(ops):
                     strict=True,
                 ):
                     torch.testing.assert_close(a, e, **close)
-                args = (grad, *coded, bits)
+                args = (grad, *coded, bits, dither)
                 torch.testing.assert_close(
                     ops.softmax_backward.default(*args), reference.softmax_backward(*args), **close
                 )

@@ -9,4 +9,4 @@ FLOATS = [
     pytest.param(torch.float16, marks=pytest.mark.slow),
     pytest.param(torch.float64, marks=pytest.mark.slow),
 ]
-BITS = [8, 4, pytest.param(2, marks=pytest.mark.slow)]
+BITS = [8, 5, 4, *(pytest.param(b, marks=pytest.mark.slow) for b in (6, 3, 2))]

@@ -83,11 +83,35 @@ def encode(x: np.ndarray, bits: int, group_size: int, stochastic: bool, seed: in
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (rows, bytes): the plane of the low bits, then, at 3, 5 and 6 bits, that of the rest."""
+    low = {3: 2, 5: 4, 6: 4}.get(bits, bits)
     rows, cols = q.shape
-    out = np.zeros((rows, math.ceil(cols * bits / 8)), np.uint8)
+    planes = [np.zeros((rows, math.ceil(cols * b / 8)), np.uint8) for b in (low, bits - low)]
     for r in range(rows):
         for i in range(cols):
-            out[r, i * bits // 8] |= q[r, i] << (i * bits % 8)
+            planes[0][r, i * low // 8] |= q[r, i] % 2**low << (i * low % 8)
+            if bits > low:
+                at = i * (bits - low)
+                planes[1][r, at // 8] |= q[r, i] // 2**low << (at % 8)
+    return np.concatenate(planes, 1)
+
+
+def decode_dithered(q: np.ndarray, scales: np.ndarray, bits: int, seed: int) -> np.ndarray:
+    rows, cols = q.shape
+    groups = scales.shape[1]
+    size = math.ceil(cols / groups)
+    out = np.zeros((rows, cols), F)
+    places = 16 - bits
+    for r in range(rows):
+        for i in range(cols):
+            g = i // size
+            low, high = (int(b) for b in scales[r, g])
+            key = mix((low | high << 16) ^ mix((r * groups + g) ^ seed))
+            drawn = (mix(i % size) // 2**16 * (key % 2**16 | 1) + key // 2**16) % 2**16
+            if float_of(low << 16) >= F(2.0**96) or low >= 0x7F80:
+                drawn = 2**15
+            step = int(q[r, i]) - drawn // 2**bits / 2**places + (2**places - 1) / 2 / 2**places
+            out[r, i] = F(step) * float_of(low << 16) + float_of(high << 16)
     return out
 
 

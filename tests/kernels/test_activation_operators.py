@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from float_dtypes import FLOATS
+from float_dtypes import BITS, FLOATS
 
 from mesa_train.kernels import reference
 
@@ -41,7 +41,7 @@ def coded_inputs(bits):
 
 
 @kinds
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_values(ops, kind, bits):
     coded = coded_inputs(bits)
     x = reference._decode(*coded, bits, 130).double()
@@ -70,7 +70,7 @@ def test_slopes(ops, kind, dtype):
 
 @pytest.mark.slow
 @kinds
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_pair_is_both(ops, kind, bits):
     coded = coded_inputs(bits)
     grad = torch.randn(inputs().shape).bfloat16()

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesa_train.codecs.affine import Affine, code_bytes, group_shape
-from mesa_train.kernels import reference
+from mesa_train.kernels import packing, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BITS = (8, 4, 2)
+BITS = (8, 6, 5, 4, 3, 2)
 # (rows, cols, group_size): empty, single, odd, a group a row, several stretches a row.
 SHAPES = (
     *((0, 5, 4), (5, 0, 4), (1, 1, 1), (9, 1, 64), (12, 33, 7), (40, 64, 3)),
@@ -50,6 +50,9 @@ def test_equals_the_numpy_twin(ops, bits, stochastic, cols, group_size):
     np.testing.assert_array_equal(scales.view(torch.int16).numpy().view(np.uint16), scale_bits)
     value = ops.affine_decode(codes, scales, bits, cols, torch.float32)
     np.testing.assert_array_equal(value.numpy(), numpy_twin.decode(q, scale_bits))
+    value = ops.affine_decode(codes, scales, bits, cols, torch.float32, None, None, 7)
+    expected = numpy_twin.decode_dithered(q, scale_bits, bits, 7)
+    np.testing.assert_array_equal(value.numpy(), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,10 +134,9 @@ def test_native_decodes_like_reference(native, bits, dtype):
         coded = reference.affine_encode(x, bits, group_size, False, 0)
         weight, bias = torch.randn(cols).to(torch.bfloat16), torch.randn(cols)
         for affine in ((None, None), (weight, None), (None, bias), (weight, bias)):
-            assert_same_values(
-                native.affine_decode(*coded, bits, cols, dtype, *affine),
-                reference.affine_decode(*coded, bits, cols, dtype, *affine),
-            )
+            for dither in (None, 3, -1):
+                args = *coded, bits, cols, dtype, *affine, dither
+                assert_same_values(native.affine_decode(*args), reference.affine_decode(*args))
 
 
 @stochastic_param
@@ -194,7 +196,7 @@ def test_error_is_bounded_by_the_step(ops, bits, stochastic, scale):
 @stochastic_param
 def test_both_ends_saturate(ops, bits, stochastic):
     x = torch.linspace(-1, 1, 64)[None]
-    values = reference._unpack(ops.affine_encode(x, bits, 64, stochastic, 0)[0], bits, 64)
+    values = packing.unpack(ops.affine_encode(x, bits, 64, stochastic, 0)[0], bits, 64)
     assert values[0, 0] <= 1
     # scale is rounded up by at most 1/128, so the top code may be a little below 2**bits - 1.
     assert 2**bits - 1 >= values[0, -1] >= (2**bits - 1) * 127 / 128 - 1
@@ -265,6 +267,37 @@ def test_stochastic_rounding_is_unbiased(native, bits):
     assert (rounded[1:] * rounded[:-1]).mean().abs() < 0.02
 
 
+@bits_param
+def test_dither_is_unbiased_with_half_the_variance(native, bits):
+    x = torch.rand(1, 64).expand(4000, 64)
+    codes, scales = native.affine_encode(x, bits, 64, True, 1)
+    decoded = [
+        native.affine_decode(codes, scales, bits, 64, torch.float64, None, None, seed)
+        for seed in (None, 1, 2)
+    ]
+    step = scales[0, 0, 0].double()
+    stochastic, dither, other = [(value - x) / step for value in decoded]
+    # A uniform error over one step, whatever the value is.
+    assert (dither.mean(0).abs() < 6 / 12**0.5 / 4000**0.5).all()
+    assert ((dither.var(0) - 1 / 12).abs() < 0.01).all()
+    assert dither.abs().max() <= 0.5 + 2.0**-8
+    assert abs(stochastic.var() / dither.var() - 2) < 0.5
+    # The draws of another seed do not fit the codes: they add their own variance.
+    assert other.var() > 1.3 * stochastic.var()
+
+
+@bits_param
+def test_dither_of_finite_groups_is_finite(ops, bits):
+    top = torch.finfo(torch.float32).max
+    x = torch.tensor([[top, -top, 1.0], [top, top, top], [-top, -top, 0.0], [1e37, 0.0, -1e37]])
+    codes, scales = ops.affine_encode(x, bits, 4, True, 9)
+    value = ops.affine_decode(codes, scales, bits, 3, torch.float32, None, None, 9)
+    assert value.isfinite().all()
+    # One sign, as for the finite input above. A group without its draws is off by up to a step.
+    error = (value - x)[1:].abs() / top
+    assert (error <= 2 / (2**bits - 1)).all()
+
+
 def test_stochastic_codes_depend_on_data_and_seed_alone(ops):
     x = torch.randn(8, 128)
     before = torch.get_rng_state()
@@ -313,7 +346,33 @@ def test_codec_bytes_and_round_trip(bits):
     assert torch.equal(normalized[0], coded[0])
 
 
-@pytest.mark.parametrize(("field", "value"), [("bits", 3), ("bits", 16), ("group_size", 0)])
+@bits_param
+def test_a_dithered_codec_decodes_with_its_seed(bits):
+    codec = Affine(bits, 48, True, 5, dither=True)
+    x = torch.randn(7, 100)
+    coded = codec.encode(x)
+    assert all(map(torch.equal, coded, Affine(bits, 48, True, 5).encode(x)))
+    expected = reference.affine_decode(*coded, bits, 100, torch.float32, None, None, 5)
+    assert torch.equal(codec.decode(coded, 100, torch.float32), expected)
+    # The operators of activations read the same values.
+    grad = torch.randn(7, 100)
+    wide = expected.double().requires_grad_()
+    y = torch.nn.functional.gelu(wide)
+    y.backward(grad.double())
+    dx, value, total = codec.activation_pair_sum(coded, grad, "gelu")
+    torch.testing.assert_close(value.double(), y.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dx.double(), wide.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, dx.sum(0))
+    assert torch.equal(codec.activation_decode(coded, 100, torch.float32, "gelu"), value)
+    assert torch.equal(codec.activation_backward(coded, grad, "gelu"), dx)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bits", 7), ("bits", 16), ("group_size", 0)])
 def test_codec_refuses(field, value):
     with pytest.raises(ValueError, match=rf"{field} must .* got {value}"):
         Affine(**{field: value})
+
+
+def test_dither_needs_stochastic_codes():
+    with pytest.raises(ValueError, match="dither=True needs stochastic=True"):
+        Affine(4, dither=True)

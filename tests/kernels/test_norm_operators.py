@@ -14,13 +14,13 @@ def case(rows, cols, dtype, bits=8, weighted=True):
     return grad, *coded, torch.rand(rows) + 0.5, weight
 
 
-def autograd(grad, codes, scales, rstd, weight, bits, centered):
+def autograd(grad, codes, scales, rstd, weight, bits, centered, dither=None):
     """The derivative of weight * xhat(x) + bias where xhat is the decoded value, in float64.
 
     The decoded xhat is not exactly normalised, so the norm is differentiated by its formula, with
     rstd and xhat as they are given.
     """
-    xhat = reference._decode(codes, scales, bits, grad.shape[1]).double()
+    xhat = reference._decode(codes, scales, bits, grad.shape[1], dither).double()
     grad, rstd = grad.double(), rstd.double()[:, None]
     d = grad if weight is None else grad * weight.double()
     dx = d - xhat * (d * xhat).mean(1, keepdim=True)
@@ -35,8 +35,9 @@ def autograd(grad, codes, scales, rstd, weight, bits, centered):
 def test_formula(ops, dtype, bits, centered, weighted):
     for rows, cols in ((1, 1), (37, 130), (700, 33), (3, 2500)):
         args = case(rows, cols, dtype, bits, weighted)
-        actual = ops.norm_backward(*args, bits, centered, dtype)
-        expected = autograd(*args, bits, centered)
+        dither = 3 if bits < 8 else None
+        actual = ops.norm_backward(*args, bits, centered, dtype, dither)
+        expected = autograd(*args, bits, centered, dither)
         assert [t.dtype for t in actual] == [dtype, torch.float32, torch.float32]
         # Sums of float32 products; dx is then rounded to dtype. Column sums grow with the rows.
         eps = max(torch.finfo(dtype).eps, 2e-6)

@@ -114,7 +114,7 @@ CODED = reference.affine_encode(X, 8, 64, False, 0)
 REFUSED = [
     ("affine_encode", (X[0], 8, 64, False, 0), "x must be 2-D"),
     ("affine_encode", (X.int(), 8, 64, False, 0), "x must be a floating-point tensor"),
-    ("affine_encode", (X, 3, 64, False, 0), r"bits must be one of \(8, 4, 2\), got 3"),
+    ("affine_encode", (X, 7, 64, False, 0), r"bits must be one of \(8, 6, 5, 4, 3, 2\), got 7"),
     ("affine_encode", (X, 8, 0, False, 0), "group_size must be at least 1, got 0"),
     ("affine_encode_parts", (X, 3, 8, 64, False, 0), "parts must divide the columns of x, got 3"),
     ("affine_encode_parts", (X, 0, 8, 64, False, 0), "parts must divide the columns of x, got 0"),

@@ -77,7 +77,8 @@ def check_values(ops, choose, rows, cols, bits, size):
     coded = reference.affine_encode(torch.randn(rows, cols) * 2, bits, size, False, 0)
     dtype, kind = choose.choice(DTYPES), choose.choice(list(reference.ACTIVATIONS))
     affine = [torch.randn(cols) if choose.random() < 0.5 else None for _ in range(2)]
-    args = *coded, bits, cols, dtype, *affine
+    dither = choose.choice((None, 0, choose.randrange(-(2**62), 2**62)))
+    args = *coded, bits, cols, dtype, *affine, dither
     torch.testing.assert_close(
         ops["affine_decode"](*args), reference.affine_decode(*args), rtol=0, atol=0
     )
@@ -93,7 +94,7 @@ def check_values(ops, choose, rows, cols, bits, size):
         close(pair[1], y, dtype)
     close(found[2], found[0].float().sum(0), torch.float32, rows)
     out = choose.choice((torch.float32, torch.bfloat16))
-    args = grad, *coded, torch.rand(rows), affine[0], bits, choose.random() < 0.5, out
+    args = grad, *coded, torch.rand(rows), affine[0], bits, choose.random() < 0.5, out, dither
     actual, expected = ops["norm_backward"](*args), reference.norm_backward(*args)
     close(actual[0], expected[0], out, 4)
     for a, e in zip(actual[1:], expected[1:], strict=True):
@@ -104,7 +105,7 @@ def check_values(ops, choose, rows, cols, bits, size):
     close(actual[1], expected[1], out)
     close(actual[2], expected[2], torch.float32, rows)
     soft = reference.affine_encode(torch.randn(rows, cols).softmax(1), bits, size, False, 0)
-    args = grad, *soft, bits
+    args = grad, *soft, bits, dither
     close(ops["softmax_backward"](*args), reference.softmax_backward(*args), dtype, 4)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_interpreter
 
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import packing, reference, schemas
 
 ROWS, COLS = 2**31 - 3, 16
 
@@ -20,7 +20,7 @@ def test_the_largest_tiles_have_indices_below_2_to_the_31(triton, bits, groups):
 
     last = tiles._LAST
     # Groups of a long row. Their tiles are wider than the groups.
-    long = -(-last // (32768 * bits // 8 - 1))
+    long = -(-last // (32768 * min(packing.planes(bits)) // 8 - 1))
     for rows, cols, count in (
         (last, 1, 1),
         (last // 3, 7, groups),
@@ -92,7 +92,8 @@ def rows_of(kernel: str) -> tuple[object, int, tuple[object, ...]]:
     parts = torch.zeros(2, COLS)
     if kernel == "norm":
         tensors = x, codes, scales, torch.zeros(4), weight, x, parts
-        return norm._rows, 16, (*tensors, ROWS, COLS, 1, COLS, COLS, 1, 3, COLS, True, 8, 16, COLS)
+        numbers = ROWS, COLS, 1, COLS, COLS, COLS, 1, 3
+        return norm._rows, 16, (*tensors, 0, *numbers, COLS, True, 8, 16, COLS, True)
     tensors = x, weight, x, x, parts
     return scale._rows, 16, (*tensors, ROWS, COLS, COLS, 1, 3, 16, COLS)
 

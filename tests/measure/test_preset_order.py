@@ -13,12 +13,15 @@ from mesa_train import Policy, footprint, unwrap, wrap
 ORDER = [
     ("lossless", "plain"),
     ("mesa8", "lossless"),
-    ("mesa4", "mesa8"),
+    ("mesa6", "mesa8"),
+    ("mesa4", "mesa6"),
     ("mesa8-recompute", "mesa8"),
     ("mesa4-recompute", "mesa4"),
-    ("mesa4-recompute", "mesa8-recompute"),
+    ("mesa6-recompute", "mesa6"),
+    ("mesa6-recompute", "mesa8-recompute"),
+    ("mesa4-recompute", "mesa6-recompute"),
 ]
-PRESETS = ["plain", "lossless", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute"]
+PRESETS = ["plain", *dict.fromkeys(name for name, _ in ORDER)]
 
 
 class Standardized(nn.Conv2d):

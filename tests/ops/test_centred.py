@@ -29,7 +29,7 @@ def gradients(kind, policy, training=True):
     return x.grad, weight.grad
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
 @pytest.mark.parametrize("kind", ["batch_norm", "group_norm"])
 def test_a_constant_gradient_gives_none(kind, bits):
     dx, dweight = gradients(kind, Policy(bits=bits, min_bytes=0))

@@ -18,7 +18,7 @@ def bits(request):
 
 def coded(x, bits, stochastic):
     """What a (..., cols) tensor decodes to under the default group size."""
-    codec = Affine(bits, 128, stochastic, 0)
+    codec = Affine(bits, 128, stochastic, 0, dither=stochastic)
     matrix = x.detach().reshape(-1, x.shape[-1])
     return codec.decode(codec.encode(matrix), x.shape[-1], x.dtype).reshape(x.shape)
 

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from mesa_train.measure.profiling import candidates as candidates_module
 from mesa_train.measure.profiling.blocks import STASHES, Block, BlockOption
 from mesa_train.measure.profiling.candidates import (
     KEEP,
@@ -22,6 +23,14 @@ from mesa_train.planner.solver import PEAK, solve
 from mesa_train.policy import Policy
 
 pytest.importorskip("highspy")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_widths():
+    """Three widths: the tests visit every combination."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates_module, "GROUP", {8: 128, 4: 64, 2: 32})
+        yield
 
 
 KINDS = (("layer_norm", "normalized"), ("attention", "q"), ("attention", "k"))

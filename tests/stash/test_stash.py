@@ -10,7 +10,7 @@ from mesa_train import Policy, compress
 from mesa_train.stash import stash
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 5, 4, 3])
 def test_linear_keeps_codes_of_its_input(bits):
     linear = nn.Linear(COLS, 32)
     policy = Policy(bits=bits, min_bytes=0)

@@ -85,29 +85,56 @@ inline Halves mapped(const typename T::Raw* from, const F& f) {
 
 // --- to memory ---
 
-// Packs codes of n elements, one per byte, to ceil(n * bits / 8) bytes, low bits first. A packed
-// byte is the sum of shifted neighbouring codes. Reads up to 3 codes past n.
-inline void pack(const uint8_t* __restrict q, uint8_t* __restrict bytes, int64_t n, int bits) {
+// The planes of a code: the low bits and the high bits, stored apart. Each number of bits divides 8,
+// and `high` is 0 for codes of one plane.
+struct Planes {
+  int low, high;
+  explicit Planes(int bits)
+      : low(bits >= 8 ? 8 : bits >= 4 ? 4 : 2), high(bits - low) {}
+  int least() const { return high ? high : low; }
+};
+
+// Packs one plane of the codes of n elements, one per byte, to ceil(n * bits / 8) bytes. The plane
+// has the `bits` bits from bit `first`. A packed byte is the sum of shifted neighbouring codes. Reads
+// up to 7 codes past n.
+inline void pack_plane(const uint8_t* __restrict q, uint8_t* __restrict bytes, int64_t n, int bits,
+                       int first) {
   if (bits == 8) {
     std::memcpy(bytes, q, n);
   } else if (bits == 4) {
     for (int64_t i = 0; i < (n + 1) / 2; ++i) {
       uint16_t w;
       std::memcpy(&w, q + 2 * i, 2);
+      w = w >> first & 0x0F0F;
       bytes[i] = static_cast<uint8_t>(w | w >> 4);
     }
-  } else {
+  } else if (bits == 2) {
     for (int64_t i = 0; i < (n + 3) / 4; ++i) {
       uint32_t w;
       std::memcpy(&w, q + 4 * i, 4);
+      w = w >> first & 0x03030303;
       bytes[i] = static_cast<uint8_t>(w | w >> 6 | w >> 12 | w >> 18);
+    }
+  } else {
+    for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+      uint64_t w;
+      std::memcpy(&w, q + 8 * i, 8);
+      w = w >> first & 0x0101010101010101u;
+      bytes[i] = static_cast<uint8_t>(w * 0x0102040810204080u >> 56);
     }
   }
 }
 
-// Packs the codes of a block.
+// Packs one plane of the codes of a block, whose high bits above the plane are 0.
 inline void pack(Packed q, uint8_t* bytes, int bits) {
   if (bits == 8) return store(bytes, q);
+  if (bits == 1) {
+#if defined(MESA_AVX512)
+    return store(bytes, static_cast<uint64_t>(_mm512_test_epi8_mask((__m512i)q, (__m512i)q)));
+#elif defined(__AVX2__)
+    return store(bytes, _mm256_movemask_epi8(_mm256_slli_epi16((__m256i)q, 7)));
+#endif
+  }
 #if defined(MESA_AVX512)
   // Adds neighbouring codes, the second one multiplied by a factor, which shifts it.
   if (bits == 4) {
@@ -132,9 +159,24 @@ inline void pack(Packed q, uint8_t* bytes, int bits) {
 #else
   uint8_t codes[BLOCK];
   store(codes, q);
-  pack(codes, bytes, BLOCK, bits);
+  pack_plane(codes, bytes, BLOCK, bits, 0);
 #endif
 }
+
+// Where the codes of a group go: in `bits` bits, or each in a byte.
+struct Target {
+  uint8_t* to;
+  uint8_t* high;  // the plane of the high bits, if there is one
+  Planes planes;  // of the stored form
+
+  // Stores the codes of a block that begins with the i-th element.
+  void put(int64_t i, Packed q) const {
+    if (planes.high == 0) return pack(q, to + i * planes.low / 8, planes.low);
+    const auto mask = static_cast<uint8_t>((1 << planes.low) - 1);
+    pack(q & mask, to + i * planes.low / 8, planes.low);
+    pack(q >> static_cast<uint8_t>(planes.low), high + i * planes.high / 8, planes.high);
+  }
+};
 
 // --- the maximum of a vector ---
 

@@ -12,8 +12,9 @@ namespace mesa {
 
 // --- bytes to codes ---
 
-// The inverse of `pack`, for bits below 8. Writes up to 3 codes past n.
-inline void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64_t n, int bits) {
+// The inverse of `pack_plane` for the plane of the low bits, for 4 or 2 bits. Writes up to 3 codes
+// past n.
+inline void unpack_low(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64_t n, int bits) {
   if (bits == 4) {
     for (int64_t i = 0; i < (n + 1) / 2; ++i) {
       const uint16_t w = (bytes[i] | bytes[i] << 4) & 0x0F0F;
@@ -25,6 +26,45 @@ inline void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64
       const uint32_t w = (b | b << 6 | b << 12 | b << 18) & 0x03030303;
       std::memcpy(q + 4 * i, &w, 4);
     }
+  }
+}
+
+// Adds the plane of the high bits, 2 or 1, to unpacked low bits. Writes up to 7 codes past n.
+inline void unpack_high(const uint8_t* __restrict bytes, uint8_t* __restrict q, int64_t n, int bits,
+                        int first) {
+  if (bits == 2) {
+    for (int64_t i = 0; i < (n + 3) / 4; ++i) {
+      const uint32_t b = bytes[i];
+      uint32_t w;
+      std::memcpy(&w, q + 4 * i, 4);
+      w |= ((b | b << 6 | b << 12 | b << 18) & 0x03030303) << first;
+      std::memcpy(q + 4 * i, &w, 4);
+    }
+    return;
+  }
+  int64_t i = 0;
+#if defined(MESA_AVX512)
+  for (; i + 64 <= n; i += 64) {
+    const __m512i high = _mm512_maskz_set1_epi8(load<uint64_t>(bytes + i / 8), 1 << first);
+    _mm512_storeu_si512(q + i, _mm512_or_si512(_mm512_loadu_si512(q + i), high));
+  }
+#elif defined(__AVX2__)
+  const __m256i place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+  const __m256i high = _mm256_set1_epi8(static_cast<char>(1 << first));
+  for (; i + 32 <= n; i += 32) {
+    __m256i w = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(bytes + i / 8)), place);
+    w = _mm256_cmpeq_epi8(_mm256_and_si256(w, bit), bit);
+    auto* const at = reinterpret_cast<__m256i*>(q + i);
+    _mm256_storeu_si256(at, _mm256_or_si256(_mm256_loadu_si256(at), _mm256_and_si256(w, high)));
+  }
+#endif
+  for (; i < n; i += 8) {
+    const uint64_t spread = bytes[i / 8] * uint64_t{0x0101010101010101} & 0x8040201008040201u;
+    uint64_t w;
+    std::memcpy(&w, q + i, 8);
+    w |= ((spread + 0x7F7F7F7F7F7F7F7Fu) >> 7 & 0x0101010101010101u) << first;
+    std::memcpy(q + i, &w, 8);
   }
 }
 
@@ -184,19 +224,15 @@ struct Grids {
   }
 };
 
-// --- values to codes: of n >= BLOCK elements, each in `width` bits: `bits`, or a byte ---
-
-struct Width {
-  int bits, width;
-};
+// --- values to codes: of n >= BLOCK elements ---
 
 template <typename Source>
-inline void quantize_nearest(const Source& x, uint8_t* to, int64_t n, float zero, float inverse,
-                             Width size) {
+inline void quantize_nearest(const Source& x, const Target& to, int64_t n, float zero,
+                             float inverse) {
   const auto code = [=](Floats v) { return rounded((v - zero) * inverse); };
   for_blocks(n, [&](int64_t i) {
     const Halves low = x.mapped(i, code), high = x.mapped(i + 2 * LANES, code);
-    pack(narrowed(low, high), to + i * size.width / 8, size.width);
+    to.put(i, narrowed(low, high));
   });
 }
 
@@ -224,24 +260,80 @@ struct Draws {
   }
   Halves at(int64_t i) const { return load<Halves>(elements + i) * factor + offset; }
   uint16_t one(int64_t i) const { return static_cast<uint16_t>(elements[i] * factor + offset); }
+
+  // `index`: of the group in its tensor.
+  static Draws of(const uint16_t* elements, Grid grid, int64_t index, int64_t seed) {
+    const uint32_t stored = grid.scale_bits | static_cast<uint32_t>(grid.zero_bits) << 16;
+    const uint32_t key =
+        mix(stored ^ mix(static_cast<uint32_t>(index) ^ static_cast<uint32_t>(seed)));
+    return {elements, static_cast<uint16_t>(key | 1), static_cast<uint16_t>(key >> 16)};
+  }
+};
+
+// --- codes with their draws subtracted (subtractive dither) ---
+
+// A code and its draw as one integer of 16 bits: the code in the high bits, the draw's complement in
+// the low bits. Times 1 / 2**point, less `middle`, it is the code less the draw plus the mean draw.
+// Both steps are exact in float32.
+struct Dithered {
+  int bits, point;
+  float step, middle;
+
+  explicit Dithered(int bits_)
+      : bits(bits_), point(16 - bits_), step(1.0f / static_cast<float>(1 << point)),
+        middle(static_cast<float>((1 << point) - 1) / 2) {}
+
+  // The scale and the zero for the integer itself, up to a rounding.
+  float scale(Grid grid) const { return grid.scale() * step; }
+  float zero(Grid grid) const { return grid.zero() - middle * scale(grid); }
+
+  // The value of a group with this scale and zero, rounded as the specification.
+  Floats value(const uint16_t* n, float scale, float zero) const {
+    const Floats integer = floats(std::bit_cast<Ints>(widen(load<Shorts>(n))));
+    return (integer - middle) * step * scale + zero;
+  }
+
+  // The integers of the n codes of a group.
+  void combine(const uint8_t* q, uint16_t* to, int64_t n, Grid grid, const Draws& draws) const {
+    constexpr uint16_t undithered = 0x6F80;  // the scale 2**96
+    const bool drawn = grid.scale_bits < undithered;
+    const Draws complement{draws.elements, static_cast<uint16_t>(drawn ? -draws.factor : 0),
+                           static_cast<uint16_t>(drawn ? ~draws.offset : 0x7FFF)};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+      store(to + i, to_halves(q + i) << point | complement.at(i) >> bits);
+    }
+    for (; i < n; ++i) to[i] = static_cast<uint16_t>(q[i] << point | complement.one(i) >> bits);
+  }
+
+ private:
+  // 2 * LANES bytes, each in 16 bits.
+  static Halves to_halves(const uint8_t* q) {
+#if defined(MESA_AVX512)
+    return (Halves)_mm512_cvtepu8_epi16(load<__m256i>(q));
+#elif defined(__AVX2__)
+    return (Halves)_mm256_cvtepu8_epi16(load<__m128i>(q));
+#else
+    using Narrow = uint8_t __attribute__((vector_size(2 * LANES)));
+    return __builtin_convertvector(load<Narrow>(q), Halves);
+#endif
+  }
 };
 
 // Stochastic rounding: a code with its fraction in 16 bits, plus as many drawn bits. All of it
 // takes half the width of a float.
 template <typename Source>
-inline void quantize_stochastic(const Source& x, uint8_t* to, int64_t n, float zero, float inverse,
-                                Width size, const Draws& draws) {
-  const int point = 16 - size.bits;
+inline void quantize_stochastic(const Source& x, const Target& to, int64_t n, float zero,
+                                float inverse, int bits, const Draws& draws) {
+  const int point = 16 - bits;
   const float step = inverse * static_cast<float>(1 << point);
   const auto code = [=](Floats v) { return rounded((v - zero) * step); };
   // A code is at most the highest code, and the drawn number is less than 1. So 16 bits hold the
   // sum.
   const auto half = [&](int64_t i) {
-    return (x.mapped(i, code) + (draws.at(i) >> size.bits)) >> point;
+    return (x.mapped(i, code) + (draws.at(i) >> bits)) >> point;
   };
-  for_blocks(n, [&](int64_t i) {
-    pack(narrowed(half(i), half(i + 2 * LANES)), to + i * size.width / 8, size.width);
-  });
+  for_blocks(n, [&](int64_t i) { to.put(i, narrowed(half(i), half(i + 2 * LANES))); });
 }
 
 // The same for extreme groups. Without draws it rounds to nearest. Each code takes a byte.

@@ -14,19 +14,20 @@ namespace {
 
 Tensor affine_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
                      ScalarType dtype, const std::optional<Tensor>& weight,
-                     const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& bias, const std::optional<int64_t>& dither) {
   const Coded coded(codes, scales, bits, codes.size(0), cols);
+  const auto dithered = DitheredCodes::of(coded, dither);
   const Vector weights("weight", weight, cols), biases("bias", bias, cols);
   const int64_t rows = codes.size(0);
   const auto times = [w = weights.data](Floats x, int64_t col) { return x * load<Floats>(w + col); };
   const auto plus = [b = biases.data](Floats x, int64_t col) { return x + load<Floats>(b + col); };
   if (weights.data && biases.data) {
-    return decode(coded, rows, dtype,
+    return decode(coded, dithered, rows, dtype,
                   [=](Floats x, int64_t col) { return plus(times(x, col), col); });
   }
-  if (weights.data) return decode(coded, rows, dtype, times);
-  if (biases.data) return decode(coded, rows, dtype, plus);
-  return decode(coded, rows, dtype, [](Floats x, int64_t) { return x; });
+  if (weights.data) return decode(coded, dithered, rows, dtype, times);
+  if (biases.data) return decode(coded, dithered, rows, dtype, plus);
+  return decode(coded, dithered, rows, dtype, [](Floats x, int64_t) { return x; });
 }
 
 Tensor activation_decode(const Tensor& codes, const Tensor& scales, int64_t bits, int64_t cols,
@@ -34,7 +35,7 @@ Tensor activation_decode(const Tensor& codes, const Tensor& scales, int64_t bits
   const Coded coded(codes, scales, bits, codes.size(0), cols);
   const Output y(codes.size(0), cols, dtype, written_as(dtype));
   with_dtype(dtype, [&]<typename T>(T) {
-    activate_all<T>(coded, codes.size(0), find_passes<T>(kind).value[bits != 8],
+    activate_all<T>(coded, codes.size(0), find_passes<T>(kind).value[bits <= 4],
                     [&](int64_t row, int64_t col, Piece& p) { p.y = y.row<T>(row) + col; });
   });
   return y.result();
@@ -46,7 +47,7 @@ Tensor activation_backward(const Tensor& grad, const Tensor& codes, const Tensor
   const Coded coded(codes, scales, bits, grads.rows, grads.cols);
   const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
   with_dtype(grads.type, [&]<typename T>(T) {
-    activate_all<T>(coded, grads.rows, find_passes<T>(kind).backward[bits != 8],
+    activate_all<T>(coded, grads.rows, find_passes<T>(kind).backward[bits <= 4],
                     [&](int64_t row, int64_t col, Piece& p) {
                       p.grad = grads.row<T>(row) + col;
                       p.dx = dx.row<T>(row) + col;
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& cod
   const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
   const Output y(grads.rows, grads.cols, grad.scalar_type(), grads.type);
   with_dtype(grads.type, [&]<typename T>(T) {
-    activate_all<T>(coded, grads.rows, find_passes<T>(kind).pair[bits != 8],
+    activate_all<T>(coded, grads.rows, find_passes<T>(kind).pair[bits <= 4],
                     [&](int64_t row, int64_t col, Piece& p) {
                       p.grad = grads.row<T>(row) + col;
                       p.dx = dx.row<T>(row) + col;
@@ -81,10 +82,12 @@ std::tuple<Tensor, Tensor> activation_pair(const Tensor& grad, const Tensor& cod
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& codes,
                                                  const Tensor& scales, const Tensor& rstd,
                                                  const std::optional<Tensor>& weight, int64_t bits,
-                                                 bool centered, ScalarType dtype) {
+                                                 bool centered, ScalarType dtype,
+                                                 const std::optional<int64_t>& dither) {
   const Matrix grads("grad", grad);
   const int64_t rows = grads.rows, cols = grads.cols, padded = ceil_div(cols, LANES) * LANES;
   const Coded coded(codes, scales, bits, rows, cols);
+  const auto dithered = DitheredCodes::of(coded, dither);
   const Vector rstds("rstd", rstd, rows), weights("weight", weight, cols);
   const FloatVector ones(weights.data ? 0 : padded, 1.0f);
   const NormShape shape{cols,     padded, coded.layout.groups, coded.layout.size,
@@ -102,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
         for (int64_t b = first; b < last; ++b) {
           float* const sums = partial.data() + b * 2 * padded;
           const auto run = same ? norm_block<T, T> : norm_block<T, Float32>;
-          run(grads, coded, shape, rstds.data, b * block, std::min((b + 1) * block, rows), dx, sums,
+          run(grads, coded, dithered, shape, rstds.data, b * block, std::min((b + 1) * block, rows), dx, sums,
               sums + padded);
         }
       };
@@ -114,16 +117,17 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
           added(partial, blocks, 2 * padded, padded, cols)};
 }
 
-Tensor softmax_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales,
-                        int64_t bits) {
+Tensor softmax_backward(const Tensor& grad, const Tensor& codes, const Tensor& scales, int64_t bits,
+                        const std::optional<int64_t>& dither) {
   const Matrix grads("grad", grad);
   const Coded coded(codes, scales, bits, grads.rows, grads.cols);
+  const auto dithered = DitheredCodes::of(coded, dither);
   const Output dx(grads.rows, grads.cols, grad.scalar_type(), grads.type);
   if (grads.rows > 0 && grads.cols > 0) {
     with_dtype(grads.type, [&]<typename T>(T) {
       torch::stable::parallel_for(
           0, grads.rows, std::max<int64_t>(1, GRAIN / grads.cols),
-          [&](int64_t begin, int64_t end) { softmax_rows<T>(grads, coded, begin, end, dx); });
+          [&](int64_t begin, int64_t end) { softmax_rows<T>(grads, coded, dithered, begin, end, dx); });
     });
   }
   return dx.result();

@@ -12,33 +12,47 @@ namespace mesa {
 // finish(values, col) changes the values of LANES columns before they are stored. It is copied, so
 // that a store cannot overwrite the data that it reads.
 template <typename Finish>
-Tensor decode(const Coded& coded, int64_t rows, ScalarType dtype, Finish finish) {
+Tensor decode(const Coded& coded, const std::optional<DitheredCodes>& dithered, int64_t rows,
+              ScalarType dtype, Finish finish) {
   const Layout& layout = coded.layout;
   const Output out(rows, layout.cols, dtype, written_as(dtype));
   with_dtype(dtype, [&]<typename T>(T) {
     parallel_stretches(rows, layout, [&, finish](const auto& for_each) {
       const auto room = buffer<uint8_t>(coded.room());
+      const auto integers = buffer<uint16_t>(dithered ? coded.room() : 0);
       for_each([&](const Stretch& s) {
         for (int64_t row = s.row; row < s.row + s.rows; ++row) {
-          const uint8_t* const q = coded.q(row, s.col, s.n, room.get());
           const Grid* const grids = coded.grids(row, s.group);
-          for (int64_t g = 0; g < s.groups; ++g) {
-            const int64_t begin = g * layout.size, n = std::min(layout.size, s.n - begin);
-            const float scale = grids[g].scale(), zero = grids[g].zero();
-            auto* const to = out.row<T>(row) + s.col + begin;
-            Padded<uint8_t, PAIR> read;
-            Padded<typename T::Raw, PAIR> padded;
-            const uint8_t* const codes = read.read(q + begin, n);
-            auto* const values = padded.write(to, n);
-            const auto at = [&](int64_t i) {
-              const Floats value = floats(load<Bytes>(codes + i)) * scale + zero;
-              return finish(value, s.col + begin + i);
-            };
-            for_pairs(std::max(n, PAIR), [&](int64_t i) {
-              prefetch(codes + i + AHEAD);
-              T::store(values + i, at(i), at(i + LANES));
+          // value(codes, scale, zero): the values of LANES codes.
+          const auto write = [&]<typename Q>(const Q* q, const auto& value) {
+            for (int64_t g = 0; g < s.groups; ++g) {
+              const int64_t begin = g * layout.size, n = std::min(layout.size, s.n - begin);
+              const float scale = grids[g].scale(), zero = grids[g].zero();
+              auto* const to = out.row<T>(row) + s.col + begin;
+              Padded<Q, PAIR> read;
+              Padded<typename T::Raw, PAIR> padded;
+              const Q* const codes = read.read(q + begin, n);
+              auto* const values = padded.write(to, n);
+              const auto at = [&](int64_t i) {
+                return finish(value(codes + i, scale, zero), s.col + begin + i);
+              };
+              for_pairs(std::max(n, PAIR), [&](int64_t i) {
+                prefetch(codes + i + AHEAD);
+                T::store(values + i, at(i), at(i + LANES));
+              });
+              padded.finish(to, n);
+            }
+          };
+          if (dithered) {
+            dithered->combine(row, s.group, s.col, s.n, room.get(), integers.get());
+            write(integers.get(), [form = dithered->form](const uint16_t* n, float scale, float zero) {
+              return form.value(n, scale, zero);
             });
-            padded.finish(to, n);
+          } else {
+            write(coded.q(row, s.col, s.n, room.get()),
+                  [](const uint8_t* q, float scale, float zero) {
+                    return floats(load<Bytes>(q)) * scale + zero;
+                  });
           }
         }
       });

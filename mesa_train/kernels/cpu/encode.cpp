@@ -51,23 +51,29 @@ struct Encoder {
 
   // Writes the codes of a group of n elements: the `k`-th group in `grids`, the `index`-th of its
   // tensor.
-  void quantize(const Source& x, uint8_t* to, int64_t n, int64_t k, int64_t index, int width) {
+  void quantize(const Source& x, const Target& to, int64_t n, int64_t k, int64_t index) {
     const float zero = grids.zero[k], inverse = grids.inverse[k];
-    const Width size{layout.bits, width};
-    const uint32_t key =
-        code.stochastic ? mix(grids.stored[k] ^ mix(static_cast<uint32_t>(index) ^
-                                                    static_cast<uint32_t>(code.seed)))
-                        : 0;
-    const Draws draws{elements, static_cast<uint16_t>(key | 1), static_cast<uint16_t>(key >> 16)};
-    if (grids.extreme[k]) [[unlikely]] {
-      uint8_t* const q = width == 8 ? to : room.get();
-      quantize_extreme(x, q, n, zero, inverse, layout.bits, code.stochastic ? &draws : nullptr);
-      if (width != 8) pack(q, to, n, width);
-    } else if (code.stochastic) {
-      quantize_stochastic(x, to, n, zero, inverse, size, draws);
-    } else {
-      quantize_nearest(x, to, n, zero, inverse, size);
+    Draws draws{};
+    if (code.stochastic) {
+      draws = Draws::of(elements, std::bit_cast<Grid>(grids.stored[k]), index, code.seed);
     }
+    if (grids.extreme[k]) [[unlikely]] {
+      const bool bytes = to.planes.low == 8;
+      uint8_t* const q = bytes ? to.to : room.get();
+      quantize_extreme(x, q, n, zero, inverse, layout.bits, code.stochastic ? &draws : nullptr);
+      if (!bytes) pack(q, to, n);
+    } else if (code.stochastic) {
+      quantize_stochastic(x, to, n, zero, inverse, layout.bits, draws);
+    } else {
+      quantize_nearest(x, to, n, zero, inverse);
+    }
+  }
+
+  // Packs n codes, one per byte. Reads up to 7 codes past n.
+  static void pack(const uint8_t* q, const Target& to, int64_t n) {
+    const auto [low, high] = to.planes;
+    pack_plane(q, to.to, n, low, 0);
+    if (high) pack_plane(q, to.high, n, high, low);
   }
 
   // visit(index of the group in the stretch, source, first element in the stretch, length)
@@ -101,24 +107,28 @@ struct Encoder {
     std::memcpy(part.grids + first * sizeof(Grid), grids.stored + r * s.groups,
                 s.groups * sizeof(Grid));
     // If groups do not begin and end on whole bytes, a row is packed after its codes are computed.
-    const bool whole = layout.size * layout.bits % 8 == 0 && s.n * layout.bits % 8 == 0;
-    const int width = whole ? layout.bits : 8;
-    uint8_t* const bytes = part.bytes + row * layout.bytes + s.col * layout.bits / 8;
-    uint8_t* const to = whole ? bytes : room.get();
+    // So are short groups with two planes.
+    const Planes& planes = layout.planes;
+    const int64_t last = s.n - (s.groups - 1) * layout.size;
+    const bool whole = layout.size * planes.least() % 8 == 0 && s.n * planes.least() % 8 == 0 &&
+                       (planes.high == 0 || last >= BLOCK);
+    const Target packed = layout.target(part.bytes + row * layout.bytes, s.col);
+    const Target to = whole ? packed : Target{room.get(), nullptr, Planes(8)};
     const int64_t later = virtual_row + layout.rows_ahead(sizeof(Raw));
     for_groups(s, r, [&](int64_t g, const Source& x, int64_t begin, int64_t n) {
       if (later < scattered) prefetch_far(rows(later).x + s.col + begin, n * sizeof(Raw));
       Padded<Raw, BLOCK> padded;
       Padded<uint8_t, BLOCK> codes;
-      uint8_t* const group = to + begin * width / 8;
-      quantize(x.on(padded.read(x.x, n)), codes.write(group, n), std::max(n, BLOCK),
-               r * s.groups + g, first + g, width);
-      codes.finish(group, n, n * width / 8);
+      const auto [low, high] = to.planes;
+      uint8_t* const group = to.to + begin * low / 8;
+      const Target into{codes.write(group, n), to.high + begin * high / 8, to.planes};
+      quantize(x.on(padded.read(x.x, n)), into, std::max(n, BLOCK), r * s.groups + g, first + g);
+      codes.finish(group, n, n * low / 8);
     });
     if (beside) beside->after(virtual_row, s.col, s.n);
     if (!whole) {
-      std::memset(to + s.n, 0, 3);
-      pack(to, bytes, s.n, layout.bits);
+      std::memset(room.get() + s.n, 0, 7);
+      pack(room.get(), packed, s.n);
     }
   }
 };

@@ -12,8 +12,9 @@
 
 namespace mesa {
 
-// A row, read as groups of whole vectors. Q is uint8_t for codes. If groups are no whole vectors, Q
-// is float for values that were decoded before, with the grid (1, 0).
+// A row, read as groups of whole vectors. Q is uint8_t for codes, and uint16_t for the integers of
+// dithered codes. If groups are no whole vectors, Q is float for values that were decoded before,
+// with the grid (1, 0).
 template <typename T, typename U, typename Q>
 struct NormRow {
   const Q* q;
@@ -21,9 +22,22 @@ struct NormRow {
   typename U::Raw* dx;
   const Grid* grids;
   float rstd;
+  const Dithered* dithered = nullptr;
+
+  float scale(int64_t g) const {
+    if constexpr (std::is_same_v<Q, uint16_t>) return dithered->scale(grids[g]);
+    return grids[g].scale();
+  }
+  float zero(int64_t g) const {
+    if constexpr (std::is_same_v<Q, uint16_t>) return dithered->zero(grids[g]);
+    return grids[g].zero();
+  }
 };
 
 inline Floats widened(const uint8_t* q) { return floats(load<Bytes>(q)); }
+inline Floats widened(const uint16_t* n) {
+  return floats(std::bit_cast<Ints>(widen(load<Shorts>(n))));
+}
 inline Floats widened(const float* x) { return load<Floats>(x); }
 
 struct NormShape {
@@ -42,7 +56,7 @@ void norm_row(const NormShape& shape, const NormRow<T, U, Q>& row, float* dweigh
   Floats sum_d{}, sum_dx{};
   for (int64_t g = 0; g < shape.groups; ++g) {
     const int64_t begin = g * shape.size, end = std::min(begin + shape.size, shape.padded);
-    const Floats scale = all(row.grids[g].scale()), zero = all(row.grids[g].zero());
+    const Floats scale = all(row.scale(g)), zero = all(row.zero(g));
     for (int64_t i = begin; i < end; i += LANES) {
       const Floats x = fused(widened(q + i), scale, zero);
       const Floats grad = T::load(upstream + i), d = grad * load<Floats>(weight + i);
@@ -58,8 +72,8 @@ void norm_row(const NormShape& shape, const NormRow<T, U, Q>& row, float* dweigh
   const Floats rstd = all(row.rstd);
   for (int64_t g = 0; g < shape.groups; ++g) {
     const int64_t begin = g * shape.size, end = std::min(begin + shape.size, shape.padded);
-    const Floats a = all(-row.rstd * mean_dx * row.grids[g].scale());
-    const Floats b = all(-row.rstd * (mean_d + mean_dx * row.grids[g].zero()));
+    const Floats a = all(-row.rstd * mean_dx * row.scale(g));
+    const Floats b = all(-row.rstd * (mean_d + mean_dx * row.zero(g)));
     const auto at = [=](int64_t i) {
       const Floats d = T::load(upstream + i) * load<Floats>(weight + i);
       return fused(widened(q + i), a, fused(d, rstd, b));
@@ -71,8 +85,8 @@ void norm_row(const NormShape& shape, const NormRow<T, U, Q>& row, float* dweigh
 }
 
 // Rows whose groups are no whole vectors are copied to buffers of whole vectors, padded with zeros.
-template <typename T, typename U>
-void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U, uint8_t>& row,
+template <typename T, typename U, typename Q>
+void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U, Q>& row,
                   float* room, float* dweight, float* dbias) {
   static constexpr Grid IDENTITY{0x3F80, 0};
   float* const x = room;
@@ -80,8 +94,8 @@ void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U
   float* const dx = grad + shape.padded;
   std::fill_n(room, 2 * shape.padded, 0.0f);
   for (int64_t i = 0; i < shape.cols; ++i) {
-    const Grid grid = row.grids[i / coded.layout.size];
-    x[i] = static_cast<float>(row.q[i]) * grid.scale() + grid.zero();
+    const int64_t g = i / coded.layout.size;
+    x[i] = static_cast<float>(row.q[i]) * row.scale(g) + row.zero(g);
   }
   const auto convert = [&](auto from, auto to, const auto* source, auto* target) {
     for (int64_t i = 0; i < shape.cols; i += LANES) {
@@ -101,19 +115,29 @@ void norm_odd_row(const Coded& coded, const NormShape& shape, const NormRow<T, U
 
 // A block of rows: computes dx and the contribution to the column sums.
 template <typename T, typename U>
-void norm_block(const Matrix& grads, const Coded& coded, const NormShape& shape, const float* rstd,
-                int64_t begin, int64_t end, const Output& dx, float* dweight, float* dbias) {
+void norm_block(const Matrix& grads, const Coded& coded,
+                const std::optional<DitheredCodes>& dithered, const NormShape& shape,
+                const float* rstd, int64_t begin, int64_t end, const Output& dx, float* dweight,
+                float* dbias) {
   const Layout& layout = coded.layout;
   const bool whole = layout.size % LANES == 0 && layout.cols % LANES == 0;
-  const auto room = buffer<uint8_t>(shape.padded + 3);
+  const auto room = buffer<uint8_t>(shape.padded + 8);
+  const auto integers = buffer<uint16_t>(dithered ? shape.padded : 0);
   const auto wide = buffer<float>(whole ? 0 : 3 * shape.padded);
   for (int64_t r = begin; r < end; ++r) {
-    const NormRow<T, U, uint8_t> row{coded.q(r, 0, layout.cols, room.get()), grads.row<T>(r),
-                                     dx.row<U>(r), coded.grids(r, 0), rstd[r]};
-    if (whole) {
-      norm_row(shape, row, dweight, dbias);
+    const auto run = [&]<typename Q>(const Q* q, const Dithered* form) {
+      const NormRow<T, U, Q> row{q, grads.row<T>(r), dx.row<U>(r), coded.grids(r, 0), rstd[r], form};
+      if (whole) {
+        norm_row(shape, row, dweight, dbias);
+      } else {
+        norm_odd_row(coded, shape, row, wide.get(), dweight, dbias);
+      }
+    };
+    if (dithered) {
+      dithered->combine(r, 0, 0, layout.cols, room.get(), integers.get());
+      run(integers.get(), &dithered->form);
     } else {
-      norm_odd_row(coded, shape, row, wide.get(), dweight, dbias);
+      run(coded.q(r, 0, layout.cols, room.get()), nullptr);
     }
   }
 }

@@ -91,7 +91,7 @@ void activate_values(const void* from, void* to, int64_t n) {
 
 using ActivateValues = void (*)(const void*, void*, int64_t);
 
-// The passes for one dtype: from codes at 8 bits, from codes at fewer bits, and from values.
+// The passes for one dtype: from codes over 4 bits, from codes of at most 4 bits, and from values.
 struct Passes {
   Activate value[2], backward[2], pair[2];
   ActivateValues values;

@@ -155,16 +155,16 @@ struct Vector {
 // Rows that are one short stretch are processed together.
 struct Layout {
   int bits;
-  int64_t cols, groups, size, bytes;
+  Planes planes;
+  int64_t cols, groups, size, bytes, low_bytes;
   int64_t stretch_groups, stretch, stretches, together;
 
-  Layout(int64_t bits_, int64_t cols_, int64_t groups_) : cols(cols_), groups(groups_) {
-    STD_TORCH_CHECK(bits_ == 8 || bits_ == 4 || bits_ == 2, "bits must be one of (8, 4, 2), got ",
-                    bits_);
-    bits = static_cast<int>(bits_);
+  Layout(int64_t bits_, int64_t cols_, int64_t groups_)
+      : bits(checked(bits_)), planes(bits), cols(cols_), groups(groups_) {
     size = groups ? ceil_div(cols, groups) : 0;
-    bytes = ceil_div(cols * bits, 8);
-    const int64_t per_byte = 8 / bits;
+    low_bytes = ceil_div(cols * planes.low, 8);
+    bytes = low_bytes + ceil_div(cols * planes.high, 8);
+    const int64_t per_byte = 8 / planes.least();
     const int64_t fit = size ? STRETCH / size / per_byte * per_byte : 0;
     stretch_groups = std::clamp(fit, per_byte, Grids::ROOM);
     stretch = stretch_groups * size;
@@ -175,6 +175,18 @@ struct Layout {
   // The distance in rows from the row in work to the row that should be prefetched.
   int64_t rows_ahead(int64_t width) const {
     return std::max(together, BYTES_AHEAD / std::max<int64_t>(1, cols * width));
+  }
+
+  // Where the codes of a row from column `col` on are stored, in the row's bytes.
+  Target target(uint8_t* row, int64_t col) const {
+    return {row + col * planes.low / 8, row + low_bytes + col * planes.high / 8, planes};
+  }
+
+ private:
+  static int checked(int64_t bits) {
+    STD_TORCH_CHECK(bits == 8 || (bits >= 2 && bits <= 6),
+                    "bits must be one of (8, 6, 5, 4, 3, 2), got ", bits);
+    return static_cast<int>(bits);
   }
 };
 
@@ -236,14 +248,18 @@ struct Coded {
   }
 
   // The number of elements that `q` needs in its buffer.
-  int64_t room() const { return layout.stretch + 3; }
+  int64_t room() const { return layout.stretch + 8; }
 
   // The codes of n elements of a row, one per byte. They are unpacked to `room` unless they already
   // take one byte each.
   const uint8_t* q(int64_t row, int64_t col, int64_t n, uint8_t* room) const {
-    const uint8_t* const from = bytes_ + row * layout.bytes + col * layout.bits / 8;
-    if (layout.bits == 8) return from;
-    unpack(from, room, n, layout.bits);
+    const Planes& planes = layout.planes;
+    const uint8_t* const from = bytes_ + row * layout.bytes;
+    if (layout.bits == 8) return from + col;
+    unpack_low(from + col * planes.low / 8, room, n, planes.low);
+    if (planes.high) {
+      unpack_high(from + layout.low_bytes + col * planes.high / 8, room, n, planes.high, planes.low);
+    }
     return room;
   }
   const Grid* grids(int64_t row, int64_t group) const {
@@ -260,6 +276,36 @@ struct Coded {
   }
   const uint8_t* bytes_;
   const Grid* grids_;
+};
+
+// Codes that are decoded with their draws subtracted.
+struct DitheredCodes {
+  const Coded& coded;
+  int64_t seed;
+  Dithered form;
+  std::vector<uint16_t> elements;
+
+  static std::optional<DitheredCodes> of(const Coded& coded, const std::optional<int64_t>& seed) {
+    return seed ? std::optional<DitheredCodes>(std::in_place, coded, *seed) : std::nullopt;
+  }
+
+  DitheredCodes(const Coded& coded_, int64_t seed_)
+      : coded(coded_), seed(seed_), form(coded_.layout.bits),
+        elements(Draws::mixed(coded_.layout.size)) {}
+
+  // The integers of n elements of a row, from column `col` in group `group` on, in `to`. `room` is
+  // as for `Coded::q`.
+  void combine(int64_t row, int64_t group, int64_t col, int64_t n, uint8_t* room,
+               uint16_t* to) const {
+    const Layout& layout = coded.layout;
+    const uint8_t* const q = coded.q(row, col, n, room);
+    const Grid* const grids = coded.grids(row, group);
+    const int64_t index = row * layout.groups + group;
+    for (int64_t begin = 0, g = 0; begin < n; begin += layout.size, ++g) {
+      form.combine(q + begin, to + begin, std::min(layout.size, n - begin), grids[g],
+                   Draws::of(elements.data(), grids[g], index + g, seed));
+    }
+  }
 };
 
 template <typename T>

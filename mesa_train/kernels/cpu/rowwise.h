@@ -22,24 +22,37 @@ inline void for_fresh_vectors(int64_t n, const Visit& visit) {
 // y * (grad - sum(grad * y)), one row at a time. Rows shorter than a vector are padded with copies
 // of their last gradient, and with zeros in y.
 template <typename T>
-void softmax_rows(const Matrix& grads, const Coded& coded, int64_t begin, int64_t end,
+void softmax_rows(const Matrix& grads, const Coded& coded,
+                  const std::optional<DitheredCodes>& dithered, int64_t begin, int64_t end,
                   const Output& dx) {
   const Layout& layout = coded.layout;
   const int64_t cols = layout.cols, width = std::max<int64_t>(cols, LANES);
-  const auto room = buffer<uint8_t>(width + LANES);
+  const auto room = buffer<uint8_t>(width + LANES + 8);
+  const auto integers = buffer<uint16_t>(dithered ? width : 0);
   const auto y = buffer<float>(width + LANES);
   Padded<typename T::Raw> read, written;
   for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* const q = coded.q(row, 0, cols, room.get());
     const Grid* const grids = coded.grids(row, 0);
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      const int64_t first = g * layout.size, n = std::min(layout.size, cols - first);
-      const float scale = grids[g].scale(), zero = grids[g].zero();
-      Padded<uint8_t> padded;
-      const uint8_t* const codes = padded.read(q + first, n);
-      // A short group writes past its end. The next group overwrites these elements.
-      for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
-        store(y.get() + first + i, floats(load<Bytes>(codes + i)) * scale + zero);
+    const auto decode = [&]<typename Q>(const Q* q, const auto& value) {
+      for (int64_t g = 0; g < layout.groups; ++g) {
+        const int64_t first = g * layout.size, n = std::min(layout.size, cols - first);
+        const float scale = grids[g].scale(), zero = grids[g].zero();
+        Padded<Q> padded;
+        const Q* const codes = padded.read(q + first, n);
+        // A short group writes past its end. The next group overwrites these elements.
+        for_vectors(std::max<int64_t>(n, LANES), [&](int64_t i) {
+          store(y.get() + first + i, value(codes + i, scale, zero));
+        });
+      }
+    };
+    if (dithered) {
+      dithered->combine(row, 0, 0, cols, room.get(), integers.get());
+      decode(integers.get(), [&](const uint16_t* n, float scale, float zero) {
+        return dithered->form.value(n, scale, zero);
+      });
+    } else {
+      decode(coded.q(row, 0, cols, room.get()), [](const uint8_t* q, float scale, float zero) {
+        return floats(load<Bytes>(q)) * scale + zero;
       });
     }
     if (cols < LANES) std::fill(y.get() + cols, y.get() + LANES, 0.0f);

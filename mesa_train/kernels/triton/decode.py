@@ -18,22 +18,22 @@ from torch import Tensor
 from mesa_train.kernels import reference, schemas
 
 from .activations import slope, value
-from .launch import Launch, contiguous, outputs, per_site
+from .launch import Launch, contiguous, outputs, per_site, signed
 from .tiles import Tiles, decode_tile, handles, locate, tiles, value_mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _decode(
-    codes, scales, weight, bias, out,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes,
+    codes, scales, weight, bias, out, seed,
+    units, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
     row, place, live = locate(units, per_row, U)
     mask = value_mask(place, live, size, cols, P, RAGGED, W)
     x = decode_tile(
-        codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
-        BITS, P, RAGGED, W,
+        codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, seed, BITS, P, RAGGED, W, DITHER,
     )  # fmt: skip
     start = place * (P * size)
     i = tl.arange(0, W)[None, :]
@@ -50,15 +50,16 @@ def _decode(
 @triton.jit
 def _activation_backward(
     grad, codes, scales, dx, y,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
+    units, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
     row, place, live = locate(units, per_row, U)
     mask = value_mask(place, live, size, cols, P, RAGGED, W)
     x = decode_tile(
-        codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
-        BITS, P, RAGGED, W,
+        codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, 0, BITS, P, RAGGED, W, False,
     )  # fmt: skip
     start = place * (P * size)
     i = tl.arange(0, W)[None, :]
@@ -90,16 +91,18 @@ def affine_decode(
     dtype: torch.dtype,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    dither: int | None = None,
 ) -> Callable[..., Tensor]:
     """Values (rows, cols), times weight (cols,) plus bias (cols,), in `dtype`."""
-    empty = schemas._affine_decode(codes, scales, bits, cols, dtype, weight, bias)
+    empty = schemas._affine_decode(codes, scales, bits, cols, dtype, weight, bias, dither)
     make = outputs(empty)
     if empty.numel() == 0:
         return lambda *_: make()[0]
     found = cut(codes, scales, bits, cols)
     if found is None or not handles(empty, weight, bias):
         return reference.affine_decode
-    bound = *found.numbers, *found.constants, None
+    bound = *found.numbers, *found.constants, None, dither is not None
+    seed = signed(dither or 0)
     launch = Launch(_decode, found.grid, found.num_warps, bound)
 
     def call(
@@ -110,10 +113,11 @@ def affine_decode(
         _dtype: torch.dtype,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        _dither: int | None = None,
     ) -> Tensor:
         (out,) = make()
         weight, bias = contiguous(weight), contiguous(bias)
-        launch(codes.contiguous(), scales.contiguous(), weight, bias, out)
+        launch(codes.contiguous(), scales.contiguous(), weight, bias, out, seed)
         return out
 
     return call
@@ -131,12 +135,12 @@ def activation_decode(
     found = cut(codes, scales, bits, cols)
     if found is None or not handles(empty):
         return reference.activation_decode
-    bound = *found.numbers, *found.constants, kind
+    bound = *found.numbers, *found.constants, kind, False
     launch = Launch(_decode, found.grid, found.num_warps, bound)
 
     def call(codes: Tensor, scales: Tensor, *_: Any) -> Tensor:
         (out,) = make()
-        launch(codes.contiguous(), scales.contiguous(), None, None, out)
+        launch(codes.contiguous(), scales.contiguous(), None, None, out, 0)
         return out
 
     return call

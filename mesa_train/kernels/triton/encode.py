@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mesa_train.kernels import reference, schemas
 
-from .launch import Launch, compiled, contiguous, outputs, per_site
-from .tiles import code_place, handles, locate, tiles, value_mask
+from .launch import Launch, compiled, contiguous, outputs, per_site, signed
+from .tiles import code_place, draw, group_key, handles, locate, low_bits, tiles, value_mask
 
 
 @triton.jit
@@ -65,24 +65,26 @@ def make_grid(low, high, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def mix(x):
-    """The lowbias32 hash of uint32 values, https://nullprogram.com/blog/2018/07/31/."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
+def _packed(q, BITS: tl.constexpr):
+    """(U, W) integers below 2**BITS to (U, bytes), low bits first."""
+    if BITS == 8:
+        return q
+    else:
+        PER: tl.constexpr = 8 // BITS
+        parts = tl.reshape(q, (q.shape[0], q.shape[1] // PER, PER))
+        return tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, :], 2)
 
 
 @triton.jit
 def encode_tile(
-    value, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+    value, mask, codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+    high_unit, seed,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Write the codes and scales of (U, W) float32 values."""
     LEVELS: tl.constexpr = 2**BITS - 1
-    PER: tl.constexpr = 8 // BITS
+    LOW: tl.constexpr = low_bits(BITS)
     i = tl.arange(0, W)[None, :]
     ordered = _ordered(value.to(tl.int32, bitcast=True))
     zero = tl.zeros((U, W), tl.float32)
@@ -103,8 +105,7 @@ def encode_tile(
         zero = tl.where(inside, group_zero[:, None], zero)
         inverse = tl.where(inside, group_inverse[:, None], inverse)
         if STOCHASTIC:
-            which = (index + p).to(tl.uint32) ^ seed.to(tl.uint32)
-            key = mix(stored.to(tl.uint32, bitcast=True) ^ mix(which))
+            key = group_key(stored, index + p, seed)
             keys = tl.where(inside, key[:, None], keys)
             element = tl.where(inside, i - p * size, element)
 
@@ -118,20 +119,27 @@ def encode_tile(
     # 1.5 * 2**23: the last place of the sum is 1, so the addition itself rounds half to even.
     q = (v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF
     if STOCHASTIC:
-        drawn = (mix(element.to(tl.uint32)) >> 16) * (keys & 0xFFFF | 1) + (keys >> 16)
-        q = tl.minimum(q + ((drawn & 0xFFFF) >> BITS).to(tl.int32), 65535) >> (16 - BITS)
+        drawn = draw(element, keys)
+        q = tl.minimum(q + (drawn >> BITS).to(tl.int32), 65535) >> (16 - BITS)
 
     if BITS != 8:
-        parts = tl.reshape(tl.where(mask, q, 0), (U, W // PER, PER))
-        q = tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, :], 2)
-    at, there = code_place(row, place, live, code_bytes, unit_bytes, RAGGED, W // PER)
-    tl.store(codes + at, q.to(tl.uint8), there)
+        q = tl.where(mask, q, 0)
+    WIDTH: tl.constexpr = W * LOW // 8
+    at, there = code_place(row, place, live, code_bytes, low_bytes, low_unit, RAGGED, WIDTH)
+    tl.store(codes + at, _packed(q & (2**LOW - 1), LOW).to(tl.uint8), there)
+    if BITS != LOW:
+        HIGH: tl.constexpr = BITS - LOW
+        HIGH_WIDTH: tl.constexpr = W * HIGH // 8
+        rest = code_bytes - low_bytes
+        at, there = code_place(row, place, live, code_bytes, rest, high_unit, RAGGED, HIGH_WIDTH)
+        tl.store(codes + low_bytes + at, _packed(q >> LOW, HIGH).to(tl.uint8), there)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _encode(
     x, mean, rstd, codes, scales, seed,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
+    units, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -145,14 +153,10 @@ def _encode(
     if rstd is not None:
         value = value * tl.load(rstd + row, live, other=0).to(tl.float32)[:, None]
     encode_tile(
-        value, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        value, mask, codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, seed,
         BITS, P, RAGGED, U, W, STOCHASTIC,
     )  # fmt: skip
-
-
-def signed(seed: int) -> int:
-    """The low 32 bits of a seed as an int32. All seeds have one type, so one kernel is compiled."""
-    return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
 
 
 def compile_one() -> None:

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from . import schemas as triton_schemas
 from .activations import value
-from .encode import encode_tile, signed
-from .launch import Launch, contiguous, outputs, per_site
+from .encode import encode_tile
+from .launch import Launch, contiguous, outputs, per_site, signed
 from .tiles import handles, locate, locate_rows, row_sum, row_tiles, tiles, value_mask
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _activation(
     x, y, codes, scales, seed,
-    units, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
+    units, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     STOCHASTIC: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +36,8 @@ def _activation(
     at = (row.to(tl.int64) * cols + start)[:, None] + i
     tl.store(y + at, value(v, KIND).to(y.dtype.element_ty), mask)
     encode_tile(
-        v, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        v, mask, codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, seed,
         BITS, P, RAGGED, U, W, STOCHASTIC,
     )  # fmt: skip
 
@@ -43,7 +45,8 @@ def _activation(
 @triton.jit(do_not_specialize=["seed"])
 def _norm(
     x, weight, bias, y, rstds, codes, scales, seed,
-    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, eps,
+    rows, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride, eps,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
     UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +63,8 @@ def _norm(
     v = v * rstd[:, None]
     tl.store(rstds + row, rstd, live & (place == 0))
     encode_tile(
-        v, mask, codes, scales, row, place, live, groups, size, code_bytes, unit_bytes, seed,
+        v, mask, codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, seed,
         BITS, P, RAGGED, R * UNITS, W, STOCHASTIC,
     )  # fmt: skip
     column = start[:, None] + i

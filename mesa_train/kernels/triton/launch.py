@@ -83,6 +83,11 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def signed(seed: int) -> int:
+    """The low 32 bits of a seed as an int32. All seeds have one type, so one kernel is compiled."""
+    return ((seed + 2**31) & 0xFFFFFFFF) - 2**31
+
+
 class Launch:
     """A kernel, its grid and its numbers, launched on the current device and stream.
 

@@ -15,25 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import packing, reference, schemas
 
 from .columns import add_parts, programs_at_once, split, tile
-from .launch import Launch, contiguous, outputs, per_site
-from .tiles import WIDEST, as_scale, as_zero, handles, unpack, warps
+from .launch import Launch, contiguous, outputs, per_site, signed
+from .tiles import WIDEST, as_scale, as_zero, dithered, group_key, handles, low_bits, unpack, warps
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["share", "seed"])
 def _rows(
-    grad, codes, scales, rstd, weight, dx, partial,
-    rows, cols, groups, code_bytes, row_stride, col_stride, share,
+    grad, codes, scales, rstd, weight, dx, partial, seed,
+    rows, cols, groups, code_bytes, low_bytes, row_stride, col_stride, share,
     size: tl.constexpr, CENTERED: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
-    PER: tl.constexpr = 8 // BITS
+    LOW: tl.constexpr = low_bits(BITS)
     # The tiles of the last program may lie beyond the last row, and their rows beyond an int32.
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)[None, :]
-    b = tl.arange(0, C // PER)[None, :]
+    b = tl.arange(0, C * LOW // 8)[None, :]
     inside = c < cols
     group = c // size
     w = tl.full((1, C), 1.0, tl.float32)
@@ -48,10 +48,20 @@ def _rows(
         mask = live[:, None] & inside
         at = row[:, None] * row_stride + c.to(tl.int64) * col_stride
         g = tl.load(grad + at, mask, other=0).to(tl.float32)
-        here = live[:, None] & (b < code_bytes)
-        q = unpack(tl.load(codes + row[:, None] * code_bytes + b, here, other=0), BITS)
+        here = live[:, None] & (b < low_bytes)
+        place = codes + row[:, None] * code_bytes
+        q = unpack(tl.load(place + b, here, other=0), LOW)
+        if BITS != LOW:
+            h = tl.arange(0, C * (BITS - LOW) // 8)[None, :]
+            here = live[:, None] & (h < code_bytes - low_bytes)
+            q = q | (unpack(tl.load(place + low_bytes + h, here, other=0), BITS - LOW) << LOW)
         stored = tl.load(pairs + row[:, None] * groups + group, mask, other=0)
-        x_hat = q.to(tl.float32) * as_scale(stored) + as_zero(stored)
+        if DITHER:
+            key = group_key(stored, row[:, None] * groups + group, seed)
+            value = dithered(q, stored, c - group * size, key, BITS)
+        else:
+            value = q.to(tl.float32)
+        x_hat = value * as_scale(stored) + as_zero(stored)
 
         d = g * w
         along = tl.sum(d * x_hat, 1) / cols
@@ -78,9 +88,10 @@ def norm_backward(
     bits: int,
     centered: bool,
     dtype: torch.dtype,
+    dither: int | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """dx, dweight and dbias of LayerNorm (centered) or RMSNorm from the decoded x_hat."""
-    empty = schemas._norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype)
+    empty = schemas._norm_backward(grad, codes, scales, rstd, weight, bits, centered, dtype, dither)
     make = outputs(*empty)
     rows, cols = grad.shape
     if grad.numel() == 0:
@@ -95,10 +106,12 @@ def norm_backward(
     height, width = tile(cols)
     num_warps = warps(2 * height * width)
     groups = scales.shape[1]
-    numbers = rows, cols, groups, codes.shape[1], *grad.stride()
-    constants = -(-cols // groups), centered, bits, height, width
+    low_bytes = packing.code_bytes(cols, packing.planes(bits)[0])
+    numbers = rows, cols, groups, codes.shape[1], low_bytes, *grad.stride()
+    constants = -(-cols // groups), centered, bits, height, width, dither is not None
+    seed = signed(dither or 0)
     coded = codes.contiguous(), scales.contiguous()
-    tensors = grad, *coded, rstd.contiguous(), contiguous(weight), empty[0], empty[1]
+    tensors = grad, *coded, rstd.contiguous(), contiguous(weight), empty[0], empty[1], seed
     most = programs_at_once(_rows, num_warps, (*tensors, *numbers, 1, *constants), grad.device)
     programs, share = split(triton.cdiv(rows, height), most)
     launch = Launch(_rows, (programs,), num_warps, (*numbers, share, *constants))
@@ -110,7 +123,7 @@ def norm_backward(
     ) -> tuple[Tensor, ...]:
         dx, dweight, dbias, partial = make()
         codes, scales, rstd = codes.contiguous(), scales.contiguous(), rstd.contiguous()
-        launch(grad, codes, scales, rstd, contiguous(weight), dx, partial)
+        launch(grad, codes, scales, rstd, contiguous(weight), dx, partial, seed)
         add(partial, dweight, dbias)
         return dx, dweight, dbias
 

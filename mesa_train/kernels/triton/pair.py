@@ -31,7 +31,8 @@ _PROGRAMS = 8
 @triton.jit(do_not_specialize=["share"])
 def _pair(
     grad, codes, scales, dx, y, partial,
-    rows, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride, share,
+    rows, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride, share,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
@@ -46,8 +47,8 @@ def _pair(
         live = row < rows
         mask = value_mask(place, live, size, cols, P, RAGGED, W)
         x = decode_tile(
-            codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
-            BITS, P, RAGGED, W,
+            codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+            high_unit, 0, BITS, P, RAGGED, W, False,
         )  # fmt: skip
         begin = row.to(tl.int64) * row_stride + start.to(tl.int64) * col_stride
         at = grad + begin[:, None] + i.to(tl.int64) * col_stride

@@ -19,8 +19,8 @@ from torch import Tensor
 from mesa_train.kernels import reference, schemas
 
 from . import schemas as triton_schemas
-from .encode import encode_tile, signed
-from .launch import Launch, outputs, per_site
+from .encode import encode_tile
+from .launch import Launch, outputs, per_site, signed
 from .tiles import decode_tile, handles, locate_rows, row_sum, row_tiles, value_mask
 
 
@@ -34,7 +34,8 @@ def _row_max(x, R: tl.constexpr, UNITS: tl.constexpr):
 @triton.jit(do_not_specialize=["seed"])
 def _forward(
     x, y, codes, scales, seed,
-    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
+    rows, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
     UNITS: tl.constexpr, W: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -54,16 +55,17 @@ def _forward(
     tl.store(y + to, rounded, mask)
     encode_tile(
         rounded.to(tl.float32), mask, codes, scales, row, place, live, groups, size, code_bytes,
-        unit_bytes, seed, BITS, P, RAGGED, R * UNITS, W, STOCHASTIC,
+        low_bytes, low_unit, high_unit, seed, BITS, P, RAGGED, R * UNITS, W, STOCHASTIC,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _backward(
-    grad, codes, scales, dx,
-    rows, per_row, groups, size, cols, code_bytes, unit_bytes, row_stride, col_stride,
+    grad, codes, scales, dx, seed,
+    rows, per_row, groups, size, cols, code_bytes, low_bytes, low_unit, high_unit,
+    row_stride, col_stride,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr,
-    UNITS: tl.constexpr, W: tl.constexpr,
+    UNITS: tl.constexpr, W: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
     row, place, live = locate_rows(rows, per_row, R, UNITS)
     mask = value_mask(place, live, size, cols, P, RAGGED, W)
@@ -73,8 +75,8 @@ def _backward(
     at = grad + begin[:, None] + i.to(tl.int64) * col_stride
     g = tl.load(at, mask, other=0).to(tl.float32)
     y = decode_tile(
-        codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
-        BITS, P, RAGGED, W,
+        codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+        high_unit, seed, BITS, P, RAGGED, W, DITHER,
     )  # fmt: skip
     along = row_sum(tl.where(mask, g * y, 0.0), R, UNITS)
     to = (row.to(tl.int64) * cols + start)[:, None] + i
@@ -107,25 +109,26 @@ def softmax_encode(
 
 @per_site()
 def softmax_backward(
-    grad: Tensor, codes: Tensor, scales: Tensor, bits: int
+    grad: Tensor, codes: Tensor, scales: Tensor, bits: int, dither: int | None = None
 ) -> Callable[..., Tensor]:
     """y * (grad - sum(grad * y)) in grad's dtype.
 
     y is the decoded output of a softmax along each row.
     """
-    make = outputs(schemas._softmax_backward(grad, codes, scales, bits))
+    make = outputs(schemas._softmax_backward(grad, codes, scales, bits, dither))
     if grad.numel() == 0:
         return lambda *_: make()[0]
     rows, cols = grad.shape
     cut = row_tiles(rows, cols, scales.shape[1], bits)
     if cut is None or not handles(grad):
         return reference.softmax_backward
-    bound = *cut.numbers, *grad.stride(), *cut.constants
+    bound = *cut.numbers, *grad.stride(), *cut.constants, dither is not None
+    seed = signed(dither or 0)
     launch = Launch(_backward, cut.grid, cut.num_warps, bound)
 
     def call(grad: Tensor, codes: Tensor, scales: Tensor, *_: Any) -> Tensor:
         (dx,) = make()
-        launch(grad, codes.contiguous(), scales.contiguous(), dx)
+        launch(grad, codes.contiguous(), scales.contiguous(), dx, seed)
         return dx
 
     return call

@@ -5,6 +5,8 @@ unless the length of a group leaves a byte partly filled (197 keys in two groups
 is U units by W columns, and W is the next power of two. So the range of a group is a reduction
 along the tile's fast dimension, and memory is read and written once, in order.
 
+Codes of 6, 5 and 3 bits are two planes (`reference.py`). A tile reads or writes both planes.
+
 Rounding is specified (`reference.py`). So every launch disables the fusion of products and sums
 (`launch.py`). A kernel uses `tl.fma` explicitly if a single rounding is acceptable.
 """
@@ -20,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mesa_train.kernels import packing
 
 # Elements of a tile: 32 per thread at 4 warps. This keeps enough loads in flight to hide the memory
 # latency.
@@ -39,7 +43,8 @@ class Tiles(NamedTuple):
     grid: tuple[int]
     num_warps: int
     # units of the matrix, units per row, groups per row, columns per group, columns, code bytes per
-    # row, code bytes per unit
+    # row, the same in the plane of the low bits, code bytes per unit in the plane of the low bits and
+    # in the plane of the high bits
     numbers: tuple[int, ...]
     # BITS, P, RAGGED (whether the last unit of a row is shorter), U, W
     constants: tuple[Any, ...]
@@ -48,12 +53,17 @@ class Tiles(NamedTuple):
 def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
     """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits."""
     size = -(-cols // groups)
-    per_byte = 8 // bits
+    planes = packing.planes(bits)
+    per_byte = 8 // planes[-1]
     joined = 1 if groups == 1 else per_byte // math.gcd(size, per_byte)
     width = max(triton.next_power_of_2(joined * size), per_byte)
     per_row = -(-groups // joined)
     units = rows * per_row
-    code_bytes, unit_bytes = -(-cols * bits // 8), joined * size * bits // 8
+    low_bytes = packing.code_bytes(cols, planes[0])
+    code_bytes = packing.code_bytes(cols, bits)
+    unit = [joined * size * plane // 8 for plane in planes]
+    if per_row == 1:
+        unit = [low_bytes, code_bytes - low_bytes]
     if width > WIDEST or max(units, cols) > _LAST:
         return None
     height = max(1, TILE // width)
@@ -67,7 +77,9 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
             size,
             cols,
             code_bytes,
-            code_bytes if per_row == 1 else unit_bytes,
+            low_bytes,
+            unit[0],
+            unit[-1],
         ),
         (bits, joined, cols % (joined * size) != 0, height, width),
     )
@@ -131,8 +143,17 @@ def row_sum(x, R: tl.constexpr, UNITS: tl.constexpr):
 
 
 @triton.jit
-def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets (U, WIDTH) of a tile's code bytes, and which of these bytes exist.
+def low_bits(BITS: tl.constexpr):
+    """The bits of the first plane of a code."""
+    return 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+
+
+@triton.jit
+def code_place(
+    row, place, live, code_bytes, plane_bytes, unit_bytes,
+    RAGGED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Offsets (U, WIDTH) of a tile's code bytes in one plane, and which of these bytes exist.
 
     The offsets are multiples of the bytes per unit, and Triton derives whether that number is a
     multiple of 16. A division of columns would hide this, and each byte would be loaded separately.
@@ -141,7 +162,7 @@ def code_place(row, place, live, code_bytes, unit_bytes, RAGGED: tl.constexpr, W
     start = place * unit_bytes
     there = live[:, None] & (b < unit_bytes)
     if RAGGED:
-        there = there & (start[:, None] + b < code_bytes)
+        there = there & (start[:, None] + b < plane_bytes)
     return (row.to(tl.int64) * code_bytes + start)[:, None] + b, there
 
 
@@ -181,14 +202,68 @@ def as_zero(stored):
 
 
 @triton.jit
+def mix(x):
+    """The lowbias32 hash of uint32 values, https://nullprogram.com/blog/2018/07/31/."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def group_key(stored, index, seed):
+    """The key of a group's draws. `index` is the group's index in its tensor."""
+    which = index.to(tl.uint32) ^ seed.to(tl.uint32)
+    return mix(stored.to(tl.uint32, bitcast=True) ^ mix(which))
+
+
+@triton.jit
+def draw(element, key):
+    """16 drawn bits for each element, from its position in its group and the group's key."""
+    return ((mix(element.to(tl.uint32)) >> 16) * (key & 0xFFFF | 1) + (key >> 16)) & 0xFFFF
+
+
+@triton.jit
+def dithered(q, stored, element, key, BITS: tl.constexpr):
+    """Codes less their draws plus the mean draw, in float32. All of it is exact."""
+    POINT: tl.constexpr = 16 - BITS
+    # A scale of 2**96 or more: the group is decoded without its draws.
+    drawn = tl.where((stored & 0xFFFF) >= 0x6F80, 0x8000, draw(element, key).to(tl.int32))
+    shifted = ((q << POINT) - (drawn >> BITS)).to(tl.float32) + (2**POINT - 1) / 2
+    return shifted * 2.0 ** (-POINT)
+
+
+@triton.jit
+def load_codes(
+    codes, row, place, live, code_bytes, low_bytes, low_unit, high_unit,
+    BITS: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The codes (U, W) of a tile."""
+    LOW: tl.constexpr = low_bits(BITS)
+    WIDTH: tl.constexpr = W * LOW // 8
+    at, there = code_place(row, place, live, code_bytes, low_bytes, low_unit, RAGGED, WIDTH)
+    q = unpack(tl.load(codes + at, there, other=0), LOW)
+    if BITS != LOW:
+        HIGH_WIDTH: tl.constexpr = W * (BITS - LOW) // 8
+        rest = code_bytes - low_bytes
+        at, there = code_place(row, place, live, code_bytes, rest, high_unit, RAGGED, HIGH_WIDTH)
+        high = unpack(tl.load(codes + low_bytes + at, there, other=0), BITS - LOW)
+        q = q | (high << LOW)
+    return q
+
+
+@triton.jit
 def decode_tile(
-    codes, scales, row, place, live, groups, size, code_bytes, unit_bytes,
+    codes, scales, row, place, live, groups, size, code_bytes, low_bytes, low_unit,
+    high_unit, seed,
     BITS: tl.constexpr, P: tl.constexpr, RAGGED: tl.constexpr, W: tl.constexpr,
+    DITHER: tl.constexpr,
 ):  # fmt: skip
     """The decoded values (U, W) in float32."""
-    WIDTH: tl.constexpr = W * BITS // 8
-    at, there = code_place(row, place, live, code_bytes, unit_bytes, RAGGED, WIDTH)
-    q = unpack(tl.load(codes + at, there, other=0), BITS)
+    q = load_codes(
+        codes, row, place, live, code_bytes, low_bytes, low_unit, high_unit, BITS, RAGGED, W,
+    )  # fmt: skip
     i = tl.arange(0, W)[None, :]
     first = place * P
     pairs = scales.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -197,4 +272,13 @@ def decode_tile(
     for p in tl.static_range(1, P):
         later = tl.load(pairs + p, live & (first + p < groups), other=0)[:, None]
         stored = tl.where(i >= p * size, later, stored)
-    return q.to(tl.float32) * as_scale(stored) + as_zero(stored)
+    if DITHER:
+        index = (row.to(tl.int64) * groups + first)[:, None]
+        element = i
+        if P > 1:
+            index += i // size
+            element = i % size
+        value = dithered(q, stored, element, group_key(stored, index, seed), BITS)
+    else:
+        value = q.to(tl.float32)
+    return value * as_scale(stored) + as_zero(stored)

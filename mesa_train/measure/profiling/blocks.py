@@ -16,7 +16,7 @@ from mesa_train.policy import Policy
 
 # Group size by bits of the codes. Fewer bits get smaller groups: the error grows with a group's
 # range, and the scales of a group of 32 cost 1 bit an element.
-GROUP = {8: 128, 4: 64, 2: 32}
+GROUP = {8: 128, 6: 128, 5: 64, 4: 64, 3: 32, 2: 32}
 # The strategy of a block whose stashes are chosen one by one.
 STASHES = "stash by stash"
 

@@ -1,9 +1,9 @@
 """Find the candidates of a model: the stashes of its forward, with the choices for each.
 
 A candidate is one operand of one operator in one module. A policy's override can name nothing
-smaller. A candidate may be stored in 8, 4 or 2 bits, saved uncompressed, or rebuilt: the matmul
-that computed it is recomputed. On a GPU it may be offloaded. Three forwards on fake tensors show
-the candidates and their choices.
+smaller. A candidate may be stored in 8, 6, 5, 4, 3 or 2 bits, saved uncompressed, or rebuilt: the
+matmul that computed it is recomputed. On a GPU it may be offloaded. Three forwards on fake tensors
+show the candidates and their choices.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Candidate:
 
     def choices(self) -> list[int | str]:
         """All choices for this candidate."""
-        low = [] if self.key[1] == "fallback" else [4, 2]
+        low = [] if self.key[1] == "fallback" else [bits for bits in GROUP if bits < 8]
         offloaded = OFFLOADED_AS if self.offloadable else ()
         return [8, *low, KEEP, *offloaded, *([REBUILD] if self.product else [])]
 

@@ -35,7 +35,7 @@ from .simulator import Choices, Order, Part, Row, SimulatedStep
 from .times import CHECKPOINT, CHECKPOINT_CODES, TimeModel, fit_time_model, logger
 
 # Increase with every change of the file's format.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

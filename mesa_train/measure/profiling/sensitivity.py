@@ -8,7 +8,7 @@ With a quantiser of 2^b - 1 steps, the variance of the error adds up over tensor
 Therefore one pass measures many tensors at once. A kind is an operand of an operator. For each kind,
 one pass codes all candidates in the blocks at 4 bits, and one pass at 2 bits. All other candidates
 are uncompressed. The variance of the kind is divided among its candidates by the gradient errors of
-the parameters around each. The variance at 8 bits follows from 4 bits by the formula.
+the parameters around each. The variance at the other bits follows from 4 bits by the formula.
 
 Cost: about fifteen passes for a ViT.
 """
@@ -25,11 +25,11 @@ from mesa_train.measure.stash_log import Key
 from mesa_train.measure.step import relative_error
 from mesa_train.policy import Policy
 
+from .blocks import GROUP
 from .candidates import KEEP, REBUILD, Candidate, as_policy
 
-# (2^4 - 1)^2 / (2^8 - 1)^2, and (2^4 - 1)^2 / (2^2 - 1)^2.
-_EIGHT = (15 / 255) ** 2
-_TWO = (15 / 3) ** 2
+# The variance at other bits, relative to 4 bits.
+_RELATIVE = {bits: (15 / (2**bits - 1)) ** 2 for bits in GROUP}
 
 # Variance of the 4-bit codes of a kind, relative to the squared gradient, for a model on meta.
 # Measured on a ViT of width 192 (docs/benchmarks.md has the study).
@@ -134,9 +134,12 @@ def calibrate(
                 passes += 1
         if 4 in tested_bits:
             for candidate in group:
-                variance[candidate.key, 8] = variance[candidate.key, 4] * _EIGHT
-                if (candidate.key, 4) in coupled:
-                    coupled[candidate.key, 8] = coupled[candidate.key, 4] * _EIGHT
+                tables: list[dict[tuple[Key, int | str], float]] = [variance, coupled]
+                for table in tables:
+                    if (candidate.key, 4) in table:
+                        for other, factor in _RELATIVE.items():
+                            if other not in tested_bits:
+                                table[candidate.key, other] = table[candidate.key, 4] * factor
     for input_bits, policy in (checkpointing or {}).items():
         progress(f"checkpoint inputs at {input_bits or 'all'} bits")
         coded = gradients(policy)
@@ -162,16 +165,12 @@ def typical(candidates: Sequence[Candidate]) -> Sensitivity:
         total = sum(candidate.elements for candidate in same_kind) or 1
         for candidate in same_kind:
             at_4_bits = _TYPICAL.get(kind, _TYPICAL_DEFAULT) * candidate.elements / total
-            variance |= {
-                (candidate.key, 8): at_4_bits * _EIGHT,
-                (candidate.key, 4): at_4_bits,
-                (candidate.key, 2): at_4_bits * _TWO,
-                (candidate.key, KEEP): 0.0,
-                (candidate.key, REBUILD): 0.0,
-            }
+            for bits, factor in _RELATIVE.items():
+                variance[candidate.key, bits] = at_4_bits * factor
+            variance |= {(candidate.key, KEEP): 0.0, (candidate.key, REBUILD): 0.0}
     for candidate in candidates:
         if candidate.source is not None:
-            for bits, factor in ((8, _EIGHT), (4, 1.0), (2, _TWO)):
+            for bits, factor in _RELATIVE.items():
                 added = variance.get((candidate.key, 4), 0.0) * factor
                 coupled[candidate.source, bits] = coupled.get((candidate.source, bits), 0.0) + added
     return Sensitivity(variance, coupled, 0.0, 0)

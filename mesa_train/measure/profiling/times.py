@@ -146,18 +146,20 @@ def times(
         return TimeModel(dict(op_seconds), dict(matmuls), blocks)
     elements = sum(candidate.elements for candidate in candidates) or 1
     by_choice: dict[tuple[Key, int | str], float] = {}
-    for choice in (8, 4, 2, KEEP):
+    choices: list[int | str] = [*GROUP, KEEP]
+    for choice in choices:
         op_times = {
             candidate.key: op_seconds[candidate.key, choice if choice in candidate.choices() else 8]
             for candidate in candidates
         }
         total = sum(op_times.values())
-        # 2 bits take the time of 4 bits plus the difference of their single operators.
+        # Bits without a step of their own take the time of 4 bits plus the difference of their single
+        # operators.
         more = total - sum(
             op_seconds[candidate.key, 4 if 4 in candidate.choices() else 8]
             for candidate in candidates
         )
-        step_s = steps[4] + more if choice == 2 else steps[choice]
+        step_s = steps[choice] if choice in steps else steps[4] + more
         for candidate in candidates:
             if choice in candidate.choices():
                 rest = (step_s - total) * candidate.elements / elements
@@ -276,7 +278,7 @@ class OpTimings:
 
     def _code(self, rows: int, cols: int, bits: int) -> float:
         """Measure the seconds to code and decode a random tensor."""
-        codec = Affine(bits, GROUP[bits], stochastic=bits < 8)
+        codec = Affine(bits, GROUP[bits], stochastic=bits < 8, dither=bits < 8)
         x = torch.randn(rows, cols, device=self.device).to(self.dtype)
         return self._time(lambda: codec.decode(codec.encode(x), cols, self.dtype))
 

