@@ -122,7 +122,7 @@ def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None
         raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
     own = model.state_dict()
     weights = adapted(found, model)
-    heads = [key for key in own if key.startswith("head.")]
+    heads = [key for key in own if key.startswith(("head.", "aux_head."))]
     if any(key in weights and weights[key].shape != own[key].shape for key in heads):
         _log.warning("%s has a head of other classes; it starts anew", path)
         weights |= {key: own[key] for key in heads}
