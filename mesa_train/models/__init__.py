@@ -6,6 +6,7 @@ They need timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
 from . import dynamicvit as dynamicvit
+from . import ecoformer as ecoformer
 from . import hvt as hvt
 from . import lit as lit
 from . import vit22b as vit22b

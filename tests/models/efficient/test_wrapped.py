@@ -10,6 +10,7 @@ import mesa_train
 import mesa_train.models
 from mesa_train.models.dynamicvit.losses import DynamicViTLoss
 from mesa_train.models.dynamicvit.outputs import TeacherOutput
+from mesa_train.models.ecoformer import fit_hashes
 from mesa_train.utils.formatting import format_bytes
 
 
@@ -36,10 +37,19 @@ def dynamicvit_loss(output, model):
     return loss(output, torch.arange(len(output.logits)), teacher).total
 
 
+def ecoformer(name, **options):
+    model = timm.create_model(f"ecoformer_{name}", num_classes=10, depths=(1, 1, 1, 1), **options)
+    fit_hashes(model, torch.randn(1, 3, 96, 96), steps=2)
+    return model, 112, cross_entropy
+
+
 MODELS = {
     "hvt": hvt,
     "dynamicvit_deit": lambda: dynamicvit("deit_256", depth=4, predictors=(1, 2, 3)),
     "dynamicvit_lvvit": lambda: dynamicvit("lvvit_s", depth=4, predictors=(1, 2, 3)),
+    "ecoformer_pvt": lambda: ecoformer("pvt_v2_b0"),
+    "ecoformer_twins": lambda: ecoformer("twins_svt_s"),
+    "ecoformer_consistent": lambda: ecoformer("pvt_v2_b0", kernel="consistent"),
 }
 
 
