@@ -43,6 +43,17 @@ def ecoformer(name, **options):
     return model, 112, cross_entropy
 
 
+def spvit(name, **options):
+    model = timm.create_model(name, num_classes=10, **options)
+    return model, 224, spvit_loss if options.get("search") else cross_entropy
+
+
+def spvit_loss(output, model):
+    return cross_entropy(output, model) + model.budget_loss(0.5, 1.0)
+
+
+EVERY_KIND = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
+SWIN = {"depths": (1, 1, 1, 1)}
 MODELS = {
     "hvt": hvt,
     "dynamicvit_deit": lambda: dynamicvit("deit_256", depth=4, predictors=(1, 2, 3)),
@@ -50,6 +61,10 @@ MODELS = {
     "ecoformer_pvt": lambda: ecoformer("pvt_v2_b0"),
     "ecoformer_twins": lambda: ecoformer("twins_svt_s"),
     "ecoformer_consistent": lambda: ecoformer("pvt_v2_b0", kernel="consistent"),
+    "spvit_deit": lambda: spvit("spvit_deit_ti", depth=4, msa=EVERY_KIND),
+    "spvit_deit_search": lambda: spvit("spvit_deit_ti", depth=2, search=True),
+    "spvit_swin": lambda: spvit("spvit_swin_t", msa=EVERY_KIND, **SWIN),
+    "spvit_swin_search": lambda: spvit("spvit_swin_t", search=True, **SWIN),
 }
 
 
