@@ -2,4 +2,6 @@
 
 from mesa_train.models.lit.official import load_official as load_official
 
+from . import convnext as convnext
+from . import swin as swin
 from . import vit as vit

@@ -13,9 +13,9 @@ class TrainingOutput(NamedTuple):
     Attributes:
         logits: (B, classes), of the class token (ViTs) or the pooled map.
         tokens: the features or logits of every position, for the distillation.
-        mask: the last decisions without gradient, of the shape of one decision.
-        decisions: of each predictor, 1 to keep and 0 to drop: (B, N, 1) for ViTs, (B, H * W, 1) for
-            maps.
+        mask: (B, positions, 1) without gradient, 1 for the positions that the distillation of tokens
+            counts: those that a ViT keeps at the end, and all positions of a map.
+        decisions: of each predictor, (B, N, 1), 1 to keep and 0 to drop. ViTs decide cumulatively.
     """
 
     logits: Tensor

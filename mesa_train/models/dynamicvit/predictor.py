@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Channels of the output. The paper's text has them the other way round.
 KEEP, DROP = 0, 1
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of tokens (..., in_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class Predictor(nn.Module):
@@ -16,18 +29,21 @@ class Predictor(nn.Module):
 
     Args:
         dim: width; a multiple of 4.
+        eps: of the norm; default 1e-5, also where a backbone has 1e-6, as in the authors' code.
+        pointwise: weights (out, in, 1, 1) as of 1x1 convolutions, not (out, in); default false.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, pointwise: bool = False) -> None:
         super().__init__()
-        # The eps differs from the backbone's 1e-6, as in the authors' code.
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, 1e-5), nn.Linear(dim, dim), nn.GELU())
+        self.dim = dim
+        linear: Any = PointwiseConv if pointwise else nn.Linear
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps), linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2),
+            linear(dim, dim // 2),
             nn.GELU(),
-            nn.Linear(dim // 2, dim // 4),
+            linear(dim // 2, dim // 4),
             nn.GELU(),
-            nn.Linear(dim // 4, 2),
+            linear(dim // 4, 2),
             nn.LogSoftmax(dim=-1),
         )
 

@@ -30,7 +30,7 @@ EVERY_KIND = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
 # (family, model, file, batch, lambda, target)
 GOLDEN = [
     ("deit", "spvit_deit_ti", "spvit", 2, 20, 1.0),
-    ("swin", "spvit_swin_t", "spvit_swin", 1, 2.8, 3.2),
+    pytest.param("swin", "spvit_swin_t", "spvit_swin", 1, 2.8, 3.2, marks=pytest.mark.slow),
 ]
 
 

@@ -58,6 +58,8 @@ MODELS = {
     "hvt": hvt,
     "dynamicvit_deit": lambda: dynamicvit("deit_256", depth=4, predictors=(1, 2, 3)),
     "dynamicvit_lvvit": lambda: dynamicvit("lvvit_s", depth=4, predictors=(1, 2, 3)),
+    "dynamicvit_convnext": lambda: dynamicvit("convnext_t", depths=(1, 1, 4, 1)),
+    "dynamicvit_swin": lambda: dynamicvit("swin_t", depths=(1, 1, 4, 1)),
     "ecoformer_pvt": lambda: ecoformer("pvt_v2_b0"),
     "ecoformer_twins": lambda: ecoformer("twins_svt_s"),
     "ecoformer_consistent": lambda: ecoformer("pvt_v2_b0", kernel="consistent"),
@@ -66,6 +68,10 @@ MODELS = {
     "spvit_swin": lambda: spvit("spvit_swin_t", msa=EVERY_KIND, **SWIN),
     "spvit_swin_search": lambda: spvit("spvit_swin_t", search=True, **SWIN),
 }
+
+
+QUICK = ("hvt", "dynamicvit_deit", "ecoformer_pvt", "spvit_deit", "spvit_deit_search")
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def step(model, images, loss, state):
@@ -85,7 +91,7 @@ def flat(output):
     return [t for part in output for t in (part if isinstance(part, tuple) else [part])]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_outputs_are_plains_and_gradients_within_the_codecs_error(name):
     torch.manual_seed(0)
     model, size, loss = MODELS[name]()
@@ -104,6 +110,7 @@ def test_outputs_are_plains_and_gradients_within_the_codecs_error(name):
         assert error <= bound, (policy, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_fewer_bytes_are_saved(name):
     torch.manual_seed(0)
