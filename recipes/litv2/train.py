@@ -14,10 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mesa_train.training import disk
-from mesa_train.training.classification import dry_run as plan
-from mesa_train.training.classification import fit as recipe
-from mesa_train.training.classification.config import load
+from mesa_train.training.classification.command import train_from
 
 
 def main(
@@ -30,33 +27,15 @@ def main(
 ) -> None:
     """Train a model; see recipes/litv2/README.md."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        settings = load(config, set)
-        if dry_run:
-            print(recipe.dry_run(settings, processes))
-            return
-        if not throughput:
-            recipe.beginning(settings, resume)
-        run = recipe.prepare(settings)
-        with recipe.preparing(run, "counting what a step keeps (the first use builds kernels)"):
-            kept = plan.memory(run.config, run.classes)["activations"]
-        if throughput:
-            for name, value in recipe.throughput(run).items():
-                run.accelerator.print(f"{name:<14} {value:,.1f}")
-            return
-        if recipe.resume(run, resume):
-            run.accelerator.print(f"continues after step {run.position.step}")
-        run.accelerator.print(recipe.describe(run, kept))
-        run.accelerator.print(plan.precision(run.config).line)
-        recipe.fit(run, kept)
-        whose = " of the averaged weights" if run.ema is not None else ""
-        run.accelerator.print(f"best top-1 {run.position.best:.2%}{whose}; all of it in {run.out}")
-    except recipe.MISTAKES as error:
-        raise SystemExit(recipe.told_once(error)) from None
-    except RuntimeError as error:
-        if not disk.peer_ended(error):
-            raise
-        raise SystemExit(1) from None
+    train_from(
+        config,
+        set,
+        resume=resume,
+        dry_run=dry_run,
+        processes=processes,
+        throughput=throughput,
+        name="litv2",
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Official checkpoints of LITv2 and LIT, read without running code that they may contain.
+"""Official checkpoints of this package's models, read without running code that they may contain.
 
-The files hold `{"model": weights, ...}` or only the weights. The files of the authors' trainer also
-hold its configuration, a yacs object, in the same pickle. This reader unpickles only tensors and
-plain containers. With `allow_config` it also reads that one class as a plain dictionary, and drops
-it.
+The files hold `{"model": weights, ...}` or only the weights. The files of the authors' trainers
+also hold a configuration in the same pickle: a yacs object (LIT) or an argparse namespace (HVT,
+DynamicViT, EcoFormer, SPViT). This reader unpickles only tensors and plain containers. With
+`allow_config` it also reads those two classes as plain dictionaries, and drops them.
+
+A model with a method `adapt_checkpoint(weights)` changes the weights of a file to its own keys and
+shapes before they are loaded.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from torch import Tensor, nn
 from .lit_ti import LITTi, resize_positions
 from .litv1 import resize_biases
 
+_HEADS = ("head.", "aux_head.")
+_CONFIGS = ("yacs.config.CfgNode", "argparse.Namespace")
+
 
 class _Config:
-    """Replaces yacs.config.CfgNode: the entries of a configuration, without the class's code."""
+    """Replaces a class of `_CONFIGS`: the entries of a configuration, without the class's code."""
 
     def __new__(cls) -> Any:
         # The weights-only unpickler fills exactly this type.
@@ -39,12 +45,12 @@ def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, 
         ValueError: the file is no checkpoint, or holds objects other than tensors. The message
             names the remedy if there is a safe one.
     """
-    allowed: list[Any] = [(_Config, "yacs.config.CfgNode")] if allow_config else []
+    allowed: list[Any] = [(_Config, name) for name in _CONFIGS] if allow_config else []
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "yacs.config.CfgNode" in str(error) and not allow_config:
+        if any([name in str(error) for name in _CONFIGS]) and not allow_config:
             raise ValueError(
                 f"{path} has its trainer's configuration beside the weights; allow_config=True reads "
                 "the configuration as plain data and drops it"
@@ -71,7 +77,8 @@ def load_official(
         model: the model.
         path: of the file.
         allow_config: accept the trainer's configuration in the file; default false.
-        head: load the classifier; false keeps the model's own, for another number of classes.
+        head: load the classifiers (`head`, and LV-ViT's `aux_head`); false keeps the model's own,
+            for another number of classes.
     Raises:
         ValueError: names keys that are missing, unexpected or of another shape. The model is then
             unchanged.
@@ -79,8 +86,8 @@ def load_official(
     weights = adapted(read_official(path, allow_config=allow_config), model)
     model_weights = model.state_dict()
     if not head:
-        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-        weights |= {key: value for key, value in model_weights.items() if key.startswith("head.")}
+        weights = {key: value for key, value in weights.items() if not key.startswith(_HEADS)}
+        weights |= {key: value for key, value in model_weights.items() if key.startswith(_HEADS)}
     problems = {
         "missing": [key for key in model_weights if key not in weights],
         "unexpected": [key for key in weights if key not in model_weights],
@@ -103,7 +110,13 @@ def load_official(
 
 
 def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights for the image size of `model`, with interpolated position biases and embeddings."""
+    """Weights for the keys and the image size of `model`.
+
+    Position biases and embeddings of another image size are interpolated.
+    """
+    adapt = getattr(model, "adapt_checkpoint", None)
+    if adapt is not None:
+        return adapt(weights)
     if isinstance(model, LITTi):
         return resize_positions(weights, model)
     return resize_biases(weights, model)

@@ -27,6 +27,9 @@ from mesa_train.training.config_schema import (
 from mesa_train.training.config_schema import ConfigError as ConfigError
 from mesa_train.training.data.config import AugmentConfig, DataConfig, check_path
 
+from .method_config import METHODS as METHODS
+from .method_config import MethodConfig
+
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 
@@ -147,6 +150,7 @@ class Config:
         augment: augmentation of training images.
         optim: the optimizer and its schedule.
         train: batches, precision, policy, checkpoints.
+        method: of the efficient ViTs; default: none.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -154,6 +158,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the YAML."""
@@ -169,6 +174,8 @@ class Config:
             )
         if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
             raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+        if train.cuda_graph and self.method.name != "none":
+            raise ConfigError(f"train.cuda_graph=true does not run method.name={self.method.name}")
         if train.cuda_graph and train.policy != PLAIN:
             policy = Policy.preset(train.policy)
             if policy.offload or policy.ranges == "running":

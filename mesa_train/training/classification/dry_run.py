@@ -24,6 +24,7 @@ from mesa_train.utils.precision import Choice, choose
 
 from . import optimizers
 from .config import Config
+from .methods import method_of
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
             f"model.name: no model {model.name!r}" + (f"; {', '.join(near)}?" if near else "")
         )
     options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": model.drop_path}
+    options |= method_of(config).options()
     try:
         with torch.device(device):
             try:
@@ -143,6 +145,14 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
             without_early_attention(built, model.early_stages_without_attention)
         if model.grad_checkpointing:
             built.set_grad_checkpointing(True)
+    except ConfigError:
+        raise
+    except TypeError as error:
+        if config.method.name == "none":
+            raise
+        raise ConfigError(
+            f"method.name={config.method.name}: {model.name} has no such method ({error})"
+        ) from None
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{model.name} cannot take data.image_size={size}: {reason}") from None
@@ -186,7 +196,8 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     size = config.data.image_size
     images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
 
-    def loss(logits: Tensor) -> Tensor:
+    def loss(output: Any) -> Tensor:
+        logits = getattr(output, "logits", output)
         return -logits.float().log_softmax(dim=-1).mean()
 
     kept = mesa_train.footprint(

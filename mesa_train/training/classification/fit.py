@@ -11,7 +11,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from mesa_train.utils.formatting import format_bytes
 from . import dry_run as plan
 from .accelerated import trackers
 from .config import Config, check_files, of_dict
+from .methods import method_of
 from .run import CHECKPOINTS, Run
 from .train_state import Scores
 
@@ -86,7 +87,8 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.train.seed)
     model = plan.build_model(config, data.classes)
     if config.model.weights:
-        start_from(model, Path(config.model.weights), config.model.allow_config)
+        adjust = method_of(config).weights
+        start_from(model, Path(config.model.weights), config.model.allow_config, adjust)
     loader = Loader(
         data,
         transforms,
@@ -102,9 +104,19 @@ def prepare(config: Config) -> Run:
     return Run(config, model, made, loader, data.classes)
 
 
-def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None:
+def start_from(
+    model: nn.Module,
+    path: Path,
+    allow_config: bool = False,
+    adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Load weights to fine-tune. A head of other classes is not loaded; all other keys must fit.
 
+    Args:
+        model: the model.
+        path: of the file.
+        allow_config: let a .pth carry its trainer's configuration; default false.
+        adjust: changes the file's weights before they are adapted to the model; default: none.
     Raises:
         ConfigError: the file cannot be read.
         CheckpointError: keys or shapes differ.
@@ -121,8 +133,8 @@ def start_from(model: nn.Module, path: Path, allow_config: bool = False) -> None
     except Exception as error:
         raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
     own = model.state_dict()
-    weights = adapted(found, model)
-    heads = [key for key in own if key.startswith("head.")]
+    weights = adapted(adjust(found) if adjust else found, model)
+    heads = [key for key in own if key.startswith(("head.", "aux_head."))]
     if any(key in weights and weights[key].shape != own[key].shape for key in heads):
         _log.warning("%s has a head of other classes; it starts anew", path)
         weights |= {key: own[key] for key in heads}
@@ -230,8 +242,11 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
             # Saved last: a process killed before this line repeats the end of the epoch, rows
             # included.
             run.position.loss, run.position.losses = 0.0, 0
+            run.method.finish_epoch(run)
             run.save()
 
+        if run.done == 0:
+            run.method.begin(run)
         train(
             run,
             report,
@@ -369,7 +384,7 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
     return of_dict(changed(config, [f"train.out={json.dumps(str(folder))}", *changes]))
 
 
-def told_once(error: Exception) -> str | int:
+def told_once(error: Exception, name: str = "litv2") -> str | int:
     """The argument of `sys.exit` after an error.
 
     It is the line on the first process, and the status 1 on other processes.
@@ -379,4 +394,4 @@ def told_once(error: Exception) -> str | int:
     """
     line = " ".join(str(error).split())
     alone = isinstance(error, sources.CorruptImage)
-    return f"litv2: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1
+    return f"{name}: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1

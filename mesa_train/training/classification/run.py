@@ -32,6 +32,7 @@ from . import optimizers
 from .accelerated import accelerator, gather
 from .config import Config
 from .dry_run import Plan
+from .methods import method_of
 from .train_state import Scores, TrainState, score
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,9 @@ class Run(TrainingRun):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.train.policy != PLAIN:
             mesa_train.wrap(model, config.train.policy)
+        self.method = method_of(config)
         groups = optimizers.groups(model, config.optim, config.train.global_batch)
+        groups = self.method.groups(model, groups)
         optimizer = optimizers.build(config.optim, groups, capturable=train.cuda_graph)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = optimizers.Schedule(
@@ -107,6 +110,7 @@ class Run(TrainingRun):
         clip, position, total = self.config.optim.clip, self.position, None
         norm = torch.zeros((), device=self.accelerator.device)
         self.schedule.at(position.step)
+        self.method.rates(self.optimizer, position.step // self.plan.steps_per_epoch)
         for turn in range(self.plan.accumulation):
             images, labels, skipped = next(batches)
             if skipped:
@@ -143,8 +147,8 @@ class Run(TrainingRun):
         return (images, labels) if self.mixup is None else self.mixup(images, labels)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of the model's logits, as `criterion`."""
-        return self.criterion(self.model(images), targets)
+        """The loss of the method; without a method `criterion` of the model's logits."""
+        return self.method.loss(self, images, targets)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in float32. Soft targets are smooth already."""

@@ -1,0 +1,1 @@
+"""Parts that several families of models share: the head's interface, straight-through gradients."""
