@@ -6,4 +6,5 @@ They need timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
 from . import lit as lit
+from . import moco as moco
 from . import vit22b as vit22b

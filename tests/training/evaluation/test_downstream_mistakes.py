@@ -86,10 +86,11 @@ def test_risk_is_the_mean_over_all_coverages():
 def test_coverage_rounds_up_and_the_oracle_down():
     assert ev.selective_accuracy(PAIRS, [0, 1, 0, 1], 0.3) == [0.5]  # 2 of 4, not 1
     assert ev.oracle_collaborative_accuracy(PAIRS, [0, 1, 0, 1], 0.49) == [0.75]  # 1 of 4
-    wide = np.tile(PAIRS[:1], (500, 1))
-    labels = np.r_[np.zeros(275, int), 1, np.zeros(224, int)]
-    # 0.55 * 500 is a little above 275 in floating point.
-    assert ev.selective_accuracy(wide, labels, 0.55) == [1.0]
+    wide = np.tile(PAIRS[:1], (100, 1))
+    labels = np.r_[np.zeros(7, int), 1, np.zeros(92, int)]
+    # 0.07 * 100 is a little above 7 in floating point, and 0.29 * 100 a little below 29.
+    assert ev.selective_accuracy(wide, labels, 0.07) == [1.0]
+    assert ev.oracle_collaborative_accuracy(wide, np.ones(100, int), 0.29) == [0.29]
 
 
 # --- images from outside ---
