@@ -116,16 +116,20 @@ class MoCo(nn.Module):
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = mlp([dim, hidden, dim], last_norm=predictor_norm)
 
-    def forward(self, x1: Tensor, x2: Tensor, momentum: float) -> Tensor:
-        """The loss of two views, in the order of the authors' step.
+    def forward(self, x1: Tensor, x2: Tensor | None = None, momentum: float = 1.0) -> Tensor:
+        """The loss of two views, in the order of the authors' step. Without `x2`: queries of `x1`.
 
         Both views' activations exist at once; `backward_by_view` needs half of them.
 
         Args:
             x1: (N, C, H, W), the first view.
             x2: (N, C, H, W), the second view of the same images.
-            momentum: share of the momentum encoder that stays, in [0, 1].
+            momentum: share of the momentum encoder that stays, in [0, 1]; default 1.
+        Returns:
+            The loss of this rank; or the queries (N, dim).
         """
+        if x2 is None:
+            return self.query_of(self.features(self.base_encoder, x1))
         q1, q2 = self.query(x1), self.query(x2)
         self.update_momentum(momentum)
         k1, k2 = self.key(x1), self.key(x2)
@@ -141,8 +145,8 @@ class MoCo(nn.Module):
         return encoder.get_submodule(self.classifier)
 
     def query(self, x: Tensor) -> Tensor:
-        """Queries (N, dim) of images."""
-        return self.query_of(self.features(self.base_encoder, x))
+        """Queries (N, dim) of images. A call of the module, so that `mesa_train.wrap` sees it."""
+        return self(x)
 
     def query_of(self, features: Tensor) -> Tensor:
         """Queries (N, dim) of features."""
