@@ -9,5 +9,6 @@ from . import dynamicvit as dynamicvit
 from . import ecoformer as ecoformer
 from . import hvt as hvt
 from . import lit as lit
+from . import moco as moco
 from . import spvit as spvit
 from . import vit22b as vit22b

@@ -35,12 +35,15 @@ class _Config:
         return OrderedDict()
 
 
-def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, Tensor]:
+def read_official(
+    path: str | Path, *, allow_config: bool = False, entry: str = "model"
+) -> dict[str, Tensor]:
     """Read the weights of a checkpoint file, on the CPU.
 
     Args:
         path: of the file.
         allow_config: accept the trainer's configuration in the file; default false.
+        entry: the entry that holds the weights if the file holds more; default "model".
     Raises:
         ValueError: the file is no checkpoint, or holds objects other than tensors. The message
             names the remedy if there is a safe one.
@@ -60,11 +63,11 @@ def read_official(path: str | Path, *, allow_config: bool = False) -> dict[str, 
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is empty or not a checkpoint") from error
-    weights = content.get("model", content) if isinstance(content, Mapping) else None
+    weights = content.get(entry, content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
     ):
-        raise ValueError(f"{path} has no weights: expected a state dict, alone or under 'model'")
+        raise ValueError(f"{path} has no weights: expected a state dict, alone or under {entry!r}")
     return dict(weights)
 
 

@@ -1,1 +1,153 @@
-"""Evaluation of a trained model: linear probes, calibration and robustness."""
+"""Evaluation of frozen models and of predictions: what ViT-22B was measured by (arXiv 2302.05442).
+
+The metrics take NumPy arrays or tensors and compute in float64. The losses take tensors and are
+differentiable. None of them needs a model; `linear_probe` extracts the features of one.
+"""
+
+from .calibration import (
+    binned_error,
+    brier,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability,
+    sigmoid_confidences,
+    static_calibration_error,
+    temperature,
+)
+from .depth import depth_metrics, dinov2_depth_loss, log1p_mse, scale_invariant_log
+from .distillation import (
+    distillation_loss,
+    generalized_energy_distance,
+    label_kl,
+    sigmoid_distillation_loss,
+    soft_nll,
+    teacher_agreement,
+)
+from .fairness import (
+    ParityShift,
+    demographic_parity,
+    expected_accuracy,
+    group_accuracy,
+    parity_shift,
+)
+from .fewshot import (
+    RidgeClassifier,
+    fewshot_indices,
+    fewshot_least_squares,
+    fit_ridge,
+    knn,
+)
+from .human_alignment import (
+    Alignment,
+    HumanSet,
+    accuracy_difference,
+    align,
+    align_humans,
+    error_consistency,
+    mean_alignment,
+    observed_consistency,
+    read_human_data,
+    shape_bias,
+    sixteen_class_decision,
+    sixteen_classes,
+)
+from .label_subsets import (
+    SubsetScores,
+    label_subset_accuracy,
+    objectnet_crop,
+    real_accuracy,
+    real_labels,
+    resize_rule,
+    subset_columns,
+    subset_folders,
+    subset_logits,
+)
+from .ood_detection import detection_metrics, ood_scores
+from .segmentation import (
+    confusion_matrix,
+    segmentation_scores,
+    sliding_window_logits,
+    window_anchors,
+    window_probabilities,
+)
+from .selective import (
+    area_under_risk_coverage,
+    correctness_auroc,
+    oracle_collaborative_accuracy,
+    selective_accuracy,
+)
+from .text_alignment import (
+    canonicalize,
+    contrastive_loss,
+    image_to_text_hits,
+    prompt_average,
+    sigmoid_contrastive_loss,
+)
+
+__all__ = [
+    "Alignment",
+    "HumanSet",
+    "ParityShift",
+    "RidgeClassifier",
+    "SubsetScores",
+    "accuracy_difference",
+    "align",
+    "align_humans",
+    "area_under_risk_coverage",
+    "binned_error",
+    "brier",
+    "canonicalize",
+    "confusion_matrix",
+    "contrastive_loss",
+    "correctness_auroc",
+    "demographic_parity",
+    "depth_metrics",
+    "detection_metrics",
+    "dinov2_depth_loss",
+    "distillation_loss",
+    "error_consistency",
+    "expected_accuracy",
+    "expected_calibration_error",
+    "fewshot_indices",
+    "fewshot_least_squares",
+    "fit_ridge",
+    "generalized_energy_distance",
+    "group_accuracy",
+    "image_to_text_hits",
+    "knn",
+    "label_kl",
+    "label_subset_accuracy",
+    "log1p_mse",
+    "mean_alignment",
+    "negative_log_likelihood",
+    "objectnet_crop",
+    "observed_consistency",
+    "ood_scores",
+    "oracle_collaborative_accuracy",
+    "parity_shift",
+    "prompt_average",
+    "read_human_data",
+    "real_accuracy",
+    "real_labels",
+    "reliability",
+    "resize_rule",
+    "scale_invariant_log",
+    "segmentation_scores",
+    "selective_accuracy",
+    "shape_bias",
+    "sigmoid_confidences",
+    "sigmoid_contrastive_loss",
+    "sigmoid_distillation_loss",
+    "sixteen_class_decision",
+    "sixteen_classes",
+    "sliding_window_logits",
+    "soft_nll",
+    "static_calibration_error",
+    "subset_columns",
+    "subset_folders",
+    "subset_logits",
+    "teacher_agreement",
+    "temperature",
+    "window_anchors",
+    "window_probabilities",
+]

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fewshot import knn
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -184,16 +186,8 @@ def nearest_neighbours(
     Raises:
         ValueError: there are fewer than k training features.
     """
-    if not 1 <= k <= len(train[0]):
-        raise ValueError(f"k={k} must lie between 1 and the {len(train[0])} training features")
-    known = F.normalize(train[0], dim=-1)
-    classes, right = int(train[1].max()) + 1, 0
-    for features, labels in zip(held_out[0].split(1024), held_out[1].split(1024), strict=True):
-        similarity, index = (F.normalize(features, dim=-1) @ known.T).topk(k)
-        votes = torch.zeros(len(features), classes)
-        votes.scatter_add_(1, train[1][index], (similarity / heat).exp())
-        right += int((votes.argmax(-1) == labels).sum())
-    return right / len(held_out[1])
+    guesses = knn(*train, held_out[0], k, temperature=heat)
+    return float((torch.from_numpy(guesses) == held_out[1]).double().mean())
 
 
 def _fit(

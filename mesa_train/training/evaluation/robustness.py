@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mesa_train.utils import yaml_text
 
+from .calibration import binned_error
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -115,13 +117,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
     It is |accuracy - confidence| in equal bins of confidence, weighted by the images in each bin.
     """
-    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    error = 0.0
-    for b in index.unique():
-        inside = index == b
-        gap = right[inside].float().mean() - confidence[inside].mean()
-        error += (inside.float().mean() * gap.abs()).item()
-    return error
+    return binned_error(confidence, right, bins=bins)
 
 
 def _index(name: object, known: Sequence[str], what: str) -> int:

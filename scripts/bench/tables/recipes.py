@@ -119,3 +119,28 @@ def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
         for fit in row["fits"]
     ]
     return ["machine", "scheme", "states / card", "CPU memory", *policies], lines
+
+
+@table("moco_batch.jsonl", "python scripts/bench/moco_batch.py", "model")
+def moco_batch(rows: Sequence[Row]) -> str:
+    """The largest batches of a model, a line for each way and method."""
+    cards = sorted({row["gib"] for row in rows})
+    newest = {(r["way"], r["method"], r["gib"]): r for r in rows}
+    pairs = dict.fromkeys((way, method) for way, method, _ in newest)
+    order = ("joint", "by view", "chunks")
+    lines = [
+        [
+            way,
+            method,
+            format_bytes(newest[way, method, cards[0]]["saved_per_image"]),
+            *[f"{newest[way, method, gib]['largest_batch']:,}" for gib in cards],
+        ]
+        for way, method in sorted(pairs, key=lambda pair: order.index(pair[0]))
+    ]
+    head = ["way", "method", "saved for the backward, an image", *[f"{gib} GiB" for gib in cards]]
+    return markdown(head, lines) + (
+        "\nCounted on fake tensors, on one card, bf16 autocast, AdamW in float32, both views of the batch "
+        "in float32 on the card, 2 GiB left free. joint: the authors' step. by view: one view's backward "
+        "before the other's forward. chunks: by view, and the trunk in chunks of 64 images; what an image "
+        f"saves is then that of the heads. {origin(rows[-1])}\n"
+    )

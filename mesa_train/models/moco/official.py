@@ -1,0 +1,125 @@
+"""Official checkpoints of MoCo v3, read without running code that they may contain.
+
+A file holds `{"state_dict": weights, "epoch": ..., ...}` with keys that begin with `module.`. A
+pre-training file has `base_encoder.`, `momentum_encoder.` and `predictor.`. A file of the linear
+evaluation has the trunk and `head.weight`, `head.bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mesa_train.models.lit.official import read_official as _read
+
+from .encoder import EPS
+from .model import MoCo
+
+_BASE, _MOMENTUM, _PREDICTOR = "base_encoder.", "momentum_encoder.", "predictor."
+
+
+def read_official(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file, on the CPU, without the prefix `module.`.
+
+    Raises:
+        ValueError: the file is no checkpoint, or holds objects other than tensors.
+    """
+    weights = _read(path, entry="state_dict")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def load_official(
+    model: nn.Module, path: str | Path, *, encoder: str = "base", heads: int = 12
+) -> None:
+    """Load an official checkpoint.
+
+    Args:
+        model: a `MoCo`, which gets everything; or a ViT, which gets the trunk. A ViT also gets the
+            classifier of a linear evaluation with as many classes; otherwise it keeps its own.
+        path: of the file.
+        encoder: "base" or "momentum": the trunk that a ViT gets; default "base".
+        heads: attention heads of the checkpoint's model; default 12, as in all official ViTs. The
+            shapes of the weights do not tell.
+    Raises:
+        ValueError: names keys that are missing, unexpected or of another shape; or the ViT has
+            another number of heads, another eps or another pooling, so that the weights would load
+            but give other features. The model is then unchanged.
+    """
+    if encoder not in ("base", "momentum"):
+        raise ValueError(f"encoder must be one of base, momentum, got {encoder!r}")
+    weights = read_official(path)
+    vit = model.base_encoder if isinstance(model, MoCo) else model
+    _check_vit(vit, heads)
+    own = model.state_dict()
+    if isinstance(model, MoCo):
+        loaded = dict(weights)
+    else:
+        loaded = _trunk(weights, own, encoder, path)
+    for key, value in own.items():
+        # The table of another image size follows from its grid.
+        if key.endswith("pos_embed") and key in loaded and loaded[key].shape != value.shape:
+            loaded[key] = value
+    _check_keys(path, loaded, own)
+    model.load_state_dict(loaded)
+
+
+def _trunk(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], encoder: str, path: str | Path
+) -> dict[str, Tensor]:
+    """The weights of a ViT: the trunk of a file, and the classifier."""
+    prefix = _BASE if encoder == "base" else _MOMENTUM
+    if any(key.startswith(prefix) for key in weights):
+        trunk = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        trunk = {k: v for k, v in trunk.items() if not k.startswith("head.")}
+    elif encoder == "base":
+        trunk = dict(weights)
+    else:
+        raise ValueError(f"{path} has no momentum encoder")
+    heads = {k: v for k, v in own.items() if k.startswith("head.")}
+    fits = all(k in trunk and trunk[k].shape == v.shape for k, v in heads.items())
+    if not (heads and fits):
+        trunk = {k: v for k, v in trunk.items() if not k.startswith("head.")} | heads
+    return trunk
+
+
+def _check_vit(model: nn.Module, heads: int) -> None:
+    """Refuse a ViT that would take the weights and give other features."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential) or not hasattr(blocks[0], "attn"):
+        return
+    found = int(blocks[0].attn.num_heads)  # type: ignore[arg-type, union-attr]
+    if found != heads:
+        raise ValueError(
+            f"the model has {found} attention heads and the checkpoint's has {heads}; the weights "
+            "would load and give other features (moco_vit_small has 12)"
+        )
+    eps = getattr(getattr(model, "norm", None), "eps", EPS)
+    if eps != EPS:
+        raise ValueError(f"the model's LayerNorm has eps {eps:g}, and the checkpoint's {EPS:g}")
+    pool = getattr(model, "global_pool", "token")
+    if pool != "token":
+        raise ValueError(
+            f"the model pools by {pool!r}, and the checkpoint's takes the class token: "
+            "create it with global_pool='token'"
+        )
+
+
+def _check_keys(path: str | Path, loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [key for key in own if key not in loaded],
+        "unexpected": [key for key in loaded if key not in own],
+        "of another shape": [
+            f"{key} {tuple(loaded[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in loaded and loaded[key].shape != value.shape
+        ],
+    }
+    texts = [
+        f"{kind}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if texts:
+        raise ValueError(f"{path} is of another model; {'; '.join(texts)}")

@@ -1,0 +1,1 @@
+"""All evaluations of one frozen model in one report (recipes/evaluate)."""

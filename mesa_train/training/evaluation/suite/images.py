@@ -1,0 +1,287 @@
+"""Images of an evaluation and their features, which are computed once and kept on disk.
+
+Features are kept in pieces of `PIECE` images. With several processes, each computes every n-th
+piece; a run that was interrupted continues with the pieces that lack. The number of processes does
+not change the pieces.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data import folder, packaged
+from mesa_train.training.data.decode import decode
+from mesa_train.training.evaluation.linear_probe import cached
+from mesa_train.training.progress import Every
+
+from .frozen import FrozenModel, to_rgb
+
+PIECE = 1024
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images.
+
+    Attributes:
+        name: for the cache and the report.
+        read: image i as a PIL image in RGB.
+        labels: (N,).
+        classes: names of the classes.
+        squash: the images fill their frame, so the evaluation crops nothing.
+        stamp: changes with the files, for the cache.
+    """
+
+    name: str
+    read: Callable[[int], Any]
+    labels: Tensor
+    classes: tuple[str, ...]
+    squash: bool = False
+    stamp: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def of_package(name: str) -> tuple[Images, Images]:
+    """Training and held-out images that a package ships: "digits" or "mnist5k"."""
+    found = packaged.load(name)
+    classes = tuple(str(i) for i in range(found.num_classes))
+
+    def made(split: packaged.Split, which: str) -> Images:
+        pixels = split.images.squeeze(1).numpy()
+        read = lambda i: to_rgb(pixels[i])  # noqa: E731
+        return Images(f"{name}/{which}", read, split.labels, classes, squash=True)
+
+    return made(found.train, "train"), made(found.held_out, "held_out")
+
+
+def of_folders(train: str, held_out: str) -> tuple[Images, Images]:
+    """Training and held-out images of two folders, with one folder for each class.
+
+    Raises:
+        ConfigError: a folder is missing or has no classes or images.
+    """
+    known, test, classes = folder.load(train, held_out, ("--train", "--held-out"))
+    return _rows(known, train, classes), _rows(test, held_out, classes)
+
+
+def of_folder(path: Path, option: str) -> Images:
+    """Images of one folder with one folder for each class."""
+    rows, classes = folder.load_one(str(path), option)
+    return _rows(rows, str(path), classes)
+
+
+def of_subset(path: Path, subset: str) -> Images:
+    """Images of one of ImageNet's test sets, with the labels of `subset_folders`.
+
+    Folders that the set's list does not have are left out: ObjectNet's 200 other classes.
+
+    Raises:
+        ConfigError: the folder has none of the set's classes.
+    """
+    from mesa_train.training.evaluation.label_subsets import objectnet_crop, subset_folders
+
+    rows, classes = folder.load_one(str(path), "--data")
+    places = {name: i for i, name in enumerate(subset_folders(subset))}
+    kept = [i for i, label in enumerate(rows.labels) if classes[label] in places]
+    if not kept:
+        raise ConfigError(
+            f"--data: {path} has no class folder of {subset}; its folders are named like "
+            f"{', '.join(list(places)[:3])}"
+        )
+    paths = [rows.paths[i] for i in kept]
+    labels = torch.tensor([places[classes[rows.labels[i]]] for i in kept])
+
+    def read(i: int) -> Any:
+        image = image_of(paths[i])
+        return objectnet_crop(image) if subset == "objectnet" else image
+
+    return Images(str(path), read, labels, tuple(places), stamp=_stamp(paths))
+
+
+def of_validation(path: Path) -> Images:
+    """ImageNet's validation images by the numbers in their names; the labels are the numbers.
+
+    Raises:
+        ConfigError: a name is no ILSVRC2012_val_########.JPEG, or its number is above 50,000.
+    """
+    paths = [str(p) for p in sorted(path.rglob("*.JPEG"))]
+    names = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", Path(p).stem) for p in paths]
+    numbers = [int(name[1]) if name else 0 for name in names]
+    if not paths or not all(1 <= number <= 50_000 for number in numbers):
+        raise ConfigError(
+            f"--data: {path} must hold images ILSVRC2012_val_00000001.JPEG to "
+            f"ILSVRC2012_val_00050000.JPEG, got {Path(paths[0]).name if paths else 'none'}"
+        )
+    labels = torch.tensor(numbers) - 1
+    return Images(str(path), lambda i: image_of(paths[i]), labels, (), stamp=_stamp(paths))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Images with a binary label and a group, from a CSV file.
+
+    Attributes:
+        images: with the binary labels.
+        group: name of each image's group.
+        split: "fit", "tune" or "test" of each image.
+    """
+
+    images: Images
+    group: list[str]
+    split: list[str]
+
+
+def of_csv(path: Path) -> Groups:
+    """Read a CSV file with the columns file, label, group, and optionally split.
+
+    `file` is relative to the CSV's folder, `label` is 0 or 1, `split` is fit, tune or test. Without
+    `split`, images go to fit, fit, tune, test in turn after a shuffle of seed 0.
+
+    Raises:
+        ConfigError: the file, a column or a value is wrong.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--groups: no file {path}")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    lacking = [c for c in ("file", "label", "group") if c not in (reader.fieldnames or [])]
+    if lacking:
+        raise ConfigError(
+            f"--groups: {path} must have the columns file, label, group; it lacks "
+            f"{', '.join(lacking)}"
+        )
+    for number, row in enumerate(rows, start=2):
+        if row["label"] not in ("0", "1"):
+            raise ConfigError(
+                f"--groups: {path}, line {number}: label must be 0 or 1, got {row['label']!r}"
+            )
+        if not (path.parent / row["file"]).is_file():
+            raise ConfigError(f"--groups: {path}, line {number}: no file {row['file']}")
+        if "split" in row and row["split"] not in ("fit", "tune", "test"):
+            raise ConfigError(
+                f"--groups: {path}, line {number}: split must be fit, tune or test, got "
+                f"{row['split']!r}"
+            )
+    if len({row["group"] for row in rows}) < 2 or len(rows) < 8:
+        raise ConfigError(f"--groups: {path} needs two groups and at least 8 images")
+    paths = [str(path.parent / row["file"]) for row in rows]
+    labels = torch.tensor([int(row["label"]) for row in rows])
+    images = Images(
+        str(path), lambda i: image_of(paths[i]), labels, ("0", "1"), stamp=_stamp(paths)
+    )
+    if "split" in rows[0]:
+        split = [row["split"] for row in rows]
+    else:
+        split = [""] * len(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        for place, i in enumerate(order.tolist()):
+            split[i] = ("fit", "fit", "tune", "test")[place % 4]
+    missing = [s for s in ("fit", "tune", "test") if s not in split]
+    if missing:
+        raise ConfigError(f"--groups: {path} has no image in the split {', '.join(missing)}")
+    return Groups(images, [row["group"] for row in rows], split)
+
+
+class FeatureCache:
+    """Features of images, from the disk or computed by all processes.
+
+    Args:
+        model: the frozen model.
+        folder: of the cache.
+        accelerator: Accelerate's.
+        batch_size: images at a time.
+        half: keep float16.
+    """
+
+    def __init__(
+        self, model: FrozenModel, folder: Path, accelerator: Any, batch_size: int, half: bool
+    ) -> None:
+        self.model, self.folder, self.accelerator = model, folder, accelerator
+        self.batch_size, self.half = batch_size, half
+        self.computed, self.said = 0, Every()
+
+    def __call__(self, images: Images, short_side: int | None = None) -> Tensor:
+        """Features (N, width) in float32 of all images, in order.
+
+        Args:
+            images: to compute.
+            short_side: of the resize; default: see `FrozenModel.pixels`.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        starts = range(0, len(images), PIECE)
+        for number, start in enumerate(starts):
+            if number % world == rank:
+                self._piece(images, start, short_side)
+        self.accelerator.wait_for_everyone()
+        return torch.cat([self._piece(images, start, short_side) for start in starts])
+
+    def _piece(self, images: Images, start: int, short_side: int | None) -> Tensor:
+        """The features of one piece."""
+        key = f"{self.model.key} {images.name} {images.stamp} {len(images)} {start} {short_side} {self.half}"
+
+        def make() -> Iterator[tuple[Tensor, Tensor]]:
+            yield from self._batches(images, start, short_side)
+
+        features, labels = cached(self.folder, key, make, self.half)
+        if not torch.equal(labels, images.labels[start : start + PIECE].long()):
+            raise ConfigError(
+                f"{self.folder}: the features of {images.name} are of other images; remove the folder"
+            )
+        return features
+
+    def _batches(
+        self, images: Images, start: int, short_side: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        end = min(start + PIECE, len(images))
+        for first in range(start, end, self.batch_size):
+            places = range(first, min(first + self.batch_size, end))
+            pixels = torch.stack(
+                [self.model.pixels(images.read(i), images.squash, short_side) for i in places]
+            )
+            self.said(f"features of {images.name}: {first} of {len(images)} images")
+            self.computed += len(places)
+            features = self.model.features(pixels.to(self.accelerator.device))
+            yield features.cpu(), images.labels[first : first + len(places)].long()
+
+
+def _rows(rows: folder.Rows, name: str, classes: Sequence[str]) -> Images:
+    """The images of a listed folder."""
+    return Images(
+        name,
+        lambda i: image_of(rows.paths[i]),
+        torch.tensor(rows.labels),
+        tuple(classes),
+        stamp=_stamp(rows.paths),
+    )
+
+
+def _stamp(paths: Sequence[str]) -> str:
+    """A hash of the names, sizes and times of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        found = Path(path).stat() if Path(path).exists() else None
+        seen = (path, found and found.st_size, found and found.st_mtime_ns)
+        digest.update(repr(seen).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def image_of(path: str) -> Any:
+    """A file as a PIL image in RGB. ConfigError, with the file's name, if it cannot be decoded."""
+    try:
+        return decode(path)
+    except Exception as error:  # Pillow's plugins raise errors of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{folder.shown(path)} cannot be decoded ({reason})") from None

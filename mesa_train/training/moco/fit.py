@@ -1,0 +1,162 @@
+"""A run of MoCo v3 from its configuration to its curves.
+
+A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, `encoder.safetensors` and
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mesa_train.report import figures
+from mesa_train.training import checkpoints, disk
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data import sources
+from mesa_train.training.loop import StepResult, speed, train
+from mesa_train.training.progress import Every
+from mesa_train.utils import records
+
+from .config import Config
+from .run import CHECKPOINTS, MocoRun
+
+METRICS = "metrics.jsonl"
+# Errors that the recipe prints in one line.
+MISTAKES = (
+    ConfigError,
+    checkpoints.CheckpointError,
+    sources.CorruptImage,
+    FloatingPointError,
+    ImportError,
+)
+
+
+def prepare(config: Config) -> MocoRun:
+    """Check a configuration and build a run.
+
+    Raises:
+        ConfigError: parts of the configuration do not fit together, or do not fit this machine.
+    """
+    from accelerate import Accelerator
+
+    config.check_files()
+    accelerator = Accelerator(cpu=config.train.device == "cpu")
+    with accelerator.main_process_first():
+        data = sources.load(config.data, None)
+    return MocoRun(config, data, accelerator)
+
+
+def resume(run: MocoRun, how: str) -> bool:
+    """Continue a run.
+
+    Args:
+        run: from `prepare`.
+        how: "auto" for the newest complete checkpoint, "" for a new run, or a checkpoint's path.
+    Returns:
+        True if the run continues.
+    Raises:
+        ConfigError: there is no such checkpoint, or a new run would overwrite another.
+    """
+    if how not in ("", "auto"):
+        if not Path(how).is_dir():
+            raise ConfigError(f"--resume: no such checkpoint {how}")
+        found = Path(how), checkpoints.verify(Path(how))
+    else:
+        newest = checkpoints.newest(run.out / CHECKPOINTS)
+        if newest is not None and not how:
+            raise ConfigError(
+                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
+                "another folder"
+            )
+        if newest is None:
+            if run.main:
+                (run.out / METRICS).unlink(missing_ok=True)
+            return False
+        found = newest
+    run.resume(*found)
+    if run.main:
+        _forget_after(run.out / METRICS, run.done)
+    return True
+
+
+def fit(run: MocoRun) -> float | None:
+    """Train to the end.
+
+    Returns:
+        The last accuracy of nearest neighbours, 0 to 1; None if there was none.
+    """
+    config, metrics = run.config, run.out / METRICS
+    named = {"name": config.train.policy, "seed": config.train.seed}
+    last: list[float] = []
+    losses: list[tuple[float, int]] = []
+    said = Every()
+    if run.main:
+        run.out.mkdir(parents=True, exist_ok=True)
+
+    def neighbours(epoch: int, **row: Any) -> None:
+        if run.main:
+            last.append(run.nearest_neighbours())
+            line = {"kind": "epoch", "step": run.done, **named, "epoch": epoch, "knn": last[-1]}
+            disk.append(metrics, line | row)
+            run.accelerator.print(
+                f"epoch {epoch}: " + (f"loss {row['train_loss']:.3f}, " if row else "")
+                + f"nearest neighbours {last[-1]:.1%}",
+                flush=True,
+            )  # fmt: skip
+
+    def report(result: StepResult) -> None:
+        losses.append((result.loss, result.steps))
+        if not run.main:
+            return
+        row = {"loss": result.loss, "cross_entropy": run.cross_entropy(result.loss)}
+        row |= {"grad_norm": result.grad_norm, "lr": result.lr} | run.row()
+        row |= speed(config.train.global_batch, result.step_ms, run.device)
+        disk.append(metrics, {"kind": "step", "step": result.step, **row})
+        said(f"step {result.step} of {run.cadence.steps}, loss {result.loss:.3f}")
+
+    def end_of_epoch(epoch: int, step_ms: float) -> None:
+        every = config.train.knn_every
+        if every and (epoch % every == 0 or epoch == config.train.epochs):
+            mean = sum(loss * n for loss, n in losses) / max(1, sum(n for _, n in losses))
+            neighbours(epoch, train_loss=mean, step_ms=step_ms)
+        losses.clear()
+        run.save()
+
+    if run.done == 0 and config.train.knn_every:
+        neighbours(0)
+    train(run, report, end_of_epoch=end_of_epoch)
+    run.export()
+    if run.main:
+        draw(metrics, run.out / "curves.png", f"{config.model.name} on {config.data.source}")
+    return last[-1] if last else None
+
+
+def draw(metrics: Path, picture: Path, title: str) -> None:
+    """Draw the loss and the accuracy of nearest neighbours."""
+    rows = [row for row in records.read(metrics) if row["kind"] == "epoch"]
+    if not rows:
+        return
+    canvas, (loss, accuracy) = figures.figure(2, title)
+    trained = [row for row in rows if "train_loss" in row]
+    if trained:
+        figures.curves(loss, trained, "train_loss", "training loss")
+    figures.curves(accuracy, rows, "knn", "nearest neighbours (%)", scale=100)
+    figures.save(canvas, picture)
+
+
+def told_once(error: Exception) -> str | int:
+    """The argument of `sys.exit` after an error: the line on the first process, else the status."""
+    line = " ".join(str(error).split())
+    return f"mocov3: {line}" if int(os.environ.get("RANK", "0")) == 0 else 1
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Remove the rows of steps that will be repeated."""
+    beside = metrics.with_suffix(".partial")
+    with disk.reading(metrics):
+        rows = [row for row in records.read(metrics) if row["step"] <= step]
+    with disk.writing(metrics, beside):
+        beside.unlink(missing_ok=True)
+        records.append(beside, *rows)
+        beside.replace(metrics)

@@ -1,0 +1,346 @@
+"""A run of MoCo v3: steps one view at a time, nearest neighbours, checkpoints.
+
+The views of a step depend on (seed, epoch, image) only, and its drop path on (seed, step). A
+checkpoint holds all other state, so a run that was killed continues exactly. Gradients are averaged
+over processes after both views, and batch norms have the statistics of all processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train.methods.apply import PLAIN
+from mesa_train.models.moco import LARS, MoCo, adamw, backward_by_view, learning_rate, momentum
+from mesa_train.models.moco.backward import average_gradients
+from mesa_train.models.moco.batch_norm import synchronise
+from mesa_train.training import checkpoints, disk
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data.loader import Batch, Loader
+from mesa_train.training.data.sources import Samples, Sources, keeping_random_state, seed_all
+from mesa_train.training.evaluation.fewshot import knn
+from mesa_train.training.loop import Cadence, StepResult, TrainingRun
+from mesa_train.utils.precision import choose
+
+from .config import Config
+from .views import transforms
+
+CHECKPOINTS, WEIGHTS, OPTIMIZER = "checkpoints", "model.safetensors", "optimizer.pt"
+# Parts of the model whose gradient norms are reported: a dip of the accuracy follows a spike of the
+# first blocks' gradients.
+WATCHED = ("base_encoder.patch_embed", "base_encoder.blocks.0", "predictor")
+
+
+class MocoRun(TrainingRun):
+    """A model in training.
+
+    Args:
+        config: of the run.
+        data: images; labels serve the nearest neighbours alone.
+        accelerator: Accelerate's, for the processes and the device.
+    Raises:
+        ConfigError: batch, processes, data and model do not fit together.
+    """
+
+    def __init__(self, config: Config, data: Sources, accelerator: Any) -> None:
+        train, world = config.train, accelerator.num_processes
+        if train.global_batch % world:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch} must be a multiple of the {world} processes"
+            )
+        steps = data.train.count // train.global_batch
+        if not steps:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch} exceeds the {data.train.count} images"
+            )
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.device: torch.device = accelerator.device
+        self.cadence = Cadence(train.epochs * steps, steps, train.log_every, train.save_every)
+        self.precision = choose(train.precision, self.device.type)
+        torch.manual_seed(train.seed)
+        self.model = build(config)
+        if train.chunk and self.model.trunk_has_batch_norm():
+            raise ConfigError(
+                f"train.chunk={train.chunk}: {config.model.name} has batch norms in its trunk, and "
+                "chunks would change their statistics; set train.chunk=0"
+            )
+        self.shapes = checkpoints.shapes(self.model)
+        self.model.to(self.device)
+        if world > 1:
+            synchronise(self.model, self.device)
+        if train.policy != PLAIN:
+            mesa_train.wrap(self.model, train.policy)
+        self.optimizer = optimizer_of(config, self.model)
+        fp16 = self.precision.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.transforms = transforms(config.data, config.views)
+        self.loader = Loader(
+            data,
+            self.transforms,
+            config.data,
+            batch_size=train.global_batch // world,
+            seed=train.seed,
+            steps_per_epoch=steps,
+            rank=accelerator.process_index,
+            world=world,
+            pin_memory=config.data.pin_memory and self.device.type == "cuda",
+        )
+        self.steps, self.norms = 0, dict[str, Tensor]()
+        self.out = Path(train.out)
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.steps
+
+    @property
+    def main(self) -> bool:
+        """True on the first process."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches (N, 2, 3, H, W) of this process, from the next step to the end of its epoch."""
+        self.model.train()
+        return self.loader.training(*divmod(self.done, self.cadence.epoch))
+
+    def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step. Returns (loss of this process, gradient norm)."""
+        train, optim, epochs = self.config.train, self.config.optim, self.config.train.epochs
+        views = next(batches)[0].to(self.device, non_blocking=True)
+        epoch = self.steps / self.cadence.epoch
+        peak = optim.lr * train.global_batch / 256
+        rate = learning_rate(epoch, peak=peak, warmup=optim.warmup_epochs, epochs=epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        seed_all(train.seed, self.steps, self.accelerator.process_index)
+        model = self.config.model
+        loss = backward_by_view(
+            self.model,
+            views[:, 0],
+            views[:, 1],
+            momentum(epoch, base=model.momentum, epochs=epochs, cosine=model.momentum_cosine),
+            chunk=train.chunk or None,
+            autocast=self.autocast,
+            scale=self.scaler.scale,
+        )
+        average_gradients(self.model)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._watch()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return loss, norm
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward in the configured precision."""
+        dtype = self.precision.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def row(self) -> dict[str, float]:
+        """Gradient norms of the last step by part. Waits for the device."""
+        return {f"grad_norm.{name}": float(norm) for name, norm in self.norms.items()}
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over all processes."""
+        return self.accelerator.reduce(loss, reduction="mean")
+
+    def accept(self, result: StepResult) -> None:
+        """FloatingPointError if the loss is not finite."""
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(
+                f"the loss is {result.loss} after step {result.step}; a lower optim.lr usually helps"
+            )
+
+    def cross_entropy(self, loss: float) -> float:
+        """The cross-entropy of a query against all keys, in nats, of a loss of both sides."""
+        return loss / (4 * self.config.model.temperature)
+
+    def nearest_neighbours(self, k: int = 20) -> float:
+        """Accuracy of nearest neighbours on the validation images, 0 to 1, on this process."""
+        count = min(self.data.train.count, self.config.train.knn_images)
+        order = torch.randperm(self.data.train.count, generator=torch.Generator().manual_seed(0))
+        with keeping_random_state():
+            known = self._features(self.data.train, order[:count].tolist())
+            test = self._features(self.data.val, list(range(self.data.val.count)))
+        guesses = torch.from_numpy(knn(*known, test[0], min(k, count)))
+        return (guesses == test[1]).double().mean().item()
+
+    @torch.no_grad()
+    def _features(self, records: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """(features, labels) of images without augmentation."""
+        data, found = self.config.data, []
+        samples = Samples(
+            records, self.transforms[1], data.image_size, 0, data.on_corrupt, replace=False
+        )
+        self.model.eval()
+        for start in range(0, len(rows), 256):
+            batch = [samples[0, i] for i in rows[start : start + 256]]
+            kept = [(image, label) for image, label, _ in batch if label >= 0]
+            images = torch.stack([image for image, _ in kept]).to(self.device)
+            with self.autocast():
+                features = self.model.features(self.model.base_encoder, images)
+            found.append((features.float().cpu(), torch.tensor([label for _, label in kept])))
+        self.model.train()
+        return torch.cat([f for f, _ in found]), torch.cat([y for _, y in found])
+
+    def save(self) -> Path:
+        """Write a checkpoint; the first process writes, and all wait.
+
+        Raises:
+            CheckpointError: on all processes if it cannot be written.
+        """
+        from accelerate.utils import gather_object
+
+        folder = self.out / CHECKPOINTS
+        written = checkpoints.partial(folder, self.steps)
+        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        def write() -> None:
+            if not self.main:
+                return
+            checkpoints.clear(written)
+            checkpoints.save_weights(written / WEIGHTS, self.model.state_dict(), {})
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            torch.save(state, written / OPTIMIZER)
+            about = {
+                "step": self.steps,
+                "config": self.config.to_dict(),
+                "shapes": self.shapes,
+                "images": self.data.train.count,
+            }
+            checkpoints.commit(written, about, self.config.train.keep)
+
+        disk.together(write, final, written, gather_object)
+        return final
+
+    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint that `checkpoints.verify` has accepted.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+            ConfigError: batch, epochs, seed or data differ, so that the steps would not match.
+        """
+        with disk.reading(checkpoint):
+            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
+            before = {k: state["config"]["train"][k] for k in ("global_batch", "epochs", "seed")}
+        for name, then in before.items():
+            now = getattr(self.config.train, name)
+            if then != now:
+                raise ConfigError(
+                    f"train.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
+                    "choose another train.out"
+                )
+        checkpoints.check_images(checkpoint, state, self.data.train.count)
+        checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
+        with disk.reading(checkpoint / OPTIMIZER):
+            found = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.scaler.load_state_dict(found["scaler"])
+        self.steps = int(state["step"])
+
+    def export(self) -> Path:
+        """Write the trunk to `encoder.safetensors`, as a timm model without a classifier."""
+        head = f"{self.model.classifier}."
+        weights = {
+            key: value
+            for key, value in self.model.base_encoder.state_dict().items()
+            if not key.startswith(head)
+        }
+        path = self.out / "encoder.safetensors"
+        if self.main:
+            about = {"model": self.config.model.name, "step": str(self.steps)}
+            checkpoints.save_weights(path, weights, about)
+        return path
+
+    def _watch(self) -> Tensor:
+        """The norm of the whole gradient; norms of its parts are kept for the report."""
+        total = torch.zeros((), device=self.device)
+        parts = {name: torch.zeros((), device=self.device) for name in WATCHED}
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                continue
+            square = p.grad.float().square().sum()
+            total += square
+            for part in parts:
+                if name.startswith(f"{part}."):
+                    parts[part] += square
+        self.norms = {name: value.sqrt() for name, value in parts.items()}
+        return total.sqrt()
+
+
+def build(config: Config) -> MoCo:
+    """The model of a configuration, with weights from torch's global generator.
+
+    Raises:
+        ConfigError: the encoder is unknown or does not take the image size.
+    """
+    import difflib
+
+    import timm
+
+    import mesa_train.models as registered  # noqa: F401  timm knows them from here on
+
+    model, size = config.model, config.data.image_size
+    if not timm.is_model(model.name):
+        near = ", ".join(difflib.get_close_matches(model.name, timm.list_models(), n=4))
+        raise ConfigError(f"model.name: no model {model.name!r} in timm; close names: {near}")
+    options: dict[str, Any] = {"img_size": size}
+    if model.name.startswith("moco_vit"):
+        options["stop_grad_conv1"] = model.stop_grad_conv1
+    try:
+        try:
+            encoder = timm.create_model(model.name, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            encoder = timm.create_model(model.name)
+        made = MoCo(
+            encoder,
+            dim=model.dim,
+            hidden=model.hidden,
+            temperature=model.temperature,
+            projector_layers=model.projector_layers,
+            predictor_norm=model.predictor_norm,
+        )
+        with torch.no_grad():
+            made.features(made.base_encoder.eval(), torch.zeros(1, 3, size, size))
+        made.train()
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name={model.name} at {size} pixels: {reason}") from None
+    if model.grad_checkpointing:
+        made.base_encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+    return made
+
+
+def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a configuration."""
+    decay = config.optim.weight_decay
+    if config.optim.name == "adamw":
+        return adamw(model, lr=0.0, weight_decay=decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return LARS(trained, lr=0.0, weight_decay=decay)
+
+
+def describe(run: MocoRun) -> str:
+    """One line about a run."""
+    train = run.config.train
+    chunk = f", trunk in chunks of {train.chunk}" if train.chunk else ""
+    return (
+        f"{run.config.model.name} at {run.config.data.image_size} px, {train.policy}, "
+        f"{run.precision.name}: {train.global_batch} images a step on "
+        f"{run.accelerator.num_processes} process(es){chunk}, steps {run.steps} to {run.cadence.steps}"
+    )

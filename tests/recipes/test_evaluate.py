@@ -1,0 +1,361 @@
+"""The evaluation recipe, as a user calls it: packaged digits, own folders, groups, mistakes."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import forked
+import numpy as np
+import pytest
+import torch
+import typer
+from limits import HUNG_S
+from PIL import Image
+from typer.testing import CliRunner
+
+from mesa_train.training import evaluation as metrics
+from mesa_train.training.evaluation.suite import frozen, human, images, page, tasks
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "recipes/evaluate/run.py"
+HUMANS = REPOSITORY / "recipes/evaluate/data/human_responses.npz"
+
+
+def call(*arguments):
+    """(exit code, all that is printed) of the script in this process."""
+    specification = importlib.util.spec_from_file_location("evaluate", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    app = typer.Typer()
+    app.command()(module.main)
+    done = CliRunner().invoke(app, ["--cpu", *map(str, arguments)], env={"COLUMNS": "200"})
+    return done.exit_code, done.output
+
+
+def picture(path, tone, generator):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = generator.integers(0, 40, (30, 30, 3))
+    Image.fromarray((noise + tone).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two splits of three classes that differ in brightness, and a CSV of groups."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("held_out", 8)):
+        for label, tone in (("dark", 20), ("grey", 100), ("light", 200)):
+            for i in range(count):
+                picture(root / split / label / f"{i}.png", tone, generator)
+    rows = [
+        {"file": f"train/{name}/{i}.png", "label": int(name == "light"), "group": "ab"[i % 2]}
+        for name in ("dark", "light")
+        for i in range(20)
+    ]
+    with (root / "groups.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["file", "label", "group"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+def test_own_folders_and_groups(folders, tmp_path):
+    options = ["--train", folders / "train", "--held-out", folders / "held_out", "--groups",
+               folders / "groups.csv", "--tasks", "probe,fewshot,fairness,ood_detection",
+               "--out", tmp_path]  # fmt: skip
+    code, output = call(*options)
+    assert code == 0, output
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {(r["task"], r["metric"]): r for r in report["rows"]}
+    assert rows["probe", "top-1 accuracy"]["value"] == 1.0
+    assert rows["fewshot", "10-shot accuracy"]["value"] > 0.9
+    # Three classes have no two halves, and no class has 25 images.
+    assert rows["fewshot", "25-shot accuracy"]["value"] is None
+    assert "a class has 20" in rows["fewshot", "25-shot accuracy"]["note"]
+    assert "--out-set FOLDER" in rows["ood_detection", "AUROC"]["note"]
+    assert rows["fairness", "accuracy"]["value"] == 1.0
+    # Label and group are independent here, so all groups are answered alike.
+    assert rows["fairness", "gap of accuracies"]["value"] == 0.0
+    assert {"parity at 0", "accuracy at 0.05", "accuracy of a"} <= {m for _, m in rows}
+    assert report["about"]["features computed"] == 60 + 24 + 40
+
+    code, output = call(*options)
+    assert code == 0, output
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["about"]["features computed"] == 0
+    assert again["rows"] == report["rows"]
+
+    code, output = call(*options[:-4], "--tasks", "ood_detection", "--out", tmp_path,
+                        "--out-set", folders / "held_out")  # fmt: skip
+    assert code == 0, output
+
+
+MISTAKES = [
+    (["--tasks", "probe,prob"], "--tasks must be of probe, fewshot, knn"),
+    (["--model", "vit_bas"], "no model 'vit_bas' in timm and no folder with a config.json"),
+    (["--model", "moco_vit_conv_small", "--image-size", "30"], "multiple of 16 pixels"),
+    (["--weights", "no.safetensors"], "--weights: no file no.safetensors"),
+    (["--train", "nowhere"], "or a folder with a --held-out folder beside it; got nowhere"),
+    (["--train", "nowhere", "--held-out", "x"], "--train: no such folder nowhere"),
+    (["--held-out", "x"], "--held-out: digits has its own held-out images"),
+    (["--groups", "no.csv"], "--groups: no file no.csv"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[m[:30] for _, m in MISTAKES])
+def test_a_mistake_is_one_line(options, message, tmp_path):
+    code, output = call(*options, "--out", tmp_path / "out")
+    assert code == 1
+    assert message in output
+    assert len(output.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\n", "it lacks group"),
+        ("file,label,group\na.png,2,x\n", "line 2: label must be 0 or 1, got '2'"),
+        ("file,label,group\na.png,1,x\n", "line 2: no file a.png"),
+        ("file,label,group\nb.png,1,x\n", "needs two groups and at least 8 images"),
+        ("file,label,group,split\nb.png,1,x,val\n", "split must be fit, tune or test, got 'val'"),
+    ],
+)
+def test_a_wrong_table_of_groups_is_one_line(text, message, tmp_path):
+    (tmp_path / "b.png").touch()
+    (tmp_path / "groups.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        images.of_csv(tmp_path / "groups.csv")
+
+
+def test_the_page_stands_alone_and_reads_on_a_phone_and_in_print(tmp_path):
+    rows = [
+        tasks.Row("probe", "a<b>", "top-1", 0.5),
+        tasks.Row("ood", "x", "y", None, note="no & z"),
+    ]
+    plots = {"few-shot": ([1, 5], [0.2, 0.4]), "selective": ([0.5, 1.0], [1.0, 0.8]),
+             "reliability": {"confidence": [0.5], "accuracy": [0.4], "share": [1.0]}}  # fmt: skip
+    files = page.write(tmp_path, rows, plots, {"model": "m", "command": "python <x>"})
+    assert [f.name for f in files] == ["report.json", "plots.png", "report.html"]
+    text = files[-1].read_text()
+    assert "a&lt;b&gt;" in text
+    assert "no &amp; z" in text
+    assert "python &lt;x&gt;" in text
+    assert 'content="width=device-width, initial-scale=1"' in text
+    assert "@media print" in text
+    assert "@media (max-width: 40rem)" in text
+    assert "<svg" in text
+    assert "50.0 %" in text
+    assert "not measured" in text
+    outside = re.findall(r'(?:src|href)="(?!data:|#)([^"]+)"', text) + re.findall(r"@import", text)
+    assert not outside
+
+
+# --- models ---
+
+
+def test_transformers_models(tmp_path):
+    from transformers import (
+        Dinov2Config,
+        Dinov2ForImageClassification,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        ViTConfig,
+        ViTModel,
+    )
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "image_size": 28, "patch_size": 14}  # fmt: skip
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 28, 28)
+    dino = Dinov2ForImageClassification(Dinov2Config(**small, num_labels=5)).eval()
+    vit, siglip = (
+        ViTModel(ViTConfig(**small)).eval(),
+        SiglipVisionModel(SiglipVisionConfig(**small)),
+    )
+    found = {}
+    for name, model in (("dino", dino), ("vit", vit), ("siglip", siglip.eval())):
+        model.save_pretrained(tmp_path / name)
+        found[name] = frozen.load_model(
+            str(tmp_path / name), None, size=None, classes=None, device="cpu"
+        )
+        assert found[name].size == 28
+    with torch.no_grad():
+        # A classifier's input: class token and mean of the patches.
+        features = found["dino"].features(x)
+        assert features.shape == (2, 32)
+        torch.testing.assert_close(found["dino"].logits(features), dino(x).logits)
+        # The pooler of a ViT is random, so the class token is taken.
+        torch.testing.assert_close(found["vit"].features(x), vit(x).last_hidden_state[:, 0])
+        torch.testing.assert_close(found["siglip"].features(x), siglip(x).pooler_output)
+    assert found["vit"].classifier is None
+    with pytest.raises(ValueError, match="vit has no classifier"):
+        found["vit"].logits(features)
+
+
+@pytest.mark.parametrize("name", ["vit_22b_tiny", "litv2_tiny", "moco_vit_tiny"])
+def test_models_of_this_project_and_their_weights(name, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    model = timm.create_model(name, num_classes=4, img_size=56).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = frozen.load_model(
+        name, str(tmp_path / "w.safetensors"), size=56, classes=4, device="cpu"
+    )
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.logits(loaded.features(x)), model(x))
+    assert loaded.classifier.out_features == 4
+
+
+def test_pixels_follow_the_rule_of_the_set():
+    model = frozen.load_model("moco_vit_tiny", None, size=28, classes=None, device="cpu")
+    wide = Image.fromarray(np.tile(np.arange(80, dtype=np.uint8)[None, :, None] * 3, (40, 1, 3)))
+    squash, square, short = (
+        model.pixels(wide, squash=True), model.pixels(wide), model.pixels(wide, short_side=37),
+    )  # fmt: skip
+    spread = [(p[0, 0, -1] - p[0, 0, 0]).item() for p in (squash, square, short)]
+    # The whole width; 7/8 of it; a crop of 28 of the 74 pixels.
+    assert spread[0] > spread[1] > spread[2] > 0
+    assert spread[2] / spread[0] == pytest.approx(28 / 74, abs=0.03)
+
+
+# --- ImageNet's other sets and humans, with a classifier that reads the brightness ---
+
+
+class Bright:
+    """Features are the mean of the pixels; logits are highest at class 10 * brightness."""
+
+    classifier = torch.nn.Linear(1, 1000)
+    size = 28
+
+    def logits(self, features):
+        return -((features - torch.arange(1000)) ** 2)
+
+
+class Computed:
+    """In place of the cache: the brightness of the images as they are read."""
+
+    def __call__(self, found, short_side=None):
+        self.short_side = short_side
+        return torch.tensor([[np.asarray(found.read(i))[5, 5, 0] * 1.0] for i in range(len(found))])
+
+
+def evaluation(data, **settings):
+    made = tasks.Evaluation(Bright(), None, None, Computed(), tasks.Settings(data, **settings))
+    made.train = images.Images("x", None, torch.zeros(0), ("a",))
+    return made
+
+
+def solid(path, tone):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 30), (tone, tone, tone)).save(path)
+
+
+def test_other_sets_of_imagenet(tmp_path):
+    columns = metrics.subset_columns("imagenet-a")
+    low = [i for i, (c,) in enumerate(columns) if c < 256][:2]
+    for i in low:
+        solid(tmp_path / "imagenet-a" / metrics.subset_folders("imagenet-a")[i] / "a.png",
+              columns[i][0])  # fmt: skip
+    # Sorted as text, 10 comes before 2: with places as labels, both would be wrong.
+    for label in (2, 10):
+        solid(tmp_path / "imagenet-v2" / str(label) / "a.png", label)
+    numbers = [i + 1 for i, known in enumerate(metrics.real_labels()) if known and known[0] < 256]
+    for number in numbers[:2]:
+        path = tmp_path / "imagenet-val" / f"ILSVRC2012_val_{number:08d}.JPEG"
+        solid(path, metrics.real_labels()[number - 1][0])
+    made = evaluation(tmp_path)
+    found = {r.data: r for r in tasks.ood(made) if r.metric == "top-1 accuracy"}
+    assert found["imagenet-a"].value == 1.0
+    assert found["imagenet-a"].note == "2 images, 200 labels"
+    assert found["imagenet-v2"].value == 1.0
+    assert found["imagenet-r"].value is None
+    assert f"no folder {tmp_path / 'imagenet-r'}: put the set there" in found["imagenet-r"].note
+    assert found["ReaL"].value is not None
+    made.model.classifier = None
+    found = {r.data: r for r in tasks.ood(made)}
+    assert "needs a classifier of ImageNet's 1,000 classes" in found["imagenet-a"].note
+
+
+def test_the_border_of_objectnet_is_cropped_as_it_is_read(tmp_path):
+    path = tmp_path / "objectnet/chair/a.png"
+    solid(path, 9)
+    solid(tmp_path / "objectnet/unknown_thing/a.png", 9)
+    found = images.of_subset(tmp_path / "objectnet", "objectnet")
+    assert len(found) == 1
+    assert found.read(0).size == (26, 26)
+    with pytest.raises(ValueError, match="has no class folder of imagenet-a"):
+        images.of_subset(tmp_path / "objectnet", "imagenet-a")
+
+
+def test_stimuli_of_human_trials(tmp_path):
+    humans = metrics.read_human_data(HUMANS)
+    cues = humans["cue-conflict"]
+    names = list(metrics.sixteen_classes())
+    tones = [metrics.sixteen_classes()[n][0] for n in names]
+    for i, raw in enumerate(cues.image_id):
+        path = tmp_path / "model-vs-human/cue-conflict/session-1" / f"{i:04d}_{raw.decode()}"
+        # An answer by shape alone, as far as the class's index fits a pixel.
+        solid(path, min(tones[cues.category[i]], 255))
+    found = human.stimuli(tmp_path / "model-vs-human/cue-conflict", cues)
+    assert len(found) == 1280
+    assert found.labels.tolist() == cues.category.tolist()
+    path.unlink()
+    with pytest.raises(ValueError, match="has 0 stimuli for the trial"):
+        human.stimuli(tmp_path / "model-vs-human/cue-conflict", cues)
+
+
+def test_missing_stimuli_are_a_line(tmp_path):
+    (line,) = human.lines(tmp_path, HUMANS, None, None)
+    assert line[2] is None
+    assert f"no folder {tmp_path / 'model-vs-human'}: put the stimuli there" in line[-1]
+    (tmp_path / "model-vs-human/edge").mkdir(parents=True)
+    (line,) = human.lines(tmp_path, HUMANS, None, None)
+    assert "needs a classifier" in line[-1]
+    (line,) = human.lines(tmp_path, tmp_path / "no.npz", None, None)
+    assert "no human responses" in line[-1]
+
+
+# --- from end to end ---
+
+
+@pytest.mark.slow
+def test_digits_from_end_to_end(tmp_path):
+    done = forked.run(
+        [SCRIPT, "--cpu", "--out", tmp_path, "--data", tmp_path / "none"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        timeout=HUNG_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["task"] for row in report["rows"]} == set(tasks.TASKS)
+    rows = {(r["task"], r["metric"]): r["value"] for r in report["rows"]}
+    # Random features of a tiny ViT; chance is 0.1.
+    assert rows["probe", "top-1 accuracy"] > 0.85
+    assert rows["fewshot", "25-shot accuracy"] > rows["fewshot", "1-shot accuracy"]
+    assert rows["ood_detection", "maha: AUROC"] > 0.8
+    assert rows["human", "error consistency"] is None
+    assert (tmp_path / "plots.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_features(folders, tmp_path, monkeypatch):
+    options = ["--cpu", "--train", folders / "train", "--held-out", folders / "held_out",
+               "--tasks", "knn,probe"]  # fmt: skip
+    reports = []
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                                 "--nproc_per_node", "2"])):  # fmt: skip
+        done = forked.run(
+            [*launcher, SCRIPT, *options, "--out", tmp_path / name],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+                 "CUDA_VISIBLE_DEVICES": ""},
+            timeout=HUNG_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        reports.append(json.loads((tmp_path / name / "report.json").read_text())["rows"])
+    assert reports[0] == reports[1]
