@@ -80,7 +80,9 @@ FEW = 16
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     operators: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
-    bits: Annotated[str, typer.Option(help="Comma-separated, of 8, 4, 2.")] = "8,4,2",
+    bits: Annotated[
+        str, typer.Option(help="Comma-separated, of 8, 6, 5, 4, 3, 2.")
+    ] = "8,6,5,4,3,2",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1)] = 31,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
@@ -163,26 +165,28 @@ def cases(
         yield from encode_cases(b, x, qkv, stream, (mean, rstd), (weight, bias))
         coded = ops.affine_encode.default(x, b, GROUP_SIZE, False, 0)
         x_hat = ops.affine_encode.default(stream, b, GROUP_SIZE, False, 0)
-        yield Case(
-            "affine_decode",
-            f"hidden, {b} bits",
-            partial(ops.affine_decode.default, *coded, b, hidden, x.dtype),
-            coded,
-        )
-        yield Case(
-            "affine_decode",
-            f"norm's output, {b} bits",
-            partial(ops.affine_decode.default, *x_hat, b, width, x.dtype, weight, bias),
-            x_hat,
-        )
-        yield Case(
-            "norm_backward",
-            f"layer norm, {b} bits",
-            partial(
-                ops.norm_backward.default, upstream, *x_hat, rstd, weight, b, True, upstream.dtype
-            ),
-            (upstream, *x_hat, rstd),
-        )
+        for dither in (None, 0) if b < 8 else (None,):
+            how = f"{b} bits" if dither is None else f"{b} bits, dither"
+            yield Case(
+                "affine_decode",
+                f"hidden, {how}",
+                partial(ops.affine_decode.default, *coded, b, hidden, x.dtype, None, None, dither),
+                coded,
+            )
+            affine = weight, bias, dither
+            yield Case(
+                "affine_decode",
+                f"norm's output, {how}",
+                partial(ops.affine_decode.default, *x_hat, b, width, x.dtype, *affine),
+                x_hat,
+            )
+            args = upstream, *x_hat, rstd, weight, b, True, upstream.dtype, dither
+            yield Case(
+                "norm_backward",
+                f"layer norm, {how}",
+                partial(ops.norm_backward.default, *args),
+                (upstream, *x_hat, rstd),
+            )
         yield Case(
             "activation_decode",
             f"gelu, {b} bits",

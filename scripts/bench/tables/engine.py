@@ -77,16 +77,16 @@ def host(rows: Sequence[Row]) -> str:
 
 @table("bench_step.jsonl", "python scripts/bench/step.py", by="device_type dtype")
 def steps(rows: Sequence[Row]) -> str:
-    """The newest run on every model on a kind of device, "less memory, step" a method."""
-    newest: dict[str, dict[str, Row]] = {}
+    """The newest run on every model and batch on a kind of device, "less memory, step" a method."""
+    newest: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
-        last = newest.setdefault(row["model"], {})
+        last = newest.setdefault((row["model"], row["batch_size"]), {})
         if last and next(iter(last.values()))["date"] != row["date"]:
             last.clear()
         last[row["method"]] = row
     methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
     lines = []
-    for model, by_method in newest.items():
+    for (model, _), by_method in sorted(newest.items()):
         plain = by_method["plain"]
         size = plain["shapes"][0][-1]
         cells = [
@@ -123,7 +123,7 @@ def ops(rows: Sequence[Row]) -> str:
             f"{row['share']:.0%}",
         ]
         for row in newest
-        if "2 bits" not in row["variant"]
+        if not {"2 bits", "3 bits"} & {part[-6:] for part in row["variant"].split(", ")}
     ]
     return markdown(head, lines) + (
         "\nThe copy reads and writes the same number of bytes, from rows with the strides of the input. Operator and "
