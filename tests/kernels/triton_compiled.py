@@ -33,7 +33,12 @@ from mesa_train.kernels.triton import bitmask, decode, encode, forward, norm, pa
 NO_TARGET = 77
 # The most registers of a thread, by operator: 168 for three programs of four warps on a
 # multiprocessor. Other operators have at most 96, for five programs.
-REGISTERS = {"activation_pair": 136, "activation_pair_sum": 168, "norm_backward": 168}
+REGISTERS = {
+    "activation_pair": 136,
+    "activation_pair_sum": 168,
+    "norm_backward": 168,
+    "two planes": 208,
+}
 
 compiled = []
 run = JITFunction.run
@@ -92,8 +97,18 @@ def operators() -> Iterator[tuple[str, object, tuple[object, ...]]]:
     # The column sums have loops over tiles only if there are more tiles than programs.
     qkv, rows, weight = torch.randn(256, 3 * 768), torch.rand(256), torch.randn(768)
     x, half = qkv[:, 768:1536], qkv.bfloat16()[:, :768]
-    coded = {bits: reference.affine_encode(x, bits, 128, False, 0) for bits in (8, 4, 2)}
+    coded = {bits: reference.affine_encode(x, bits, 128, False, 0) for bits in (8, 6, 5, 4, 2)}
     bf16 = torch.bfloat16
+    yield "affine_encode", encode.affine_encode, (half, 5, 128, True, 0)
+    yield "affine_encode", encode.affine_encode, (half, 6, 128, True, 0)
+    for bits in (5, 4):
+        args = *coded[bits], bits, 768, bf16, weight, weight, 0
+        yield "affine_decode", decode.affine_decode, args
+    # The planes of a code have different layouts, and joining them takes registers.
+    yield "two planes", pair.activation_pair_sum, (half, *coded[5], 5, "gelu")
+    args = half, *coded[5], rows, weight, 5, True, bf16, 0
+    yield "two planes", norm.norm_backward, args
+    yield "two planes", softmax.softmax_backward, (half, *coded[6], 6, 0)
     yield "affine_encode", encode.affine_encode, (half, 8, 128, False, 0)
     yield "affine_encode", encode.affine_encode, (half, 4, 128, True, 0)
     yield "normalized_encode", encode.normalized_encode, (x, rows, rows, 8, 128, False, 0)
@@ -141,18 +156,18 @@ def check_rounding_and_vectors() -> None:
     """All kernels with many combinations of bits, dtypes and strides."""
     qkv = torch.randn(64, 3 * 384)
     rows = torch.rand(64)
-    for bits in (8, 4, 2):
+    for bits in (8, 6, 5, 4, 3, 2):
         for x in (qkv[:, :384], qkv.bfloat16()[:, 384:768]):
             for stochastic in (False, True):
                 text = ptx(encode.affine_encode, x, bits, 128, stochastic, 0)
                 assert "fma" not in text
                 assert "ld.global.v4.b32" in text
-                assert f"st.global.v{2 if bits == 2 else 4}.b32" in text
+                assert f"st.global.v{2 if bits in (3, 2) else 4}.b32" in text
                 assert "st.global.b8" not in text
         text = ptx(encode.normalized_encode, qkv[:, :384], rows, rows, bits, 128, False, 0)
         assert "fma" not in text
         coded = reference.affine_encode(qkv[:, :384], bits, 128, False, 0)
-        for affine in ((None, None), (qkv[0, :384], qkv[1, :384])):
+        for affine in ((None, None), (qkv[0, :384], qkv[1, :384]), (None, None, 0)):
             text = ptx(decode.affine_decode, *coded, bits, 384, torch.bfloat16, *affine)
             assert "fma" not in text
             assert "st.global.v4.b32" in text
