@@ -37,7 +37,6 @@ REGISTERS = {
     "activation_pair": 136,
     "activation_pair_sum": 168,
     "norm_backward": 168,
-    "two planes": 208,
 }
 
 compiled = []
@@ -104,11 +103,10 @@ def operators() -> Iterator[tuple[str, object, tuple[object, ...]]]:
     for bits in (5, 4):
         args = *coded[bits], bits, 768, bf16, weight, weight, 0
         yield "affine_decode", decode.affine_decode, args
-    # The planes of a code have different layouts, and joining them takes registers.
-    yield "two planes", pair.activation_pair_sum, (half, *coded[5], 5, "gelu")
+    yield "activation_pair_sum", pair.activation_pair_sum, (half, *coded[5], 5, "gelu")
     args = half, *coded[5], rows, weight, 5, True, bf16, 0
-    yield "two planes", norm.norm_backward, args
-    yield "two planes", softmax.softmax_backward, (half, *coded[6], 6, 0)
+    yield "norm_backward", norm.norm_backward, args
+    yield "softmax_backward", softmax.softmax_backward, (half, *coded[6], 6, 0)
     yield "affine_encode", encode.affine_encode, (half, 8, 128, False, 0)
     yield "affine_encode", encode.affine_encode, (half, 4, 128, True, 0)
     yield "normalized_encode", encode.normalized_encode, (x, rows, rows, 8, 128, False, 0)
@@ -116,6 +114,7 @@ def operators() -> Iterator[tuple[str, object, tuple[object, ...]]]:
     yield "activation_decode", decode.activation_decode, (*coded[4], 4, 768, bf16, "gelu")
     yield "activation_backward", decode.activation_backward, (half, *coded[4], 4, "gelu")
     yield "activation_pair", decode.activation_pair, (half, *coded[2], 2, "gelu")
+    yield "activation_pair", decode.activation_pair, (half, *coded[5], 5, "gelu")
     yield "activation_pair_sum", pair.activation_pair_sum, (half, *coded[8], 8, "gelu")
     for bits in (8, 2):
         args = (half, *coded[bits], rows, weight, bits, True, bf16)

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mesa_train.kernels import reference, schemas
+from mesa_train.kernels import packing, reference, schemas
 
 from .activations import slope, value
 from .launch import Launch, contiguous, outputs, per_site, signed
-from .tiles import Tiles, decode_tile, handles, locate, tiles, value_mask
+from .tiles import TILE, Tiles, decode_tile, handles, locate, tiles, value_mask
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -71,15 +71,26 @@ def _activation_backward(
         tl.store(y + at, value(x, KIND).to(y.dtype.element_ty), mask)
 
 
-def cut(codes: Tensor, scales: Tensor, bits: int, cols: int) -> Tiles | None:
-    """The tiles of a coded matrix. RuntimeError if the number of scales does not match `cols`."""
+def cut(codes: Tensor, scales: Tensor, bits: int, cols: int, elements: int = TILE) -> Tiles | None:
+    """The tiles of a coded matrix. RuntimeError if the number of scales does not match `cols`.
+
+    `elements`: of a tile.
+    """
     groups = scales.shape[1]
     size = -(-cols // max(groups, 1))
     torch._check(
         size > 0 and groups == -(-cols // size),
         lambda: f"scales must have as many groups as cols={cols} can be cut into, got {groups}",
     )
-    return tiles(codes.shape[0], cols, groups, bits)
+    return tiles(codes.shape[0], cols, groups, bits, elements)
+
+
+def few_elements(bits: int) -> int:
+    """The elements of a tile for a kernel that needs many registers.
+
+    The two planes of a code have two layouts in registers, so a tile of such codes is smaller.
+    """
+    return TILE // len(packing.planes(bits))
 
 
 @per_site()
@@ -190,7 +201,7 @@ def _launch_backward(
     grad: Tensor, codes: Tensor, scales: Tensor, bits: int, kind: str
 ) -> Launch | None:
     """The launch of the kernel, or None if it cannot read these tensors."""
-    found = cut(codes, scales, bits, grad.shape[1])
+    found = cut(codes, scales, bits, grad.shape[1], few_elements(bits))
     if found is None or not handles(grad):
         return None
     bound = *found.numbers, *grad.stride(), *found.constants, kind

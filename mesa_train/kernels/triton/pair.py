@@ -19,7 +19,7 @@ from torch import Tensor
 from . import schemas as triton_schemas
 from .activations import slope, value
 from .columns import add_parts, programs_at_once, split
-from .decode import cut
+from .decode import cut, few_elements
 from .launch import Launch, outputs, per_site
 from .tiles import decode_tile, handles, value_mask
 
@@ -81,7 +81,7 @@ def activation_pair_sum(
             return dx, y, total.zero_()
 
         return call_empty
-    tiles = cut(codes, scales, bits, cols)
+    tiles = cut(codes, scales, bits, cols, few_elements(bits))
     if tiles is None or not handles(grad):
         return triton_schemas.activation_pair_sum
     _, per_row, *numbers = tiles.numbers

@@ -50,8 +50,11 @@ class Tiles(NamedTuple):
     constants: tuple[Any, ...]
 
 
-def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
-    """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits."""
+def tiles(rows: int, cols: int, groups: int, bits: int, elements: int = TILE) -> Tiles | None:
+    """The tiles of (rows, cols) with `groups` groups per row; None if no tile fits.
+
+    `elements`: of a tile, unless a unit is longer.
+    """
     size = -(-cols // groups)
     planes = packing.planes(bits)
     per_byte = 8 // planes[-1]
@@ -66,7 +69,7 @@ def tiles(rows: int, cols: int, groups: int, bits: int) -> Tiles | None:
         unit = [low_bytes, code_bytes - low_bytes]
     if width > WIDEST or max(units, cols) > _LAST:
         return None
-    height = max(1, TILE // width)
+    height = max(1, elements // width)
     return Tiles(
         (triton.cdiv(units, height),),
         warps(height * width),
