@@ -25,43 +25,44 @@ from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/rounding.jsonl"
 
+_ROUNDINGS = tuple({"rounding": how} for how in ("nearest", "stochastic", "dither"))
+
 CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
-    "mesa8": ({}, {"rounding": "stochastic"}, {"group_size": 64}),
-    "mesa4": (
-        {},
-        {"rounding": "nearest"},
-        {"rounding": "stochastic"},
-        {"group_size": 64},
-        {"overrides": {}},
-        {"overrides": {**PRESETS["mesa4"].overrides, "activation": {"bits": 8}}},
-        {"overrides": {**PRESETS["mesa4"].overrides, "layer_norm": {"bits": 8}}},
-    ),
+    "mesa8": ({}, *_ROUNDINGS[1:], {"group_size": 64}),
+    "mesa6": ({}, *_ROUNDINGS[:2], {"group_size": 64}),
+    "mesa4": ({}, *_ROUNDINGS[:2], {"group_size": 64}),
     "mesa8-recompute": ({},),
-    "mesa4-recompute": ({}, {"rounding": "stochastic"}, {"group_size": 64}, {"group_size": 128}),
+    "mesa6-recompute": ({},),
+    "mesa4-recompute": ({}, {"rounding": "stochastic"}, {"group_size": 64}),
 }
 
 
 def main(
     model: Annotated[str, typer.Option(help="A timm model.")] = "vit_small_patch16_224",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    float32: Annotated[bool, typer.Option("--float32", help="No bf16 autocast.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Measure every variant on one model and batch."""
+    narrow = None if float32 else torch.bfloat16
     torch.manual_seed(0)
     network = timm.create_model(model, num_classes=10).train()
     config = network.default_cfg
     x = torch.randn(batch_size, *config["input_size"])
     y = torch.randint(0, 10, (batch_size,))
     exact = gradient(network, x, y, autocast=False)
-    common = {"model": model, "batch_size": batch_size, **records.provenance()}
+    common = {
+        "model": model,
+        "batch_size": batch_size,
+        "dtype": "float32" if float32 else "bf16",
+        **records.provenance(),
+    }
 
     def measure(preset: str, changes: dict[str, Any], policy: Policy | None) -> records.Row:
-        counted = mesa_train.footprint(
-            network, x, policy=policy or "plain", autocast=torch.bfloat16
-        )
+        counted = mesa_train.footprint(network, x, policy=policy or "plain", autocast=narrow)
         if policy is not None:
             mesa_train.wrap(network, policy)
-        coded = gradient(network, x, y, autocast=True)
+        coded = gradient(network, x, y, autocast=not float32)
         mesa_train.unwrap(network)
         error = float((coded - exact).norm() / exact.norm())
         sizes = {"saved_bytes": counted.saved_bytes, "gradient_error": error}

@@ -197,9 +197,54 @@ def rounding(rows: Sequence[Row]) -> str:
         saved = format_bytes(row["saved_bytes"])
         lines.append([row["preset"], changes or "", saved, f"{row['gradient_error']:.2%}"])
     return markdown(["preset", "changed", "saved for the backward", "gradient error"], lines) + (
-        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, bf16 autocast, random "
+        f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, "
+        f"{_computed({'dtype': 'bf16', **rows[-1]})}, random "
         "initialisation; relative L2 distance from the plain float32 gradient over all "
         f"parameters. {origin(rows[-1])}\n"
+    )
+
+
+@table("presets.jsonl", "python scripts/bench/presets.py", by="kind")
+def presets(rows: Sequence[Row]) -> str:
+    """The newest rows of each model: single operands, or whole allocations."""
+    dates = {row["model"]: row["commit"] for row in rows}
+    newest = [row for row in rows if row["commit"] == dates[row["model"]]]
+    if newest[0]["kind"] == "operand":
+        errors = {(r["model"], r["operand"], r["bits"]): r["gradient_error"] for r in newest}
+        widths = sorted({bits for _, _, bits in errors}, reverse=True)
+        names = dict.fromkeys((model, operand) for model, operand, _ in errors)
+        lines = [
+            [
+                *name,
+                *(
+                    f"{errors[(*name, bits)]:.2%}" if (*name, bits) in errors else ""
+                    for bits in widths
+                ),
+            ]
+            for name in names
+        ]
+        table_of = markdown(["model", "operand", *(f"{bits} bits" for bits in widths)], lines)
+        return table_of + (
+            "\nThe gradient error if one operand has codes, and all other tensors are uncompressed. float32; relative "
+            f"L2 distance over all parameters. {origin(newest[-1])}\n"
+        )
+    lines = [
+        [
+            row["model"],
+            row["budget"],
+            "the preset"
+            if row["bits"] is None
+            else ", ".join(f"{k} {v}" for k, v in row["bits"].items()),
+            format_bytes(row["saved_bytes"]),
+            "" if row["predicted_error"] is None else f"{row['predicted_error']:.2%}",
+            f"{row['gradient_error']:.2%}",
+        ]
+        for row in newest
+    ]
+    head = ["model", "bytes of", "bits", "saved for the backward", "predicted", "measured"]
+    return markdown(head, lines) + (
+        "\nThe prediction is the root of the sum of the squared errors of the operands. All groups have up to 128 "
+        f"elements, except in the presets. {origin(newest[-1])}\n"
     )
 
 
