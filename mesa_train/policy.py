@@ -371,12 +371,11 @@ def _integer(field: str, value: Any, minimum: int) -> None:
         raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
-# 4 bits are enough for the operands that add least to the gradient's error (`scripts/bench/presets.py`). A Linear's
-# own input is attention's output, or another tensor behind no norm and no activation.
-_FOUR_BITS = {
-    "attention.v": {"bits": 4, "group_size": 192},
-    "attention.out": {"bits": 4},
-    "linear": {"bits": 4},
+# The operands that add least and most to the gradient's error (`scripts/bench/presets.py`). A Linear's own input is
+# attention's output, or another tensor behind no norm and no activation.
+_BY_ERROR = {
+    **{name: {"bits": 4} for name in ("attention.out", "linear")},
+    **{"attention.v": {"bits": 4, "group_size": 192}, "batch_norm": {"bits": 6}},
 }
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
 _SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96}}
@@ -384,12 +383,10 @@ _SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
     "mesa6": Policy(bits=6),
-    "mesa4": Policy(bits=5, overrides=_FOUR_BITS),
+    "mesa4": Policy(bits=5, overrides=_BY_ERROR),
     "mesa8-recompute": Policy(recompute="linear"),
     "mesa6-recompute": Policy(bits=6, recompute="linear"),
-    "mesa4-recompute": Policy(
-        bits=5, recompute="linear", overrides={**_FOUR_BITS, **_SHORT_GROUPS}
-    ),
+    "mesa4-recompute": Policy(bits=5, recompute="linear", overrides={**_BY_ERROR, **_SHORT_GROUPS}),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

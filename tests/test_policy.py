@@ -139,19 +139,19 @@ def test_presets_differ_from_the_default_as_documented():
         name: {k: v for k, v in dataclasses.asdict(policy).items() if v != default[k]}
         for name, policy in PRESETS.items()
     }
-    four = {
+    by_error = {
         "attention.v": {"bits": 4, "group_size": 192}, "attention.out": {"bits": 4},
-        "linear": {"bits": 4},
+        "linear": {"bits": 4}, "batch_norm": {"bits": 6},
     }  # fmt: skip
     # Short groups pay where a matmul is rebuilt.
     short = {norm: {"group_size": 96} for norm in ("layer_norm", "rms_norm")}
     assert changed == {
         "mesa8": {},
         "mesa6": {"bits": 6},
-        "mesa4": {"bits": 5, "overrides": four},
+        "mesa4": {"bits": 5, "overrides": by_error},
         "mesa8-recompute": {"recompute": "linear"},
         "mesa4-recompute": {
-            "bits": 5, "recompute": "linear", "overrides": {**four, **short},
+            "bits": 5, "recompute": "linear", "overrides": {**by_error, **short},
         },
         "mesa6-recompute": {"bits": 6, "recompute": "linear"},
         "lossless": {"bits": 32},
