@@ -374,8 +374,10 @@ def _integer(field: str, value: Any, minimum: int) -> None:
 # The operands that add least and most to the gradient's error (`scripts/bench/presets.py`). A Linear's own input is
 # attention's output, or another tensor behind no norm and no activation.
 _BY_ERROR = {
-    **{name: {"bits": 4} for name in ("attention.out", "linear")},
-    **{"attention.v": {"bits": 4, "group_size": 192}, "batch_norm": {"bits": 6}},
+    "attention.v": {"bits": 4, "group_size": 192},
+    "attention.out": {"bits": 4},
+    "linear": {"bits": 4},
+    "batch_norm": {"bits": 6},
 }
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
 _SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96}}
