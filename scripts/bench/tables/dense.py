@@ -1,0 +1,41 @@
+"""Table of detection and segmentation: saved bytes per method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.records import Row
+from tables.text import markdown, origin, table
+
+
+@table("dense.jsonl", "python scripts/bench/dense.py")
+def dense(rows: Sequence[Row]) -> str:
+    """The newest rows, a line per model and backbone."""
+    newest = {(row["model"], row["backbone"], row["method"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in newest.values()))
+    lines = []
+    for model, backbone in dict.fromkeys((model, backbone) for model, backbone, _ in newest):
+        of_model = {
+            m: newest[model, backbone, m] for m in methods if (model, backbone, m) in newest
+        }
+        plain = of_model["plain"]
+        cells = [
+            format_bytes(row["saved_bytes"])
+            + (
+                f" ({plain['saved_bytes'] / row['saved_bytes']:.2f}x less)"
+                if row is not plain
+                else ""
+            )
+            for row in of_model.values()
+        ]
+        size = f"{plain['batch_size']} x {plain['height']} x {plain['width']}"
+        parts = ", ".join(format_bytes(plain["parts"][part]) for part in ("body", "neck", "head"))
+        lines.append([model, backbone, size, cells[0], parts, *cells[1:]])
+    head = ["model", "backbone", "images", "plain saves", "in body, neck, head and loss"]
+    head += [f"{method} saves" for method in methods if method != "plain"]
+    return markdown(head, lines) + (
+        "\nCounted on fake tensors in float32, including what the losses save. Mask R-CNN has 512 regions per image, "
+        "128 of them with masks. `checkpoint` recomputes every block of the body. "
+        f"{origin(rows[-1])}\n"
+    )
