@@ -27,7 +27,8 @@ from mesa_train.models.dense import mask_rcnn, plain_vit, retinanet, semantic_fp
 from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/dense.jsonl"
-METHODS = "plain,mesa8,mesa4,mesa8-recompute,checkpoint"
+# "+loss" also computes the loss again in the backward.
+METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa8-recompute+loss,checkpoint,checkpoint+loss"
 MODELS = "retinanet,mask_rcnn,semantic_fpn"
 BACKBONES = "litv2_s,litv2_m,litv2_b,vit_base_patch16_224"
 SIZES = {"retinanet": (800, 1280), "mask_rcnn": (800, 1280), "semantic_fpn": (512, 512)}
@@ -120,8 +121,14 @@ def main(
         common = {"model": name, "backbone": backbone, "batch_size": batch_size}
         common |= {"height": height, "width": width, "dtype": "float32"}
         origin = records.provenance()
+        losses: list[Any] = [m for m in step.modules() if hasattr(m, "recompute_loss")]
         for method in methods.split(","):
-            count = footprint(step, inputs, policy=method, fake=True)
+            policy, _, loss = method.partition("+")
+            if loss and not losses:
+                continue
+            for module in losses:
+                module.recompute_loss = bool(loss)
+            count = footprint(step, inputs, policy=policy, fake=True)
             row = {"method": method, "saved_bytes": count.saved_bytes, "parts": parts(count)}
             records.append(out, {**common, **row, **origin})
 

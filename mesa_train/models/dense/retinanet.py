@@ -6,11 +6,12 @@ run over all anchors with masks instead of selections, so no shape depends on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -32,6 +33,7 @@ def retinanet(
     conventions: Conventions | str = "reference",
     min_size: int = 800,
     max_size: int = 1333,
+    recompute_loss: bool = False,
 ) -> RetinaNet:
     """Build a RetinaNet.
 
@@ -41,6 +43,8 @@ def retinanet(
         conventions: "reference" (default), "torchvision" or `Conventions`.
         min_size: short side of the scaled image, in pixels; default 800.
         max_size: largest long side, in pixels; default 1333.
+        recompute_loss: save the logits alone for the backward of the focal loss, and compute the
+            loss again there; default false.
     Returns:
         A model. In training, `model(images, targets)` returns the losses "classification" and
         "bbox_regression"; in evaluation, `model(images)` returns "boxes", "scores" and "labels" of
@@ -50,7 +54,7 @@ def retinanet(
     """
     rules = conventions_of(conventions)
     neck = pyramid_backbone(backbone, STRIDES[:3], "p6p7", rules)
-    return RetinaNet(neck, num_classes, rules, min_size, max_size)
+    return RetinaNet(neck, num_classes, rules, min_size, max_size, recompute_loss)
 
 
 class RetinaNet(TorchvisionRetinaNet):
@@ -63,6 +67,7 @@ class RetinaNet(TorchvisionRetinaNet):
         rules: Conventions,
         min_size: int,
         max_size: int,
+        recompute_loss: bool = False,
     ) -> None:
         sizes = [[4 * stride * octave for octave in _OCTAVES] for stride in STRIDES]
         if rules.round_anchors:
@@ -82,6 +87,7 @@ class RetinaNet(TorchvisionRetinaNet):
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0), clamp_small=rules.clamp_small_sizes)
         self.transform = ImageTransform(min_size, max_size, rules)
         self.num_classes, self.conventions = num_classes, rules
+        self.recompute_loss = recompute_loss
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -132,13 +138,12 @@ class RetinaNet(TorchvisionRetinaNet):
             else:
                 labels.append(torch.zeros_like(indices))
                 wanted.append(torch.zeros_like(boxes))
-        classes = torch.arange(self.num_classes, device=logits.device)
-        one_hot = (torch.stack(labels)[..., None] == classes) & positive[..., None]
-        focal = sigmoid_focal_loss(logits, one_hot.to(logits.dtype), alpha=0.25, gamma=2.0)
-        focal = focal * (matches != Matcher.BETWEEN_THRESHOLDS)[..., None]
+        truth = torch.stack(labels).masked_fill(~positive, -1)
+        valid = matches != Matcher.BETWEEN_THRESHOLDS
+        focal = run(self.recompute_loss, focal_sums, logits, truth, valid)
         boxes = (deltas - torch.stack(wanted)).abs() * positive[..., None]
         counts = positive.sum(1).clamp(min=1)
-        sums = focal.sum((1, 2)), boxes.sum((1, 2))
+        sums = focal, boxes.sum((1, 2))
         if self.conventions.retinanet_loss == "image":
             totals = [(value / counts).mean() for value in sums]
         else:
@@ -170,6 +175,24 @@ class RetinaNet(TorchvisionRetinaNet):
             kept = best_detections(boxes, scores, labels, self.nms_thresh, self.detections_per_img)
             detections.append(kept)
         return detections
+
+
+def focal_sums(logits: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Sums of the sigmoid focal loss (B,), with alpha 0.25 and gamma 2.
+
+    Args:
+        logits: (B, A, classes).
+        truth: class of each anchor (B, A), -1 for none.
+        valid: anchors that count (B, A).
+    """
+    one_hot = truth[..., None] == torch.arange(logits.shape[2], device=logits.device)
+    losses = sigmoid_focal_loss(logits, one_hot.to(logits.dtype), alpha=0.25, gamma=2.0)
+    return (losses * valid[..., None]).sum((1, 2))
+
+
+def run(recompute: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`; with `recompute`, its backward runs it again instead of saving tensors."""
+    return checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs)
 
 
 def best_detections(

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from .boxes import widened
 from .conventions import Conventions
 from .necks import CHANNELS, pyramid_backbone
+from .retinanet import run
 
 IGNORED = 255
 _WIDTH = 128
 
 
 def semantic_fpn(
-    backbone: str | nn.Module, num_classes: int = 150, *, dropout: float = 0.1
+    backbone: str | nn.Module,
+    num_classes: int = 150,
+    *,
+    dropout: float = 0.1,
+    recompute_loss: bool = False,
 ) -> SemanticFPN:
     """Build a Semantic FPN.
 
@@ -25,13 +30,15 @@ def semantic_fpn(
         backbone: timm name or module (see `bodies.body_of`) with maps at strides 4, 8, 16 and 32.
         num_classes: default 150.
         dropout: rate of whole channels before the classifier; default 0.1.
+        recompute_loss: save the logits at a quarter of the size for the backward of the loss, and
+            compute the loss again there; default false.
     Returns:
         A model. `model(images)` returns logits (B, classes, H / 4, W / 4) of normalised images
         (B, 3, H, W). `model(images, labels)` returns {"loss": scalar}.
     Raises:
         ValueError: the backbone has no map of a stride.
     """
-    return SemanticFPN(backbone, num_classes, dropout)
+    return SemanticFPN(backbone, num_classes, dropout, recompute_loss)
 
 
 class Unit(nn.Module):
@@ -82,8 +89,15 @@ class SemanticHead(nn.Module):
 class SemanticFPN(nn.Module):
     """See `semantic_fpn`."""
 
-    def __init__(self, backbone: str | nn.Module, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int,
+        dropout: float,
+        recompute_loss: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute_loss = recompute_loss
         self.backbone = pyramid_backbone(
             backbone, (4, 8, 16, 32), None, Conventions(), first_norm=True
         )
@@ -92,7 +106,9 @@ class SemanticFPN(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.decode_head(list(self.backbone(images).values()))
-        return logits if labels is None else {"loss": semantic_loss(logits, labels)}
+        if labels is None:
+            return logits
+        return {"loss": run(self.recompute_loss, semantic_loss, logits, labels)}
 
     @torch.no_grad()
     def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:

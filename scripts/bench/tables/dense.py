@@ -20,15 +20,7 @@ def dense(rows: Sequence[Row]) -> str:
             m: newest[model, backbone, m] for m in methods if (model, backbone, m) in newest
         }
         plain = of_model["plain"]
-        cells = [
-            format_bytes(row["saved_bytes"])
-            + (
-                f" ({plain['saved_bytes'] / row['saved_bytes']:.2f}x less)"
-                if row is not plain
-                else ""
-            )
-            for row in of_model.values()
-        ]
+        cells = [_cell(of_model.get(method), plain) for method in methods]
         size = f"{plain['batch_size']} x {plain['height']} x {plain['width']}"
         parts = ", ".join(format_bytes(plain["parts"][part]) for part in ("body", "neck", "head"))
         lines.append([model, backbone, size, cells[0], parts, *cells[1:]])
@@ -36,6 +28,16 @@ def dense(rows: Sequence[Row]) -> str:
     head += [f"{method} saves" for method in methods if method != "plain"]
     return markdown(head, lines) + (
         "\nCounted on fake tensors in float32, including what the losses save. Mask R-CNN has 512 regions per image, "
-        "128 of them with masks. `checkpoint` recomputes every block of the body. "
+        "128 of them with masks. `+loss` computes the loss again in the backward. "
+        "`checkpoint` recomputes every block of the body. "
         f"{origin(rows[-1])}\n"
     )
+
+
+def _cell(row: Row | None, plain: Row) -> str:
+    """Bytes of a row, and how many times less than plain's; empty without a row."""
+    if row is None:
+        return ""
+    size = format_bytes(row["saved_bytes"])
+    ratio = plain["saved_bytes"] / row["saved_bytes"]
+    return size if row is plain else f"{size} ({ratio:.2f}x less)"

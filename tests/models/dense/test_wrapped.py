@@ -132,3 +132,21 @@ def test_fewer_bytes_are_saved(name):
         for policy in ("plain", "mesa8", "mesa4")
     }
     assert saved["mesa4"] < saved["mesa8"] < saved["plain"] / 2
+
+
+@pytest.mark.parametrize("name", ["retinanet", "semantic_fpn"])
+def test_a_recomputed_loss_saves_less_and_changes_nothing(name):
+    model, inputs = case(name)
+    step = scenes.Step(model, *inputs)
+    for policy, bound in (("plain", 0.0), ("mesa8", 3e-2)):
+        counts = []
+        expected = step()
+        for recompute in (False, True):
+            model.recompute_loss = recompute
+            counts.append(mesa_train.footprint(model, list(inputs), policy=policy).saved_bytes)
+            if policy != "plain":
+                mesa_train.wrap(model, policy)
+            compared(step(), expected, bound)
+            mesa_train.unwrap(model)
+        model.recompute_loss = False
+        assert counts[1] < 0.98 * counts[0]
