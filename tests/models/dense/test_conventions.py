@@ -87,9 +87,11 @@ def test_low_quality_matches():
 def test_region_pooling():
     torch.manual_seed(0)
     maps = {str(i): torch.randn(2, 3, 256 // s, 256 // s) for i, s in enumerate((4, 8, 16, 32))}
-    regions = [boxes(20, 256.0), boxes(30, 250.0, seed=2)]
+    regions = [boxes(20, 1200.0), boxes(30, 800.0, seed=2)]
     theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)(maps, regions, [(256, 256)] * 2)
     pool = RoIPool(7, (4, 8, 16, 32), aligned=False, sampling_ratio=2)
+    levels = pool.levels(torch.cat(regions))
+    assert set(levels.tolist()) >= {0, 1, 2}
     assert torch.equal(pool(maps, regions), theirs)
     rois = torch.tensor([[1.0, 10.3, 20.2, 60.8, 55.1]])
     expected = roi_align(maps["0"], rois, 7, 1 / 4, -1, True)
