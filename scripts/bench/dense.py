@@ -1,0 +1,139 @@
+"""Saved bytes of detection and segmentation, plain against presets, counted on fake tensors.
+
+One row for each model, backbone and method goes to docs/results/dense.jsonl.
+
+    python scripts/bench/dense.py
+    python scripts/bench/dense.py --models retinanet --backbones litv2_s
+
+Fake tensors have no values, so steps with shapes that depend on values get fixed shapes: Mask R-CNN
+has 512 sampled regions per image, 128 of them positive, a quarter on each level, and 256 anchors per
+image, half of them positive. The proposals themselves need no gradient and save nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+from mesa_train.measure.footprint import Footprint, footprint
+from mesa_train.models.dense import mask_rcnn, plain_vit, retinanet, semantic_fpn
+from mesa_train.utils import records
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/dense.jsonl"
+# "+loss" also computes the loss again in the backward.
+METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa8-recompute+loss,checkpoint,checkpoint+loss"
+MODELS = "retinanet,mask_rcnn,semantic_fpn"
+BACKBONES = "litv2_s,litv2_m,litv2_b,vit_base_patch16_224"
+SIZES = {"retinanet": (800, 1280), "mask_rcnn": (800, 1280), "semantic_fpn": (512, 512)}
+REGIONS, POSITIVE, ANCHORS = 512, 128, 256
+
+
+class RetinaNetStep(nn.Module):
+    """The losses of a RetinaNet on a batch (B, 3, H, W)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        sizes = [(images.shape[2], images.shape[3])] * len(images)
+        return self.model.losses(ImageList(images, sizes), targets)
+
+
+class MaskRCNNStep(nn.Module):
+    """The losses of a Mask R-CNN on a batch (B, 3, H, W), with a fixed number of samples."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.model.backbone(images)
+        return {**self.proposal_losses(maps, len(images)), **self.region_losses(maps, len(images))}
+
+    def proposal_losses(self, maps: Any, batch: int) -> dict[str, Tensor]:
+        """Losses of the proposal network."""
+        rpn = self.model.rpn
+        logits, deltas = concat_box_prediction_layers(*rpn.head(list(maps.values())))
+        half = torch.arange(batch * ANCHORS // 2)
+        losses = rpn.sampled_loss(logits, deltas, half, half, torch.zeros_like(deltas))
+        return {"loss_objectness": losses[0], "loss_rpn_box_reg": losses[1]}
+
+    def region_losses(self, maps: Any, batch: int) -> dict[str, Tensor]:
+        """Losses of the box and mask heads."""
+        heads = self.model.roi_heads
+        count, masks = batch * REGIONS, batch * POSITIVE
+        regions = torch.zeros(count, 5)
+        pooled = heads.box_roi_pool.pool(maps, regions, list(torch.arange(count).chunk(4)))
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        positive = torch.arange(masks)
+        classes = torch.zeros(count, dtype=torch.int64)
+        losses = heads.box_losses(logits, deltas, classes, positive, torch.zeros(count, 4))
+        of_level = list(positive.chunk(4))
+        pooled = heads.mask_roi_pool.pool(maps, regions[:masks], of_level)
+        loss = heads.mask_loss(pooled, classes[:masks], torch.zeros(masks, 28, 28))
+        return {**losses, "loss_mask": loss}
+
+
+def step_of(name: str, backbone: str, batch: int, size: tuple[int, int]) -> tuple[nn.Module, Any]:
+    """A module whose outputs are the losses, and its inputs."""
+    body = plain_vit(backbone, num_classes=0) if backbone.startswith("vit") else backbone
+    images = torch.zeros(batch, 3, *size)
+    if name == "semantic_fpn":
+        return semantic_fpn(body).train(), [images, torch.zeros(batch, *size, dtype=torch.int64)]
+    if name == "mask_rcnn":
+        return MaskRCNNStep(mask_rcnn(body)).train(), [images]
+    target = {"boxes": torch.tensor([[0.0, 0, 64, 64]] * 8), "labels": torch.arange(8)}
+    return RetinaNetStep(retinanet(body)).train(), [images, [target] * batch]
+
+
+def parts(count: Footprint) -> dict[str, int]:
+    """Bytes of the body, of the neck, and of the head with the loss."""
+    sums = {"body": 0, "neck": 0, "head": 0}
+    for module, size in count.by_module.items():
+        name = module.removeprefix("model.")
+        part = "body" if name.startswith("backbone.body") else "neck"
+        sums[part if name.startswith("backbone.") else "head"] += size
+    return sums
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = MODELS,
+    backbones: Annotated[str, typer.Option(help="Comma-separated timm names.")] = BACKBONES,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = METHODS,
+    batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Count every model with every method."""
+    pairs = [(model, backbone) for model in models.split(",") for backbone in backbones.split(",")]
+    for name, backbone in track(pairs, description="dense"):
+        if name not in SIZES:
+            raise SystemExit(f"dense: no model {name!r}; choose from {MODELS}")
+        height, width = SIZES[name]
+        step, inputs = step_of(name, backbone, batch_size, (height, width))
+        common = {"model": name, "backbone": backbone, "batch_size": batch_size}
+        common |= {"height": height, "width": width, "dtype": "float32"}
+        origin = records.provenance()
+        losses: list[Any] = [m for m in step.modules() if hasattr(m, "recompute_loss")]
+        for method in methods.split(","):
+            policy, _, loss = method.partition("+")
+            if loss and not losses:
+                continue
+            for module in losses:
+                module.recompute_loss = bool(loss)
+            count = footprint(step, inputs, policy=policy, fake=True)
+            row = {"method": method, "saved_bytes": count.saved_bytes, "parts": parts(count)}
+            records.append(out, {**common, **row, **origin})
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
