@@ -212,16 +212,9 @@ def presets(rows: Sequence[Row]) -> str:
     if newest[0]["kind"] == "operand":
         errors = {(r["model"], r["operand"], r["bits"]): r["gradient_error"] for r in newest}
         widths = sorted({bits for _, _, bits in errors}, reverse=True)
-        names = dict.fromkeys((model, operand) for model, operand, _ in errors)
         lines = [
-            [
-                *name,
-                *(
-                    f"{errors[(*name, bits)]:.2%}" if (*name, bits) in errors else ""
-                    for bits in widths
-                ),
-            ]
-            for name in names
+            [model, operand, *(f"{errors[model, operand, bits]:.2%}" for bits in widths)]
+            for model, operand in dict.fromkeys((model, operand) for model, operand, _ in errors)
         ]
         table_of = markdown(["model", "operand", *(f"{bits} bits" for bits in widths)], lines)
         return table_of + (
