@@ -61,6 +61,27 @@ def test_focals_fine_keys_are_the_window_and_three_tokens_around():
     assert layer.keys == 49 + 132 + 9
 
 
+def test_focals_windows_beyond_the_border_have_no_weight():
+    layer = build("focal", 28, 28)
+    # All real values are 1, so an output below 1 has weight on padding.
+    layer.qkv.weight.data[2 * DIM :] = 0
+    layer.qkv.bias.data[2 * DIM :] = 1
+    layer.proj = torch.nn.Identity()
+    x = maps(28, 28)
+    torch.testing.assert_close(layer(x), torch.ones_like(x))
+
+
+def test_focals_biases_are_of_the_distance_to_a_pooled_window():
+    layer = build("focal", 28, 28)
+    side = 7 + 3 - 1
+    table = torch.arange(side * side, dtype=torch.float64).expand(HEADS, -1)
+    layer.pooled_bias.data = table.clone()
+    biases = layer._biases(4, 4).view(16, HEADS, 7, 7, -1)[..., -9:].unflatten(-1, (3, 3))
+    # Window 5 has all neighbours. Its token (6, 1) and the window above it on the right, (0, 2).
+    assert biases[5, 0, 6, 1, 0, 2] == (6 - 0 + 2) * side + 1 - 2 + 2
+    assert (biases[0, :, :, :, 0] < biases[5, :, :, :, 0] - 99).all()  # nothing is above window 0
+
+
 def attention(layer, x):
     """Full attention by the formula, with the weights of `layer.qkv` and `layer.proj`."""
     q, k, v = (layer.split_heads(t) for t in layer.qkv(x).chunk(3, dim=-1))
