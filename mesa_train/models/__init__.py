@@ -5,6 +5,7 @@ Import `mesa_train.models`, then call `timm.create_model`.
 They need timm and torchvision: pip install 'mesa_train[timm]'.
 """
 
+from . import attention as attention
 from . import dynamicvit as dynamicvit
 from . import ecoformer as ecoformer
 from . import hvt as hvt

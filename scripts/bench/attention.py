@@ -1,11 +1,12 @@
 """Benchmark of one attention layer of each kind: parameters, operations, time and saved bytes.
 
-The layers are HiLo, full attention, windows, shifted windows and spatial reduction (PVT), each of
-width 768 with 12 heads on a map of tokens. Saved bytes are counted for `--count-batch` images on
-the meta device. Times are medians over rounds in which all layers take turns, after warm-up.
+The layers are those of `mesa_train.models.attention`, of width 768 with 12 heads, on maps of tokens.
+Where windows of 7 do not divide a map and windows of 8 do, windows are of 8. Multiply-adds follow
+the rules of the published benchmark. Saved bytes are counted for `--count-batch` images on the meta
+device. Times are medians over rounds in which all layers take turns, after warm-up.
 
-    python scripts/bench/attention.py --side 14 --batch 8
-    python scripts/bench/attention.py --side 64 --batch 1
+    python scripts/bench/attention.py                       maps of 14x14 and 64x64
+    python scripts/bench/attention.py --counts-only         seconds, no times
     python scripts/bench/attention.py --side 14 --batch 64 --device cuda
 """
 
@@ -18,138 +19,107 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import mesa_train
-from mesa_train.models.lit.hilo import HiLo
+from mesa_train.models.attention import AttentionLayer, create_attention
 from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/bench_attention.jsonl"
 DIM, HEADS = 768, 12
 
-
-class MSA(nn.Module):
-    """Fused attention of every token to every token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        qkv = self.qkv(x).view(batch, height * width, 3, HEADS, DIM // HEADS)
-        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
-
-    def flops(self, height: int, width: int) -> int:
-        """Multiply-adds of the matmuls for one map."""
-        tokens = height * width
-        return tokens * (4 * DIM**2 + 2 * tokens * DIM)
-
-
-class Windows(nn.Module):
-    """Swin's attention in windows of 7x7 (8x8 if 8 divides the map), shifted or not."""
-
-    def __init__(self, side: int, shifted: bool) -> None:
-        super().__init__()
-        from timm.models.swin_transformer import SwinTransformerBlock
-
-        self.window = 8 if side % 8 == 0 else 7
-        block = SwinTransformerBlock(
-            DIM, (side, side), HEADS, window_size=self.window, shift_size=self.window // 2 * shifted
-        )
-        block.norm1 = block.norm2 = block.mlp = nn.Identity()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block._attn(x)
-
-    def flops(self, height: int, width: int) -> int:
-        """Multiply-adds of the matmuls for one map."""
-        return height * width * (4 * DIM**2 + 2 * self.window**2 * DIM)
+# (label, name in `mesa_train.models.attention`, options; "side": the side of a window)
+CONTESTANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("HiLo", "hilo", {}),
+    ("MSA", "msa", {}),
+    ("windows", "window", {"window": "side"}),
+    ("shifted windows", "shifted_window", {"window": "side"}),
+    ("crossed stripes (CSWin)", "cross_window", {"stripe": "side"}),
+    ("spatial reduction (PVT)", "sra", {}),
+    ("linear spatial reduction (PVTv2)", "linear_sra", {}),
+    ("Twins, local", "twins_local", {"window": "side"}),
+    ("Twins, global", "twins_global", {}),
+    ("Linformer, 256 keys", "linformer", {"keys": 256}),
+    ("Linformer, 64 keys", "linformer", {"keys": 64}),
+    ("Performer, 256 features", "performer", {"features": 256}),
+    ("Performer, 64 features", "performer", {"features": 64}),
+    ("XCA (XCiT)", "xca", {}),
+    ("EcoFormer", "ecoformer", {}),
+    ("focal", "focal", {"window": "side"}),
+    ("QuadTree", "quadtree", {}),
+    ("deformable (DAT)", "dat", {}),
+    ("VAN, convolutions", "van", {}),
+    ("HorNet, convolutions", "hornet", {}),
+)
+LABELS = tuple(label for label, _, _ in CONTESTANTS)
 
 
-class SpatialReduction(nn.Module):
-    """PVT's attention to a map that a convolution reduces to a quarter of its tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from timm.models.pvt_v2 import Attention
-
-        self.attn = Attention(DIM, HEADS, sr_ratio=2, linear_attn=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x.flatten(1, 2), list(x.shape[1:3])).view(x.shape)
-
-    def flops(self, height: int, width: int) -> int:
-        """Multiply-adds of the matmuls for one map."""
-        tokens, pooled = height * width, height * width // 4
-        return tokens * 2 * DIM**2 + pooled * (4 + 2) * DIM**2 + 2 * tokens * pooled * DIM
-
-
-def layers(side: int) -> dict[str, Any]:
-    """The compared layers for maps of side x side."""
-    return {
-        "HiLo": HiLo(DIM, HEADS, window=2, alpha=0.9, qkv_bias=True),
-        "MSA": MSA(),
-        "windows": Windows(side, shifted=False),
-        "shifted windows": Windows(side, shifted=True),
-        "spatial reduction": SpatialReduction(),
-    }
+def build(label: str, side: int) -> tuple[AttentionLayer, dict[str, Any]]:
+    """(the layer of a label for maps of side x side, its options)."""
+    name, options = next((name, options) for own, name, options in CONTESTANTS if own == label)
+    window = 8 if side % 7 and side % 8 == 0 else 7
+    options = {key: window if value == "side" else value for key, value in options.items()}
+    return create_attention(name, DIM, HEADS, side, side, **options), options
 
 
 def main(
-    side: Annotated[int, typer.Option(help="Tokens along a side: 14 or 64.")] = 14,
-    batch: Annotated[int, typer.Option(min=1, help="Images when timing.")] = 8,
+    side: Annotated[list[int], typer.Option(min=1, help="Tokens along a side.")] = [14, 64],  # noqa: B006
+    batch: Annotated[
+        int, typer.Option(min=0, help="Images when timing; 0: as many as have about 1,568 tokens.")
+    ] = 0,
     count_batch: Annotated[int, typer.Option(min=1, help="Images when counting bytes.")] = 64,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    counts_only: Annotated[bool, typer.Option("--counts-only", help="Measure no times.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Measure every layer and append a row for each."""
-    rows: list[records.Row] = [
-        {
-            "layer": name,
-            "side": side,
-            "dim": DIM,
-            "heads": HEADS,
-            **counted(name, side, count_batch),
-        }
-        for name in layers(side)
-    ]
-    times = timed(side, batch, rounds, device)
-    for row in rows:
-        row |= {"batch": batch, **times[row["layer"]], **records.provenance(device)}
-    records.append(out, *rows)
-    table = Table(title=f"{side}x{side} tokens, {DIM} channels, {HEADS} heads, bf16 autocast")
-    for heading in (
-        "layer", "parameters", "GMACs", "forward", "training step", "with mesa8",
-        f"saved, batch {count_batch}", "with mesa8",
-    ):  # fmt: skip
+    for one_side in side:
+        images = batch or max(1, 8 * 14 * 14 // one_side**2)
+        rows: list[records.Row] = [
+            {"layer": label, "side": one_side, **counted(label, one_side, count_batch)}
+            for label in LABELS
+        ]
+        if not counts_only:
+            times = timed(one_side, images, rounds, device)
+            for row in rows:
+                row |= {"batch": images, **times[row["layer"]]}
+        records.append(out, *[row | records.provenance(device) for row in rows])
+        Console().print(report(rows))
+
+
+def report(rows: list[records.Row]) -> Table:
+    """The rows of one size of map as a table for the terminal."""
+    first = rows[0]
+    timed_rows = "forward_ms" in first
+    side = f"{first['side']}x{first['side']}"
+    table = Table(title=f"{side} tokens, {DIM} channels, {HEADS} heads, bf16 autocast")
+    headings = ["layer", "parameters", "GMACs"]
+    headings += ["forward", "training step", "with mesa8"] if timed_rows else []
+    headings += [f"saved, batch {first['count_batch']}", "with mesa8"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in rows:
+        times = ("forward_ms", "train_ms", "mesa8_train_ms") if timed_rows else ()
         table.add_row(
             row["layer"],
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['macs'] / 1e9:.3f}",
-            f"{row['forward_ms']:.1f} ms",
-            f"{row['train_ms']:.1f} ms",
-            f"{row['mesa8_train_ms']:.1f} ms",
+            *[f"{row[key]:.1f} ms" for key in times],
             format_bytes(row["saved_bytes"]),
             format_bytes(row["mesa8_saved_bytes"]),
         )
-    Console().print(table)
+    return table
 
 
-def counted(name: str, side: int, batch: int) -> dict[str, int]:
+def counted(label: str, side: int, batch: int) -> records.Row:
     """Parameters, multiply-adds of one map, and saved bytes of `batch` maps for each policy."""
     with torch.device("meta"):
-        layer = layers(side)[name]
+        layer, options = build(label, side)
     # A norm precedes an attention layer, and the count includes the norm's saved bytes.
     model = nn.Sequential(nn.LayerNorm(DIM, device="meta"), layer)
     maps = torch.empty(batch, side, side, DIM, device="meta", requires_grad=True)
@@ -160,6 +130,9 @@ def counted(name: str, side: int, batch: int) -> dict[str, int]:
         for policy in ("plain", "mesa8")
     }
     return {
+        "options": options,
+        "dim": DIM,
+        "heads": HEADS,
         "parameters": sum(p.numel() for p in layer.parameters()),
         "macs": layer.flops(side, side),
         "count_batch": batch,
@@ -173,13 +146,14 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
     torch.manual_seed(0)
     maps = torch.randn(batch, side, side, DIM, device=device)
     calls: dict[tuple[str, str], Callable[[], None]] = {}
-    for name, layer in layers(side).items():
-        plain = nn.Sequential(nn.LayerNorm(DIM), layer).to(device)
-        coded = nn.Sequential(nn.LayerNorm(DIM), layers(side)[name]).to(device)
+    for label in LABELS:
+        plain, coded = (
+            nn.Sequential(nn.LayerNorm(DIM), build(label, side)[0]).to(device) for _ in range(2)
+        )
         mesa_train.wrap(coded, "mesa8")
-        calls[name, "forward_ms"] = _forward(plain, maps)
-        calls[name, "train_ms"] = _train(plain, maps)
-        calls[name, "mesa8_train_ms"] = _train(coded, maps)
+        calls[label, "forward_ms"] = _forward(plain, maps)
+        calls[label, "train_ms"] = _train(plain, maps)
+        calls[label, "mesa8_train_ms"] = _train(coded, maps)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 2):
         for key in sorted(calls, reverse=bool(turn % 2)):
@@ -190,10 +164,10 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
             if turn >= 2:  # two rounds warm up
                 times[key].append(1e3 * (time.perf_counter() - start))
     medians: dict[str, dict[str, float]] = {}
-    for (name, measure), values in times.items():
+    for (label, measure), values in times.items():
         quartiles = statistics.quantiles(values, n=4)
-        medians.setdefault(name, {})[measure] = statistics.median(values)
-        medians[name][f"{measure}_low"], medians[name][f"{measure}_high"] = (
+        medians.setdefault(label, {})[measure] = statistics.median(values)
+        medians[label][f"{measure}_low"], medians[label][f"{measure}_high"] = (
             quartiles[0],
             quartiles[2],
         )

@@ -6,7 +6,7 @@ class token. The class token is added in stage 4 and is the output. Names follow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
@@ -38,6 +38,8 @@ class LITTi(Classifier):
     """
 
     pools = ("token", "avg", "")
+    # From (width, next width) to the merging before a stage. Subclasses may replace it.
+    merging: Callable[[int, int], nn.Module] = DeformableMerging
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class LITTi(Classifier):
 
         self.patch_embed1 = PatchEmbed(in_chans, widths[0])
         for stage in (2, 3, 4):
-            merging = DeformableMerging(widths[stage - 2], widths[stage - 1])
+            merging = self.merging(widths[stage - 2], widths[stage - 1])
             self.add_module(f"patch_embed{stage}", merging)
         for stage, (rows, columns) in zip(_STAGES, self.grids, strict=True):
             tokens = rows * columns + (stage == 4)

@@ -127,7 +127,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The blocks of a stage and the merging after them. The last stage has no merging."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: DeformableMerging | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -164,6 +164,8 @@ class Pyramid(Classifier):
     """
 
     output_fmt = "NHWC"
+    # From (width, next width) to the merging after a stage. Subclasses may replace it.
+    merging: Callable[[int, int], Any] = DeformableMerging
 
     def __init__(
         self,
@@ -191,7 +193,7 @@ class Pyramid(Classifier):
         for stage, depth in enumerate(depths):
             dim, grid = self.widths[stage], (height // 2**stage, columns // 2**stage)
             blocks = [make_block(stage, dim, grid, next(rates)) for _ in range(depth)]
-            stages.append(Stage(blocks, DeformableMerging(dim, 2 * dim) if stage < last else None))
+            stages.append(Stage(blocks, self.merging(dim, 2 * dim) if stage < last else None))
         self.layers: Any = nn.ModuleList(stages)
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.feature_info = [
