@@ -62,7 +62,7 @@ def test_the_plan_of_a_saved_profile_is_the_measured_plan(measured, monkeypatch)
     [
         (None, "--profile other.json: no such file"),
         ("{}", "--profile other.json is not a profile of this version: no field 'version'"),
-        ('{"version": 0}', "its version is 0, expected 1"),
+        ('{"version": 0}', "its version is 0, expected 2"),
         ("not JSON", "--profile other.json is not a profile of this version"),
         ("[1, 2]", "--profile other.json is not a profile of this version"),
     ],

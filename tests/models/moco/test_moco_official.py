@@ -86,7 +86,7 @@ def same_shapes(**changes):
     from timm.models.vision_transformer import VisionTransformer
 
     given = {
-        "img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 12,
+        "img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 2, "num_heads": 12,
         "norm_layer": partial(torch.nn.LayerNorm, eps=1e-6),
     }  # fmt: skip
     return VisionTransformer(**given | changes)
