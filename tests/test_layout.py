@@ -1,5 +1,6 @@
 """The package stays easy to find one's way in: folders of few files, and files of one topic."""
 
+from collections import Counter
 from pathlib import Path
 
 import mesa_train
@@ -21,3 +22,9 @@ def test_no_file_is_longer_than_400_lines():
         if p.suffix in (".py", ".cpp", ".h")
     }
     assert not {path: length for path, length in lengths.items() if length > 400}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test file by its name alone."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
