@@ -371,24 +371,24 @@ def _integer(field: str, value: Any, minimum: int) -> None:
         raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
-# The operands that add least and most to the gradient's error (`scripts/bench/presets.py`). A Linear's own input is
-# attention's output, or another tensor behind no norm and no activation.
-_BY_ERROR = {
-    "attention.v": {"bits": 4, "group_size": 192},
-    "attention.out": {"bits": 4},
-    "linear": {"bits": 4},
+# The operands that add most to the gradient's error at 4 bits (`scripts/bench/presets.py`).
+_MORE_BITS: dict[str, dict[str, int]] = {
+    **{name: {"bits": 5} for name in ("layer_norm", "rms_norm", "activation")},
+    **{name: {"bits": 5} for name in ("attention.q", "attention.k")},
     "batch_norm": {"bits": 6},
 }
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
-_SHORT_GROUPS = {"layer_norm": {"group_size": 96}, "rms_norm": {"group_size": 96}}
+_SHORT_GROUPS = {name: {"bits": 5, "group_size": 80} for name in ("layer_norm", "rms_norm")}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
     "mesa6": Policy(bits=6),
-    "mesa4": Policy(bits=5, overrides=_BY_ERROR),
+    "mesa4": Policy(bits=4, overrides=_MORE_BITS),
     "mesa8-recompute": Policy(recompute="linear"),
     "mesa6-recompute": Policy(bits=6, recompute="linear"),
-    "mesa4-recompute": Policy(bits=5, recompute="linear", overrides={**_BY_ERROR, **_SHORT_GROUPS}),
+    "mesa4-recompute": Policy(
+        bits=4, recompute="linear", overrides={**_MORE_BITS, **_SHORT_GROUPS}
+    ),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

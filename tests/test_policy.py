@@ -139,19 +139,19 @@ def test_presets_differ_from_the_default_as_documented():
         name: {k: v for k, v in dataclasses.asdict(policy).items() if v != default[k]}
         for name, policy in PRESETS.items()
     }
-    by_error = {
-        "attention.v": {"bits": 4, "group_size": 192}, "attention.out": {"bits": 4},
-        "linear": {"bits": 4}, "batch_norm": {"bits": 6},
+    more = {
+        **{name: {"bits": 5} for name in ("layer_norm", "rms_norm", "activation")},
+        "attention.q": {"bits": 5}, "attention.k": {"bits": 5}, "batch_norm": {"bits": 6},
     }  # fmt: skip
     # Short groups pay where a matmul is rebuilt.
-    short = {norm: {"group_size": 96} for norm in ("layer_norm", "rms_norm")}
+    short = {norm: {"bits": 5, "group_size": 80} for norm in ("layer_norm", "rms_norm")}
     assert changed == {
         "mesa8": {},
         "mesa6": {"bits": 6},
-        "mesa4": {"bits": 5, "overrides": by_error},
+        "mesa4": {"bits": 4, "overrides": more},
         "mesa8-recompute": {"recompute": "linear"},
         "mesa4-recompute": {
-            "bits": 5, "recompute": "linear", "overrides": {**by_error, **short},
+            "bits": 4, "recompute": "linear", "overrides": {**more, **short},
         },
         "mesa6-recompute": {"bits": 6, "recompute": "linear"},
         "lossless": {"bits": 32},
@@ -194,13 +194,13 @@ def test_the_least_group_is_8_elements():
         Policy(group_size=7)
 
 
-def test_the_operands_of_mesa4_that_have_4_bits():
+def test_the_operands_of_mesa4_that_have_5_bits():
     rules = PRESETS["mesa4"].rules([""])[""]
     assert [rules["attention", o].codec.bits for o in ("q", "k", "v", "out")] == [5, 5, 4, 4]
     assert rules["layer_norm", "normalized"].codec == Affine(5, 128, True, dither=True)
     assert rules["activation", "input"].codec == Affine(5, 128)
     assert rules["linear", "input"].codec == Affine(4, 128, True, dither=True)
-    assert rules["conv", "input"].codec == Affine(5, 128, True, dither=True)
+    assert rules["conv", "input"].codec == Affine(4, 128, True, dither=True)
     # Nothing is known of how an unknown operator uses what it saves.
     assert rules["fallback", "saved"].codec.bits == 8
 

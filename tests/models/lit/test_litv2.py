@@ -146,7 +146,7 @@ def test_kept_bytes_of_litv2_s():
     }
     plain = saved["plain"].saved_bytes
     assert plain >= 3.5 * saved["mesa8"].saved_bytes
-    assert plain >= 6.4 * saved["mesa4"].saved_bytes
+    assert plain >= 5.9 * saved["mesa4"].saved_bytes
     # Nothing large is kept as it is: beyond codes there are scales, statistics and offsets.
     uncompressed = sum(
         r.saved_bytes for r in saved["mesa8"].rows if r.dtype in ("float32", "bfloat16")
