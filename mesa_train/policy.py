@@ -378,7 +378,10 @@ _MORE_BITS: dict[str, dict[str, int]] = {
     "batch_norm": {"bits": 6},
 }
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
-_SHORT_GROUPS = {name: {"bits": 5, "group_size": 80} for name in ("layer_norm", "rms_norm")}
+_RECOMPUTED: dict[str, dict[str, int]] = {
+    **{name: {"bits": 5, "group_size": 96} for name in ("layer_norm", "rms_norm")},
+    "conv": {"bits": 5},
+}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
@@ -386,9 +389,7 @@ PRESETS: dict[str, Policy] = {
     "mesa4": Policy(bits=4, overrides=_MORE_BITS),
     "mesa8-recompute": Policy(recompute="linear"),
     "mesa6-recompute": Policy(bits=6, recompute="linear"),
-    "mesa4-recompute": Policy(
-        bits=4, recompute="linear", overrides={**_MORE_BITS, **_SHORT_GROUPS}
-    ),
+    "mesa4-recompute": Policy(bits=4, recompute="linear", overrides={**_MORE_BITS, **_RECOMPUTED}),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }
