@@ -188,6 +188,28 @@ def families(rows: Sequence[Row]) -> str:
     )
 
 
+@table("ops_by_width.jsonl", "python scripts/bench/ops.py --out docs/results/ops_by_width.jsonl")
+def ops_by_width(rows: Sequence[Row]) -> str:
+    """The newest run: a line for each call, a column for each width."""
+    newest = newest_run(rows)
+    shares: dict[tuple[str, str], dict[str, str]] = {}
+    for row in newest:
+        parts = row["variant"].split(", ")
+        width = next((part for part in parts if part.endswith(" bits")), None)
+        if width is not None:
+            rest = ", ".join(part for part in parts if part != width)
+            text = f"{row['time_us'] / 1e3:.2f} ms, {row['share']:.0%}"
+            shares.setdefault((row["operator"], rest), {})[width] = text
+    widths = [f"{bits} bits" for bits in (8, 6, 5, 4, 3, 2)]
+    lines = [
+        [*name, *(by_width.get(width, "") for width in widths)] for name, by_width in shares.items()
+    ]
+    return markdown(["operator", "on", *widths], lines) + (
+        "\nTime, and the time of a copy of the same bytes divided by it. "
+        f"{newest[0]['dtype']}, {newest[0]['rounds']} rounds. {origin(newest[0])}\n"
+    )
+
+
 @table("rounding.jsonl", "python scripts/bench/rounding.py")
 def rounding(rows: Sequence[Row]) -> str:
     """The newest run."""
