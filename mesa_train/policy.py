@@ -378,10 +378,7 @@ _MORE_BITS: dict[str, dict[str, int]] = {
     "batch_norm": {"bits": 6},
 }
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
-_RECOMPUTED: dict[str, dict[str, int]] = {
-    **{name: {"bits": 5, "group_size": 96} for name in ("layer_norm", "rms_norm")},
-    "conv": {"bits": 5},
-}
+_RECOMPUTED = {name: {"bits": 5, "group_size": 80} for name in ("layer_norm", "rms_norm")}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
