@@ -227,6 +227,19 @@ def remove(path: Path) -> None:
         _log.warning("%s could not be removed (%s)", path, reason(error))
 
 
+def forget_after(metrics: Path, step: int) -> None:
+    """Remove the rows of steps that will be repeated, after a resume at `step`."""
+    from mesa_train.utils import records
+
+    beside = metrics.with_suffix(".partial")
+    with reading(metrics):
+        rows = [row for row in records.read(metrics) if row["step"] <= step]
+    with writing(metrics, beside):
+        beside.unlink(missing_ok=True)
+        records.append(beside, *rows)
+        beside.replace(metrics)
+
+
 def peer_ended(error: BaseException) -> bool:
     """True if this rank fails because another rank has ended. That rank logs the reason."""
     text = str(error)

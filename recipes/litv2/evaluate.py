@@ -17,6 +17,7 @@ import typer
 from mesa_train.training.classification import fit as recipe
 from mesa_train.training.classification.config import load, of_dict
 from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.mistakes import in_one_line
 
 
 def main(
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """Print top-1, top-5 and the loss as one line of JSON."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
+    with in_one_line("litv2"):
         if (run is None) == (config is None):
             raise ConfigError("give --run or --config")
         if run is not None:
@@ -43,8 +44,6 @@ def main(
         prepared = recipe.prepare(settings)
         scores = dataclasses.asdict(prepared.evaluate())
         prepared.accelerator.print(json.dumps({"weights": str(weights), **scores}))
-    except recipe.MISTAKES as error:
-        raise SystemExit(recipe.told_once(error)) from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from mesa_train.training.mistakes import in_one_line
 from mesa_train.training.moco import fit as recipe
 from mesa_train.training.moco.config import load
 from mesa_train.training.moco.run import describe
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """Train a model; see recipes/mocov3/README.md."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
+    with in_one_line("mocov3"):
         run = recipe.prepare(load(config, set))
         if recipe.resume(run, resume):
             run.accelerator.print(f"continues after step {run.done}")
@@ -36,8 +37,6 @@ def main(
         if accuracy is not None:
             run.accelerator.print(f"nearest neighbours {accuracy:.2%}; all of it in {run.out}")
         run.accelerator.wait_for_everyone()
-    except recipe.MISTAKES as error:
-        raise SystemExit(recipe.told_once(error)) from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mesa_train.training.classification import run
+from mesa_train.training.classification.command import train_from
 from mesa_train.training.vit22b.fsdp2 import FSDP2Backend
 from mesa_train.training.vit22b.zero3 import ZeRO3Backend
 
@@ -96,7 +97,7 @@ def litv2(out, fault, last):
         f"train.out={out}",
     ]
     with after(3, run.Run, out, fault):
-        script("litv2", last).main(RECIPES / "litv2/quickstart.yaml", changes, "", False, 1, False)
+        train_from(RECIPES / "litv2/quickstart.yaml", changes)
 
 
 def vit22b(out, last, *changes):

@@ -13,9 +13,9 @@ from torch import nn
 from mesa_train.training import disk
 from mesa_train.training.checkpoints import CheckpointError
 from mesa_train.training.classification import accelerated
-from mesa_train.training.classification import fit as recipe
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import sources
+from mesa_train.training.mistakes import in_one_line, told_once
 from mesa_train.training.vit22b import checkpoint as sharded_checkpoint
 from mesa_train.training.vit22b import zero3_checkpoint as sharded_zero
 
@@ -147,12 +147,11 @@ def test_two_ranks_remove_a_folder_at_once(tmp_path, monkeypatch, caplog):
 
 def test_a_line_is_told_by_the_rank_that_knows_it(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert recipe.told_once(ConfigError("all ranks read the same file")) == 1
-    assert (
-        recipe.told_once(sources.CorruptImage("a.png is no\nimage")) == "litv2: a.png is no image"
-    )
+    assert told_once(ConfigError("all ranks read the same file"), "litv2") == 1
+    corrupt = sources.CorruptImage("a.png is no\nimage")
+    assert told_once(corrupt, "mocov3") == "mocov3: a.png is no image"
     monkeypatch.setenv("RANK", "0")
-    assert recipe.told_once(ConfigError("all\nranks")) == "litv2: all ranks"
+    assert told_once(ConfigError("all\nranks"), "litv2") == "litv2: all ranks"
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
@@ -240,3 +239,14 @@ def test_nothing_to_read_is_a_mistake_of_the_folder(monkeypatch):
     monkeypatch.setattr(sharded_zero, "gather", lambda own: own)
     with pytest.raises(CheckpointError, match="c: DeepSpeed found nothing to read in it"):
         sharded_zero._load(engine, Path("c"), "zero")
+
+
+def test_a_script_ends_with_one_line_or_with_none():
+    with pytest.raises(SystemExit) as ended, in_one_line("mocov3"):
+        raise ConfigError("a\nmistake")
+    assert ended.value.code == "mocov3: a mistake"
+    with pytest.raises(SystemExit) as ended, in_one_line("mocov3"):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+    assert ended.value.code == 1
+    with pytest.raises(RuntimeError, match="shapes"), in_one_line("mocov3"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

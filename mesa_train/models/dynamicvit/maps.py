@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mesa_train.models.common.classifier import HeadedClassifier
 from mesa_train.models.common.straight_through import gumbel_softmax
 
 from . import predictor
+from .base import DynamicClassifier, check_predictors
 from .outputs import Pruned, TeacherOutput, TrainingOutput
 from .predictor import KEEP
 
@@ -58,7 +58,7 @@ def by_position(
     return out
 
 
-class SparseMapNet(HeadedClassifier):
+class SparseMapNet(DynamicClassifier):
     """Base of the ConvNeXt and the Swin model.
 
     A subclass defines `enter`, `leave`, `sparse_blocks` and `scorers`. A block of the sparse stage
@@ -89,10 +89,7 @@ class SparseMapNet(HeadedClassifier):
         Raises:
             ValueError: names the argument that is out of range.
         """
-        if not set(predictors) <= set(range(depth)) or list(predictors) != sorted(set(predictors)):
-            raise ValueError(
-                f"predictors must be rising blocks from 0 to {depth - 1}, got {predictors}"
-            )
+        check_predictors(predictors, depth)
         self.keep_rate, self.predictors = keep_rate, tuple(predictors)
         self.counts = [
             int(positions * rate) for rate in map_keep_rates(keep_rate, len(self.predictors))
@@ -142,23 +139,6 @@ class SparseMapNet(HeadedClassifier):
     def scorers(self) -> nn.ModuleList:
         """The predictors."""
         raise NotImplementedError
-
-    def forward(self, images: Tensor, noise: Sequence[Tensor] | None = None) -> Any:
-        """Classify images.
-
-        Args:
-            images: (B, in_chans, H, W).
-            noise: in train mode, Gumbel noise (B, N, 2) of each predictor; default: drawn.
-        Returns:
-            Logits (B, num_classes); in train mode with predictors a `TrainingOutput`.
-        """
-        if self.training and self.predictors:
-            return self.forward_train(images, noise)
-        return self.forward_head(self.forward_features(images))
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Features (B, H / 32, W / 32, num_features)."""
-        return self.prune(images).features
 
     def prune(self, images: Tensor) -> Pruned:
         """Choose slow positions as in inference. `kept` has their numbers in the map, row by row."""

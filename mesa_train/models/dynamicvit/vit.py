@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mesa_train.models.common.classifier import (
-    HeadedClassifier,
     check_fixed_size,
     default_cfg,
     drop_path_rates,
@@ -39,12 +38,13 @@ from mesa_train.models.common.straight_through import gumbel_softmax
 from mesa_train.models.common.vit import TokenEmbed, resized_positions
 
 from . import predictor
+from .base import DynamicClassifier, check_predictors
 from .layers import ConvStem, PolicyBlock
 from .outputs import Pruned, TeacherOutput, TrainingOutput
 from .predictor import KEEP, Predictor, keep_counts
 
 
-class DynamicViT(HeadedClassifier):
+class DynamicViT(DynamicClassifier):
     """Image classifier for images of `img_size`; a timm model.
 
     Args:
@@ -85,10 +85,7 @@ class DynamicViT(HeadedClassifier):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if not set(predictors) <= set(range(depth)) or list(predictors) != sorted(set(predictors)):
-            raise ValueError(
-                f"predictors must be rising blocks from 0 to {depth - 1}, got {predictors}"
-            )
+        check_predictors(predictors, depth)
         if embed_dim % num_heads or embed_dim % 4:
             raise ValueError(f"embed_dim must be a multiple of 4 and num_heads, got {embed_dim}")
         self.img_size = to_2tuple(img_size)
@@ -122,23 +119,6 @@ class DynamicViT(HeadedClassifier):
     def keep_rates(self) -> list[float]:
         """The share of all tokens that each predictor should keep, for the ratio loss."""
         return [self.keep_rate ** (stage + 1) for stage in range(len(self.predictors))]
-
-    def forward(self, images: Tensor, noise: Sequence[Tensor] | None = None) -> Any:
-        """Classify images.
-
-        Args:
-            images: (B, in_chans, H, W).
-            noise: in train mode, Gumbel noise (B, N, 2) of each predictor; default: drawn.
-        Returns:
-            Logits (B, num_classes); in train mode with predictors a `TrainingOutput`.
-        """
-        if self.training and self.predictors:
-            return self.forward_train(images, noise)
-        return self.forward_head(self.forward_features(images))
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised features of the class token and the kept tokens (B, 1 + kept, embed_dim)."""
-        return self.prune(images).features
 
     def prune(self, images: Tensor) -> Pruned:
         """Drop tokens as in inference. The kept tokens stay in the image's order."""

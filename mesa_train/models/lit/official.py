@@ -91,12 +91,27 @@ def load_official(
     if not head:
         weights = {key: value for key, value in weights.items() if not key.startswith(_HEADS)}
         weights |= {key: value for key, value in model_weights.items() if key.startswith(_HEADS)}
+    check_weights(path, weights, model)
+    model.load_state_dict(weights)
+
+
+def check_weights(path: str | Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Check that weights have the keys and shapes of a model's.
+
+    Args:
+        path: of their file, for the message.
+        weights: by key.
+        model: the model.
+    Raises:
+        ValueError: names keys that are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
     problems = {
-        "missing": [key for key in model_weights if key not in weights],
-        "unexpected": [key for key in weights if key not in model_weights],
+        "missing": [key for key in own if key not in weights],
+        "unexpected": [key for key in weights if key not in own],
         "of another shape": [
             f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
-            for key, value in model_weights.items()
+            for key, value in own.items()
             if key in weights and weights[key].shape != value.shape
         ],
     }
@@ -109,7 +124,6 @@ def load_official(
         raise ValueError(
             f"{path} is of another model than {type(model).__name__}; {'; '.join(descriptions)}"
         )
-    model.load_state_dict(weights)
 
 
 def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

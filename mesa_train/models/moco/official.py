@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from mesa_train.models.lit.official import check_weights
 from mesa_train.models.lit.official import read_official as _read
 
 from .encoder import EPS
@@ -61,7 +62,7 @@ def load_official(
         # The table of another image size follows from its grid.
         if key.endswith("pos_embed") and key in loaded and loaded[key].shape != value.shape:
             loaded[key] = value
-    _check_keys(path, loaded, own)
+    check_weights(path, loaded, model)
     model.load_state_dict(loaded)
 
 
@@ -104,22 +105,3 @@ def _check_vit(model: nn.Module, heads: int) -> None:
             f"the model pools by {pool!r}, and the checkpoint's takes the class token: "
             "create it with global_pool='token'"
         )
-
-
-def _check_keys(path: str | Path, loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    problems = {
-        "missing": [key for key in own if key not in loaded],
-        "unexpected": [key for key in loaded if key not in own],
-        "of another shape": [
-            f"{key} {tuple(loaded[key].shape)} for {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in loaded and loaded[key].shape != value.shape
-        ],
-    }
-    texts = [
-        f"{kind}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-        for kind, keys in problems.items()
-        if keys
-    ]
-    if texts:
-        raise ValueError(f"{path} is of another model; {'; '.join(texts)}")

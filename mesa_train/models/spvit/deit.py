@@ -139,16 +139,6 @@ class SPViTDeiT(SPViT):
         self.set_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 
-    def forward(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
-        """Classify images.
-
-        Args:
-            images: (B, in_chans, H, W).
-            uniforms: of a search network in train mode, draws from [0, 1): for each block (3,) and
-                then (hidden,); default: drawn.
-        """
-        return self.forward_head(self.forward_features(images, uniforms))
-
     def forward_features(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
         """Normalised tokens (B, 1 + N, embed_dim), the class token first."""
         check_fixed_size("SPViTDeiT", images, self.img_size)

@@ -111,6 +111,20 @@ class SPViT(HeadedClassifier):
         """Multiply-adds outside of the blocks for one image."""
         raise NotImplementedError
 
+    def forward(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: (B, in_chans, H, W).
+            uniforms: of a search network in train mode, draws from [0, 1): for each block (3,) and
+                then (hidden,); default: drawn.
+        """
+        return self.forward_head(self.forward_features(images, uniforms))
+
+    def forward_features(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
+        """The normalised features. The draws are as for `forward`."""
+        raise NotImplementedError
+
     def run_block(self, block: nn.Module, x: Tensor, uniforms: Sequence[Tensor] | None) -> Tensor:
         """Run a block, checkpointed if the model is set so."""
         draws = () if uniforms is None else tuple(uniforms)

@@ -174,16 +174,6 @@ class SPViTSwin(SPViT):
         self.set_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 
-    def forward(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
-        """Classify images.
-
-        Args:
-            images: (B, in_chans, H, W).
-            uniforms: of a search network in train mode, draws from [0, 1): for each block (3,) and
-                then (hidden,); default: drawn.
-        """
-        return self.forward_head(self.forward_features(images, uniforms))
-
     def forward_features(self, images: Tensor, uniforms: Sequence[Tensor] | None = None) -> Tensor:
         """The normalised map of the last stage (B, H / 32, W / 32, num_features)."""
         check_fixed_size("SPViTSwin", images, self.img_size)

@@ -1,11 +1,13 @@
 """The body of the recipes' training scripts: dry run, throughput, or a run from its configuration."""
 
-from __future__ import annotations
-
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from mesa_train.training import disk
+import typer
+
+from mesa_train.training.mistakes import in_one_line
 
 from . import dry_run as plan
 from . import fit as recipe
@@ -35,7 +37,7 @@ def train_from(
     Raises:
         SystemExit: a mistake of the user, with one line.
     """
-    try:
+    with in_one_line(name):
         settings = load(config, changes)
         if dry_run:
             print(recipe.dry_run(settings, processes))  # noqa: T201
@@ -56,9 +58,40 @@ def train_from(
         recipe.fit(run, kept)
         whose = " of the averaged weights" if run.ema is not None else ""
         run.accelerator.print(f"best top-1 {run.position.best:.2%}{whose}; all of it in {run.out}")
-    except recipe.MISTAKES as error:
-        raise SystemExit(recipe.told_once(error, name)) from None
-    except RuntimeError as error:
-        if not disk.peer_ended(error):
-            raise
-        raise SystemExit(1) from None
+
+
+def script(name: str) -> typer.Typer:
+    """The command line of the recipe in `recipes/NAME`.
+
+    Args:
+        name: of the folder; it begins every error message.
+    Returns:
+        The application, which a training script calls.
+    """
+
+    def main(
+        config: Annotated[Path, typer.Option(help=f"YAML file; recipes/{name} has some.")],
+        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
+        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Print the plan and stop.")
+        ] = False,
+        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
+        throughput: Annotated[
+            bool, typer.Option("--throughput", help="Time steps and stop.")
+        ] = False,
+    ) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        train_from(
+            config,
+            set,
+            resume=resume,
+            dry_run=dry_run,
+            processes=processes,
+            throughput=throughput,
+            name=name,
+        )
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(help=f"Train a model; see recipes/{name}/README.md.")(main)
+    return app

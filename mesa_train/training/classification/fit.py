@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mesa_train import CaptureError
 from mesa_train.report import figures as plots
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.config_schema import ConfigError, changed
@@ -40,17 +38,6 @@ from .train_state import Scores
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
-
-# Errors that a recipe's script prints in one line. Any other error is a bug and shows its
-# traceback.
-MISTAKES = (
-    ConfigError,
-    CaptureError,
-    checkpoints.CheckpointError,
-    sources.CorruptImage,
-    FloatingPointError,
-    ImportError,
-)
 
 
 def dry_run(config: Config, world: int) -> str:
@@ -182,7 +169,7 @@ def resume(run: Run, how: str) -> bool:
         if found is None:
             metrics.unlink(missing_ok=True)
         elif metrics.exists():
-            _forget_after(metrics, run.position.step)
+            disk.forget_after(metrics, run.position.step)
     return found is not None
 
 
@@ -359,17 +346,6 @@ def _view(run: Run, saved_bytes: int) -> Any:
     return view
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Remove the rows of steps that will be repeated."""
-    beside = metrics.with_suffix(".partial")
-    with disk.reading(metrics):
-        rows = [row for row in records.read(metrics) if row["step"] <= step]
-    with disk.writing(metrics, beside):
-        beside.unlink(missing_ok=True)
-        records.append(beside, *rows)
-        beside.replace(metrics)
-
-
 def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
     """The configuration of a run's newest checkpoint, with changes applied.
 
@@ -382,16 +358,3 @@ def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
     with disk.reading(found[0]):
         config = found[1]["config"]
     return of_dict(changed(config, [f"train.out={json.dumps(str(folder))}", *changes]))
-
-
-def told_once(error: Exception, name: str = "litv2") -> str | int:
-    """The argument of `sys.exit` after an error.
-
-    It is the line on the first process, and the status 1 on other processes.
-
-    All processes have the same line. Only one process meets an image that cannot be decoded, so
-    that process prints the line.
-    """
-    line = " ".join(str(error).split())
-    alone = isinstance(error, sources.CorruptImage)
-    return f"{name}: {line}" if alone or int(os.environ.get("RANK", "0")) == 0 else 1

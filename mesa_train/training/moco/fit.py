@@ -6,7 +6,6 @@ checkpoints.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ from .config import Config
 from .run import CHECKPOINTS, MocoRun
 
 METRICS = "metrics.jsonl"
-# Errors that the recipe prints in one line.
-MISTAKES = (
-    ConfigError,
-    checkpoints.CheckpointError,
-    sources.CorruptImage,
-    FloatingPointError,
-    ImportError,
-)
 
 
 def prepare(config: Config) -> MocoRun:
@@ -76,7 +67,7 @@ def resume(run: MocoRun, how: str) -> bool:
         found = newest
     run.resume(*found)
     if run.main:
-        _forget_after(run.out / METRICS, run.done)
+        disk.forget_after(run.out / METRICS, run.done)
     return True
 
 
@@ -143,20 +134,3 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
         figures.curves(loss, trained, "train_loss", "training loss")
     figures.curves(accuracy, rows, "knn", "nearest neighbours (%)", scale=100)
     figures.save(canvas, picture)
-
-
-def told_once(error: Exception) -> str | int:
-    """The argument of `sys.exit` after an error: the line on the first process, else the status."""
-    line = " ".join(str(error).split())
-    return f"mocov3: {line}" if int(os.environ.get("RANK", "0")) == 0 else 1
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Remove the rows of steps that will be repeated."""
-    beside = metrics.with_suffix(".partial")
-    with disk.reading(metrics):
-        rows = [row for row in records.read(metrics) if row["step"] <= step]
-    with disk.writing(metrics, beside):
-        beside.unlink(missing_ok=True)
-        records.append(beside, *rows)
-        beside.replace(metrics)

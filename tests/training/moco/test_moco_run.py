@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mesa_train.models.moco import LARS, MoCo
 from mesa_train.training.data import sources
+from mesa_train.training.mistakes import MISTAKES
 from mesa_train.training.moco import fit as recipe
 from mesa_train.training.moco.config import load, of_dict
 from mesa_train.training.moco.run import CHECKPOINTS, build, describe, optimizer_of
@@ -150,7 +151,7 @@ def test_a_chunked_run_is_the_same(tmp_path):
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(changes, message, tmp_path):
-    with pytest.raises(recipe.MISTAKES) as error:
+    with pytest.raises(MISTAKES) as error:
         recipe.prepare(config(tmp_path / "out", **changes))
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -166,7 +167,7 @@ def test_a_run_is_not_overwritten_and_not_continued_with_other_steps(tmp_path):
         (str(tmp_path / "no"), {"train__epochs": 1}, "--resume: no such checkpoint"),
     ):
         run = recipe.prepare(config(tmp_path, **changes))
-        with pytest.raises(recipe.MISTAKES, match=message):
+        with pytest.raises(MISTAKES, match=message):
             recipe.resume(run, how)
 
 
