@@ -5,6 +5,10 @@ so times are comparable too. When a seed is complete, a row for each epoch goes 
 docs/results/train_parity.jsonl. A seed and policy that already have rows with the same settings do
 not run again.
 
+The last row of a run has the distance of its weights from those of `plain` with the same seed, as a
+share of the way that `plain` went from its first weights. `perturbed` is `plain` with first weights
+that differ by one millionth. Its distance shows how far rounding alone takes a run.
+
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
     python scripts/bench/train_parity.py --data cifar10:DIRECTORY --float32 --epochs 20
@@ -21,7 +25,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import mesa_train
 from mesa_train.methods.apply import PLAIN
@@ -32,11 +36,14 @@ from mesa_train.training.trainer import EpochResult, TrainConfig, Trainer, fit
 from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/train_parity.jsonl"
+# A run without a policy whose first weights are multiplied by 1 + PERTURBATION * normal noise.
+PERTURBED = "perturbed"
+PERTURBATION = 1e-6
 
 
 def main(
     policies: Annotated[
-        str, typer.Option(help="Comma-separated; plain or a preset.")
+        str, typer.Option(help="Comma-separated; plain, perturbed or a preset.")
     ] = "plain,mesa8,mesa4,paper",
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
     model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
@@ -88,9 +95,13 @@ def main(
                 continue
             dashboard.restart(f"{model} on {images.name}, seed {seed}")
             rows = []
-            for result in train(missing, model, images, config, seed, dashboard):
+            trainers, images_of_model = trainers_of(missing, model, images, config, seed)
+            first = weights(trainers[missing[0]])
+            for result in train(trainers, images_of_model, config, seed, dashboard):
                 dashboard.on_epoch(result)
                 row = {**result.row(), "seed": seed, "saved_bytes": saved[result.name]}
+                if result.epoch == epochs and PLAIN in trainers:
+                    row["weight_distance"] = distance(trainers, result.name, first)
                 rows.append({**row, "settings": settings, **records.provenance()})
             records.append(out, *rows)
     rows_path = os.path.relpath(out)
@@ -100,9 +111,13 @@ def main(
 
 
 def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module, ImageSet]:
-    """The model of one run, wrapped unless it is plain."""
+    """The model of one run, wrapped if the name is that of a preset."""
     module, images = models.build(model, images, seed=seed)
-    return module if name == PLAIN else mesa_train.wrap(module, name), images
+    if name == PERTURBED:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1 + PERTURBATION * torch.randn_like(parameter))
+    return module if name in (PLAIN, PERTURBED) else mesa_train.wrap(module, name), images
 
 
 def saved_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
@@ -112,23 +127,40 @@ def saved_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) ->
     return mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
 
 
-def train(
-    names: list[str],
-    model: str,
-    images: ImageSet,
-    config: TrainConfig,
-    seed: int,
-    dashboard: Dashboard,
-) -> Iterator[EpochResult]:
-    """Run every name with one seed, in turns. Yields the results of `fit`."""
+def trainers_of(
+    names: list[str], model: str, images: ImageSet, config: TrainConfig, seed: int
+) -> tuple[dict[str, Trainer], ImageSet]:
+    """A trainer for each name, and the images in the model's input size."""
     config = dataclasses.replace(config, seed=seed)
     trainers = {}
     for name in names:
         module, resized = build(name, model, images, seed)
         trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
-    return fit(
-        trainers, resized, config, transform=light_augmentation(resized), watch=dashboard.on_step
-    )
+    return trainers, resized
+
+
+def train(
+    trainers: dict[str, Trainer],
+    images: ImageSet,
+    config: TrainConfig,
+    seed: int,
+    dashboard: Dashboard,
+) -> Iterator[EpochResult]:
+    """Run all trainers with one seed, in turns. Yields the results of `fit`."""
+    config = dataclasses.replace(config, seed=seed)
+    transform = light_augmentation(images)
+    return fit(trainers, images, config, transform=transform, watch=dashboard.on_step)
+
+
+def weights(trainer: Trainer) -> Tensor:
+    """All weights of a trainer's model, as one vector."""
+    return nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+
+
+def distance(trainers: dict[str, Trainer], name: str, first: Tensor) -> float:
+    """The distance of a run's weights from plain's, as a share of plain's way from `first`."""
+    plain = weights(trainers[PLAIN])
+    return float((weights(trainers[name]) - plain).norm() / (plain - first).norm())
 
 
 def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
