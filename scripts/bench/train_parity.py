@@ -96,12 +96,12 @@ def main(
             dashboard.restart(f"{model} on {images.name}, seed {seed}")
             rows = []
             trainers, images_of_model = trainers_of(missing, model, images, config, seed)
-            first = weights(trainers[missing[0]])
+            start = weights(trainers[missing[0]])
             for result in train(trainers, images_of_model, config, seed, dashboard):
                 dashboard.on_epoch(result)
                 row = {**result.row(), "seed": seed, "saved_bytes": saved[result.name]}
                 if result.epoch == epochs and PLAIN in trainers:
-                    row["weight_distance"] = distance(trainers, result.name, first)
+                    row["weight_distance"] = distance(trainers, result.name, start)
                 rows.append({**row, "settings": settings, **records.provenance()})
             records.append(out, *rows)
     rows_path = os.path.relpath(out)
@@ -157,10 +157,10 @@ def weights(trainer: Trainer) -> Tensor:
     return nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
 
 
-def distance(trainers: dict[str, Trainer], name: str, first: Tensor) -> float:
-    """The distance of a run's weights from plain's, as a share of plain's way from `first`."""
+def distance(trainers: dict[str, Trainer], name: str, start: Tensor) -> float:
+    """The distance of a run's weights from plain's, as a share of plain's way from `start`."""
     plain = weights(trainers[PLAIN])
-    return float((weights(trainers[name]) - plain).norm() / (plain - first).norm())
+    return float((weights(trainers[name]) - plain).norm() / (plain - start).norm())
 
 
 def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
