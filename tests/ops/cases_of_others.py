@@ -86,8 +86,6 @@ def _fallback():
         ("maximum", torch.maximum, (x, x)),
         ("clamp", lambda x: x.clamp(-0.5, 0.5), (x,)),
         ("abs", torch.abs, (x,)),
-        ("hardtanh", F.hardtanh, (x,)),
-        ("prelu", F.prelu, (x, parameter(4))),
         (
             "views",
             lambda x: x.transpose(0, 1).flip(0).roll(1, 0).flatten(1).unflatten(1, (3, 9)).exp(),

@@ -137,6 +137,7 @@ def _activations():
     }.items():
         # elu's derivative jumps at 0 for alpha other than 1.
         yield Case(name, function, x, fallback=True, eight=0.1)
+    yield from _stepped(*x)
     # PyTorch multiplies by a float32 sixth in float64 too.
     yield Case("hardsigmoid", lambda x: F.hardsigmoid(2 * x), x, rounding=1e-7)
     yield Case("glu", F.glu, (activation(3, 4, 8),))
@@ -158,6 +159,35 @@ def _activations():
         eight=0.05,
         four=0.8,
     )
+
+
+def _stepped(x):
+    """Activations with two slopes, alone and between a norm and a convolution."""
+    yield Case("hardtanh", F.hardtanh, (x,))
+    yield Case("nn.ReLU6 inplace", lambda x: nn.ReLU6(True)(x.mul(4)), (x,))
+    yield Case("hardtanh_", lambda x: F.hardtanh_(x.mul(1.5), -0.5, 0.7), (x,))
+    yield Case("prelu", F.prelu, (x, parameter(4)), eight=0.05)
+    yield Case("prelu of one slope", lambda x, w: x.prelu(w), (x, parameter(1)), eight=0.05)
+    yield Case("prelu frozen", F.prelu, (x, constant(4)))
+    for name, function in {
+        "relu": F.relu,
+        "relu_": F.relu_,
+        "relu6 inplace": lambda x: F.relu6(x, inplace=True),
+        "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+        "clamp": lambda x: x.clamp(-0.5, 0.5),
+        "prelu": lambda x: F.prelu(x, x.new_full((6,), 0.3)),
+        "silu_": lambda x: F.silu(x, inplace=True),
+        "relu_ of a view": lambda x: x[:, :4].relu_(),
+    }.items():
+        yield Case(
+            f"batch_norm, {name}, conv2d",
+            lambda x, w, b, k, f=function: F.conv2d(
+                (y := f(F.batch_norm(x, None, None, w, b, training=True))), k[:, : y.shape[1]]
+            ),
+            (activation(4, 6, 5, 5), parameter(6), parameter(6), parameter(2, 6, 3, 3)),
+            eight=0.05,
+            four=0.8,
+        )
 
 
 def _in_a_part(x, function):
