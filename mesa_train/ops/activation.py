@@ -4,7 +4,7 @@
   rounding). Their output is rebuilt from the same codes, so the Linear behind saves nothing.
 - hardswish has a derivative that jumps at -3 and 3. It saves one bit per element in addition to the
   codes.
-- sigmoid and tanh save the codes of their output.
+- sigmoid and tanh save the codes of their output. If the input has a stash, they save nothing.
 - glu saves the codes of its input.
 
 `stepped.py` has relu and similar functions, whose derivative has two values.
@@ -269,12 +269,35 @@ def from_output(kind: str) -> Any:
         if args or kwargs or not recorder.covers("activation", input):
             return NotImplemented
         result = recorder.exactly(func, input)
-        y = recorder.keep(result, "activation", "output")
+        y = _from_input(recorder, kind, input) or recorder.keep(result, "activation", "output")
         output = FromOutput.apply(result, (y,), kind, input)
         recorder.lineage.set(output, y)
         return output
 
     return row
+
+
+def _from_input(recorder: Recorder, kind: str, input: Tensor) -> Stash | None:
+    """The stash of a sigmoid or tanh if its input has a stash, else None.
+
+    The input may also be a multiple of a tensor. This is QuickGELU, x * sigmoid(1.702 * x): the
+    product behind saves x as well.
+    """
+    table = recorder.context.rules.table
+    source = recorder.known(input, "activation", "output")
+    multiple = None if source is not None else recorder.multiples.get(input)
+    rebuilt = table["activation", "output"].rebuild_cheap and table["activation", "input"].enabled
+    if multiple is not None and rebuilt:
+        x, (version, number) = multiple[0](), multiple[1:]
+        if x is not None and x._version == version:
+            kept = recorder.keep(x, "activation", "input")
+            recipe = Recompute(torch.mul, (number,), {})
+            source = Stash(recipe, (), (kept,), cost=CHEAP, dtype=input.dtype)
+    if source is None:
+        return None
+    recipe = Recompute(getattr(torch, kind), (), {})
+    recorder.report.add(recorder.context.name, "activation", "output", "rebuilt", 0, source)
+    return Stash(recipe, (), (source,), cost=CHEAP, dtype=input.dtype)
 
 
 def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:

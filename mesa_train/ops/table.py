@@ -101,6 +101,9 @@ ROWS: dict[Any, Row] = {
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,
+    torch.neg: multiply.neg,
+    Tensor.neg: multiply.neg,
+    Tensor.__neg__: multiply.neg,
     torch.amax: extremum.extremum,
     Tensor.amax: extremum.extremum,
     torch.amin: extremum.extremum,
@@ -113,6 +116,7 @@ ROWS: dict[Any, Row] = {
     torch.cat: views.cat,
     torch.concat: views.cat,
     torch.concatenate: views.cat,
+    torch.stack: views.cat,
 }
 
 # Operators of other libraries. A library may be loaded after mesa_train, or never.
