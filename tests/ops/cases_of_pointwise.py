@@ -62,6 +62,18 @@ def _norms():
                 ),
                 (*inputs, constant(6), constant(6, make=positive)),
             )
+    for dims, shape in ((3, (7,)), (4, (3, 5)), (5, (2, 3, 2))):
+        yield Case(
+            f"instance_norm {dims}-D",
+            lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+            (activation(4, 6, *shape), parameter(6), parameter(6)),
+        )
+    yield of_module(
+        "nn.InstanceNorm2d with statistics",
+        lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        activation(4, 6, 3, 5),
+        fallback=True,
+    )
     yield Case("group_norm without affine", lambda x: F.group_norm(x, 2), (activation(4, 6, 5),))
     yield Case(
         "batch_norm without statistics or affine",
@@ -196,6 +208,73 @@ def _in_a_part(x, function):
     return y
 
 
+def _products():
+    """Products whose factors hand their stashes on."""
+    x = activation(2, 4, 8)
+    yield Case(
+        "rms_norm written out, linear",
+        lambda x, g, w: F.linear(
+            g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype), w
+        ),
+        (x, parameter(8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rms_norm written out behind a linear, frozen",
+        lambda x, v, g, w: F.linear(
+            g * ((h := F.linear(x, v)) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)), w
+        ),
+        (x, parameter(8, 8), constant(8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "QuickGELU and linear",
+        lambda x, v, w: F.linear((h := F.linear(x, v)) * torch.sigmoid(1.702 * h), w),
+        (x, parameter(8, 8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "tanh behind a norm",
+        lambda x, w, b, k: F.conv2d(torch.tanh(F.group_norm(x, 2, w, b)), k),
+        (activation(2, 4, 5, 5), parameter(4), parameter(4), parameter(2, 4, 3, 3)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rotary positions",
+        lambda x, w, cos, sin: F.scaled_dot_product_attention(
+            *[_rotated(F.linear(x, w), cos, sin).unflatten(-1, (2, 4)).transpose(1, 2)] * 3
+        ),
+        (x, parameter(8, 8, make=_weak), constant(4, 8), constant(4, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rotary positions, stacked",
+        lambda x, w, cos, sin: F.linear(
+            (h := F.gelu(x)) * cos
+            + torch.stack([-h[..., 1::2], h[..., ::2]], -1).reshape(h.shape) * sin,
+            w,
+        ),
+        (x, parameter(8, 8), constant(4, 8), constant(4, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+
+
+def _weak(*shape):
+    """Weights that do not saturate a softmax."""
+    return 0.3 * torch.randn(*shape)
+
+
+def _rotated(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 def _dropout():
     x = (activation(3, 4, 9),)
     yield Case("dropout", lambda x: F.dropout(x, 0.4), x)
@@ -217,4 +296,4 @@ def _dropout():
     yield Case("dropout2d", lambda x: F.dropout2d(x, 0.4), (activation(3, 4, 5, 5),), fallback=True)
 
 
-POINTWISE = [*_norms(), *_activations(), *_dropout()]
+POINTWISE = [*_norms(), *_activations(), *_products(), *_dropout()]
