@@ -14,16 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train import kernels
+from mesa_train.utils import clipped_sign as straight_through
 
 from . import (
     activation,
     add,
     attention,
     channel_norm,
+    clipped_sign,
     conv,
     deformable,
     dropout,
+    exponential,
     extremum,
+    gather,
     linear,
     matmul,
     multiply,
@@ -89,6 +93,9 @@ ROWS: dict[Any, Row] = {
     torch.tanh: activation.from_output("tanh"),
     Tensor.tanh: activation.from_output("tanh"),
     F.glu: activation.glu,
+    torch.exp: exponential.exp,
+    Tensor.exp: exponential.exp,
+    straight_through.clipped_sign: clipped_sign.clipped_sign,
     torch.add: add.add,
     Tensor.add: add.add,
     Tensor.add_: add.add,
@@ -99,6 +106,8 @@ ROWS: dict[Any, Row] = {
     Tensor.amax: extremum.extremum,
     torch.amin: extremum.extremum,
     Tensor.amin: extremum.extremum,
+    torch.gather: gather.gather,
+    Tensor.gather: gather.gather,
     torch.clamp: activation.clamp,
     Tensor.clamp: activation.clamp,
     F.dropout: dropout.dropout,
