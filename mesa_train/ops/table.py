@@ -21,13 +21,10 @@ from . import (
     add,
     attention,
     channel_norm,
-    clipped_sign,
     conv,
     deformable,
     dropout,
-    exponential,
     extremum,
-    gather,
     linear,
     matmul,
     multiply,
@@ -37,6 +34,7 @@ from . import (
     views,
 )
 from .fallback import fallback as fallback
+from .narrow import clipped_sign, exponential, gather
 
 Row = Callable[..., Any]
 

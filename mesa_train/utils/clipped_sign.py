@@ -1,7 +1,7 @@
 """The sign of a tensor with a clipped straight-through gradient, as a function that modes can see.
 
 PyTorch calls no torch function mode for a custom autograd function. `clipped_sign` asks for the mode
-first, so mesa_train has a row for it (`ops/clipped_sign.py`). Without a mode the autograd function runs.
+first, so mesa_train has a row for it (`ops/narrow/clipped_sign.py`). Without a mode the autograd function runs.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from mesa_train.policy import VIEW
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 
-from .activation import Stepped
-from .base import kept_first
+from mesa_train.ops.activation import Stepped
+from mesa_train.ops.base import kept_first
 
 
 class Signs:

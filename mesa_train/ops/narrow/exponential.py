@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mesa_train.codecs.narrow import Narrow
 from mesa_train.stash.recorder import Recorder, why_uncompressed
 from mesa_train.stash.stash import MatrixLayout, Saved, Stash, uncompressed
 
-from .base import Operator, derivative
+from mesa_train.ops.base import Operator, derivative
 
 _NARROW = Narrow()
 

@@ -19,7 +19,7 @@ from mesa_train.policy import VIEW
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash
 
-from .base import Operator, derivative, kept_first
+from mesa_train.ops.base import Operator, derivative, kept_first
 
 
 class Gather(Operator):
