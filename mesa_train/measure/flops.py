@@ -9,6 +9,7 @@ A backward has about twice the operations of its forward.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -70,9 +71,13 @@ def flops(
     if fake_model is not None:
         args, kwargs = fake_model.of(args), fake_model.of(kwargs)
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with applied(model, PLAIN), isolated(model, fake_model), torch.no_grad():
-        with autocasting(target, autocast), counter:
-            model(*args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(applied(model, PLAIN))
+        stack.enter_context(isolated(model, fake_model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(autocasting(target, autocast))
+        stack.enter_context(counter)  # type: ignore[arg-type]
+        model(*args, **kwargs)
     counts = {module: sum(own.values()) for module, own in counter.get_flop_counts().items()}
     total = counts.pop("Global", 0)
     by_operator = {

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from mesa_train.codecs.narrow import Narrow
+from mesa_train.ops.base import Operator, derivative
 from mesa_train.stash.recorder import Recorder, why_uncompressed
 from mesa_train.stash.stash import MatrixLayout, Saved, Stash, uncompressed
-
-from mesa_train.ops.base import Operator, derivative
 
 _NARROW = Narrow()
 
