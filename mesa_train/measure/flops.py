@@ -76,7 +76,7 @@ def flops(
         stack.enter_context(isolated(model, fake_model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(autocasting(target, autocast))
-        stack.enter_context(counter)  # type: ignore[arg-type]
+        stack.enter_context(counter)
         model(*args, **kwargs)
     counts = {module: sum(own.values()) for module, own in counter.get_flop_counts().items()}
     total = counts.pop("Global", 0)
