@@ -1,9 +1,9 @@
 """Runs of the quickstarts of recipes/efficient: whole, killed and resumed, and their memory.
 
-Each quickstart runs twice. The second run is killed by SIGKILL in its last epoch, and resumed from its
-last checkpoint. Both runs must end with the same scores and the same weights. Then one more step of the
-run is measured, and compared with the memory that `--dry-run` predicts. A row for each quickstart goes
-to docs/results/quickstarts.jsonl.
+Each quickstart runs to its end. Then a copy of the run, without its last checkpoint, continues, is killed
+by SIGKILL in the middle of the last epoch, and is resumed. Both runs must end with the same scores and the
+same weights. Then one more step of the run is measured, and compared with the memory that `--dry-run`
+predicts. A row for each quickstart goes to docs/results/quickstarts.jsonl.
 
 A second stage reads the files of the stage before it, so the stages run in the order of `QUICKSTARTS`.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def main(
 
 
 def runs(name: str, work: Path, prefix: list[str]) -> records.Row:
-    """Run a quickstart whole, then killed and resumed. Returns the row without its origin."""
+    """Run a quickstart, then its last epoch killed and resumed. Returns the row without its origin."""
     command = [
         *prefix, sys.executable, str(RECIPE / "train.py"), "--config", str(RECIPE / f"{name}.yaml"),
     ]  # fmt: skip
@@ -77,9 +78,12 @@ def runs(name: str, work: Path, prefix: list[str]) -> records.Row:
     steps, epochs = of_kind(whole, "step"), of_kind(whole, "epoch")
     last = epochs[-1]
     per_epoch = last["step"] // last["epoch"]
-    again = [*command, "--set", f"train.out=runs/{parted.name}"]
-    killed_after = killed(again, work, parted, last["step"] - per_epoch // 2)
-    run([*again, "--resume", "auto"], work)
+    shutil.rmtree(parted, ignore_errors=True)
+    shutil.copytree(whole, parted)
+    shutil.rmtree(checkpoints(parted)[-1])
+    again = [*command, "--set", f"train.out=runs/{parted.name}", "--resume", "auto"]
+    killed_after = killed(again, work, parted, last["step"] - per_epoch, per_epoch // 2)
+    run(again, work)
     same = [[row[key] for key in SCORES] for row in epochs] == [
         [row[key] for key in SCORES] for row in of_kind(parted, "epoch")
     ] and same_weights(whole, parted)
@@ -105,19 +109,37 @@ def run(command: list[str], work: Path) -> None:
     subprocess.run(command, cwd=work, check=True, env=environment(), stdout=subprocess.DEVNULL)
 
 
-def killed(command: list[str], work: Path, folder: Path, step: int) -> int:
-    """Start a run and kill it once it has logged `step` or a later one. Returns the logged step."""
+def killed(command: list[str], work: Path, folder: Path, start: int, steps: int) -> int:
+    """Continue a run and kill it once it has logged enough steps.
+
+    Args:
+        command: continues the run.
+        work: folder of the runs.
+        folder: of the run.
+        start: the step of its checkpoint.
+        steps: least number of further steps.
+    Returns:
+        The last step in its log.
+    """
     process = subprocess.Popen(
         command, cwd=work, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
+    begun = False
     while process.poll() is None:
-        logged = of_kind(folder, "step")
-        if logged and logged[-1]["step"] >= step:
+        logged = [row["step"] for row in of_kind(folder, "step")]
+        # The continued run first removes the rows behind its checkpoint.
+        begun = begun or logged[-1] <= start
+        if begun and logged[-1] >= start + steps:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return int(logged[-1]["step"])
-        time.sleep(0.2)
-    raise SystemExit(f"quickstarts: {folder.name} ended before step {step}")
+            return int(logged[-1])
+        time.sleep(0.1)
+    raise SystemExit(f"quickstarts: {folder.name} ended before step {start + steps}")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest last."""
+    return sorted((folder / "checkpoints").glob("step-*"))
 
 
 def of_kind(folder: Path, kind: str) -> list[records.Row]:
@@ -126,10 +148,13 @@ def of_kind(folder: Path, kind: str) -> list[records.Row]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """True if two runs have the same best weights, bit for bit."""
+    """True if the newest checkpoints of two runs have the same weights, bit for bit."""
     from safetensors.torch import load_file
 
-    first, second = (load_file(folder / "best.safetensors") for folder in (one, other))
+    newest = [checkpoints(folder)[-1] for folder in (one, other)]
+    first, second = (load_file(folder / "model.safetensors") for folder in newest)
+    if newest[0].name != newest[1].name:
+        return False
     return first.keys() == second.keys() and all(
         torch.equal(value, second[key]) for key, value in first.items()
     )

@@ -39,8 +39,9 @@ def test_mistakes_of_a_count_are_one_line(options, message, tmp_path):
 
 def test_two_runs_are_the_same_only_if_all_weights_are(tmp_path):
     for name, value in (("one", 1.0), ("two", 1.0), ("three", 1.0 + 2**-23)):
-        (tmp_path / name).mkdir()
-        save_file({"w": torch.tensor([0.0, value])}, tmp_path / name / "best.safetensors")
+        folder = tmp_path / name / "checkpoints/step-00000002"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.tensor([0.0, value])}, folder / "model.safetensors")
     assert quickstarts.same_weights(tmp_path / "one", tmp_path / "two")
     assert not quickstarts.same_weights(tmp_path / "one", tmp_path / "three")
     with pytest.raises(SystemExit, match="no quickstart hvt; choose from hvt_quickstart"):

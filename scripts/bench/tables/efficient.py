@@ -51,8 +51,8 @@ def quickstarts(rows: Sequence[Row]) -> str:
         )
     head = ["quickstart", "steps", "top-1", "killed after, resumed", "saved bytes", "peak"]
     return markdown(head, lines) + (
-        "\nTop-1 of the last epoch, on images that were held out. A second run was killed by SIGKILL after the "
-        "given step and resumed; `same`: all scores and the best weights are equal, bit for bit. Bytes: "
+        "\nTop-1 of the last epoch, on images that were held out. Killed: by SIGKILL after the given step. "
+        "`same`: the resumed run and the whole run have the same scores and weights, bit for bit. Bytes: "
         f"predicted by a dry run / measured in a real step. {origin(rows[-1])}\n"
     )
 
