@@ -34,7 +34,7 @@ from . import (
     views,
 )
 from .fallback import fallback as fallback
-from .narrow import clipped_sign, exponential, gather
+from .narrow import clipped_sign, difference, exponential, gather
 
 Row = Callable[..., Any]
 
@@ -97,6 +97,8 @@ ROWS: dict[Any, Row] = {
     torch.add: add.add,
     Tensor.add: add.add,
     Tensor.add_: add.add,
+    torch.sub: difference.sub,
+    Tensor.sub: difference.sub,
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,

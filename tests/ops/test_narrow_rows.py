@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mesa_train import Policy, compress
 from mesa_train.utils.clipped_sign import clipped_sign
@@ -71,3 +72,30 @@ def test_a_gather_that_repeats_codes_its_input_once():
     assert saved["gather", "index", "uint8"] == 2 * 64
     assert saved["gather", "right", str(mode.recorder.codec("matmul", "right"))] < 1.2 * x.numel()
     assert out.requires_grad
+
+
+def test_coordinates_of_every_pair_are_rebuilt_bit_for_bit():
+    torch.manual_seed(0)
+    table, at = torch.randn(1, 4, 15, 15), torch.rand(1, 64, 2) * 2 - 1
+
+    def sampled(policy, write=False):
+        inputs = [t.clone().requires_grad_() for t in (table, at)]
+        positions = inputs[1] * 1
+        with compress(policy) as mode:
+            pairs = (positions.view(64, 1, 2) - positions.view(1, 64, 2)) * 0.5
+            out = F.grid_sample(inputs[0] * 1, pairs[None].flip(-1), align_corners=True)
+        if write:
+            with torch.no_grad():
+                positions += 1
+        out.square().sum().backward()
+        return [t.grad for t in inputs], mode
+
+    plain, _ = sampled(Policy(enabled=False))
+    for policy in (Policy(min_bytes=0, overrides={"mul": {"bits": 32}}), EIGHT):
+        for write in (False, True):
+            found, mode = sampled(policy, write)
+            # The images are coded, and only the gradient of the coordinates reads them.
+            assert torch.equal(found[0], plain[0])
+            assert (found[1] - plain[1]).norm() < 0.02 * plain[1].norm()
+    assert rows(mode)["grid_sample", "saved", "rebuilt"] == 0
+    assert not any(key[2].startswith("uncompressed: exact") for key in rows(mode))
