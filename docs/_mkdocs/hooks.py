@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {
     "recipes/litv2/README.md": "recipes/litv2.md",
     "recipes/vit22b/README.md": "recipes/vit22b.md",
+    "recipes/efficient/README.md": "recipes/efficient.md",
     "recipes/mocov3/README.md": "recipes/mocov3.md",
     "recipes/evaluate/README.md": "recipes/evaluate.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -222,6 +222,24 @@ def counted(model_device: torch.device, fake_device: torch.device) -> CountedOff
     )
 
 
+def target_of(
+    model: nn.Module,
+    device: str | torch.device | None,
+    fake: bool,
+    autocast: torch.dtype | None,
+) -> tuple[torch.device, FakeModel | None]:
+    """(device that a forward sees, the fake model if it runs on fake tensors).
+
+    Args:
+        model, device, fake, autocast: as for `footprint`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    target, fake_model, _ = _target(model, device, fake, autocast)
+    return target, fake_model
+
+
 def _target(
     model: nn.Module,
     device: str | torch.device | None,

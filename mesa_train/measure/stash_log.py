@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from mesa_train.codecs.narrow import Narrow
 from mesa_train.policy import OPERATORS
 from mesa_train.stash.context import Report
 from mesa_train.stash.stash import Leaf, Stash
@@ -97,7 +98,12 @@ class StashLog(Report):
             return
         if how == "rebuilt" and self.hold:
             self.rebuilt.setdefault(key, stash)
-        elif isinstance(stash.recipe, Leaf) and how != "shared":
+        elif (
+            isinstance(stash.recipe, Leaf)
+            and how != "shared"
+            # A policy has no choice of bits for it.
+            and not isinstance(stash.recipe.codec, Narrow)
+        ):
             cols = stash.recipe.layout.cols
             codes = stash.tensors[0]
             rows = codes.shape[0] if codes.dim() == 2 else codes.numel() // max(cols, 1)

@@ -6,6 +6,8 @@ An addition saves nothing. Its row records how to rebuild the sum if both terms 
 matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter
 (`recompute="linear"`), as they are behind a single Linear.
 
+A sum of a tensor with a stash and a number is rebuilt from that stash.
+
 Cost: a residual stream has no such terms, and there the row costs two lookups.
 """
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash
 
@@ -38,9 +41,20 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
     """Row of torch.add, Tensor.add, `+` and `+=`."""
     left, right = _matmul(recorder, input), _matmul(recorder, other)
     output = fallback(recorder, func, (input, other), kwargs)
+    if isinstance(other, (int, float)) and isinstance(input, Tensor) and not kwargs:
+        return _shifted(recorder, input, other, output)
     if left is None or right is None or kwargs or input.shape != other.shape:
         return output
     recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    return output
+
+
+def _shifted(recorder: Recorder, input: Tensor, number: float, output: Tensor) -> Tensor:
+    """`output`, the sum of a tensor and a number, with a stash if the tensor has one."""
+    source = recorder.lineage.get(input)
+    if source is not None and output is not input and output.is_floating_point():
+        replay = Recompute(torch.add, (number,), {})
+        recorder.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
     return output
 
 

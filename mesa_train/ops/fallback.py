@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mesa_train.policy import VIEW
+from mesa_train.stash.recipes import Replay
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Spec, Stash, strip, value
+from mesa_train.stash.stash import Saved, Spec, Stash, Uncompressed, strip, value
 from mesa_train.utils.torch_functions import function_name
 
 from .coded import CODED
@@ -191,6 +192,10 @@ class _Hooks:
             return recorder.keep(tensor, "fallback", self.operand, label=self.name)
         if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
             return tensor
+        known = recorder.lineage.get(tensor) if self.among is not None else None
+        if known is not None and _bitwise(known):
+            recorder.report.add(recorder.context.name, self.name, "saved", "rebuilt", 0, known)
+            return known
         how = "exact"
         if self.operand is not None and tensor.is_floating_point() and self.among is None:
             how = "a parameter" if weight else "a constant"
@@ -310,6 +315,14 @@ def _plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     return type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor)
+
+
+def _bitwise(stash: Stash) -> bool:
+    """True if a stash rebuilds its tensor bit for bit, by the functions of the forward."""
+    own = isinstance(stash.recipe, (Replay, Uncompressed)) or getattr(
+        stash.recipe, "bitwise", False
+    )
+    return own and all([_bitwise(source) for source in stash.sources])
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train import kernels
+from mesa_train.utils import clipped_sign as straight_through
 
 from . import (
     activation,
@@ -35,6 +36,7 @@ from . import (
     views,
 )
 from .fallback import fallback as fallback
+from .narrow import clipped_sign, difference, exponential, gather
 
 Row = Callable[..., Any]
 
@@ -100,9 +102,14 @@ ROWS: dict[Any, Row] = {
     torch.tanh: activation.from_output("tanh"),
     Tensor.tanh: activation.from_output("tanh"),
     F.glu: activation.glu,
+    torch.exp: exponential.exp,
+    Tensor.exp: exponential.exp,
+    straight_through.clipped_sign: clipped_sign.clipped_sign,
     torch.add: add.add,
     Tensor.add: add.add,
     Tensor.add_: add.add,
+    torch.sub: difference.sub,
+    Tensor.sub: difference.sub,
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,
@@ -123,6 +130,8 @@ ROWS: dict[Any, Row] = {
     torch.max_pool3d: pool.max_pool,
     torch.clamp: stepped.clamp,
     Tensor.clamp: stepped.clamp,
+    torch.gather: gather.gather,
+    Tensor.gather: gather.gather,
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
     F.pad: views.pad,

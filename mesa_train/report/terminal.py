@@ -7,7 +7,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,6 +22,7 @@ from .columns import cell, notes, with_ratios
 
 if TYPE_CHECKING:
     from mesa_train.estimate.estimator import Estimate
+    from mesa_train.measure.flops import Flops
     from mesa_train.planner.plan import Plan
 
 # The cells and the style of a line.
@@ -107,26 +108,57 @@ def by_operator(one: Footprint, other: Footprint, names: tuple[str, str]) -> Tab
 
 
 def by_module(
-    one: Footprint, other: Footprint, names: tuple[str, str], depth: int | None = None
+    one: Footprint,
+    other: Footprint,
+    names: tuple[str, str],
+    depth: int | None = None,
+    operations: Flops | None = None,
 ) -> Table:
-    """The module tree; each line has the bytes of its subtree under two methods.
+    """The module tree; each line has the bytes of its subtree under two methods, and its operations.
 
     Args:
         one: footprint of the first method.
         other: footprint of the second method.
         names: names of the two methods.
         depth: levels to show; None for all.
+        operations: operations of the forward; None leaves the column out.
     """
-    root = grow([forward_order(one), forward_order(other)])
-    min_bytes = _MIN_SHARE * one.saved_bytes, _MIN_SHARE * other.saved_bytes
+    columns = [forward_order(one), forward_order(other)]
+    totals = [one.saved_bytes, other.saved_bytes]
+    if operations is not None:
+        columns.append(operations.by_module)
+        totals.append(operations.total)
     lines: list[_Line] = []
-    for prefix, node in _lines(root, min_bytes, depth):
+    for prefix, node in _lines(grow(columns), [_MIN_SHARE * total for total in totals], depth):
         label = Text.assemble((prefix, "dim"), node.label)
         if node.count > 1:
             label.append(f"  x{node.count}", style="cyan")
-        first, second = node.sizes
-        lines.append(([label, *_cells(first, one.saved_bytes, second, node.count)], ""))
-    return _table(["module", names[0], "share", names[1], "less"], lines)
+        first, second, *counted = node.sizes
+        cells = _cells(first, one.saved_bytes, second, node.count)
+        lines.append(([label, *cells, *[_giga(count) for count in counted]], ""))
+    head = ["module", names[0], "share", names[1], "less"]
+    return _table([*head, *(["GFLOPs"] if operations is not None else [])], lines)
+
+
+def energy(parts: Mapping[str, tuple[int, int]], energy_of: Callable[[int, int], float]) -> Table:
+    """Multiplications, additions and energy of one image, a line for each part of a model.
+
+    Args:
+        parts: (multiplications, additions) by name of the part.
+        energy_of: from the two numbers to pJ.
+    """
+    total = tuple(sum(part[index] for part in parts.values()) for index in (0, 1))
+    lines: list[_Line] = [
+        ([name, *map(_giga, part), f"{energy_of(*part) / 1e9:.3f}"], "bold" * (name == "total"))
+        for name, part in [*parts.items(), ("total", (total[0], total[1]))]
+    ]
+    head = ["part", "multiplications, G", "additions, G", "energy, mJ"]
+    return _table(head, lines, rule_before=len(parts))
+
+
+def _giga(count: int) -> str:
+    """A count in units of 1e9."""
+    return f"{count / 1e9:.3f}" if count else ""
 
 
 def stored(footprint: Footprint) -> Table | None:
@@ -142,7 +174,7 @@ def stored(footprint: Footprint) -> Table | None:
 
 def _lines(
     node: Node,
-    min_bytes: tuple[float, float],
+    min_sizes: Sequence[float],
     depth: int | None,
     prefix: str = "",
     indent: str = "",
@@ -156,13 +188,13 @@ def _lines(
         for child in node.children
         if any(
             size * child.count > minimum
-            for size, minimum in zip(child.sizes, min_bytes, strict=True)
+            for size, minimum in zip(child.sizes, min_sizes, strict=True)
         )
     ]
     for child in children:
         branch, below = ("└ ", "  ") if child is children[-1] else ("├ ", "│ ")
         deeper = None if depth is None else depth - 1
-        yield from _lines(child, min_bytes, deeper, indent + branch, indent + below)
+        yield from _lines(child, min_sizes, deeper, indent + branch, indent + below)
 
 
 def _cells(first: int, total: int, second: int, count: int = 1) -> list[str]:

@@ -258,7 +258,10 @@ class Recorder:
     def codec(self, operator: str, operand: str) -> Any:
         """The codec for the next use of an operand in this module."""
         rule = self.context.rules[operator, operand]
-        codec = rule.codec or self._running(operator, operand, rule.group_size)
+        return self.in_checkpoint(rule.codec or self._running(operator, operand, rule.group_size))
+
+    def in_checkpoint(self, codec: Any) -> Any:
+        """`codec`, as the passes of a checkpoint need it (see `codecs/placeholder.py`)."""
         if self.discards():
             return PlaceholderCodec(codec)
         return SACHiddenCodec(codec) if selective() else codec

@@ -3,7 +3,8 @@
 The layers are those of `mesa_train.models.attention`, of width 768 with 12 heads, on maps of tokens.
 Where windows of 7 do not divide a map and windows of 8 do, windows are of 8. Multiply-adds follow
 the rules of the published benchmark. Saved bytes are counted for `--count-batch` images on the meta
-device. Times are medians over rounds in which all layers take turns, after warm-up.
+device, for bf16 autocast. Times are medians over rounds in which all layers take turns, after warm-up.
+A processor that only emulates bfloat16 is timed in float32.
 
     python scripts/bench/attention.py                       maps of 14x14 and 64x64
     python scripts/bench/attention.py --counts-only         seconds, no times
@@ -25,9 +26,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mesa_train
+from mesa_train.measure.step import autocasting
 from mesa_train.models.attention import AttentionLayer, create_attention
 from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.precision import choose
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/bench_attention.jsonl"
 DIM, HEADS = 768, 12
@@ -74,6 +77,9 @@ def main(
     count_batch: Annotated[int, typer.Option(min=1, help="Images when counting bytes.")] = 64,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="When timing: no (float32), bf16, fp16 or auto.")
+    ] = "auto",
     counts_only: Annotated[bool, typer.Option("--counts-only", help="Measure no times.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
@@ -85,9 +91,10 @@ def main(
             for label in LABELS
         ]
         if not counts_only:
-            times = timed(one_side, images, rounds, device)
+            choice = choose(precision, device)
+            times = timed(one_side, images, rounds, device, choice.dtype)
             for row in rows:
-                row |= {"batch": images, **times[row["layer"]]}
+                row |= {"batch": images, "timed_in": choice.name, **times[row["layer"]]}
         records.append(out, *[row | records.provenance(device) for row in rows])
         Console().print(report(rows))
 
@@ -97,7 +104,8 @@ def report(rows: list[records.Row]) -> Table:
     first = rows[0]
     timed_rows = "forward_ms" in first
     side = f"{first['side']}x{first['side']}"
-    table = Table(title=f"{side} tokens, {DIM} channels, {HEADS} heads, bf16 autocast")
+    title = f"{side} tokens, {DIM} channels, {HEADS} heads, bytes of bf16 autocast"
+    table = Table(title=f"{title}, times of {first['timed_in']}" if timed_rows else title)
     headings = ["layer", "parameters", "GMACs"]
     headings += ["forward", "training step", "with mesa8"] if timed_rows else []
     headings += [f"saved, batch {first['count_batch']}", "with mesa8"]
@@ -141,8 +149,14 @@ def counted(label: str, side: int, batch: int) -> records.Row:
     }
 
 
-def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a forward without gradients and of a training step."""
+def timed(
+    side: int, batch: int, rounds: int, device: str, dtype: torch.dtype | None
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a forward without gradients and of a training step.
+
+    Args:
+        dtype: of autocast; None for float32.
+    """
     torch.manual_seed(0)
     maps = torch.randn(batch, side, side, DIM, device=device)
     calls: dict[tuple[str, str], Callable[[], None]] = {}
@@ -151,9 +165,9 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
             nn.Sequential(nn.LayerNorm(DIM), build(label, side)[0]).to(device) for _ in range(2)
         )
         mesa_train.wrap(coded, "mesa8")
-        calls[label, "forward_ms"] = _forward(plain, maps)
-        calls[label, "train_ms"] = _train(plain, maps)
-        calls[label, "mesa8_train_ms"] = _train(coded, maps)
+        calls[label, "forward_ms"] = _forward(plain, maps, dtype)
+        calls[label, "train_ms"] = _train(plain, maps, dtype)
+        calls[label, "mesa8_train_ms"] = _train(coded, maps, dtype)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 2):
         for key in sorted(calls, reverse=bool(turn % 2)):
@@ -174,22 +188,22 @@ def timed(side: int, batch: int, rounds: int, device: str) -> dict[str, dict[str
     return medians
 
 
-def _forward(model: nn.Module, maps: Tensor) -> Callable[[], None]:
+def _forward(model: nn.Module, maps: Tensor, dtype: torch.dtype | None) -> Callable[[], None]:
     """A forward without gradients."""
 
     def call() -> None:
-        with torch.no_grad(), torch.autocast(maps.device.type, torch.bfloat16):
+        with torch.no_grad(), autocasting(maps.device, dtype):
             model(maps)
 
     return call
 
 
-def _train(model: nn.Module, maps: Tensor) -> Callable[[], None]:
+def _train(model: nn.Module, maps: Tensor, dtype: torch.dtype | None) -> Callable[[], None]:
     """A forward and a backward."""
     leaf = maps.clone().requires_grad_()
 
     def call() -> None:
-        with torch.autocast(maps.device.type, torch.bfloat16):
+        with autocasting(maps.device, dtype):
             out = model(leaf)
         out.float().square().mean().backward()
         leaf.grad = None

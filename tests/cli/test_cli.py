@@ -134,6 +134,32 @@ def test_profile_with_a_policy_from_a_file(tmp_path, shallow):
     assert result.exit_code == 0, result.output
     output = json.loads(result.stdout)
     assert output["with_policy"]["saved_bytes"] < output["plain"]["saved_bytes"] / 4
+    assert output["flops"]["total"] > 2 * 32 * 10 * output["plain"]["parameter_bytes"] / 4
+    assert output["flops"]["by_module"]["head"] == 2 * 32 * 192 * 10
+
+
+ECOFORMER = """
+import mesa_train.models, timm
+
+def build():
+    return timm.create_model("ecoformer_pvt_v2_b0", depths=(1, 1, 1, 1), num_classes=10)
+"""
+
+
+def test_profile_of_an_ecoformer_has_energy(tmp_path):
+    (tmp_path / "eco.py").write_text(ECOFORMER)
+    model = [f"python:{tmp_path}/eco.py:build", "--fake", "--image-size", "96"]
+    result = run("profile", *model, "--depth", "0", "--batch-size", "1")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    lines = [line.split() for line in result.stdout.splitlines()]
+    (total,) = [line for line in lines if line[:1] == ["total"]]
+    multiplications, additions, millijoules = map(float, total[1:])
+    # The printed values are rounded to three digits.
+    assert abs(3.7 * multiplications + 0.9 * additions - millijoules) < 4e-3
+    energy = json.loads(run("profile", *model, "--json").stdout)["energy"]
+    assert energy["pj"] == sum(part["pj"] for part in energy["parts"].values())
+    assert list(energy["parts"]) == ["stage 1", "stage 2", "stage 3", "stage 4", "head"]
 
 
 def test_profile_of_two_policies(shallow):

@@ -45,10 +45,21 @@ def _twice(x):
     return x + x.sigmoid() * x
 
 
+INDEX = torch.tensor([[3, 0, 3, 1, 2], [1, 1, 0, 2, 0], [2, 3, 3, 3, 0]]).unsqueeze(-1)
+
+
 def _fallback():
     x = activation(3, 4, 9)
     for name, function, inputs in [
         ("exp", torch.exp, (x,)),
+        ("exp of a view", lambda x: x.transpose(0, 1).exp(), (x,)),
+        ("exp and matmul", lambda x, y: (x.exp() + 1e-4) * 0.5 @ y, (x, activation(3, 9, 5))),
+        ("gather", lambda x: x.gather(1, INDEX), (x,)),
+        (
+            "gather and matmul",
+            lambda x, y: y @ x.gather(1, INDEX.repeat(1, 2, 1).expand(-1, -1, 9)).mT,
+            (x, activation(3, 4, 9)),
+        ),
         ("pow", lambda x: x.pow(3), (x,)),
         ("square", torch.square, (x,)),
         ("sqrt", torch.sqrt, (activation(3, 9, make=positive),)),
@@ -93,7 +104,18 @@ def _fallback():
     ]:
         # Division and the powers magnify what is small.
         loose = {"eight": 0.1, "four": 0.4}
-        operators = {"where", "amax", "max of all", "clamp"}
+        operators = {
+            "exp",
+            "exp of a view",
+            "exp and matmul",
+            "gather",
+            "gather and matmul",
+            "views",
+            "where",
+            "amax",
+            "max of all",
+            "clamp",
+        }
         yield Case(name, function, inputs, fallback=name not in operators, **loose)
 
 

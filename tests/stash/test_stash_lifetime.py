@@ -141,10 +141,11 @@ def test_global_generators_are_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("inputs", [None, 8])
-@pytest.mark.parametrize("function", [torch.exp, torch.sqrt])
+@pytest.mark.parametrize("function", [torch.exp, torch.exp2, torch.sqrt])
 def test_an_output_that_its_own_node_keeps_does_not_hold_the_graph(function, dtype, inputs):
-    """Both keep their output: exp under the coding hooks, sqrt without, also beside those of checkpoints' inputs."""
-    policy = Policy(overrides={"fallback.exp": {}}, checkpoint_inputs=inputs)
+    """All keep their output: exp in its row, exp2 under the coding hooks, sqrt without, also beside those of
+    checkpoints' inputs."""
+    policy = Policy(overrides={"fallback.exp2": {}}, checkpoint_inputs=inputs)
     gc.disable()
     try:
         leaf = torch.randn(8, 8, dtype=dtype, requires_grad=True)

@@ -143,9 +143,15 @@ class EcoFormer(Classifier):
         Args:
             img_size: in pixels; default: the model's own.
         """
+        parts = self.operations_by_part(img_size).values()
+        return sum(mul for mul, _ in parts), sum(add for _, add in parts)
+
+    def operations_by_part(
+        self, img_size: int | tuple[int, int] | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """`operations` of each stage and of the head, by name."""
         height, width = to_2tuple(img_size or self.img_size)
-        products = self.head.weight.numel() if isinstance(self.head, nn.Linear) else 0
-        multiplications = additions = products
+        counts: dict[str, tuple[int, int]] = {}
         for stage in range(self.depth):
             embed = self.embed_of(stage)
             height, width = embed.sides(height, width)
@@ -157,11 +163,14 @@ class EcoFormer(Classifier):
                 if isinstance(m, (nn.Linear, nn.Conv2d))
             ]
             products = tokens * sum(weight.numel() for weight in weights)
-            multiplications, additions = multiplications + products, additions + products
+            multiplications, additions = products, products
             for block in self.blocks_of(stage):
                 mul, add = block.attn.operations(tokens)  # type: ignore[union-attr, operator]
                 multiplications, additions = multiplications + mul, additions + add
-        return multiplications, additions
+            counts[f"stage {stage + 1}"] = multiplications, additions
+        products = self.head.weight.numel() if isinstance(self.head, nn.Linear) else 0
+        counts["head"] = products, products
+        return counts
 
     def parts_of(self, stage: int) -> list[nn.Module]:
         """The modules of a stage that have weights."""
@@ -172,7 +181,11 @@ class EcoFormer(Classifier):
 
         It is an estimate from counts, not a measurement.
         """
-        multiplications, additions = self.operations(img_size)
+        return self.energy_of(*self.operations(img_size))
+
+    @staticmethod
+    def energy_of(multiplications: int, additions: int) -> float:
+        """Energy of counted operations in pJ."""
         return MULTIPLICATION_PJ * multiplications + ADDITION_PJ * additions
 
     def adapt_checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,31 +15,11 @@ The distances come from one matmul. The authors' code forms a tensor (B, heads, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Sign(torch.autograd.Function):
-    """Sign, with sign(0) = 0. The gradient passes where -1 < y < 1. Saves one bool an element."""
-
-    @staticmethod
-    def forward(y: Tensor) -> tuple[Tensor, Tensor]:
-        inside = y.abs() < 1
-        return y.sign(), inside
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        _, inside = output
-        ctx.mark_non_differentiable(inside)
-        ctx.save_for_backward(inside)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside
+from mesa_train.utils.clipped_sign import clipped_sign
 
 
 class KernelHash(nn.Module):
@@ -78,7 +58,7 @@ class KernelHash(nn.Module):
         return (kernel_values(x, self.anchor) - self.mvec) @ self.A.transpose(-2, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return Sign.apply(self.scores(x))[0]
+        return clipped_sign(self.scores(x))
 
 
 def kernel_values(x: Tensor, anchor: Tensor) -> Tensor:

@@ -190,9 +190,11 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     """Predicted bytes on one device that holds the whole model.
 
     Returns:
-        Bytes by use: weights, gradients, optimizer, activations, images.
+        Bytes by use: weights, gradients, optimizer, activations, images; teacher if the method has one.
     """
     model = build_model(config, classes, "meta").train()
+    method = method_of(config)
+    teacher = method.teacher_bytes(classes)
     size = config.data.image_size
     images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
 
@@ -210,10 +212,22 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,
         "gradients": kept.parameter_bytes,
-        "optimizer": optimizers.state_bytes(config.optim.name, model.parameters()),
+        "optimizer": optimizers.state_bytes(config.optim.name, _optimized(config, model)),
         "activations": kept.saved_bytes,
         "images": images.numel() * 4,
+        **({"teacher": teacher} if teacher else {}),
     }
+
+
+def parameter_groups(config: Config, model: nn.Module) -> optimizers.Groups:
+    """The parameter groups of a run: the recipe's, changed by the method."""
+    groups = optimizers.groups(model, config.optim, config.train.global_batch)
+    return method_of(config).groups(model, groups)
+
+
+def _optimized(config: Config, model: nn.Module) -> list[Tensor]:
+    """The parameters that have optimizer states."""
+    return [p for group in parameter_groups(config, model) for p in group["params"]]
 
 
 def batches(config: Config, made: Plan) -> str:
@@ -243,11 +257,11 @@ def report(config: Config, classes: int, images: int, world: int) -> str:
         f"policy {train.policy}, optimizer {config.optim.name}",
         precision(config).line,
     ]
-    for group in optimizers.groups(model, config.optim, train.global_batch):
+    for group in parameter_groups(config, model):
         count = sum(p.numel() for p in group["params"])
         rate = group["lr"] * group.get("lr_scale", 1)
         lines.append(
-            f"group {group['name']:<9} {len(group['params']):>4} tensors {count:>12,} values  "
+            f"group {group['name']:<18} {len(group['params']):>4} tensors {count:>12,} values  "
             f"lr {rate:.3g}  decay {group['weight_decay']:g}"
         )
     sizes = memory(config, classes)

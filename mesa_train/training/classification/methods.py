@@ -49,6 +49,10 @@ class Method:
         """The optimizer's parameter groups, of the recipe's groups."""
         return groups
 
+    def teacher_bytes(self, classes: int) -> int:  # noqa: ARG002
+        """Bytes of the weights of a teacher; 0 without one."""
+        return 0
+
     def begin(self, run: Any) -> None:
         """Called before the first step of a new run."""
 
@@ -124,21 +128,31 @@ class DynamicViT(Method):
         smoothing = self.config.augment.label_smoothing
         return nn.functional.one_hot(targets, classes) * (1 - smoothing) + smoothing / classes
 
-    def _teacher(self, run: Any) -> nn.Module:
-        """The frozen teacher with its weights. ConfigError if there are none."""
+    def teacher_bytes(self, classes: int) -> int:
+        with torch.device("meta"):
+            teacher = self._build_teacher(classes)
+        return sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+
+    def _build_teacher(self, classes: int) -> nn.Module:
+        """The network of the teacher with random weights."""
         import timm
 
+        teacher: nn.Module = timm.create_model(
+            self.config.model.name,
+            num_classes=classes,
+            img_size=self.config.data.image_size,
+            predictors=(),
+        )
+        return teacher
+
+    def _teacher(self, run: Any) -> nn.Module:
+        """The frozen teacher with its weights. ConfigError if there are none."""
         from mesa_train.models.lit.official import load_official
 
         path = self.method.teacher or self.config.model.weights
         if path is None:
             raise ConfigError("method.teacher: a distillation needs the weights of a teacher")
-        teacher = timm.create_model(
-            self.config.model.name,
-            num_classes=run.classes,
-            img_size=self.config.data.image_size,
-            predictors=(),
-        )
+        teacher = self._build_teacher(run.classes)
         try:
             if Path(path).suffix == ".safetensors":
                 from safetensors.torch import load_file

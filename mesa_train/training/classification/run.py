@@ -31,7 +31,7 @@ from mesa_train.training.loop import Cadence, StepResult, TrainingRun
 from . import optimizers
 from .accelerated import accelerator, gather
 from .config import Config
-from .dry_run import Plan
+from .dry_run import Plan, parameter_groups
 from .methods import method_of
 from .train_state import Scores, TrainState, score
 
@@ -66,8 +66,7 @@ class Run(TrainingRun):
         if config.train.policy != PLAIN:
             mesa_train.wrap(model, config.train.policy)
         self.method = method_of(config)
-        groups = optimizers.groups(model, config.optim, config.train.global_batch)
-        groups = self.method.groups(model, groups)
+        groups = parameter_groups(config, model)
         optimizer = optimizers.build(config.optim, groups, capturable=train.cuda_graph)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = optimizers.Schedule(

@@ -157,7 +157,8 @@ def parity(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
         f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"{settings['autocast']} autocast; mean and standard deviation over seeds. "
+        f"{'float32' if settings['autocast'] == 'None' else settings['autocast'] + ' autocast'}; "
+        "mean and standard deviation over seeds. "
         f"{origin(final[-1])}\n"
     )
 

@@ -72,14 +72,19 @@ def attention(rows: Sequence[Row]) -> str:
     head += ["saves", "with mesa8"]
     row = rows[-1]
     caption = (
-        f"One layer of {row['dim']} channels and {row['heads']} heads behind a layer norm, bf16 "
-        "autocast. Multiply-adds by the rules of the published benchmark, which leave QuadTree's "
+        f"One layer of {row['dim']} channels and {row['heads']} heads behind a layer norm, bytes of "
+        "bf16 autocast. Multiply-adds by the rules of the published benchmark, which leave QuadTree's "
         f"fine level out. Bytes of {row['count_batch']} images. "
     )
     if not timings:
         return markdown(head, lines) + f"\n{caption}Not timed yet. {origin(row)}\n"
-    caption += "Times per image, medians of rounds that take turns, after warm-up. "
-    return markdown(head, lines) + f"\n{caption}{origin([*timings.values()][-1])}\n"
+    timing = [*timings.values()][-1]
+    precision = {"no": "in float32", "bf16": "under bf16 autocast", "fp16": "under fp16 autocast"}
+    caption += (
+        f"Times per image {precision[timing['timed_in']]}, medians of rounds that take turns, after "
+        "warm-up. "
+    )
+    return markdown(head, lines) + f"\n{caption}{origin(timing)}\n"
 
 
 def _times_per_image(row: Row | None, keys: Sequence[str]) -> list[str]:

@@ -1,0 +1,56 @@
+"""Differences of every pair (the distances of queries and keys in deformable attention).
+
+A difference of two tensors saves nothing. If broadcasting makes the result at least eight times as large as
+both tensors together, the result gets a stash of copies of both. So an operator that must save the result
+exactly, such as the coordinates of `grid_sample`, saves the two small tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mesa_train.ops.fallback import fallback
+from mesa_train.policy import CHEAP
+from mesa_train.stash.recorder import Recorder
+from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
+
+_TIMES = 8
+
+
+class Difference:
+    """Recipe: the difference of two sources, as the forward computed it."""
+
+    bitwise = True
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        left, right = [saved.value(source) for source in spec.sources]
+        return (left - right).to(dtype)
+
+
+_DIFFERENCE = Difference()
+
+
+def sub(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
+    """Row of torch.sub, Tensor.sub and `-`."""
+    output = fallback(recorder, func, (input, other), kwargs)
+    if kwargs or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+        return output
+    if output.numel() < _TIMES * (input.numel() + other.numel()):
+        return output
+    rule = recorder.context.rules["mul", "left"]
+    if (
+        recorder.traced
+        or not recorder.covers("mul", input, other)
+        or rule.lossless
+        or rule.limit < CHEAP
+        or output.numel() * output.element_size() < rule.min_bytes
+    ):
+        return output
+    # Copies, because PyTorch lets the user write to the two tensors.
+    parts = tuple([uncompressed(part.detach().clone()) for part in (input, other)])
+    stash = Stash(_DIFFERENCE, (), parts, cost=CHEAP, dtype=output.dtype)
+    recorder.lineage.set(output, stash)
+    return output
