@@ -244,6 +244,9 @@ class Config:
             )
         if not model.detects and not augment.crop:
             raise ConfigError("augment.crop is missing: the maps of a batch need one size")
+        if 0 < augment.crop < 64:
+            # A batch norm needs more than one pixel of the map of stride 32.
+            raise ConfigError(f"augment.crop must be 0 or at least 64, got {augment.crop}")
         if model.recompute_loss and model.kind not in ("retinanet", SEGMENTER):
             raise ConfigError(f"model.recompute_loss=true does not run model.kind={model.kind}")
         if model.sync_batch_norm and model.detects:

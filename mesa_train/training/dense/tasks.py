@@ -270,8 +270,8 @@ def _compose(config: Config) -> None:
         dict(zip(_splits(data, *names), counts, strict=True)),
         digits=[int(digit) for digit in data.digits],
         size=size,
-        objects=(1, 4),
-        sides=(size[0] // 4, size[0] // 2),
+        objects=(1, 3),
+        sides=(size[0] * 3 // 8, size[0] * 5 // 8),
     )
     mark.write_text(f"{about}\n")
 
