@@ -1,6 +1,7 @@
 """Runs of detectors and segmenters: exact resume, refusals, strangers' folders, files of a run."""
 
 import json
+import re
 from pathlib import Path
 
 import folders
@@ -13,6 +14,7 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.dense import fit as recipe
 from mesa_train.training.dense.composed import write_maps
 from mesa_train.training.dense.config import load, of_dict
+from mesa_train.training.dense.memory import memory, worst_shape
 from mesa_train.training.dense.optimizers import groups, rate
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes/dense"
@@ -220,3 +222,26 @@ def test_every_configuration_is_valid(path):
         assert found.train.micro_batch == 2
         assert found.optim.lr == (2e-4 if found.model.kind == "mask_rcnn" else 1e-4)
         assert found.model.drop_path == (0.3 if "_b" in found.model.backbone else 0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("budget_*.yaml")), ids=lambda path: path.stem)
+def test_budgets_state_the_memory_that_is_predicted(path):
+    stated, limit = re.search(r"# predicted: ([\d.]+) GiB of (\d+) GB", path.read_text()).groups()
+    total = sum(memory(load(path), 80, torch.bfloat16).values())
+    assert total / 2**30 == pytest.approx(float(stated), abs=0.06)
+    # Kernels' workspace, the losses' arrays, the allocator's slack and the CUDA context.
+    assert 1.1 * total + 2 * 2**30 < int(limit) * 1e9
+
+
+def test_the_worst_shape():
+    def shape(**sections):
+        return worst_shape(of_dict(sections))
+
+    assert shape() == (800, 1344)
+    assert shape(augment={"scale": [0.5, 1.2]}) == (960, 1344)
+    assert shape(data={"by_aspect": False}) == (1344, 1344)
+    assert shape(data={"by_aspect": False}, train={"micro_batch": 1}) == (800, 1344)
+    assert shape(augment={"crop": 1000}) == (1024, 1024)
+    segmenter = {"model": {"kind": "semantic_fpn"}, "data": {"format": "ade"}}
+    assert shape(**segmenter, augment={"crop": 500}) == (500, 500)
