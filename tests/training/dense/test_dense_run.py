@@ -18,6 +18,7 @@ from mesa_train.training.dense.composed import write_maps
 from mesa_train.training.dense.config import load, of_dict
 from mesa_train.training.dense.memory import memory, worst_shape
 from mesa_train.training.dense.optimizers import groups, rate
+from mesa_train.training.dense.tasks import task_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes/dense"
 TIMELESS = ("step", "loss", "grad_norm", "lr", "train_loss", "ap", "miou", "classification")
@@ -125,6 +126,24 @@ def test_a_mask_rcnn_trains_on_a_strangers_folder(coco, tmp_path):
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["loss_mask"] > 0
     assert (tmp_path / "predictions.png").is_file()
+
+
+def test_composed_pictures_are_written_once(tmp_path):
+    def opened(**data):
+        values = {"format": "digits", "path": str(tmp_path / "digits"), "digits": "17"}
+        values |= {"train_pictures": 3, "val_pictures": 2, "short_side": 64, "long_side": 96}
+        return task_of(of_dict({"data": values | data}))
+
+    assert opened().names == ("one", "seven")
+    picture = tmp_path / "digits/train/000001.png"
+    before = picture.stat().st_mtime_ns
+    assert (len(opened().groups), opened().count) == (3, 2)
+    assert picture.stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"digits holds other pictures .*; choose another folder"):
+        opened(train_pictures=4)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"other is no folder of composed pictures"):
+        opened(path=str(tmp_path / "other"))
 
 
 def test_rates():
