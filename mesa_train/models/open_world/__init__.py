@@ -2,6 +2,9 @@
 
 from .clustering import ContrastiveClustering as ContrastiveClustering
 from .clustering import contrastive_clustering_loss as contrastive_clustering_loss
+from .detector import OpenWorldRCNN as OpenWorldRCNN
+from .detector import fit_energies as fit_energies
+from .detector import open_world_rcnn as open_world_rcnn
 from .energy import EnergyIdentifier as EnergyIdentifier
 from .energy import Weibull as Weibull
 from .energy import classify_by_energy as classify_by_energy
