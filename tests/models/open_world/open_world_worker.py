@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from open_world_cases import batch, detector
+from timm.utils.model import freeze_batch_norm_2d
 
 from mesa_train.models.moco.backward import average_gradients
 
@@ -16,6 +17,8 @@ def steps(rank, world):
     torch.manual_seed(0)
     model = detector("litv2_tiny", queue_size=3)
     model.heads.clustering.start.fill_(0)
+    # LITv2's batch norms would have the statistics of one image, or of two.
+    model.backbone.body = freeze_batch_norm_2d(model.backbone.body)
     # The sampler draws the first candidates on any number of ranks.
     torch.randperm = lambda count, device=None, **kwargs: torch.arange(count, device=device)
     model.rpn.fg_bg_sampler.batch_size_per_image = 8
