@@ -192,3 +192,27 @@ def test_repeated_images_are_left_out_by_default():
     np.testing.assert_equal(twice.ap, once.ap)
     eleven = open_world_evaluation(*images(found, range(80)), known=5, unknown=6, points="11")
     assert eleven.map_known != once.map_known
+
+
+def test_a_match_needs_an_overlap_of_more_than_a_half():
+    target = {"boxes": [[0, 0, 10, 10], [20, 0, 30, 10]], "labels": [0, 3]}
+    for height, right in ((5, False), (5.1, True)):
+        boxes = [[0, 0, 10, height], [20, 0, 30, height]]
+        found = {"boxes": boxes, "labels": [0, 0], "scores": [0.9, 0.8]}
+        result = open_world_evaluation([found], [target], known=1, unknown=4)
+        assert result.ap[0] == right
+        assert result.aose == right
+        # Without a detection of the label unknown, its recall is 0, and its AP too.
+        assert (result.unknown_recall, result.unknown_ap) == (0, 0)
+
+
+def test_without_unknown_objects_nothing_is_nan_in_a_row():
+    target = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+    found = {"boxes": [[0, 0, 10, 10]], "labels": [0], "scores": [0.9]}
+    row = open_world_evaluation([found], [target], known=1, unknown=1).row()
+    assert (row["aose"], row["wi"], row["map_known"]) == (0, 0.0, 1.0)
+    assert row["unknown_recall"] is row["unknown_ap"] is row["map_previous"] is None
+    with pytest.raises(ValueError, match=r"targets\[0\] has no 'labels'"):
+        open_world_evaluation([found], [{"boxes": []}], known=1, unknown=1)
+    with pytest.raises(ValueError, match="1 boxes and 2 scores"):
+        open_world_evaluation([found | {"scores": [1, 2]}], [target], known=1, unknown=1)
