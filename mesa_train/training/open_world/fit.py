@@ -98,9 +98,11 @@ def fit(run: OpenWorldRun) -> list[dict[str, Any]]:
             continue
         run.enter(stage)
         train_epoch(run, report)
-        evaluate(run, stage)
-        # Saved last: a process killed before this line repeats the evaluation, rows included.
+        detections = evaluate(run, stage)
+        # A process killed before this line repeats the evaluation, rows included.
         run.save()
+        if run.main and config.train.pictures:
+            pictures.draw(run, detections, run.out / f"{stage.name}.png", config.train.pictures)
     run.export()
     if not run.main:
         return []
@@ -109,8 +111,8 @@ def fit(run: OpenWorldRun) -> list[dict[str, Any]]:
     return rows
 
 
-def evaluate(run: OpenWorldRun, stage: Stage) -> None:
-    """Evaluate without and with energies, append the rows, and draw pictures."""
+def evaluate(run: OpenWorldRun, stage: Stage) -> list[Any]:
+    """Evaluate without and with energies, and append the rows. Returns the last detections."""
     modes = dict.fromkeys(("off", run.config.method.energy))
     paths = [picture.path for picture in run.data.test]
     # A list that repeats pictures is evaluated in both ways.
@@ -133,8 +135,7 @@ def evaluate(run: OpenWorldRun, stage: Stage) -> None:
             line = {"kind": "evaluation", "step": run.done, **about, **row, "fits": fits}
             disk.append(run.out / METRICS, line)
             run.accelerator.print(shown(line), flush=True)
-    if run.main and run.config.train.pictures:
-        pictures.draw(run, detections, run.out / f"{stage.name}.png", run.config.train.pictures)
+    return detections
 
 
 def shown(row: dict[str, Any]) -> str:

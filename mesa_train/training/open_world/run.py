@@ -255,7 +255,8 @@ class OpenWorldRun(TrainingRun):
                 with self.autocast():
                     outputs = self.model(self.inputs(batch)[0])
                 for index, output in zip(batch.indices, outputs, strict=True):
-                    found.append((index, {k: v.float().cpu() for k, v in output.items()}))
+                    output["scores"] = output["scores"].float()
+                    found.append((index, {k: v.cpu() for k, v in output.items()}))
         self.model.train()
         by_index: dict[int, Any] = dict(gather(found))  # type: ignore[arg-type]
         return [by_index[index] for index in range(len(self.data.test))]
