@@ -349,8 +349,8 @@ def stages_of(optim: OptimConfig, tasks: int) -> list[Stage]:
 def _numbers(name: str, text: str, count: int | None) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts) or (count is not None and len(parts) != count):
-        many = "" if count is None else f"{count} "
-        raise ConfigError(f"optim.{name} must be {many}whole numbers with commas, got {text!r}")
+        many = "" if count is None else f", one for each of {count} task(s)"
+        raise ConfigError(f"optim.{name} must be whole numbers with commas{many}, got {text!r}")
     return [int(part) for part in parts]
 
 

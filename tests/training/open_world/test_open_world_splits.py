@@ -139,7 +139,7 @@ def test_the_rate_of_each_stage():
     ("section", "values", "word"),
     [
         ("optim", {"steps": "5, x, 5, 5"}, "optim.steps"),
-        ("optim", {"finetune_steps": "5, 5"}, "finetune_steps must be 4"),
+        ("optim", {"finetune_steps": "5, 5"}, "finetune_steps .* of 4 task"),
         ("optim", {"milestones": "5; 5"}, "milestones must have 4"),
         ("optim", {"steps": "0, 5, 5, 5"}, "positive"),
         ("method", {"feature_scale": "unit"}, "none, sqrt_dim"),
