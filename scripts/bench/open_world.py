@@ -44,10 +44,11 @@ def main(
     variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}.")] = "ore,faster_rcnn",
     policies: Annotated[str, typer.Option(help="plain and presets, with commas.")] = "plain,mesa8",
     seeds: Annotated[str, typer.Option(help="With commas.")] = "0",
+    set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/open_world_bench"),
     results: Annotated[Path, typer.Option(help="File of the rows.")] = RESULTS,
 ) -> None:
-    """Train the variants one after the other and append their evaluation rows."""
+    """Train the variants one after the other and append the evaluation rows of finished runs."""
     done = {(r["variant"], r["name"], r["seed"]) for r in records.read(results)}
     for variant in variants.split(","):
         if variant not in VARIANTS:
@@ -58,7 +59,7 @@ def main(
                     continue
                 folder = out / f"{variant}_{policy}_{seed}"
                 changes = (f"train.policy={policy}", f"train.seed={seed}", f"train.out={folder}")
-                run = fit.prepare(load(QUICKSTART, (*VARIANTS[variant], *changes)))
+                run = fit.prepare(load(QUICKSTART, (*VARIANTS[variant], *set, *changes)))
                 fit.resume(run, "auto")
                 rows = fit.fit(run)
                 about = records.provenance()

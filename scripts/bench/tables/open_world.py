@@ -22,7 +22,8 @@ def open_world(rows: Sequence[Row]) -> str:
     lines = []
     for (variant, policy, energy), own in group_by(rows, "variant", "name", "energy").items():
         stages = {stage: found for (stage,), found in group_by(own, "stage").items()}
-        first, before, last = (stages[name] for name in ("t1_train", "t2_train", "t2_ft"))
+        # A baseline may have been trained on the first task alone.
+        first, before, last = (stages.get(n, []) for n in ("t1_train", "t2_train", "t2_ft"))
         lines.append(
             [
                 f"{_NAMES[variant]}, {policy}" + ("" if energy == "off" else f", {energy}"),
@@ -34,7 +35,7 @@ def open_world(rows: Sequence[Row]) -> str:
                 _mean(last, "unknown_recall"),
                 _mean(last, "wi"),
                 _mean(last, "aose", factor=1, digits=0),
-                str(len({row["seed"] for row in last})),
+                str(len({row["seed"] for row in first})),
             ]
         )
     head = ["detector", "task 1: mAP", "unknown recall", "task 2: mAP of task 1"]
