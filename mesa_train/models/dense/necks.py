@@ -49,20 +49,22 @@ class P6P7(ExtraFPNBlock):
 
 
 class PyramidBackbone(nn.Module):
-    """Images (B, 3, H, W) to named maps (B, 256, H / stride, W / stride), finest first.
+    """Images (B, 3, H, W) to named maps (B, C, H / stride, W / stride), finest first.
 
     Attributes:
         body: the network without its head.
         fpn: the pyramid.
-        out_channels: 256.
+        out_channels: C, 256 by default.
         strides: of the maps, in pixels.
     """
 
-    def __init__(self, body: nn.Module, fpn: nn.Module, strides: Sequence[int]) -> None:
+    def __init__(
+        self, body: nn.Module, fpn: nn.Module, strides: Sequence[int], channels: int = CHANNELS
+    ) -> None:
         super().__init__()
         self.body = body
         self.fpn = fpn
-        self.out_channels = CHANNELS
+        self.out_channels = channels
         self.strides = tuple(strides)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -77,6 +79,7 @@ def pyramid_backbone(
     conventions: Conventions,
     *,
     first_norm: bool = False,
+    channels: int = CHANNELS,
 ) -> PyramidBackbone:
     """Build a body and its pyramid.
 
@@ -86,12 +89,13 @@ def pyramid_backbone(
         extra: "p6p7", "pool" or None: the levels beyond the body's.
         conventions: of the detector.
         first_norm: LITv2's stage of stride 4 ends in a norm (segmentation) or not (detection).
+        channels: of the pyramid's maps; default 256.
     """
     body = body_of(backbone, strides, first_norm=first_norm)
-    channels = body.channels
+    widths = body.channels
     plain = isinstance(body, PlainViT)
     blocks: dict[str | None, Any] = {
-        "p6p7": lambda: P6P7(None if plain else channels[-1], CHANNELS, relu=conventions.p7_relu),
+        "p6p7": lambda: P6P7(None if plain else widths[-1], channels, relu=conventions.p7_relu),
         "pool": LastLevelMaxPool,
         None: lambda: None,
     }
@@ -100,13 +104,14 @@ def pyramid_backbone(
     block = blocks[extra]()
     fpn: nn.Module
     if isinstance(body, PlainViT):
-        fpn = SimplePyramid(channels[0], CHANNELS, strides, block, patch=body.stride)
+        fpn = SimplePyramid(widths[0], channels, strides, block, patch=body.stride)
     else:
-        fpn = FeaturePyramidNetwork(channels, CHANNELS, block)
+        fpn = FeaturePyramidNetwork(widths, channels, block)
     if conventions.init == "reference":
         for module in fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-    return PyramidBackbone(body.module if isinstance(body, Maps) else body, fpn, levels)
+    module = body.module if isinstance(body, Maps) else body
+    return PyramidBackbone(module, fpn, levels, channels)

@@ -1,0 +1,414 @@
+"""A run of open-world detection over all tasks: steps, fits of energies, evaluations, checkpoints.
+
+The pictures of a step depend on (seed, stage, epoch) only, and its random choices on (seed, step,
+micro-batch). A checkpoint holds all other state, queues and prototypes included, so a run that was
+killed continues exactly. Gradients are averaged over processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mesa_train
+from mesa_train.methods.apply import PLAIN
+from mesa_train.models.moco.backward import average_gradients
+from mesa_train.models.open_world import (
+    OpenWorldRCNN,
+    OpenWorldResult,
+    fit_energies,
+    open_world_evaluation,
+    open_world_rcnn,
+)
+from mesa_train.training import checkpoints, disk
+from mesa_train.training.classification.accelerated import gather
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data.sources import keeping_random_state, seed_all
+from mesa_train.training.dense import transforms
+from mesa_train.training.dense.annotations import DetectionSet
+from mesa_train.training.dense.build import backbone_of, start_from
+from mesa_train.training.dense.config import AugmentConfig
+from mesa_train.training.dense.loader import Batch, DetectionSamples, Loader
+from mesa_train.training.loop import Cadence, StepResult, TrainingRun
+from mesa_train.utils.precision import choose
+
+from .config import Config, Stage, stages_of
+from .data import OpenWorldData
+
+_log = logging.getLogger(__name__)
+CHECKPOINTS, WEIGHTS, OPTIMIZER = "checkpoints", "model.safetensors", "optimizer.pt"
+# Settings that decide the steps of a run.
+_KEPT = {
+    "train": ("global_batch", "micro_batch", "seed"),
+    "optim": ("steps", "finetune_steps", "milestones"),
+    "data": ("tasks",),
+}
+
+
+class OpenWorldRun(TrainingRun):
+    """A detector in training.
+
+    Args:
+        config: of the run.
+        data: pictures of all tasks.
+        accelerator: Accelerate's, for the processes and the device.
+    Raises:
+        ConfigError: batch, processes, data and model do not fit together.
+    """
+
+    def __init__(self, config: Config, data: OpenWorldData, accelerator: Any) -> None:
+        train, world = config.train, accelerator.num_processes
+        if train.global_batch % (train.micro_batch * world):
+            raise ConfigError(
+                f"train.global_batch={train.global_batch} must be a multiple of train.micro_batch="
+                f"{train.micro_batch} times {world} processes"
+            )
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.accumulation = train.global_batch // (train.micro_batch * world)
+        self.stages = stages_of(config.optim, len(data.tasks.classes))
+        self.device: torch.device = accelerator.device
+        self.precision = choose(train.precision, self.device.type)
+        torch.manual_seed(train.seed)
+        self.model = build(config, len(data.tasks.names), self.accumulation)
+        if config.model.weights:
+            options = {"weights": config.model.weights, "allow_config": False}
+            options |= {"conventions": "reference"}
+            start_from(self.model, SimpleNamespace(model=SimpleNamespace(**options)))  # type: ignore[arg-type]
+        self.shapes = checkpoints.shapes(self.model)
+        self.model.to(self.device)
+        if train.policy != PLAIN:
+            mesa_train.wrap(self.model, train.policy)
+        self.optimizer = optimizer_of(config, self.model)
+        fp16 = self.precision.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.steps, self.parts = 0, dict[str, Tensor]()
+        self.out = Path(train.out)
+        self.stage = self.stages[0]
+        self.cadence = Cadence(self.stages[-1].last, self.stages[-1].last)
+        self.pictures: DetectionSet | None = None
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.steps
+
+    @property
+    def main(self) -> bool:
+        """True on the first process."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage, or continue in it."""
+        train, heads = self.config.train, self.model.heads
+        if int(heads.tasks) < stage.task:
+            self.model.start_task(len(self.data.tasks.of(stage.task)))
+        heads.identifier.set("off")
+        # As ORE: fine-tuning labels unknowns, but does not cluster.
+        heads.clusters = not stage.finetune
+        self.stage = stage
+        self.cadence = Cadence(stage.last, stage.last, train.log_every, train.save_every)
+        self.pictures = self.data.stage(stage)
+        self.loader = self._loader(self.pictures, stage)
+
+    def _loader(self, pictures: DetectionSet, stage: Stage) -> Loader:
+        config, seed = self.config, self.config.train.seed + 1009 * self.stages.index(stage)
+        transform = transforms.detection(config.data, config.augment)  # type: ignore[arg-type]
+        test = DetectionSet("test", self.data.test, pictures.names, pictures.category_ids)
+        return Loader(
+            DetectionSamples(pictures, transform, seed, masks=False),
+            DetectionSamples(test, None, seed, masks=False),
+            np.zeros(len(pictures.pictures), np.int64),
+            seed=seed,
+            micro=config.train.micro_batch,
+            accumulation=self.accumulation,
+            fill=True,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=config.data.workers,
+            pin_memory=config.data.pin_memory and self.device.type == "cuda",
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """Micro-batches of this process, from the next step of the stage on."""
+        self.model.train()
+        return self.loader.training(self.done - self.stage.first)
+
+    def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step. Returns (mean loss of this process, gradient norm)."""
+        config, total = self.config, torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.rate(config.optim, self.done)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.parts = {}
+        for turn in range(self.accumulation):
+            batch = next(batches)
+            seed_all(config.train.seed, self.done, turn * world + rank)
+            with self.autocast():
+                losses = self.model(*self.inputs(batch))
+            loss = torch.stack([value.float() for value in losses.values()]).sum()
+            self.scaler.scale(loss / self.accumulation).backward()
+            total += loss.detach() / self.accumulation
+            for name, value in losses.items():
+                part = value.detach().float() / self.accumulation
+                self.parts[name] = self.parts[name] + part if name in self.parts else part
+        average_gradients(self.model)
+        self.scaler.unscale_(self.optimizer)
+        clip = config.optim.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return total, norm
+
+    def inputs(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Images from 0 to 1 and targets, on the device."""
+        images = [x.to(self.device, non_blocking=True).float() / 255 for x in batch.images]
+        targets = [
+            {key: value.to(self.device, non_blocking=True) for key, value in target.items()}
+            for target in batch.targets
+        ]
+        return images, targets
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward in the configured precision."""
+        dtype = self.precision.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def row(self) -> dict[str, float]:
+        """Losses by part and counts of the last micro-batch, of this process."""
+        heads = self.model.heads
+        return {k: float(v) for k, v in (self.parts | heads.statistics).items()}
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over all processes."""
+        return self.accelerator.reduce(loss, reduction="mean")
+
+    def accept(self, result: StepResult) -> None:
+        """FloatingPointError if the loss is not finite."""
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(
+                f"the loss is {result.loss} after step {result.step}; a lower optim.lr, or "
+                "optim.clip, usually helps"
+            )
+
+    def fit_energies(self) -> dict[str, Any]:
+        """Fit the energies of the stage's pictures and turn the decision on.
+
+        All processes compute the same fit.
+
+        Returns:
+            The parameters of the fits. Nothing, and a warning, if too few proposals match.
+        """
+        method, assumed = self.config.method, self.pictures
+        assert assumed is not None
+        chosen = assumed.pictures[: method.fit_pictures]
+        if method.transductive:
+            chosen = [_with_unknowns(p, self.model.seen, self.model.unknown) for p in chosen]
+        pictures = dataclasses.replace(assumed, pictures=chosen)
+        plain = transforms.detection(self.config.data, AugmentConfig(flip=0.0))  # type: ignore[arg-type]
+        samples = DetectionSamples(pictures, plain, 0, masks=False)
+
+        def batches() -> Iterator[Any]:
+            for index in range(len(chosen)):
+                sample = samples[0, index]
+                yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
+
+        with keeping_random_state():
+            seed_all(self.config.train.seed, self.done, 0)
+            try:
+                fits = fit_energies(
+                    self.model,
+                    batches(),
+                    mode=method.energy,
+                    temperature=method.temperature,
+                    tail=method.tail,
+                    outside=method.outside,
+                )
+            except ValueError as error:
+                _log.warning("method.energy=%s is left out: %s", method.energy, error)
+                return {}
+        return {name: list(fit) for name, fit in fits.items()}
+
+    @torch.no_grad()
+    def detect(self) -> list[dict[str, Tensor]]:
+        """Detections of all test pictures, on every process."""
+        self.model.eval()
+        found: list[Any] = []
+        with keeping_random_state():
+            for batch in self.loader.validation(len(self.data.test)):
+                with self.autocast():
+                    outputs = self.model(self.inputs(batch)[0])
+                for index, output in zip(batch.indices, outputs, strict=True):
+                    output["scores"] = output["scores"].float()
+                    found.append((index, {k: v.cpu() for k, v in output.items()}))
+        self.model.train()
+        by_index: dict[int, Any] = dict(gather(found))  # type: ignore[arg-type]
+        return [by_index[index] for index in range(len(self.data.test))]
+
+    def score(self, detections: list[dict[str, Tensor]], **options: Any) -> OpenWorldResult:
+        """The metrics of detections of all test pictures."""
+        return open_world_evaluation(
+            detections,
+            self.data.targets(),
+            known=self.model.seen,
+            previous=int(self.model.heads.previous),
+            unknown=self.model.unknown,
+            image_ids=[picture.path for picture in self.data.test],
+            ties="listed",
+            **options,
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint; the first process writes, and all wait.
+
+        Raises:
+            CheckpointError: on all processes if it cannot be written.
+        """
+        folder = self.out / CHECKPOINTS
+        written = checkpoints.partial(folder, self.steps)
+        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
+
+        def write() -> None:
+            if not self.main:
+                return
+            checkpoints.clear(written)
+            checkpoints.save_weights(written / WEIGHTS, self.model.state_dict(), {})
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            torch.save(state, written / OPTIMIZER)
+            about = {
+                "step": self.steps,
+                "config": self.config.to_dict(),
+                "shapes": self.shapes,
+                "images": self._count(),
+            }
+            checkpoints.commit(written, about, self.config.train.keep)
+
+        disk.together(write, final, written, gather)
+        return final
+
+    def _count(self) -> int:
+        return sum(len(pictures) for pictures in self.data.training.values())
+
+    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint that `checkpoints.verify` has accepted.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+            ConfigError: batch, steps, seed or data differ, so that the steps would not match.
+        """
+        with disk.reading(checkpoint):
+            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
+            before = {(s, k): state["config"][s][k] for s, keys in _KEPT.items() for k in keys}
+        for (section, name), then in before.items():
+            now = getattr(getattr(self.config, section), name)
+            if then != now:
+                raise ConfigError(
+                    f"{section}.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
+                    "choose another train.out"
+                )
+        checkpoints.check_images(checkpoint, state, self._count())
+        checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
+        with disk.reading(checkpoint / OPTIMIZER):
+            found = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.scaler.load_state_dict(found["scaler"])
+        self.steps = int(state["step"])
+
+    def export(self) -> Path:
+        """Write the detector, queues and fits included, to `model.safetensors`."""
+        path = self.out / WEIGHTS
+        about = {"names": "\n".join(self.data.tasks.names), "step": str(self.steps)}
+        if self.main:
+            checkpoints.save_weights(path, self.model.state_dict(), about)
+        return path
+
+
+def _with_unknowns(picture: Any, seen: int, unknown: int) -> Any:
+    """A picture whose unknown objects are targets of one label."""
+    objects = picture.objects
+    labels = np.where(objects.labels < seen, objects.labels, unknown)
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    trained = objects.trained | ((labels == unknown) & ~objects.ignored & (sides >= 1).all(1))
+    objects = dataclasses.replace(objects, labels=labels, trained=trained)
+    return dataclasses.replace(picture, objects=objects)
+
+
+def build(config: Config, classes: int, accumulation: int = 1) -> OpenWorldRCNN:
+    """The model of a configuration, with weights from torch's global generator.
+
+    Args:
+        config: of the run.
+        classes: of all tasks together.
+        accumulation: micro-batches of a process in a step. The clustering counts micro-batches, so
+            its steps are multiplied.
+    Raises:
+        ConfigError: the backbone is unknown or has no maps.
+    """
+    model, data, test = config.model, config.data, config.test
+    body = backbone_of(config)  # type: ignore[arg-type]
+    rules = config.method.open_world_rules()
+    rules = dataclasses.replace(
+        rules, start=rules.start * accumulation, update_every=rules.update_every * accumulation
+    )
+    try:
+        detector = open_world_rcnn(
+            body,
+            classes,
+            rules=rules,
+            min_size=data.short_side,
+            max_size=data.long_side,
+            box_dim=model.box_dim,
+            channels=model.channels,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.backbone={model.backbone}: {error}") from None
+    # The loader has scaled training pictures already.
+    detector.transform.scales_in_training = False
+    heads: Any = detector.heads
+    heads.fg_bg_sampler.batch_size_per_image = model.regions
+    heads.score_thresh, heads.nms_thresh = test.score, test.nms
+    heads.detections_per_img = test.detections
+    rpn: Any = detector.rpn
+    for name in ("_pre_nms_top_n", "_post_nms_top_n"):
+        limits = getattr(rpn, name)
+        setattr(rpn, name, {mode: min(most, model.proposals) for mode, most in limits.items()})
+    return detector
+
+
+def optimizer_of(config: Config, model: OpenWorldRCNN) -> torch.optim.Optimizer:
+    """The optimizer of a configuration."""
+    optim = config.optim
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optim.name == "adamw":
+        return torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(trained, lr=optim.lr, momentum=0.9, weight_decay=optim.weight_decay)
+
+
+def describe(run: OpenWorldRun) -> str:
+    """A line about a run, and one for each stage."""
+    config, tasks = run.config, run.data.tasks
+    lines = [
+        f"{config.model.backbone}, {config.train.policy}, {run.precision.name}: "
+        f"{config.train.global_batch} pictures a step on {run.accelerator.num_processes} "
+        f"process(es), {len(run.data.test)} test pictures"
+    ]
+    for stage in run.stages:
+        names = "all known classes" if stage.finetune else ", ".join(tasks.classes[stage.task - 1])
+        lines.append(f"  {stage.name}: steps {stage.first} to {stage.last}, {names}")
+    return "\n".join(lines)
