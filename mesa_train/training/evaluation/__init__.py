@@ -20,6 +20,7 @@ from .distillation import (
     generalized_energy_distance,
     label_kl,
     sigmoid_distillation_loss,
+    top_distillation_loss,
     soft_nll,
     teacher_agreement,
 )
@@ -148,6 +149,7 @@ __all__ = [
     "subset_logits",
     "teacher_agreement",
     "temperature",
+    "top_distillation_loss",
     "window_anchors",
     "window_probabilities",
 ]
