@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.training.config_schema import ConfigError
-
 from mesa_train.training.data.loader import Batch
 
 from .config import Config

@@ -161,7 +161,7 @@ class Distillation(Method):
                 if not len(s):
                     continue
                 settings = self.distill
-                kl = (sigmoid_distillation_loss if settings.loss == "sigmoid" else distillation_loss)
+                kl = sigmoid_distillation_loss if settings.loss == "sigmoid" else distillation_loss
                 best = min(5, s.shape[1])
                 sums += torch.stack([
                     kl(s, t, settings.temperature, reduction="none").sum().double(),
@@ -195,7 +195,9 @@ class Distillation(Method):
         said = Every()
         for place, number in enumerate(missing):
             if place % accelerator.num_processes == accelerator.process_index:
-                said(f"the teacher labels draw {draw + 1} of {self.distill.draws}, piece {number + 1}")
+                said(
+                    f"the teacher labels draw {draw + 1} of {self.distill.draws}, piece {number + 1}"
+                )
                 store.write(draw, number, lambda positions: self._outputs(run, draw, positions))
         accelerator.wait_for_everyone()
 
@@ -210,7 +212,9 @@ class Distillation(Method):
 
     def _views(self, run: Any, draw: int, positions: range) -> Iterator[Tensor]:
         """Augmented images at a range of positions of a draw, batch by batch."""
-        order = permutation(run.images, self.config.train.seed, draw)[positions.start : positions.stop]
+        order = permutation(run.images, self.config.train.seed, draw)[
+            positions.start : positions.stop
+        ]
         # Pairs stay in one batch.
         keys = [[(draw, int(i)) for i in part] for part in order.split(max(2, self._batch))]
         for images, _, _ in run.loader.of_keys(keys):
@@ -224,7 +228,9 @@ class Distillation(Method):
         """The store of a run, compared with its settings and pixels."""
         settings, data = self.distill, self.config.data
         if run.loader.sources.train.stream is not None:
-            raise ConfigError("distill.draws: a stream has no fixed order; set data.streaming=false")
+            raise ConfigError(
+                "distill.draws: a stream has no fixed order; set data.streaming=false"
+            )
         store = Store(
             Path(settings.store or run.out / "teacher"),
             {

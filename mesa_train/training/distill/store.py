@@ -103,9 +103,7 @@ class Store:
         """Number of pieces of a draw."""
         return -(-self.images // PIECE)
 
-    def write(
-        self, draw: int, number: int, outputs: Callable[[range], Iterator[Tensor]]
-    ) -> bool:
+    def write(self, draw: int, number: int, outputs: Callable[[range], Iterator[Tensor]]) -> bool:
         """Label a piece if it is missing.
 
         Args:

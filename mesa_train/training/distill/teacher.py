@@ -57,7 +57,9 @@ class Teacher:
             )
         except (ValueError, OSError) as error:
             line = " ".join(str(error).split())
-            line = line.replace("--model", "distill.teacher:").replace("--weights", "distill.weights")
+            line = line.replace("--model", "distill.teacher:").replace(
+                "--weights", "distill.weights"
+            )
             raise ConfigError(line.replace("::", ":")) from None
         self.model: nn.Module = self.net.model
         if config.bits != "16":

@@ -20,9 +20,9 @@ from .distillation import (
     generalized_energy_distance,
     label_kl,
     sigmoid_distillation_loss,
-    top_distillation_loss,
     soft_nll,
     teacher_agreement,
+    top_distillation_loss,
 )
 from .fairness import (
     ParityShift,

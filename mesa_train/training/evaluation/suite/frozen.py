@@ -51,7 +51,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, width) in float32 of images (N, channels, size, size)."""
+        """Features (N, width) in float32 of images (N, channels, size, size), without a graph."""
+        return self.trained_features(images)
+
+    def trained_features(self, images: Tensor) -> Tensor:
+        """`features` with a graph, for a model that is trained further."""
         if not self.hub:
             tokens = self.model.forward_features(images)
             return self.model.forward_head(tokens, pre_logits=True).float()
