@@ -18,12 +18,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import track
-from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torch import nn
 
 from mesa_train.measure.footprint import Footprint, footprint
 from mesa_train.models.dense import mask_rcnn, plain_vit, retinanet, semantic_fpn
+from mesa_train.training.dense.memory import RegionStep, RetinaNetStep
 from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/dense.jsonl"
@@ -32,54 +31,6 @@ METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa8-recompute+loss,checkpoint,che
 MODELS = "retinanet,mask_rcnn,semantic_fpn"
 BACKBONES = "litv2_s,litv2_m,litv2_b,vit_base_patch16_224"
 SIZES = {"retinanet": (800, 1280), "mask_rcnn": (800, 1280), "semantic_fpn": (512, 512)}
-REGIONS, POSITIVE, ANCHORS = 512, 128, 256
-
-
-class RetinaNetStep(nn.Module):
-    """The losses of a RetinaNet on a batch (B, 3, H, W)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        sizes = [(images.shape[2], images.shape[3])] * len(images)
-        return self.model.losses(ImageList(images, sizes), targets)
-
-
-class MaskRCNNStep(nn.Module):
-    """The losses of a Mask R-CNN on a batch (B, 3, H, W), with a fixed number of samples."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.model.backbone(images)
-        return {**self.proposal_losses(maps, len(images)), **self.region_losses(maps, len(images))}
-
-    def proposal_losses(self, maps: Any, batch: int) -> dict[str, Tensor]:
-        """Losses of the proposal network."""
-        rpn = self.model.rpn
-        logits, deltas = concat_box_prediction_layers(*rpn.head(list(maps.values())))
-        half = torch.arange(batch * ANCHORS // 2)
-        losses = rpn.sampled_loss(logits, deltas, half, half, torch.zeros_like(deltas))
-        return {"loss_objectness": losses[0], "loss_rpn_box_reg": losses[1]}
-
-    def region_losses(self, maps: Any, batch: int) -> dict[str, Tensor]:
-        """Losses of the box and mask heads."""
-        heads = self.model.roi_heads
-        count, masks = batch * REGIONS, batch * POSITIVE
-        regions = torch.zeros(count, 5)
-        pooled = heads.box_roi_pool.pool(maps, regions, list(torch.arange(count).chunk(4)))
-        logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        positive = torch.arange(masks)
-        classes = torch.zeros(count, dtype=torch.int64)
-        losses = heads.box_losses(logits, deltas, classes, positive, torch.zeros(count, 4))
-        of_level = list(positive.chunk(4))
-        pooled = heads.mask_roi_pool.pool(maps, regions[:masks], of_level)
-        loss = heads.mask_loss(pooled, classes[:masks], torch.zeros(masks, 28, 28))
-        return {**losses, "loss_mask": loss}
 
 
 def step_of(name: str, backbone: str, batch: int, size: tuple[int, int]) -> tuple[nn.Module, Any]:
@@ -89,7 +40,7 @@ def step_of(name: str, backbone: str, batch: int, size: tuple[int, int]) -> tupl
     if name == "semantic_fpn":
         return semantic_fpn(body).train(), [images, torch.zeros(batch, *size, dtype=torch.int64)]
     if name == "mask_rcnn":
-        return MaskRCNNStep(mask_rcnn(body)).train(), [images]
+        return RegionStep(mask_rcnn(body)).train(), [images]
     target = {"boxes": torch.tensor([[0.0, 0, 64, 64]] * 8), "labels": torch.arange(8)}
     return RetinaNetStep(retinanet(body)).train(), [images, [target] * batch]
 

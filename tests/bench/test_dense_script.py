@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from dense import MaskRCNNStep, RetinaNetStep, parts
+from dense import parts
 
 from mesa_train.measure.footprint import footprint
 from mesa_train.models.dense import mask_rcnn, retinanet
+from mesa_train.training.dense.memory import RegionStep, RetinaNetStep
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_a_counted_step_of_retinanet_saves_the_models_bytes():
 @pytest.mark.slow
 def test_a_counted_step_of_mask_rcnn_runs_on_real_tensors_too():
     torch.manual_seed(0)
-    step = MaskRCNNStep(mask_rcnn("litv2_tiny", 5)).train()
+    step = RegionStep(mask_rcnn("litv2_tiny", 5)).train()
     images = torch.rand(2, 3, 64, 96)
     counts = [footprint(step, [images], policy="plain", fake=fake) for fake in (True, False)]
     assert counts[0].saved_bytes == counts[1].saved_bytes

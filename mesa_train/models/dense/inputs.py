@@ -24,7 +24,13 @@ class ImageTransform(GeneralizedRCNNTransform):
         max_size: largest long side after scaling, in pixels.
         conventions: of the detector.
         size_divisible: batches are padded right and below to a multiple of it.
+
+    Attributes:
+        scales_in_training: scale training images too; default true. A loader that scales the images
+            itself, as for multi-scale training, sets it to false.
     """
+
+    scales_in_training = True
 
     def __init__(
         self, min_size: int, max_size: int, conventions: Conventions, size_divisible: int = 32
@@ -36,6 +42,8 @@ class ImageTransform(GeneralizedRCNNTransform):
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Scale an image (C, H, W) and its target."""
+        if self.training and not self.scales_in_training:
+            return image, target
         if self.conventions.resized_sides == "floor":
             return super().resize(image, target)
         height, width = image.shape[-2:]

@@ -1,0 +1,1 @@
+"""Training of detectors and segmenters: data sets of folders, transforms, evaluation, runs."""

@@ -1,0 +1,165 @@
+"""Models of the dense recipes: built from a configuration, and filled with weights."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesa_train.models.dense import faster_rcnn, mask_rcnn, plain_vit, retinanet, semantic_fpn
+from mesa_train.models.dense.official import from_official
+from mesa_train.models.lit.official import adapted, read_official
+from mesa_train.models.lit.pyramid import PyramidFeatures
+from mesa_train.training import checkpoints
+from mesa_train.training.config_schema import ConfigError
+
+from .config import Config
+
+_log = logging.getLogger(__name__)
+_BUILDERS = {"retinanet": retinanet, "faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn}
+
+
+def model_of(config: Config, classes: int, device: str = "cpu") -> nn.Module:
+    """The model of a configuration, with weights from torch's global generator.
+
+    Args:
+        config: of the run.
+        classes: number of classes.
+        device: default "cpu"; "meta" allocates nothing.
+    Raises:
+        ConfigError: the backbone is unknown or has no maps, or an option does not fit it.
+    """
+    model, data = config.model, config.data
+    body = backbone_of(config, device)
+    options: dict[str, Any] = {}
+    if model.recompute_loss:
+        options["recompute_loss"] = True
+    try:
+        with torch.device(device):
+            if not model.detects:
+                return semantic_fpn(body, classes, **options)
+            options |= {"conventions": model.conventions}
+            options |= {"min_size": data.short_side, "max_size": data.long_side}
+            detector: Any = _BUILDERS[model.kind](body, classes, **options)
+    except ValueError as error:
+        raise ConfigError(f"model.backbone={model.backbone}: {error}") from None
+    # The loader has scaled training images already.
+    detector.transform.scales_in_training = False
+    return detector
+
+
+def backbone_of(config: Config, device: str = "cpu") -> nn.Module:
+    """The backbone of a configuration.
+
+    Raises:
+        ConfigError: it is unknown, or an option does not fit it.
+    """
+    import timm
+
+    import mesa_train.models as registered  # noqa: F401  timm knows them from here on
+
+    model = config.model
+    if not timm.is_model(model.backbone):
+        near = ", ".join(difflib.get_close_matches(model.backbone, timm.list_models(), n=4))
+        hint = f"; close names: {near}" if near else ""
+        raise ConfigError(f"model.backbone: no model {model.backbone!r} in timm{hint}")
+    options: dict[str, Any] = {"pretrained": model.pretrained}
+    if model.drop_path:
+        options["drop_path_rate"] = model.drop_path
+    plain = model.backbone.startswith(("vit_", "deit"))
+    if model.window and not plain:
+        if not model.backbone.startswith("litv2"):
+            raise ConfigError(
+                f"model.window={model.window} is for litv2_* and plain ViTs, not {model.backbone}"
+            )
+        options["windows"] = (0, 0, model.window, 1)
+    try:
+        with torch.device(device):
+            if plain:
+                window = model.window or 14
+                body: Any = plain_vit(
+                    model.backbone,
+                    window=window,
+                    global_blocks=model.global_blocks,
+                    num_classes=0,
+                    **options,
+                )
+            else:
+                body = timm.create_model(model.backbone, features_only=True, **options)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.backbone={model.backbone}: {reason}") from None
+    if model.grad_checkpointing:
+        turn_on = getattr(body, "set_grad_checkpointing", None)
+        if turn_on is None:
+            raise ConfigError(
+                f"model.grad_checkpointing: {model.backbone} has none; a policy such as "
+                "mesa8-recompute saves memory too"
+            )
+        turn_on()
+    return body
+
+
+def start_from(model: Any, config: Config) -> None:
+    """Load the weights of `model.weights`.
+
+    A file of a whole model (the authors' or a run's) must fit the model. A file of a classifier fills
+    the backbone; its head and its last norm are left out, and the norms of maps stay as they are.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        CheckpointError: keys or shapes differ.
+    """
+    path = Path(str(config.model.weights))
+    weights = _read(path, config.model.allow_config)
+    heads = ("neck.", "bbox_head.", "decode_head.", "rpn_head.")
+    whole = any([key.startswith("backbone.body.") for key in weights])
+    if not whole and any([key.startswith(heads) for key in weights]):
+        background = "last" if config.model.conventions == "reference" else "first"
+        try:
+            weights, whole = from_official(weights, background=background), True
+        except ValueError as error:
+            raise ConfigError(f"model.weights: {path}: {error}") from None
+    if whole:
+        _check(path, weights, model)
+        model.load_state_dict(weights)
+        return
+    body = model.backbone.body
+    own = body.state_dict()
+    if isinstance(body, PyramidFeatures):
+        weights = adapted(weights, body)
+    new = {f"norm{index}" for index in range(4)}
+    head = ("norm.", "head.", "fc_norm.", "fc.", "classifier.")
+    kept = {k: v for k, v in weights.items() if k in own or not k.startswith(head)}
+    kept |= {k: v for k, v in own.items() if k.split(".")[0] in new and k not in kept}
+    _check(path, kept, body)
+    body.load_state_dict(kept)
+    _log.info("%s fills the backbone", path)
+
+
+def _read(path: Path, allow_config: bool) -> Mapping[str, Tensor]:
+    """The weights of a file. ConfigError if it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            return read_official(path, allow_config=allow_config)
+        except ValueError as error:
+            if "has no weights" not in str(error):
+                raise
+            # mmdet's and mmseg's entry.
+            return read_official(path, allow_config=allow_config, entry="state_dict")
+    except Exception as error:
+        raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
+
+
+def _check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    shapes = {key: value.shape for key, value in weights.items()}
+    checkpoints.check_keys(path, shapes, checkpoints.shapes(model))
