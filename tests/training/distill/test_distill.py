@@ -150,7 +150,9 @@ def test_a_store_of_the_best_classes(tmp_path):
     torch.manual_seed(0)
     logits = 3 * torch.randn(20, 1000)
     store = Store(tmp_path, {}, 20, 1000, top=16, temperature=2.0)
-    assert store.write(0, 0, lambda positions: iter(logits[positions.start : positions.stop].split(7)))
+    assert store.write(
+        0, 0, lambda positions: iter(logits[positions.start : positions.stop].split(7))
+    )
     rows = store.read(0, range(3, 17))
     best = (logits[3:17] / 2).softmax(1).topk(16, 1)
     assert torch.equal(rows[:, :16].long(), best.indices)
@@ -189,7 +191,9 @@ def test_the_teacher_sees_its_own_size_and_normalisation(weights, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(grey))
     teacher = Teacher(DistillConfig(str(tmp_path), image_size=28), 10, 14, torch.device("cpu"))
     pixels = torch.full((2, 3, 14, 14), 0.4)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         wanted = model((torch.full((2, 1, 28, 28), 0.4) - 0.3) / 0.2).logits
     torch.testing.assert_close(teacher((pixels - mean) / std), wanted, rtol=1e-3, atol=1e-4)
