@@ -27,8 +27,7 @@ from mesa_train.training.evaluation.segmentation import (
     segmentation_scores,
     sliding_window_logits,
 )
-from mesa_train.training.evaluation.suite.frozen import FrozenModel, load_model
-from mesa_train.training.lit.run import head_of
+from mesa_train.training.evaluation.suite.frozen import FrozenModel, configured_model
 from mesa_train.training.recipe_run import RecipeRun, decayed
 from mesa_train.utils.formatting import format_bytes
 
@@ -207,18 +206,10 @@ def metres_of(z: Tensor) -> Tensor:
 
 def backbone(config: Config) -> FrozenModel:
     """The backbone on the CPU. ConfigError names the setting that is wrong."""
-    model, size = config.model, config.data.image_size
+    model = config.model
     hub = "/" in model.name or (Path(model.name) / "config.json").is_file()
-    known = model.weights in (None, "pretrained")
-    try:
-        classes = None if hub or known else head_of(str(model.weights))
-        return load_model(
-            model.name, model.weights, size=None if hub else size, classes=classes, device="cpu"
-        )
-    except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        line = line.replace("--model", "model.name").replace("--weights", "model.weights")
-        raise ConfigError(line) from None
+    size = None if hub else config.data.image_size
+    return configured_model(model.name, model.weights, size, "cpu")
 
 
 def build(config: Config, net: FrozenModel, classes: int) -> DenseModel:

@@ -20,7 +20,7 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all, train_order
-from mesa_train.training.evaluation.suite.frozen import FrozenModel, load_model
+from mesa_train.training.evaluation.suite.frozen import FrozenModel, configured_model
 from mesa_train.training.evaluation.suite.images import FeatureCache
 from mesa_train.training.evaluation.text_alignment import canonicalize, prompt_average
 from mesa_train.training.recipe_run import RecipeRun, decayed
@@ -233,34 +233,7 @@ def _collate(samples: list[Any]) -> Tensor | Exception:
 def image_tower(config: Config, device: str) -> FrozenModel:
     """The image tower. ConfigError names the setting that is wrong."""
     model = config.model
-    hub = "/" in model.name or (Path(model.name) / "config.json").is_file()
-    try:
-        # Without a classifier a file of weights needs none.
-        classes = None if hub or model.weights in (None, "pretrained") else head_of(model.weights)
-        return load_model(
-            model.name, model.weights, size=model.image_size, classes=classes, device=device
-        )
-    except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        line = line.replace("--model", "model.name").replace("--weights", "model.weights")
-        raise ConfigError(line) from None
-
-
-def head_of(path: str) -> int | None:
-    """The classes of the classifier in a safetensors file; 0 if there is none, None if unknown."""
-    from safetensors import safe_open
-
-    if not path.endswith(".safetensors") or not Path(path).is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            about, keys = file.metadata() or {}, list(file.keys())
-            if "classes" in about:
-                return int(about["classes"])
-            heads = [k for k in keys if k in ("head.weight", "fc.weight", "head.fc.weight")]
-            return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 0
-    except Exception:  # a damaged file gets its message from the loader
-        return None
+    return configured_model(model.name, model.weights, model.image_size, device)
 
 
 def text_table(rows: list[dict[str, Any]]) -> str:
