@@ -60,7 +60,12 @@ def test_the_loss_of_one_process_is_that_of_the_arrays(name):
 
 
 def test_captions_and_prompts():
-    assert [len(prompts_of(n)) for n in ("openai80", "clip_paper", "simple", "clip_best")] == [80, 81, 7, 8]
+    assert [len(prompts_of(n)) for n in ("openai80", "clip_paper", "simple", "clip_best")] == [
+        80,
+        81,
+        7,
+        8,
+    ]
     assert imagenet_names()[0] == "tench"
     assert pairs.class_names(["sea_lion", "cat,kitten"], None) == ("sea lion", "cat")
     found, (test,) = pairs.load(config("out").data)
@@ -83,7 +88,13 @@ def test_a_locked_run_names_digits_and_continues_exactly(tmp_path):
     run = continues_exactly(RECIPE, made, tmp_path, cut=3)
     assert run.evaluate()["top1"] > 0.2  # chance is 0.1
     table = json.loads((tmp_path / "whole/zeroshot.json").read_text())
-    assert [row["prompts"] for row in table] == ["openai80", "clip_paper", "clip_best", "simple", "name"]
+    assert [row["prompts"] for row in table] == [
+        "openai80",
+        "clip_paper",
+        "clip_best",
+        "simple",
+        "name",
+    ]
     # The image tower is not part of what trains.
     assert not [key for key in run.model.state_dict() if key.startswith("image.")]
     assert len(list((tmp_path / "whole/features").glob("*"))) > 0
@@ -129,7 +140,10 @@ def test_a_csv_of_captions_with_a_folder_for_zero_shot(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__train": "no/such"}, "data.train must be one of mnist5k, digits, a folder or a CSV"),
+        (
+            {"data__train": "no/such"},
+            "data.train must be one of mnist5k, digits, a folder or a CSV",
+        ),
         ({"data__prompts": "many"}, "data.prompts must be one of openai80"),
         ({"text__heads": 3}, "text.heads=3 must divide text.width=16"),
         ({"model__name": "moco_vit_tin"}, "model.name: no model 'moco_vit_tin'"),
