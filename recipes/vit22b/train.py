@@ -62,6 +62,9 @@ def main(
         engine = sharded_loop.train(settings, report)
         if weights:
             export(out / "weights", engine.model)
+            if engine.average is not None:
+                average = engine.average
+                export(out / "weights_averaged", engine.model, values=average.values)
         engine.close()
     except (
         sharded_config.ConfigError,

@@ -26,6 +26,7 @@ from mesa_train.training.config_schema import (
 )
 from mesa_train.training.config_schema import ConfigError as ConfigError
 from mesa_train.training.data.config import AugmentConfig, DataConfig, check_path
+from mesa_train.training.distill.config import DistillConfig
 
 from .method_config import METHODS as METHODS
 from .method_config import MethodConfig
@@ -150,7 +151,8 @@ class Config:
         augment: augmentation of training images.
         optim: the optimizer and its schedule.
         train: batches, precision, policy, checkpoints.
-        method: of the efficient ViTs; default: none.
+        method: of the efficient ViTs, or distillation; default: none.
+        distill: the teacher of `method.name=distill`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -159,6 +161,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the YAML."""
@@ -174,6 +177,8 @@ class Config:
             )
         if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
             raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
+        if self.method.name == "distill":
+            self._check_distill()
         if train.cuda_graph and self.method.name != "none":
             raise ConfigError(f"train.cuda_graph=true does not run method.name={self.method.name}")
         if train.cuda_graph and train.policy != PLAIN:
@@ -183,6 +188,21 @@ class Config:
                     f"train.cuda_graph=true cannot capture train.policy={train.policy}, which works "
                     "on the host in every step; mesa8 and mesa4 can be captured"
                 )
+
+    def _check_distill(self) -> None:
+        """Raise ConfigError for values that do not fit a distillation."""
+        distill, augment = self.distill, self.augment
+        if not distill.teacher:
+            raise ConfigError("distill.teacher is missing: a timm model or a transformers folder")
+        if augment.cutmix:
+            raise ConfigError(
+                f"augment.cutmix={augment.cutmix:g}: a distillation mixes whole images; set "
+                "augment.cutmix=0 and use augment.mixup"
+            )
+        if distill.draws and distill.top and distill.loss == "sigmoid":
+            raise ConfigError(
+                f"distill.top={distill.top} keeps a softmax; distill.loss=sigmoid needs distill.top=0"
+            )
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:

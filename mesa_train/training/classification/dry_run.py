@@ -256,6 +256,7 @@ def report(config: Config, classes: int, images: int, world: int) -> str:
         f"{made.steps} steps = {train.epochs} epochs of {made.steps_per_epoch}",
         f"policy {train.policy}, optimizer {config.optim.name}",
         precision(config).line,
+        *method_of(config).plan(classes, images),
     ]
     for group in parameter_groups(config, model):
         count = sum(p.numel() for p in group["params"])

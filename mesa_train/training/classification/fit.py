@@ -63,6 +63,7 @@ def prepare(config: Config) -> Run:
     from accelerate import PartialState
 
     check_files(config)
+    method_of(config).check_files()
     plan.check_machine(config)
     transforms = sources.transforms(config.data, config.augment)
     plan.check_model(config, config.model.classes or 2)
@@ -208,6 +209,7 @@ def fit(run: Run, saved_bytes: int) -> Scores | None:
                 "top1": scores.top1,
                 "top5": scores.top5,
             }
+            row |= run.method.scores(run)
             if run.ema is not None:
                 row["ema_top1"] = (
                     averaged := run.evaluate(averaged=True, tick=lambda: view.alive("evaluating"))

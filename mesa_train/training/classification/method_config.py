@@ -7,7 +7,9 @@ from typing import Annotated
 
 from mesa_train.training.config_schema import NOT_NEGATIVE, POSITIVE, OneOf
 
-METHODS = ("none", "dynamicvit", "dynamicvit_backbone", "ecoformer", "spvit_search", "spvit")
+METHODS = (
+    "none", "dynamicvit", "dynamicvit_backbone", "ecoformer", "spvit_search", "spvit", "distill",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class MethodConfig:
         name: "none" (default). "dynamicvit": student with predictors, distilled by its backbone.
             "dynamicvit_backbone": the backbone alone. "ecoformer": the model's `attention`, and one
             fit of the hashes. "spvit_search": gates and budget loss. "spvit": the network that a
-            search found.
+            search found. "distill": the section `distill`.
         keep_rate: dynamicvit: default 0.7; above 0 and at most 1.
         ratio_weight: dynamicvit: weight of the share of kept tokens; default 2.
         class_weight: dynamicvit: weight of the distillation of logits; default 0.5.

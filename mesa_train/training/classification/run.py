@@ -76,7 +76,7 @@ class Run(TrainingRun):
             config.train.epochs,
             plan.steps_per_epoch,
         )
-        self.mixup = _mixup(config, classes)
+        self.mixup = None if self.method.mixes else _mixup(config, classes)
         self.ema = self._averaged() if config.train.ema else None
         self.captured = self._captured() if train.cuda_graph else None
 
@@ -98,7 +98,7 @@ class Run(TrainingRun):
     def batches(self) -> Iterator[Batch]:
         """Micro-batches from the next step to the end of its epoch."""
         self.model.train()
-        return self.loader.training(*divmod(self.done, self.plan.steps_per_epoch))
+        return self.method.batches(self, *divmod(self.done, self.plan.steps_per_epoch))
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Take one optimizer step of `accumulation` micro-batches.

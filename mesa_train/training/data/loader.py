@@ -7,7 +7,7 @@ over the ranks. A resumed run reads the stream forward to its step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +60,7 @@ class Loader:
         pin_memory: bool | None = None,
     ) -> None:
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
+        self.transforms, self.data = transforms, data
         self.steps_per_epoch, self.accumulation = steps_per_epoch, accumulation
         self.rank, self.world = rank, world
         self.workers = data.workers
@@ -100,6 +101,25 @@ class Loader:
             return
         order = val_order(self.sources.val.count, rank=self.rank, world=self.world, batch=batch)
         yield from self._loader(self.val, batch_sampler=list(order))
+
+    def of_keys(self, keys: Sequence[Sequence[tuple[int, int]]]) -> Iterator[Batch]:
+        """Batches of training images by (epoch, index), as `training` augments them."""
+        yield from self._loader(self.train, batch_sampler=[list(batch) for batch in keys])
+
+    def of(self, sources: Sources) -> Loader:
+        """A loader of other records with the same transforms, batches and processes."""
+        return Loader(
+            sources,
+            self.transforms,
+            self.data,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            accumulation=self.accumulation,
+            rank=self.rank,
+            world=self.world,
+            pin_memory=self.pin_memory,
+        )
 
     def _loader(self, dataset: Any, **options: Any) -> Iterator[Batch]:
         """Batches of a data set. An error of a worker process is raised here, in one line."""

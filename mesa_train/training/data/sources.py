@@ -225,6 +225,11 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's images."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def train_order(
     count: int, *, seed: int, epoch: int, first: int, rank: int, world: int, micro: int, accum: int
 ) -> Iterator[list[tuple[int, int]]]:
@@ -232,7 +237,7 @@ def train_order(
 
     Step, micro-step and rank cut the same permutation for any number of ranks.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    order = permutation(count, seed, epoch)
     batch = micro * accum * world
     for step in range(first, count // batch):
         for turn in range(accum):

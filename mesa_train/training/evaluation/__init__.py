@@ -22,6 +22,7 @@ from .distillation import (
     sigmoid_distillation_loss,
     soft_nll,
     teacher_agreement,
+    top_distillation_loss,
 )
 from .fairness import (
     ParityShift,
@@ -148,6 +149,7 @@ __all__ = [
     "subset_logits",
     "teacher_agreement",
     "temperature",
+    "top_distillation_loss",
     "window_anchors",
     "window_probabilities",
 ]

@@ -48,6 +48,36 @@ def sigmoid_distillation_loss(
     return _reduced(loss.sum(1) * temperature**2, reduction)
 
 
+def top_distillation_loss(
+    student: Any, classes: Any, probabilities: Any, temperature: float = 1.0
+) -> Tensor:
+    """`distillation_loss` of a teacher of whom the best classes are known, and the rest as one.
+
+    The divergence is between distributions over the given classes and "another class". It is at
+    most that of the whole distributions, and equal if the student shares the rest like the teacher.
+
+    Args:
+        student: (N, classes) logits.
+        classes: (N, k) the teacher's best classes.
+        probabilities: (N, k + 1) of these classes and of the rest, at the temperature.
+        temperature: default 1; above 0.
+    Returns:
+        The mean over images, times the square of the temperature.
+    """
+    s, index = torch.as_tensor(student), torch.as_tensor(classes)
+    q = torch.as_tensor(probabilities).to(s)
+    if q.shape != (len(s), index.shape[1] + 1) or not temperature > 0:
+        raise ValueError(
+            f"probabilities must have the shape {(len(s), index.shape[1] + 1)} and the temperature "
+            f"must be positive, got {tuple(q.shape)} and {temperature}"
+        )
+    q = q / q.sum(1, keepdim=True)
+    log_p = F.log_softmax(s / temperature, dim=1)
+    rest = log_p.scatter(1, index, -torch.inf)
+    log_p = torch.cat([log_p.gather(1, index), rest.logsumexp(1, keepdim=True)], 1)
+    return (torch.xlogy(q, q) - q * log_p).sum(1).mean() * temperature**2
+
+
 def teacher_agreement(student: Any, teacher: Any, k: int = 1) -> Tensor:
     """(N,) whether the teacher's top class is among the student's k top classes."""
     s, t = _logits(student, teacher, 1.0)

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.report import figures
-from mesa_train.training import checkpoints, disk
-from mesa_train.training.config_schema import ConfigError
+from mesa_train.training import disk, recipe_run
 from mesa_train.training.data import sources
 from mesa_train.training.loop import StepResult, speed, train
 from mesa_train.training.progress import Every
 from mesa_train.utils import records
 
 from .config import Config
-from .run import CHECKPOINTS, MocoRun
+from .run import MocoRun
 
 METRICS = "metrics.jsonl"
 
@@ -39,36 +38,8 @@ def prepare(config: Config) -> MocoRun:
 
 
 def resume(run: MocoRun, how: str) -> bool:
-    """Continue a run.
-
-    Args:
-        run: from `prepare`.
-        how: "auto" for the newest complete checkpoint, "" for a new run, or a checkpoint's path.
-    Returns:
-        True if the run continues.
-    Raises:
-        ConfigError: there is no such checkpoint, or a new run would overwrite another.
-    """
-    if how not in ("", "auto"):
-        if not Path(how).is_dir():
-            raise ConfigError(f"--resume: no such checkpoint {how}")
-        found = Path(how), checkpoints.verify(Path(how))
-    else:
-        newest = checkpoints.newest(run.out / CHECKPOINTS)
-        if newest is not None and not how:
-            raise ConfigError(
-                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
-                "another folder"
-            )
-        if newest is None:
-            if run.main:
-                (run.out / METRICS).unlink(missing_ok=True)
-            return False
-        found = newest
-    run.resume(*found)
-    if run.main:
-        disk.forget_after(run.out / METRICS, run.done)
-    return True
+    """Continue a run; see `recipe_run.resume`."""
+    return recipe_run.resume(run, how, METRICS)
 
 
 def fit(run: MocoRun) -> float | None:

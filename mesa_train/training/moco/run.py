@@ -7,8 +7,6 @@ over processes after both views, and batch norms have the statistics of all proc
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,23 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.models.moco import LARS, MoCo, adamw, backward_by_view, learning_rate, momentum
 from mesa_train.models.moco.backward import average_gradients
 from mesa_train.models.moco.batch_norm import synchronise
-from mesa_train.training import checkpoints, disk
+from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch, Loader
 from mesa_train.training.data.sources import Samples, Sources, keeping_random_state, seed_all
 from mesa_train.training.evaluation.fewshot import knn
-from mesa_train.training.loop import Cadence, StepResult, TrainingRun
-from mesa_train.utils.precision import choose
+from mesa_train.training.recipe_run import CHECKPOINTS as CHECKPOINTS
+from mesa_train.training.recipe_run import RecipeRun
 
 from .config import Config
 from .views import transforms
 
-CHECKPOINTS, WEIGHTS, OPTIMIZER = "checkpoints", "model.safetensors", "optimizer.pt"
 # Parts of the model whose gradient norms are reported: a dip of the accuracy follows a spike of the
 # first blocks' gradients.
 WATCHED = ("base_encoder.patch_embed", "base_encoder.blocks.0", "predictor")
 
 
-class MocoRun(TrainingRun):
+class MocoRun(RecipeRun):
     """A model in training.
 
     Args:
@@ -49,23 +46,12 @@ class MocoRun(TrainingRun):
         ConfigError: batch, processes, data and model do not fit together.
     """
 
+    config: Config
+
     def __init__(self, config: Config, data: Sources, accelerator: Any) -> None:
-        train, world = config.train, accelerator.num_processes
-        if train.global_batch % world:
-            raise ConfigError(
-                f"train.global_batch={train.global_batch} must be a multiple of the {world} processes"
-            )
-        steps = data.train.count // train.global_batch
-        if not steps:
-            raise ConfigError(
-                f"train.global_batch={train.global_batch} exceeds the {data.train.count} images"
-            )
-        self.config, self.data, self.accelerator = config, data, accelerator
-        self.device: torch.device = accelerator.device
-        self.cadence = Cadence(train.epochs * steps, steps, train.log_every, train.save_every)
-        self.precision = choose(train.precision, self.device.type)
-        torch.manual_seed(train.seed)
-        self.model = build(config)
+        super().__init__(config, accelerator, data.train.count)
+        train, self.data = config.train, data
+        self.model: MoCo = build(config)
         if train.chunk and self.model.trunk_has_batch_norm():
             raise ConfigError(
                 f"train.chunk={train.chunk}: {config.model.name} has batch norms in its trunk, and "
@@ -73,47 +59,28 @@ class MocoRun(TrainingRun):
             )
         self.shapes = checkpoints.shapes(self.model)
         self.model.to(self.device)
-        if world > 1:
+        if self.world > 1:
             synchronise(self.model, self.device)
         if train.policy != PLAIN:
             mesa_train.wrap(self.model, train.policy)
         self.optimizer = optimizer_of(config, self.model)
-        fp16 = self.precision.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.transforms = transforms(config.data, config.views)
         self.loader = Loader(
             data,
             self.transforms,
             config.data,
-            batch_size=train.global_batch // world,
+            batch_size=self.batch,
             seed=train.seed,
-            steps_per_epoch=steps,
-            rank=accelerator.process_index,
-            world=world,
+            steps_per_epoch=self.cadence.epoch,
+            rank=self.rank,
+            world=self.world,
             pin_memory=config.data.pin_memory and self.device.type == "cuda",
         )
-        self.steps, self.norms = 0, dict[str, Tensor]()
-        self.out = Path(train.out)
+        self.norms = dict[str, Tensor]()
 
-    @property
-    def done(self) -> int:
-        """Optimizer steps done."""
-        return self.steps
-
-    @property
-    def main(self) -> bool:
-        """True on the first process."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def batches(self) -> Iterator[Batch]:
-        """Batches (N, 2, 3, H, W) of this process, from the next step to the end of its epoch."""
-        self.model.train()
-        return self.loader.training(*divmod(self.done, self.cadence.epoch))
+    def epoch_batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Batches (N, 2, 3, H, W) of this process."""
+        return self.loader.training(epoch, first)
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Take one optimizer step. Returns (loss of this process, gradient norm)."""
@@ -144,25 +111,9 @@ class MocoRun(TrainingRun):
         self.steps += 1
         return loss, norm
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context of a forward in the configured precision."""
-        dtype = self.precision.dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
     def row(self) -> dict[str, float]:
         """Gradient norms of the last step by part. Waits for the device."""
         return {f"grad_norm.{name}": float(norm) for name, norm in self.norms.items()}
-
-    def mean(self, loss: Tensor) -> Tensor:
-        """The mean of a loss over all processes."""
-        return self.accelerator.reduce(loss, reduction="mean")
-
-    def accept(self, result: StepResult) -> None:
-        """FloatingPointError if the loss is not finite."""
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(
-                f"the loss is {result.loss} after step {result.step}; a lower optim.lr usually helps"
-            )
 
     def cross_entropy(self, loss: float) -> float:
         """The cross-entropy of a query against all keys, in nats, of a loss of both sides."""
@@ -195,61 +146,6 @@ class MocoRun(TrainingRun):
             found.append((features.float().cpu(), torch.tensor([label for _, label in kept])))
         self.model.train()
         return torch.cat([f for f, _ in found]), torch.cat([y for _, y in found])
-
-    def save(self) -> Path:
-        """Write a checkpoint; the first process writes, and all wait.
-
-        Raises:
-            CheckpointError: on all processes if it cannot be written.
-        """
-        from accelerate.utils import gather_object
-
-        folder = self.out / CHECKPOINTS
-        written = checkpoints.partial(folder, self.steps)
-        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
-
-        def write() -> None:
-            if not self.main:
-                return
-            checkpoints.clear(written)
-            checkpoints.save_weights(written / WEIGHTS, self.model.state_dict(), {})
-            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            torch.save(state, written / OPTIMIZER)
-            about = {
-                "step": self.steps,
-                "config": self.config.to_dict(),
-                "shapes": self.shapes,
-                "images": self.data.train.count,
-            }
-            checkpoints.commit(written, about, self.config.train.keep)
-
-        disk.together(write, final, written, gather_object)
-        return final
-
-    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that `checkpoints.verify` has accepted.
-
-        Raises:
-            CheckpointError: the checkpoint is of another model.
-            ConfigError: batch, epochs, seed or data differ, so that the steps would not match.
-        """
-        with disk.reading(checkpoint):
-            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-            before = {k: state["config"]["train"][k] for k in ("global_batch", "epochs", "seed")}
-        for name, then in before.items():
-            now = getattr(self.config.train, name)
-            if then != now:
-                raise ConfigError(
-                    f"train.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
-                    "choose another train.out"
-                )
-        checkpoints.check_images(checkpoint, state, self.data.train.count)
-        checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
-        with disk.reading(checkpoint / OPTIMIZER):
-            found = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(found["optimizer"])
-            self.scaler.load_state_dict(found["scaler"])
-        self.steps = int(state["step"])
 
     def export(self) -> Path:
         """Write the trunk to `encoder.safetensors`, as a timm model without a classifier."""

@@ -20,6 +20,7 @@ from mesa_train.policy import Policy
 from mesa_train.training.optim.sharded_adamw8bit import LocalShards
 
 from . import checkpoint as checkpoints
+from .averaging import AveragedWeights
 from .config import Config, ConfigError
 from .schedule import groups
 
@@ -36,8 +37,10 @@ class Backend(Protocol):
         data_rank: this process's part of the images, from 0.
         data_ranks: number of parts.
         rank: of this process.
+        average: averaged weights; None without `train.ema`.
     """
 
+    average: AveragedWeights | None
     model: nn.Module
     device: torch.device
     data_rank: int
@@ -129,6 +132,11 @@ def install(model: Any, policy: str, checkpointing: str = "none") -> Any:
     if checkpointing == "coded":
         chosen = dataclasses.replace(chosen, checkpoint_inputs=8)
     return mesa_train.wrap(model, chosen)
+
+
+def average_of(config: Config, model: nn.Module) -> AveragedWeights | None:
+    """The averaged weights of a configuration, from the model's first weights; None without."""
+    return AveragedWeights(model, config.train.ema) if config.train.ema else None
 
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:

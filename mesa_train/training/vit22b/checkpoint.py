@@ -33,13 +33,25 @@ from mesa_train.training.checkpoints import check_keys
 from mesa_train.training.disk import CheckpointError as CheckpointError
 
 STATE, INDEX = "state.json", "model.safetensors.index.json"
+# Writes files into a folder, from all ranks.
+Further = Callable[[Path], Any]
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    further: Further | None = None,
 ) -> Path:
     """Write `folder/step-N` from all ranks; N is state["step"].
 
+    Args:
+        folder: of the checkpoints.
+        model: sharded or not.
+        optimizer: its optimizer.
+        state: contents of the state file.
+        further: writes more files of the checkpoint, from all ranks; default: none.
     Returns:
         The folder of the checkpoint.
     Raises:
@@ -51,11 +63,15 @@ def save(
         with _alone():
             save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
 
-    return written(folder, dict(state), shards)
+    return written(folder, dict(state), shards, further=further)
 
 
 def written(
-    folder: Path, state: Mapping[str, Any], shards: Callable[[Path], None], note: Any = dict
+    folder: Path,
+    state: Mapping[str, Any],
+    shards: Further,
+    note: Any = dict,
+    further: Further | None = None,
 ) -> Path:
     """Write `folder/step-N` under a partial name and rename it at the end.
 
@@ -64,6 +80,7 @@ def written(
         state: contents of the state file.
         shards: writes this rank's shards into the given folder.
         note: gives further entries of the state file, after the shards are written.
+        further: writes more files into the given folder, from all ranks together; default: none.
     Returns:
         The folder of the checkpoint.
     Raises:
@@ -84,8 +101,11 @@ def written(
             partial.rename(final)
 
     # Each step waits for all ranks.
-    for step in (begin, lambda: shards(partial), end):
+    for step in (begin, lambda: shards(partial)):
         disk.together(step, final, partial, gather)
+    if further is not None:
+        further(partial)
+    disk.together(end, final, partial, gather)
     return final
 
 
@@ -160,7 +180,12 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> Path:
+def export(
+    folder: Path,
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    values: Callable[[list[str]], Iterator[tuple[str, Tensor]]] | None = None,
+) -> Path:
     """Write consolidated safetensors: one file for each block, one for the rest, and an index.
 
     Hugging Face's tools read the index. All ranks gather the parameters together, one at a time.
@@ -170,6 +195,7 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
         folder: to write.
         model: sharded or not.
         dtype: of the files; default: the parameters' own.
+        values: gives whole tensors by name, on all ranks together; default: the parameters.
     Returns:
         `folder`.
     Raises:
@@ -199,7 +225,8 @@ def export(folder: Path, model: nn.Module, dtype: torch.dtype | None = None) -> 
     def write(unit: int, file: str) -> int:
         """Write a unit's parameters; returns their bytes."""
         members: dict[str, Tensor] = {}
-        for name, value in _values(model, [n for n in names if _unit(n) == unit]):
+        members_of = values or (lambda chosen: whole_values(model, chosen))
+        for name, value in members_of([n for n in names if _unit(n) == unit]):
             if main:
                 members[name] = value.to(dtype or value.dtype).contiguous()
                 index[name] = file
@@ -243,9 +270,15 @@ def load_export(source: Path, model: Any, fresh_head: bool = False) -> None:
                 if hasattr(parameter, "ds_id"):
                     _into_partitioned(parameter, part)
                 elif isinstance(parameter, DTensor):
-                    parameter.to_local().copy_(part[_slices(parameter)])
+                    parameter.to_local().copy_(part[slices_of(parameter)])
                 else:
                     parameter.copy_(part[:])
+
+
+def opened(source: Path, model: Any) -> dict[str, Any]:
+    """The open file of each parameter. CheckpointError if names or shapes differ."""
+    files, _ = _opened(source, model, False)
+    return files
 
 
 def check_export(source: Path, model: Any, fresh_head: bool = False) -> None:
@@ -303,7 +336,7 @@ def _into_partitioned(parameter: Any, part: Any) -> None:
             parameter.data.copy_(part[:])
 
 
-def _slices(parameter: DTensor) -> tuple[slice, ...]:
+def slices_of(parameter: DTensor) -> tuple[slice, ...]:
     """The slices of the global tensor that this rank's shard holds."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -324,7 +357,7 @@ def files_of(source: Path) -> dict[str, Path]:
         return {name: source / file for name, file in table.items()}
 
 
-def _values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def whole_values(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield whole parameters on the CPU, one at a time. All ranks must take part."""
     state = model.state_dict(keep_vars=True)
     for name in names:

@@ -150,6 +150,8 @@ class TrainConfig:
         micro_batch: images of a rank at once; default 64; above 0.
         steps: optimizer steps of the run; default 100; above 0.
         seed: default 0.
+        ema: decay of the averaged weights, reached gradually; default 0: none; in [0, 1). They are
+            in the checkpoints and in `OUT/weights_averaged`.
         save_every: optimizer steps between checkpoints; default 0: no checkpoint.
         resume: a checkpoint's folder, or "last" for the newest in `out`; default: none.
         watch_every: steps between measurements of the attention; default 0: never.
@@ -172,6 +174,7 @@ class TrainConfig:
     micro_batch: Annotated[int, POSITIVE] = 64
     steps: Annotated[int, POSITIVE] = 100
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    ema: Annotated[float, SHARE] = 0.0
     save_every: Annotated[int, NOT_NEGATIVE] = 0
     resume: str | None = None
     watch_every: Annotated[int, NOT_NEGATIVE] = 0

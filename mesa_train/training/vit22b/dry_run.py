@@ -92,6 +92,9 @@ def report(config: Config, world: int, classes: int) -> str:
             f"decay {group['weight_decay']:g}"
         )
     parts = estimates.components(found)
+    if train.ema:
+        count = sum(p.numel() for p in model.parameters())
+        parts["average"] = 4 * count // world
     lines.append(f"a card needs {format_bytes(sum(parts.values()))} and some 2 GiB of context:")
     lines += [f"  {name:<12} {format_bytes(size)}" for name, size in parts.items()]
     for name, size in (("CPU memory", found.states.cpu), ("NVMe", found.states.disk)):

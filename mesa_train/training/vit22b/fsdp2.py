@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from .backend import (
     _COMMUNICATION,
+    average_of,
     build,
     install,
     load_weights,
@@ -78,6 +79,7 @@ class FSDP2Backend:
         if sharded and train.async_tensor_parallel:
             vit22b_tokens.overlapped(self.model, mesh["tp"])
         self.optimizer = optimizer_of(config, self.model)
+        self.average = average_of(config, self.model)
         self.pending = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,7 +106,8 @@ class FSDP2Backend:
 
     def save(self, folder: Path, state: dict[str, Any]) -> Path:
         """Write a checkpoint from all ranks."""
-        return checkpoints.save(folder, self.model, self.optimizer, state)
+        further = None if self.average is None else self.average.save
+        return checkpoints.save(folder, self.model, self.optimizer, state, further)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Read a checkpoint. Returns its state."""

@@ -79,6 +79,8 @@ class ShardedRun(TrainingRun):
                 loss += value.detach() / len(parts)
         norm = backend.step(self.schedule(self.steps))
         self.steps += 1
+        if backend.average is not None:
+            backend.average.update(self.steps)
         return loss, norm
 
     def mean(self, loss: Tensor) -> Tensor:
@@ -122,6 +124,8 @@ def train(config: Config, report: Report) -> Backend:
     backend = make_backend(config, data.classes, checkpoint)
     if checkpoint is not None:
         first = int(backend.load(checkpoint)["step"])
+        if backend.average is not None:
+            backend.average.load(checkpoint)
     run = ShardedRun(config, backend, data, first)
 
     def row_of(result: StepResult) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .backend import build, install, load_weights, optimizer_of
+from .backend import average_of, build, install, load_weights, optimizer_of
 from .config import Config, ConfigError, accumulation
 
 
@@ -82,6 +82,7 @@ class ZeRO3Backend:
         plain = install(model, train.policy, train.checkpointing)
         self.engine, self.optimizer = self.accelerator.prepare(plain, optimizer_of(config, plain))
         self.model: Any = plain
+        self.average = average_of(config, plain)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a micro-batch."""

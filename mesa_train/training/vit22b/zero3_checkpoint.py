@@ -34,7 +34,8 @@ def save(folder: Path, run: Any, state: dict[str, Any]) -> Path:
         with disk.to_the_end(run.engine):
             run.engine.save_checkpoint(str(partial), tag=_TAG)
 
-    return written(folder, state, shards, note)
+    average = run.average
+    return written(folder, state, shards, note, None if average is None else average.save)
 
 
 def load(checkpoint: Path, run: Any) -> dict[str, Any]:

@@ -128,10 +128,12 @@ def test_rates_momenta_and_what_is_reported(tmp_path):
 
 
 def test_a_chunked_run_is_the_same(tmp_path):
-    """Up to rounding: three chunks of a batch sum in another order."""
+    """Up to rounding: three chunks of a batch sum in another order.
+
+    AdamW's first steps divide by the gradient, so one that is almost 0 moves a weight otherwise."""
     runs = [trained(tmp_path / str(c), train__chunk=c, train__epochs=1) for c in (0, 25)]
     for a, b in zip(*(r.model.parameters() for r in runs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)
     losses = [[r["loss"] for r in rows(tmp_path / str(c))] for c in (0, 25)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

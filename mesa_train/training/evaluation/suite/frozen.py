@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mesa_train.training.config_schema import ConfigError
+
 # Poolers of these transformers models are random unless they were fine-tuned.
 _UNTRAINED_POOLERS = ("vit", "deit", "vit_msn", "vit_mae")
 
@@ -51,7 +53,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, width) in float32 of images (N, channels, size, size)."""
+        """Features (N, width) in float32 of images (N, channels, size, size), without a graph."""
+        return self.trained_features(images)
+
+    def trained_features(self, images: Tensor) -> Tensor:
+        """`features` with a graph, for a model that is trained further."""
         if not self.hub:
             tokens = self.model.forward_features(images)
             return self.model.forward_head(tokens, pre_logits=True).float()
@@ -122,6 +128,43 @@ def load_model(
     if (Path(name) / "config.json").is_file() or "/" in name:
         return _of_hub(name, weights, size, device)
     return _of_timm(name, weights, size, classes, device)
+
+
+def configured_model(name: str, weights: str | None, size: int | None, device: str) -> FrozenModel:
+    """The model of a recipe's section `model`.
+
+    Args:
+        name: as in `load_model`.
+        weights: a file, "pretrained" or None. The classes of a file's classifier are read from it.
+        size: of the images in pixels; default: the model's own.
+        device: of the model.
+    Raises:
+        ConfigError: names the setting that is wrong.
+    """
+    hub = "/" in name or (Path(name) / "config.json").is_file()
+    classes = None if hub or weights in (None, "pretrained") else head_of(str(weights))
+    try:
+        return load_model(name, weights, size=size, classes=classes, device=device)
+    except (ValueError, OSError) as error:
+        line = _line(error).replace("--model", "model.name").replace("--weights", "model.weights")
+        raise ConfigError(line) from None
+
+
+def head_of(path: str) -> int | None:
+    """The classes of the classifier in a safetensors file; 0 if there is none, None if unknown."""
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors") or not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about, keys = file.metadata() or {}, list(file.keys())
+            if "classes" in about:
+                return int(about["classes"])
+            heads = [k for k in keys if k in ("head.weight", "fc.weight", "head.fc.weight")]
+            return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 0
+    except Exception:  # a damaged file gets its message from the loader
+        return None
 
 
 def _of_timm(

@@ -107,7 +107,7 @@ def of_subset(path: Path, subset: str) -> Images:
         image = image_of(paths[i])
         return objectnet_crop(image) if subset == "objectnet" else image
 
-    return Images(str(path), read, labels, tuple(places), stamp=_stamp(paths))
+    return Images(str(path), read, labels, tuple(places), stamp=stamp(paths))
 
 
 def of_validation(path: Path) -> Images:
@@ -125,7 +125,7 @@ def of_validation(path: Path) -> Images:
             f"ILSVRC2012_val_00050000.JPEG, got {Path(paths[0]).name if paths else 'none'}"
         )
     labels = torch.tensor(numbers) - 1
-    return Images(str(path), lambda i: image_of(paths[i]), labels, (), stamp=_stamp(paths))
+    return Images(str(path), lambda i: image_of(paths[i]), labels, (), stamp=stamp(paths))
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,7 @@ def of_csv(path: Path) -> Groups:
         raise ConfigError(f"--groups: {path} needs two groups and at least 8 images")
     paths = [str(path.parent / row["file"]) for row in rows]
     labels = torch.tensor([int(row["label"]) for row in rows])
-    images = Images(
-        str(path), lambda i: image_of(paths[i]), labels, ("0", "1"), stamp=_stamp(paths)
-    )
+    images = Images(str(path), lambda i: image_of(paths[i]), labels, ("0", "1"), stamp=stamp(paths))
     if "split" in rows[0]:
         split = [row["split"] for row in rows]
     else:
@@ -264,11 +262,11 @@ def _rows(rows: folder.Rows, name: str, classes: Sequence[str]) -> Images:
         lambda i: image_of(rows.paths[i]),
         torch.tensor(rows.labels),
         tuple(classes),
-        stamp=_stamp(rows.paths),
+        stamp=stamp(rows.paths),
     )
 
 
-def _stamp(paths: Sequence[str]) -> str:
+def stamp(paths: Sequence[str]) -> str:
     """A hash of the names, sizes and times of files."""
     digest = hashlib.sha256()
     for path in paths:

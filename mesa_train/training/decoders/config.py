@@ -1,0 +1,165 @@
+"""Configuration of the decoders' recipe: segmentation and depth on a ViT's feature maps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from mesa_train.training.config_schema import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    ConfigError,
+    OneOf,
+    of_values,
+    read_yaml,
+)
+from mesa_train.training.recipe_config import OptimConfig, TrainConfig, check_schedule
+
+TASKS = {"segmentation": ("linear", "upernet"), "depth": ("linear", "dpt")}
+LOSSES = ("log1p_mse", "scale_invariant", "dinov2")
+PACKAGED = {"segmentation": "composed", "depth": "motorcycle"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone and its decoder.
+
+    Attributes:
+        name: a timm model or a transformers folder; default "vit_base_patch16_224".
+        weights: a file, or "pretrained" for timm; default: none, which are random weights of seed 0.
+        frozen: train the decoder alone; default true. False trains the backbone too.
+        decoder: "linear" (default) or "upernet" for segmentation, "linear" or "dpt" for depth.
+        channels: of UperNet's and DPT's maps; default: 512 and 64.
+        aux_weight: of UperNet's second head, on the third map; default 0.4; 0: none.
+    """
+
+    name: str = "vit_base_patch16_224"
+    weights: str | None = None
+    frozen: bool = True
+    decoder: Annotated[str, OneOf(("linear", "upernet", "dpt"))] = "linear"
+    channels: Annotated[int | None, POSITIVE] = None
+    aux_weight: Annotated[float, NOT_NEGATIVE] = 0.4
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures with maps.
+
+    Attributes:
+        task: "segmentation" (default) or "depth".
+        source: "folder" (default). "composed": digits on photographs, for segmentation.
+            "motorcycle": scikit-image's stereo photograph with measured depth: its left half
+            trains, its right half tests.
+        path: the folder. Pictures are images/SPLIT/NAME.jpg. Class maps are
+            annotations/SPLIT/NAME.png, depth maps depth/SPLIT/NAME.png, .npy or .npz. "composed"
+            writes its pictures there.
+        train_split: default "training".
+        val_split: default "validation".
+        classes: of segmentation; default: the lines of PATH/classes.txt.
+        zero_ignored: value 0 of a class map is no class; default true, as in ADE20K.
+        depth_unit: metres of the value 1 in a depth map; default 0.001. The value 0 is no depth.
+        image_size: side of a crop and of a window in pixels; a multiple of the patch; default 224.
+        stride: of the evaluation's windows in pixels; default: two thirds of `image_size`.
+        fraction: share of the training pictures, above 0 and at most 1; default 1. The smaller of
+            two fractions is a part of the larger one.
+        fraction_seed: which pictures these are; default 0.
+        repeats: crops of a training picture in an epoch; default 1.
+        scale: range of a crop's share of the picture's area; default (0.2, 1.0).
+        hflip: probability of a mirror image; default 0.5.
+        pictures: training pictures that "composed" writes; default 160. A quarter is held out.
+    """
+
+    task: Annotated[str, OneOf(TASKS)] = "segmentation"
+    source: Annotated[str, OneOf(("folder", "composed", "motorcycle"))] = "folder"
+    path: str | None = None
+    train_split: str = "training"
+    val_split: str = "validation"
+    classes: Annotated[int | None, POSITIVE] = None
+    zero_ignored: bool = True
+    depth_unit: Annotated[float, POSITIVE] = 0.001
+    image_size: Annotated[int, POSITIVE] = 224
+    stride: Annotated[int | None, POSITIVE] = None
+    fraction: Annotated[float, PROBABILITY] = 1.0
+    fraction_seed: Annotated[int, NOT_NEGATIVE] = 0
+    repeats: Annotated[int, POSITIVE] = 1
+    scale: Annotated[tuple[float, float], PROBABILITY] = (0.2, 1.0)
+    hflip: Annotated[float, PROBABILITY] = 0.5
+    pictures: Annotated[int, POSITIVE] = 160
+
+    def check(self) -> None:
+        """Raise ConfigError if settings do not fit together."""
+        if self.source != "folder" and self.source != PACKAGED[self.task]:
+            raise ConfigError(
+                f"data.source={self.source} is not for data.task={self.task}; take folder or "
+                f"{PACKAGED[self.task]}"
+            )
+        if self.source != "motorcycle" and not self.path:
+            raise ConfigError(f"data.path is missing: {self.source} needs a folder")
+        if self.source == "folder" and not Path(str(self.path)).is_dir():
+            raise ConfigError(f"data.path: no such folder {self.path}")
+        if self.fraction <= 0:
+            raise ConfigError("data.fraction must be above 0, got 0")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ConfigError(f"data.scale must be a range within 0 and 1, got {list(self.scale)}")
+
+    @property
+    def window_stride(self) -> int:
+        """The stride of the windows in pixels."""
+        return self.stride or max(1, self.image_size * 2 // 3)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss of depth. Segmentation has the cross-entropy.
+
+    Attributes:
+        depth: "log1p_mse" (default), "scale_invariant" or "dinov2".
+    """
+
+    depth: Annotated[str, OneOf(LOSSES)] = "log1p_mse"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of the recipe, one section for each topic."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(global_batch=16, out="runs/decoders")
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Raise ConfigError for values of several sections that do not fit together."""
+        check_schedule(self)
+        allowed = TASKS[self.data.task]
+        if self.model.decoder not in allowed:
+            raise ConfigError(
+                f"model.decoder={self.model.decoder} is not for data.task={self.data.task}; take "
+                f"{' or '.join(allowed)}"
+            )
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` changes and check every value.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    return of_dict(read_yaml(path, changes))
+
+
+def of_dict(values: Mapping[str, Any]) -> Config:
+    """Build and check a Config from nested plain values."""
+    config: Config = of_values(Config, values)
+    return config

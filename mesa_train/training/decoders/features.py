@@ -1,0 +1,83 @@
+"""Feature maps of any timm or transformers vision model.
+
+A plain ViT gives maps of one stride: of four blocks at equal distances, or of the last block alone.
+A model of several stages gives a map of each stage. Class and register tokens are dropped. The last
+map has the model's last norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.evaluation.suite.frozen import FrozenModel
+
+
+class FeatureMaps(nn.Module):
+    """Images (B, 3, H, W) to a list of maps (B, C, h, w), from shallow to deep.
+
+    Args:
+        net: the model.
+        count: number of maps, 1 or 4.
+    Raises:
+        ConfigError: the model gives no maps.
+
+    Attributes:
+        channels: of each map.
+    """
+
+    def __init__(self, net: FrozenModel, count: int) -> None:
+        super().__init__()
+        self.model, self.hub, self.count = net.model, net.hub, count
+        self.patch = _patch(net)
+        try:
+            with torch.no_grad():
+                blank = torch.zeros(1, net.channels, net.size, net.size)
+                maps = self(blank.to(next(self.model.parameters()).device))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"model.name={net.name} gives no feature maps: {reason}") from None
+        self.channels = [int(m.shape[1]) for m in maps]
+        self.grid = tuple(maps[-1].shape[2:])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self._of_hub(images) if self.hub else self._of_timm(images)
+
+    def _of_timm(self, images: Tensor) -> list[Tensor]:
+        model: Any = self.model
+        # A plain ViT has as many maps as blocks; a model of stages one for each stage.
+        depth = len(getattr(model, "blocks", ())) or len(model.feature_info)
+        indices = [depth * (i + 1) // self.count - 1 for i in range(self.count)]
+        options: dict[str, Any] = {"intermediates_only": True, "output_fmt": "NCHW"}
+        maps: list[Tensor] = model.forward_intermediates(
+            images, indices=indices, norm=True, **options
+        )
+        return maps
+
+    def _of_hub(self, images: Tensor) -> list[Tensor]:
+        found = self.model(images, output_hidden_states=True)
+        reshaped = getattr(found, "reshaped_hidden_states", None)
+        if reshaped is not None:
+            return list(reshaped[-self.count :])
+        h, w = (side // self.patch for side in images.shape[2:])
+        depth = len(found.hidden_states) - 1
+        states = [found.hidden_states[depth * (i + 1) // self.count] for i in range(self.count)]
+        last = getattr(found, "last_hidden_state", None)
+        states[-1] = states[-1] if last is None else last
+        if states[-1].dim() == 4:
+            return states
+        return [
+            s[:, s.shape[1] - h * w :].transpose(1, 2).reshape(len(s), -1, h, w) for s in states
+        ]
+
+
+def _patch(net: FrozenModel) -> int:
+    """The side of a patch in pixels; 1 if the model has none."""
+    if net.hub:
+        size = getattr(net.model.config, "patch_size", 1) or 1
+    else:
+        size = getattr(getattr(net.model, "patch_embed", None), "patch_size", 1)
+    return int(size[0] if isinstance(size, list | tuple) else size)

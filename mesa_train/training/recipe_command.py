@@ -1,0 +1,161 @@
+"""From a configuration to the end of a run: rows, evaluations, curves, and the command line.
+
+A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, the exported weights and
+checkpoints.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mesa_train.report import figures
+from mesa_train.utils import records
+
+from . import disk, recipe_run
+from .loop import StepResult, speed, train
+from .mistakes import in_one_line
+from .progress import Every
+from .recipe_config import check_out
+from .recipe_run import RecipeRun
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe gives to its command line.
+
+    Attributes:
+        name: of the folder under recipes.
+        load: from a YAML file and `section.key=value` changes to a checked configuration.
+        prepare: from a configuration and Accelerate's accelerator to a run.
+        plan: text of a dry run, from a configuration and the number of processes.
+        describe: one line about a run.
+        metric: name of the score that the curves show.
+    """
+
+    name: str
+    load: Callable[[Path, Sequence[str]], Any]
+    prepare: Callable[[Any, Any], RecipeRun]
+    plan: Callable[[Any, int], str]
+    describe: Callable[[Any], str]
+    metric: str
+
+
+def prepare(recipe: Recipe, config: Any) -> RecipeRun:
+    """Check a configuration and build a run.
+
+    Raises:
+        ConfigError: parts of the configuration do not fit together, or do not fit this machine.
+    """
+    from accelerate import Accelerator
+
+    check_out(config.train.out)
+    return recipe.prepare(config, Accelerator(cpu=config.train.device == "cpu"))
+
+
+def fit(run: RecipeRun, recipe: Recipe) -> dict[str, float]:
+    """Train to the end, write the weights and draw the curves.
+
+    Returns:
+        The scores of the last evaluation, by name.
+    """
+    config, metrics = run.config, run.out / METRICS
+    scores: dict[str, float] = {}
+    losses: list[tuple[float, int]] = []
+    said = Every()
+    if run.main:
+        run.out.mkdir(parents=True, exist_ok=True)
+
+    def report(result: StepResult) -> None:
+        losses.append((result.loss, result.steps))
+        if not run.main:
+            return
+        row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr} | run.row()
+        row |= speed(config.train.global_batch, result.step_ms, run.device)
+        disk.append(metrics, {"kind": "step", "step": result.step, **row})
+        said(f"step {result.step} of {run.cadence.steps}, loss {result.loss:.4f}")
+
+    def end_of_epoch(epoch: int, step_ms: float) -> None:
+        mean = sum(loss * n for loss, n in losses) / max(1, sum(n for _, n in losses))
+        losses.clear()
+        if epoch % config.train.evaluate_every == 0 or epoch == config.train.epochs:
+            scores.update(run.evaluate())
+            if run.main:
+                row = {"kind": "epoch", "step": run.done, "name": config.train.policy}
+                row |= {"seed": config.train.seed, "epoch": epoch, "train_loss": mean}
+                disk.append(metrics, {**row, **scores, "step_ms": step_ms})
+                found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                print(f"epoch {epoch}: loss {mean:.4f}, {found}", flush=True)  # noqa: T201
+        run.save()
+
+    train(run, report, end_of_epoch=end_of_epoch)
+    run.export()
+    if run.main:
+        draw(metrics, run.out / "curves.png", recipe)
+    return scores
+
+
+def draw(metrics: Path, picture: Path, recipe: Recipe) -> None:
+    """Draw the loss and the recipe's score."""
+    rows = [row for row in records.read(metrics) if row["kind"] == "epoch"]
+    if not rows:
+        return
+    canvas, (loss, score) = figures.figure(2, recipe.name)
+    figures.curves(loss, rows, "train_loss", "training loss")
+    if recipe.metric in rows[-1]:
+        figures.curves(score, rows, recipe.metric, recipe.metric)
+    figures.save(canvas, picture)
+
+
+def train_from(
+    recipe: Recipe,
+    config: Path,
+    changes: Sequence[str] = (),
+    *,
+    resume: str = "",
+    dry_run: bool = False,
+    processes: int = 1,
+) -> None:
+    """Train as a configuration says, and print what happens.
+
+    Raises:
+        SystemExit: a mistake of the user, with one line.
+    """
+    with in_one_line(recipe.name):
+        settings = recipe.load(config, changes)
+        if dry_run:
+            print(recipe.plan(settings, processes))  # noqa: T201
+            return
+        run = prepare(recipe, settings)
+        if recipe_run.resume(run, resume, METRICS):
+            run.accelerator.print(f"continues after step {run.done}")
+        run.accelerator.print(recipe.describe(run), flush=True)
+        scores = fit(run, recipe)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        run.accelerator.print(f"{found or 'done'}; all of it in {run.out}")
+        run.accelerator.wait_for_everyone()
+
+
+def script(recipe: Recipe) -> typer.Typer:
+    """The command line of a recipe. Returns the application, which a training script calls."""
+
+    def main(
+        config: Annotated[Path, typer.Option(help=f"YAML file; recipes/{recipe.name} has some.")],
+        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
+        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Print the plan and stop.")
+        ] = False,
+        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
+    ) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        train_from(recipe, config, set, resume=resume, dry_run=dry_run, processes=processes)
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(help=f"Train a model; see recipes/{recipe.name}/README.md.")(main)
+    return app

@@ -1,0 +1,1 @@
+"""A temporal probe over frozen features of frames (recipes/video)."""
