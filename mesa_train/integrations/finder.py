@@ -35,15 +35,20 @@ class ModelFinder:
         policy: the policy for all models.
         say: called with one line for each model.
         name: the class name of the model to wrap; None (default) for the outermost module.
+        found: called with each model.
 
     Attributes:
         models: the models that were wrapped, in order.
     """
 
     def __init__(
-        self, policy: Policy, say: Callable[[str], None] = lambda _: None, name: str | None = None
+        self,
+        policy: Policy,
+        say: Callable[[str], None] = lambda _: None,
+        name: str | None = None,
+        found: Callable[[nn.Module], None] = lambda _: None,
     ) -> None:
-        self.policy, self.say, self.name = policy, say, name
+        self.policy, self.say, self.name, self.found = policy, say, name, found
         self.models: list[nn.Module] = []
 
     @contextlib.contextmanager
@@ -83,6 +88,7 @@ class ModelFinder:
                 wrap(root, self.policy)
                 self.say(f"wrapped {describe(root)}, found at {by}")
             self.models.append(root)
+            self.found(root)
 
     def _roots(self, wanted: set[int]) -> list[nn.Module]:
         """The outermost modules that have the parameters."""

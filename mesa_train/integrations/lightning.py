@@ -17,6 +17,8 @@ try:
 except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback
 
+from mesa_train.measure.out_of_memory import OutOfMemoryNotes
+
 from .session import WrappedForTraining
 from .setting import Setting, policy_of_setting
 
@@ -36,15 +38,22 @@ class MesaTrainCallback(Callback):
 
     def __init__(self, policy: Setting = True) -> None:
         self.session = WrappedForTraining(policy_of_setting(policy))
+        self.notes = OutOfMemoryNotes()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the module, after its `configure_model` and after the strategy has prepared it."""
         self.session.begin(pl_module, say=trainer.is_global_zero)
+        # `training_step` is no forward: the module's parts have batches.
+        for part in pl_module.children():
+            self.notes.watch(part)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the module its former policy, or none."""
+        self.notes.stop()
         self.session.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the module its former policy, or none."""
+        """Add a note to an out-of-memory error, and give the module its former policy, or none."""
+        self.notes.stop()
+        self.notes.explain(exception)
         self.session.end()

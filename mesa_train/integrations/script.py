@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mesa_train.measure.out_of_memory import OutOfMemoryNotes
 from mesa_train.policy import Policy
 
 from .finder import ModelFinder
@@ -59,7 +60,8 @@ def run_script(
     """
     check_script(script, module)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    finder = ModelFinder(policy, say if first else lambda _: None, model)
+    notes = OutOfMemoryNotes()
+    finder = ModelFinder(policy, say if first else lambda _: None, model, notes.watch)
     argv, path = sys.argv, list(sys.path)
     # As Python does: the script's folder, or for a module the current folder.
     folder = str(Path.cwd()) if module else str(Path(script).resolve().parent)
@@ -70,6 +72,10 @@ def run_script(
                 runpy.run_module(script, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(script, run_name="__main__")
+    except Exception as error:
+        notes.explain(error)
+        raise
     finally:
+        notes.stop()
         sys.argv, sys.path[:] = argv, path
     return finder

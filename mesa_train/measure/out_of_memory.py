@@ -97,7 +97,9 @@ class OutOfMemoryNotes:
         dtype = None
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        shapes = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+        shapes = pytree.tree_map_only(
+            Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs)
+        )
         self._batches[model] = _Batch(*shapes, dtype, _allocated(device))
 
     def _lines(self, model: nn.Module, batch: _Batch) -> Iterator[str]:
