@@ -36,6 +36,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("normalized",),
     "group_norm": ("normalized",),
     "batch_norm": ("normalized",),
+    "instance_norm": ("normalized",),
     "normalize": ("output",),
     "conv": ("input",),
     "mul": ("left", "right"),

@@ -107,14 +107,20 @@ Ref mul_row(Call& call, const Arguments& arguments) {
                   *const second = PyTuple_GET_ITEM(arguments.args, 1);
   const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
   if (!left || !right) {
-    // A product with a number. If the tensor has a stash, the Python row records the product.
+    // A product with a number. The Python row records it if the tensor has a stash, or if a sigmoid
+    // may follow.
     PyObject* const object = left ? first : second;
     const Tensor* const tensor = left ? left : right;
     PyObject* const number = left ? second : first;
     if (!tensor || !(PyFloat_Check(number) || PyLong_Check(number))) return {};
-    return call.known(object, *tensor) ? Ref() : arguments.call();
+    const bool recorded = PyFloat_Check(number) && tensor->requires_grad();
+    return recorded || call.known(object, *tensor) ? Ref() : arguments.call();
   }
-  if (!left->requires_grad() || !right->requires_grad()) return arguments.call();
+  if (!left->requires_grad() || !right->requires_grad()) {
+    // If the tracked factor has a stash, the Python row records the product.
+    PyObject* const tracked = left->requires_grad() ? first : second;
+    return call.known(tracked, left->requires_grad() ? *left : *right) ? Ref() : arguments.call();
+  }
   if (!call.covers(MUL_LEFT, {left, right}) || !left->dim() || !right->dim()) return {};
   if (auto output = scaled(call, first, second)) return std::move(*output);
   if (auto output = scaled(call, second, first)) return std::move(*output);
@@ -134,7 +140,8 @@ Ref mul_row(Call& call, const Arguments& arguments) {
     const Ref shapes = tuple_of(left_shape.get(), right_shape.get());
     output = apply(classes.mul, result, stashes, shapes.get(), first, second);
   }
-  if (cost_of(kept_left.get()) < MATMUL && cost_of(kept_right.get()) < MATMUL) {
+  if (call.rules().rebuilds_matmuls ||
+      (cost_of(kept_left.get()) < MATMUL && cost_of(kept_right.get()) < MATMUL)) {
     const Ref recipe = Ref::steal(PyObject_CallNoArgs(classes.multiplied.get()));
     const Ref stash = new_stash(recipe.get(), Ref(), stashes, CHEAP, result.scalar_type());
     call.remember(output.get(), THPVariable_Unpack(output.get()), stash.get());

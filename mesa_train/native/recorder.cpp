@@ -265,7 +265,7 @@ Ref Call::keep(PyObject* object, const Tensor& tensor, Operand operand, uint64_t
   const bool small = (rule.affine || rule.values) && rule.enabled && tensor.element_size() >= 2 &&
                      !of_parameter(tensor) &&
                      static_cast<int64_t>(tensor.nbytes()) < rule.min_bytes;
-  if (small && !cast) {
+  if (small && !cast && !narrowed(tensor)) {
     report(rule, rule.small.get(), static_cast<int64_t>(tensor.nbytes()), nullptr);
     return uncompressed(tensor, object);
   }

@@ -4,9 +4,10 @@
   rounding). Their output is rebuilt from the same codes, so the Linear behind saves nothing.
 - hardswish has a derivative that jumps at -3 and 3. It saves one bit per element in addition to the
   codes.
-- relu and similar functions have a derivative with two values. They save one bit per element.
-- sigmoid and tanh save the codes of their output.
+- sigmoid and tanh save the codes of their output. If the input has a stash, they save nothing.
 - glu saves the codes of its input.
+
+`stepped.py` has relu and similar functions, whose derivative has two values.
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ from mesa_train.stash.stash import (
     uncompressed,
 )
 
-from .base import Kept, Operator, aliases, cast_like_autocast, derivative, kept_first, put
+from .base import (
+    InPlace,
+    Operator,
+    apart,
+    cast_like_autocast,
+    derivative,
+    kept_first,
+    writable,
+    written,
+)
 
 _aten = torch.ops.aten
 
@@ -51,16 +61,6 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     "mish": (F.mish, _aten.mish_backward),
     "softplus": (F.softplus, lambda g, x: _aten.softplus_backward(g, x, 1, 20)),
     "elu": (F.elu, lambda g, x: _aten.elu_backward(g, 1, 1, 1, False, x)),
-}
-
-# kind: (where the derivative has the first slope, the first slope, the second slope). The values at the knots and
-# at NaN are PyTorch's: for a NaN, relu and relu6 pass the gradient, and the other kinds use the lower slope.
-STEPPED: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
-    "relu": (lambda x: ~(x <= 0), 1.0, 0.0),
-    "relu6": (lambda x: ~((x <= 0) | (x >= 6)), 1.0, 0.0),
-    "leaky_relu": (lambda x: x > 0, 1.0, 0.01),
-    # PyTorch multiplies by this float32 value of 1/6 in every dtype.
-    "hardsigmoid": (lambda x: (x > -3) & (x < 3), 0.1666666716337204, 0.0),
 }
 
 # kind: the derivative times a gradient, computed from the output.
@@ -112,19 +112,6 @@ def _on_its_side(x: Tensor, bits: Tensor, low: float, high: float) -> Tensor:
     return torch.where(inside, x.clamp(low * shorter, high * shorter), outside)
 
 
-class Stepped(Operator):
-    """An activation whose derivative has two values. inputs: x. stashes: one bit per element. static: the two
-    slopes."""
-
-    @derivative("activation")
-    def backward(
-        saved: Saved, slopes: tuple[float, float], needs: tuple[bool, ...], grad: Tensor
-    ) -> tuple[Any, ...]:
-        on, off = slopes
-        dx = bitmask.apply(grad, saved[0], on - off)
-        return (dx if off == 0 else dx + off * grad,)
-
-
 class FromOutput(Operator):
     """An activation whose derivative is computed from its output. inputs: x. stashes: the output. static: kind."""
 
@@ -139,19 +126,6 @@ class Gated(Operator):
     @derivative("activation")
     def backward(saved: Saved, dim: int, needs: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
         return (_aten.glu_backward(grad, saved.get(0, grad.dtype), dim),)
-
-
-class InPlace:
-    """Mixin: run a function that overwrites the input, instead of recording an output. inputs: x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, run: Callable[[Tensor], Any], stashes: Kept, static: Any, x: Tensor
-    ) -> Tensor:
-        put(ctx, stashes, static)
-        run(x)
-        ctx.mark_dirty(x)
-        return x
 
 
 class Activated:
@@ -219,10 +193,6 @@ class SmoothInPlace(InPlace, Smooth):  # type: ignore[misc]
     """`Smooth` that writes to its input."""
 
 
-class SteppedInPlace(InPlace, Stepped):  # type: ignore[misc]
-    """`Stepped` that writes to its input."""
-
-
 def smooth(kind: str, overwrites: bool = False) -> Any:
     """Row of an activation that saves its input. `overwrites`: for functions with a trailing underscore."""
 
@@ -248,25 +218,19 @@ def smooth(kind: str, overwrites: bool = False) -> Any:
         if codec is not None and not inplace and not recorder.known(input, "activation", "input"):
             return _fused(recorder, codec, which, input)
         x = recorder.keep(input, "activation", "input")
-        if inplace and (torch.compiler.is_compiling() or aliases(x, input)):
+        if inplace:
             # The function overwrites the tensor, so the saved tensor must be a copy of the present
             # version.
-            x = Stash(
-                x.recipe,
-                tuple([t.clone() for t in x.tensors]),
-                x.sources,
-                cost=x.cost,
-                dtype=x.dtype,
-            )
+            x = apart(x, input)
         kept = kept_first(recorder, x, *_side(recorder, which, x, input))
-        if inplace and _writable(input):
-            return SmoothInPlace.apply(lambda t: t.copy_(function(t)), kept, which, input)
-        result = recorder.exactly(function, input)
-        output = Smooth.apply(result, kept, which, input)
-        if inplace:
-            return _written(recorder, input, output)
+        if inplace and writable(input):
+            output = SmoothInPlace.apply(lambda t: t.copy_(function(t)), kept, which, input)
+        else:
+            output = Smooth.apply(recorder.exactly(function, input), kept, which, input)
+        if inplace and output is not input:
+            output = written(recorder, input, output)
         recorder.lineage.set(
-            output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=result.dtype)
+            output, Stash(Activated(which), (), (x,), cost=CHEAP, dtype=output.dtype)
         )
         return output
 
@@ -298,62 +262,6 @@ def _side(recorder: Recorder, kind: str, x: Stash, input: Tensor) -> tuple[Stash
     return (uncompressed(bits),)
 
 
-def stepped(kind: str, overwrites: bool = False) -> Any:
-    """Row of an activation that saves one bit per element. `overwrites`: as for `smooth`."""
-
-    def row(recorder: Recorder, func: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        inplace = overwrites or bool(kwargs.get("inplace", False)) or (args[-1:] == (True,))
-        slope = [a for a in (*args, *kwargs.values()) if not isinstance(a, bool)]
-        if not recorder.covers("activation", input) or (slope and kind != "leaky_relu"):
-            return NotImplemented
-        if recorder.lossless("activation", "input"):
-            return NotImplemented  # PyTorch saves a tensor that neighbouring functions save as well
-        if inplace and not _writable(input):
-            return _written(
-                recorder, input, stepped(kind)(recorder, getattr(F, kind), input, *slope)
-            )
-        above, on, off = STEPPED[kind]
-        off = slope[0] if slope else off
-        with torch.no_grad():
-            bits = (
-                recorder.bits(input, bitmask.encode_positive)
-                if kind == "relu"
-                else recorder.bits(above(input))
-            )
-        recorder.report.add(recorder.context.name, "activation", "input", "1 bit", bits.numel())
-        kept = kept_first(recorder, uncompressed(bits))
-        if inplace:
-            return SteppedInPlace.apply(lambda t: func(t, *args, **kwargs), kept, (on, off), input)
-        result = recorder.exactly(func, input, *args, **kwargs)
-        return Stepped.apply(result, kept, (on, off), input)
-
-    return row
-
-
-def clamp(
-    recorder: Recorder,
-    func: Any,
-    /,
-    input: Tensor,
-    min: float | None = None,
-    max: float | None = None,
-) -> Any:
-    """Row of torch.clamp between numbers. Saves one bit per element: whether it lies inside the bounds."""
-    numbers = all([b is None or isinstance(b, (int, float)) for b in (min, max)])
-    if not numbers or (min is None and max is None) or not recorder.covers("activation", input):
-        return NotImplemented
-    if recorder.lossless("activation", "input"):
-        return NotImplemented
-    result = recorder.exactly(func, input, min, max)
-    with torch.no_grad():
-        # As in PyTorch, the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
-        sides = [] if min is None else [input > min]
-        sides += [] if max is None else [input < max]
-        bits = recorder.bits(sides[0] & sides[-1])
-    recorder.report.add(recorder.context.name, "activation", "input", "1 bit", bits.numel())
-    return Stepped.apply(result, (uncompressed(bits),), (1.0, 0.0), input)
-
-
 def from_output(kind: str) -> Any:
     """Row of an activation whose derivative is computed from its output."""
 
@@ -361,12 +269,35 @@ def from_output(kind: str) -> Any:
         if args or kwargs or not recorder.covers("activation", input):
             return NotImplemented
         result = recorder.exactly(func, input)
-        y = recorder.keep(result, "activation", "output")
+        y = _from_input(recorder, kind, input) or recorder.keep(result, "activation", "output")
         output = FromOutput.apply(result, (y,), kind, input)
         recorder.lineage.set(output, y)
         return output
 
     return row
+
+
+def _from_input(recorder: Recorder, kind: str, input: Tensor) -> Stash | None:
+    """The stash of a sigmoid or tanh if its input has a stash, else None.
+
+    The input may also be a multiple of a tensor. This is QuickGELU, x * sigmoid(1.702 * x): the
+    product behind saves x as well.
+    """
+    table = recorder.context.rules.table
+    source = recorder.known(input, "activation", "output")
+    multiple = None if source is not None else recorder.multiples.get(input)
+    rebuilt = table["activation", "output"].rebuild_cheap and table["activation", "input"].enabled
+    if multiple is not None and rebuilt:
+        x, (version, number) = multiple[0](), multiple[1:]
+        if x is not None and x._version == version:
+            kept = recorder.keep(x, "activation", "input")
+            recipe = Recompute(torch.mul, (number,), {})
+            source = Stash(recipe, (), (kept,), cost=CHEAP, dtype=input.dtype)
+    if source is None:
+        return None
+    recipe = Recompute(getattr(torch, kind), (), {})
+    recorder.report.add(recorder.context.name, "activation", "output", "rebuilt", 0, source)
+    return Stash(recipe, (), (source,), cost=CHEAP, dtype=input.dtype)
 
 
 def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
@@ -381,16 +312,3 @@ def glu(recorder: Recorder, func: Any, /, input: Tensor, dim: int = -1) -> Any:
         output, Stash(Recompute(F.glu, (dim,), {}), (), (x,), cost=CHEAP, dtype=result.dtype)
     )
     return output
-
-
-def _writable(input: Tensor) -> bool:
-    """True if an in-place variant can be recorded. Not for a leaf or a view: PyTorch itself must rebase these."""
-    return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
-
-
-def _written(recorder: Recorder, input: Tensor, output: Tensor) -> Tensor:
-    """Write `output` to `input` by autograd's own copy."""
-    if torch.compiler.is_compiling():
-        recorder.lineage.clear()
-        recorder.linears.clear()
-    return input.copy_(output)

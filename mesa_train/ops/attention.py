@@ -16,6 +16,7 @@ recompute the weights, the mask must be saved. If the mask takes more memory tha
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ from mesa_train.utils import attention_backend
 from mesa_train.utils.attention_backend import described, traced_kernel
 
 from . import attention_cuda
-from .attention_cuda import WITHIN, Call, additive, recorded
+from .attention_cuda import WITHIN, Call, recorded
 from .base import Operator, derivative, distinct, kept_first, sum_to
+from .masks import additive, attention_mask
 from .packed_qkv import keep_each
 from .views import view
 
@@ -176,7 +178,7 @@ def attention(
         with torch.no_grad():
             q, k, v = [_cast(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
-                mask = _cast(mask, dtype)
+                mask = _cast_mask(recorder, mask, dtype)
     inputs = (query, key, value, attn_mask)
     choice = _MATH
     if query.dim() == 4 and not enable_gqa:
@@ -238,7 +240,7 @@ def _backend(
 def _flash_cpu(call: Call) -> Any:
     """Record the CPU's flash attention, or `Short` for short sequences."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
-    mask = additive(mask, q.dtype)
+    mask = _numbers(mask, q.dtype)
     result, logsumexp = recorder.exactly(
         _aten._scaled_dot_product_flash_attention_for_cpu,
         *(q, k, v, 0.0, call.causal),
@@ -252,7 +254,7 @@ def _flash_cpu(call: Call) -> Any:
         *call.stashes,
         out,
         uncompressed(logsumexp),
-        None if mask is None else uncompressed(mask),
+        attention_mask(recorder, call.inputs[3], mask, -math.inf),
     )
     static = (call.causal, call.scale)
     return recorded(recorder, FlashCPU, result, out, kept, static, call.inputs[:3])
@@ -277,7 +279,7 @@ def _short(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
 def _unfused(call: Call) -> Any:
     """Record PyTorch's unfused attention, and save the attention weights."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
-    mask = additive(mask, q.dtype)
+    mask = _numbers(mask, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         result, weights = recorder.exactly(
             _aten._scaled_dot_product_attention_math,
@@ -304,7 +306,9 @@ def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | No
     """
     if mask is None or of_parameter(mask):
         return False
-    if torch.compiler.is_compiling():
+    if mask.dtype is torch.bool:
+        size = mask.numel() // 8
+    elif torch.compiler.is_compiling():
         size = mask.numel() * mask.element_size()
     else:
         size = mask.untyped_storage().nbytes()
@@ -325,7 +329,8 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
         "enable_gqa": enable_gqa,
     }
     state = _generator(q.device).get_state() if call.dropout_p > 0 else None
-    kept = kept_first(call.recorder, *call.stashes, None if mask is None else uncompressed(mask))
+    bits = attention_mask(call.recorder, call.inputs[3], mask, None)
+    kept = kept_first(call.recorder, *call.stashes, bits)
     result = call.recorder.exactly(func, q, k, v, attn_mask=mask, **keywords)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(
@@ -340,6 +345,24 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     # PyTorch's choice of a kernel also depends on whether the operands require gradients.
     return cast if torch.compiler.is_compiling() else cast.requires_grad_(tensor.requires_grad)
+
+
+def _cast_mask(recorder: Recorder, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast of a mask, made once for all layers while the mask exists."""
+    if mask.requires_grad or mask.dtype in (torch.float64, dtype):
+        return _cast(mask, dtype)
+    known = recorder.lineage.cast(mask, dtype)
+    if known is None:
+        known = uncompressed(mask.to(dtype))
+        recorder.lineage.set_cast(mask, dtype, known)
+    return known.tensors[0]
+
+
+def _numbers(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as numbers that are added to the scores."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return additive(mask, dtype, -math.inf)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -18,6 +18,7 @@ from mesa_train.stash.stash import Saved, Stash, uncompressed
 from mesa_train.utils.attention_backend import cudnn_masked_score
 
 from .base import Operator, derivative, distinct, sum_to
+from .masks import additive
 
 _aten = torch.ops.aten
 
@@ -181,7 +182,9 @@ def efficient(call: Call) -> Any:
     """Record memory-efficient attention, which takes any mask."""
     recorder, (q, k, v, mask) = call.recorder, call.cast
     with torch.no_grad():
-        bias = additive(mask, q.dtype)
+        bias = mask
+        if mask is not None and mask.dtype is torch.bool:
+            bias = _numbers(recorder, mask, q.dtype)
         if bias is not None:
             if not aligned(bias):
                 bias = pad_last(bias, _BIAS_WIDTH, always=True)[..., : bias.shape[-1]]
@@ -216,6 +219,15 @@ def cudnn(call: Call) -> Any:
     return recorded(recorder, CuDNN, result, out, kept, static, call.inputs[:3])
 
 
+def _numbers(recorder: Recorder, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as numbers, made once for all layers while the mask exists."""
+    known = recorder.lineage.cast(mask, dtype)
+    if known is None:
+        known = uncompressed(additive(mask, dtype, -math.inf))
+        recorder.lineage.set_cast(mask, dtype, known)
+    return known.tensors[0]
+
+
 def recorded(
     recorder: Recorder, node: Any, result: Tensor, out: Any, kept: Any, static: Any, inputs: Any
 ) -> Any:
@@ -223,16 +235,6 @@ def recorded(
     output = node.apply(result, kept, static, *distinct(*inputs))
     recorder.lineage.set(output, out)
     return output
-
-
-def additive(mask: Tensor | None, dtype: torch.dtype, masked: float = -math.inf) -> Tensor | None:
-    """A bool mask as the numbers that are added to the scores. Other masks stay as they are.
-
-    masked: the number for False.
-    """
-    if mask is None or mask.dtype is not torch.bool:
-        return mask
-    return torch.where(mask, 0.0, torch.full((), masked, dtype=dtype, device=mask.device))
 
 
 def aligned(mask: Tensor) -> bool:

@@ -185,9 +185,60 @@ def _leaves(node: Any) -> list[Tensor]:
 
 
 def aliases(stash: Stash, tensor: Tensor) -> bool:
-    """True if a stash holds the same memory as a tensor. Lossless and small stashes do."""
+    """True if a stash reads the memory of a tensor. Lossless and small stashes do."""
     storage = tensor.untyped_storage()._cdata
-    return any([t.untyped_storage()._cdata == storage for t in stash.tensors])
+    return any([t.untyped_storage()._cdata == storage for t in stash.tensors]) or any(
+        [aliases(source, tensor) for source in stash.sources]
+    )
+
+
+def outdated(stash: Stash, tensor: Tensor) -> bool:
+    """True if a write to `tensor` would change the stash.
+
+    A traced tensor has no address. There each stash without codes may change.
+    """
+    return stash.exact() if torch.compiler.is_compiling() else aliases(stash, tensor)
+
+
+def apart(stash: Stash, tensor: Tensor) -> Stash:
+    """The stash, or a copy of it if it reads the memory of `tensor`, which is to be overwritten."""
+    if not outdated(stash, tensor):
+        return stash
+    tensors = tuple([t.clone() for t in stash.tensors])
+    sources = tuple([apart(source, tensor) for source in stash.sources])
+    return Stash(stash.recipe, tensors, sources, cost=stash.cost, dtype=stash.dtype)
+
+
+class InPlace:
+    """Mixin: run a function that overwrites the input, instead of recording an output.
+
+    inputs: x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[Tensor], Any], stashes: Kept, static: Any, x: Tensor, *rest: Any
+    ) -> Tensor:
+        put(ctx, stashes, static)
+        run(x)
+        ctx.mark_dirty(x)
+        return x
+
+
+def writable(input: Tensor) -> bool:
+    """True if an in-place variant can be recorded.
+
+    False for a leaf or a view: PyTorch itself must rebase these.
+    """
+    return not torch.compiler.is_compiling() and not input.is_leaf and not input._is_view()
+
+
+def written(recorder: Recorder, input: Tensor, output: Tensor) -> Tensor:
+    """Write `output` to `input` by autograd's own copy."""
+    if torch.compiler.is_compiling():
+        recorder.lineage.clear()
+        recorder.linears.clear()
+    return input.copy_(output)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

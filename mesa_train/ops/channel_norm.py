@@ -1,4 +1,4 @@
-"""Group norm and batch norm.
+"""Group norm, batch norm and instance norm.
 
 Like layer norm (`norm.py`), each saves the codes of its normalised input x_hat (1 byte per element)
 and the reciprocal standard deviations. The output is rebuilt from the same codes.
@@ -95,6 +95,15 @@ class GroupNorm(ChannelNorm):
     backward = derivative("group_norm")(ChannelNorm.backward.__wrapped__)
 
 
+class InstanceNorm(ChannelNorm):
+    """`ChannelNorm` under the name of instance norm."""
+
+    backward = derivative("instance_norm")(ChannelNorm.backward.__wrapped__)
+
+
+_NODES = {"batch_norm": ChannelNorm, "group_norm": GroupNorm, "instance_norm": InstanceNorm}
+
+
 def group_norm(
     recorder: Recorder,
     func: Any,
@@ -185,6 +194,51 @@ def batch_norm(
     )
 
 
+def instance_norm(
+    recorder: Recorder,
+    func: Any,
+    /,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Row of torch.nn.functional.instance_norm without running statistics.
+
+    It is a group norm with one group per channel.
+    """
+    if (
+        running_mean is not None
+        or running_var is not None
+        or not use_input_stats
+        or not recorder.covers("instance_norm", input, weight, bias)
+        or input.dim() < 3
+        or not input.numel()
+        or input[0, 0].numel() == 1
+    ):
+        return NotImplemented
+    batch, channels = input.shape[:2]
+    # As PyTorch computes it: a batch norm over one image with a channel for each channel of the
+    # batch.
+    repeated = [None if p is None else p.detach().repeat(batch) for p in (weight, bias)]
+    result, mean, rstd, *_ = recorder.exactly(
+        torch._batch_norm_impl_index,
+        input.detach().contiguous().view(1, batch * channels, *input.shape[2:]),
+        *(*repeated, None, None, True, momentum, eps, torch.backends.cudnn.enabled),
+    )
+    shape = (batch, channels, 1, input.numel() // (batch * channels))
+    statistics = mean.view(batch, channels, 1, 1), rstd.view(batch, channels, 1, 1)
+    inputs = (input, weight, bias)
+    result = result.view(input.shape)
+    return _channel_norm(
+        recorder, "instance_norm", input, result, statistics, inputs, shape, (2, 3)
+    )
+
+
 def _channel_norm(
     recorder: Recorder,
     operator: str,
@@ -205,8 +259,7 @@ def _channel_norm(
     else:
         x_hat = _coded(recorder, operator, x, result.dtype, statistics, shape)
     stashes = (x_hat, uncompressed(rstd), None if weight is None else uncompressed(weight))
-    node = GroupNorm if operator == "group_norm" else ChannelNorm
-    output = node.apply(result, stashes, (shape, averaged), *inputs)
+    output = _NODES[operator].apply(result, stashes, (shape, averaged), *inputs)
     parameters = tuple([held(p) for p in (weight, bias) if p is not None])
     scaled = Scaled(weight is not None, bias is not None, (-1, *[1] * (x.dim() - 2)))
     recorder.lineage.set(

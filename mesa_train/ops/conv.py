@@ -1,4 +1,4 @@
-"""Convolutions of one, two or three dims, also grouped and depthwise.
+"""Convolutions of one, two or three dims, also grouped, depthwise and transposed.
 
 Saves the stash of the input: 1 byte per element. Nothing is saved behind a norm or an activation,
 or if another operator saves the same tensor. Also saves the weight itself. Codes follow the memory
@@ -106,6 +106,43 @@ def conv(
             recipe = Stash(Pointwise(func), parameters, (source,), cost=MATMUL, dtype=result.dtype)
             recorder.lineage.set(output, recipe)
     return output
+
+
+def conv_transpose(
+    recorder: Recorder,
+    func: Any,
+    /,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """Row of torch.nn.functional.conv_transpose1d, conv_transpose2d and conv_transpose3d."""
+    spatial = weight.dim() - 2
+    if (
+        not recorder.covers("conv", input, weight, bias)
+        or input.dim() != weight.dim()
+        or not input.numel()
+    ):
+        return NotImplemented
+    within = tuple(range(2, input.dim()))
+    label = "conv_transpose"
+    x = None
+    if weight.requires_grad:
+        x = recorder.keep(input, "conv", "input", within, label)
+    kept = kept_first(recorder, x, recorder.weight(weight) if input.requires_grad else None)
+    result = recorder.exactly(
+        func, input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    strides, paddings, dilations = [_each(n, spatial) for n in (stride, padding, dilation)]
+    numbers = (strides, paddings, dilations, True, _each(output_padding, spatial), groups)
+    bias_size = None if bias is None else [bias.shape[0]]
+    static = (tuple(input.shape), tuple(weight.shape), bias_size, numbers)
+    return Conv.apply(result, kept, static, input, weight, bias)
 
 
 def _each(value: Any, dims: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Largest and smallest element along dims (query pooling in Hiera).
 
 Saves one bit per element, which says whether the element equals the extremum. PyTorch saves the
-input and the output. Codes are not possible, because the derivative compares the two.
+input and the output. Codes are not possible, because the derivative compares the two. If the input
+has a stash, the output is rebuilt from it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs import bitmask
+from mesa_train.policy import CHEAP
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, uncompressed
+from mesa_train.stash.stash import Saved, Stash, uncompressed
 
 from .base import Operator, derivative
 
@@ -22,7 +25,7 @@ class Extremum(Operator):
     """The largest or smallest element along dims.
 
     inputs: x.
-    stashes: one bit per element, and the number of elements that equal the extremum.
+    stashes: one bit per element. No bit is set if the extremum is NaN.
     static: the shape of x, dims, keepdim.
     """
 
@@ -34,8 +37,9 @@ class Extremum(Operator):
         if not keepdim:
             for dim in sorted([d % len(shape) for d in dims]):
                 grad = grad.unsqueeze(dim)
-        share = (grad / saved.get(1, grad.dtype)).expand(shape).contiguous()
-        return (bitmask.apply(share, saved[0], 1.0),)
+        mask = bitmask.decode(saved[0], shape)
+        # As PyTorch does: if no element equals the extremum, the count is 0 and the gradient NaN.
+        return (grad * mask / mask.sum(dims, keepdim=True),)
 
 
 def extremum(
@@ -54,18 +58,13 @@ def extremum(
     result = recorder.exactly(func, input, dims, keepdim)
     with torch.no_grad():
         best = result if keepdim else func(input, dims, True)
-        mask = input == best
-        count = mask.sum(dims, keepdim=True).to(input.dtype)
-        # No element equals a NaN. PyTorch divides by this count of 0, and gives each element the
-        # gradient NaN.
-        bits, count = (
-            recorder.bits(mask | best.isnan()),
-            count.masked_fill_(best.isnan(), float("nan")),
-        )
+        bits = recorder.bits(input == best)
     recorder.report.add(recorder.context.name, "extremum", "mask", "1 bit", bits.numel())
-    return Extremum.apply(
-        result,
-        (uncompressed(bits), uncompressed(count)),
-        (tuple(input.shape), dims, keepdim),
-        input,
+    output = Extremum.apply(
+        result, (uncompressed(bits),), (tuple(input.shape), dims, keepdim), input
     )
+    source = recorder.known(input, "extremum", "mask")
+    if source is not None:
+        recipe = Recompute(func, (dims, keepdim), {})
+        recorder.lineage.set(output, Stash(recipe, (), (source,), cost=CHEAP, dtype=result.dtype))
+    return output

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mesa_train.codecs import bitmask
 from mesa_train.policy import VIEW
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, strip, value
 from mesa_train.utils.torch_functions import function_name
 
 from .coded import CODED
+from .masks import bits_of
 
 # Functions that save nothing large. They are called without hooks, to save time.
 NOTHING = frozenset(
@@ -214,25 +214,7 @@ class _Hooks:
         recorder = self.recorder
         if not self._is_mask(mask):
             return None
-        known = recorder.lineage.get(mask)
-        if known is not None:
-            recorder.report.add(recorder.context.name, self.name, "mask", "shared", 0)
-            return known
-        bits = recorder.bits(mask)
-        recorder.report.add(recorder.context.name, self.name, "mask", "1 bit", bits.numel())
-        stash = Stash(_Bits(tuple(mask.shape)), (bits,), cost=VIEW, dtype=torch.bool)
-        recorder.lineage.set(mask, stash)
-        return stash
-
-
-class _Bits:
-    """Recipe: a mask from one bit per element."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-
-    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return bitmask.decode(saved.own(spec)[0], self.shape).to(dtype)
+        return bits_of(recorder, mask, self.name)
 
 
 class _Size:

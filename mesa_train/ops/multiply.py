@@ -1,12 +1,14 @@
 """Products of two tensors that both need a gradient: layer scale, gates, SwiGLU.
 
 Saves the stashes of both factors. A small or trained factor stays uncompressed. A Linear's output
-times a layer scale saves no factor (see `linear.py`). The product is rebuilt from the factors. A
-product with a constant saves the same tensors as PyTorch.
+times a layer scale saves no factor (see `linear.py`). A product with a constant saves the same
+tensors as PyTorch. Each product is rebuilt from its factors. So rotary positions, an RMS norm of
+single operations and SwiGLU hand the stash of their input on.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from mesa_train.policy import CHEAP, MATMUL
 from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Spec, Stash
+from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
+from mesa_train.stash.tensors import held, is_plain
 
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled
@@ -47,6 +50,10 @@ class Multiplied:
         return (left * right).to(dtype)
 
 
+MULTIPLIED = Multiplied()
+_NEG = Recompute(torch.neg, (), {})
+
+
 def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.mul, Tensor.mul and `*`."""
     if kwargs:
@@ -60,9 +67,11 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
             recorder.lineage.set(
                 output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype)
             )
+        elif type(number) is float and tensor.requires_grad and not recorder.traced:
+            recorder.multiples.set(output, (weakref.ref(tensor), tensor._version, number))
         return output
     if not (input.requires_grad and other.requires_grad):
-        return func(input, other)
+        return _by_constant(recorder, func, input, other)
     if not recorder.covers("mul", input, other):
         return NotImplemented
     for product, scale in ((input, other), (other, input)):
@@ -75,10 +84,43 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
     output = Mul.apply(
         result, kept, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
     )
-    if max(left.cost, right.cost) < MATMUL:
+    # The backward of the product rebuilds both factors. So it recomputes no further matmul if the
+    # product is rebuilt from recomputed matmuls.
+    if max(left.cost, right.cost) < MATMUL or recorder.context.rules.rebuilds_matmuls:
         recorder.lineage.set(
-            output, Stash(Multiplied(), (), (left, right), cost=CHEAP, dtype=result.dtype)
+            output, Stash(MULTIPLIED, (), (left, right), cost=CHEAP, dtype=result.dtype)
         )
+    return output
+
+
+def _by_constant(recorder: Recorder, func: Any, input: Tensor, other: Tensor) -> Tensor:
+    """A product with a constant or a frozen parameter, such as the tables of rotary positions.
+
+    PyTorch saves the constant. The product is rebuilt from the stash of the other factor.
+    """
+    output = func(input, other)
+    tracked, constant = (input, other) if input.requires_grad else (other, input)
+    source = recorder.lineage.get(tracked) if tracked.requires_grad else None
+    if (
+        source is not None
+        and constant.is_floating_point()
+        and is_plain(constant)
+        and output.shape == tracked.shape
+    ):
+        factor = held(constant) if isinstance(constant, torch.nn.Parameter) else constant
+        recorder.lineage.set(
+            output,
+            Stash(MULTIPLIED, (), (source, uncompressed(factor)), cost=CHEAP, dtype=output.dtype),
+        )
+    return output
+
+
+def neg(recorder: Recorder, func: Any, /, input: Tensor, *args: Any) -> Any:
+    """Row of negation, a part of rotary positions."""
+    output = func(input, *args)
+    source = recorder.lineage.get(input) if isinstance(input, Tensor) else None
+    if source is not None and not args:
+        recorder.lineage.set(output, Stash(_NEG, (), (source,), cost=CHEAP, dtype=output.dtype))
     return output
 
 

@@ -4,7 +4,7 @@ The function is replayed on the source's stash. So one stored tensor serves all 
 example, the attention's backward reads the attention output, and the weight gradient of the
 projection reads it transposed and reshaped.
 
-Tensors joined by `cat` are rebuilt from the stashes of the parts. So one matmul behind attention
+Tensors joined by `cat` or `stack` are rebuilt from the stashes of the parts. So one matmul behind attention
 and an activation saves neither part twice.
 """
 
@@ -40,17 +40,17 @@ def view(recorder: Recorder, func: Any, /, input: Any, *args: Any, **kwargs: Any
 
 
 class Joined:
-    """Recipe: the sources, concatenated along `dim`."""
+    """Recipe: the sources, joined along `dim` by `function`, torch.cat or torch.stack."""
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, function: Any = torch.cat) -> None:
+        self.dim, self.function = dim, function
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return torch.cat([saved.value(source, dtype) for source in spec.sources], self.dim)
+        return self.function([saved.value(source, dtype) for source in spec.sources], self.dim)
 
 
 def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
-    """Row of torch.cat.
+    """Row of torch.cat and torch.stack.
 
     If the parts that have a stash are the larger share, the other parts get a stash now. Otherwise
     the operator behind would code the joined tensor, and so code the known parts a second time.
@@ -59,6 +59,7 @@ def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: 
     if kwargs or not recorder.covers("linear", *parts):
         return NotImplemented
     output = func(parts, dim)
+    joined = torch.stack if func is torch.stack else torch.cat
     sources = [recorder.lineage.get(part) for part in parts]
     known = sum([p.numel() for p, s in zip(parts, sources, strict=True) if s is not None])
     if (
@@ -71,7 +72,7 @@ def cat(recorder: Recorder, func: Any, /, tensors: Any, dim: int = 0, **kwargs: 
         recorder.keep(part, "linear", "input", label="cat") if source is None else source
         for part, source in zip(parts, sources, strict=True)
     ]
-    stash = Stash(Joined(dim), (), tuple(stashes), cost=VIEW, dtype=output.dtype)
+    stash = Stash(Joined(dim, joined), (), tuple(stashes), cost=VIEW, dtype=output.dtype)
     recorder.lineage.set(output, stash)
     return output
 

@@ -8,6 +8,7 @@ torch function mode (`engine/intercept.py`).
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,15 @@ from .lineage import Lineage, TracedLineage
 from .offload import OffloadedStash, Order, offload_stream_of, passes
 from .sharded_parameters import zero3_hooked
 from .stash import Leaf, MatrixLayout, Stash, uncompressed
-from .tensors import autocasts, held, is_plain, new_bytes, of_parameter, saved_with_its_base
+from .tensors import (
+    autocasts,
+    held,
+    holds_more_than_itself,
+    is_plain,
+    new_bytes,
+    of_parameter,
+    saved_with_its_base,
+)
 
 
 class Recorder:
@@ -74,6 +83,9 @@ class Recorder:
         # The operands of a Linear, by its output, for a layer scale that follows the Linear.
         self.linears: Lineage[tuple[Tensor, int, Stash, Tensor, Tensor | None]]
         self.linears = TracedLineage() if self.traced else Lineage()
+        # The factors of a product with a number, by the product: the tensor and its version, and
+        # the number. Empty while tracing.
+        self.multiples: Lineage[tuple[weakref.ref[Tensor], int, float]] = Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
         """True if an operator's row applies.
@@ -145,6 +157,10 @@ class Recorder:
             self.report.add(
                 self.context.name, label, operand, f"uncompressed: {reason}", new_bytes(tensor)
             )
+            if rule.enabled and holds_more_than_itself(tensor, rule.min_bytes):
+                copy = uncompressed(tensor.detach().clone())
+                self.lineage.set(tensor, copy)
+                return copy
             cast = operator in _AUTOCAST and autocasts(tensor.device.type)
             return uncompressed(held(tensor) if cast else tensor)
         if rule.lossless and not rule.offload and saved_with_its_base(tensor):

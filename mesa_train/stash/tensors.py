@@ -52,6 +52,19 @@ def saved_with_its_base(tensor: Tensor) -> bool:
     return base is not None and hasattr(type(base.grad_fn), "_saved_result")
 
 
+def holds_more_than_itself(tensor: Tensor, min_bytes: int) -> bool:
+    """True if a small view, such as a diagonal, holds a much larger storage. A copy of it is saved instead."""
+    size = tensor.nbytes
+    return (
+        not torch.compiler.is_compiling()
+        and size < min_bytes
+        and narrowed(tensor)
+        and tensor.untyped_storage().nbytes() - size >= min_bytes
+        and not of_parameter(tensor)
+        and not saved_with_its_base(tensor)
+    )
+
+
 def new_bytes(tensor: Tensor) -> int:
     """Bytes that an uncompressed tensor adds; 0 for a parameter and while compiling."""
     if torch.compiler.is_compiling() or (tensor.is_leaf and tensor.requires_grad):

@@ -73,7 +73,17 @@ def _conv():
     yield Case(
         "conv2d unbatched", F.conv2d, (activation(4, 7, 6), parameter(6, 4, 3, 3)), fallback=True
     )
-    yield Case("conv_transpose2d", F.conv_transpose2d, (x, parameter(4, 6, 3, 3)), fallback=True)
+    yield Case("conv_transpose2d", F.conv_transpose2d, (x, parameter(4, 6, 3, 3)))
+    yield Case(
+        "conv_transpose2d grouped",
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), 1, (1, 0), 2, 2),
+        (x, parameter(4, 3, 3, 3), parameter(6)),
+    )
+    yield Case(
+        "conv_transpose3d behind a norm",
+        lambda x, w: F.conv_transpose3d(F.instance_norm(x), w, stride=2),
+        (activation(2, 4, 3, 2, 3), parameter(4, 5, 2, 2, 2)),
+    )
     for mode in ("reflect", "circular", "replicate", "zeros"):
         yield of_module(
             f"nn.Conv2d padding_mode={mode}",

@@ -54,7 +54,6 @@ def _fallback():
         ("sqrt", torch.sqrt, (activation(3, 9, make=positive),)),
         ("div", lambda x, y: x / y, (x, activation(3, 4, 9, make=positive))),
         ("cosine_similarity", lambda x, y: F.cosine_similarity(x, y, -1), (x, x)),
-        ("max_pool2d", lambda x: F.max_pool2d(x, 2), (activation(2, 3, 6, 6),)),
         ("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2), (activation(2, 3, 7, 7),)),
         ("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, 1), (activation(2, 3, 7, 7),)),
         ("where", lambda x, y: torch.where(x > y, x * x, y), (x, x)),
@@ -86,8 +85,6 @@ def _fallback():
         ("maximum", torch.maximum, (x, x)),
         ("clamp", lambda x: x.clamp(-0.5, 0.5), (x,)),
         ("abs", torch.abs, (x,)),
-        ("hardtanh", F.hardtanh, (x,)),
-        ("prelu", F.prelu, (x, parameter(4))),
         (
             "views",
             lambda x: x.transpose(0, 1).flip(0).roll(1, 0).flatten(1).unflatten(1, (3, 9)).exp(),
@@ -100,4 +97,44 @@ def _fallback():
         yield Case(name, function, inputs, fallback=name not in operators, **loose)
 
 
-OTHERS = [*_joined(), *_fallback()]
+def _chosen():
+    """Elements chosen by their size."""
+    image = (activation(2, 3, 7, 6),)
+    volume = (activation(2, 3, 5, 6, 4),)
+    for name, function, inputs in [
+        ("max_pool2d", lambda x: F.max_pool2d(x, 2), image),
+        ("max_pool2d overlapping", lambda x: F.max_pool2d(x, 3, 2, 1), image),
+        (
+            "max_pool2d of tuples",
+            lambda x: F.max_pool2d(x, (3, 2), (1, 2), (1, 0), (1, 2), ceil_mode=True),
+            image,
+        ),
+        ("max_pool2d unbatched", lambda x: F.max_pool2d(x, 3, 1), (activation(3, 7, 6),)),
+        ("max_pool2d of a wide window", lambda x: F.max_pool2d(x, 17), (activation(1, 2, 17, 34),)),
+        ("max_pool3d", lambda x: F.max_pool3d(x, 3, 2, 1), volume),
+        (
+            "relu_, max_pool2d, conv2d",
+            lambda x, k: F.conv2d(
+                F.max_pool2d(F.relu_(F.batch_norm(x, None, None, training=True)), 3, 2, 1), k
+            ),
+            (*image, parameter(2, 3, 2, 2)),
+        ),
+        ("max along a dim", lambda x: x.max(dim=1)[0], image),
+        ("torch.max along a dim", lambda x: torch.max(x, -1, keepdim=True).values, image),
+        ("min along a dim", lambda x: x.min(1)[0], image),
+        (
+            "max along a dim, linear",
+            lambda x, w: F.linear(F.gelu(x).max(1).values, w),
+            (*image, parameter(4, 6)),
+        ),
+        ("amax of all", lambda x: F.gelu(x).amax(), image),
+        (
+            "amax, linear",
+            lambda x, w: F.linear(F.gelu(x).amax(1), w),
+            (*image, parameter(4, 6)),
+        ),
+    ]:
+        yield Case(name, function, inputs, eight=0.05, four=0.8)
+
+
+OTHERS = [*_joined(), *_fallback(), *_chosen()]

@@ -62,6 +62,18 @@ def _norms():
                 ),
                 (*inputs, constant(6), constant(6, make=positive)),
             )
+    for dims, shape in ((3, (7,)), (4, (3, 5)), (5, (2, 3, 2))):
+        yield Case(
+            f"instance_norm {dims}-D",
+            lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+            (activation(4, 6, *shape), parameter(6), parameter(6)),
+        )
+    yield of_module(
+        "nn.InstanceNorm2d with statistics",
+        lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        activation(4, 6, 3, 5),
+        fallback=True,
+    )
     yield Case("group_norm without affine", lambda x: F.group_norm(x, 2), (activation(4, 6, 5),))
     yield Case(
         "batch_norm without statistics or affine",
@@ -137,6 +149,7 @@ def _activations():
     }.items():
         # elu's derivative jumps at 0 for alpha other than 1.
         yield Case(name, function, x, fallback=True, eight=0.1)
+    yield from _stepped(*x)
     # PyTorch multiplies by a float32 sixth in float64 too.
     yield Case("hardsigmoid", lambda x: F.hardsigmoid(2 * x), x, rounding=1e-7)
     yield Case("glu", F.glu, (activation(3, 4, 8),))
@@ -160,10 +173,106 @@ def _activations():
     )
 
 
+def _stepped(x):
+    """Activations with two slopes, alone and between a norm and a convolution."""
+    yield Case("hardtanh", F.hardtanh, (x,))
+    yield Case("nn.ReLU6 inplace", lambda x: nn.ReLU6(True)(x.mul(4)), (x,))
+    yield Case("hardtanh_", lambda x: F.hardtanh_(x.mul(1.5), -0.5, 0.7), (x,))
+    yield Case("prelu", F.prelu, (x, parameter(4)), eight=0.05)
+    yield Case("prelu of one slope", lambda x, w: x.prelu(w), (x, parameter(1)), eight=0.05)
+    yield Case("prelu frozen", F.prelu, (x, constant(4)))
+    for name, function in {
+        "relu": F.relu,
+        "relu_": F.relu_,
+        "relu6 inplace": lambda x: F.relu6(x, inplace=True),
+        "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+        "clamp": lambda x: x.clamp(-0.5, 0.5),
+        "prelu": lambda x: F.prelu(x, x.new_full((6,), 0.3)),
+        "silu_": lambda x: F.silu(x, inplace=True),
+        "relu_ of a view": lambda x: x[:, :4].relu_(),
+    }.items():
+        yield Case(
+            f"batch_norm, {name}, conv2d",
+            lambda x, w, b, k, f=function: F.conv2d(
+                (y := f(F.batch_norm(x, None, None, w, b, training=True))), k[:, : y.shape[1]]
+            ),
+            (activation(4, 6, 5, 5), parameter(6), parameter(6), parameter(2, 6, 3, 3)),
+            eight=0.05,
+            four=0.8,
+        )
+
+
 def _in_a_part(x, function):
     y = x.mul(1.5)
     function(y[:, 1:3])
     return y
+
+
+def _products():
+    """Products whose factors hand their stashes on."""
+    x = activation(2, 4, 8)
+    yield Case(
+        "rms_norm written out, linear",
+        lambda x, g, w: F.linear(
+            g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype), w
+        ),
+        (x, parameter(8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rms_norm written out behind a linear, frozen",
+        lambda x, v, g, w: F.linear(
+            g * ((h := F.linear(x, v)) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)), w
+        ),
+        (x, parameter(8, 8), constant(8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "QuickGELU and linear",
+        lambda x, v, w: F.linear((h := F.linear(x, v)) * torch.sigmoid(1.702 * h), w),
+        (x, parameter(8, 8), parameter(5, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "tanh behind a norm",
+        lambda x, w, b, k: F.conv2d(torch.tanh(F.group_norm(x, 2, w, b)), k),
+        (activation(2, 4, 5, 5), parameter(4), parameter(4), parameter(2, 4, 3, 3)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rotary positions",
+        lambda x, w, cos, sin: F.scaled_dot_product_attention(
+            *[_rotated(F.linear(x, w), cos, sin).unflatten(-1, (2, 4)).transpose(1, 2)] * 3
+        ),
+        (x, parameter(8, 8, make=_weak), constant(4, 8), constant(4, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+    yield Case(
+        "rotary positions, stacked",
+        lambda x, w, cos, sin: F.linear(
+            (h := F.gelu(x)) * cos
+            + torch.stack([-h[..., 1::2], h[..., ::2]], -1).reshape(h.shape) * sin,
+            w,
+        ),
+        (x, parameter(8, 8), constant(4, 8), constant(4, 8)),
+        eight=0.05,
+        four=0.8,
+    )
+
+
+def _weak(*shape):
+    """Weights that do not saturate a softmax."""
+    return 0.3 * torch.randn(*shape)
+
+
+def _rotated(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def _dropout():
@@ -187,4 +296,4 @@ def _dropout():
     yield Case("dropout2d", lambda x: F.dropout2d(x, 0.4), (activation(3, 4, 5, 5),), fallback=True)
 
 
-POINTWISE = [*_norms(), *_activations(), *_dropout()]
+POINTWISE = [*_norms(), *_activations(), *_products(), *_dropout()]

@@ -31,6 +31,21 @@ def test_frozen_weight_keeps_no_input_and_frozen_input_no_weight():
     assert kept(torch.mm, torch.randn(ROWS, COLS), activation(COLS, 32))[0] == codes(ROWS, COLS)
 
 
+def test_a_small_view_does_not_hold_its_storage():
+    """It would: a diagonal that is too small to code is a view of the whole matrix."""
+
+    def function(x, w):
+        return F.linear(torch.diagonal(x.mul(1.0))[None], w)
+
+    w = nn.Parameter(torch.randn(3, 128))
+    x = torch.randn(128, 128).requires_grad_()
+    for preset in ("mesa8", "lossless"):
+        size, output = kept(function, x, w, parameters=(w,), policy=Policy.preset(preset))
+        assert size == 128 * 4
+    output.sum().backward()
+    assert torch.equal(w.grad, x.diagonal().expand(3, -1))
+
+
 def test_mlp_keeps_x_hat_its_statistics_and_the_activation_input():
     mlp = nn.Sequential(
         nn.LayerNorm(COLS), nn.Linear(COLS, 2 * COLS), nn.GELU(), nn.Linear(2 * COLS, COLS)
