@@ -28,7 +28,8 @@ def compare(
         typer.Option(
             help="Comma-separated: plain, float32, bf16, checkpoint, checkpoint+offload, save_on_cpu, "
             "float8, approx-bp, any preset, PRESET+offload, compile, compile-budget-0.5, "
-            "compile-budget-0.2, compile-fp8, compile:PRESET, PRESET+checkpoint, METHOD+adamw8bit, a policy's YAML file; default: all."
+            "compile-budget-0.2, compile-fp8, compile:PRESET, PRESET+checkpoint, "
+            "METHOD+adamw8bit, a policy's YAML file; default: all."
         ),
     ] = None,
     fake: Annotated[
