@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .graphs.step import CapturedStep, capture_step
     from .measure.coverage import Coverage, coverage
     from .measure.footprint import Footprint, footprint
+    from .measure.out_of_memory import out_of_memory_notes
     from .planner.plan import OverBudget, Plan
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "compress",
     "coverage",
     "footprint",
+    "out_of_memory_notes",
     "plan",
     "unwrap",
     "wrap",
@@ -52,6 +54,7 @@ _LATER = {
     "coverage": "measure.coverage",
     "Footprint": "measure.footprint",
     "footprint": "measure.footprint",
+    "out_of_memory_notes": "measure.out_of_memory",
     "OverBudget": "planner.plan",
     "Plan": "planner.plan",
 }

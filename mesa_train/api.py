@@ -6,7 +6,7 @@ These are the functions above both the engine and the planner. `engine/wrap.py` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from .engine.wrap import Model
 from .engine.wrap import unwrap as unwrap
 from .engine.wrap import wrap as wrap_with_policy
 from .policy import Policy
+from .utils.formatting import parse_bytes
 
 if TYPE_CHECKING:
     from .planner.plan import Plan
@@ -27,7 +28,9 @@ def wrap(
     *,
     budget: int | str | None = None,
     inputs: Any = None,
+    more_inputs: Sequence[Any] = (),
     autocast: torch.dtype | None = None,
+    refine_steps: int = 3,
 ) -> Model:
     """Make `model` save codes instead of activations for the backward. Works in place.
 
@@ -45,7 +48,10 @@ def wrap(
         budget: used instead of a policy: the largest memory of a training step, in bytes or as text
             such as "8GiB". The policy is planned (see `plan`).
         inputs: with a budget, an example batch, as for `plan`.
+        more_inputs: with a budget, batches of other shapes, as for `plan`.
         autocast: with a budget, the dtype of autocast; default: no autocast.
+        refine_steps: with a budget, number of first steps whose real peaks are compared with it. If
+            a step takes more, the model is wrapped with a plan for less. GPUs only; default 3.
     Returns:
         `model`.
     Raises:
@@ -60,10 +66,30 @@ def wrap(
             raise ValueError(
                 "wrap(budget=...) plans the policy itself: give inputs=... and no policy"
             )
-        policy = plan(model, inputs, budget, autocast=autocast).policy
-    elif inputs is not None or autocast is not None:
-        raise ValueError("wrap takes inputs and autocast only with a budget; budget is None")
+        if refine_steps < 0:
+            raise ValueError(f"refine_steps must be at least 0, got {refine_steps}")
+        return _wrap_for_budget(model, [inputs, *more_inputs], budget, autocast, refine_steps)
+    if inputs is not None or autocast is not None or more_inputs:
+        raise ValueError(
+            "wrap takes inputs, more_inputs and autocast only with a budget; budget is None"
+        )
     return wrap_with_policy(model, policy)
+
+
+def _wrap_for_budget(
+    model: Model, batches: list[Any], budget: int | str, autocast: torch.dtype | None, steps: int
+) -> Model:
+    """Plan a policy, install it, and compare the first steps on a GPU with the budget."""
+    from .planner.refine import PeakWatch, cuda_peak
+    from .planner.shapes import ShapePlanner
+
+    planner = ShapePlanner(model, batches, autocast=autocast)
+    wrap_with_policy(model, planner.plan(budget).policy)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda" and steps:
+        limit = parse_bytes(budget) if isinstance(budget, str) else budget
+        PeakWatch(model, planner, limit, steps, cuda_peak(device))
+    return model
 
 
 def plan(
@@ -71,6 +97,7 @@ def plan(
     inputs: Any,
     budget: int | str | None = None,
     *,
+    more_inputs: Sequence[Any] = (),
     max_time: float | None = None,
     max_error: float | None = None,
     autocast: torch.dtype | None = None,
@@ -89,6 +116,8 @@ def plan(
         inputs: as for `footprint`.
         budget: most bytes allocated at once in a training step, such as "8GiB"; None for the
             smallest peak that the other bounds allow.
+        more_inputs: batches of other shapes, such as other image sizes or numbers of tokens. The
+            plan is for the batch with the largest peak, and its peak bounds the others.
         max_time: most step time, as a multiple of the plain step's time (1.1: 10 % more); None for
             no bound.
         max_error: most relative error of the gradient that codes may add to plain's error; None for
@@ -110,11 +139,11 @@ def plan(
         TypeError: `footprint` raises it.
         ImportError: highspy is missing; the message names the extra.
     """
-    from .planner.planner import Planner
+    from .planner.shapes import ShapePlanner
 
-    planner = Planner.of(
+    planner = ShapePlanner(
         model,
-        inputs,
+        [inputs, *more_inputs],
         autocast=autocast,
         loss=loss,
         optimizer_bytes=optimizer_bytes,

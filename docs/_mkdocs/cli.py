@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import typer
+
 from mesa_train.cli import app
 
 PAGE = Path(__file__).resolve().parents[1] / "reference/cli.md"
@@ -56,6 +58,7 @@ def parameters(command: Callable[..., Any]) -> list[Parameter]:
     return [
         _parameter(name, hints[name], parameter.default)
         for name, parameter in inspect.signature(command).parameters.items()
+        if hints[name] is not typer.Context
     ]
 
 

@@ -3,6 +3,7 @@
 * `compare` measures methods side by side;
 * `profile` shows where the bytes are;
 * `plan` fits a model into a budget;
+* `run` runs a training script with its model wrapped;
 * `estimate` shows which ways to train fit on several GPUs.
 
 Tables go to stdout, progress and errors to stderr; with --json, stdout is JSON alone. A command
@@ -23,6 +24,7 @@ from .compare import compare
 from .estimate import estimate
 from .plan import plan
 from .profile import profile
+from .run import SETTINGS, run
 
 # Set before PyTorch is imported: its profiler writes to stderr about GPUs that it does not find.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -74,3 +76,4 @@ def _group(context: typer.Context) -> None:
 
 for _command in (compare, profile, plan, estimate):
     app.command()(_command)
+app.command(context_settings=SETTINGS)(run)

@@ -26,9 +26,10 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: plain, float32, bf16, checkpoint, save_on_cpu, approx-bp, any "
-            "preset, PRESET+offload, compile, compile-budget-0.5, compile-budget-0.2, compile-fp8, "
-            "compile:PRESET, PRESET+checkpoint, METHOD+adamw8bit, a policy's YAML file; default: all."
+            help="Comma-separated: plain, float32, bf16, checkpoint, checkpoint+offload, save_on_cpu, "
+            "float8, approx-bp, any preset, PRESET+offload, compile, compile-budget-0.5, "
+            "compile-budget-0.2, compile-fp8, compile:PRESET, PRESET+checkpoint, "
+            "METHOD+adamw8bit, a policy's YAML file; default: all."
         ),
     ] = None,
     fake: Annotated[

@@ -13,7 +13,7 @@ alike.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -22,14 +22,13 @@ from mesa_train.engine.wrap import wrap
 from mesa_train.graphs.checks import CaptureError
 from mesa_train.graphs.step import CapturedStep
 from mesa_train.graphs.step import capture_step as capture_any
-from mesa_train.policy import Policy
+
+from .setting import Setting, policy_of_setting
 
 AnyAccelerator = TypeVar("AnyAccelerator")
 
 
-def enable(
-    accelerator: AnyAccelerator, policy: Policy | str | Mapping[str, Any] | bool | None = True
-) -> AnyAccelerator:
+def enable(accelerator: AnyAccelerator, policy: Setting = True) -> AnyAccelerator:
     """Make `accelerator.prepare` wrap every model with mesa_train first.
 
     A second call replaces the policy.
@@ -47,7 +46,7 @@ def enable(
     """
     if not callable(getattr(accelerator, "prepare", None)):
         raise TypeError(f"accelerator must be an Accelerator, got {type(accelerator).__name__}")
-    resolved = _policy(policy)
+    resolved = policy_of_setting(policy)
     vars(accelerator).pop("prepare", None)
     if resolved is None:
         return accelerator
@@ -106,14 +105,3 @@ def capture_step(
         accumulate=accelerator.gradient_accumulation_steps,
         **options,
     )
-
-
-def _policy(value: Policy | str | Mapping[str, Any] | bool | None) -> Policy | None:
-    """The Policy of an argument of `enable`; None for no wrapping."""
-    if value is None or value is False:
-        return None
-    if value is True:
-        return Policy.of(None)
-    if isinstance(value, Mapping):
-        return Policy.from_fields(value)
-    return Policy.of(value)

@@ -24,6 +24,7 @@ from torch.autograd.profiler import profile, record_function
 from .timeline import BACKWARD, FORWARD, Timeline, module_hooks
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -74,6 +75,16 @@ def resident_peak() -> int | None:
 def resident() -> int | None:
     """The resident-set size now, in bytes."""
     return _status("VmRSS")
+
+
+def available() -> int:
+    """Bytes that the system can still give to processes; 0 if the system does not report them."""
+    if not _MEMORY.exists():
+        return 0
+    for line in _MEMORY.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def reset_resident_peak() -> None:

@@ -27,6 +27,7 @@ PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 APPROX_BP = "approx-bp"
 SAVE_ON_CPU = "save_on_cpu"
+CHECKPOINT_OFFLOAD = f"{CHECKPOINT}+offload"
 METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
 # A preset whose blocks are also checkpointed.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
@@ -103,7 +104,7 @@ def put_on(model: nn.Module, method: Policy | str, stack: contextlib.ExitStack) 
     if policy is not None:
         wrap(model, policy)
     if blocks:
-        stack.enter_context(checkpointed(model))
+        stack.enter_context(checkpointed(model, offload=method == CHECKPOINT_OFFLOAD))
 
 
 def running(model: nn.Module, method: Policy | str) -> contextlib.AbstractContextManager[Any]:
@@ -127,8 +128,8 @@ def parts(method: Policy | str) -> tuple[Policy | str | None, bool]:
     Returns:
         (policy, name of a policy, or None; whether blocks are checkpointed).
     """
-    if method in (PLAIN, CHECKPOINT, APPROX_BP, SAVE_ON_CPU):
-        return None, method == CHECKPOINT
+    if method in (PLAIN, CHECKPOINT, CHECKPOINT_OFFLOAD, APPROX_BP, SAVE_ON_CPU):
+        return None, method in (CHECKPOINT, CHECKPOINT_OFFLOAD)
     if isinstance(method, str) and method in BOTH:
         return BOTH[method], True
     if isinstance(method, str) and method in CODED:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +32,12 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
+def checkpointed(model: nn.Module, offload: bool = False) -> Iterator[None]:
     """Within the context, every block is checkpointed (non-reentrant).
+
+    Args:
+        model: the module.
+        offload: keep the inputs of the blocks in CPU memory until the backward.
 
     Raises:
         NoBlocks: the model has no blocks.
@@ -46,9 +52,8 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     try:
         for block in blocks.values():
             # Python finds the instance's attribute before the method of its class.
-            vars(block)["forward"] = functools.partial(
-                checkpoint, block.forward, use_reentrant=False
-            )
+            run = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            vars(block)["forward"] = functools.partial(_offloaded, run) if offload else run
         yield
     finally:
         for block, forward in forwards:
@@ -56,6 +61,13 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
                 del vars(block)["forward"]
             else:
                 vars(block)["forward"] = forward
+
+
+def _offloaded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a checkpoint whose inputs are saved in CPU memory."""
+    pinned = torch.cuda.is_available()
+    with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+        return run(*args, **kwargs)
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from mesa_train.policy import OFFLOADED, PRESETS, Policy
 
 from . import approx_bp
-from .apply import APPROX_BP, CHECKPOINT, PLAIN, SAVE_ON_CPU
-from .variants import COMPILE, check_variant
+from .apply import APPROX_BP, CHECKPOINT, CHECKPOINT_OFFLOAD, PLAIN, SAVE_ON_CPU
+from .variants import COMPILE, FLOAT8, check_variant, float8_products
 
 FLOAT32, PURE_BF16, ADAMW8BIT, OFFLOAD = "float32", "bf16", "adamw8bit", "offload"
 
@@ -31,6 +31,8 @@ DEFAULT = (
     f"mesa8+{CHECKPOINT}",
     f"mesa8+{OFFLOAD}",
     SAVE_ON_CPU,
+    CHECKPOINT_OFFLOAD,
+    FLOAT8,
     APPROX_BP,
     f"{PLAIN}+{ADAMW8BIT}",
     f"mesa8+{ADAMW8BIT}",
@@ -50,6 +52,8 @@ _CAVEATS = {
     FLOAT32: "float32 throughout: the reference of the gradient",
     PURE_BF16: "bfloat16 weights, gradients and optimizer states: small updates are rounded away",
     CHECKPOINT: "exact; runs every block's forward twice",
+    CHECKPOINT_OFFLOAD: "exact; runs every block's forward twice, from inputs in CPU memory",
+    FLOAT8: "torchao: Linears multiply in 8-bit floats; another forward, and not less saved by itself",
     SAVE_ON_CPU: "exact; saved tensors are in CPU memory",
     APPROX_BP: f"GELU and SiLU save 2 bits, their derivative has four steps; {approx_bp.REMARK}",
     OFFLOAD: "stashes are in CPU memory; the saved bytes are those that stay on the GPU",
@@ -108,6 +112,8 @@ class MethodSpec:
     def caveats(self) -> tuple[str, ...]:
         """Remarks for the reader of the method's numbers."""
         parts = (self.name, *self.name.split("+"), self.name.partition(":")[0])
+        if self.variant == CHECKPOINT_OFFLOAD:
+            parts = (CHECKPOINT_OFFLOAD, *self.name.split("+")[2:])
         caveats = dict.fromkeys(_CAVEATS[part] for part in parts if part in _CAVEATS)
         coded = isinstance(self.variant, Policy) or any(
             prefix in self.variant for prefix in ("mesa", "paper")
@@ -122,6 +128,10 @@ class MethodSpec:
             and not device.startswith("cuda")
         ):
             return "needs a GPU: on a CPU all saved tensors are in CPU memory already"
+        if self.variant == CHECKPOINT_OFFLOAD and not device.startswith("cuda"):
+            return "needs a GPU: on a CPU all saved tensors are in CPU memory already"
+        if self.variant == FLOAT8 and not (device.startswith("cuda") and float8_products()):
+            return "needs a GPU that multiplies 8-bit floats (compute capability 8.9)"
         return None
 
     @property
@@ -132,7 +142,11 @@ class MethodSpec:
     @property
     def countable(self) -> bool:
         """True if its bytes can be counted on fake tensors."""
-        return not self.compiled and self.variant != SAVE_ON_CPU
+        return not self.compiled and self.variant not in (
+            SAVE_ON_CPU,
+            CHECKPOINT_OFFLOAD,
+            FLOAT8,
+        )
 
     def autocast(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype of autocast for this method.

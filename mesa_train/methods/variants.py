@@ -25,6 +25,7 @@ from .apply import (
     APPROX_BP,
     BOTH,
     CHECKPOINT,
+    CHECKPOINT_OFFLOAD,
     CODED,
     PLAIN,
     SAVE_ON_CPU,
@@ -34,6 +35,7 @@ from .apply import (
 )
 
 COMPILE = "compile"
+FLOAT8 = "float8"
 
 # PyTorch's own pass that casts the saved tensors of a compiled backward to 8-bit floats. It is
 # undocumented, so its options are here. The size threshold is 0: with the default of 100 MB, the
@@ -59,7 +61,8 @@ _COMPILED: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 CHOICES = (
-    PLAIN, CHECKPOINT, SAVE_ON_CPU, APPROX_BP, *PRESETS, *BOTH, *CODED, *OFFLOADED, *_COMPILED,
+    PLAIN, CHECKPOINT, CHECKPOINT_OFFLOAD, SAVE_ON_CPU, FLOAT8, APPROX_BP,
+    *PRESETS, *BOTH, *CODED, *OFFLOADED, *_COMPILED,
 )  # fmt: skip
 
 
@@ -69,7 +72,7 @@ def check_variant(method: str) -> None:
     Raises:
         ValueError: the name is unknown; the message has the choices and the closest name.
     """
-    check_method(method, (SAVE_ON_CPU, *_COMPILED))
+    check_method(method, (SAVE_ON_CPU, CHECKPOINT_OFFLOAD, FLOAT8, *_COMPILED))
 
 
 class Variant:
@@ -93,7 +96,10 @@ class Variant:
         eager_method = method.removeprefix(f"{COMPILE}:") if isinstance(method, str) else method
         # Never closed: the copy stays checkpointed.
         self._installed = contextlib.ExitStack()
-        put_on(self.module, PLAIN if eager_method in _COMPILED else eager_method, self._installed)
+        plain = eager_method in _COMPILED or eager_method == FLOAT8
+        put_on(self.module, PLAIN if plain else eager_method, self._installed)
+        if method == FLOAT8:
+            _use_float8(self.module)
         if method in _COMPILED:
             self.module.compile(backend=_backend(*_COMPILED[method]), dynamic=False)
 
@@ -137,6 +143,37 @@ class Variant:
             return copies  # save_on_cpu copies every saved tensor, each time that it is saved.
         storages = {token.storage.data_ptr(): token.storage.nbytes() for token in alive}
         return sum(size for address, size in storages.items() if address not in weights)
+
+
+def _use_float8(model: nn.Module) -> None:
+    """Let every Linear of a fitting size multiply in 8-bit floats, with torchao; in place.
+
+    The new Linears have the same Parameters. Without a GPU that has such products, torchao computes
+    the same numbers in float32.
+
+    Raises:
+        ImportError: torchao is missing; the message says what to install.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ImportError("float8 needs torchao: pip install torchao") from error
+    config = Float8LinearConfig(emulate=not float8_products())
+    # The kernels take sizes that are multiples of 16.
+    convert_to_float8_training(
+        model,
+        config=config,
+        module_filter_fn=lambda module, _: (
+            isinstance(module, nn.Linear)
+            and module.in_features % 16 == 0
+            and module.out_features % 16 == 0
+        ),
+    )
+
+
+def float8_products() -> bool:
+    """True if the GPU multiplies 8-bit floats (compute capability 8.9)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 class _Token:

@@ -83,6 +83,7 @@ class Plan:
             its strategy.
         gap: proven bound on the distance of these choices from the best, relative to their cost.
         plain: prediction for a step without a policy.
+        worst: of several batches, the number of the batch that the predictions are for, from 0.
     """
 
     policy: Policy
@@ -90,6 +91,11 @@ class Plan:
     choices: dict[Key, int | str]
     gap: float
     plain: Prediction
+    worst: int = 0
+
+    def of_batch(self, number: int) -> Plan:
+        """The same plan with another number of its batch."""
+        return dataclasses.replace(self, worst=number)
 
     @property
     def cost(self) -> float:

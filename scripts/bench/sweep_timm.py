@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from sweeping import Make, sweep
+from sweeping import Make, sweep_makers
 from timm.models._registry import _module_to_models
 from torch import nn
 
@@ -44,7 +44,7 @@ def main(
     unknown = sorted(set(selected) - set(_module_to_models))
     if unknown:
         raise SystemExit(f"sweep_timm: timm has no model file {', '.join(unknown)}")
-    sweep(makers(selected), out, seconds, again)
+    sweep_makers(makers(selected), out, seconds, again)
 
 
 def makers(files: list[str]) -> Iterator[tuple[str, Make]]:

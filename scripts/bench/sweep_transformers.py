@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from sweeping import Make, sweep
+from sweeping import Make, sweep_makers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -73,7 +73,7 @@ def main(
     makers: list[tuple[str, Make]] = [
         (n, functools.partial(small, n, all_kinds[n])) for n in selected
     ]
-    sweep(makers, out, seconds, again)
+    sweep_makers(makers, out, seconds, again)
 
 
 def kinds() -> Iterator[tuple[str, str]]:

@@ -9,9 +9,10 @@ with the same seed in each run.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,37 @@ class TooLongError(Exception):
     """A model took longer than the sweep allows."""
 
 
-def sweep(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bool) -> None:
+# Fills in a row step by step; `row["failed_in"]` is the current step.
+Measure = Callable[[Row], None]
+
+
+def sweep_makers(makers: Iterable[tuple[str, Make]], out: Path, seconds: int, again: bool) -> None:
+    """`sweep` of models with `row_of`."""
+    sweep([(n, functools.partial(row_of, make)) for n, make in makers], out, seconds, again)
+
+
+def sweep(measures: Iterable[tuple[str, Measure]], out: Path, seconds: int, again: bool) -> None:
     """Append a row for each model to `out`. Models with a row are skipped unless `again`.
 
     Args:
-        makers: (name, function that builds model and inputs).
+        measures: (name, function that fills in the model's row).
         out: JSON lines.
         seconds: limit for a model; a model that exceeds it gets a row with that failure.
         again: repeat models that have a row.
     """
     done = set() if again else {row["model"] for row in records.read(out)}
-    for name, make in makers:
+    for name, measure in measures:
         if name in done:
             continue
-        row = {"model": name, **limited(make, seconds)}
+        row = {"model": name, **limited(measure, seconds)}
         records.append(out, {**row, **records.provenance()})
         saved = row.get("saved_bytes", {})
         print(f"{name}: {row['failure'] or row['mesa8_error']} {saved}", flush=True)
         gc.collect()
 
 
-def limited(make: Make, seconds: int) -> Row:
-    """`row_of` with a time limit. Every error becomes the row's failure."""
+def limited(measure: Measure, seconds: int) -> Row:
+    """A measured row, with a time limit. Every error becomes the row's failure."""
 
     def stop(*_: object) -> None:
         raise TooLongError(f"longer than {seconds} s")
@@ -64,7 +74,7 @@ def limited(make: Make, seconds: int) -> Row:
     signal.alarm(seconds)
     row: Row = {"failure": ""}
     try:
-        row_of(make, row)
+        measure(row)
     except Exception as error:  # a foreign model may raise any error
         row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     finally:
@@ -95,7 +105,7 @@ def row_of(make: Make, row: Row) -> None:
         if policy != "plain":
             mesa_train.wrap(model, policy)
         try:
-            runs[policy] = _run(model, args, kwargs)
+            runs[policy] = run_step(model, args, kwargs)
         finally:
             mesa_train.unwrap(model)
         row["saved_bytes"][policy] = _saved_bytes(model, inputs, policy)
@@ -125,13 +135,21 @@ def _saved_bytes(model: nn.Module, inputs: Any, policy: str) -> int:
     raise AssertionError
 
 
-def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def run_step(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_alone: bool = False
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs, and the parameters' gradients of a fixed weighting of all outputs."""
+    """Outputs, and the parameters' gradients of a fixed weighting of all outputs.
+
+    With `loss_alone`, a model that returns a loss gets the gradients of its loss.
+    """
     torch.manual_seed(1)
     model.zero_grad(set_to_none=True)
     output = model(*args, **kwargs)
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    if loss_alone and loss is not None:
+        loss.backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        return [t.detach() for t in tensors_in(output)], gradients
     tracked = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not tracked:
         raise ValueError("no output needs a gradient")

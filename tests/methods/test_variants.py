@@ -49,7 +49,13 @@ def gradients(model, variant, images):
 
 @pytest.mark.parametrize(
     "method",
-    ["plain", "checkpoint", "save_on_cpu", pytest.param("compile", marks=pytest.mark.slow)],
+    [
+        "plain",
+        "checkpoint",
+        "checkpoint+offload",
+        "save_on_cpu",
+        pytest.param("compile", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_methods_give_plain_gradients_to_the_shared_parameters(
     model, images, method, request
@@ -60,6 +66,19 @@ def test_exact_methods_give_plain_gradients_to_the_shared_parameters(
     tolerance = 1e-5 if method == "compile" else 0  # Inductor sums in another order.
     for a, b in zip(result, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_float8_is_torchaos_on_the_shared_parameters(model, images):
+    pytest.importorskip("torchao.float8")
+    variant = Variant(model, "float8")
+    names = {type(m).__name__ for m in variant.module.modules()}
+    assert "Float8Linear" in names
+    assert "Float8Linear" not in {type(m).__name__ for m in model.modules()}
+    expected = gradients(model, Variant(model, "plain"), images)
+    result = gradients(model, variant, images)
+    for a, b in zip(result, expected, strict=True):
+        assert 0 < (a - b).norm() < 0.3 * b.norm()
 
 
 def test_kept_bytes_are_those_of_the_footprint(model, images):

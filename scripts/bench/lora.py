@@ -1,0 +1,85 @@
+"""Where fine-tuning runs out of memory, with all weights trained and with LoRA.
+
+Counted on fake tensors: a whole step with gradients and AdamW's states, under bf16 autocast. The peak
+of a step is a line in the batch size, so two batches give the largest batch in a budget. One row for
+each method goes to docs/results/lora.jsonl.
+
+    python scripts/bench/lora.py
+    python scripts/bench/lora.py --model vit_base_patch14_dinov2 --budget 12GiB
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from mesa_train.loading.model import load
+from mesa_train.measure.footprint import footprint
+from mesa_train.measure.optimizer_states import static_bytes
+from mesa_train.measure.timeline import timeline
+from mesa_train.utils import records
+from mesa_train.utils.formatting import parse_bytes
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/lora.jsonl"
+# Methods with all weights trained, and with adapters.
+FULL = ("plain", "mesa8-recompute")
+ADAPTED = ("plain", "checkpoint", "mesa8", "mesa8-recompute", "mesa4-recompute")
+BATCHES = (4, 8)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for mesa-train compare.")] = (
+        "vit_large_patch14_dinov2"
+    ),
+    image_size: Annotated[int, typer.Option(help="Height and width.")] = 224,
+    budget: Annotated[str, typer.Option(help="Memory of the GPU.")] = "24GiB",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 8,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Count every method."""
+    origin = records.provenance()
+    capacity = parse_bytes(budget)
+    for tuned, methods in (("all weights", FULL), ("LoRA", ADAPTED)):
+        for method in methods:
+            peaks, saved = [], []
+            for batch in BATCHES:
+                loaded = load(model, batch_size=batch, image_size=image_size, device="meta")
+                if tuned == "LoRA":
+                    adapt(loaded.model, rank)
+                loaded.model.train()
+                counted = timeline(
+                    loaded.model, loaded.inputs, policy=method, autocast=torch.bfloat16
+                )
+                static = static_bytes(loaded.model, loaded.inputs, None)
+                peaks.append(static + counted.peak_bytes)
+                footprint_of = footprint(
+                    loaded.model, loaded.inputs, policy=method, autocast=torch.bfloat16
+                )
+                saved.append(footprint_of.saved_bytes)
+            slope = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
+            largest = int((capacity - peaks[0]) // slope) + BATCHES[0]
+            trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+            row = {"model": model, "image_size": image_size, "tuned": tuned, "method": method}
+            row |= {"rank": rank, "trained": trained, "budget": budget, "batch_size": BATCHES[1]}
+            row |= {"saved_bytes": saved[1], "peak_bytes": peaks[1], "largest_batch": largest}
+            records.append(out, {**row, "dtype": "bf16 autocast, counted", **origin})
+            typer.echo(f"{tuned} {method}: {largest}")
+
+
+def adapt(model: nn.Module, rank: int) -> None:
+    """Freeze the weights, and add adapters to every Linear of the blocks."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    settings = LoraConfig(r=rank, target_modules=["qkv", "proj", "fc1", "fc2"])
+    inject_adapter_in_model(settings, model)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

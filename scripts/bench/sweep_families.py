@@ -1,0 +1,163 @@
+"""Sweep of model families: exact outputs, gradient error and saved bytes, one row a model.
+
+The models are those of `family_models`: the real architecture of the library, small, with random
+weights. Runs are in float32 on a CPU, in training mode, and draw the same random numbers. A row has
+the saved bytes of plain PyTorch, of presets and of checkpointing, with all weights trained and with
+adapters. It names the largest tensors that mesa8 leaves uncompressed. Rows go to
+docs/results/sweep_families.jsonl. A second run continues after the last row.
+
+The presets run with min_bytes=1024 instead of 16384: the tensors of the small configurations are
+smaller than those of a real training.
+
+    python scripts/bench/sweep_families.py
+    python scripts/bench/sweep_families.py --models "DINOv2,Flux" --again
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from family_models import Case, load
+from sweeping import run_step, sweep
+from torch import nn
+
+import mesa_train
+from mesa_train.measure.footprint import Footprint, footprint
+from mesa_train.measure.step import arguments, relative_error, tensors_in
+from mesa_train.methods.checkpointing import NoBlocks
+from mesa_train.policy import PRESETS, Policy
+from mesa_train.utils.records import Row
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_families.jsonl"
+MIN_BYTES = 1024
+COUNTED = ("lossless", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute")
+# dtypes of codes and masks.
+CODES = ("uint8", "bool")
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    seconds: Annotated[int, typer.Option(min=1, help="Limit per model.")] = 120,
+    again: Annotated[bool, typer.Option("--again", help="Repeat models with a row.")] = False,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Measure every model."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")  # the libraries' own
+    logging.disable(logging.WARNING)
+    cases, missing = load()
+    for line in missing:
+        typer.echo(f"sweep_families: left out: {line}", err=True)
+    selected = [m.strip() for m in models.split(",") if m.strip()] or list(cases)
+    unknown = [name for name in selected if name not in cases]
+    if unknown:
+        raise SystemExit(f"sweep_families: no model {', '.join(unknown)}")
+    sweep(
+        [(name, functools.partial(measure, cases[name])) for name in selected], out, seconds, again
+    )
+
+
+def policy(name: str) -> Policy:
+    """A preset for tensors of small configurations."""
+    return dataclasses.replace(PRESETS[name], min_bytes=MIN_BYTES)
+
+
+def measure(case: Case, row: Row) -> None:
+    """Fill in a row, step by step. `failed_in` is the current step."""
+    row["failed_in"], row["group"] = "making", case.group
+    torch.manual_seed(0)
+    model, inputs = case.make()
+    model.train()
+    args, kwargs = arguments(inputs)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
+    state = copy.deepcopy(dict(model.named_buffers()))
+    runs = {}
+    for name in ("plain", "lossless", "mesa8"):
+        row["failed_in"] = name
+        with torch.no_grad():
+            for key, buffer in model.named_buffers():
+                # A buffer that a forward replaces may have another shape.
+                if key in state and state[key].shape == buffer.shape:
+                    buffer.copy_(state[key])
+        if name != "plain":
+            mesa_train.wrap(model, policy(name))
+        try:
+            runs[name] = run_step(model, args, kwargs, loss_alone=True)
+        finally:
+            mesa_train.unwrap(model)
+    outputs, gradients = runs["plain"]
+    row["outputs_equal"] = all(
+        torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
+        for found, _ in runs.values()
+        for a, b in zip(found, outputs, strict=True)
+    )
+    for name in ("lossless", "mesa8"):
+        row[f"{name}_error"] = relative_error(runs[name][1], gradients)
+    row["saved_bytes"] = {}
+    for name in ("plain", *COUNTED, "checkpoint"):
+        row["failed_in"] = name
+        counted = count(model, inputs, name)
+        if counted is None:
+            continue
+        row["saved_bytes"][name] = counted.saved_bytes
+        if name == "mesa8":
+            row["uncompressed"] = uncompressed(counted)
+    if case.lora is not None:
+        row["failed_in"] = "lora"
+        row["lora"] = adapted(model, inputs, case.lora)
+    del row["failed_in"]
+
+
+def adapted(model: nn.Module, inputs: Any, targets: Any) -> Row:
+    """Saved bytes and gradient error of LoRA, with the methods that beginners combine it with."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(r=8, target_modules=list(targets), init_lora_weights=False)
+    model.requires_grad_(False)
+    inject_adapter_in_model(settings, model)
+    args, kwargs = arguments(inputs)
+    saved = {}
+    for name in ("plain", "mesa8", "mesa4", "mesa8-recompute", "checkpoint"):
+        counted = count(model, inputs, name)
+        if counted is not None:
+            saved[name] = counted.saved_bytes
+    _, plain = run_step(model, args, kwargs, loss_alone=True)
+    mesa_train.wrap(model, policy("mesa8"))
+    _, coded = run_step(model, args, kwargs, loss_alone=True)
+    mesa_train.unwrap(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trained": trained, "saved_bytes": saved, "mesa8_error": relative_error(coded, plain)}
+
+
+def count(model: nn.Module, inputs: Any, name: str) -> Footprint | None:
+    """The footprint of a method; None if the model has no blocks to checkpoint."""
+    torch.manual_seed(1)
+    try:
+        return footprint(model, inputs, policy=policy(name) if name in PRESETS else name)
+    except NoBlocks:
+        return None
+
+
+def uncompressed(counted: Footprint, most: int = 4) -> dict[str, int]:
+    """Bytes of tensors that are neither codes nor masks, by operator, largest first."""
+    totals: dict[str, int] = {}
+    for saved in counted.rows:
+        if saved.dtype not in CODES:
+            totals[saved.operator] = totals.get(saved.operator, 0) + saved.saved_bytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1])[:most])
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,0 +1,129 @@
+"""Tables about the families of models that people train, and about LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.records import Row
+from tables.text import markdown, origin, table
+
+# A model that saves less than this many times has a reason in its row.
+ENOUGH = 2.5
+_METHODS = ("mesa8", "mesa4", "mesa8-recompute", "checkpoint")
+
+
+def _times(saved: dict[str, int], method: str) -> str:
+    """Plain's bytes divided by a method's; empty if the method was not possible."""
+    return f"{saved['plain'] / saved[method]:.1f}" if saved.get(method) else ""
+
+
+def _reason(row: Row) -> str:
+    """The operators whose tensors mesa8 leaves uncompressed, with their share of mesa8's bytes."""
+    saved = row["saved_bytes"]
+    if saved["plain"] >= ENOUGH * saved["mesa8"]:
+        return ""
+    shares = {name: size / saved["mesa8"] for name, size in row["uncompressed"].items()}
+    texts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.05]
+    return f"uncompressed: {', '.join(texts)}" if texts else "many small tensors"
+
+
+@table("sweep_families.jsonl", "python scripts/bench/sweep_families.py", by="group")
+def sweep_families(rows: Sequence[Row]) -> str:
+    """The newest rows of one family, a line per model."""
+    newest = {row["model"]: row for row in rows}
+    head = ["model", "outputs", "lossless error", "mesa8 error", "plain saves", *_METHODS]
+    lines = []
+    for name, row in newest.items():
+        if row["failure"]:
+            lines.append([name, f"fails: {row['failure']}", *[""] * (len(head) - 1)])
+            continue
+        saved = row["saved_bytes"]
+        lines.append(
+            [
+                name,
+                "equal" if row["outputs_equal"] else "differ",
+                f"{row['lossless_error']:.0e}",
+                f"{row['mesa8_error']:.2%}",
+                format_bytes(saved["plain"]),
+                *[_times(saved, method) for method in _METHODS],
+                _reason(row),
+            ]
+        )
+    return markdown([*head, "why less than 2.5"], lines)
+
+
+@table("sweep_families.jsonl", "python scripts/bench/sweep_families.py")
+def families_summary(rows: Sequence[Row]) -> str:
+    """The newest rows, a line per family: how many models, and the range of the factors."""
+    newest = {row["model"]: row for row in rows}
+    groups: dict[str, list[Row]] = {}
+    for row in newest.values():
+        groups.setdefault(row["group"], []).append(row)
+    lines = []
+    for group, members in groups.items():
+        good = [row for row in members if not row["failure"]]
+        cells = []
+        for method in _METHODS:
+            saved = [row["saved_bytes"] for row in good if method in row["saved_bytes"]]
+            factors = sorted(s["plain"] / s[method] for s in saved)
+            cells.append(f"{factors[0]:.1f} to {factors[-1]:.1f}" if factors else "")
+        equal = sum(row["outputs_equal"] for row in good)
+        few = sum(
+            row["saved_bytes"]["plain"] < ENOUGH * row["saved_bytes"]["mesa8"] for row in good
+        )
+        worst = max((row["mesa8_error"] for row in good), default=0.0)
+        counts = [str(len(members)), str(equal), f"{worst:.2%}"]
+        lines.append([group, *counts, *cells, str(few)])
+    head = ["family", "models", "equal outputs", "largest mesa8 error", *_METHODS]
+    total = len(newest)
+    return markdown([*head, f"under {ENOUGH}"], lines) + (
+        f"\n{total} models in {len(groups)} families. Factors are plain's saved bytes divided by the "
+        "method's, the smallest and the largest of a family. float32, random weights, small "
+        f"configurations, min_bytes=1024. {origin(rows[-1])}\n"
+    )
+
+
+@table("sweep_families.jsonl", "python scripts/bench/sweep_families.py")
+def families_lora(rows: Sequence[Row]) -> str:
+    """The newest rows of models with adapters."""
+    newest = {row["model"]: row for row in rows if row.get("lora")}
+    methods = ("plain", "checkpoint", "mesa8", "mesa4", "mesa8-recompute")
+    lines = []
+    for name, row in newest.items():
+        full, saved = row["saved_bytes"]["plain"], row["lora"]["saved_bytes"]
+        share = row["lora"]["trained"] / (row["parameters"] + row["lora"]["trained"])
+        cells = [f"{full / saved[m]:.1f}" if m in saved else "" for m in methods]
+        lines.append(
+            [name, f"{share:.1%}", format_bytes(full), *cells, f"{row['lora']['mesa8_error']:.2%}"]
+        )
+    head = ["model", "trained", "plain, all trained", *[f"LoRA, {m}" for m in methods]]
+    return markdown([*head, "LoRA, mesa8 error"], lines) + (
+        "\nFactors are the bytes that plain PyTorch saves with all weights trained, divided by those of "
+        f"LoRA (rank 8) with the method. {origin(rows[-1])}\n"
+    )
+
+
+@table("lora.jsonl", "python scripts/bench/lora.py")
+def lora(rows: Sequence[Row]) -> str:
+    """The newest rows of the newest model."""
+    of_model = [row for row in rows if row["model"] == rows[-1]["model"]]
+    newest = {(row["tuned"], row["method"]): row for row in of_model}
+    lines = [
+        [
+            f"{tuned}, {method}",
+            f"{row['trained'] / 1e6:.1f} M",
+            format_bytes(row["saved_bytes"]),
+            format_bytes(row["peak_bytes"]),
+            str(row["largest_batch"]),
+        ]
+        for (tuned, method), row in newest.items()
+    ]
+    row = rows[-1]
+    batch = row["batch_size"]
+    head = ["trained, method", "parameters", f"saved, batch {batch}", f"peak, batch {batch}"]
+    return markdown([*head, f"largest batch in {row['budget']}"], lines) + (
+        f"\n{row['model']}, {row['image_size']} px, {row['dtype']}; LoRA of rank {row['rank']} on every "
+        "Linear of the blocks. The peak is of a whole step: weights, gradients, AdamW's states, and what "
+        f"the step allocates. {origin(row)}\n"
+    )

@@ -1,0 +1,67 @@
+"""The sweep of families: a few small models of it, and the table of its rows."""
+
+import functools
+
+import family_models
+import pytest
+import sweep_families
+from sweeping import limited
+from tables import families
+
+
+@pytest.fixture(scope="module")
+def cases():
+    pytest.importorskip("transformers")
+    found, missing = family_models.load(["encoders", "dense", "language", "distillation"])
+    assert not missing
+    return found
+
+
+def row_of(cases, name):
+    row = limited(functools.partial(sweep_families.measure, cases[name]), 3600)
+    assert not row["failure"], row
+    return {"model": name, **row}
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize(
+    "name", ["DINOv2", "SAM", "Qwen2.5-VL tower", "SigLIP, sigmoid loss", "DINO, multi-crop"]
+)
+def test_a_family_is_exact_and_saves_memory(cases, name):
+    row = row_of(cases, name)
+    assert row["outputs_equal"]
+    assert row["lossless_error"] < 1e-5
+    assert 0 < row["mesa8_error"] < 0.03
+    saved = row["saved_bytes"]
+    assert saved["plain"] > 4 * saved["mesa8"] > 4 * saved["mesa4"]
+    assert saved["lossless"] <= saved["plain"]
+    assert saved["mesa8-recompute"] <= saved["mesa8"]
+    assert sum(row["uncompressed"].values()) < saved["mesa8"]
+    if name == "DINOv2":
+        adapted = row["lora"]["saved_bytes"]
+        assert saved["plain"] / 2 < adapted["plain"] < saved["plain"]
+        assert adapted["mesa8"] < adapted["plain"] / 3
+        assert 0 < row["lora"]["mesa8_error"] < 0.03
+        assert row["lora"]["trained"] == 3 * 2 * 2 * 8 * 96
+
+
+def test_a_table_has_the_reason_of_a_small_factor():
+    row = {
+        "model": "one",
+        "group": "g",
+        "failure": "",
+        "outputs_equal": True,
+        "lossless_error": 0.0,
+        "mesa8_error": 0.01,
+        "saved_bytes": {"plain": 1000, "mesa8": 500, "mesa4": 400, "mesa8-recompute": 450},
+        "uncompressed": {"instance_norm": 300, "mul": 5},
+    }
+    old = {**row, "outputs_equal": False}
+    fails = {**row, "model": "two", "failure": "ValueError: no"}
+    text = families.sweep_families.render([old, row, fails])
+    line = next(line for line in text.splitlines() if line.startswith("| one"))
+    assert "| equal |" in line
+    assert "| 2.0 | 2.5 | 2.2 |" in line
+    assert "uncompressed: instance_norm 60%" in line
+    assert "mul" not in line
+    assert "fails: ValueError" in text
