@@ -144,16 +144,17 @@ def test_presets_differ_from_the_default_as_documented():
         "attention.q": {"bits": 5}, "attention.k": {"bits": 5}, "batch_norm": {"bits": 6},
     }  # fmt: skip
     # Short groups pay where a matmul is rebuilt.
+    wide = {"batch_norm": {"bits": 8}}
     short = {norm: {"bits": 5, "group_size": 80} for norm in ("layer_norm", "rms_norm")}
     assert changed == {
         "mesa8": {},
-        "mesa6": {"bits": 6},
+        "mesa6": {"bits": 6, "overrides": wide},
         "mesa4": {"bits": 4, "overrides": more},
         "mesa8-recompute": {"recompute": "linear"},
         "mesa4-recompute": {
             "bits": 4, "recompute": "linear", "overrides": {**more, **short},
         },
-        "mesa6-recompute": {"bits": 6, "recompute": "linear"},
+        "mesa6-recompute": {"bits": 6, "recompute": "linear", "overrides": wide},
         "lossless": {"bits": 32},
         "paper": {
             "group_size": 64, "rounding": "stochastic", "recompute": "none", "ranges": "running",

@@ -331,3 +331,22 @@ def soak(rows: Sequence[Row]) -> str:
         "second half of the steps. One process runs the policies in this order. "
         f"{origin(rows[-1])}\n"
     )
+
+
+@table("code_structure.jsonl", "python scripts/bench/code_structure.py")
+def code_structure(rows: Sequence[Row]) -> str:
+    """The newest rows of each model: a line for each way to code, a column for each operand."""
+    dates = {row["model"]: row["commit"] for row in rows}
+    newest = [row for row in rows if row["commit"] == dates[row["model"]]]
+    operands = list(dict.fromkeys(row["operand"] for row in newest))
+    cells = {(r["model"], r["variant"], r["operand"]): r for r in newest}
+    lines = []
+    for model, variant in dict.fromkeys((model, variant) for model, variant, _ in cells):
+        found = [cells.get((model, variant, operand)) for operand in operands]
+        shown = ["" if r is None else f"{r['gradient_error']:.2%}, {r['bits']:.2f}" for r in found]
+        lines.append([model, variant, *shown])
+    return markdown(["model", "code", *operands], lines) + (
+        "\nThe gradient error with this code, and the stored bits of an element. An operand is coded alone, at the "
+        f"width that it has in mesa4; the last column is the whole preset. float32; mean of {newest[-1]['draws']} "
+        f"draws. {origin(newest[-1])}\n"
+    )
