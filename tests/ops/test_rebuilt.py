@@ -72,6 +72,18 @@ def test_a_bool_mask_is_saved_once_for_all_layers():
     assert one == 2 * layer - 4 * 2 * 64 * 4 + mask.numel() // 8
 
 
+def test_a_mask_of_two_factors_is_rebuilt_from_them():
+    """Relative positions of SAM and MViT: one term for rows, one for columns."""
+
+    def function(q, rows, columns):
+        return F.scaled_dot_product_attention(q, q, q, (rows + columns).reshape(2, 2, 64, 64))
+
+    q, rows, columns = [activation(2, 2, 64, *s) for s in ((16,), (8, 1), (1, 8))]
+    size = kept(function, q, rows, columns, policy=RECOMPUTE)[0]
+    # Codes of q, k and v as one tensor, and both factors.
+    assert size == codes(2 * 2 * 64, 16) + rows.nbytes + columns.nbytes
+
+
 def test_a_norm_of_single_operations_is_rebuilt_from_its_linear():
     up, down = nn.Linear(COLS, COLS, bias=False), nn.Linear(COLS, COLS, bias=False)
     gain = nn.Parameter(torch.rand(COLS))
