@@ -21,22 +21,20 @@ from . import (
     add,
     attention,
     channel_norm,
-    conv,
-    deformable,
     dropout,
-    extremum,
     linear,
+    loss,
     matmul,
     multiply,
     norm,
     normalize,
-    pool,
     softmax,
     stepped,
     views,
 )
 from .fallback import fallback as fallback
 from .narrow import clipped_sign, difference, exponential, gather
+from .spatial import conv, deformable, extremum, pool
 
 Row = Callable[..., Any]
 
@@ -132,6 +130,8 @@ ROWS: dict[Any, Row] = {
     Tensor.clamp: stepped.clamp,
     torch.gather: gather.gather,
     Tensor.gather: gather.gather,
+    F.cross_entropy: loss.cross_entropy,
+    F.mse_loss: loss.mse_loss,
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
     F.pad: views.pad,
