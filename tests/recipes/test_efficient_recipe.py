@@ -60,10 +60,21 @@ def test_every_file_is_a_configuration_of_a_model(name, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_counts_a_student(capsys, tmp_path):
+def test_a_dry_run_counts_a_student_and_its_teacher(capsys, tmp_path):
     config = RECIPE / "dynamicvit_deit_s_imagenet.yaml"
     train_from(config, ["train.micro_batch=2"], dry_run=True)
-    assert "activations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "activations" in printed
+    # DeiT-S without predictors: 22,050,664 float32 weights.
+    assert "teacher 84.1 MiB" in printed
+    assert "group backbone_weights" in printed
+
+
+def test_a_dry_run_has_the_groups_of_the_method(tmp_path):
+    config = configured(tmp_path, "spvit_deit_ti", name="spvit_search")
+    groups = plan.parameter_groups(config, plan.build_model(config, 10, "meta"))
+    assert [group["name"] for group in groups] == ["weights", "no_decay", "gates"]
+    assert len(groups[-1]["params"]) == 24
 
 
 @pytest.mark.slow
