@@ -87,6 +87,12 @@ def test_dynamicvit_trains_its_predictors_first_and_freezes_positions(tmp_path):
         tmp_path / "b", "dynamicvit_deit_256", weights=weights, name="dynamicvit", frozen_epochs=1
     )
     before = {name: p.clone() for name, p in run.bare.named_parameters()}
+    images, labels, _ = next(run.batches())
+    losses = []
+    for _ in range(2):  # the first call builds the teacher, which draws weights
+        torch.manual_seed(0)
+        losses.append(run.loss(*run.inputs(images, labels)).item())
+    assert losses[0] == losses[1]
     (loss,) = steps(run)
     assert loss > 0
     changed = {n for n, p in run.bare.named_parameters() if not torch.equal(p, before[n])}

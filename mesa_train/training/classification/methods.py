@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.training.config_schema import ConfigError
+from mesa_train.training.data.sources import keeping_random_state
 
 from .config import Config
 
@@ -107,7 +108,9 @@ class DynamicViT(Method):
 
     def loss(self, run: Any, images: Tensor, targets: Tensor) -> Tensor:
         if self.teacher is None:
-            self.teacher = self._teacher(run)
+            # A resumed run builds the teacher in another step than a whole run.
+            with keeping_random_state():
+                self.teacher = self._teacher(run)
         with torch.no_grad(), run.accelerator.autocast():
             taught = self.teacher.teach(images)  # type: ignore[operator]
         output = run.model(images)
