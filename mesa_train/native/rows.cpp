@@ -77,10 +77,17 @@ Ref silu_row(Call& call, const Arguments& arguments) {
   return smooth(call, values[0], "silu");
 }
 
-// An addition saves nothing. Its sum is rebuilt only if matmuls are.
+// An addition saves nothing. Its sum is rebuilt only if matmuls are. If a term is a number and the other
+// has a stash, the Python row records the sum.
 Ref add_row(Call& call, const Arguments& arguments) {
   const bool two = PyTuple_GET_SIZE(arguments.args) == 2;
   if (!two || !call.rules().plain_fallback) return {};
+  PyObject *const first = PyTuple_GET_ITEM(arguments.args, 0),
+                  *const second = PyTuple_GET_ITEM(arguments.args, 1);
+  if (PyFloat_Check(second) || PyLong_Check(second)) {
+    const Tensor* const shifted = plain_tensor(first);
+    if (shifted && call.known(first, *shifted)) return {};
+  }
   const auto rebuilt = [&](Py_ssize_t i) {
     PyObject* const term = PyTuple_GET_ITEM(arguments.args, i);
     const Tensor* const tensor = plain_tensor(term);

@@ -120,8 +120,8 @@ def architecture(
 
 def kind_of(indicators: list[int]) -> str:
     """The name of the kind of layer that three indicators stand for."""
-    kinds = (ATTENTION, CONV3, CONV1, SKIP)
-    return dict(zip(kinds, _KINDS, strict=True))[tuple(indicators)]
+    kinds: tuple[tuple[int, ...], ...] = (ATTENTION, CONV3, CONV1, SKIP)
+    return list(_KINDS)[kinds.index(tuple(indicators))]
 
 
 @app.command()

@@ -79,7 +79,7 @@ def runs(name: str, work: Path, prefix: list[str]) -> records.Row:
     last = epochs[-1]
     per_epoch = last["step"] // last["epoch"]
     shutil.rmtree(parted, ignore_errors=True)
-    shutil.copytree(whole, parted)
+    shutil.copytree(whole, parted, symlinks=True)
     shutil.rmtree(checkpoints(parted)[-1])
     again = [*command, "--set", f"train.out=runs/{parted.name}", "--resume", "auto"]
     killed_after = killed(again, work, parted, last["step"] - per_epoch, per_epoch // 2)

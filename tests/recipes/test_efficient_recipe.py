@@ -60,10 +60,21 @@ def test_every_file_is_a_configuration_of_a_model(name, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_counts_a_student(capsys, tmp_path):
+def test_a_dry_run_counts_a_student_and_its_teacher(capsys, tmp_path):
     config = RECIPE / "dynamicvit_deit_s_imagenet.yaml"
     train_from(config, ["train.micro_batch=2"], dry_run=True)
-    assert "activations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "activations" in printed
+    # DeiT-S without predictors: 22,050,664 float32 weights.
+    assert "teacher 84.1 MiB" in printed
+    assert "group backbone_weights" in printed
+
+
+def test_a_dry_run_has_the_groups_of_the_method(tmp_path):
+    config = configured(tmp_path, "spvit_deit_ti", name="spvit_search")
+    groups = plan.parameter_groups(config, plan.build_model(config, 10, "meta"))
+    assert [group["name"] for group in groups] == ["weights", "no_decay", "gates"]
+    assert len(groups[-1]["params"]) == 24
 
 
 @pytest.mark.slow
@@ -76,6 +87,12 @@ def test_dynamicvit_trains_its_predictors_first_and_freezes_positions(tmp_path):
         tmp_path / "b", "dynamicvit_deit_256", weights=weights, name="dynamicvit", frozen_epochs=1
     )
     before = {name: p.clone() for name, p in run.bare.named_parameters()}
+    images, labels, _ = next(run.batches())
+    losses = []
+    for _ in range(2):  # the first call builds the teacher, which draws weights
+        torch.manual_seed(0)
+        losses.append(run.loss(*run.inputs(images, labels)).item())
+    assert losses[0] == losses[1]
     (loss,) = steps(run)
     assert loss > 0
     changed = {n for n, p in run.bare.named_parameters() if not torch.equal(p, before[n])}

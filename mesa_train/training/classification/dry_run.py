@@ -197,17 +197,12 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     teacher = method.teacher_bytes(classes)
     size = config.data.image_size
     images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
-
-    def loss(output: Any) -> Tensor:
-        logits = getattr(output, "logits", output)
-        return -logits.float().log_softmax(dim=-1).mean()
-
     kept = mesa_train.footprint(
         model,
         images,
         policy=PLAIN if config.train.policy == "plain" else config.train.policy,
         autocast=autocast_dtype(config),
-        loss=loss,
+        loss=lambda output: method.counted_loss(model, output),
     )
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch
+from mesa_train.training.data.sources import keeping_random_state
 
 from .config import Config
 
@@ -55,6 +56,11 @@ class Method:
     def groups(self, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:  # noqa: ARG002
         """The optimizer's parameter groups, of the recipe's groups."""
         return groups
+
+    def counted_loss(self, model: nn.Module, output: Any) -> Tensor:  # noqa: ARG002
+        """A loss of `output` that saves as many bytes as `loss`, to count them."""
+        logits: Tensor = output
+        return -logits.float().log_softmax(dim=-1).mean()
 
     def teacher_bytes(self, classes: int) -> int:  # noqa: ARG002
         """Bytes of the weights of a teacher; 0 without one."""
@@ -123,14 +129,25 @@ class DynamicViT(Method):
                     group["lr"] = 0.0
 
     def loss(self, run: Any, images: Tensor, targets: Tensor) -> Tensor:
-        from mesa_train.models.dynamicvit.losses import DynamicViTLoss
-
         if self.teacher is None:
-            self.teacher = self._teacher(run)
+            # A resumed run builds the teacher in another step than a whole run.
+            with keeping_random_state():
+                self.teacher = self._teacher(run)
         with torch.no_grad(), run.accelerator.autocast():
             taught = self.teacher.teach(images)  # type: ignore[operator]
         output = run.model(images)
-        student: Any = run.bare
+        return self._criterion(run.bare, output, self._soft(targets, run.classes), taught)
+
+    def counted_loss(self, model: nn.Module, output: Any) -> Tensor:
+        from mesa_train.models.dynamicvit.outputs import TeacherOutput
+
+        taught = TeacherOutput(output.logits.detach(), output.tokens.detach())
+        return self._criterion(model, output, torch.ones_like(output.logits), taught)
+
+    def _criterion(self, student: Any, output: Any, targets: Tensor, taught: Any) -> Tensor:
+        """The sum of the four losses. `targets`: probabilities (B, classes)."""
+        from mesa_train.models.dynamicvit.losses import DynamicViTLoss
+
         token_loss = "kl" if getattr(student, "lv_vit", False) else "mse"
         method = self.method
         criterion = DynamicViTLoss(
@@ -140,8 +157,8 @@ class DynamicViT(Method):
             method.token_weight,
             token_loss,
         )
-        parts = criterion(_float(output), self._soft(targets, run.classes), _float(taught))
-        return parts.total
+        total: Tensor = criterion(_float(output), targets.float(), _float(taught)).total
+        return total
 
     def _soft(self, targets: Tensor, classes: int) -> Tensor:
         """Soft targets (B, classes) of class numbers (B,), smoothed, or of mixed targets."""

@@ -60,7 +60,7 @@ def quickstarts(rows: Sequence[Row]) -> str:
 efficient_parity = Table(
     parity.render,
     "efficient_parity.jsonl",
-    "python scripts/bench/train_parity.py --model hvt_ti_1 --data digits --float32 --epochs 8 "
+    "python scripts/bench/train_parity.py --model hvt_ti_1 --data digits --float32 --epochs 5 "
     "--batch-size 32 --policies plain,mesa8 --out docs/results/efficient_parity.jsonl",
     (),
 )
