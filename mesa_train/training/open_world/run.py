@@ -24,11 +24,9 @@ import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.models.moco.backward import average_gradients
 from mesa_train.models.open_world import (
-    OpenWorldRCNN,
     OpenWorldResult,
     fit_energies,
     open_world_evaluation,
-    open_world_rcnn,
 )
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.classification.accelerated import gather
@@ -36,12 +34,13 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all
 from mesa_train.training.dense import transforms
 from mesa_train.training.dense.annotations import DetectionSet
-from mesa_train.training.dense.build import backbone_of, start_from
+from mesa_train.training.dense.build import start_from
 from mesa_train.training.dense.config import AugmentConfig
 from mesa_train.training.dense.loader import Batch, DetectionSamples, Loader
 from mesa_train.training.loop import Cadence, StepResult, TrainingRun
 from mesa_train.utils.precision import choose
 
+from .build import build, optimizer_of
 from .config import Config, Stage, stages_of
 from .data import OpenWorldData
 
@@ -347,57 +346,6 @@ def _with_unknowns(picture: Any, seen: int, unknown: int) -> Any:
     trained = objects.trained | ((labels == unknown) & ~objects.ignored & (sides >= 1).all(1))
     objects = dataclasses.replace(objects, labels=labels, trained=trained)
     return dataclasses.replace(picture, objects=objects)
-
-
-def build(config: Config, classes: int, accumulation: int = 1) -> OpenWorldRCNN:
-    """The model of a configuration, with weights from torch's global generator.
-
-    Args:
-        config: of the run.
-        classes: of all tasks together.
-        accumulation: micro-batches of a process in a step. The clustering counts micro-batches, so
-            its steps are multiplied.
-    Raises:
-        ConfigError: the backbone is unknown or has no maps.
-    """
-    model, data, test = config.model, config.data, config.test
-    body = backbone_of(config)  # type: ignore[arg-type]
-    rules = config.method.open_world_rules()
-    rules = dataclasses.replace(
-        rules, start=rules.start * accumulation, update_every=rules.update_every * accumulation
-    )
-    try:
-        detector = open_world_rcnn(
-            body,
-            classes,
-            rules=rules,
-            min_size=data.short_side,
-            max_size=data.long_side,
-            box_dim=model.box_dim,
-            channels=model.channels,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.backbone={model.backbone}: {error}") from None
-    # The loader has scaled training pictures already.
-    detector.transform.scales_in_training = False
-    heads: Any = detector.heads
-    heads.fg_bg_sampler.batch_size_per_image = model.regions
-    heads.score_thresh, heads.nms_thresh = test.score, test.nms
-    heads.detections_per_img = test.detections
-    rpn: Any = detector.rpn
-    for name in ("_pre_nms_top_n", "_post_nms_top_n"):
-        limits = getattr(rpn, name)
-        setattr(rpn, name, {mode: min(most, model.proposals) for mode, most in limits.items()})
-    return detector
-
-
-def optimizer_of(config: Config, model: OpenWorldRCNN) -> torch.optim.Optimizer:
-    """The optimizer of a configuration."""
-    optim = config.optim
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if optim.name == "adamw":
-        return torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
-    return torch.optim.SGD(trained, lr=optim.lr, momentum=0.9, weight_decay=optim.weight_decay)
 
 
 def describe(run: OpenWorldRun) -> str:
