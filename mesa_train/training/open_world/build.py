@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -14,28 +13,22 @@ from mesa_train.training.dense.build import backbone_of
 from .config import Config
 
 
-def build(config: Config, classes: int, accumulation: int = 1) -> OpenWorldRCNN:
+def build(config: Config, classes: int) -> OpenWorldRCNN:
     """The model of a configuration, with weights from torch's global generator.
 
     Args:
         config: of the run.
         classes: of all tasks together.
-        accumulation: micro-batches of a process in a step. The clustering counts micro-batches, so
-            its steps are multiplied.
     Raises:
         ConfigError: the backbone is unknown or has no maps.
     """
     model, data, test = config.model, config.data, config.test
     body = backbone_of(config)  # type: ignore[arg-type]
-    rules = config.method.open_world_rules()
-    rules = dataclasses.replace(
-        rules, start=rules.start * accumulation, update_every=rules.update_every * accumulation
-    )
     try:
         detector = open_world_rcnn(
             body,
             classes,
-            rules=rules,
+            rules=config.method.open_world_rules(),
             min_size=data.short_side,
             max_size=data.long_side,
             box_dim=model.box_dim,
@@ -46,6 +39,7 @@ def build(config: Config, classes: int, accumulation: int = 1) -> OpenWorldRCNN:
     # The loader has scaled training pictures already.
     detector.transform.scales_in_training = False
     heads: Any = detector.heads
+    heads.clustering.deferred = True
     heads.fg_bg_sampler.batch_size_per_image = model.regions
     heads.score_thresh, heads.nms_thresh = test.score, test.nms
     heads.detections_per_img = test.detections

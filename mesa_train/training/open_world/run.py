@@ -1,7 +1,8 @@
 """A run of open-world detection over all tasks: steps, fits of energies, evaluations, checkpoints.
 
 The pictures of a step depend on (seed, stage, epoch) only, and its random choices on (seed, step,
-micro-batch). A checkpoint holds all other state, queues and prototypes included, so a run that was
+micro-batch). Features enter the queues after a step. Two processes therefore have the losses of one
+with accumulation. A checkpoint holds all other state, queues and prototypes included, so a run that was
 killed continues exactly. Gradients are averaged over processes.
 """
 
@@ -78,7 +79,7 @@ class OpenWorldRun(TrainingRun):
         self.device: torch.device = accelerator.device
         self.precision = choose(train.precision, self.device.type)
         torch.manual_seed(train.seed)
-        self.model = build(config, len(data.tasks.names), self.accumulation)
+        self.model = build(config, len(data.tasks.names))
         if config.model.weights:
             options = {"weights": config.model.weights, "allow_config": False}
             options |= {"conventions": "reference"}
@@ -171,6 +172,7 @@ class OpenWorldRun(TrainingRun):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.model.heads.clustering.commit()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return total, norm
@@ -228,6 +230,7 @@ class OpenWorldRun(TrainingRun):
                 sample = samples[0, index]
                 yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
 
+        self._same_buffers()
         with keeping_random_state():
             seed_all(self.config.train.seed, self.done, 0)
             try:
@@ -247,6 +250,7 @@ class OpenWorldRun(TrainingRun):
     @torch.no_grad()
     def detect(self) -> list[dict[str, Tensor]]:
         """Detections of all test pictures, on every process."""
+        self._same_buffers()
         self.model.eval()
         found: list[Any] = []
         with keeping_random_state():
@@ -259,6 +263,15 @@ class OpenWorldRun(TrainingRun):
         self.model.train()
         by_index: dict[int, Any] = dict(gather(found))  # type: ignore[arg-type]
         return [by_index[index] for index in range(len(self.data.test))]
+
+    def _same_buffers(self) -> None:
+        """Copy the first process's running statistics to all processes; the checkpoint has these."""
+        if self.accelerator.num_processes == 1:
+            return
+        from accelerate.utils import broadcast
+
+        for buffer in self.model.backbone.buffers():
+            buffer.copy_(broadcast(buffer.detach().clone()))
 
     def score(self, detections: list[dict[str, Tensor]], **options: Any) -> OpenWorldResult:
         """The metrics of detections of all test pictures."""
