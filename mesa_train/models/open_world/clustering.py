@@ -113,6 +113,9 @@ class ContrastiveClustering(nn.Module):
         steps: training steps of the task, a scalar.
         start: the step of the first prototypes, a scalar.
         hinged: share of the pairs of two classes nearer than the margin in the last step.
+        deferred: features are entered by `commit` after a step, not by its forward. The loss of a
+            micro-batch then depends on that micro-batch alone, and one process with accumulation has
+            the losses of several. Default false, as in the official code.
     """
 
     prototypes: Tensor
@@ -135,6 +138,8 @@ class ContrastiveClustering(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("start", torch.tensor(rules.start))
         self.hinged: Tensor | None = None
+        self.deferred = False
+        self.pending: list[tuple[Tensor, Tensor]] = []
 
     @property
     def background(self) -> int:
@@ -157,19 +162,21 @@ class ContrastiveClustering(nn.Module):
             features: (N, dim), of this rank's proposals.
             labels: (N,) of int64.
         Returns:
-            A scalar. It is scaled so that its mean over ranks is the loss of one process.
+            A scalar, 0 before the first prototypes. It is scaled so that its mean over ranks is the
+            loss of one process.
         """
         rules = self.rules
         features = self.scaled(features)
-        everyone, classes = gathered(features.detach(), labels)
-        with torch.no_grad():
-            self.enter(everyone, classes)
-            self.update()
-        started = int(self.steps) >= int(self.start)
-        self.steps += 1
+        count: Tensor | None = None
+        if self.deferred:
+            self.pending.append((features.detach(), labels))
+            started = int(self.steps) > int(self.start)
+        else:
+            classes = self._entered([(features.detach(), labels)])
+            count = (classes != self.background).sum().clamp(min=1) / _world()
+            started = int(self.steps) > int(self.start)
         if not started:
             return features.sum() * 0
-        count = (classes != self.background).sum().clamp(min=1) / _world()
         active = self.present if rules.late_prototypes else None
         self._watch(features, labels)
         return rules.cluster_weight * contrastive_clustering_loss(
@@ -181,6 +188,23 @@ class ContrastiveClustering(nn.Module):
             active=active,
             count=count,
         )
+
+    def commit(self) -> None:
+        """With `deferred`: enter the features of all micro-batches of a step. All ranks take part."""
+        if self.pending:
+            pending, self.pending = self.pending, []
+            self._entered(pending)
+
+    @torch.no_grad()
+    def _entered(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Enter micro-batches of all ranks as one step. Returns the labels of the last one."""
+        labels = batches[0][1]
+        for batch in batches:
+            features, labels = gathered(*batch)
+            self.enter(features, labels)
+        self.update()
+        self.steps += 1
+        return labels
 
     def scaled(self, features: Tensor) -> Tensor:
         """Features in float32 at least, scaled as `rules.feature_scale` says."""

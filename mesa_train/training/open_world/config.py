@@ -249,6 +249,11 @@ class Config:
             raise ConfigError(
                 f"data.tasks must be one of owod, sowodb with format=benchmark, got {data.tasks!r}"
             )
+        if data.format == "digits" and (data.train, data.val) != ("train", "val"):
+            raise ConfigError(
+                "data.train and data.val must be train and val with data.format=digits, got "
+                f"{data.train} and {data.val}"
+            )
         if data.short_side > data.long_side:
             raise ConfigError(
                 f"data.short_side={data.short_side} must be at most data.long_side={data.long_side}"

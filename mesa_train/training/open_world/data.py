@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.models.open_world.exemplars import select_exemplars
+from mesa_train.training import disk
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.dense import coco, composed, voc
 from mesa_train.training.dense.annotations import DetectionSet, Objects, Picture
@@ -170,12 +171,16 @@ def _compose(data: DataConfig, folder: Path) -> None:
                 "another folder"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists():
         raise ConfigError(f"data.path={folder} is no folder of composed digits; choose a new one")
+    # A process that is killed leaves a folder that is not used.
+    written = folder.with_name(f".{folder.name}.partial")
+    disk.remove(written)
     counts = {data.train: data.train_pictures, data.val: data.val_pictures}
     sides = (max(12, data.side // 5), max(14, data.side * 9 // 20))
-    composed.write_coco(folder, counts, size=(data.side, data.side), objects=(1, 4), sides=sides)
-    mark.write_text(about)
+    composed.write_coco(written, counts, size=(data.side, data.side), objects=(1, 4), sides=sides)
+    (written / mark.name).write_text(about)
+    written.rename(folder)
 
 
 def relabelled(data: DetectionSet, tasks: Tasks, *, crowd: bool = False) -> list[Picture]:

@@ -14,8 +14,8 @@ from mesa_train.training.dense.loader import read_picture
 from mesa_train.training.dense.voc import EXTENSIONS
 
 from . import fit, pictures
+from .build import build
 from .config import Config
-from .run import build
 
 
 def scores(config: Config, weights: Path, *, energy: str = "kept") -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A run of open-world detection over all tasks: steps, fits of energies, evaluations, checkpoints.
 
 The pictures of a step depend on (seed, stage, epoch) only, and its random choices on (seed, step,
-micro-batch). A checkpoint holds all other state, queues and prototypes included, so a run that was
+micro-batch). Features enter the queues after a step. Two processes therefore have the losses of one
+with accumulation. A checkpoint holds all other state, queues and prototypes included, so a run that was
 killed continues exactly. Gradients are averaged over processes.
 """
 
@@ -24,11 +25,9 @@ import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.models.moco.backward import average_gradients
 from mesa_train.models.open_world import (
-    OpenWorldRCNN,
     OpenWorldResult,
     fit_energies,
     open_world_evaluation,
-    open_world_rcnn,
 )
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.classification.accelerated import gather
@@ -36,12 +35,13 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all
 from mesa_train.training.dense import transforms
 from mesa_train.training.dense.annotations import DetectionSet
-from mesa_train.training.dense.build import backbone_of, start_from
+from mesa_train.training.dense.build import start_from
 from mesa_train.training.dense.config import AugmentConfig
 from mesa_train.training.dense.loader import Batch, DetectionSamples, Loader
 from mesa_train.training.loop import Cadence, StepResult, TrainingRun
 from mesa_train.utils.precision import choose
 
+from .build import build, optimizer_of
 from .config import Config, Stage, stages_of
 from .data import OpenWorldData
 
@@ -79,7 +79,7 @@ class OpenWorldRun(TrainingRun):
         self.device: torch.device = accelerator.device
         self.precision = choose(train.precision, self.device.type)
         torch.manual_seed(train.seed)
-        self.model = build(config, len(data.tasks.names), self.accumulation)
+        self.model = build(config, len(data.tasks.names))
         if config.model.weights:
             options = {"weights": config.model.weights, "allow_config": False}
             options |= {"conventions": "reference"}
@@ -172,6 +172,7 @@ class OpenWorldRun(TrainingRun):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.model.heads.clustering.commit()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return total, norm
@@ -229,6 +230,7 @@ class OpenWorldRun(TrainingRun):
                 sample = samples[0, index]
                 yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
 
+        self._same_buffers()
         with keeping_random_state():
             seed_all(self.config.train.seed, self.done, 0)
             try:
@@ -248,6 +250,7 @@ class OpenWorldRun(TrainingRun):
     @torch.no_grad()
     def detect(self) -> list[dict[str, Tensor]]:
         """Detections of all test pictures, on every process."""
+        self._same_buffers()
         self.model.eval()
         found: list[Any] = []
         with keeping_random_state():
@@ -260,6 +263,15 @@ class OpenWorldRun(TrainingRun):
         self.model.train()
         by_index: dict[int, Any] = dict(gather(found))  # type: ignore[arg-type]
         return [by_index[index] for index in range(len(self.data.test))]
+
+    def _same_buffers(self) -> None:
+        """Copy the first process's running statistics to all processes; the checkpoint has these."""
+        if self.accelerator.num_processes == 1:
+            return
+        from accelerate.utils import broadcast
+
+        for buffer in self.model.backbone.buffers():
+            buffer.copy_(broadcast(buffer.detach().clone()))
 
     def score(self, detections: list[dict[str, Tensor]], **options: Any) -> OpenWorldResult:
         """The metrics of detections of all test pictures."""
@@ -347,57 +359,6 @@ def _with_unknowns(picture: Any, seen: int, unknown: int) -> Any:
     trained = objects.trained | ((labels == unknown) & ~objects.ignored & (sides >= 1).all(1))
     objects = dataclasses.replace(objects, labels=labels, trained=trained)
     return dataclasses.replace(picture, objects=objects)
-
-
-def build(config: Config, classes: int, accumulation: int = 1) -> OpenWorldRCNN:
-    """The model of a configuration, with weights from torch's global generator.
-
-    Args:
-        config: of the run.
-        classes: of all tasks together.
-        accumulation: micro-batches of a process in a step. The clustering counts micro-batches, so
-            its steps are multiplied.
-    Raises:
-        ConfigError: the backbone is unknown or has no maps.
-    """
-    model, data, test = config.model, config.data, config.test
-    body = backbone_of(config)  # type: ignore[arg-type]
-    rules = config.method.open_world_rules()
-    rules = dataclasses.replace(
-        rules, start=rules.start * accumulation, update_every=rules.update_every * accumulation
-    )
-    try:
-        detector = open_world_rcnn(
-            body,
-            classes,
-            rules=rules,
-            min_size=data.short_side,
-            max_size=data.long_side,
-            box_dim=model.box_dim,
-            channels=model.channels,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.backbone={model.backbone}: {error}") from None
-    # The loader has scaled training pictures already.
-    detector.transform.scales_in_training = False
-    heads: Any = detector.heads
-    heads.fg_bg_sampler.batch_size_per_image = model.regions
-    heads.score_thresh, heads.nms_thresh = test.score, test.nms
-    heads.detections_per_img = test.detections
-    rpn: Any = detector.rpn
-    for name in ("_pre_nms_top_n", "_post_nms_top_n"):
-        limits = getattr(rpn, name)
-        setattr(rpn, name, {mode: min(most, model.proposals) for mode, most in limits.items()})
-    return detector
-
-
-def optimizer_of(config: Config, model: OpenWorldRCNN) -> torch.optim.Optimizer:
-    """The optimizer of a configuration."""
-    optim = config.optim
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if optim.name == "adamw":
-        return torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
-    return torch.optim.SGD(trained, lr=optim.lr, momentum=0.9, weight_decay=optim.weight_decay)
 
 
 def describe(run: OpenWorldRun) -> str:

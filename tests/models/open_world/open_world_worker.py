@@ -40,10 +40,40 @@ def steps(rank, world):
     return {"losses": found, "state": dict(model.heads.clustering.named_buffers())}
 
 
+def deferred(rank, world):
+    """Losses of four steps of two micro-batches, one for each rank or both in one process."""
+    torch.manual_seed(0)
+    model = detector("litv2_tiny", queue_size=3, update_every=2)
+    model.heads.clustering.deferred = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    images, targets = batch((2, 3))
+    found = []
+    for _ in range(4):
+        total = 0.0
+        optimizer.zero_grad()
+        for turn in range(rank, 2, world):
+            torch.manual_seed(turn)
+            loss = sum(model([images[turn]], [targets[turn]]).values())
+            (loss * world / 2).backward()
+            total = total + loss.detach() / 2
+        average_gradients(model)
+        optimizer.step()
+        model.heads.clustering.commit()
+        if world > 1:
+            dist.all_reduce(total)
+        found.append(total.item())
+    return {"losses": found, "state": dict(model.heads.clustering.named_buffers())}
+
+
+def run(rank, world):
+    # `steps` replaces the sampler's draws, so it comes last.
+    return {"deferred": deferred(rank, world), "steps": steps(rank, world)}
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    torch.save(steps(rank, dist.get_world_size()), Path(folder) / f"rank{rank}.pt")
+    torch.save(run(rank, dist.get_world_size()), Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)

@@ -4,8 +4,10 @@ import copy
 
 import open_world_cases as cases
 import pytest
+import timm
 import torch
 
+from mesa_train.models.dense import plain_vit
 from mesa_train.models.open_world import (
     ContrastiveClustering,
     OpenWorldRules,
@@ -205,3 +207,34 @@ def test_wrong_rules_are_refused():
         open_world_rcnn("litv2_tiny", 3, rules="ore")
     assert OpenWorldRules.official_code().hinge == 2
     assert OpenWorldRules.paper().hinge == 10
+
+
+def test_two_images_at_once_have_the_detections_of_each_alone(model):
+    """The official code mixes logits and box deltas of several images."""
+    torch.manual_seed(0)
+    images, _ = cases.batch((1, 1), ((96, 128),) * 2)
+    model.heads.identifier.set("known_tail", known=Weibull(0.5, 2.0, 0.9), tail=0.5)
+    model.eval()
+    with torch.no_grad():
+        both = model(images)
+        alone = [model([image])[0] for image in images]
+    model.train()
+    model.heads.identifier.set("off")
+    for found, expected in zip(both, alone, strict=True):
+        assert len(found["labels"]) > 0
+        assert found["labels"].tolist() == expected["labels"].tolist()
+        assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-2)
+        assert torch.allclose(found["scores"], expected["scores"], atol=1e-5)
+
+
+def test_other_backbones():
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=64, num_classes=0
+    )
+    for backbone in ("resnet10t", plain_vit(vit, window=3, global_blocks=1)):
+        other = cases.detector(backbone)
+        for _ in range(2):
+            losses = other(*cases.batch((2, 0)))
+        assert all(loss.isfinite() for loss in losses.values())
+        assert losses["loss_clustering"] > 0

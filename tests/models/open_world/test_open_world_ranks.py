@@ -10,7 +10,7 @@ import torch
 from limits import HUNG_S
 
 HERE = Path(__file__).parent
-ONE = "import sys, torch, open_world_worker as w; torch.save(w.steps(0, 1), sys.argv[1])"
+ONE = "import sys, torch, open_world_worker as w; torch.save(w.run(0, 1), sys.argv[1])"
 
 
 def test_two_ranks_are_one_process(tmp_path):
@@ -30,7 +30,8 @@ def test_two_ranks_are_one_process(tmp_path):
         [sys.executable, "-c", ONE, tmp_path / "one.pt"],
         env=environment, timeout=HUNG_S, check=True,
     )  # fmt: skip
-    one, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "rank0", "rank1"))
+    every = [torch.load(tmp_path / f"{name}.pt") for name in ("one", "rank0", "rank1")]
+    one, *ranks = (found["steps"] for found in every)
     assert one["losses"][1]["loss_clustering"] > 0
     for name, value in ranks[0]["state"].items():
         assert torch.equal(value, ranks[1]["state"][name]), name
@@ -39,3 +40,13 @@ def test_two_ranks_are_one_process(tmp_path):
         for step, losses in enumerate(one["losses"]):
             for name, loss in losses.items():
                 assert abs(found["losses"][step][name] - loss) < 2e-5, (step, name)
+    # Micro-batches of two ranks, or of one process with accumulation.
+    one, *ranks = (found["deferred"] for found in every)
+    assert int(one["state"]["steps"]) == 4
+    assert one["state"]["prototypes"].any()
+    for found in ranks:
+        for name, value in found["state"].items():
+            assert torch.equal(value, ranks[0]["state"][name]), name
+            assert torch.allclose(value.double(), one["state"][name].double(), atol=1e-4), name
+        for loss, expected in zip(found["losses"], one["losses"], strict=True):
+            assert abs(loss - expected) < 2e-5
