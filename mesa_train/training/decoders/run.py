@@ -59,6 +59,11 @@ class DecoderRun(RecipeRun):
         self, config: Config, accelerator: Any, train: Pictures, held_out: Pictures
     ) -> None:
         super().__init__(config, accelerator, train.count * config.data.repeats)
+        if config.model.decoder == "upernet" and self.batch < 2:
+            raise ConfigError(
+                f"train.global_batch={config.train.global_batch}: UperNet has batch norms of pooled "
+                "maps and needs at least 2 crops in each process"
+            )
         self.train_pictures, self.held_out = train, held_out
         self.depth = config.data.task == "depth"
         self.net = backbone(config)

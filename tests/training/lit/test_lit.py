@@ -83,7 +83,7 @@ def test_a_locked_run_names_digits_and_continues_exactly(tmp_path):
     from recipe_tools import continues_exactly
 
     def made(out):
-        return config(out, train__epochs=6, train__policy="mesa8")
+        return config(out, train__epochs=4, train__policy="mesa8", train__evaluate_every=4)
 
     run = continues_exactly(RECIPE, made, tmp_path, cut=3)
     assert run.evaluate()["top1"] > 0.2  # chance is 0.1

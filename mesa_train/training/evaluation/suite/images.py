@@ -207,6 +207,9 @@ class FeatureCache:
     def __init__(
         self, model: FrozenModel, folder: Path, accelerator: Any, batch_size: int, half: bool
     ) -> None:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
         self.model, self.folder, self.accelerator = model, folder, accelerator
         self.batch_size, self.half = batch_size, half
         self.computed, self.said = 0, Every()
