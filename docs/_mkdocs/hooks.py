@@ -20,6 +20,10 @@ OUTSIDE = {
     "recipes/vit22b/README.md": "recipes/vit22b.md",
     "recipes/mocov3/README.md": "recipes/mocov3.md",
     "recipes/evaluate/README.md": "recipes/evaluate.md",
+    "recipes/distill/README.md": "recipes/distill.md",
+    "recipes/lit/README.md": "recipes/lit.md",
+    "recipes/decoders/README.md": "recipes/decoders.md",
+    "recipes/video/README.md": "recipes/video.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
