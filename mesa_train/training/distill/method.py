@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.training.classification.config import Config
-from mesa_train.training.classification.methods import Method
+from mesa_train.training.classification.method import Method
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch, Loader
 from mesa_train.training.data.sources import keeping_random_state, permutation
