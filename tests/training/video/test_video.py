@@ -122,6 +122,31 @@ def test_a_clip_that_cannot_be_read_is_named(tmp_path, folder):
         found.frames.read(0)
 
 
+def test_a_video_file_gives_frames_at_equal_distances(tmp_path):
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    for split in ("train", "validation"):
+        path = tmp_path / split / "a/clip.mp4"
+        path.parent.mkdir(parents=True)
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("mpeg4", rate=8)
+            stream.width = stream.height = 32
+            for level in range(0, 240, 30):
+                pixels = np.full((32, 32, 3), level, np.uint8)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                    file.mux(packet)
+            for packet in stream.encode():
+                file.mux(packet)
+    train, _ = clips.load(config("out", tmp_path).data)
+    levels = [np.asarray(train.frames.read(t)).mean() for t in range(4)]
+    assert levels == pytest.approx([30, 90, 150, 210], abs=12)
+    (tmp_path / "train/a/clip.mp4").write_bytes(b"no video")
+    train, _ = clips.load(config("out", tmp_path).data)
+    with pytest.raises(MISTAKES, match=r"clip.mp4 cannot be decoded"):
+        train.frames.read(0)
+
+
 def test_a_dry_run_counts_frames(folder, tmp_path):
     text = plan(config(tmp_path, folder), 2)
     assert "16 training and 6 held-out clips of 4 frames, 2 classes" in text
