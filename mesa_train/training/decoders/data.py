@@ -24,7 +24,7 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import CorruptImage, keeping_random_state, seed_all
 from mesa_train.training.dense import composed, maps
 from mesa_train.training.dense.loader import read_picture
-from mesa_train.training.dense.maps import IGNORED
+from mesa_train.training.dense.maps import IGNORED as IGNORED
 
 from .config import DataConfig
 
@@ -271,15 +271,3 @@ def collate(samples: list[Any]) -> Any:
         return error
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(labels)
-
-
-__all__ = [
-    "IGNORED",
-    "Crops",
-    "Pictures",
-    "collate",
-    "fraction",
-    "load",
-    "normalised",
-    "read_depth",
-]

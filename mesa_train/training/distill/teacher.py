@@ -192,10 +192,12 @@ def parameters(config: DistillConfig, classes: int) -> tuple[int, int]:
     if is_folder(config.teacher):
         from transformers import AutoConfig, AutoModelForImageClassification
 
-        with torch.device("meta"):
-            model: Any = AutoModelForImageClassification.from_config(
-                AutoConfig.from_pretrained(config.teacher)
-            )
+        try:
+            about = AutoConfig.from_pretrained(config.teacher)
+            with torch.device("meta"):
+                model: Any = AutoModelForImageClassification.from_config(about)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"distill.teacher: {' '.join(str(error).split())[:200]}") from None
     elif not timm.is_model(config.teacher):
         near = ", ".join(difflib.get_close_matches(config.teacher, timm.list_models(), n=3))
         raise ConfigError(

@@ -6,7 +6,6 @@ prompt of an image depends on (seed, epoch, image) alone.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,13 +170,6 @@ def further(config: DataConfig, names: Sequence[str]) -> list[ZeroShotSet]:
             labels = tuple(names[c[0]] for c in label_subsets.subset_columns(subset))
         found.append(ZeroShotSet(subset, images, labels))
     return found
-
-
-def first(pairs: Pairs, count: int) -> Pairs:
-    """The first pairs, for tests and trials."""
-    images = dataclasses.replace(pairs.images, labels=pairs.images.labels[:count])
-    captions = None if pairs.captions is None else pairs.captions[:count]
-    return dataclasses.replace(pairs, images=images, captions=captions)
 
 
 def crop(image: Any, smallest: float) -> Any:

@@ -25,7 +25,7 @@ from mesa_train.training.mistakes import MISTAKES
 from mesa_train.training.recipe_command import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("decoders", load, prepare, plan, describe, "mean_iou")
+RECIPE = Recipe("decoders", load, prepare, plan, describe, ("mean_iou", "abs_rel"))
 
 
 def config(out, path, **changes):

@@ -22,7 +22,7 @@ from mesa_train.training.recipe_command import Recipe
 
 pytest.importorskip("open_clip")
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("lit", load, prepare, plan, describe, "top1")
+RECIPE = Recipe("lit", load, prepare, plan, describe, ("top1",))
 TINY = {
     "model": {"name": "moco_vit_tiny", "image_size": 14},
     "text": {"width": 16, "layers": 1, "heads": 2, "context": 8},

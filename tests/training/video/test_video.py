@@ -14,7 +14,7 @@ from mesa_train.training.video.config import ProbeConfig, load, of_dict
 from mesa_train.training.video.run import TemporalProbe, describe, plan, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("video", load, prepare, plan, describe, "top1")
+RECIPE = Recipe("video", load, prepare, plan, describe, ("top1",))
 
 
 def config(out, path, **changes):
