@@ -63,6 +63,16 @@ def load(config: DataConfig) -> tuple[Pictures, Pictures]:
     return fraction(train, config.fraction, config.fraction_seed), val
 
 
+def sizes(config: DataConfig) -> tuple[int, int, tuple[str, ...]]:
+    """(training pictures, held-out pictures, names of the classes). Writes no composed pictures."""
+    if config.source == "composed":
+        names = (*composed.names_of(), *composed.PHOTOGRAPHS)
+        train = max(1, math.ceil(config.pictures * config.fraction))
+        return train, max(1, config.pictures // 4), names
+    found = load(config)
+    return found[0].count, found[1].count, found[0].names
+
+
 def fraction(pictures: Pictures, share: float, seed: int) -> Pictures:
     """The first part of the pictures in an order of the seed, at least one picture."""
     count = max(1, math.ceil(pictures.count * share))

@@ -63,7 +63,7 @@ class FeatureMaps(nn.Module):
 
     def _of_hub(self, images: Tensor) -> list[Tensor]:
         options = {"interpolate_pos_encoding": True} if self.interpolates else {}
-        found = self.model(images, output_hidden_states=True, **options)
+        found: Any = self.model(images, output_hidden_states=True, **options)
         reshaped = getattr(found, "reshaped_hidden_states", None)
         if reshaped is not None:
             return list(reshaped[-self.count :])

@@ -73,7 +73,9 @@ class TwoTowers(nn.Module):
         embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.text, self.image, self.embed = text, image, embed or image
+        self.text, self.image = text, image
+        # A function, so that the image tower is no submodule twice.
+        self.embed = embed or (None if image is None else image.__call__)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(loss.temperature)))
         self.bias = nn.Parameter(torch.tensor(loss.bias)) if loss.name == "sigmoid" else None
 
