@@ -22,6 +22,10 @@ OUTSIDE = {
     "recipes/mocov3/README.md": "recipes/mocov3.md",
     "recipes/dense/README.md": "recipes/dense.md",
     "recipes/evaluate/README.md": "recipes/evaluate.md",
+    "recipes/distill/README.md": "recipes/distill.md",
+    "recipes/lit/README.md": "recipes/lit.md",
+    "recipes/decoders/README.md": "recipes/decoders.md",
+    "recipes/video/README.md": "recipes/video.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

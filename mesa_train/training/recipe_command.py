@@ -35,7 +35,7 @@ class Recipe:
         prepare: from a configuration and Accelerate's accelerator to a run.
         plan: text of a dry run, from a configuration and the number of processes.
         describe: one line about a run.
-        metric: name of the score that the curves show.
+        metrics: names of scores; the curves show the first one that a run has.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Recipe:
     prepare: Callable[[Any, Any], RecipeRun]
     plan: Callable[[Any, int], str]
     describe: Callable[[Any], str]
-    metric: str
+    metrics: tuple[str, ...]
 
 
 def prepare(recipe: Recipe, config: Any) -> RecipeRun:
@@ -89,8 +89,8 @@ def fit(run: RecipeRun, recipe: Recipe) -> dict[str, float]:
                 row = {"kind": "epoch", "step": run.done, "name": config.train.policy}
                 row |= {"seed": config.train.seed, "epoch": epoch, "train_loss": mean}
                 disk.append(metrics, {**row, **scores, "step_ms": step_ms})
-                found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-                print(f"epoch {epoch}: loss {mean:.4f}, {found}", flush=True)  # noqa: T201
+                found = "".join(f", {name} {value:.4g}" for name, value in scores.items())
+                print(f"epoch {epoch}: loss {mean:.4f}{found}", flush=True)  # noqa: T201
         run.save()
 
     train(run, report, end_of_epoch=end_of_epoch)
@@ -107,8 +107,8 @@ def draw(metrics: Path, picture: Path, recipe: Recipe) -> None:
         return
     canvas, (loss, score) = figures.figure(2, recipe.name)
     figures.curves(loss, rows, "train_loss", "training loss")
-    if recipe.metric in rows[-1]:
-        figures.curves(score, rows, recipe.metric, recipe.metric)
+    for name in [name for name in recipe.metrics if name in rows[-1]][:1]:
+        figures.curves(score, rows, name, name)
     figures.save(canvas, picture)
 
 

@@ -11,4 +11,4 @@ from mesa_train.training.decoders.run import describe, plan, prepare
 from mesa_train.training.recipe_command import Recipe, script
 
 if __name__ == "__main__":
-    script(Recipe("decoders", load, prepare, plan, describe, "mean_iou"))()
+    script(Recipe("decoders", load, prepare, plan, describe, ("mean_iou", "abs_rel")))()

@@ -12,4 +12,4 @@ from mesa_train.training.lit.run import describe, plan, prepare
 from mesa_train.training.recipe_command import Recipe, script
 
 if __name__ == "__main__":
-    script(Recipe("lit", load, prepare, plan, describe, "top1"))()
+    script(Recipe("lit", load, prepare, plan, describe, ("top1",)))()

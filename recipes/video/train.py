@@ -12,4 +12,4 @@ from mesa_train.training.video.config import load
 from mesa_train.training.video.run import describe, plan, prepare
 
 if __name__ == "__main__":
-    script(Recipe("video", load, prepare, plan, describe, "top1"))()
+    script(Recipe("video", load, prepare, plan, describe, ("top1",)))()

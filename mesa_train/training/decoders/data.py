@@ -24,7 +24,7 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import CorruptImage, keeping_random_state, seed_all
 from mesa_train.training.dense import composed, maps
 from mesa_train.training.dense.loader import read_picture
-from mesa_train.training.dense.maps import IGNORED
+from mesa_train.training.dense.maps import IGNORED as IGNORED
 
 from .config import DataConfig
 
@@ -61,6 +61,16 @@ def load(config: DataConfig) -> tuple[Pictures, Pictures]:
     read = _segmentation if config.task == "segmentation" else _depth
     train, val = (read(config, split) for split in splits)
     return fraction(train, config.fraction, config.fraction_seed), val
+
+
+def sizes(config: DataConfig) -> tuple[int, int, tuple[str, ...]]:
+    """(training pictures, held-out pictures, names of the classes). Writes no composed pictures."""
+    if config.source == "composed":
+        names = (*composed.names_of(), *composed.PHOTOGRAPHS)
+        train = max(1, math.ceil(config.pictures * config.fraction))
+        return train, max(1, config.pictures // 4), names
+    found = load(config)
+    return found[0].count, found[1].count, found[0].names
 
 
 def fraction(pictures: Pictures, share: float, seed: int) -> Pictures:
@@ -271,15 +281,3 @@ def collate(samples: list[Any]) -> Any:
         return error
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(labels)
-
-
-__all__ = [
-    "IGNORED",
-    "Crops",
-    "Pictures",
-    "collate",
-    "fraction",
-    "load",
-    "normalised",
-    "read_depth",
-]

@@ -129,9 +129,8 @@ class LinearDepth(nn.Module):
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
         width = channels[-1]
-        up = {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}
-        self.up1 = nn.ConvTranspose2d(width, width, **up)
-        self.up2 = nn.ConvTranspose2d(width, width, **up)
+        self.up1 = nn.ConvTranspose2d(width, width, 5, stride=2, padding=2, output_padding=1)
+        self.up2 = nn.ConvTranspose2d(width, width, 5, stride=2, padding=2, output_padding=1)
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:

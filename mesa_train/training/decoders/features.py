@@ -7,6 +7,7 @@ map has the model's last norm.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.model, self.hub, self.count = net.model, net.hub, count
         self.patch = _patch(net)
+        # A transformers ViT resizes its position embeddings when it is told to.
+        names = inspect.signature(self.model.forward).parameters
+        self.interpolates = net.hub and "interpolate_pos_encoding" in names
         try:
             with torch.no_grad():
                 blank = torch.zeros(1, net.channels, net.size, net.size)
@@ -58,7 +62,8 @@ class FeatureMaps(nn.Module):
         return maps
 
     def _of_hub(self, images: Tensor) -> list[Tensor]:
-        found = self.model(images, output_hidden_states=True)
+        options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        found: Any = self.model(images, output_hidden_states=True, **options)
         reshaped = getattr(found, "reshaped_hidden_states", None)
         if reshaped is not None:
             return list(reshaped[-self.count :])

@@ -59,6 +59,11 @@ class DecoderRun(RecipeRun):
         self, config: Config, accelerator: Any, train: Pictures, held_out: Pictures
     ) -> None:
         super().__init__(config, accelerator, train.count * config.data.repeats)
+        if config.model.decoder == "upernet" and self.batch < 2:
+            raise ConfigError(
+                f"train.global_batch={config.train.global_batch}: UperNet has batch norms of pooled "
+                "maps and needs at least 2 crops in each process"
+            )
         self.train_pictures, self.held_out = train, held_out
         self.depth = config.data.task == "depth"
         self.net = backbone(config)
@@ -82,7 +87,7 @@ class DecoderRun(RecipeRun):
         loader: Any = DataLoader(
             self.crops,
             batch_sampler=list(keys),
-            collate_fn=data.collate,  # type: ignore[arg-type]
+            collate_fn=data.collate,
         )
         for batch in loader:
             if isinstance(batch, Exception):
@@ -266,8 +271,8 @@ def describe(run: DecoderRun) -> str:
 
 def plan(config: Config, processes: int) -> str:
     """The text of a dry run: sizes, steps, and bytes kept for the backward of a step."""
-    train, held_out = data.load(config.data)
-    images = train.count * config.data.repeats
+    count, held_out, names = data.sizes(config.data)
+    images = count * config.data.repeats
     batch, rest = divmod(config.train.global_batch, processes)
     if rest or images < config.train.global_batch:
         raise ConfigError(
@@ -275,7 +280,7 @@ def plan(config: Config, processes: int) -> str:
             f"processes and at most {images}"
         )
     net = backbone(config)
-    model = build(config, net, len(train.names)).train()
+    model = build(config, net, len(names)).train()
     side, steps = config.data.image_size, images // config.train.global_batch
     policy: Any = PLAIN if config.train.policy == "plain" else config.train.policy
     kept = mesa_train.footprint(
@@ -284,8 +289,8 @@ def plan(config: Config, processes: int) -> str:
     )  # fmt: skip
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.maps, model.decoder)]
     return "\n".join([
-        f"{train.count} training and {held_out.count} held-out pictures, "
-        f"{len(train.names) or 'no'} classes",
+        f"{count} training and {held_out} held-out pictures, "
+        f"{len(names) or 'no'} classes",
         f"{steps * config.train.epochs} steps = {config.train.epochs} epochs of {steps}; {batch} "
         f"crops of {side} px on each of {processes} process(es)",
         f"backbone {config.model.name}: {counts[0]:,} parameters, "

@@ -9,7 +9,7 @@ share for each batch and rolls the batch. With pairs, a mixed image does not dep
 and the number of processes, so that stored outputs of the teacher serve every student.
 
 The teacher's outputs are computed with the student, or stored (`store.py`): then epoch e repeats
-draw e modulo `draws`.
+draw e modulo `draws`, and the teacher leaves the device before the first step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mesa_train.training.classification.config import Config
-from mesa_train.training.classification.methods import Method
+from mesa_train.training.classification.method import Method
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.loader import Batch, Loader
 from mesa_train.training.data.sources import keeping_random_state, permutation
@@ -77,8 +77,8 @@ class Distillation(Method):
         draws = self.distill.draws
         draw = epoch % draws if draws else epoch
         plan, micro, rank = run.plan, self.config.train.micro_batch, run.rank
-        if draws:
-            self._label(run, draw)
+        if draws and self.store is None:
+            self._prepare_store(run)
         starts = (
             (step * plan.accumulation + turn) * plan.world * micro + rank * micro
             for step in range(first, plan.steps_per_epoch)
@@ -184,11 +184,18 @@ class Distillation(Method):
         few = dataclasses.replace(train, count=min(train.count, AGREEMENT_IMAGES))
         return loader.of(dataclasses.replace(loader.sources, val=few))
 
+    def _prepare_store(self, run: Any) -> None:
+        """Open the store, label what is missing, and drop the teacher."""
+        self.store = self._opened(run)
+        for draw in range(min(self.distill.draws, self.config.train.epochs)):
+            self._label(run, draw)
+        self.scores(run)  # the teacher's answers to unaugmented images are known from here on
+        self._teacher = None
+
     def _label(self, run: Any, draw: int) -> None:
-        """Open the store, and label what is missing of a draw."""
-        if self.store is None:
-            self.store = self._opened(run)
+        """Label the missing pieces of a draw. Processes take them in turn."""
         store, accelerator = self.store, run.accelerator
+        assert store is not None
         missing = [n for n in range(store.pieces()) if not store.piece(draw, n).is_file()]
         # All processes have the same list before one of them writes.
         accelerator.wait_for_everyone()
@@ -234,8 +241,7 @@ class Distillation(Method):
         store = Store(
             Path(settings.store or run.out / "teacher"),
             {
-                "teacher": self.teacher(run).key,
-                "image_size of the teacher": self.teacher(run).size,
+                "teacher": teachers.key_of(settings, data.image_size),
                 "temperature": settings.temperature if settings.top else None,
                 "top": settings.top,
                 "classes": run.classes,
@@ -267,7 +273,7 @@ class Distillation(Method):
             lines.append(
                 f"stored outputs: {settings.draws} draws of {format_bytes(each)}, together "
                 f"{format_bytes(settings.draws * each)}; the teacher runs "
-                f"{settings.draws * images:,} forwards once"
+                f"{settings.draws * images:,} forwards once, before the first step"
             )
         else:
             lines.append("the teacher runs one forward in each step of the student")

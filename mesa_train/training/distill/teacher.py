@@ -65,7 +65,7 @@ class Teacher:
         if config.bits != "16":
             coded(self.model, int(config.bits), self.net.classifier)
             self.model.to(device)
-        self.device, self.key = device, f"{self.net.key} {config.bits} bits"
+        self.device = device
         self._check(config, classes, image_size)
 
     def _check(self, config: DistillConfig, classes: int, image_size: int) -> None:
@@ -105,6 +105,21 @@ class Teacher:
     def bytes(self) -> int:
         """Bytes of parameters and buffers on the device."""
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+
+
+def key_of(config: DistillConfig, image_size: int) -> str:
+    """A text that changes with the teacher's model, file, size and bits. Loads nothing.
+
+    Args:
+        config: the section `distill`.
+        image_size: of the student in pixels.
+    """
+    from mesa_train.training.evaluation.suite import frozen
+
+    name = str(config.teacher)
+    weights = name if is_folder(name) else config.weights
+    size = config.image_size or image_size
+    return f"{frozen.key_of(name, weights, size)} {config.bits} bits"
 
 
 def coded(model: nn.Module, bits: int, classifier: Any = None) -> nn.Module:
@@ -177,10 +192,12 @@ def parameters(config: DistillConfig, classes: int) -> tuple[int, int]:
     if is_folder(config.teacher):
         from transformers import AutoConfig, AutoModelForImageClassification
 
-        with torch.device("meta"):
-            model: Any = AutoModelForImageClassification.from_config(
-                AutoConfig.from_pretrained(config.teacher)
-            )
+        try:
+            about = AutoConfig.from_pretrained(config.teacher)
+            with torch.device("meta"):
+                model: Any = AutoModelForImageClassification.from_config(about)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"distill.teacher: {' '.join(str(error).split())[:200]}") from None
     elif not timm.is_model(config.teacher):
         near = ", ".join(difflib.get_close_matches(config.teacher, timm.list_models(), n=3))
         raise ConfigError(

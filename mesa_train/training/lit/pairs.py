@@ -6,8 +6,6 @@ prompt of an image depends on (seed, epoch, image) alone.
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import packaged
+from mesa_train.training.data.table import read_table
 from mesa_train.training.evaluation import label_subsets
 from mesa_train.training.evaluation.suite import images as suite
 from mesa_train.training.evaluation.suite.images import Images
@@ -106,21 +105,11 @@ def of_csv(path: Path) -> Pairs:
     Raises:
         ConfigError: the file, a column or a value is wrong.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.train: {path} cannot be read as a CSV ({error})") from None
-    lacking = [c for c in ("file", "caption") if c not in (reader.fieldnames or [])]
-    if lacking:
-        raise ConfigError(
-            f"data.train: {path} must have the columns file, caption; it lacks {', '.join(lacking)}"
-        )
+    rows = read_table(path, ("file", "caption"), "data.train")
     for number, row in enumerate(rows, start=2):
         if not row["file"] or not (path.parent / row["file"]).is_file():
             raise ConfigError(f"data.train: {path}, line {number}: no file {row['file']}")
-        if not (row["caption"] or "").strip():
+        if not row["caption"].strip():
             raise ConfigError(f"data.train: {path}, line {number}: the caption is empty")
     files = [str(path.parent / row["file"]) for row in rows]
     images = Images(
@@ -181,13 +170,6 @@ def further(config: DataConfig, names: Sequence[str]) -> list[ZeroShotSet]:
             labels = tuple(names[c[0]] for c in label_subsets.subset_columns(subset))
         found.append(ZeroShotSet(subset, images, labels))
     return found
-
-
-def first(pairs: Pairs, count: int) -> Pairs:
-    """The first pairs, for tests and trials."""
-    images = dataclasses.replace(pairs.images, labels=pairs.images.labels[:count])
-    captions = None if pairs.captions is None else pairs.captions[:count]
-    return dataclasses.replace(pairs, images=images, captions=captions)
 
 
 def crop(image: Any, smallest: float) -> Any:

@@ -58,7 +58,8 @@ class LitRun(RecipeRun):
         width = self._width()
         torch.manual_seed(config.train.seed)
         image = None if config.model.locked else self.net.model.requires_grad_(True)
-        self.model = TwoTowers(text_tower(config.text, width), image, config.loss)
+        text = text_tower(config.text, width)
+        self.model = TwoTowers(text, image, config.loss, self.net.trained_features)
         self.shapes = checkpoints.shapes(self.model)
         self.model.to(self.device)
         if config.train.policy != PLAIN:
@@ -117,11 +118,8 @@ class LitRun(RecipeRun):
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The contrastive loss of this process's pairs."""
         images, tokens = (x.to(self.device, non_blocking=True) for x in batch)
-        if not self.locked:
-            images = unit(self.net.trained_features(images).float())
-        texts = self.model.texts(tokens)
-        with torch.autocast(self.device.type, enabled=False):
-            return self.model.loss(images, texts)
+        loss: Tensor = self.model(images, tokens)
+        return loss
 
     def row(self) -> dict[str, float]:
         """The learned temperature."""

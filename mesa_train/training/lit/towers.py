@@ -8,7 +8,7 @@ vocabulary, which comes with open_clip.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +62,36 @@ class TwoTowers(nn.Module):
         text: the text tower.
         image: the image tower; None if it is locked.
         loss: the section `loss`.
+        embed: from pixels to embeddings (N, width) by the image tower; default: `image` itself.
     """
 
-    def __init__(self, text: nn.Module, image: nn.Module | None, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        text: nn.Module,
+        image: nn.Module | None,
+        loss: LossConfig,
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.text, self.image = text, image
+        # A function, so that the image tower is no submodule twice.
+        self.embed = embed or (None if image is None else image.__call__)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(loss.temperature)))
         self.bias = nn.Parameter(torch.tensor(loss.bias)) if loss.name == "sigmoid" else None
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The loss of this process's pairs.
+
+        Args:
+            images: (N, width), rows of length 1, if the image tower is locked; else pixels.
+            tokens: (N, context).
+        """
+        if self.image is not None:
+            assert self.embed is not None
+            images = unit(self.embed(images).float())
+        texts = self.texts(tokens)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.loss(images, texts)
 
     def texts(self, tokens: Tensor) -> Tensor:
         """Embeddings (N, width) of length 1 in float32."""

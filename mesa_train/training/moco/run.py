@@ -26,6 +26,8 @@ from mesa_train.training.data.sources import Samples, Sources, keeping_random_st
 from mesa_train.training.evaluation.fewshot import knn
 from mesa_train.training.recipe_run import CHECKPOINTS as CHECKPOINTS
 from mesa_train.training.recipe_run import RecipeRun
+from mesa_train.utils.formatting import format_bytes
+from mesa_train.utils.precision import choose
 
 from .config import Config
 from .views import transforms
@@ -33,6 +35,8 @@ from .views import transforms
 # Parts of the model whose gradient norms are reported: a dip of the accuracy follows a spike of the
 # first blocks' gradients.
 WATCHED = ("base_encoder.patch_embed", "base_encoder.blocks.0", "predictor")
+# Memory of the cards of a dry run, in GiB.
+CARDS = (12, 24, 48, 80)
 
 
 class MocoRun(RecipeRun):
@@ -240,3 +244,51 @@ def describe(run: MocoRun) -> str:
         f"{run.precision.name}: {train.global_batch} images a step on "
         f"{run.accelerator.num_processes} process(es){chunk}, steps {run.steps} to {run.cadence.steps}"
     )
+
+
+def plan(config: Config, world: int) -> str:
+    """The text of a dry run: steps, the bytes of a step, and the largest batch by policy and card.
+
+    Raises:
+        ConfigError: batch, processes, data and model do not fit together.
+    """
+    from mesa_train.training.data import sources
+
+    from .memory import GIB, counted, largest_batch
+
+    train, size = config.train, config.data.image_size
+    images = config.data.train_images or sources.load(config.data, None).train.count
+    batch, rest = divmod(train.global_batch, world)
+    steps = images // train.global_batch
+    if rest or not steps:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} must be a multiple of {world} processes and "
+            f"at most {images}"
+        )
+
+    def made() -> MoCo:
+        with torch.device("meta"):
+            return build(config).train()
+
+    moco = made()
+    trained = sum(p.numel() for p in moco.parameters() if p.requires_grad)
+    way = "chunks" if train.chunk else "by view"
+    lines = [
+        f"{config.model.name} at {size} px, {images} images, {trained:,} trained parameters",
+        f"{steps * train.epochs} steps = {train.epochs} epochs of {steps}; {batch} images on each of "
+        f"{world} process(es), {way}",
+        choose(train.precision, "cpu" if train.device == "cpu" else _device()).line,
+        "counted under bf16 autocast with AdamW, 2 GiB of a card left free:",
+        f"{'policy':<18}{'an image keeps':>16}{'a step needs':>14}  largest batch on "
+        f"{', '.join(map(str, CARDS))} GiB",
+    ]
+    for policy in dict.fromkeys(("plain", train.policy)):
+        method = "checkpoint" if config.model.grad_checkpointing and policy == PLAIN else policy
+        held, saved = counted(made, method, size, chunk=train.chunk or 64, ways=(way,))[way]
+        most = ", ".join(f"{largest_batch(held, gib):,}" for gib in CARDS)
+        lines.append(f"{method:<18}{format_bytes(saved):>16}{held(batch) / GIB:>10.2f} GiB  {most}")
+    return "\n".join(lines)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

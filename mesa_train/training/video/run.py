@@ -1,7 +1,8 @@
 """A run of the video probe: a transformer over the cached features of a clip's frames.
 
 Features of all frames are computed once by the frozen image model. The probe has a class token,
-learned positions of the frames and pre-norm layers.
+learned positions of the frames and pre-norm layers. It standardises features by their mean and
+deviation on the training clips, because features of large models differ in scale.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class TemporalProbe(nn.Module):
     def __init__(self, features: int, frames: int, classes: int, config: ProbeConfig) -> None:
         super().__init__()
         width = config.width or features
-        self.norm = nn.LayerNorm(features)
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
         self.layers: nn.Module | None = None
         if config.layers:
             self.proj = nn.Linear(features, width)
@@ -59,8 +63,14 @@ class TemporalProbe(nn.Module):
             )
         self.head = nn.Linear(width if config.layers else features, classes)
 
+    def standardise(self, known: Tensor) -> None:
+        """Take mean and deviation from training features (N, T, D)."""
+        flat = known.flatten(0, 1)
+        self.mean.copy_(flat.mean(0))
+        self.deviation.copy_(flat.std(0, correction=0).clamp_min(1e-6))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
+        x = (x - self.mean) / self.deviation
         if self.layers is None:
             pooled = x.mean(1)
         else:
@@ -93,6 +103,7 @@ class VideoRun(RecipeRun):
         self.features, self.test = (self._of_clips(cache, clips) for clips in (train, held_out))
         torch.manual_seed(config.train.seed)
         self.model = build(config, self.features.shape[2], len(train.classes))
+        self.model.standardise(self.features)
         self.shapes = checkpoints.shapes(self.model)
         self.model.to(self.device)
         if config.train.policy != PLAIN:

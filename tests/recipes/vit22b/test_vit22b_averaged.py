@@ -63,7 +63,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path):
 def test_a_run_that_begins_to_average_starts_at_the_loaded_weights(tmp_path):
     trained(tmp_path / "without", ema=0, save_every=3)
     assert not (tmp_path / "without/step-00000003/averaged").exists()
-    run = trained(tmp_path / "with", steps=3, resume=tmp_path / "without/step-00000003")
+    run = trained(tmp_path / "with", resume=tmp_path / "without/step-00000006")
     weights = dict(run.model.named_parameters())
     assert all(torch.equal(v, weights[n]) for n, v in run.average.shards.items())
 

@@ -25,7 +25,7 @@ from mesa_train.training.mistakes import MISTAKES
 from mesa_train.training.recipe_command import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("decoders", load, prepare, plan, describe, "mean_iou")
+RECIPE = Recipe("decoders", load, prepare, plan, describe, ("mean_iou", "abs_rel"))
 
 
 def config(out, path, **changes):
@@ -137,7 +137,8 @@ def test_segmentation_learns_a_folder_and_continues_exactly(tmp_path, folder):
     from recipe_tools import continues_exactly
 
     def made(out):
-        return config(out, folder, train__epochs=8, train__policy="mesa8", data__hflip=0.0)
+        return config(out, folder, train__epochs=8, train__policy="mesa8", data__hflip=0.0,
+                      train__evaluate_every=8)  # fmt: skip
 
     run = continues_exactly(RECIPE, made, tmp_path, cut=13)
     scores = run.evaluate()
@@ -150,7 +151,8 @@ def test_depth_learns_a_folder(tmp_path, folder, loss):
     from recipe_tools import trained
 
     run = trained(RECIPE, config(tmp_path, folder, data__task="depth", loss__depth=loss,
-                                 train__epochs=8, data__hflip=0.0))  # fmt: skip
+                                 train__epochs=6, train__evaluate_every=6,
+                                 data__hflip=0.0))  # fmt: skip
     steps = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in steps if row["kind"] == "step"]
     assert losses[-1] < 0.6 * losses[0]
@@ -194,6 +196,7 @@ def test_depths_are_read_in_metres(tmp_path):
         ({"data__val_split": "test"}, "test"),
         ({"data__zero_ignored": False}, "has the value 2"),
         ({"data__fraction": 0.0}, "data.fraction must be above 0"),
+        ({"model__decoder": "upernet", "train__global_batch": 1}, "at least 2 crops in each process"),
     ],
 )  # fmt: skip
 def test_decoder_mistakes_are_one_line(changes, message, tmp_path, folder):

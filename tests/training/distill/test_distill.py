@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import os
+import time
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
+import yaml
+from limits import HUNG_S
 from safetensors.torch import save_file
 
 import mesa_train.models  # noqa: F401
@@ -93,6 +98,7 @@ def test_a_store_serves_students_of_another_batch_and_is_not_made_twice(tmp_path
     stamps = {p.name: p.stat().st_mtime_ns for p in Path(store).iterdir()}
     run = trained(tmp_path / "b", weights, draws=1, top=0, store=store, epochs=1, micro=16)
     assert run.plan.accumulation == 2
+    assert run.method._teacher is None  # it has left the device
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-3)
     assert {p.name: p.stat().st_mtime_ns for p in Path(store).iterdir()} == stamps
 
@@ -239,3 +245,41 @@ def test_a_dry_run_names_the_teacher(tmp_path, weights):
     text = recipe.dry_run(config(tmp_path, weights, bits="4", draws=3, top=4), 1)
     assert "teacher moco_vit_tiny: " in text
     assert "3 draws of 1.7 KiB" in text
+
+
+@pytest.mark.slow
+def test_two_processes_label_and_train_as_one_and_a_killed_one_goes_on(tmp_path, weights):
+    """Killed by SIGKILL after its first checkpoint; the store that two processes made serves one."""
+    values = config(tmp_path / "x", weights, draws=2, top=0, epochs=3).to_dict()
+    values["train"] |= {"save_every": 1, "policy": "mesa8"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    script = [REPOSITORY / "recipes/distill/train.py", "--config", tmp_path / "c.yaml"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+
+    def options(name):
+        return [
+            "--set",
+            f"train.out={tmp_path / name}",
+            "--set",
+            f"distill.store={tmp_path / 'store'}",
+        ]
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = forked.run([*launch, *script, *options("two"), "--set", "train.micro_batch=16"],
+                      env=environment, timeout=HUNG_S)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = forked.run([*script, *options("one")], env=environment, timeout=HUNG_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+    child = forked.start([*script, *options("cut")], env=environment)
+    end = time.monotonic() + HUNG_S
+    while not list((tmp_path / "cut/checkpoints").glob("step-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(child.pid, 9)
+    assert child.result(HUNG_S).returncode != 0
+    done = forked.run(
+        [*script, *options("cut"), "--resume", "auto"], env=environment, timeout=HUNG_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continues after step" in done.stdout
+    assert losses(tmp_path / "cut") == losses(tmp_path / "one")

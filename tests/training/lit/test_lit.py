@@ -22,7 +22,7 @@ from mesa_train.training.recipe_command import Recipe
 
 pytest.importorskip("open_clip")
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("lit", load, prepare, plan, describe, "top1")
+RECIPE = Recipe("lit", load, prepare, plan, describe, ("top1",))
 TINY = {
     "model": {"name": "moco_vit_tiny", "image_size": 14},
     "text": {"width": 16, "layers": 1, "heads": 2, "context": 8},
@@ -83,7 +83,7 @@ def test_a_locked_run_names_digits_and_continues_exactly(tmp_path):
     from recipe_tools import continues_exactly
 
     def made(out):
-        return config(out, train__epochs=6, train__policy="mesa8")
+        return config(out, train__epochs=4, train__policy="mesa8", train__evaluate_every=4)
 
     run = continues_exactly(RECIPE, made, tmp_path, cut=3)
     assert run.evaluate()["top1"] > 0.2  # chance is 0.1

@@ -14,7 +14,7 @@ from mesa_train.training.video.config import ProbeConfig, load, of_dict
 from mesa_train.training.video.run import TemporalProbe, describe, plan, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-RECIPE = Recipe("video", load, prepare, plan, describe, "top1")
+RECIPE = Recipe("video", load, prepare, plan, describe, ("top1",))
 
 
 def config(out, path, **changes):
@@ -22,7 +22,7 @@ def config(out, path, **changes):
         "model": {"name": "moco_vit_tiny", "image_size": 14},
         "probe": {"layers": 1, "width": 16, "heads": 2, "dropout": 0.1},
         "data": {"path": str(path), "frames": 4},
-        "optim": {"lr": 1e-2, "warmup_epochs": 0},
+        "optim": {"lr": 3e-3, "warmup_epochs": 0},
         "train": {
             "epochs": 3, "global_batch": 4, "precision": "no", "policy": "mesa8", "log_every": 1,
             "save_every": 2, "device": "cpu", "out": str(out),
@@ -62,9 +62,9 @@ def test_a_run_learns_the_order_of_frames_and_continues_exactly(tmp_path, folder
     from recipe_tools import continues_exactly
 
     def made(out):
-        return config(out, folder, train__epochs=12)
+        return config(out, folder, train__epochs=8)
 
-    run = continues_exactly(RECIPE, made, tmp_path, cut=21)
+    run = continues_exactly(RECIPE, made, tmp_path, cut=13)
     assert run.evaluate()["top1"] == 1
     # The features are kept: the frames are not read again.
     assert list((tmp_path / "whole/features").rglob("*"))
@@ -120,6 +120,31 @@ def test_a_clip_that_cannot_be_read_is_named(tmp_path, folder):
     found, _ = clips._split(tmp_path / "train", 2, None)
     with pytest.raises(MISTAKES, match=r"0.jpg cannot be decoded"):
         found.frames.read(0)
+
+
+def test_a_video_file_gives_frames_at_equal_distances(tmp_path):
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    for split in ("train", "validation"):
+        path = tmp_path / split / "a/clip.mp4"
+        path.parent.mkdir(parents=True)
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("mpeg4", rate=8)
+            stream.width = stream.height = 32
+            for level in range(0, 240, 30):
+                pixels = np.full((32, 32, 3), level, np.uint8)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                    file.mux(packet)
+            for packet in stream.encode():
+                file.mux(packet)
+    train, _ = clips.load(config("out", tmp_path).data)
+    levels = [np.asarray(train.frames.read(t)).mean() for t in range(4)]
+    assert levels == pytest.approx([30, 90, 150, 210], abs=12)
+    (tmp_path / "train/a/clip.mp4").write_bytes(b"no video")
+    train, _ = clips.load(config("out", tmp_path).data)
+    with pytest.raises(MISTAKES, match=r"clip.mp4 cannot be decoded"):
+        train.frames.read(0)
 
 
 def test_a_dry_run_counts_frames(folder, tmp_path):

@@ -197,7 +197,7 @@ def _of_timm(
     side = size or int(config["input_size"][-1])
     made = FrozenModel(
         name, model, classifier, side, tuple(config["mean"]), tuple(config["std"]),
-        config["interpolation"], int(config["input_size"][0]), _key(name, weights, side),
+        config["interpolation"], int(config["input_size"][0]), key_of(name, weights, side),
     )  # fmt: skip
     return _tried(made, device)
 
@@ -238,7 +238,7 @@ def _of_hub(name: str, weights: str | None, size: int | None, device: str) -> Fr
     made = FrozenModel(
         name, model, classifier if isinstance(classifier, nn.Linear) else None, side,
         tuple(about.get("image_mean", (0.5,) * 3)), tuple(about.get("image_std", (0.5,) * 3)),
-        "bicubic", int(getattr(model.config, "num_channels", 3)), _key(name, name, side), hub=True,
+        "bicubic", int(getattr(model.config, "num_channels", 3)), key_of(name, name, side), hub=True,
     )  # fmt: skip
     return _tried(made, device)
 
@@ -275,7 +275,7 @@ def _load(model: nn.Module, path: Path) -> None:
             raise ValueError(f"--weights: {path} is of another model: {_line(error)}") from None
 
 
-def _key(name: str, weights: str | None, size: int) -> str:
+def key_of(name: str, weights: str | None, size: int) -> str:
     """A text that changes with model, weights and size. A rewritten file has another time."""
     path = Path(weights) if weights else None
     files = [] if path is None else [path] if path.is_file() else sorted(path.glob("*"))

@@ -7,7 +7,6 @@ not change the pieces.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import folder, packaged
 from mesa_train.training.data.decode import decode
+from mesa_train.training.data.table import read_table
 from mesa_train.training.evaluation.linear_probe import cached
 from mesa_train.training.progress import Every
 
@@ -152,17 +152,7 @@ def of_csv(path: Path) -> Groups:
     Raises:
         ConfigError: the file, a column or a value is wrong.
     """
-    if not path.is_file():
-        raise ConfigError(f"--groups: no file {path}")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    lacking = [c for c in ("file", "label", "group") if c not in (reader.fieldnames or [])]
-    if lacking:
-        raise ConfigError(
-            f"--groups: {path} must have the columns file, label, group; it lacks "
-            f"{', '.join(lacking)}"
-        )
+    rows = read_table(path, ("file", "label", "group"), "--groups")
     for number, row in enumerate(rows, start=2):
         if row["label"] not in ("0", "1"):
             raise ConfigError(
@@ -207,6 +197,9 @@ class FeatureCache:
     def __init__(
         self, model: FrozenModel, folder: Path, accelerator: Any, batch_size: int, half: bool
     ) -> None:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
         self.model, self.folder, self.accelerator = model, folder, accelerator
         self.batch_size, self.half = batch_size, half
         self.computed, self.said = 0, Every()

@@ -57,18 +57,19 @@ def write(
     content = {"about": dict(about), "rows": [vars(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     canvas = draw(plots, str(about["model"]))
-    svg, files = "", [path]
+    svgs, files = [], [path]
     if canvas is not None:
         figures.save(canvas, folder / "plots.png")
         files.append(folder / "plots.png")
-        words = "Charts of " + ", ".join(plots)
-        svg = as_svg(canvas, "plots", words)
+        # One picture for each chart: they stand below each other on a phone.
+        for number, (name, values) in enumerate(plots.items()):
+            svgs.append(as_svg(draw({name: values}, ""), f"plot{number}", f"Chart of {name}"))
     files.append(folder / "report.html")
-    files[-1].write_text(html(rows, svg, about), encoding="utf-8")
+    files[-1].write_text(html(rows, svgs, about), encoding="utf-8")
     return files
 
 
-def html(rows: Sequence[Row], svg: str, about: Mapping[str, Any]) -> str:
+def html(rows: Sequence[Row], svgs: Sequence[str], about: Mapping[str, Any]) -> str:
     """The page."""
     from jinja2 import Environment, StrictUndefined
 
@@ -80,7 +81,7 @@ def html(rows: Sequence[Row], svg: str, about: Mapping[str, Any]) -> str:
         model=about["model"],
         facts={key: value for key, value in about.items() if key != "model"},
         tasks={task: group for (task,), group in group_by(plain, "task").items()},
-        svg=svg,
+        svgs=svgs,
         style=style,
     )
 
