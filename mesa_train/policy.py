@@ -43,6 +43,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "dropout": ("mask",),
     "extremum": ("mask",),
     "activation": ("input", "output"),
+    "loss": ("input",),
     "fallback": ("saved",),
     "checkpoint": ("input",),
 }
@@ -286,9 +287,10 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
-                # An unknown operator may use its saved tensors in any way. So its codes have at least 8 bits.
+                # An unknown operator may use its saved tensors in any way, and the error of a loss enters
+                # every gradient. So their codes have at least 8 bits.
                 effective = policy._changed(merged)
-                if operator == "fallback":
+                if operator in ("fallback", "loss"):
                     effective = dataclasses.replace(effective, bits=max(8, effective.bits))
                 elif operator == "checkpoint":
                     effective = _for_inputs(effective)

@@ -197,7 +197,7 @@ def attention(
     if choice == _CUDNN and device == "cuda" and not trained:
         return attention_cuda.cudnn(call)
     rebuild = recorder.context.rules["attention", "q"].rebuild_linear
-    rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask)
+    rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask, attn_mask)
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(call)
     return _recomputed(func, call, enable_gqa)
@@ -298,13 +298,17 @@ def _unfused(call: Call) -> Any:
     )
 
 
-def _mask_costs_more(recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+def _mask_costs_more(
+    recorder: Recorder, q: Tensor, k: Tensor, mask: Tensor | None, given: Tensor | None
+) -> bool:
     """True if a mask takes more memory than the codes of the attention weights.
+
+    `given`: the mask that the user passed; `mask` may be autocast's copy of it.
 
     The weights are recomputed from the mask. A mask per image, as relative positions make it, takes
     more.
     """
-    if mask is None or of_parameter(mask):
+    if mask is None or (mask is given and of_parameter(mask)):
         return False
     if mask.dtype is torch.bool:
         size = mask.numel() // 8

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -181,9 +182,26 @@ def shared_positions():
     return Positions(shared=True), torch.randn(8, 49, 64)
 
 
+class Table(nn.Module):
+    """Attention with a mask from a table of relative positions, which autocast casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.table = nn.Linear(64, 192), nn.Parameter(torch.randn(4, 49))
+        self.register_buffer("index", torch.randint(0, 49, (49, 49)))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 4, 16).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, self.table[:, self.index][None])
+
+
+def table_positions():
+    return Table(), torch.randn(1, 49, 64)
+
+
 MODELS = [
     *(transformer, adapted, residual_network, standardized_network, pointwise_mlp),
-    *(split_network, two_norms, positions, shared_positions),
+    *(split_network, two_norms, positions, shared_positions, table_positions),
 ]
 
 
@@ -199,6 +217,42 @@ def test_no_preset_keeps_more_than_a_weaker_one(build, autocast):
     saved_bytes = {preset: saved(model, x, preset, autocast) for preset in PRESETS}
     for stronger, weaker in ORDER:
         assert saved_bytes[stronger] <= saved_bytes[weaker], (stronger, weaker, saved_bytes)
+
+
+def test_a_cast_mask_is_no_parameter():
+    """Under autocast, a mask from a table was taken for a parameter, and kept instead of codes."""
+    model, x = table_positions()
+    small = {
+        n: dataclasses.replace(Policy.preset(n), min_bytes=0) for n in ("mesa4", "mesa4-recompute")
+    }
+    stored = {name: saved(model, x, policy, torch.bfloat16) for name, policy in small.items()}
+    assert stored["mesa4-recompute"] <= stored["mesa4"]
+
+
+# One of each kind of timm's models, at the smallest images that they accept.
+TIMM = (
+    "efficientnet_b0",
+    "nf_regnet_b0",
+    "coatnet_nano_rw_224",
+    "hiera_tiny_224",
+    "mobilenetv2_100",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", TIMM)
+def test_no_preset_keeps_more_than_a_weaker_one_on_timms_models(name, autocast):
+    size = {"img_size": 224 if "hiera" in name else 64} if "net_b0" not in name else {}
+    size = {} if "mobilenet" in name else size
+    model = timm.create_model(name, num_classes=8, **size).train()
+    x = torch.randn(2, 3, *(size.get("img_size", 64),) * 2)
+    order = [("lossless", "plain"), ("mesa8", "lossless"), ("mesa8-recompute", "mesa8")]
+    stored = {
+        p: saved(model, x, p, autocast) for p in ("plain", "lossless", "mesa8", "mesa8-recompute")
+    }
+    for stronger, weaker in order:
+        assert stored[stronger] <= stored[weaker], (stronger, weaker, stored)
 
 
 def test_an_adapter_costs_no_more_than_its_own_tensors():
