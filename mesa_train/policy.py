@@ -331,7 +331,7 @@ class Rule:
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
         """The rule of a policy without overrides for one operand."""
-        nearest = (operator, operand) in _NEAREST or operator == "fallback"
+        nearest = (operator, operand) in _NEAREST or operator in ("fallback", "loss")
         nearest |= policy.recompute == "linear" and operand == "normalized"
         rounding = policy.rounding
         if rounding == "auto":

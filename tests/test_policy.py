@@ -163,8 +163,10 @@ def test_presets_differ_from_the_default_as_documented():
         assert Policy.of(f"{name}+offload") == dataclasses.replace(policy, offload=True)
 
 
+# The fallback and losses keep 8 bits at least, which are rounded to nearest.
+AT_LEAST_EIGHT = {("fallback", "saved"), ("loss", "input")}
 NONLINEAR = {
-    ("activation", "input"), ("activation", "output"), ("fallback", "saved"), ("checkpoint", "input"),
+    ("activation", "input"), ("activation", "output"), ("checkpoint", "input"), *AT_LEAST_EIGHT,
 }  # fmt: skip
 NORMS = {(operator, "normalized") for operator, kept in OPERATORS.items() if "normalized" in kept}
 
@@ -176,9 +178,8 @@ def test_how_each_operand_is_rounded(bits, recompute, rounding):
     policy = Policy(bits=bits, recompute=recompute, rounding=rounding, checkpoint_inputs=bits)
     nearest = NONLINEAR | (NORMS if recompute == "linear" else set())
     for key, rule in policy.rules([""])[""].table.items():
-        # The fallback keeps 8 bits at least, which are rounded to nearest.
-        few_bits = bits < 8 and key != ("fallback", "saved")
-        linear = "nearest" if key in nearest or key == ("fallback", "saved") else "dither"
+        few_bits = bits < 8 and key not in AT_LEAST_EIGHT
+        linear = "nearest" if key in nearest else "dither"
         expected = {"auto": linear if few_bits else "nearest", "dither": linear}.get(
             rounding, rounding
         )

@@ -87,8 +87,14 @@ Ref add_row(Call& call, const Arguments& arguments) {
     PyObject* const stash = tensor ? call.known(term, *tensor) : nullptr;
     return stash && cost_of(stash) == MATMUL;
   };
-  if (call.rules().rebuilds_matmuls && rebuilt(0) && rebuilt(1)) return {};
-  return arguments.call();
+  if (!call.rules().rebuilds_matmuls) return arguments.call();
+  if (rebuilt(0) && rebuilt(1)) return {};
+  // A sum that broadcasting widens (`add._widens`): the Python row decides.
+  const Tensor* const left = plain_tensor(PyTuple_GET_ITEM(arguments.args, 0));
+  const Tensor* const right = plain_tensor(PyTuple_GET_ITEM(arguments.args, 1));
+  const bool widens = left && right && left->dim() > 2 && right->dim() > 2 &&
+                      !left->sizes().equals(right->sizes());
+  return widens ? Ref() : arguments.call();
 }
 
 // A dropout that drops nothing. torch.dropout calls `training` `train`.

@@ -1,6 +1,8 @@
-"""Sums of two matmul outputs.
+"""Sums of two matmul outputs, and of two factors that broadcasting widens.
 
-Examples are a frozen Linear plus its adapter (LoRA), and attention plus MLP in parallel.
+Examples of the first are a frozen Linear plus its adapter (LoRA), and attention plus MLP in
+parallel. Examples of the second are decomposed relative positions (SAM, MViT): the mask of N x N
+scores is a sum of two tensors of N x sqrt(N) elements.
 
 An addition saves nothing. Its row records how to rebuild the sum if both terms are rebuilt by a
 matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from mesa_train.policy import CHEAP, MATMUL
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved, Spec, Stash
+from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
+from mesa_train.stash.tensors import is_plain
 
 from .fallback import fallback
 
@@ -38,10 +41,31 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
     """Row of torch.add, Tensor.add, `+` and `+=`."""
     left, right = _matmul(recorder, input), _matmul(recorder, other)
     output = fallback(recorder, func, (input, other), kwargs)
-    if left is None or right is None or kwargs or input.shape != other.shape:
+    if kwargs:
+        return output
+    if recorder.context.rules.rebuilds_matmuls and _widens(input, other, output):
+        # Copies, because no node saves the factors at their present version.
+        sources = tuple([uncompressed(t.detach().clone()) for t in (input, other)])
+        recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
+        return output
+    if left is None or right is None or input.shape != other.shape:
         return output
     recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
     return output
+
+
+def _widens(input: Any, other: Any, output: Any) -> bool:
+    """True if a sum has at least four times as many elements as both factors together."""
+    return (
+        isinstance(input, Tensor)
+        and isinstance(other, Tensor)
+        and output.requires_grad
+        and output.is_floating_point()
+        and output.dim() > 2
+        and 4 * (input.numel() + other.numel()) <= output.numel()
+        and is_plain(input)
+        and is_plain(other)
+    )
 
 
 def _matmul(recorder: Recorder, term: Any) -> Stash | None:

@@ -133,7 +133,8 @@ class Recomputed(Operator):
         q, k, v = [saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)]
         mask = None
         if saved.specs[3] is not None:
-            mask = saved[3].detach().requires_grad_(needs[3])
+            numbers = None if saved.specs[3].dtype is torch.bool else dtype
+            mask = saved.get(3, numbers).detach().requires_grad_(needs[3])
         with torch.random.fork_rng(
             [grad.device] if grad.is_cuda else [], enabled=state is not None
         ):
@@ -166,7 +167,7 @@ def attention(
         # As in PyTorch, the batch becomes the heads.
         q, k, v = [view(recorder, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
         if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unsqueeze(0)
+            attn_mask = view(recorder, Tensor.unsqueeze, attn_mask, 0)
         rest = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         output = attention(recorder, func, q, k, v, *rest)
         return output if output is NotImplemented else view(recorder, Tensor.squeeze, output, 0)
@@ -308,7 +309,9 @@ def _mask_costs_more(
     The weights are recomputed from the mask. A mask per image, as relative positions make it, takes
     more.
     """
-    if mask is None or (mask is given and of_parameter(mask)):
+    if mask is None or given is None or (mask is given and of_parameter(mask)):
+        return False
+    if recorder.known(given, "attention", "q") is not None:
         return False
     if mask.dtype is torch.bool:
         size = mask.numel() // 8
@@ -333,8 +336,11 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
         "enable_gqa": enable_gqa,
     }
     state = _generator(q.device).get_state() if call.dropout_p > 0 else None
-    bits = attention_mask(call.recorder, call.inputs[3], mask, None)
-    kept = kept_first(call.recorder, *call.stashes, bits)
+    given = call.inputs[3]
+    stash = None if given is None else call.recorder.known(given, "attention", "q")
+    if stash is None:
+        stash = attention_mask(call.recorder, given, mask, None)
+    kept = kept_first(call.recorder, *call.stashes, stash)
     result = call.recorder.exactly(func, q, k, v, attn_mask=mask, **keywords)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(

@@ -77,14 +77,14 @@ _SIZES = """
 """
 # The gradient is linear in each saved tensor.
 _LINEAR = """
-    conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc mv addmv addbmm addr dot vdot inner
+    conv_tbc mv addmv addbmm addr dot vdot inner
     outer ger tensordot bilinear chain_matmul multi_dot kron cross lerp addcmul square
 """
 # The same, but a row covers most calls. The fallback gets the other calls: vectors, unbatched
 # inputs, several factors.
 _DECLINED = {
     "linear": "linear",
-    "conv": "conv1d conv2d conv3d",
+    "conv": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     "matmul": "matmul mm bmm addmm baddbmm einsum __matmul__ __rmatmul__",
 }
 _OTHERS = {

@@ -20,22 +20,19 @@ from . import (
     add,
     attention,
     channel_norm,
-    conv,
-    deformable,
     dropout,
-    extremum,
     linear,
     loss,
     matmul,
     multiply,
     norm,
     normalize,
-    pool,
     softmax,
     stepped,
     views,
 )
 from .fallback import fallback as fallback
+from .spatial import conv, deformable, extremum, pool
 
 Row = Callable[..., Any]
 

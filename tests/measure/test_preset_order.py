@@ -170,7 +170,8 @@ class Positions(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 4, 16).permute(2, 0, 3, 1, 4)
-        mask = self.bias(q[:1] if self.shared else q)
+        # A cosine has no stash.
+        mask = self.bias(q[:1] if self.shared else q).cos()
         return F.scaled_dot_product_attention(q, k, v, mask)
 
 

@@ -45,6 +45,15 @@ def _attention():
         (*qkv, activation(2, 3, 7, 5)),
         **loose,
     )
+    yield Case(
+        "attention with a mask of two factors",
+        lambda q, k, v, rows, columns: sdpa(q, k, v, (rows + columns).reshape(2, 1, 5, 64)),
+        (
+            *(activation(2, 1, 5, 4), activation(2, 1, 64, 4), activation(2, 1, 64, 4)),
+            *(activation(2, 1, 5, 8, 1), activation(2, 1, 5, 1, 8)),
+        ),
+        **loose,
+    )
     yield Case("attention dropout", lambda q, k, v: sdpa(q, k, v, dropout_p=0.3), qkv, **loose)
     yield Case(
         "attention dropout and mask",

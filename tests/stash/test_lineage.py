@@ -105,7 +105,7 @@ def test_writing_to_a_coded_tensor_is_allowed_and_right():
 def test_writing_to_a_tensor_kept_whole_is_the_error_that_pytorch_raises(operator, policy):
     x = torch.randn(5, 8).requires_grad_()
     with compress(policy):
-        h = x.mul(1.0)
+        h = x.add(0.0)
         y = operator(h)
         h.add_(1)
         y.mul_(2)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs import bitmask
+from mesa_train.ops.base import Operator, derivative
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Stash, uncompressed
-
-from .base import Operator, derivative
 
 
 class Extremum(Operator):

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesa_train.ops.base import Operator, derivative, kept_first
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, uncompressed
-
-from .base import Operator, derivative, kept_first
 
 
 class DeformConv(Operator):

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesa_train.ops.base import Operator, derivative, kept_first
 from mesa_train.policy import MATMUL
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash
-
-from .base import Operator, derivative, kept_first
 
 
 class Conv(Operator):

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mesa_train.ops.base import Operator, derivative
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
-
-from .base import Operator, derivative
 
 _aten = torch.ops.aten
 _POOLS = {2: _aten.max_pool2d_with_indices, 3: _aten.max_pool3d_with_indices}

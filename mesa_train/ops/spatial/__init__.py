@@ -1,0 +1,1 @@
+"""Operators over positions: convolutions, pooling, and the largest element."""
