@@ -1,7 +1,7 @@
 """Where fine-tuning runs out of memory, with all weights trained and with LoRA.
 
 Counted on fake tensors: a whole step with gradients and AdamW's states, under bf16 autocast. The peak
-of a step is a line in the batch size, so two batches give the largest batch in a budget. One row for
+of a step is a line in the batch size, so two batches give the largest batch of a budget. One row for
 each method goes to docs/results/lora.jsonl.
 
     python scripts/bench/lora.py
@@ -28,7 +28,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs/results/lora.jsonl"
 # Methods with all weights trained, and with adapters.
 FULL = ("plain", "mesa8-recompute")
 ADAPTED = ("plain", "checkpoint", "mesa8", "mesa8-recompute", "mesa4-recompute")
-BATCHES = (4, 8)
+# Large, because the gradients of all weights are the peak of a step with a small batch.
+BATCHES = (256, 512)
 
 
 def main(
@@ -60,12 +61,14 @@ def main(
                     loaded.model, loaded.inputs, policy=method, autocast=torch.bfloat16
                 )
                 saved.append(footprint_of.saved_bytes)
-            slope = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
+            more = BATCHES[1] - BATCHES[0]
+            slope = (peaks[1] - peaks[0]) / more
             largest = int((capacity - peaks[0]) // slope) + BATCHES[0]
             trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
             row = {"model": model, "image_size": image_size, "tuned": tuned, "method": method}
-            row |= {"rank": rank, "trained": trained, "budget": budget, "batch_size": BATCHES[1]}
-            row |= {"saved_bytes": saved[1], "peak_bytes": peaks[1], "largest_batch": largest}
+            row |= {"rank": rank, "trained": trained, "budget": budget, "static_bytes": static}
+            row |= {"saved_bytes_an_image": (saved[1] - saved[0]) // more}
+            row |= {"peak_bytes_an_image": int(slope), "largest_batch": largest}
             records.append(out, {**row, "dtype": "bf16 autocast, counted", **origin})
             typer.echo(f"{tuned} {method}: {largest}")
 

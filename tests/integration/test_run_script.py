@@ -207,3 +207,17 @@ def test_the_scripts_own_errors_and_exit_codes_pass(tmp_path):
     assert code == 0
     assert "wrapped nothing" in err
     assert sys.path == path
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes of errors: Python 3.11")
+def test_an_out_of_memory_error_says_what_was_saved(tmp_path):
+    body = """
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        def backward(loss):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        train(model, optimizer, backward)
+        """
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        run(tmp_path, body)
+    assert "with mesa8, Net saves" in raised.value.__notes__[0]

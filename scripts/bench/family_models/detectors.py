@@ -48,8 +48,8 @@ def _detector(name: str, build: str, masks: bool = False, **settings: Any) -> No
         return Losses(net), scenes(masks)
 
 
-_SMALL = {"min_size": SIZE, "max_size": SIZE}
-_FEW = {"rpn_batch_size_per_image": 64, "box_batch_size_per_image": 32}
+_SMALL: dict[str, Any] = {"min_size": SIZE, "max_size": SIZE}
+_FEW: dict[str, Any] = {"rpn_batch_size_per_image": 64, "box_batch_size_per_image": 32}
 _detector("Faster R-CNN R50-FPN", "fasterrcnn_resnet50_fpn", **_SMALL, **_FEW)
 _detector("Mask R-CNN R50-FPN", "maskrcnn_resnet50_fpn", masks=True, **_SMALL, **_FEW)
 _detector("RetinaNet R50-FPN", "retinanet_resnet50_fpn", **_SMALL)

@@ -53,9 +53,11 @@ class Distilled(nn.Module):
 
     def forward(self, large: list[Tensor], small: list[Tensor]) -> Tensor:
         """The cross entropy between the teacher's and the student's scores."""
-        body, head = self.student["body"], self.student["head"]
+        body: Any = self.student["body"]
+        head: Any = self.student["head"]
+        teacher: Any = self.teacher["body"]
         with torch.no_grad():
-            tokens = [self.teacher["body"].forward_features(crop) for crop in large]
+            tokens = [teacher.forward_features(crop) for crop in large]
             targets = [self.teacher["head"](t[:, 0]) for t in tokens]
             patches = [self.teacher["head"](t[:, 1:]) for t in tokens]
         losses = []

@@ -113,17 +113,16 @@ def lora(rows: Sequence[Row]) -> str:
         [
             f"{tuned}, {method}",
             f"{row['trained'] / 1e6:.1f} M",
-            format_bytes(row["saved_bytes"]),
-            format_bytes(row["peak_bytes"]),
+            format_bytes(row["static_bytes"]),
+            format_bytes(row["saved_bytes_an_image"]),
             str(row["largest_batch"]),
         ]
         for (tuned, method), row in newest.items()
     ]
     row = rows[-1]
-    batch = row["batch_size"]
-    head = ["trained, method", "parameters", f"saved, batch {batch}", f"peak, batch {batch}"]
+    head = ["trained, method", "parameters", "weights and AdamW", "saved an image"]
     return markdown([*head, f"largest batch in {row['budget']}"], lines) + (
         f"\n{row['model']}, {row['image_size']} px, {row['dtype']}; LoRA of rank {row['rank']} on every "
-        "Linear of the blocks. The peak is of a whole step: weights, gradients, AdamW's states, and what "
-        f"the step allocates. {origin(row)}\n"
+        "Linear of the blocks. The largest batch is that of a whole step: weights, gradients, AdamW's "
+        f"states, and all tensors that the step allocates. {origin(row)}\n"
     )
