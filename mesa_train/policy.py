@@ -287,8 +287,7 @@ class Rules:
                 for on_operator, on_operand, fields in changes:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
-                # An unknown operator may use its saved tensors in any way, and the error of a loss enters
-                # every gradient. So their codes have at least 8 bits.
+                # Unknown operators may use tensors in any way; a loss's error enters all gradients.
                 effective = policy._changed(merged)
                 if operator in ("fallback", "loss"):
                     effective = dataclasses.replace(effective, bits=max(8, effective.bits))
@@ -380,8 +379,7 @@ _MORE_BITS: dict[str, dict[str, int]] = {
     **{name: {"bits": 5} for name in ("attention.q", "attention.k")},
     "batch_norm": {"bits": 6},
 }
-# A batch norm's codes alone have half of mesa6's error with 6 bits (docs/log.md).
-_OF_MESA6 = {"batch_norm": {"bits": 8}}
+_OF_MESA6 = {"batch_norm": {"bits": 8}}  # the reason is in docs/log.md
 # Matmuls are recomputed from the codes of a norm, so their error enters several times.
 _RECOMPUTED = {name: {"bits": 5, "group_size": 80} for name in ("layer_norm", "rms_norm")}
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs import bitmask
-from mesa_train.ops.stepped import Stepped
 from mesa_train.ops.base import kept_first
+from mesa_train.ops.stepped import Stepped
 from mesa_train.policy import VIEW
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
