@@ -69,9 +69,13 @@ def _shifted(recorder: Recorder, input: Tensor, number: float, output: Tensor) -
 
 
 def _widens(input: Any, other: Any, output: Any) -> bool:
-    """True if a sum has at least four times as many elements as both factors together."""
+    """True if a sum has at least four times as many elements as both factors together.
+
+    False while tracing, because sizes may be symbolic.
+    """
     return (
-        isinstance(input, Tensor)
+        not torch.compiler.is_compiling()
+        and isinstance(input, Tensor)
         and isinstance(other, Tensor)
         and output.requires_grad
         and output.is_floating_point()

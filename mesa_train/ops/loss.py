@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train.policy import CHEAP, MATMUL
@@ -95,20 +94,30 @@ def cross_entropy(
         source = None  # codes of the probabilities are more precise than codes of the logits
     if source is None and recorder.lossless("loss", "input"):
         return NotImplemented
-    # As PyTorch composes it.
-    logs = recorder.exactly(F.log_softmax, input, 1)
-    result = recorder.exactly(F.nll_loss, logs, target, None, None, ignore_index, None, reduction)
+    # Autocast computes the loss in float32, and no part of it by itself. So the function is called.
+    result = recorder.exactly(func, input, target, ignore_index=ignore_index, reduction=reduction)
     with torch.no_grad():
         if source is not None:
-            recipe = Recompute(torch.softmax, (1,), {})
-            stash = Stash(recipe, (), (source,), cost=CHEAP, dtype=input.dtype)
+            recipe = Recompute(_probabilities, (), {})
+            stash = Stash(
+                recipe,
+                (),
+                (source,),
+                cost=CHEAP,
+                dtype=torch.promote_types(input.dtype, torch.float32),
+            )
             recorder.report.add(recorder.context.name, "loss", "input", "rebuilt", 0, stash)
         else:
             within = (1,) if input.dim() == 2 else tuple(range(2, input.dim()))
-            stash = recorder.keep(logs.exp(), "loss", "input", within, "cross_entropy")
+            stash = recorder.keep(_probabilities(input), "loss", "input", within, "cross_entropy")
         count = (target != ignore_index).sum() if reduction == "mean" else None
     kept = (stash, uncompressed(target), None if count is None else uncompressed(count))
     return CrossEntropy.apply(result, kept, (ignore_index, input.dtype), input)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """The probabilities of the classes, at least in float32."""
+    return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
 
 
 def mse_loss(

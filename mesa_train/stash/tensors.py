@@ -54,10 +54,11 @@ def saved_with_its_base(tensor: Tensor) -> bool:
 
 def holds_more_than_itself(tensor: Tensor, min_bytes: int) -> bool:
     """True if a small view, such as a diagonal, holds a much larger storage. A copy of it is saved instead."""
+    if torch.compiler.is_compiling():
+        return False
     size = tensor.nbytes
     return (
-        not torch.compiler.is_compiling()
-        and size < min_bytes
+        size < min_bytes
         and narrowed(tensor)
         and tensor.untyped_storage().nbytes() - size >= min_bytes
         and not of_parameter(tensor)

@@ -224,7 +224,9 @@ def selected(
 
 def _report(recorder: Recorder, within: Tensor) -> None:
     how = f"{8 * within.element_size()} bits"
-    recorder.report.add(recorder.context.name, "extremum", "mask", how, within.nbytes)
+    recorder.report.add(
+        recorder.context.name, "extremum", "mask", how, within.numel() * within.element_size()
+    )
 
 
 def _each(value: Any, dims: int) -> list[int]:
