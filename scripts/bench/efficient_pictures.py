@@ -60,11 +60,11 @@ def tokens(
     )
     for number, (axis, kept) in enumerate(zip(axes, stages, strict=True)):
         rows = [dimmed(one, positions, grid) for one, positions in zip(pixels, kept, strict=True)]
-        axis.imshow(torch.cat(rows, 1).numpy())
+        axis.imshow(torch.cat(rows).numpy())
         name = f"after predictor {number}" if number else "input"
-        axis.set_title(f"{name}: {kept.shape[1]} tokens", fontsize=10)
+        axis.set_title(f"{name}\n{kept.shape[1]} tokens", fontsize=9)
         axis.axis("off")
-    figure.set_size_inches(2.3 * len(stages), 0.6 + 2.2 * len(pixels))
+    figure.set_size_inches(1.5 * len(stages), 0.9 + 1.4 * len(pixels))
     plots.save(figure, out)
     print(f"picture {out}")
 

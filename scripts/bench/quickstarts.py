@@ -170,8 +170,9 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     """The predicted and the measured bytes of a quickstart's first step, in this process.
 
     Returns:
-        "predicted": as a dry run predicts, without the images. "measured": bytes saved for the
-            backward, and the most bytes allocated at once, weights included.
+        "predicted": bytes by use, as a dry run predicts. "measured": bytes saved for the
+            backward, and the most bytes allocated at once, weights, optimizer states and
+            teacher included.
     """
     from mesa_train.measure.peak import peak_of
     from mesa_train.measure.saved_tensors import Recorder
@@ -192,8 +193,8 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     saved = sum(storage.saved_bytes for storage in recorder.storages())
     del loss, recorder
     peak = peak_of(lambda: run.step(iter([(images, labels, [])])), run.accelerator.device)
-    # What a step finds allocated already: weights and optimizer states.
-    there = predicted["weights"] + predicted["optimizer"]
+    # What a step finds allocated already.
+    there = sum(predicted.get(part, 0) for part in ("weights", "optimizer", "teacher"))
     return {
         "predicted": predicted,
         "measured": {"activations": saved, "peak": peak.allocated_bytes + there},

@@ -53,7 +53,8 @@ def quickstarts(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         "\nTop-1 of the last epoch, on images that were held out. Killed: by SIGKILL after the given step. "
         "`same`: the resumed run and the whole run have the same scores and weights, bit for bit. Bytes: "
-        f"predicted by a dry run / measured in a real step. {origin(rows[-1])}\n"
+        "predicted by a dry run / measured in a real step. The measured peak also has the workspace of "
+        f"kernels. {origin(rows[-1])}\n"
     )
 
 
