@@ -60,11 +60,9 @@ def trained(config: Config) -> dict[str, Any]:
     recipe.fit(run)
     rows = list(records.read(run.out / recipe.METRICS))
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    losses = [row["loss"] for row in rows if row["kind"] == "step"]
     kept = ("ap", "ap50", "miou", "pixel_accuracy", "train_loss")
     return {
         **{key: epochs[-1][key] for key in kept if key in epochs[-1]},
-        "first_loss": losses[0],
         "steps": run.done,
         "pictures": len(run.task.groups),
         "held_out": run.task.count,

@@ -128,7 +128,8 @@ def fit(run: DenseRun) -> Scores | None:
     def report(result: StepResult) -> None:
         if not run.main:
             return
-        row = {"loss": result.loss, **run.row(), "grad_norm": result.grad_norm, "lr": result.lr}
+        # A segmenter's only part is called "loss" too; the mean over the steps counts.
+        row = run.row() | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
         row |= {"step_ms": result.step_ms, "wait_ms": result.wait_ms}
         row |= speed(config.train.global_batch, result.step_ms, run.device)
         disk.append(metrics, {"kind": "step", "step": result.step, **row})

@@ -65,7 +65,10 @@ class StopError(Exception):
     """Ends a run in the middle."""
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("retinanet", "mesa8"), ("semantic_fpn", "plain")])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [pytest.param("retinanet", "mesa8", marks=pytest.mark.slow), ("semantic_fpn", "plain")],
+)
 def test_a_run_that_was_stopped_continues_exactly(coco, maps, tmp_path, kind, policy, monkeypatch):
     folder = maps if kind == "semantic_fpn" else coco
     whole = recipe.prepare(config(kind, folder, tmp_path / "whole", policy=policy))
