@@ -19,6 +19,7 @@ OUTSIDE = {
     "recipes/litv2/README.md": "recipes/litv2.md",
     "recipes/vit22b/README.md": "recipes/vit22b.md",
     "recipes/mocov3/README.md": "recipes/mocov3.md",
+    "recipes/dense/README.md": "recipes/dense.md",
     "recipes/evaluate/README.md": "recipes/evaluate.md",
     "recipes/distill/README.md": "recipes/distill.md",
     "recipes/lit/README.md": "recipes/lit.md",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dense import parts
+from tables.dense import dense_training
 
 from mesa_train.measure.footprint import footprint
 from mesa_train.models.dense import mask_rcnn, retinanet
@@ -30,3 +31,35 @@ def test_a_counted_step_of_mask_rcnn_runs_on_real_tensors_too():
     images = torch.rand(2, 3, 64, 96)
     counts = [footprint(step, [images], policy="plain", fake=fake) for fake in (True, False)]
     assert counts[0].saved_bytes == counts[1].saved_bytes
+
+
+def test_the_table_of_trained_quickstarts():
+    common = {"pictures": 9, "held_out": 4, "steps": 10, "saved_bytes": 2**20, "device": "x"}
+    common |= {
+        "device_type": "cpu",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "commit": "c",
+        "date": "2026-01-01",
+    }
+    rows = [
+        {
+            **common,
+            "task": task,
+            "policy": policy,
+            "seed": seed,
+            "train_loss": 0.5,
+            name: 0.1 * (seed + 1),
+        }
+        for task, name in (("segmentation", "miou"), ("detection", "ap"))
+        for policy in ("mesa8", "plain")
+        for seed in (0, 1)
+    ]
+    lines = dense_training.render(rows).splitlines()
+    assert (
+        lines[2]
+        == "| detection | plain | 0, 1 | 10 | 1.0 MiB | 0.5000 | AP 15.0 % (10.0 to 20.0) |"
+    )
+    assert [line.split(" | ")[:2] for line in lines[3:6]] == [
+        ["| detection", "mesa8"], ["| segmentation", "plain"], ["| segmentation", "mesa8"],
+    ]  # fmt: skip

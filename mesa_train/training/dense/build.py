@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mesa_train.models.dense import faster_rcnn, mask_rcnn, plain_vit, retinanet, semantic_fpn
 from mesa_train.models.dense.official import from_official
+from mesa_train.models.dense.plain_vit import PlainViT
 from mesa_train.models.lit.official import adapted, read_official
 from mesa_train.models.lit.pyramid import PyramidFeatures
 from mesa_train.training import checkpoints
@@ -133,6 +134,8 @@ def start_from(model: Any, config: Config) -> None:
     own = body.state_dict()
     if isinstance(body, PyramidFeatures):
         weights = adapted(weights, body)
+    elif isinstance(body, PlainViT):
+        weights = _of_plain_vit(weights, own)
     new = {f"norm{index}" for index in range(4)}
     head = ("norm.", "head.", "fc_norm.", "fc.", "classifier.")
     kept = {k: v for k, v in weights.items() if k in own or not k.startswith(head)}
@@ -140,6 +143,20 @@ def start_from(model: Any, config: Config) -> None:
     _check(path, kept, body)
     body.load_state_dict(kept)
     _log.info("%s fills the backbone", path)
+
+
+def _of_plain_vit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of timm's VisionTransformer for a PlainViT, which has no tokens but the patches'."""
+    left_out = ("cls_token", "dist_token", "reg_token", "norm.", "head_dist.")
+    found = {
+        key.replace("patch_embed.proj.", "patch_embed."): value
+        for key, value in weights.items()
+        if not key.startswith(left_out)
+    }
+    if "pos_embed" in found:
+        # The tokens come first.
+        found["pos_embed"] = found["pos_embed"][:, -own["pos_embed"].shape[1] :]
+    return found | {key: value for key, value in own.items() if key.startswith("norm.")}
 
 
 def _read(path: Path, allow_config: bool) -> Mapping[str, Tensor]:

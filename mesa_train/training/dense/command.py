@@ -17,7 +17,7 @@ from mesa_train.training.mistakes import in_one_line
 from . import dry_run as plan
 from . import fit as recipe
 from . import pictures
-from .config import load, of_dict
+from .config import Config, load, of_dict
 from .run import BEST
 
 _NAME = "dense"
@@ -83,7 +83,7 @@ def evaluate_from(
             weights = weights or run / BEST
         else:
             assert config is not None
-            settings = load(config, changes)
+            settings = _validation_alone(load(config, changes))
         if weights is None:
             raise ConfigError("give --weights: a configuration names none to evaluate")
         model = dataclasses.replace(settings.model, weights=str(weights), pretrained=False)
@@ -93,6 +93,19 @@ def evaluate_from(
         if count and prepared.main:
             pictures.draw(prepared, prepared.out / recipe.PREDICTIONS, count)
         prepared.accelerator.print(json.dumps({"weights": str(weights), **scores}))
+
+
+def _validation_alone(config: Config) -> Config:
+    """The configuration with COCO's or ADE20K's validation split for training too.
+
+    Such a split names its own classes, so an evaluation needs no training pictures.
+    """
+    data = config.data
+    if data.format not in ("coco", "ade"):
+        return config
+    val = data.val or ("val2017" if data.format == "coco" else "validation")
+    same = dataclasses.replace(data, train=val, train_annotations=data.val_annotations)
+    return dataclasses.replace(config, data=same)
 
 
 def training() -> typer.Typer:

@@ -119,8 +119,8 @@ class AugmentConfig:
     """Augmentation of training pictures.
 
     Attributes:
-        scale: range of a random factor (multi-scale); default (1, 1). For a detector it scales
-            `data.short_side`, for a segmenter `data.long_side` too.
+        scale: range of a random factor (multi-scale) on `data.short_side`; default (1, 1). With a
+            crop it scales `data.long_side` too.
         crop: side of a random square crop after scaling, in pixels; default 0: none.
         category_share: a segmenter's crop is drawn again, up to 10 times, if one class has a larger
             share of its pixels; default 0.75.

@@ -119,8 +119,8 @@ def _dataset(data: DetectionSet, masks: bool) -> dict[str, Any]:
                 assert objects.segmentations is not None
                 shape = objects.segmentations[index]
                 # Polygons of fewer than three points were left out.
-                size = objects.height, objects.width
-                entry["segmentation"] = merged(shape, *size) if shape else encode(np.zeros(size))
+                sides = objects.height, objects.width
+                entry["segmentation"] = merged(shape, *sides) if shape else encode(np.zeros(sides))
             annotations.append(entry)
     categories = [
         {"id": key, "name": name} for key, name in zip(data.category_ids, data.names, strict=True)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mesa_train.training import disk
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.evaluation.segmentation import confusion_matrix, segmentation_scores
 
@@ -258,22 +259,26 @@ def _compose(config: Config) -> None:
                 "another folder"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists():
         raise ConfigError(
             f"data.path={folder} is no folder of composed pictures; choose a new folder"
         )
+    # A process that is killed leaves a folder that is not used.
+    written = folder.with_name(f".{folder.name}.partial")
+    disk.remove(written)
     counts = (int(data.train_pictures or 0), data.val_pictures)
     names = ("train", "val") if config.model.detects else ("training", "validation")
     write = composed.write_coco if config.model.detects else composed.write_maps
     write(
-        folder,
+        written,
         dict(zip(_splits(data, *names), counts, strict=True)),
         digits=[int(digit) for digit in data.digits],
         size=size,
         objects=(1, 3),
         sides=(size[0] * 3 // 8, size[0] * 5 // 8),
     )
-    mark.write_text(f"{about}\n")
+    (written / mark.name).write_text(f"{about}\n")
+    written.rename(folder)
 
 
 def finite(scores: Scores) -> Scores:

@@ -24,7 +24,8 @@ _REDRAWS = 10
 
 def detection(data: DataConfig, augment: AugmentConfig) -> v2.Transform:
     """Transforms of a detector's training sample: {"image", "boxes", "labels", "masks"}."""
-    steps: list[Any] = [Scale(data.short_side, data.long_side, augment.scale, both=False)]
+    both = augment.crop > 0
+    steps: list[Any] = [Scale(data.short_side, data.long_side, augment.scale, both=both)]
     if augment.crop:
         steps.append(v2.RandomCrop(augment.crop, pad_if_needed=True))
     if augment.photometric:

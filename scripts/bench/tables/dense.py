@@ -41,3 +41,40 @@ def _cell(row: Row | None, plain: Row) -> str:
     size = format_bytes(row["saved_bytes"])
     ratio = plain["saved_bytes"] / row["saved_bytes"]
     return size if row is plain else f"{size} ({ratio:.2f}x less)"
+
+
+@table("dense_training.jsonl", "python scripts/bench/dense_training.py")
+def dense_training(rows: Sequence[Row]) -> str:
+    """A line per task and policy: means over seeds, with the range."""
+    newest = {(row["task"], row["policy"], row["seed"]): row for row in rows}
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for (task, policy, _), row in sorted(
+        newest.items(), key=lambda item: (item[0][0], -ord(item[0][1][0]))
+    ):
+        groups.setdefault((task, policy), []).append(row)
+    lines = []
+    for (task, policy), runs in groups.items():
+        scores = [
+            _METRICS[name].format(_spread(runs, name)) for name in _METRICS if name in runs[0]
+        ]
+        saved = format_bytes(runs[0]["saved_bytes"])
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        loss = f"{sum(run['train_loss'] for run in runs) / len(runs):.4f}"
+        steps = f"{runs[0]['steps']}"
+        lines.append([task, policy, seeds, steps, saved, loss, "; ".join(scores)])
+    head = ["quickstart", "policy", "seeds", "steps", "saves", "training loss", "held-out scores"]
+    pictures = f"{rows[-1]['pictures']} training and {rows[-1]['held_out']} held-out pictures"
+    return markdown(head, lines) + (
+        f"\nMeans over seeds, and the lowest and highest. {pictures}, digits on photographs. The training loss is the "
+        f"mean over the steps since the evaluation before the last. {origin(rows[-1])}\n"
+    )
+
+
+_METRICS = {"ap": "AP {}", "ap50": "AP50 {}", "miou": "mIoU {}", "pixel_accuracy": "pixels {}"}
+
+
+def _spread(runs: Sequence[Row], name: str) -> str:
+    """Mean, lowest and highest in per cent."""
+    values = [100 * run[name] for run in runs]
+    mean = sum(values) / len(values)
+    return f"{mean:.1f} % ({min(values):.1f} to {max(values):.1f})"

@@ -9,7 +9,7 @@ from timm.utils.model import freeze_batch_norm_2d
 import mesa_train
 from mesa_train.methods.checkpointing import checkpointed
 from mesa_train.models.dense import plain_vit, retinanet
-from mesa_train.policy import Policy
+from mesa_train.policy import PRESETS, Policy
 
 # Lossless differs by the order of sums.
 BOUNDS = {"lossless": 1e-6, "mesa8": 3e-2, "mesa8-recompute": 3e-2, "mesa4": 0.3}
@@ -150,3 +150,26 @@ def test_a_recomputed_loss_saves_less_and_changes_nothing(name):
             mesa_train.unwrap(model)
         model.recompute_loss = False
         assert counts[1] < 0.98 * counts[0]
+
+
+@pytest.mark.parametrize("name", ["retinanet one empty", "semantic_fpn"])
+def test_every_preset_keeps_the_losses(name):
+    model, inputs = case(name)
+    step = scenes.Step(model, *inputs)
+    expected = step()
+    for policy in [preset for preset in PRESETS if preset not in BOUNDS]:
+        mesa_train.wrap(model, policy)
+        assert compared(step(), expected, 0.5) > 1e-4
+        mesa_train.unwrap(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet", "semantic_fpn"])
+def test_autocast_reaches_the_deformable_convolutions(name):
+    """Their inputs are cast by hand: under CPU autocast torchvision refuses bfloat16."""
+    model, inputs = case(name)
+    step = scenes.Step(model, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = step()
+        mesa_train.wrap(model, "mesa8")
+        compared(step(), expected, 0.1)

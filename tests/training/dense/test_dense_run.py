@@ -1,19 +1,24 @@
 """Runs of detectors and segmenters: exact resume, refusals, strangers' folders, files of a run."""
 
 import json
+import re
 from pathlib import Path
 
 import folders
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.dense import fit as recipe
+from mesa_train.training.dense.build import model_of, start_from
 from mesa_train.training.dense.composed import write_maps
 from mesa_train.training.dense.config import load, of_dict
+from mesa_train.training.dense.memory import memory, worst_shape
 from mesa_train.training.dense.optimizers import groups, rate
+from mesa_train.training.dense.tasks import task_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes/dense"
 TIMELESS = ("step", "loss", "grad_norm", "lr", "train_loss", "ap", "miou", "classification")
@@ -123,6 +128,24 @@ def test_a_mask_rcnn_trains_on_a_strangers_folder(coco, tmp_path):
     assert (tmp_path / "predictions.png").is_file()
 
 
+def test_composed_pictures_are_written_once(tmp_path):
+    def opened(**data):
+        values = {"format": "digits", "path": str(tmp_path / "digits"), "digits": "17"}
+        values |= {"train_pictures": 3, "val_pictures": 2, "short_side": 64, "long_side": 96}
+        return task_of(of_dict({"data": values | data}))
+
+    assert opened().names == ("one", "seven")
+    picture = tmp_path / "digits/train/000001.png"
+    before = picture.stat().st_mtime_ns
+    assert (len(opened().groups), opened().count) == (3, 2)
+    assert picture.stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"digits holds other pictures .*; choose another folder"):
+        opened(train_pictures=4)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"other is no folder of composed pictures"):
+        opened(path=str(tmp_path / "other"))
+
+
 def test_rates():
     optim = of_dict({}).optim
     found = [rate(optim, step, 1200, 100) for step in (0, 250, 500, 799, 800, 1099, 1100)]
@@ -197,18 +220,25 @@ def test_mistakes_of_models_and_data(coco, tmp_path):
         prepared(model={"weights": str(tmp_path / "w.pth")})
 
 
-def test_a_classifiers_weights_fill_the_backbone(coco, tmp_path):
-    import timm
-
+@pytest.mark.parametrize("name", ["litv2_tiny", "vit_tiny_patch16_224"])
+def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     torch.manual_seed(7)
-    classifier = timm.create_model("litv2_tiny", num_classes=5)
+    classifier = timm.create_model(name, num_classes=5)
     torch.save({"model": classifier.state_dict()}, tmp_path / "c.pth")
-    values = config("retinanet", coco, tmp_path / "x").to_dict()
-    values["model"]["weights"] = str(tmp_path / "c.pth")
-    run = recipe.prepare(of_dict(values))
-    body = run.bare.backbone.body.state_dict()
+    values = config("retinanet", tmp_path, tmp_path / "x").to_dict()
+    values["model"] |= {"weights": str(tmp_path / "c.pth"), "backbone": name, "drop_path": 0.0}
+    model = model_of(of_dict(values), 3)
+    start_from(model, of_dict(values))
+    body = model.backbone.body.state_dict()
+    found = 0
     for key, value in classifier.state_dict().items():
-        assert key.startswith(("norm.", "head.")) or torch.equal(body[key], value)
+        own = body.get(key.replace("patch_embed.proj", "patch_embed") if "vit" in name else key)
+        if key == "pos_embed":
+            value = value[:, 1:]
+        if not key.startswith(("norm.", "head.", "cls_token")):
+            assert torch.equal(own, value), key
+            found += 1
+    assert found > 50
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -220,3 +250,26 @@ def test_every_configuration_is_valid(path):
         assert found.train.micro_batch == 2
         assert found.optim.lr == (2e-4 if found.model.kind == "mask_rcnn" else 1e-4)
         assert found.model.drop_path == (0.3 if "_b" in found.model.backbone else 0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("budget_*.yaml")), ids=lambda path: path.stem)
+def test_budgets_state_the_memory_that_is_predicted(path):
+    stated, limit = re.search(r"# predicted: ([\d.]+) GiB of (\d+) GB", path.read_text()).groups()
+    total = sum(memory(load(path), 80, torch.bfloat16).values())
+    assert total / 2**30 == pytest.approx(float(stated), abs=0.06)
+    # Kernels' workspace, the losses' arrays, the allocator's slack and the CUDA context.
+    assert 1.1 * total + 2 * 2**30 < int(limit) * 1e9
+
+
+def test_the_worst_shape():
+    def shape(**sections):
+        return worst_shape(of_dict(sections))
+
+    assert shape() == (800, 1344)
+    assert shape(augment={"scale": [0.5, 1.2]}) == (960, 1344)
+    assert shape(data={"by_aspect": False}) == (1344, 1344)
+    assert shape(data={"by_aspect": False}, train={"micro_batch": 1}) == (800, 1344)
+    assert shape(augment={"crop": 1000}) == (1024, 1024)
+    segmenter = {"model": {"kind": "semantic_fpn"}, "data": {"format": "ade"}}
+    assert shape(**segmenter, augment={"crop": 500}) == (500, 500)
