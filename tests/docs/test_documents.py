@@ -172,7 +172,9 @@ def test_the_readme_is_short_and_has_the_commands_of_a_fresh_machine():
         assert command in text
 
 
-@pytest.mark.parametrize("recipe", ["decoders", "distill", "evaluate", "lit", "litv2", "mocov3", "video", "vit22b"])
+@pytest.mark.parametrize(
+    "recipe", ["decoders", "distill", "evaluate", "lit", "litv2", "mocov3", "video", "vit22b"]
+)
 def test_a_recipe_is_one_page(recipe):
     text = (ROOT / "recipes" / recipe / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100
