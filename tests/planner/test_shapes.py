@@ -34,12 +34,13 @@ def test_a_plan_bounds_the_worst_of_several_shapes():
     model = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=64,
+        num_classes=10,
         embed_dim=48,
         num_heads=3,
         depth=2,
         dynamic_img_size=True,
     ).train()
-    batches = [torch.randn(16, 3, 32, 32), torch.randn(8, 3, 96, 96), torch.randn(4, 3, 64, 64)]
+    batches = [torch.randn(64, 3, 32, 32), torch.randn(48, 3, 96, 96), torch.randn(16, 3, 64, 64)]
 
     def peaks(policy):
         return [

@@ -83,13 +83,13 @@ def crops() -> tuple[list[Tensor], list[Tensor]]:
     return large, [torch.randn(4, 3, 48, 48) for _ in range(4)]
 
 
-@case("DINO, multi-crop", DISTILLATION)
+@case("DINO multi-crop", DISTILLATION)
 def dino() -> tuple[nn.Module, Any]:
     """DINO."""
     return Distilled(), crops()
 
 
-@case("iBOT / DINOv2 loss, multi-crop", DISTILLATION)
+@case("iBOT / DINOv2 loss multi-crop", DISTILLATION)
 def ibot() -> tuple[nn.Module, Any]:
     """DINO with a loss of each patch."""
     return Distilled(masked=True), crops()

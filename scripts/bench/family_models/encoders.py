@@ -59,7 +59,7 @@ def siglip2() -> tuple[nn.Module, Any]:
     return hf.Siglip2VisionModel(config), inputs
 
 
-@case("ViT-MAE, pre-training", "self-supervised pre-training")
+@case("ViT-MAE pre-training", "self-supervised pre-training")
 def mae() -> tuple[nn.Module, Any]:
     """The masked autoencoder, with its loss."""
     sizes = {**SIZES, "decoder_hidden_size": 64, "decoder_num_hidden_layers": 2}

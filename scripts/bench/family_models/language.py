@@ -132,7 +132,7 @@ def florence() -> tuple[nn.Module, Any]:
     )
 
 
-@case("CLIP, contrastive", TOWERS)
+@case("CLIP contrastive", TOWERS)
 def clip() -> tuple[nn.Module, Any]:
     """CLIP's two towers with the contrastive loss."""
     vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3}
@@ -149,7 +149,7 @@ def clip() -> tuple[nn.Module, Any]:
     return hf.CLIPModel(config), inputs
 
 
-@case("SigLIP, sigmoid loss", TOWERS)
+@case("SigLIP sigmoid loss", TOWERS)
 def siglip() -> tuple[nn.Module, Any]:
     """SigLIP's two towers with the sigmoid loss of all pairs."""
     vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3}

@@ -69,7 +69,7 @@ def segresnet() -> tuple[nn.Module, Any]:
     return Segmented(net), volumes()
 
 
-@case("ViT autoencoder, 3-D", MEDICAL)
+@case("ViT autoencoder 3-D", MEDICAL)
 def vit_autoencoder() -> tuple[nn.Module, Any]:
     """MONAI's ViT autoencoder on volumes."""
     net = nets.ViTAutoEnc(

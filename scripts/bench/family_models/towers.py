@@ -37,21 +37,21 @@ def _towers(vision: dict[str, Any], **settings: Any) -> nn.Module:
     return open_clip.model.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=TEXT, **settings)
 
 
-@case("open_clip ViT, contrastive", TOWERS)
+@case("open_clip ViT contrastive", TOWERS)
 def vit() -> tuple[nn.Module, Any]:
     """A ViT and a text transformer with CLIP's loss."""
     vision = {"image_size": 112, "patch_size": 14, "width": 96, "head_width": 32, "layers": 3}
     return Contrasted(_towers(vision), ClipLoss()), pairs()
 
 
-@case("open_clip ResNet, contrastive", TOWERS)
+@case("open_clip ResNet contrastive", TOWERS)
 def resnet() -> tuple[nn.Module, Any]:
     """CLIP's ResNet with attention pooling."""
     vision = {"image_size": 96, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
     return Contrasted(_towers(vision), ClipLoss()), pairs(96)
 
 
-@case("open_clip with timm ViT, sigmoid loss", TOWERS)
+@case("open_clip with timm ViT sigmoid loss", TOWERS)
 def timm_tower() -> tuple[nn.Module, Any]:
     """A tower of timm with SigLIP's loss."""
     vision = {

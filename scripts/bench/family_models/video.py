@@ -27,13 +27,13 @@ def clips(batch: int = 2, frames: int = 8, size: int = 64) -> torch.Tensor:
     return torch.randn(batch, frames, 3, size, size)
 
 
-@case("VideoMAE, classification", VIDEO)
+@case("VideoMAE classification", VIDEO)
 def videomae() -> tuple[nn.Module, Any]:
     """VideoMAE with a classifier."""
     return hf.VideoMAEForVideoClassification(hf.VideoMAEConfig(**SIZES, num_labels=10)), clips()
 
 
-@case("VideoMAE, pre-training", "self-supervised pre-training")
+@case("VideoMAE pre-training", "self-supervised pre-training")
 def videomae_pretraining() -> tuple[nn.Module, Any]:
     """VideoMAE's masked autoencoder, with its loss."""
     decoder = {"decoder_hidden_size": 48, "decoder_num_hidden_layers": 2}
