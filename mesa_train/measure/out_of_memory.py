@@ -97,10 +97,10 @@ class OutOfMemoryNotes:
         dtype = None
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        args, kwargs = pytree.tree_map_only(
+        of_args, of_kwargs = pytree.tree_map_only(
             Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs)
         )
-        self._batches[model] = _Batch(args, kwargs, dtype, _allocated(device))
+        self._batches[model] = _Batch(of_args, of_kwargs, dtype, _allocated(device))
 
     def _lines(self, model: nn.Module, batch: _Batch) -> Iterator[str]:
         """The lines of the note."""
