@@ -107,13 +107,13 @@ Ref mul_row(Call& call, const Arguments& arguments) {
                   *const second = PyTuple_GET_ITEM(arguments.args, 1);
   const Tensor *const left = plain_tensor(first), *const right = plain_tensor(second);
   if (!left || !right) {
-    // A product with a number. The Python row records it if the tensor has a stash, or if a sigmoid
-    // may follow.
+    // A product with a number. The Python row records it if the tensor has a stash, or if it may be
+    // the argument of QuickGELU's sigmoid. The scales of attention are below 1.
     PyObject* const object = left ? first : second;
     const Tensor* const tensor = left ? left : right;
     PyObject* const number = left ? second : first;
     if (!tensor || !(PyFloat_Check(number) || PyLong_Check(number))) return {};
-    const bool recorded = PyFloat_Check(number) && tensor->requires_grad();
+    const bool recorded = PyFloat_Check(number) && PyFloat_AS_DOUBLE(number) > 1 && tensor->requires_grad();
     return recorded || call.known(object, *tensor) ? Ref() : arguments.call();
   }
   if (!left->requires_grad() || !right->requires_grad()) {

@@ -67,7 +67,9 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
             recorder.lineage.set(
                 output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype)
             )
-        elif type(number) is float and tensor.requires_grad and not recorder.traced:
+        elif (  # the argument of QuickGELU's sigmoid; the scales of attention are below 1
+            type(number) is float and number > 1 and tensor.requires_grad and not recorder.traced
+        ):
             recorder.multiples.set(output, (weakref.ref(tensor), tensor._version, number))
         return output
     if not (input.requires_grad and other.requires_grad):

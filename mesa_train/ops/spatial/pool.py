@@ -19,6 +19,7 @@ from mesa_train.ops.base import Operator, derivative
 from mesa_train.policy import CHEAP
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
+from mesa_train.stash.tensors import autocasts
 
 _aten = torch.ops.aten
 _POOLS = {2: _aten.max_pool2d_with_indices, 3: _aten.max_pool3d_with_indices}
@@ -166,6 +167,7 @@ def max_pool(
     spatial = 2 if func in (torch.max_pool2d, F.max_pool2d) else 3
     if (
         return_indices
+        or _widened(input, spatial)
         or not recorder.covers("extremum", input)
         or not input.numel()
         or input.dim() not in (spatial + 1, spatial + 2)
@@ -220,6 +222,12 @@ def selected(
             output, Stash(recipe, (within,), (source,), cost=CHEAP, dtype=output.dtype)
         )
     return type(result)((output, result.indices))
+
+
+def _widened(input: Tensor, spatial: int) -> bool:
+    """True if a CPU's autocast pools in float32, as it does over three dims."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return spatial == 3 and input.device.type == "cpu" and half and autocasts("cpu")
 
 
 def _report(recorder: Recorder, within: Tensor) -> None:
