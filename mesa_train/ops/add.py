@@ -8,7 +8,8 @@ An addition saves nothing. Its row records how to rebuild the sum if both terms 
 matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter
 (`recompute="linear"`), as they are behind a single Linear.
 
-A sum of a tensor with a stash and a number is rebuilt from that stash.
+A sum of a tensor with a stash and a number is rebuilt from that stash, unless a matmul rebuilds the
+tensor.
 
 Cost: a residual stream has no such terms, and there the row costs two lookups.
 """
@@ -62,7 +63,9 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
 def _shifted(recorder: Recorder, input: Tensor, number: float, output: Tensor) -> Tensor:
     """`output`, the sum of a tensor and a number, with a stash if the tensor has one."""
     source = recorder.lineage.get(input)
-    if source is not None and output is not input and output.is_floating_point():
+    if source is None or source.cost == MATMUL:
+        return output
+    if output is not input and output.is_floating_point():
         replay = Recompute(torch.add, (number,), {})
         recorder.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
     return output
