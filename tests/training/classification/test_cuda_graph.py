@@ -37,7 +37,8 @@ def test_a_run_of_captured_steps(tmp_path, monkeypatch, record, mixup):  # noqa:
     recorder.model, recorder.optimizer = captured.model, captured.optimizer.optimizer
     expected, found = steps(plain, 6), steps(captured, 6)
     # A rate in a graph is a float32 tensor, and Adam's corrections are computed with it.
-    assert found == [pytest.approx(row, rel=1e-4) for row in expected]
+    # After six steps the difference of the norm is up to 2e-4, depending on the processor.
+    assert found == [pytest.approx(row, rel=1e-3) for row in expected]
     # Adam's steps are as long for a gradient of pure rounding, such as that of the bias of k.
     ends = [nn.utils.parameters_to_vector(r.bare.parameters()) for r in runs]
     assert (ends[1] - ends[0]).norm() < 0.01 * (ends[0] - start).norm()
