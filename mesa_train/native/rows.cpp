@@ -99,7 +99,9 @@ Ref add_row(Call& call, const Arguments& arguments) {
   // A sum that broadcasting widens (`add._widens`): the Python row decides.
   const Tensor* const left = plain_tensor(PyTuple_GET_ITEM(arguments.args, 0));
   const Tensor* const right = plain_tensor(PyTuple_GET_ITEM(arguments.args, 1));
-  const bool widens = left && right && left->dim() > 2 && right->dim() > 2 &&
+  // A nested tensor has no sizes.
+  const bool widens = left && right && !left->is_nested() && !right->is_nested() &&
+                      left->dim() > 2 && right->dim() > 2 &&
                       !left->sizes().equals(right->sizes());
   return widens ? Ref() : arguments.call();
 }

@@ -80,12 +80,12 @@ def _widens(input: Any, other: Any, output: Any) -> bool:
         not torch.compiler.is_compiling()
         and isinstance(input, Tensor)
         and isinstance(other, Tensor)
+        and is_plain(input)
+        and is_plain(other)
         and output.requires_grad
         and output.is_floating_point()
         and output.dim() > 2
         and 4 * (input.numel() + other.numel()) <= output.numel()
-        and is_plain(input)
-        and is_plain(other)
     )
 
 
