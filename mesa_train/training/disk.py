@@ -228,9 +228,14 @@ def remove(path: Path) -> None:
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Remove the rows of steps that will be repeated, after a resume at `step`."""
+    """Remove the rows of steps that will be repeated, after a resume at `step`.
+
+    Does nothing if there is no file, as after a checkpoint before the first row.
+    """
     from mesa_train.utils import records
 
+    if not metrics.exists():
+        return
     beside = metrics.with_suffix(".partial")
     with reading(metrics):
         rows = [row for row in records.read(metrics) if row["step"] <= step]

@@ -175,3 +175,14 @@ def test_removing_what_is_not_there(tmp_path, caplog):
     assert tmp_path.is_dir()
     assert not caplog.text
     shutil.rmtree(tmp_path)
+
+
+def test_rows_after_a_resume(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    disk.forget_after(metrics, 3)  # a checkpoint before the first row leaves no file
+    assert not metrics.exists()
+    records.append(metrics, {"step": 3}, {"step": 4})
+    disk.forget_after(metrics, 3)
+    assert [row["step"] for row in records.read(metrics)] == [3]
+    disk.forget_after(metrics, 2)
+    assert records.read(metrics) == []
