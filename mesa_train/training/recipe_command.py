@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe gives to its command line.
+    """The functions and names of a recipe, for its command line.
 
     Attributes:
         name: of the folder under recipes.

@@ -16,9 +16,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -209,14 +209,7 @@ class RecipeRun(TrainingRun, abc.ABC):
         """
         with disk.reading(checkpoint):
             checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-            before = {k: state["config"]["train"][k] for k in FIXED}
-        for name, then in before.items():
-            now = getattr(self.config.train, name)
-            if then != now:
-                raise ConfigError(
-                    f"train.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
-                    "choose another train.out"
-                )
+        check_settings(checkpoint, state, self.config, {"train": FIXED})
         checkpoints.check_images(checkpoint, state, self.images)
         checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
         with disk.reading(checkpoint / OPTIMIZER):
@@ -226,7 +219,45 @@ class RecipeRun(TrainingRun, abc.ABC):
         self.steps = int(state["step"])
 
 
-def resume(run: RecipeRun, how: str, metrics: str) -> bool:
+class Resumable(Protocol):
+    """The part of a run that `resume` needs."""
+
+    out: Path
+
+    @property
+    def main(self) -> bool: ...
+
+    @property
+    def done(self) -> int: ...
+
+    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None: ...
+
+
+def check_settings(
+    checkpoint: Path, state: dict[str, Any], config: Any, fixed: Mapping[str, Sequence[str]]
+) -> None:
+    """ConfigError if a setting differs from the checkpoint's, so that the steps would not match.
+
+    Args:
+        checkpoint: its folder.
+        state: of the checkpoint, from `checkpoints.verify`.
+        config: of the run.
+        fixed: names of settings, by section of the configuration.
+    """
+    with disk.reading(checkpoint):
+        before = {
+            (s, name): state["config"][s][name] for s, names in fixed.items() for name in names
+        }
+    for (section, name), then in before.items():
+        now = getattr(getattr(config, section), name)
+        if then != now:
+            raise ConfigError(
+                f"{section}.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
+                "choose another train.out"
+            )
+
+
+def resume(run: Resumable, how: str, metrics: str) -> bool:
     """Continue a run.
 
     Args:

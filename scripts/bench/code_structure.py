@@ -1,4 +1,4 @@
-"""What other codes than affine groups of 128 would give: gradient errors of quantised stashes.
+"""Gradient errors of other codes than affine groups of 128.
 
 `structured_codes.py` replaces the operators of `Affine`, so no code needs a kernel. Every variant
 has an exact count of bits per element. The variants are finer groups, 8-bit scales, removed means,

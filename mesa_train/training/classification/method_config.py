@@ -14,7 +14,7 @@ METHODS = (
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What a recipe does beside classification. The defaults are the authors' values for DeiT-S.
+    """The part of a recipe beside classification. The defaults are the authors' values for DeiT-S.
 
     Attributes:
         name: "none" (default). "dynamicvit": student with predictors, distilled by its backbone.

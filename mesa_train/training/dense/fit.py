@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mesa_train.report import figures
-from mesa_train.training import checkpoints, disk
+from mesa_train.training import checkpoints, disk, recipe_run
 from mesa_train.training.config_schema import ConfigError, changed
 from mesa_train.training.loop import StepResult, speed, train
 from mesa_train.training.progress import Every
@@ -90,26 +90,7 @@ def resume(run: DenseRun, how: str) -> bool:
     Raises:
         ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
-    if how not in ("", "auto"):
-        if not Path(how).is_dir():
-            raise ConfigError(f"--resume: no such checkpoint {how}")
-        found = Path(how), checkpoints.verify(Path(how))
-    else:
-        newest = checkpoints.newest(run.out / CHECKPOINTS)
-        if newest is not None and not how:
-            raise ConfigError(
-                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
-                "another folder"
-            )
-        if newest is None:
-            if run.main:
-                (run.out / METRICS).unlink(missing_ok=True)
-            return False
-        found = newest
-    run.resume(*found)
-    if run.main and (run.out / METRICS).exists():
-        disk.forget_after(run.out / METRICS, run.done)
-    return True
+    return recipe_run.resume(run, how, METRICS)
 
 
 def fit(run: DenseRun) -> Scores | None:

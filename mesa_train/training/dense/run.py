@@ -23,9 +23,9 @@ import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints, disk
 from mesa_train.training.classification.accelerated import gather
-from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all
 from mesa_train.training.loop import Cadence, StepResult, TrainingRun
+from mesa_train.training.recipe_run import check_settings
 
 from . import optimizers
 from .config import Config
@@ -218,14 +218,7 @@ class DenseRun(TrainingRun):
         """
         with disk.reading(checkpoint):
             checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-            before = {key: state["config"]["train"][key] for key in _KEPT}
-        for name, then in before.items():
-            now = getattr(self.config.train, name)
-            if then != now:
-                raise ConfigError(
-                    f"train.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
-                    "choose another train.out"
-                )
+        check_settings(checkpoint, state, self.config, {"train": _KEPT})
         checkpoints.check_images(checkpoint, state, len(self.task.groups))
         with disk.reading(checkpoint):
             self.accelerator.load_state(str(checkpoint))

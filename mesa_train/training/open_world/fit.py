@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.report import figures
-from mesa_train.training import checkpoints, disk
-from mesa_train.training.config_schema import ConfigError
+from mesa_train.training import disk, recipe_run
 from mesa_train.training.loop import StepResult, speed, train_epoch
 from mesa_train.training.progress import Every
 from mesa_train.utils import records
 
 from . import data, pictures
 from .config import Config, Stage, stages_of
-from .run import CHECKPOINTS, OpenWorldRun
+from .run import OpenWorldRun
 
 METRICS = "metrics.jsonl"
 _COLUMNS = ("map_previous", "map_current", "map_known", "unknown_recall", "wi", "aose")
@@ -51,26 +50,7 @@ def resume(run: OpenWorldRun, how: str) -> bool:
     Raises:
         ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
-    if how not in ("", "auto"):
-        if not Path(how).is_dir():
-            raise ConfigError(f"--resume: no such checkpoint {how}")
-        found = Path(how), checkpoints.verify(Path(how))
-    else:
-        newest = checkpoints.newest(run.out / CHECKPOINTS)
-        if newest is not None and not how:
-            raise ConfigError(
-                f"train.out={run.out} holds a run already: --resume auto continues it, or choose "
-                "another folder"
-            )
-        if newest is None:
-            if run.main:
-                (run.out / METRICS).unlink(missing_ok=True)
-            return False
-        found = newest
-    run.resume(*found)
-    if run.main:
-        disk.forget_after(run.out / METRICS, run.done)
-    return True
+    return recipe_run.resume(run, how, METRICS)
 
 
 def fit(run: OpenWorldRun) -> list[dict[str, Any]]:

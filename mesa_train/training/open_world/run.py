@@ -39,6 +39,7 @@ from mesa_train.training.dense.build import start_from
 from mesa_train.training.dense.config import AugmentConfig
 from mesa_train.training.dense.loader import Batch, DetectionSamples, Loader
 from mesa_train.training.loop import Cadence, StepResult, TrainingRun
+from mesa_train.training.recipe_run import check_settings
 from mesa_train.utils.precision import choose
 
 from .build import build, optimizer_of
@@ -326,14 +327,7 @@ class OpenWorldRun(TrainingRun):
         """
         with disk.reading(checkpoint):
             checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-            before = {(s, k): state["config"][s][k] for s, keys in _KEPT.items() for k in keys}
-        for (section, name), then in before.items():
-            now = getattr(getattr(self.config, section), name)
-            if then != now:
-                raise ConfigError(
-                    f"{section}.{name}={now}, but {checkpoint} was trained with {then}; keep it or "
-                    "choose another train.out"
-                )
+        check_settings(checkpoint, state, self.config, _KEPT)
         checkpoints.check_images(checkpoint, state, self._count())
         checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
         with disk.reading(checkpoint / OPTIMIZER):

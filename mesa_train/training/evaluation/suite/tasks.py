@@ -48,7 +48,7 @@ class Row:
 
 @dataclass
 class Settings:
-    """What was given on the command line.
+    """The options of the command line.
 
     Attributes:
         data: root folder of further sets.
