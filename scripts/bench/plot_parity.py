@@ -1,8 +1,9 @@
 """Plot of the rows that train_parity.py wrote: docs/results/train_parity.png.
 
     python scripts/bench/plot_parity.py [ROWS.jsonl] [PICTURE.png]
+    python scripts/bench/plot_parity.py --model small_vit --data cifar10
 
-Only rows with the settings of the newest row are drawn.
+Only rows with the settings of the newest row of the model and data are drawn.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 def main(
     rows: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.jsonl",
     picture: Annotated[Path, typer.Argument()] = RESULTS / "train_parity.png",
+    model: Annotated[str | None, typer.Option(help="Default: that of the newest row.")] = None,
+    data: Annotated[str | None, typer.Option(help="Default: that of the newest row.")] = None,
 ) -> None:
     """Draw loss, held-out accuracy, and every seed's final accuracy, for each policy."""
-    recorded = records.read(rows)
+    wanted = {"model": model, "data": data}
+    recorded = [
+        row
+        for row in records.read(rows)
+        if all(value in (None, row["settings"][key]) for key, value in wanted.items())
+    ]
     if not recorded:
-        raise SystemExit(f"plot_parity: no rows in {rows}; run scripts/bench/train_parity.py first")
+        of = "".join(f" of {key} {value}" for key, value in wanted.items() if value is not None)
+        raise SystemExit(
+            f"plot_parity: no rows{of} in {rows}; run scripts/bench/train_parity.py first"
+        )
     settings = recorded[-1]["settings"]
     recorded = in_order(row for row in recorded if row["settings"] == settings)
     final = [row for row in recorded if row["epoch"] == settings["epochs"]]

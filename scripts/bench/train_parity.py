@@ -12,6 +12,7 @@ that differ by one millionth. Its distance shows how far rounding alone takes a 
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
     python scripts/bench/train_parity.py --data cifar10:DIRECTORY --float32 --epochs 20
+    python scripts/bench/train_parity.py --policies plain,scripts/bench/policies/mesa3.yaml
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import mesa_train
+from mesa_train import Policy
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import small_models as models
 from mesa_train.training.data.packaged import ImageSet, Split, light_augmentation, load
@@ -43,7 +45,8 @@ PERTURBATION = 1e-6
 
 def main(
     policies: Annotated[
-        str, typer.Option(help="Comma-separated; plain, perturbed or a preset.")
+        str,
+        typer.Option(help="Comma-separated; plain, perturbed, a preset, or a policy's YAML file."),
     ] = "plain,mesa8,mesa4,paper",
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
     model: Annotated[str, typer.Option(help="small_vit, or a timm model.")] = models.SMALL_VIT,
@@ -59,7 +62,8 @@ def main(
 ) -> None:
     """Train every policy with every seed and record each epoch."""
     try:
-        names = [name.strip() for name in policies.split(",")]
+        named = dict(policy_of(name.strip()) for name in policies.split(","))
+        names = list(named)
         numbers = [int(seed) for seed in seeds.split(",")]
         images = load(data)
         if train_images is not None:
@@ -72,7 +76,9 @@ def main(
             autocast=None if float32 else torch.bfloat16,
         )
         images.steps_per_epoch(batch_size)
-        saved = {name: saved_bytes(model, images, config, name) for name in names}
+        saved = {
+            name: saved_bytes(model, images, config, name, policy) for name, policy in named.items()
+        }
     except (ValueError, ImportError) as error:
         raise SystemExit(f"train_parity: {error}") from None
 
@@ -95,7 +101,8 @@ def main(
                 continue
             dashboard.restart(f"{model} on {images.name}, seed {seed}")
             rows = []
-            trainers, images_of_model = trainers_of(missing, model, images, config, seed)
+            due_policies = {name: named[name] for name in missing}
+            trainers, images_of_model = trainers_of(due_policies, model, images, config, seed)
             start = weights(trainers[missing[0]])
             for result in train(trainers, images_of_model, config, seed, dashboard):
                 dashboard.on_epoch(result)
@@ -110,31 +117,50 @@ def main(
     )
 
 
-def build(name: str, model: str, images: ImageSet, seed: int) -> tuple[nn.Module, ImageSet]:
-    """The model of one run, wrapped if the name is that of a preset."""
+def policy_of(text: str) -> tuple[str, Policy | None]:
+    """The name of a run and its policy. A file's run has the name of the file without `.yaml`."""
+    if text in (PLAIN, PERTURBED):
+        return text, None
+    if text.endswith(".yaml"):
+        if not Path(text).is_file():
+            raise ValueError(f"--policies: there is no file {text}")
+        return Path(text).stem, Policy.from_yaml(text)
+    return text, Policy.preset(text)
+
+
+def build(
+    name: str, policy: Policy | None, model: str, images: ImageSet, seed: int
+) -> tuple[nn.Module, ImageSet]:
+    """The model of one run, wrapped if it has a policy."""
     module, images = models.build(model, images, seed=seed)
     if name == PERTURBED:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.mul_(1 + PERTURBATION * torch.randn_like(parameter))
-    return module if name in (PLAIN, PERTURBED) else mesa_train.wrap(module, name), images
+    return module if policy is None else mesa_train.wrap(module, policy), images
 
 
-def saved_bytes(model: str, images: ImageSet, config: TrainConfig, name: str) -> int:
+def saved_bytes(
+    model: str, images: ImageSet, config: TrainConfig, name: str, policy: Policy | None
+) -> int:
     """Bytes that one run saves for the backward of a whole batch."""
-    module, images = build(name, model, images, seed=0)
+    module, images = build(name, policy, model, images, seed=0)
     batch = images.normalise(images.train.images[: config.batch_size].float() / 255)
     return mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
 
 
 def trainers_of(
-    names: list[str], model: str, images: ImageSet, config: TrainConfig, seed: int
+    policies: dict[str, Policy | None],
+    model: str,
+    images: ImageSet,
+    config: TrainConfig,
+    seed: int,
 ) -> tuple[dict[str, Trainer], ImageSet]:
     """A trainer for each name, and the images in the model's input size."""
     config = dataclasses.replace(config, seed=seed)
     trainers = {}
-    for name in names:
-        module, resized = build(name, model, images, seed)
+    for name, policy in policies.items():
+        module, resized = build(name, policy, model, images, seed)
         trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
     return trainers, resized
 

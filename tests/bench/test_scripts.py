@@ -82,6 +82,9 @@ def test_parity_resumes_and_is_drawn(tmp_path):
     plotted = run("scripts/bench/plot_parity.py", rows, picture, cwd=tmp_path)
     assert plotted.returncode == 0, plotted.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+    missing = run("scripts/bench/plot_parity.py", rows, picture, "--data", "mnist5k", cwd=tmp_path)
+    assert missing.returncode != 0
+    assert "no rows of data mnist5k" in missing.stderr
 
 
 @pytest.mark.slow

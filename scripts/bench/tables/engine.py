@@ -134,32 +134,48 @@ def ops(rows: Sequence[Row]) -> str:
 
 @table("train_parity.jsonl", "python scripts/bench/train_parity.py")
 def parity(rows: Sequence[Row]) -> str:
-    """Final accuracies of the newest settings."""
-    settings = rows[-1]["settings"]
-    final = in_order(
-        row for row in rows if row["settings"] == settings and row["epoch"] == settings["epochs"]
+    """For each model and data, the runs to the end with the newest settings."""
+    newest = {(row["settings"]["model"], row["settings"]["data"]): row["settings"] for row in rows}
+    return "\n".join(
+        _training([row for row in rows if row["settings"] == settings])
+        for settings in reversed(newest.values())
     )
-    head = ["policy", "saved for the backward", "final training loss", "held-out accuracy", "seeds"]
+
+
+def _training(rows: Sequence[Row]) -> str:
+    """The last epoch of all runs with one setting, a line per policy."""
+    settings = rows[-1]["settings"]
+    final = in_order(row for row in rows if row["epoch"] == settings["epochs"])
+    with_distance = any("weight_distance" in row for row in final)
+    head = ["policy", "saved for the backward", "final training loss", "held-out accuracy"]
+    head += ["seeds", *(["distance of the weights"] if with_distance else [])]
     lines = []
     for (name,), of_policy in records.group_by(final, "name").items():
         of_policy.sort(key=lambda row: row["seed"])
         accuracies = [100 * row["val_accuracy"] for row in of_policy]
         spread = statistics.stdev(accuracies) if len(of_policy) > 1 else 0.0
-        lines.append(
-            [
-                name,
-                format_bytes(of_policy[0]["saved_bytes"]),
-                f"{statistics.fmean(row['train_loss'] for row in of_policy):.4f}",
-                f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
-                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-            ]
-        )
+        line = [
+            name,
+            format_bytes(of_policy[0]["saved_bytes"]),
+            f"{statistics.fmean(row['train_loss'] for row in of_policy):.4f}",
+            f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
+            ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+        ]
+        if with_distance:
+            distances = [row["weight_distance"] for row in of_policy if "weight_distance" in row]
+            line.append(f"{statistics.fmean(distances):.3f}" if distances else "")
+        lines.append(line)
+    explained = (
+        "Distance: between the last weights and plain's with the same seed, as a share of plain's way from its "
+        "first weights; `perturbed` is plain with first weights that differ by a millionth. "
+        if with_distance
+        else ""
+    )
     return markdown(head, lines) + (
         f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
         f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
         f"{'float32' if settings['autocast'] == 'None' else settings['autocast'] + ' autocast'}; "
-        "mean and standard deviation over seeds. "
-        f"{origin(final[-1])}\n"
+        f"mean and standard deviation over seeds. {explained}{origin(final[-1])}\n"
     )
 
 
