@@ -38,6 +38,7 @@ QUICKSTARTS = (
     "dynamicvit_quickstart",
     "ecoformer_quickstart_msa",
     "ecoformer_quickstart",
+    "spvit_quickstart_deit",
     "spvit_quickstart_search",
     "spvit_quickstart",
 )
