@@ -39,8 +39,9 @@ class CrossEntropy(Operator):
         target = saved[1]
         counts = target != ignored
         if saved.specs[2] is not None:
-            grad = grad / saved.get(2, grad.dtype)
-        rows = (grad * counts).unsqueeze(1)
+            # Without targets that count, the loss is NaN and PyTorch's gradient is 0.
+            grad = grad / saved.get(2, grad.dtype).clamp(min=1)
+        rows = torch.where(counts, grad, 0).unsqueeze(1)
         dx = saved.get(0, grad.dtype) * rows
         classes = target.masked_fill(~counts, 0).unsqueeze(1)
         return (dx.scatter_add_(1, classes, -rows).to(dtype),)

@@ -200,3 +200,18 @@ def test_constant_rows(name):
     }
     expected, found = [derivative(norms[name], x, p) for p in (None, LOSSLESS)]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("recompute", ["none", "linear"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_without_targets_that_count(reduction, recompute):
+    """The mean is NaN, and the gradient is 0, so that one such batch does not end a training."""
+    target, weight = torch.full((6,), -100), torch.randn(5, 8)
+
+    def loss(x):
+        return F.cross_entropy(F.linear(x, weight), target, reduction=reduction).sum() * INF
+
+    x = torch.randn(6, 8)
+    found = derivative(loss, x, Policy(min_bytes=0, recompute=recompute))
+    assert torch.equal(found, derivative(loss, x, None))
+    assert torch.equal(found, torch.zeros(6, 8))
