@@ -24,6 +24,8 @@ class BackwardCache {
   // A decoded leaf of codes, or an undefined tensor. `last`: no other node reads the codes.
   Tensor take_decoded(const Tensor& codes, at::ScalarType dtype, bool last);
   void offer_decoded(const Tensor& codes, const Tensor& value);
+  // Removes the decoded leaf of codes that no other node reads.
+  void drop_decoded(const Tensor& codes);
   // The cached sum of this same `grad` over all dims but the last, or an undefined tensor.
   Tensor take_sum(const Tensor& grad);
   void offer_sum(const Tensor& grad, const Tensor& total);

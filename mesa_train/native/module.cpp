@@ -6,6 +6,7 @@
 #include "mode.cpp"
 #include "nodes.cpp"
 #include "products.cpp"
+#include "rebuilt.cpp"
 #include "recorder.cpp"
 #include "rows.cpp"
 #include "saved.cpp"

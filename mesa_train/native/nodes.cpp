@@ -354,6 +354,11 @@ void BackwardCache::offer_decoded(const Tensor& codes, const Tensor& value) {
       Decoded{c10::weak_intrusive_ptr<c10::TensorImpl>(codes.getIntrusivePtr()), value});
 }
 
+void BackwardCache::drop_decoded(const Tensor& codes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!decoded_.empty()) decoded_.erase(codes.unsafeGetTensorImpl());
+}
+
 Tensor BackwardCache::take_sum(const Tensor& grad) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (sums_.empty()) return {};

@@ -82,7 +82,7 @@ std::optional<Ref> scaled(Call& call, PyObject* product, PyObject* scale) {
   // The user needs the gradient of the product, or autocast casts a weight that the model computed.
   if (truth(attribute(product, names.retains_grad).get()) ||
       truth(attribute(product, names.backward_hooks).get()) ||
-      (autocasts(*w) && !(of_parameter(*w) || !w->requires_grad()))) {
+      (autocasts(*w) && !of_parameter(*w) && (w->requires_grad() || !is_parameter(weight)))) {
     return Ref();
   }
   const Ref alias = held(weight);

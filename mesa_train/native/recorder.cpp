@@ -320,6 +320,17 @@ void Call::report(const Rule& rule, PyObject* how, int64_t size, PyObject* stash
   check(PyDict_SetItem(rows.get(), key.get(), tuple_of_integers(counted).get()));
 }
 
+// The use count of a stash that is rebuilt from these sources (`stash._counted`).
+Ref use_count(PyObject* sources) {
+  const Ref counted = Ref::steal(PyList_New(0));
+  for (const auto i : c10::irange(PyTuple_GET_SIZE(sources))) {
+    PyObject* const uses = classes.stash_slots.uses.get(PyTuple_GET_ITEM(sources, i));
+    if (uses != Py_None) check(PyList_Append(counted.get(), uses));
+  }
+  const Ref tuple = Ref::steal(PyList_AsTuple(counted.get()));
+  return Ref::steal(PyObject_CallOneArg(classes.use_count.get(), tuple.get()));
+}
+
 Ref new_stash(PyObject* recipe, Ref tensors, Ref sources, Cost cost, at::ScalarType dtype) {
   static PyObject* const none = PyTuple_New(0);
   if (!tensors) tensors = Ref::borrow(none);
@@ -330,15 +341,14 @@ Ref new_stash(PyObject* recipe, Ref tensors, Ref sources, Cost cost, at::ScalarT
   }
   Ref stash = allocate(classes.stash.get());
   const auto& slots = classes.stash_slots;
+  const Ref uses = highest == MATMUL ? use_count(sources.get()) : Ref::borrow(Py_None);
   slots.recipe.set(stash.get(), Ref::borrow(recipe));
   slots.tensors.set(stash.get(), std::move(tensors));
   slots.sources.set(stash.get(), std::move(sources));
   slots.cost.set(stash.get(), classes.costs[highest]);
   slots.dtype.set(stash.get(), Ref::borrow(python_dtype(dtype)));
   slots.offloaded.set(stash.get(), Ref::borrow(Py_None));
-  slots.uses.set(stash.get(), highest == MATMUL
-                                  ? Ref::steal(PyObject_CallNoArgs(classes.use_count.get()))
-                                  : Ref::borrow(Py_None));
+  slots.uses.set(stash.get(), uses);
   return stash;
 }
 

@@ -119,6 +119,8 @@ Ref uncompressed(const Tensor& tensor, PyObject* object = nullptr);
 int cost_of(PyObject* stash);
 // True if a tensor's memory belongs to a parameter.
 bool of_parameter(const Tensor& tensor);
+// True if an object is a parameter itself, not a tensor that the model computed.
+inline bool is_parameter(PyObject* tensor) { return !Py_IS_TYPE(tensor, (PyTypeObject*)THPVariableClass); }
 // A view of a part of its storage (`stash/tensors.py`).
 bool narrowed(const Tensor& tensor);
 // True if autocast is active for the tensor's device.

@@ -239,7 +239,7 @@ Ref linear(Call& call, PyObject* input, PyObject* weight, PyObject* bias) {
     return {};
   }
   // Autocast casts a weight that the model has computed, and PyTorch saves the cast.
-  if (!of_parameter(*w) && w->requires_grad() && autocasts(*w)) return {};
+  if (autocasts(*w) && !of_parameter(*w) && (w->requires_grad() || !is_parameter(weight))) return {};
   Ref kept, alias;
   if (w->requires_grad()) kept = call.keep(input, *x, LINEAR_INPUT, last(*x));
   if (x->requires_grad()) alias = held(weight);

@@ -56,7 +56,8 @@ struct Spec {
   std::string activation;
   Geometry geometry;
   std::shared_ptr<c10::SafePyObject> recipe;  // of a view without geometry
-  // Of a stash that costs a matmul: its use count, and this node's entry in it.
+  // Of a stash that costs a matmul: its use count, and this node's entry in it if the node itself
+  // reads the stash.
   std::shared_ptr<c10::SafePyObject> uses, user;
 };
 
@@ -83,6 +84,7 @@ class SavedStashes {
   friend class Rebuilt;
   struct Making;
   int strip(PyObject* stash, Making& making);
+  static void count_reader(Spec& spec);
   static int slot(const Tensor& tensor, Making& making);
 
   std::vector<Spec> specs_;
@@ -90,23 +92,27 @@ class SavedStashes {
   std::vector<torch::autograd::SavedVariable> tensors_;
 };
 
-// The saved stashes of a node in its backward. Each tensor is rebuilt at most once in a dtype.
+// The saved stashes of a node in its backward. Each tensor is rebuilt at most once in a dtype; one
+// that costs a matmul at most once in a run of the autograd engine.
 class Rebuilt {
  public:
   explicit Rebuilt(const SavedStashes& saved);
+  ~Rebuilt();
 
   bool has(int index) const { return saved_.roots_[index] >= 0; }
   const Spec& spec(int index) const { return saved_.specs_[saved_.roots_[index]]; }
   const Spec& source(const Spec& spec) const { return saved_.specs_[spec.sources[0]]; }
   // Stash `index` as a tensor of `dtype`.
-  Tensor get(int index, at::ScalarType dtype) { return value(saved_.roots_[index], dtype); }
+  Tensor get(int index, at::ScalarType dtype);
   // The stash in its own dtype.
   Tensor get(int index) { return get(index, spec(index).dtype); }
   // The i-th saved tensor that a structure itself reads.
   const Tensor& own(const Spec& spec, int i) const { return tensors_[spec.slots[i]]; }
 
  private:
+  // A structure's tensor, for one of its readers.
   Tensor value(int index, at::ScalarType dtype);
+  const Tensor* find(int index, at::ScalarType dtype) const;
   // The i-th source in its own dtype.
   Tensor of_source(const Spec& spec, int i);
   Tensor load(const Spec& spec, at::ScalarType dtype);

@@ -4,7 +4,8 @@ Some backward computations are needed twice: a recomputed matmul by two operator
 activation's gradient by the Linear behind it and the activation itself. The first operator puts the
 result into the cache, and the second operator takes it.
 
-Cost: a cached result stays in memory until its last user has taken it, or until the backward ends.
+Cost: a cached result stays in memory until its last reader has taken it. A result whose reader does
+not run in this backward stays until the backward ends.
 """
 
 from __future__ import annotations
@@ -17,12 +18,34 @@ from torch import Tensor
 
 
 class UseCount:
-    """Counts the live operators that saved one stash and may rebuild it."""
+    """Counts the readers of one stash in a backward.
 
-    __slots__ = ("count",)
+    A reader is an operator that saved the stash. A second kind of reader is a stash that is rebuilt
+    from this one. It counts once if it has a reader itself, because its own readers share it.
 
-    def __init__(self) -> None:
+    Args:
+        sources: the use counts of the stashes that the stash is rebuilt from.
+    """
+
+    __slots__ = ("count", "sources")
+
+    def __init__(self, sources: tuple[UseCount, ...] = ()) -> None:
         self.count = 0
+        self.sources = sources
+
+    def add(self) -> None:
+        """Count a reader."""
+        self.count += 1
+        if self.count == 1:
+            for source in self.sources:
+                source.add()
+
+    def remove(self) -> None:
+        """Count a reader no longer."""
+        self.count -= 1
+        if self.count == 0:
+            for source in self.sources:
+                source.remove()
 
 
 class UseHandle:
@@ -37,10 +60,10 @@ class UseHandle:
 
     def __init__(self, uses: UseCount) -> None:
         self.uses = uses
-        uses.count += 1
+        uses.add()
 
     def __del__(self) -> None:
-        self.uses.count -= 1
+        self.uses.remove()
 
 
 class BackwardCache(threading.local):
@@ -50,31 +73,35 @@ class BackwardCache(threading.local):
     Linear behind it has almost computed; and the sums of these gradients over the rows, for the
     bias of the Linear in front.
 
-    An entry is valid within one run of the autograd engine. It is removed when its last user has
+    An entry is valid within one run of the autograd engine. It is removed when its last reader has
     taken it. The engine's final callback removes all other entries, so nothing outlives the
-    backward.
+    backward. Outside of a run, rebuilt tensors are not cached.
     """
 
     def __init__(self) -> None:
-        self.values: dict[tuple[UseCount, torch.dtype], tuple[Tensor, int]] = {}
+        self.values: dict[UseCount, dict[torch.dtype, Tensor]] = {}
+        # The readers that have not asked for a rebuilt tensor in this run.
+        self.left: dict[UseCount, int] = {}
         self.gradients: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
         self.sums: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self.run = -1
 
     def take(self, uses: UseCount, dtype: torch.dtype) -> Tensor | None:
-        """A rebuilt tensor in `dtype`, or None. The last user removes the entry."""
-        found = self.values.pop((uses, dtype), None)
-        if found is None:
+        """A rebuilt tensor in `dtype`, or None, for one reader of its stash.
+
+        The last reader removes the stash's tensors of all dtypes.
+        """
+        if torch._C._current_graph_task_id() == -1:
             return None
-        value, left = found
-        if left > 1:
-            self.values[uses, dtype] = value, left - 1
-        return value
+        self._enter()
+        left = self.left[uses] = self.left.get(uses, uses.count) - 1
+        values = self.values.get(uses) if left > 0 else self.values.pop(uses, None)
+        return None if values is None else values.get(dtype)
 
     def offer(self, uses: UseCount, dtype: torch.dtype, value: Tensor) -> None:
-        """Cache a rebuilt tensor for the other users of its stash."""
-        self._enter()
-        self.values[uses, dtype] = value, uses.count - 1
+        """Cache a rebuilt tensor, if its stash has readers that have not called `take`."""
+        if self.left.get(uses, 0) > 0:
+            self.values.setdefault(uses, {})[dtype] = value
 
     def take_gradient(self, codes: Tensor, grad: Tensor) -> Tensor | None:
         """The cached gradient of a coded tensor, or None.
@@ -134,6 +161,7 @@ class BackwardCache(threading.local):
 
     def _clear(self) -> None:
         self.values.clear()
+        self.left.clear()
         self.gradients.clear()
         self.sums.clear()
 

@@ -179,12 +179,26 @@ class OffloadStream(abc.ABC):
         self._enter()
         arrival = self._arrived.get(offloaded) or self._call(offloaded, host)
         self.wait(arrival.ticket, arrival.tensors)
-        arrival.left -= 1
-        if arrival.left <= 0:
-            del self._arrived[offloaded]
-            self._taken.add(offloaded)
+        self._read(offloaded, arrival)
         self._call_ahead(offloaded)
         return arrival.tensors
+
+    def skip(self, offloaded: OffloadedStash) -> None:
+        """Count a reader that needs no fetch, because another reader rebuilt the tensor for it.
+
+        Args:
+            offloaded: the leaf.
+        """
+        arrival = self._arrived.get(offloaded)
+        if arrival is not None:
+            self._read(offloaded, arrival)
+
+    def _read(self, offloaded: OffloadedStash, arrival: _Arrival) -> None:
+        """Count a reader of a leaf. Forget the device tensors after the last reader."""
+        arrival.left -= 1
+        if arrival.left <= 0 or offloaded in self._taken:
+            del self._arrived[offloaded]
+            self._taken.add(offloaded)
 
     def _call(self, offloaded: OffloadedStash, host: Sequence[Tensor]) -> _Arrival:
         """Start the prefetch of a leaf, or reuse device tensors that are not freed yet."""

@@ -36,6 +36,7 @@ from .sharded_parameters import zero3_hooked
 from .stash import Leaf, MatrixLayout, Stash, uncompressed
 from .tensors import (
     autocasts,
+    frozen,
     held,
     holds_more_than_itself,
     is_plain,
@@ -182,10 +183,10 @@ class Recorder:
 
         - If the model computed the tensor: autocast's cast of it.
         - If the tensor is a parameter that is cast or `viewed`: its data. A Linear views its weight: it saves the
-          transpose.
+          transpose. PyTorch saves a cast of a frozen weight; the data exists anyway.
         - Otherwise: the parameter itself.
         """
-        dtype = _autocast(tensor)
+        dtype = None if frozen(tensor) else _autocast(tensor)
         if dtype is None:
             return uncompressed(held(tensor) if viewed or autocasts(tensor.device.type) else tensor)
         stash = self.lineage.cast(tensor, dtype)

@@ -88,8 +88,8 @@ class Stash:
             if source.cost > cost:
                 cost = source.cost
         self.cost = cost
-        # The operators that rebuild a matmul's result in one backward share it. This counts these operators.
-        self.uses = UseCount() if cost == MATMUL else None
+        # The readers of a matmul's result in one backward share it. This counts these readers.
+        self.uses = UseCount(_counted(sources)) if cost == MATMUL else None
 
     def exact(self) -> bool:
         """True if the stash contains no lossy codes. Then it equals the tensor up to rounding."""
@@ -98,17 +98,23 @@ class Stash:
         return not coded and all([source.exact() for source in self.sources])
 
 
+def _counted(sources: tuple[Stash, ...]) -> tuple[UseCount, ...]:
+    """The use counts of those stashes that have one."""
+    return tuple([source.uses for source in sources if source.uses is not None])
+
+
 class Spec:
     """The structure of a stash, without its tensors.
 
     Attributes:
         slots: indices into the saved tensors.
-        user: this operator's entry in the stash's use count, or None.
+        uses: the stash's use count, or None.
+        user: the operator's entry in the use count if the operator itself reads the stash, else None.
         partitioned: ZeRO-3 parameters among the tensors, else None. They may be freed when they are read.
         reader: reads the offloaded tensors; None if they were not offloaded.
     """
 
-    __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user")
+    __slots__ = ("dtype", "partitioned", "reader", "recipe", "slots", "sources", "user", "uses")
 
     def __init__(
         self,
@@ -116,12 +122,13 @@ class Spec:
         slots: tuple[int, ...],
         sources: tuple[Spec, ...],
         dtype: torch.dtype,
-        user: UseHandle | None,
+        uses: UseCount | None,
         partitioned: tuple[Any, ...] = (),
         reader: Reader | None = None,
     ) -> None:
         self.recipe, self.slots, self.sources, self.dtype = recipe, slots, sources, dtype
-        self.user, self.partitioned, self.reader = user, partitioned, reader
+        self.uses, self.partitioned, self.reader = uses, partitioned, reader
+        self.user: UseHandle | None = None
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:
@@ -136,16 +143,26 @@ def save(ctx: Any, *stashes: Stash | None) -> None:
 def strip(
     stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
 ) -> Spec:
-    """The structure of a stash. Appends its tensors to `tensors`, each tensor once.
+    """The structure of a stash that an operator reads. Appends its tensors to `tensors`, each tensor once.
 
     `slots` and `specs` hold the indices of saved tensors and the structures made so far, by id.
     """
+    spec = _strip(stash, tensors, slots, specs)
+    if spec.uses is not None and spec.user is None:
+        spec.user = UseHandle(spec.uses)
+    return spec
+
+
+def _strip(
+    stash: Stash, tensors: list[Tensor], slots: dict[int, int], specs: dict[int, Spec]
+) -> Spec:
+    """The structure of a stash or of a source."""
     known = specs.get(id(stash))
     if known is not None:
         return known
     sources: tuple[Spec, ...] = ()
     if stash.sources:
-        sources = tuple([strip(s, tensors, slots, specs) for s in stash.sources])
+        sources = tuple([_strip(s, tensors, slots, specs) for s in stash.sources])
     away = partitioned(stash.tensors) if stash.tensors else ()
     if torch.compiler.is_compiling():
         # A compiled graph stores a tensor once, even if it is saved several times.
@@ -163,9 +180,8 @@ def strip(
             slot = slots[id(tensor)] = len(tensors)
             tensors.append(tensor)
         own.append(slot)
-    user = None if stash.uses is None else UseHandle(stash.uses)
     reader = None if stash.offloaded is None else Reader(stash.offloaded)
-    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, user, away, reader)
+    spec = Spec(stash.recipe, tuple(own), sources, stash.dtype, stash.uses, away, reader)
     specs[id(stash)] = spec
     return spec
 
@@ -199,28 +215,51 @@ class Saved:
         """Stash `index` as a tensor of `dtype` (default: the tensor's own dtype)."""
         spec = self.specs[index]
         assert spec is not None, "asked for a stash that was not kept"
-        return self.value(spec, dtype)
-
-    def value(self, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of one structure, rebuilt at most once per backward of an operator."""
-        dtype = dtype or spec.dtype
-        key = (id(spec), dtype)
+        if spec.uses is None:
+            return self.value(spec, dtype)
+        key = (id(spec), dtype or spec.dtype)
         value = self._memo.get(key)
         if value is None:
-            uses = spec.user.uses if spec.user is not None and spec.user.uses.count > 1 else None
-            value = None if uses is None else backward_cache.take(uses, dtype)
-            if value is None:
-                value = spec.recipe.load(self, spec, dtype)
-                if uses is not None:
-                    backward_cache.offer(uses, dtype, value)
-            self._memo[key] = value
+            value = self._memo[key] = self.value(spec, dtype)
         return value
+
+    def value(self, spec: Spec, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of one structure, for one of its readers.
+
+        It is rebuilt once per backward of an operator. If it costs a matmul, it is rebuilt once per run of the
+        autograd engine, and held until its last reader has read it.
+        """
+        dtype = dtype or spec.dtype
+        uses = spec.uses
+        if uses is None:
+            key = (id(spec), dtype)
+            value = self._memo.get(key)
+            if value is None:
+                value = self._memo[key] = spec.recipe.load(self, spec, dtype)
+            return value
+        if uses.count <= 1:
+            return spec.recipe.load(self, spec, dtype)
+        value = backward_cache.take(uses, dtype)
+        if value is None:
+            value = spec.recipe.load(self, spec, dtype)
+            backward_cache.offer(uses, dtype, value)
+        else:
+            self._skip(spec)
+        return value
+
+    def _skip(self, spec: Spec) -> None:
+        """Count this operator's offloaded leaves beneath a shared tensor as read."""
+        for source in spec.sources:
+            if source.reader is not None and id(source) not in self._fetched:
+                self._fetched[id(source)] = []
+                source.reader.offloaded.offload_stream.skip(source.reader.offloaded)
+            self._skip(source)
 
     def own(self, spec: Spec) -> list[Tensor]:
         """The saved tensors that the structure's recipe itself reads."""
         tensors = [self.tensors[slot] for slot in spec.slots]
         if spec.reader is not None:
-            if id(spec) not in self._fetched:
+            if not self._fetched.get(id(spec)):
                 offloaded = spec.reader.offloaded
                 self._fetched[id(spec)] = list(offloaded.offload_stream.fetch(offloaded, tensors))
             return self._fetched[id(spec)]

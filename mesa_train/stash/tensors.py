@@ -17,6 +17,13 @@ def of_parameter(tensor: Tensor) -> str:
     return ""
 
 
+def frozen(tensor: Tensor) -> bool:
+    """True if a tensor is a parameter without a gradient, or a view of one."""
+    base = None if torch.compiler.is_compiling() else tensor._base
+    owner = tensor if base is None else base
+    return isinstance(owner, nn.Parameter) and not owner.requires_grad
+
+
 def narrowed(tensor: Tensor) -> bool:
     """True if a tensor is a view of a part of its storage. To save it also holds the rest of the storage."""
     own = tensor.numel() * tensor.element_size()

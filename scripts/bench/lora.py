@@ -1,4 +1,4 @@
-"""Where fine-tuning runs out of memory, with all weights trained and with LoRA.
+"""Where fine-tuning runs out of memory, with all weights trained, with LoRA and with DoRA.
 
 Counted on fake tensors: a whole step with gradients and AdamW's states, under bf16 autocast. The peak
 of a step is a line in the batch size, so two batches give the largest batch of a budget. One row for
@@ -44,13 +44,13 @@ def main(
     """Count every method."""
     origin = records.provenance()
     capacity = parse_bytes(budget)
-    for tuned, methods in (("all weights", FULL), ("LoRA", ADAPTED)):
+    for tuned, methods in (("all weights", FULL), ("LoRA", ADAPTED), ("DoRA", ADAPTED)):
         for method in methods:
             peaks, saved = [], []
             for batch in BATCHES:
                 loaded = load(model, batch_size=batch, image_size=image_size, device="meta")
-                if tuned == "LoRA":
-                    adapt(loaded.model, rank)
+                if tuned != "all weights":
+                    adapt(loaded.model, rank, dora=tuned == "DoRA")
                 loaded.model.train()
                 counted = timeline(
                     loaded.model, loaded.inputs, policy=method, autocast=torch.bfloat16
@@ -73,12 +73,19 @@ def main(
             typer.echo(f"{tuned} {method}: {largest}")
 
 
-def adapt(model: nn.Module, rank: int) -> None:
-    """Freeze the weights, and add adapters to every Linear of the blocks."""
+def adapt(model: nn.Module, rank: int, dora: bool = False) -> None:
+    """Freeze the weights, and add adapters to every Linear of the blocks.
+
+    Args:
+        model: the model; changed in place.
+        rank: of the adapters.
+        dora: also train the magnitude of each output feature. Default False.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
-    settings = LoraConfig(r=rank, target_modules=["qkv", "proj", "fc1", "fc2"])
+    targets = ["qkv", "proj", "fc1", "fc2"]
+    settings = LoraConfig(r=rank, target_modules=targets, use_dora=dora)
     inject_adapter_in_model(settings, model)
 
 

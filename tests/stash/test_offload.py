@@ -120,6 +120,21 @@ class TestTheWay:
         assert offload_stream.log.count("out") == 2 * 7 + 2
         assert offload_stream.log.count("home") == offload_stream.log.count("out") - WINDOW
 
+    @pytest.mark.parametrize("recompute", ["linear", "none"])
+    def test_what_came_back_goes_with_its_last_reader(self, vit, recompute):
+        """A leaf beneath a shared product waited for a reader that never fetched it."""
+        offload_stream, left = LateOffloadStream(), []
+
+        def count(*_):
+            arrived = offload_stream._arrived
+            read = [m for m, a in arrived.items() if a.left < m.uses.count]
+            left.append(len(read))
+
+        handle = vit.blocks[0].register_full_backward_hook(count)
+        gradients(vit, policy(recompute=recompute), offload_stream)
+        handle.remove()
+        assert left == [0]
+
     def test_as_many_are_on_their_way_as_the_window_says(self, vit):
         offload_stream, most = LateOffloadStream(), {"out": 0, "home": 0}
 
