@@ -24,7 +24,7 @@ def trained(recipe, config):
 
 def rows(out):
     lines = map(json.loads, (out / METRICS).read_text().splitlines())
-    timed = ("images_per_s", "step_ms")
+    timed = ("images_per_s", "step_ms", "wait_ms")
     return [{k: v for k, v in row.items() if k not in timed} for row in lines]
 
 

@@ -16,9 +16,9 @@ from mesa_train.report import figures
 from mesa_train.utils import records
 
 from . import disk, recipe_run
-from .loop import StepResult, speed, train
+from .accelerated_run import step_report
+from .loop import StepResult, train
 from .mistakes import in_one_line
-from .progress import Every
 from .recipe_config import check_out
 from .recipe_run import RecipeRun
 
@@ -67,18 +67,12 @@ def fit(run: RecipeRun, recipe: Recipe) -> dict[str, float]:
     config, metrics = run.config, run.out / METRICS
     scores: dict[str, float] = {}
     losses: list[tuple[float, int]] = []
-    said = Every()
-    if run.main:
-        run.out.mkdir(parents=True, exist_ok=True)
+
+    row_of = step_report(run, metrics)
 
     def report(result: StepResult) -> None:
         losses.append((result.loss, result.steps))
-        if not run.main:
-            return
-        row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr} | run.row()
-        row |= speed(config.train.global_batch, result.step_ms, run.device)
-        disk.append(metrics, {"kind": "step", "step": result.step, **row})
-        said(f"step {result.step} of {run.cadence.steps}, loss {result.loss:.4f}")
+        row_of(result)
 
     def end_of_epoch(epoch: int, step_ms: float) -> None:
         mean = sum(loss * n for loss, n in losses) / max(1, sum(n for _, n in losses))

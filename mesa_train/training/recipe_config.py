@@ -67,9 +67,14 @@ def check_schedule(config: Any) -> None:
         )
 
 
-def check_out(out: str) -> None:
-    """Raise ConfigError if `train.out` cannot be written."""
+def check_out(out: str, field: str = "train.out") -> None:
+    """Raise ConfigError if the folder `out` cannot be written.
+
+    Args:
+        out: the folder, which may be missing.
+        field: of the configuration, for the message.
+    """
     path = Path(out).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"train.out: {there} is no folder that may be written to")
+        raise ConfigError(f"{field}: {there} is no folder that may be written to")

@@ -4,6 +4,7 @@ One row for each model, backbone and method goes to docs/results/dense.jsonl.
 
     python scripts/bench/dense.py
     python scripts/bench/dense.py --models retinanet --backbones litv2_s
+    python scripts/bench/dense.py --models retinanet --backbones resnet50 --dtype bfloat16
 
 Fake tensors have no values, so steps with shapes that depend on values get fixed shapes: Mask R-CNN
 has 512 sampled regions per image, 128 of them positive, a quarter on each level, and 256 anchors per
@@ -30,6 +31,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs/results/dense.jsonl"
 METHODS = "plain,mesa8,mesa4,mesa8-recompute,mesa8-recompute+loss,checkpoint,checkpoint+loss"
 MODELS = "retinanet,mask_rcnn,semantic_fpn"
 BACKBONES = "litv2_s,litv2_m,litv2_b,vit_base_patch16_224"
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {"retinanet": (800, 1280), "mask_rcnn": (800, 1280), "semantic_fpn": (512, 512)}
 
 
@@ -60,6 +62,9 @@ def main(
     backbones: Annotated[str, typer.Option(help="Comma-separated timm names.")] = BACKBONES,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = METHODS,
     batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    dtype: Annotated[
+        str, typer.Option(help="float32, or bfloat16 or float16 of autocast.")
+    ] = "float32",
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Count every model with every method."""
@@ -67,10 +72,12 @@ def main(
     for name, backbone in track(pairs, description="dense"):
         if name not in SIZES:
             raise SystemExit(f"dense: no model {name!r}; choose from {MODELS}")
+        if dtype not in DTYPES:
+            raise SystemExit(f"dense: no dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         height, width = SIZES[name]
         step, inputs = step_of(name, backbone, batch_size, (height, width))
         common = {"model": name, "backbone": backbone, "batch_size": batch_size}
-        common |= {"height": height, "width": width, "dtype": "float32"}
+        common |= {"height": height, "width": width, "dtype": dtype}
         origin = records.provenance()
         losses: list[Any] = [m for m in step.modules() if hasattr(m, "recompute_loss")]
         for method in methods.split(","):
@@ -79,7 +86,7 @@ def main(
                 continue
             for module in losses:
                 module.recompute_loss = bool(loss)
-            count = footprint(step, inputs, policy=policy, fake=True)
+            count = footprint(step, inputs, policy=policy, autocast=DTYPES[dtype], fake=True)
             row = {"method": method, "saved_bytes": count.saved_bytes, "parts": parts(count)}
             records.append(out, {**common, **row, **origin})
 

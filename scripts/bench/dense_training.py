@@ -1,7 +1,8 @@
 """Training of the dense quickstarts, plain against mesa8, over seeds.
 
 Each finished run appends a row to docs/results/dense_training.jsonl. A run that was stopped is
-continued, and a run with a row is left out, so the script may be started again and again.
+continued, and a run with a row of the same settings is left out, so the script may be started again
+and again.
 
     python scripts/bench/dense_training.py
     python scripts/bench/dense_training.py --tasks segmentation --seeds 1
@@ -9,6 +10,8 @@ continued, and a run with a row is left out, so the script may be started again 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +40,17 @@ def settings(task: str, policy: str, seed: int, runs: Path) -> Config:
             f"train.seed={seed}",
             f"train.out={out}",
             f"data.path={runs / f'data_{task}'}",
-            "train.save_every=25",
+            "train.save_every=40",
             "train.pictures=0",
         ],
     )
+
+
+def digest(config: Config) -> str:
+    """A number of the settings of a run, its folders left out."""
+    values = config.to_dict()
+    del values["train"]["out"], values["data"]["path"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def saved_bytes(config: Config, classes: int) -> int:
@@ -80,14 +90,15 @@ def main(
     """Train what has no row yet."""
     torch.set_num_threads(1)
     rows = list(records.read(out)) if out.is_file() else []
-    done = {(row["task"], row["policy"], row["seed"]) for row in rows}
+    done = {row.get("settings") for row in rows}
     for task in tasks.split(","):
         for seed in range(seeds):
             for policy in policies.split(","):
-                if (task, policy, seed) in done:
-                    continue
                 config = settings(task, policy, seed, runs)
-                row = {"task": task, "policy": policy, "seed": seed, **trained(config)}
+                if digest(config) in done:
+                    continue
+                row = {"task": task, "policy": policy, "seed": seed, "settings": digest(config)}
+                row |= trained(config)
                 records.append(out, {**row, **records.provenance()})
 
 

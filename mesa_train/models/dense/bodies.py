@@ -22,10 +22,18 @@ _PROBE = 256
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """A body whose forward gives the chosen maps, and the number of their channels."""
+    """A body whose forward gives the chosen maps.
+
+    Attributes:
+        module: the body.
+        channels: of each map.
+        stride: of the only map of a plain ViT, from which a simple pyramid makes all levels; else
+            None.
+    """
 
     module: nn.Module
     channels: list[int]
+    stride: int | None = None
 
 
 class SelectedMaps(nn.Module):
@@ -50,14 +58,13 @@ class SelectedMaps(nn.Module):
         )
 
 
-def body_of(
-    backbone: str | nn.Module, strides: Sequence[int], *, first_norm: bool = False
-) -> Maps | PlainViT:
-    """The body that gives the maps at `strides`.
+def body_of(backbone: str | nn.Module, strides: Sequence[int], *, first_norm: bool = False) -> Maps:
+    """The body that gives the maps at `strides`, or the one map of a plain ViT.
 
     Args:
         backbone: name of a timm model, or a module: of timm's `features_only=True`, of Hugging
             Face's `AutoBackbone`, or a `PlainViT`. The module itself becomes a part of the result.
+            A backbone of Hugging Face whose maps have one stride is a plain ViT.
         strides: of the maps, in pixels.
         first_norm: keep the norm of LITv2's stage of stride 4; default false, as in detection.
     Raises:
@@ -73,9 +80,12 @@ def body_of(
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be a timm name or a module, got {backbone!r}")
     if isinstance(backbone, PlainViT):
-        return backbone
+        return Maps(backbone, backbone.channels, backbone.stride)
     all_strides, channels, channels_last = _describe(backbone)
     missing = [stride for stride in strides if stride not in all_strides]
+    if missing and len(set(all_strides)) == 1 and not _is_timm(backbone):
+        only = SelectedMaps(backbone, [len(all_strides) - 1], channels_last)
+        return Maps(only, channels[-1:], all_strides[-1])
     if missing:
         raise ValueError(
             f"{type(backbone).__name__} has maps at strides {all_strides}, not at {missing}"

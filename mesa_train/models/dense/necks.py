@@ -17,9 +17,9 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelMaxPool,
 )
 
-from .bodies import Maps, body_of
+from .bodies import body_of
 from .conventions import Conventions
-from .plain_vit import PlainViT, SimplePyramid
+from .plain_vit import SimplePyramid
 
 CHANNELS = 256
 
@@ -93,7 +93,7 @@ def pyramid_backbone(
     """
     body = body_of(backbone, strides, first_norm=first_norm)
     widths = body.channels
-    plain = isinstance(body, PlainViT)
+    plain = body.stride is not None
     blocks: dict[str | None, Any] = {
         "p6p7": lambda: P6P7(None if plain else widths[-1], channels, relu=conventions.p7_relu),
         "pool": LastLevelMaxPool,
@@ -103,7 +103,7 @@ def pyramid_backbone(
     levels += {"p6p7": [64, 128], "pool": [64], None: []}[extra]
     block = blocks[extra]()
     fpn: nn.Module
-    if isinstance(body, PlainViT):
+    if body.stride is not None:
         fpn = SimplePyramid(widths[0], channels, strides, block, patch=body.stride)
     else:
         fpn = FeaturePyramidNetwork(widths, channels, block)
@@ -113,5 +113,4 @@ def pyramid_backbone(
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-    module = body.module if isinstance(body, Maps) else body
-    return PyramidBackbone(module, fpn, levels, channels)
+    return PyramidBackbone(body.module, fpn, levels, channels)

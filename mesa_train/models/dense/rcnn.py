@@ -10,7 +10,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from .conventions import Conventions, conventions_of
 from .inputs import ImageTransform, check_targets
-from .necks import PyramidBackbone, pyramid_backbone
+from .necks import CHANNELS, PyramidBackbone, pyramid_backbone
 from .roi_heads import RegionHeads
 from .rpn import STRIDES, ProposalNetwork
 
@@ -22,6 +22,7 @@ def faster_rcnn(
     conventions: Conventions | str = "reference",
     min_size: int = 800,
     max_size: int = 1333,
+    channels: int = CHANNELS,
 ) -> RCNN:
     """Build a Faster R-CNN.
 
@@ -32,6 +33,7 @@ def faster_rcnn(
         conventions: "reference" (default), "torchvision" or `Conventions`.
         min_size: short side of the scaled image, in pixels; default 800.
         max_size: largest long side, in pixels; default 1333.
+        channels: of the pyramid's maps; default 256.
     Returns:
         A model. In training, `model(images, targets)` returns a dictionary of losses; in evaluation,
         `model(images)` returns "boxes", "scores" and "labels" of each image. Images are (3, H, W)
@@ -39,7 +41,7 @@ def faster_rcnn(
     Raises:
         ValueError: the backbone has no map of a stride, or the conventions are unknown.
     """
-    return _rcnn(backbone, num_classes, conventions, min_size, max_size, masks=False)
+    return _rcnn(backbone, num_classes, conventions, min_size, max_size, channels, masks=False)
 
 
 def mask_rcnn(
@@ -49,13 +51,14 @@ def mask_rcnn(
     conventions: Conventions | str = "reference",
     min_size: int = 800,
     max_size: int = 1333,
+    channels: int = CHANNELS,
 ) -> RCNN:
     """Build a Mask R-CNN.
 
     Args and errors are those of `faster_rcnn`. Targets also have "masks" (N, H, W); detections have
     "masks" (N, 1, H, W), boolean by default.
     """
-    return _rcnn(backbone, num_classes, conventions, min_size, max_size, masks=True)
+    return _rcnn(backbone, num_classes, conventions, min_size, max_size, channels, masks=True)
 
 
 def _rcnn(
@@ -64,11 +67,12 @@ def _rcnn(
     conventions: Conventions | str,
     min_size: int,
     max_size: int,
+    channels: int,
     *,
     masks: bool,
 ) -> RCNN:
     rules = conventions_of(conventions)
-    neck = pyramid_backbone(backbone, STRIDES[:4], "pool", rules)
+    neck = pyramid_backbone(backbone, STRIDES[:4], "pool", rules, channels=channels)
     return RCNN(neck, num_classes, rules, ImageTransform(min_size, max_size, rules), masks=masks)
 
 

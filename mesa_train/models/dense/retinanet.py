@@ -20,7 +20,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_f
 from .boxes import Anchors, BoxCoder, Matcher, widened
 from .conventions import Conventions, conventions_of
 from .inputs import ImageTransform, check_targets
-from .necks import PyramidBackbone, pyramid_backbone
+from .necks import CHANNELS, PyramidBackbone, pyramid_backbone
 
 STRIDES = (8, 16, 32, 64, 128)
 _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
@@ -33,6 +33,7 @@ def retinanet(
     conventions: Conventions | str = "reference",
     min_size: int = 800,
     max_size: int = 1333,
+    channels: int = CHANNELS,
     recompute_loss: bool = False,
 ) -> RetinaNet:
     """Build a RetinaNet.
@@ -43,6 +44,7 @@ def retinanet(
         conventions: "reference" (default), "torchvision" or `Conventions`.
         min_size: short side of the scaled image, in pixels; default 800.
         max_size: largest long side, in pixels; default 1333.
+        channels: of the pyramid's maps and of the head's towers; default 256.
         recompute_loss: save the logits alone for the backward of the focal loss, and compute the
             loss again there; default false.
     Returns:
@@ -53,7 +55,7 @@ def retinanet(
         ValueError: the backbone has no map of a stride, or the conventions are unknown.
     """
     rules = conventions_of(conventions)
-    neck = pyramid_backbone(backbone, STRIDES[:3], "p6p7", rules)
+    neck = pyramid_backbone(backbone, STRIDES[:3], "p6p7", rules, channels=channels)
     return RetinaNet(neck, num_classes, rules, min_size, max_size, recompute_loss)
 
 

@@ -22,6 +22,7 @@ def semantic_fpn(
     num_classes: int = 150,
     *,
     dropout: float = 0.1,
+    channels: int = CHANNELS,
     recompute_loss: bool = False,
 ) -> SemanticFPN:
     """Build a Semantic FPN.
@@ -30,6 +31,7 @@ def semantic_fpn(
         backbone: timm name or module (see `bodies.body_of`) with maps at strides 4, 8, 16 and 32.
         num_classes: default 150.
         dropout: rate of whole channels before the classifier; default 0.1.
+        channels: of the pyramid's maps; default 256.
         recompute_loss: save the logits at a quarter of the size for the backward of the loss, and
             compute the loss again there; default false.
     Returns:
@@ -38,7 +40,7 @@ def semantic_fpn(
     Raises:
         ValueError: the backbone has no map of a stride.
     """
-    return SemanticFPN(backbone, num_classes, dropout, recompute_loss)
+    return SemanticFPN(backbone, num_classes, dropout, channels, recompute_loss)
 
 
 class Unit(nn.Module):
@@ -61,13 +63,13 @@ class SemanticHead(nn.Module):
     4 passes one unit. The sum of the results is classified.
     """
 
-    def __init__(self, num_classes: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, dropout: float, channels: int = CHANNELS) -> None:
         super().__init__()
         self.scale_heads = nn.ModuleList()
         for doublings in range(4):
             layers: list[nn.Module] = []
             for index in range(max(1, doublings)):
-                layers.append(Unit(_WIDTH if index else CHANNELS, _WIDTH))
+                layers.append(Unit(_WIDTH if index else channels, _WIDTH))
                 if doublings:
                     layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
             self.scale_heads.append(nn.Sequential(*layers))
@@ -94,14 +96,15 @@ class SemanticFPN(nn.Module):
         backbone: str | nn.Module,
         num_classes: int,
         dropout: float,
+        channels: int = CHANNELS,
         recompute_loss: bool = False,
     ) -> None:
         super().__init__()
         self.recompute_loss = recompute_loss
         self.backbone = pyramid_backbone(
-            backbone, (4, 8, 16, 32), None, Conventions(), first_norm=True
+            backbone, (4, 8, 16, 32), None, Conventions(), first_norm=True, channels=channels
         )
-        self.decode_head = SemanticHead(num_classes, dropout)
+        self.decode_head = SemanticHead(num_classes, dropout, channels)
         self.num_classes = num_classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:

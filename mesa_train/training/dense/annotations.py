@@ -58,18 +58,48 @@ class Objects:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """An encoded picture in a table of `datasets`.
+
+    Attributes:
+        rows: the table; its pictures are not decoded.
+        index: of the row.
+        column: with the pictures.
+        name: for messages.
+    """
+
+    rows: Any
+    index: int
+    column: str
+    name: str
+
+    def read(self) -> bytes | str | None:
+        """The file's bytes or its path; None if the cell is empty."""
+        value = self.rows[self.index][self.column] or {}
+        return value.get("bytes") or value.get("path")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def encoded(picture: Any) -> Any:
+    """The bytes or the path of a picture: of a `Cell`, or the path itself."""
+    return picture.read() if isinstance(picture, Cell) else picture
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture of a data set.
 
     Attributes:
-        path: of the file.
+        path: of the file, or a `Cell` of a table.
         name: of the entry that describes it, for messages.
         id: in the annotations.
         objects: its objects.
     """
 
-    path: str
+    path: Any
     name: str
     id: Any
     objects: Objects

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mesa_train.models.dense import faster_rcnn, mask_rcnn, plain_vit, retinanet, semantic_fpn
+from mesa_train.models.dense.bodies import SelectedMaps
 from mesa_train.models.dense.official import from_official
 from mesa_train.models.dense.plain_vit import PlainViT
 from mesa_train.models.lit.official import adapted, read_official
@@ -19,6 +20,7 @@ from mesa_train.models.lit.pyramid import PyramidFeatures
 from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
 
+from . import hugging_face
 from .config import Config
 
 _log = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ def model_of(config: Config, classes: int, device: str = "cpu") -> nn.Module:
         ConfigError: the backbone is unknown or has no maps, or an option does not fit it.
     """
     model, data = config.model, config.data
-    body = backbone_of(config, device)
-    options: dict[str, Any] = {}
+    body = backbone_of(config, device, strides_of(model.kind))
+    options: dict[str, Any] = {"channels": model.channels}
     if model.recompute_loss:
         options["recompute_loss"] = True
     try:
@@ -54,9 +56,20 @@ def model_of(config: Config, classes: int, device: str = "cpu") -> nn.Module:
     return detector
 
 
-def backbone_of(config: Config, device: str = "cpu") -> nn.Module:
+def strides_of(kind: str) -> tuple[int, ...]:
+    """The strides of the backbone's maps that a model takes, in pixels."""
+    return (8, 16, 32) if kind == "retinanet" else (4, 8, 16, 32)
+
+
+def backbone_of(
+    config: Config, device: str = "cpu", strides: Sequence[int] = (4, 8, 16, 32)
+) -> nn.Module:
     """The backbone of a configuration.
 
+    Args:
+        config: of the run.
+        device: default "cpu"; "meta" allocates nothing.
+        strides: of its maps, in pixels; default 4 to 32.
     Raises:
         ConfigError: it is unknown, or an option does not fit it.
     """
@@ -65,6 +78,8 @@ def backbone_of(config: Config, device: str = "cpu") -> nn.Module:
     import mesa_train.models as registered  # noqa: F401  timm knows them from here on
 
     model = config.model
+    if model.backbone.startswith(hugging_face.PREFIX):
+        return _of_hugging_face(model, device, strides)
     if not timm.is_model(model.backbone):
         near = ", ".join(difflib.get_close_matches(model.backbone, timm.list_models(), n=4))
         hint = f"; close names: {near}" if near else ""
@@ -106,6 +121,23 @@ def backbone_of(config: Config, device: str = "cpu") -> nn.Module:
     return body
 
 
+def _of_hugging_face(model: Any, device: str, strides: Sequence[int]) -> nn.Module:
+    if model.window:
+        raise ConfigError(
+            f"model.window={model.window} is for litv2_* and plain ViTs, not {model.backbone}"
+        )
+    body = hugging_face.build(
+        model.backbone.removeprefix(hugging_face.PREFIX),
+        strides,
+        pretrained=model.pretrained,
+        drop_path=model.drop_path,
+        device=device,
+    )
+    if model.grad_checkpointing:
+        hugging_face.checkpoint_blocks(body, model.backbone)
+    return body
+
+
 def start_from(model: Any, config: Config) -> None:
     """Load the weights of `model.weights`.
 
@@ -131,6 +163,8 @@ def start_from(model: Any, config: Config) -> None:
         model.load_state_dict(weights)
         return
     body = model.backbone.body
+    if isinstance(body, SelectedMaps):
+        body = body.model
     own = body.state_dict()
     if isinstance(body, PyramidFeatures):
         weights = adapted(weights, body)

@@ -40,10 +40,10 @@ def load(file: str | Path, folder: str | Path, *, masks: bool = False) -> Detect
     shapes: dict[Any, list[Any]] = {key: [] for key in images}
     for index, entry in enumerate(values["annotations"]):
         field = f"annotations[{index}]"
-        key, row = _annotation(file, field, entry, images, categories)
+        key, row = annotation(file, field, entry, images, categories)
         rows[key].append((field, row))
         if masks:
-            shapes[key].append(_segmentation(file, field, entry, images[key]))
+            shapes[key].append(segmentation(file, field, entry, images[key]))
     pictures, left_out = [], list[str]()
     for key, image in images.items():
         own = [row for _, row in rows[key]]
@@ -119,7 +119,7 @@ def _images(file: Path, entries: list[Any], folder: Path) -> dict[Any, dict[str,
     return found
 
 
-def _annotation(
+def annotation(
     file: Path,
     field: str,
     entry: Mapping[str, Any],
@@ -147,9 +147,7 @@ def _annotation(
     return key, ([x, y, x + width, y + height], categories[category][0], bool(crowd), float(area))
 
 
-def _segmentation(
-    file: Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]
-) -> Any:
+def segmentation(file: Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
     """Polygons of at least three points, or run lengths; an empty list if no polygon is left."""
     field, value = f"{field}.segmentation", entry.get("segmentation")
     if isinstance(value, list):

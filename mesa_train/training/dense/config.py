@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,14 @@ from mesa_train.training.config_schema import (
     of_values,
     read_yaml,
 )
+from mesa_train.training.recipe_config import check_out
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 SEGMENTER = "semantic_fpn"
-FORMATS = {"detection": ("coco", "voc", "digits"), "segmentation": ("ade", "voc", "digits")}
+FORMATS = {
+    "detection": ("coco", "voc", "datasets", "digits"),
+    "segmentation": ("ade", "voc", "datasets", "digits"),
+}
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
 
 
@@ -35,15 +38,19 @@ class ModelConfig:
     Attributes:
         kind: "retinanet" (default), "faster_rcnn", "mask_rcnn" or "semantic_fpn".
         backbone: a timm model with maps, LITv2's included, or a plain ViT; default "litv2_s".
+            "hf:NAME" is a backbone of Hugging Face's transformers: a folder with a config.json, a
+            model type such as "swin", or a name on a hub.
         window: of LITv2's stage 3 (the authors have 2 and 4), or of a plain ViT's blocks; default
             0: 2 for LITv2, 14 for a plain ViT.
         global_blocks: blocks of a plain ViT that attend over the whole map; default 4.
         classes: default: as in the data; must match the data if given.
+        channels: of the pyramid's maps, and of RetinaNet's towers; default 256.
         drop_path: highest drop path rate of the backbone; default 0.2; in [0, 1).
         weights: a safetensors file or a .pth to start from: of a classifier for the backbone, of the
             authors' detector, or of a run; default: none.
         allow_config: let a .pth carry its trainer's configuration, which is dropped; default false.
-        pretrained: download timm's weights of the backbone; default false.
+        pretrained: download timm's weights of the backbone, or read those of a Hugging Face folder;
+            default false.
         conventions: "reference" (default) or "torchvision".
         recompute_loss: compute the loss again in the backward; retinanet and semantic_fpn; default
             false.
@@ -56,6 +63,7 @@ class ModelConfig:
     window: Annotated[int, NOT_NEGATIVE] = 0
     global_blocks: Annotated[int, NOT_NEGATIVE] = 4
     classes: Annotated[int | None, POSITIVE] = None
+    channels: Annotated[int, POSITIVE] = 256
     drop_path: Annotated[float, SHARE] = 0.2
     weights: str | None = None
     allow_config: bool = False
@@ -76,13 +84,17 @@ class DataConfig:
     """The data set, the size of its pictures, and its loader.
 
     Attributes:
-        format: detectors: "coco" (default), "voc" or "digits". Segmenters: "ade", "voc" or "digits".
+        format: detectors: "coco" (default), "voc", "datasets" or "digits". Segmenters: "ade", "voc",
+            "datasets" or "digits". "datasets" is a table of Hugging Face's `datasets` (`tables.py`).
             "digits" are the composed pictures of `composed.py`, of `short_side` x `long_side` pixels,
             written to `path` if it is missing.
-        path: the folder of the data set. COCO: PATH/SPLIT/*.jpg and
-            PATH/annotations/instances_SPLIT.json.
+        path: the folder of the data set, or a name on a hub for "datasets". COCO: PATH/SPLIT/*.jpg
+            and PATH/annotations/instances_SPLIT.json.
         train, val: names of the splits; default: those of the format.
         train_annotations, val_annotations: COCO's files, within `path`; default: see `path`.
+        image_key, objects_key, map_key: columns of "datasets"; default "image", "objects" and
+            "annotation".
+        boxes: of the objects of "datasets", "xywh" (default, as COCO's) or "xyxy".
         train_pictures: number of training pictures, for a dry run without the data, and for
             "digits"; default: counted.
         val_pictures: of "digits"; default 200.
@@ -96,12 +108,16 @@ class DataConfig:
         pin_memory: of the loader; default true.
     """
 
-    format: Annotated[str, OneOf(("coco", "voc", "ade", "digits"))] = "coco"
+    format: Annotated[str, OneOf(("coco", "voc", "ade", "datasets", "digits"))] = "coco"
     path: str | None = None
     train: str | None = None
     val: str | None = None
     train_annotations: str | None = None
     val_annotations: str | None = None
+    image_key: str = "image"
+    objects_key: str = "objects"
+    map_key: str = "annotation"
+    boxes: Annotated[str, OneOf(("xywh", "xyxy"))] = "xywh"
     train_pictures: Annotated[int | None, POSITIVE] = None
     val_pictures: Annotated[int, POSITIVE] = 200
     digits: str = "0123456789"
@@ -262,16 +278,13 @@ class Config:
         """Raise ConfigError if data or weights are missing, or `train.out` cannot be written."""
         if not self.data.path:
             raise ConfigError("data.path is missing: the folder of the data set")
-        if self.data.format != "digits" and not Path(self.data.path).is_dir():
+        if self.data.format not in ("datasets", "digits") and not Path(self.data.path).is_dir():
             raise ConfigError(f"data.path: no such folder {self.data.path}")
         if self.model.weights and not Path(self.model.weights).is_file():
             raise ConfigError(f"model.weights: no such file {self.model.weights}")
-        for name, value in (("train.out", self.train.out), ("data.path", self.data.path)):
-            folder = Path(value).absolute()
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            written = name == "train.out" or not folder.exists()
-            if not there.is_dir() or (written and not os.access(there, os.W_OK | os.X_OK)):
-                raise ConfigError(f"{name}: {there} is no folder that may be written to")
+        check_out(self.train.out)
+        if self.data.format == "digits" and not Path(self.data.path).exists():
+            check_out(self.data.path, "data.path")
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:

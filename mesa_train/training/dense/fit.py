@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from mesa_train.report import figures
-from mesa_train.training import checkpoints, disk, recipe_run
+from mesa_train.training import accelerated_run, checkpoints, disk
+from mesa_train.training.accelerated_run import step_report
 from mesa_train.training.config_schema import ConfigError, changed
-from mesa_train.training.loop import StepResult, speed, train
-from mesa_train.training.progress import Every
+from mesa_train.training.loop import train
 from mesa_train.utils import records
 
 from . import dry_run, pictures
-from .build import backbone_of, model_of, start_from
+from .build import backbone_of, model_of, start_from, strides_of
 from .config import Config, of_dict
 from .run import CHECKPOINTS, DenseRun
 from .tasks import Scores, task_of
@@ -63,7 +63,8 @@ def prepare(config: Config) -> DenseRun:
 
     config.check_files()
     dry_run.check_machine(config)
-    backbone_of(dataclasses.replace(config, model=_without_weights(config)), "meta")
+    plain = dataclasses.replace(config, model=_without_weights(config))
+    backbone_of(plain, "meta", strides_of(config.model.kind))
     state = PartialState(cpu=dry_run.use_cpu(config))
     config = dry_run.shared(config, state.num_processes)
     with state.main_process_first():
@@ -90,7 +91,7 @@ def resume(run: DenseRun, how: str) -> bool:
     Raises:
         ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
-    return recipe_run.resume(run, how, METRICS)
+    return accelerated_run.resume(run, how, METRICS)
 
 
 def fit(run: DenseRun) -> Scores | None:
@@ -102,19 +103,7 @@ def fit(run: DenseRun) -> Scores | None:
     config, metrics = run.config, run.out / METRICS
     named = {"name": config.train.policy, "seed": config.train.seed}
     last: Scores | None = None
-    said = Every()
-    if run.main:
-        run.out.mkdir(parents=True, exist_ok=True)
-
-    def report(result: StepResult) -> None:
-        if not run.main:
-            return
-        # A segmenter's only part is called "loss" too; the mean over the steps counts.
-        row = run.row() | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
-        row |= {"step_ms": result.step_ms, "wait_ms": result.wait_ms}
-        row |= speed(config.train.global_batch, result.step_ms, run.device)
-        disk.append(metrics, {"kind": "step", "step": result.step, **row})
-        said(f"step {result.step} of {run.cadence.steps}, loss {result.loss:.3f}")
+    report = step_report(run, metrics)
 
     def end_of_epoch(_: int, step_ms: float) -> None:
         nonlocal last
@@ -178,6 +167,6 @@ def describe(run: DenseRun) -> str:
         f"{config.model.kind} on {config.model.backbone}, {config.train.policy}: "
         f"{len(run.task.groups)} training pictures, {run.task.count} for validation, "
         f"{len(run.task.names)} classes\n"
-        f"{dry_run.batches(config, run.accelerator.num_processes)}, steps {run.done} to {run.steps}\n"
-        f"{dry_run.precision(config).line}"
+        f"{dry_run.batches(config, run.world)}, steps {run.done} to {run.cadence.steps}\n"
+        f"{run.precision.line}"
     )

@@ -22,7 +22,7 @@ from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.decode import decode
 from mesa_train.training.data.sources import MISTAKES, CorruptImage, keeping_random_state, seed_all
 
-from .annotations import DetectionSet
+from .annotations import DetectionSet, encoded
 from .maps import MapSet, read_map
 
 Sample = dict[str, Any]
@@ -51,14 +51,14 @@ class Batch:
         )
 
 
-def read_picture(path: str) -> tv_tensors.Image:
-    """A picture of any mode as uint8 (3, H, W).
+def read_picture(path: Any) -> tv_tensors.Image:
+    """A picture of any mode as uint8 (3, H, W), of a path or a `Cell`.
 
     Raises:
         CorruptImage: it cannot be decoded; names the path.
     """
     try:
-        return tv_tensors.Image(F.pil_to_tensor(decode(path)))
+        return tv_tensors.Image(F.pil_to_tensor(decode(encoded(path))))
     except Exception as error:  # Pillow raises errors of many types
         text = " ".join(str(error).split()) or type(error).__name__
         raise CorruptImage(f"{path} cannot be decoded ({text})") from None

@@ -7,8 +7,10 @@ a picture of one channel (8 or 16 bits, grey or with a palette) whose pixels are
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from PIL import Image
 
 from mesa_train.training.data.image_records import CorruptImage
 
-from .annotations import refuse
+from .annotations import encoded, refuse
 from .voc import EXTENSIONS, picture_path, stems_of
 
 IGNORED = 255
@@ -28,13 +30,13 @@ class MapSet:
 
     Attributes:
         folder: of the maps.
-        pairs: (path of the picture, path of the map), sorted.
+        pairs: (picture, map), each a path or a `Cell` of a table; paths are sorted.
         names: of the classes by label, if the folder names them.
         zero_ignored: value 0 is no class, and value v is class v - 1.
     """
 
     folder: str
-    pairs: list[tuple[str, str]]
+    pairs: list[tuple[Any, Any]]
     names: tuple[str, ...] | None
     zero_ignored: bool
 
@@ -69,24 +71,29 @@ def load(folder: str | Path, split: str, *, voc: bool = False, zero_ignored: boo
             refuse(
                 missing[0], f"the {kind}", f"does not exist; {len(missing)} of {len(paths)} do not"
             )
+    return MapSet(str(maps), [(str(p), str(m)) for p, m in pairs], names_of(folder), zero_ignored)
+
+
+def names_of(folder: Path) -> tuple[str, ...] | None:
+    """The classes of a folder's `classes.txt`, a name a line; None if there is no such file."""
     names = folder / "classes.txt"
     lines = names.read_text().splitlines() if names.is_file() else []
-    found = tuple(line.strip() for line in lines if line.strip()) or None
-    return MapSet(str(maps), [(str(p), str(m)) for p, m in pairs], found, zero_ignored)
+    return tuple(line.strip() for line in lines if line.strip()) or None
 
 
-def read_map(path: str, classes: int, *, zero_ignored: bool) -> NDArray[np.int64]:
+def read_map(path: Any, classes: int, *, zero_ignored: bool) -> NDArray[np.int64]:
     """The labels (H, W) of a map: from 0 to classes - 1, or 255 for ignored pixels.
 
     Args:
-        path: of the map.
+        path: of the map, or a `Cell`.
         classes: number of classes.
         zero_ignored: value 0 is ignored, and value v is class v - 1.
     Raises:
         CorruptImage: the file is no map, or a value is no class. The message names the value.
     """
     try:
-        with Image.open(path) as image:
+        found = encoded(path)
+        with Image.open(io.BytesIO(found) if isinstance(found, bytes) else found) as image:
             mode, values = image.mode, np.array(image)
     except Exception as error:  # Pillow raises errors of many types
         text = " ".join(str(error).split())

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +22,21 @@ from torch import Tensor, nn
 import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints, disk
+from mesa_train.training.accelerated_run import CHECKPOINTS as CHECKPOINTS
+from mesa_train.training.accelerated_run import AcceleratedRun, add_parts
 from mesa_train.training.classification.accelerated import gather
 from mesa_train.training.data.sources import keeping_random_state, seed_all
-from mesa_train.training.loop import Cadence, StepResult, TrainingRun
-from mesa_train.training.recipe_run import check_settings
+from mesa_train.training.loop import Cadence, StepResult
 
 from . import optimizers
 from .config import Config
 from .loader import Batch, Loader
 from .tasks import Scores, Task, finite
 
-CHECKPOINTS, BEST = "checkpoints", "best.safetensors"
-# Settings that decide which micro-batches a step has.
-_KEPT = ("global_batch", "micro_batch", "epochs", "steps", "seed")
+BEST = "best.safetensors"
 
 
-class DenseRun(TrainingRun):
+class DenseRun(AcceleratedRun):
     """A model in training.
 
     Args:
@@ -49,11 +48,16 @@ class DenseRun(TrainingRun):
         ConfigError: the pictures do not fill one step.
     """
 
+    config: Config
+    # They decide which micro-batches a step has.
+    fixed: ClassVar = {"train": ("global_batch", "micro_batch", "epochs", "steps", "seed")}
+    remedy = "a lower optim.lr, more optim.warmup_steps, or optim.clip,"
+
     def __init__(self, config: Config, task: Task, model: nn.Module, accelerator: Any) -> None:
+        super().__init__(config, accelerator, len(task.groups))
         train, data = config.train, config.data
-        self.config, self.task, self.accelerator = config, task, accelerator
-        world = accelerator.num_processes
-        self.accumulation = train.global_batch // (train.micro_batch * world)
+        self.task = task
+        self.accumulation = train.global_batch // (train.micro_batch * self.world)
         self.loader = Loader(
             task.train,
             task.val,
@@ -62,15 +66,15 @@ class DenseRun(TrainingRun):
             micro=train.micro_batch,
             accumulation=self.accumulation,
             fill=task.fill,
-            rank=accelerator.process_index,
-            world=world,
+            rank=self.rank,
+            world=self.world,
             workers=data.workers,
-            pin_memory=data.pin_memory and accelerator.device.type == "cuda",
+            pin_memory=data.pin_memory and self.device.type == "cuda",
         )
-        self.steps = train.steps or train.epochs * self.loader.steps
+        steps = train.steps or train.epochs * self.loader.steps
         every = train.eval_every * (1 if train.steps else self.loader.steps)
-        self.cadence = Cadence(self.steps, every, train.log_every, train.save_every)
-        self.out, self.step_done, self.best = Path(train.out), 0, -1.0
+        self.cadence = Cadence(steps, every, train.log_every, train.save_every)
+        self.best = -1.0
         self.parts: dict[str, Tensor] = {}
         # Sum of the losses since the last evaluation, and their number.
         self.loss_sum, self.losses = 0.0, 0
@@ -82,27 +86,6 @@ class DenseRun(TrainingRun):
             mesa_train.wrap(model, train.policy)
         optimizer = optimizers.build(config.optim, optimizers.groups(model, config.optim))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-
-    @property
-    def done(self) -> int:
-        """Optimizer steps done."""
-        return self.step_done
-
-    @property
-    def main(self) -> bool:
-        """True on the first process."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def bare(self) -> Any:
@@ -117,18 +100,17 @@ class DenseRun(TrainingRun):
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Take one optimizer step. Returns (mean loss of this process, gradient norm)."""
         train, total, norm = self.config.train, torch.zeros((), device=self.device), None
-        rate = optimizers.rate(self.config.optim, self.done, self.steps, self.loader.steps)
+        rate = optimizers.rate(self.config.optim, self.done, self.cadence.steps, self.loader.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.parts = {}
         for turn in range(self.accumulation):
             batch = next(batches)
             # Drop path, dropout and the choice of regions use these generators.
-            seed_all(train.seed, self.done, turn * world + rank)
+            seed_all(train.seed, self.done, turn * self.world + self.rank)
             with self.accelerator.accumulate(self.model):
                 losses = self.task.losses(self.model, batch, self.device)
-                loss = torch.stack([value.float() for value in losses.values()]).sum()
+                loss = add_parts(self.parts, losses, self.accumulation)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     clip = self.config.optim.clip or math.inf
@@ -136,28 +118,16 @@ class DenseRun(TrainingRun):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += loss.detach() / self.accumulation
-            for name, value in losses.items():
-                part = value.detach().float() / self.accumulation
-                self.parts[name] = self.parts[name] + part if name in self.parts else part
-        self.step_done += 1
+        self.steps += 1
         return total, torch.zeros_like(total) if norm is None else torch.as_tensor(norm).to(total)
 
     def row(self) -> dict[str, float]:
         """The losses of this process's last step by part. Waits for the device."""
         return {name: float(value) for name, value in self.parts.items()}
 
-    def mean(self, loss: Tensor) -> Tensor:
-        """The mean of a loss over all processes."""
-        found: Tensor = self.accelerator.reduce(loss, reduction="mean")
-        return found
-
     def accept(self, result: StepResult) -> None:
         """Add the losses to the epoch's. FloatingPointError if the loss is not finite."""
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(
-                f"the loss is {result.loss} after step {result.step}; a lower optim.lr, more "
-                "optim.warmup_steps, or optim.clip, usually helps"
-            )
+        super().accept(result)
         self.loss_sum += result.loss * result.steps
         self.losses += result.steps
 
@@ -166,7 +136,7 @@ class DenseRun(TrainingRun):
         """The scores of all validation pictures, the same on all processes."""
         from accelerate.utils import broadcast_object_list
 
-        self._same_buffers()
+        self.same_buffers(self.bare)
         model = self.bare.eval()
         found: list[Any] = []
         with keeping_random_state():
@@ -178,52 +148,25 @@ class DenseRun(TrainingRun):
         model.train()
         return scores[0]
 
-    def save(self) -> Path:
-        """Write a checkpoint. All processes take part.
+    def about(self) -> dict[str, Any]:
+        """The state of a checkpoint beside its files."""
+        return super().about() | {"best": self.best, "losses": [self.loss_sum, self.losses]}
 
-        Raises:
-            CheckpointError: on all processes if it cannot be written.
-        """
-        folder = self.out / CHECKPOINTS
-        written = checkpoints.partial(folder, self.done)
-        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
-
-        def write() -> None:
-            with disk.to_the_end(self.model):
-                self.accelerator.save_state(str(written))
-
-        def commit() -> None:
-            state = {
-                "step": self.done,
-                "best": self.best,
-                "losses": [self.loss_sum, self.losses],
-                "config": self.config.to_dict(),
-                "shapes": self.shapes,
-                "images": len(self.task.groups),
-            }
-            checkpoints.commit(written, state, self.config.train.keep)
-
-        # Each call waits for all processes.
-        for part in (lambda: checkpoints.clear(written), write, commit):
-            work = part if part is write or self.main else lambda: None
-            disk.together(work, final, written, gather)
-        return final
-
-    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that `checkpoints.verify` has accepted.
-
-        Raises:
-            CheckpointError: the checkpoint is of another model.
-            ConfigError: batch, length, seed or data differ, so that the steps would not match.
-        """
-        with disk.reading(checkpoint):
-            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-        check_settings(checkpoint, state, self.config, {"train": _KEPT})
-        checkpoints.check_images(checkpoint, state, len(self.task.groups))
-        with disk.reading(checkpoint):
-            self.accelerator.load_state(str(checkpoint))
-        self.step_done, self.best = int(state["step"]), float(state["best"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the state that `about` gave."""
+        super().restore(state)
+        self.best = float(state["best"])
         self.loss_sum, self.losses = float(state["losses"][0]), int(state["losses"][1])
+
+    def write(self, folder: Path) -> None:
+        """Write Accelerate's state into a folder."""
+        with disk.to_the_end(self.model):
+            self.accelerator.save_state(str(folder))
+
+    def read(self, folder: Path) -> None:
+        """Read Accelerate's state."""
+        with disk.reading(folder):
+            self.accelerator.load_state(str(folder))
 
     def save_best(self, scores: Scores) -> bool:
         """Write the weights to `best.safetensors` if the scores are the best so far."""
@@ -248,12 +191,3 @@ class DenseRun(TrainingRun):
         folder = self.out / CHECKPOINTS
         disk.together(write, path, checkpoints.beside(path), gather, folder)
         return True
-
-    def _same_buffers(self) -> None:
-        """Copy the first process's buffers to all processes."""
-        if self.accelerator.num_processes == 1:
-            return
-        from accelerate.utils import broadcast
-
-        for buffer in self.bare.buffers():
-            buffer.copy_(broadcast(buffer.detach().clone()))

@@ -22,7 +22,7 @@ from mesa_train.training import disk
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.evaluation.segmentation import confusion_matrix, segmentation_scores
 
-from . import coco, composed, maps, transforms, voc
+from . import coco, composed, maps, tables, transforms, voc
 from .annotations import DetectionSet
 from .config import Config, DataConfig
 from .evaluation import average_precision, detections_of
@@ -211,6 +211,13 @@ def _detection_sets(data: DataConfig, *, masks: bool) -> tuple[DetectionSet, Det
         names = _splits(data, "train", "val")
         train = voc.load(folder, names[0])
         return train, voc.load(folder, names[1], classes=train.names)
+    if data.format == "datasets":
+        names = _splits(data, "train", "validation")
+        options: dict[str, Any] = {"image_key": data.image_key, "objects_key": data.objects_key}
+        options |= {"boxes": data.boxes, "masks": masks}
+        train = tables.detection(str(data.path), names[0], **options)
+        val = tables.detection(str(data.path), names[1], classes=train.names, **options)
+        return _of_one_kind(train, val)
     default = ("train", "val") if data.format == "digits" else ("train2017", "val2017")
     train_name, val_name = _splits(data, *default)
     found = [
@@ -220,22 +227,33 @@ def _detection_sets(data: DataConfig, *, masks: bool) -> tuple[DetectionSet, Det
             (val_name, data.val_annotations),
         )
     ]
+    return _of_one_kind(*found)
+
+
+def _of_one_kind(train: DetectionSet, val: DetectionSet) -> tuple[DetectionSet, DetectionSet]:
+    """Both splits. ConfigError if their categories differ."""
     for field in ("category_ids", "names"):
-        ours, theirs = getattr(found[0], field), getattr(found[1], field)
+        ours, theirs = getattr(train, field), getattr(val, field)
         if ours != theirs:
             pairs = zip((*ours, None), (*theirs, None), strict=False)
             one, other = next(pair for pair in pairs if pair[0] != pair[1])
             raise ConfigError(
-                f"{found[1].file}: categories differ from {found[0].file}: {other!r} instead of "
-                f"{one!r}"
+                f"{val.file}: categories differ from {train.file}: {other!r} instead of {one!r}"
             )
-    return found[0], found[1]
+    return train, val
 
 
 def _map_sets(data: DataConfig) -> tuple[maps.MapSet, maps.MapSet]:
     """(training, validation) of a segmenter."""
     is_voc = data.format == "voc"
     zero = data.zero_ignored if data.zero_ignored is not None else not is_voc
+    if data.format == "datasets":
+        keys: dict[str, Any] = {"image_key": data.image_key, "map_key": data.map_key}
+        sets = [
+            tables.segmentation(str(data.path), split, zero_ignored=zero, **keys)
+            for split in _splits(data, "train", "validation")
+        ]
+        return sets[0], sets[1]
     train, val = _splits(data, *(("train", "val") if is_voc else ("training", "validation")))
     options: dict[str, Any] = {"voc": is_voc, "zero_ignored": zero}
     return maps.load(str(data.path), train, **options), maps.load(str(data.path), val, **options)
@@ -245,10 +263,13 @@ def _compose(config: Config) -> None:
     """Write the composed pictures, if the folder does not hold those of this configuration."""
     data, folder = config.data, Path(str(config.data.path))
     size = (min(data.short_side, 427), min(data.long_side, 256))
+    # RetinaNet's smallest anchors are 32 pixels wide; smaller digits would match few of them.
+    sides = (size[0] // 2, size[0] * 3 // 4)
     about = {
         "pictures": [data.train_pictures, data.val_pictures],
         "digits": data.digits,
         "size": list(size),
+        "sides": list(sides),
         "detects": config.model.detects,
     }
     mark = folder / "composed.txt"
@@ -275,7 +296,7 @@ def _compose(config: Config) -> None:
         digits=[int(digit) for digit in data.digits],
         size=size,
         objects=(1, 3),
-        sides=(size[0] * 3 // 8, size[0] * 5 // 8),
+        sides=sides,
     )
     (written / mark.name).write_text(f"{about}\n")
     written.rename(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from mesa_train.training.config_schema import (
     read_yaml,
 )
 from mesa_train.training.data.config import DataConfig, check_path
+from mesa_train.training.recipe_config import check_out
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,7 @@ class Config:
     def check_files(self) -> None:
         """Raise ConfigError if the data is missing or `train.out` cannot be written."""
         check_path(self.data)
-        out = Path(self.train.out).absolute()
-        there = next(folder for folder in (out, *out.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"train.out: {there} is no folder that may be written to")
+        check_out(self.train.out)
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:

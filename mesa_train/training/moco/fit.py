@@ -11,9 +11,9 @@ from typing import Any
 
 from mesa_train.report import figures
 from mesa_train.training import disk, recipe_run
+from mesa_train.training.accelerated_run import step_report
 from mesa_train.training.data import sources
-from mesa_train.training.loop import StepResult, speed, train
-from mesa_train.training.progress import Every
+from mesa_train.training.loop import StepResult, train
 from mesa_train.utils import records
 
 from .config import Config
@@ -52,9 +52,6 @@ def fit(run: MocoRun) -> float | None:
     named = {"name": config.train.policy, "seed": config.train.seed}
     last: list[float] = []
     losses: list[tuple[float, int]] = []
-    said = Every()
-    if run.main:
-        run.out.mkdir(parents=True, exist_ok=True)
 
     def neighbours(epoch: int, **row: Any) -> None:
         if run.main:
@@ -67,15 +64,13 @@ def fit(run: MocoRun) -> float | None:
                 flush=True,
             )  # fmt: skip
 
+    row_of = step_report(
+        run, metrics, lambda result: {"cross_entropy": run.cross_entropy(result.loss)}
+    )
+
     def report(result: StepResult) -> None:
         losses.append((result.loss, result.steps))
-        if not run.main:
-            return
-        row = {"loss": result.loss, "cross_entropy": run.cross_entropy(result.loss)}
-        row |= {"grad_norm": result.grad_norm, "lr": result.lr} | run.row()
-        row |= speed(config.train.global_batch, result.step_ms, run.device)
-        disk.append(metrics, {"kind": "step", "step": result.step, **row})
-        said(f"step {result.step} of {run.cadence.steps}, loss {result.loss:.3f}")
+        row_of(result)
 
     def end_of_epoch(epoch: int, step_ms: float) -> None:
         every = config.train.knn_every

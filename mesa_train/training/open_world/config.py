@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from mesa_train.training.config_schema import (
     read_yaml,
 )
 from mesa_train.training.dense.config import AugmentConfig
+from mesa_train.training.recipe_config import check_out
 
 FORMATS = ("benchmark", "coco", "voc", "digits")
 
@@ -283,14 +283,9 @@ class Config:
                 raise ConfigError(f"data.{name}: no such folder {value}")
         if self.model.weights and not Path(self.model.weights).is_file():
             raise ConfigError(f"model.weights: no such file {self.model.weights}")
-        written = {"train.out": self.train.out}
+        check_out(self.train.out)
         if data.format == "digits" and not Path(str(data.path)).is_dir():
-            written["data.path"] = str(data.path)
-        for name, value in written.items():
-            folder = Path(value).absolute()
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                raise ConfigError(f"{name}: {there} is no folder that may be written to")
+            check_out(str(data.path), "data.path")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mesa_train.report import figures
-from mesa_train.training import disk, recipe_run
-from mesa_train.training.loop import StepResult, speed, train_epoch
-from mesa_train.training.progress import Every
+from mesa_train.training import accelerated_run, disk
+from mesa_train.training.accelerated_run import step_report
+from mesa_train.training.loop import train_epoch
 from mesa_train.utils import records
 
 from . import data, pictures
@@ -50,7 +50,7 @@ def resume(run: OpenWorldRun, how: str) -> bool:
     Raises:
         ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
-    return recipe_run.resume(run, how, METRICS)
+    return accelerated_run.resume(run, how, METRICS)
 
 
 def fit(run: OpenWorldRun) -> list[dict[str, Any]]:
@@ -60,19 +60,10 @@ def fit(run: OpenWorldRun) -> list[dict[str, Any]]:
         The evaluation rows of the run, those of earlier processes included; none on other processes
         than the first.
     """
-    config, metrics, said = run.config, run.out / METRICS, Every()
-    if run.main:
-        run.out.mkdir(parents=True, exist_ok=True)
-
-    def report(result: StepResult) -> None:
-        if not run.main:
-            return
-        row: dict[str, Any] = {"stage": run.stage.name, "loss": result.loss, **run.row()}
-        row |= {"grad_norm": result.grad_norm, "lr": result.lr, "step_ms": result.step_ms}
-        row |= speed(config.train.global_batch, result.step_ms, run.device)
-        disk.append(metrics, {"kind": "step", "step": result.step, **row})
-        said(f"{run.stage.name}: step {result.step} of {run.cadence.steps}, loss {result.loss:.3f}")
-
+    config, metrics = run.config, run.out / METRICS
+    report = step_report(
+        run, metrics, lambda _: {"stage": run.stage.name}, lambda: f"{run.stage.name}: "
+    )
     for stage in run.stages:
         if run.done >= stage.last:
             continue

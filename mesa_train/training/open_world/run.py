@@ -8,14 +8,13 @@ killed continues exactly. Gradients are averaged over processes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor
 
 import mesa_train
 from mesa_train.methods.apply import PLAIN
-from mesa_train.models.moco.backward import average_gradients
 from mesa_train.models.open_world import (
+    OpenWorldRCNN,
     OpenWorldResult,
     fit_energies,
     open_world_evaluation,
 )
-from mesa_train.training import checkpoints, disk
+from mesa_train.training import checkpoints
+from mesa_train.training.accelerated_run import WEIGHTS, AcceleratedRun, add_parts
 from mesa_train.training.classification.accelerated import gather
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all
@@ -38,25 +38,16 @@ from mesa_train.training.dense.annotations import DetectionSet
 from mesa_train.training.dense.build import start_from
 from mesa_train.training.dense.config import AugmentConfig
 from mesa_train.training.dense.loader import Batch, DetectionSamples, Loader
-from mesa_train.training.loop import Cadence, StepResult, TrainingRun
-from mesa_train.training.recipe_run import check_settings
-from mesa_train.utils.precision import choose
+from mesa_train.training.loop import Cadence
 
 from .build import build, optimizer_of
 from .config import Config, Stage, stages_of
 from .data import OpenWorldData
 
 _log = logging.getLogger(__name__)
-CHECKPOINTS, WEIGHTS, OPTIMIZER = "checkpoints", "model.safetensors", "optimizer.pt"
-# Settings that decide the steps of a run.
-_KEPT = {
-    "train": ("global_batch", "micro_batch", "seed"),
-    "optim": ("steps", "finetune_steps", "milestones"),
-    "data": ("tasks",),
-}
 
 
-class OpenWorldRun(TrainingRun):
+class OpenWorldRun(AcceleratedRun):
     """A detector in training.
 
     Args:
@@ -67,18 +58,27 @@ class OpenWorldRun(TrainingRun):
         ConfigError: batch, processes, data and model do not fit together.
     """
 
+    config: Config
+    model: OpenWorldRCNN
+    # They decide the steps of a run.
+    fixed: ClassVar = {
+        "train": ("global_batch", "micro_batch", "seed"),
+        "optim": ("steps", "finetune_steps", "milestones"),
+        "data": ("tasks",),
+    }
+    remedy = "a lower optim.lr, or optim.clip,"
+
     def __init__(self, config: Config, data: OpenWorldData, accelerator: Any) -> None:
-        train, world = config.train, accelerator.num_processes
-        if train.global_batch % (train.micro_batch * world):
+        super().__init__(config, accelerator, sum(map(len, data.training.values())))
+        train = config.train
+        if train.global_batch % (train.micro_batch * self.world):
             raise ConfigError(
                 f"train.global_batch={train.global_batch} must be a multiple of train.micro_batch="
-                f"{train.micro_batch} times {world} processes"
+                f"{train.micro_batch} times {self.world} processes"
             )
-        self.config, self.data, self.accelerator = config, data, accelerator
-        self.accumulation = train.global_batch // (train.micro_batch * world)
+        self.data = data
+        self.accumulation = train.global_batch // (train.micro_batch * self.world)
         self.stages = stages_of(config.optim, len(data.tasks.classes))
-        self.device: torch.device = accelerator.device
-        self.precision = choose(train.precision, self.device.type)
         torch.manual_seed(train.seed)
         self.model = build(config, len(data.tasks.names))
         if config.model.weights:
@@ -90,28 +90,10 @@ class OpenWorldRun(TrainingRun):
         if train.policy != PLAIN:
             mesa_train.wrap(self.model, train.policy)
         self.optimizer = optimizer_of(config, self.model)
-        fp16 = self.precision.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.steps, self.parts = 0, dict[str, Tensor]()
-        self.out = Path(train.out)
+        self.parts = dict[str, Tensor]()
         self.stage = self.stages[0]
         self.cadence = Cadence(self.stages[-1].last, self.stages[-1].last)
         self.pictures: DetectionSet | None = None
-
-    @property
-    def done(self) -> int:
-        """Optimizer steps done."""
-        return self.steps
-
-    @property
-    def main(self) -> bool:
-        """True on the first process."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage, or continue in it."""
@@ -138,8 +120,8 @@ class OpenWorldRun(TrainingRun):
             micro=config.train.micro_batch,
             accumulation=self.accumulation,
             fill=True,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=self.rank,
+            world=self.world,
             workers=config.data.workers,
             pin_memory=config.data.pin_memory and self.device.type == "cuda",
         )
@@ -154,28 +136,17 @@ class OpenWorldRun(TrainingRun):
         config, total = self.config, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.rate(config.optim, self.done)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.parts = {}
         for turn in range(self.accumulation):
             batch = next(batches)
-            seed_all(config.train.seed, self.done, turn * world + rank)
+            seed_all(config.train.seed, self.done, turn * self.world + self.rank)
             with self.autocast():
                 losses = self.model(*self.inputs(batch))
-            loss = torch.stack([value.float() for value in losses.values()]).sum()
+            loss = add_parts(self.parts, losses, self.accumulation)
             self.scaler.scale(loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
-            for name, value in losses.items():
-                part = value.detach().float() / self.accumulation
-                self.parts[name] = self.parts[name] + part if name in self.parts else part
-        average_gradients(self.model)
-        self.scaler.unscale_(self.optimizer)
-        clip = config.optim.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = self.update(self.model.parameters(), config.optim.clip or math.inf)
         self.model.heads.clustering.commit()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
         return total, norm
 
     def inputs(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -187,27 +158,10 @@ class OpenWorldRun(TrainingRun):
         ]
         return images, targets
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context of a forward in the configured precision."""
-        dtype = self.precision.dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
     def row(self) -> dict[str, float]:
         """Losses by part and counts of the last micro-batch, of this process."""
         heads = self.model.heads
         return {k: float(v) for k, v in (self.parts | heads.statistics).items()}
-
-    def mean(self, loss: Tensor) -> Tensor:
-        """The mean of a loss over all processes."""
-        return self.accelerator.reduce(loss, reduction="mean")
-
-    def accept(self, result: StepResult) -> None:
-        """FloatingPointError if the loss is not finite."""
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(
-                f"the loss is {result.loss} after step {result.step}; a lower optim.lr, or "
-                "optim.clip, usually helps"
-            )
 
     def fit_energies(self) -> dict[str, Any]:
         """Fit the energies of the stage's pictures and turn the decision on.
@@ -231,7 +185,7 @@ class OpenWorldRun(TrainingRun):
                 sample = samples[0, index]
                 yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
 
-        self._same_buffers()
+        self.same_buffers(self.model.backbone)
         with keeping_random_state():
             seed_all(self.config.train.seed, self.done, 0)
             try:
@@ -251,7 +205,7 @@ class OpenWorldRun(TrainingRun):
     @torch.no_grad()
     def detect(self) -> list[dict[str, Tensor]]:
         """Detections of all test pictures, on every process."""
-        self._same_buffers()
+        self.same_buffers(self.model.backbone)
         self.model.eval()
         found: list[Any] = []
         with keeping_random_state():
@@ -265,15 +219,6 @@ class OpenWorldRun(TrainingRun):
         by_index: dict[int, Any] = dict(gather(found))  # type: ignore[arg-type]
         return [by_index[index] for index in range(len(self.data.test))]
 
-    def _same_buffers(self) -> None:
-        """Copy the first process's running statistics to all processes; the checkpoint has these."""
-        if self.accelerator.num_processes == 1:
-            return
-        from accelerate.utils import broadcast
-
-        for buffer in self.model.backbone.buffers():
-            buffer.copy_(broadcast(buffer.detach().clone()))
-
     def score(self, detections: list[dict[str, Tensor]], **options: Any) -> OpenWorldResult:
         """The metrics of detections of all test pictures."""
         return open_world_evaluation(
@@ -286,55 +231,6 @@ class OpenWorldRun(TrainingRun):
             ties="listed",
             **options,
         )
-
-    def save(self) -> Path:
-        """Write a checkpoint; the first process writes, and all wait.
-
-        Raises:
-            CheckpointError: on all processes if it cannot be written.
-        """
-        folder = self.out / CHECKPOINTS
-        written = checkpoints.partial(folder, self.steps)
-        final = folder / written.name.removeprefix(checkpoints.PARTIAL)
-
-        def write() -> None:
-            if not self.main:
-                return
-            checkpoints.clear(written)
-            checkpoints.save_weights(written / WEIGHTS, self.model.state_dict(), {})
-            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            torch.save(state, written / OPTIMIZER)
-            about = {
-                "step": self.steps,
-                "config": self.config.to_dict(),
-                "shapes": self.shapes,
-                "images": self._count(),
-            }
-            checkpoints.commit(written, about, self.config.train.keep)
-
-        disk.together(write, final, written, gather)
-        return final
-
-    def _count(self) -> int:
-        return sum(len(pictures) for pictures in self.data.training.values())
-
-    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that `checkpoints.verify` has accepted.
-
-        Raises:
-            CheckpointError: the checkpoint is of another model.
-            ConfigError: batch, steps, seed or data differ, so that the steps would not match.
-        """
-        with disk.reading(checkpoint):
-            checkpoints.check_keys(checkpoint, state["shapes"], self.shapes)
-        check_settings(checkpoint, state, self.config, _KEPT)
-        checkpoints.check_images(checkpoint, state, self._count())
-        checkpoints.load_weights(self.model, checkpoint / WEIGHTS)
-        with disk.reading(checkpoint / OPTIMIZER):
-            found = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(found["optimizer"])
-            self.scaler.load_state_dict(found["scaler"])
-        self.steps = int(state["step"])
 
     def export(self) -> Path:
         """Write the detector, queues and fits included, to `model.safetensors`."""
@@ -360,7 +256,7 @@ def describe(run: OpenWorldRun) -> str:
     config, tasks = run.config, run.data.tasks
     lines = [
         f"{config.model.backbone}, {config.train.policy}, {run.precision.name}: "
-        f"{config.train.global_batch} pictures a step on {run.accelerator.num_processes} "
+        f"{config.train.global_batch} pictures a step on {run.world} "
         f"process(es), {len(run.data.test)} test pictures"
     ]
     for stage in run.stages:

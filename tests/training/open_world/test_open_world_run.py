@@ -35,7 +35,7 @@ def config(folder, out, *changes):
 
 
 def rows(out):
-    timed = ("step_ms", "images_per_s")
+    timed = ("step_ms", "wait_ms", "images_per_s")
     return [
         {k: v for k, v in row.items() if k not in timed}
         for row in records.read(out / "metrics.jsonl")
