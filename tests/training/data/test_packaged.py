@@ -26,7 +26,7 @@ def digits():
     [
         ("mnist5k", 4000, 1000, 28, [6, 3, 0, 8, 8, 3, 0, 0]),
         ("digits", 1437, 360, 8, [7, 6, 3, 7, 7, 3, 2, 8]),
-        ("scattered_digits", 4000, 1000, 42, [6, 3, 0, 8, 8, 3, 0, 0]),
+        ("scattered_digits", 4000, 1000, 28, [6, 3, 0, 8, 8, 3, 0, 0]),
     ],
 )
 def test_split_is_stratified_disjoint_and_fixed(name, train, held_out, size, first_labels):
