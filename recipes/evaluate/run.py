@@ -44,7 +44,9 @@ def main(
     tasks_: Annotated[
         str, typer.Option("--tasks", help=f"Comma-separated: {','.join(tasks.TASKS)}.")
     ] = ",".join(tasks.TASKS),
-    train: Annotated[str, typer.Option(help="A folder of class folders, digits, mnist5k or scattered_digits.")] = "digits",
+    train: Annotated[
+        str, typer.Option(help="A folder of class folders, digits, mnist5k or scattered_digits.")
+    ] = "digits",
     held_out: Annotated[str | None, typer.Option(help="A folder, for a folder.")] = None,
     data: Annotated[
         Path, typer.Option(help="Root of imagenet-a, -r, -v2, objectnet, model-vs-human.")

@@ -2,7 +2,8 @@
 
 Each quickstart runs to its end. Then a copy of the run, without its last checkpoint, continues, is
 killed by SIGKILL in the middle of the last epoch, and is resumed. Both runs must end with the same
-scores and the same weights. Quickstarts with other settings than the file's are not killed. A row for each quickstart goes to docs/results/recipe_quickstarts.jsonl.
+scores and the same weights. Quickstarts with other settings than the file's are comparisons, and are
+not killed. A row for each goes to docs/results/recipe_quickstarts.jsonl.
 
 LiT reads the encoder of MoCo v3, and the student reads its teacher, so the quickstarts run in the
 order of `QUICKSTARTS`.
