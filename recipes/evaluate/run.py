@@ -1,12 +1,13 @@
-"""Evaluation of a frozen model by what ViT-22B was measured by, in one report.
+"""Evaluation of frozen models by what ViT-22B was measured by, in one report.
 
     python recipes/evaluate/run.py                                  # scikit-learn's digits
     python recipes/evaluate/run.py --model vit_base_patch16_224 --weights pretrained
     --train IMAGENET/train --held-out IMAGENET/val --data SETS
+    python recipes/evaluate/run.py --model NAME --weights FILE --model FOLDER --weights pretrained
     accelerate launch recipes/evaluate/run.py --model ...            # on several GPUs
 
 Features are computed once and kept under OUT/features. The report is OUT/report.html, report.json
-and plots.png. What cannot be measured is a row with the reason.
+and plots.png. Several models have a column each. What cannot be measured is a row with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import typer
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import packaged
 from mesa_train.training.evaluation.suite import images, page, tasks
-from mesa_train.training.evaluation.suite.frozen import load_model
+from mesa_train.training.evaluation.suite.frozen import FrozenModel, head_of, load_model
 from mesa_train.utils import records
 
 HUMANS = Path(__file__).parent / "data/human_responses.npz"
@@ -30,16 +31,22 @@ MISTAKES = (ValueError, ImportError, OSError)
 
 def main(
     model: Annotated[
-        str, typer.Option(help="A timm model, ours included, or a folder with a config.json.")
-    ] = "moco_vit_tiny",
+        list[str],
+        typer.Option(help="A timm model, ours included, or a folder with a config.json; any number."),
+    ] = ["moco_vit_tiny"],  # noqa: B006
     weights: Annotated[
-        str | None, typer.Option(help="A file, or pretrained; default: random weights.")
+        list[str],
+        typer.Option(help="A file, pretrained, or random (default); once for each model."),
+    ] = [],  # noqa: B006
+    classes: Annotated[
+        int | None, typer.Option(help="Of a classifier in the weights; default: read from a file.")
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="Of a classifier in the weights.")] = None,
     tasks_: Annotated[
         str, typer.Option("--tasks", help=f"Comma-separated: {','.join(tasks.TASKS)}.")
     ] = ",".join(tasks.TASKS),
-    train: Annotated[str, typer.Option(help="A folder of class folders, digits or mnist5k.")] = "digits",
+    train: Annotated[
+        str, typer.Option(help="A folder of class folders, digits, mnist5k or scattered_digits.")
+    ] = "digits",
     held_out: Annotated[str | None, typer.Option(help="A folder, for a folder.")] = None,
     data: Annotated[
         Path, typer.Option(help="Root of imagenet-a, -r, -v2, objectnet, model-vs-human.")
@@ -63,28 +70,61 @@ def main(
         wanted = tasks.chosen(tasks_)
         known, test = _images(train, held_out)
         grouped = images.of_csv(groups) if groups is not None else None
-        with accelerator.main_process_first():
-            net = load_model(
-                model, weights, size=image_size, classes=classes, device=str(accelerator.device)
-            )
-        cache = images.FeatureCache(net, out / "features", accelerator, batch_size, half)
+        pairs = paired(model, weights)
+
+        def loaded(name: str, file: str | None) -> FrozenModel:
+            with accelerator.main_process_first():
+                return load_model(
+                    name, file, size=image_size, classes=classes_of(name, file, classes),
+                    device=str(accelerator.device),
+                )  # fmt: skip
+
+        # A mistake in the last model is told before the first one is evaluated.
+        for pair in pairs[1:]:
+            loaded(*pair)
         others = [name for name in packaged.BUILTIN if name != train]
-        evaluation = tasks.Evaluation(
-            net, known, test, cache,
-            tasks.Settings(
-                data, out_set, grouped, human_data,
-                others[0] if train in packaged.BUILTIN else None,
-            ),
-        )  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
-        rows = [row for name in wanted for row in tasks.TASKS[name](evaluation)]
+        settings = tasks.Settings(
+            data, out_set, grouped, human_data, others[0] if train in packaged.BUILTIN else None
+        )
+        reports = []
+        for name, file in pairs:
+            net = loaded(name, file)
+            cache = images.FeatureCache(net, out / "features", accelerator, batch_size, half)
+            evaluation = tasks.Evaluation(net, known, test, cache, settings)
+            out.mkdir(parents=True, exist_ok=True)
+            rows = [row for task in wanted for row in tasks.TASKS[task](evaluation)]
+            about = _about(name, file, evaluation)
+            reports.append(page.Report(about, rows, evaluation.plots))
         if accelerator.is_main_process:
-            about = _about(model, weights, evaluation)
-            files = page.write(out, rows, evaluation.plots, about)
-            _print(rows, files)
+            _print(reports, page.write(out, reports))
     except MISTAKES as error:
         raise SystemExit(f"evaluate: {' '.join(str(error).split())}") from None
     accelerator.wait_for_everyone()
+
+
+def paired(models: list[str], weights: list[str]) -> list[tuple[str, str | None]]:
+    """Each model with its weights; None for random ones.
+
+    Raises:
+        ConfigError: there are weights, but not for each model; or a model is named twice.
+    """
+    if weights and len(weights) != len(models):
+        raise ConfigError(
+            f"--weights must be given for each --model, in their order: got {len(weights)} for "
+            f"{len(models)} models; random stands for random weights"
+        )
+    files = [None if file == "random" else file for file in weights] or [None] * len(models)
+    pairs = list(zip(models, files, strict=True))
+    if len(set(pairs)) < len(pairs):
+        raise ConfigError("--model: the same model with the same weights is given twice")
+    return pairs
+
+
+def classes_of(model: str, weights: str | None, asked: int | None) -> int | None:
+    """The classes of a classifier: as asked, else as in a safetensors file; None for the model's."""
+    if asked is not None or weights is None or (Path(model) / "config.json").is_file():
+        return asked
+    return head_of(weights)
 
 
 def _images(train: str, held_out: str | None) -> tuple[images.Images, images.Images]:
@@ -106,7 +146,7 @@ def _about(model: str, weights: str | None, e: tasks.Evaluation) -> dict[str, ob
     where = records.provenance(e.features.accelerator.device)
     return {
         "model": model,
-        "weights": weights or "random, seed 0",
+        "weights": weights or ("its own" if e.model.hub else "random, seed 0"),
         "training images": f"{len(e.train)} of {e.train.name}",
         "held-out images": f"{len(e.test)} of {e.test.name}",
         "image size": f"{e.model.size} pixels",
@@ -119,11 +159,11 @@ def _about(model: str, weights: str | None, e: tasks.Evaluation) -> dict[str, ob
     }
 
 
-def _print(rows: list[tasks.Row], files: list[Path]) -> None:
+def _print(reports: list[page.Report], files: list[Path]) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(page.table(rows))
+    console.print(page.table(reports))
     for file in files:
         console.print(f"wrote {file}", highlight=False, soft_wrap=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from browser import BROWSER, browse, printed
 from limits import HUNG_S
 from PIL import Image
 from typer.testing import CliRunner
@@ -101,7 +102,11 @@ MISTAKES = [
     (["--train", "nowhere", "--held-out", "x"], "--train: no such folder nowhere"),
     (["--held-out", "x"], "--held-out: digits has its own held-out images"),
     (["--groups", "no.csv"], "--groups: no file no.csv"),
-]
+    (["--model", "vit_22b_tiny", "--model", "no_vit"], "no model 'no_vit' in timm"),
+    (["--model", "vit_22b_tiny", "--model", "moco_vit_tiny", "--weights", "random"],
+     "got 1 for 2 models; random stands for random weights"),
+    (["--model", "moco_vit_tiny", "--model", "moco_vit_tiny"], "is given twice"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[m[:30] for _, m in MISTAKES])
@@ -137,7 +142,8 @@ def test_the_page_stands_alone_and_reads_on_a_phone_and_in_print(tmp_path):
     ]
     plots = {"few-shot": ([1, 5], [0.2, 0.4]), "selective": ([0.5, 1.0], [1.0, 0.8]),
              "reliability": {"confidence": [0.5], "accuracy": [0.4], "share": [1.0]}}  # fmt: skip
-    files = page.write(tmp_path, rows, plots, {"model": "m", "command": "python <x>"})
+    about = {"model": "m", "command": "python <x>"}
+    files = page.write(tmp_path, [page.Report(about, rows, plots)])
     assert [f.name for f in files] == ["report.json", "plots.png", "report.html"]
     text = files[-1].read_text()
     assert "a&lt;b&gt;" in text
@@ -151,6 +157,124 @@ def test_the_page_stands_alone_and_reads_on_a_phone_and_in_print(tmp_path):
     assert "not measured" in text
     outside = re.findall(r'(?:src|href)="(?!data:|#)([^"]+)"', text) + re.findall(r"@import", text)
     assert not outside
+
+
+# --- several models ---
+
+
+def test_two_models_share_a_report(folders, tmp_path):
+    """One of timm with weights of a file, one of transformers."""
+    import timm
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(3)
+    # Without a classifier: its number of classes is read from the file.
+    weights = timm.create_model("moco_vit_tiny", num_classes=0).state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "image_size": 28, "patch_size": 14}  # fmt: skip
+    ViTModel(ViTConfig(**small)).save_pretrained(tmp_path / "vit")
+    code, output = call(
+        "--train", folders / "train", "--held-out", folders / "held_out", "--tasks", "fewshot,knn",
+        "--model", "moco_vit_tiny", "--weights", tmp_path / "w.safetensors",
+        "--model", tmp_path / "vit", "--weights", "pretrained", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, output
+    first, second = json.loads((tmp_path / "out/report.json").read_text())["models"]
+    assert first["about"]["weights"] == str(tmp_path / "w.safetensors")
+    assert (second["about"]["model"], second["about"]["weights"]) == (str(tmp_path / "vit"), "pretrained")  # fmt: skip
+    # Both are measured, each with its own features.
+    assert [r["about"]["features computed"] for r in (first, second)] == [84, 84]
+    assert [r["metric"] for r in first["rows"]] == [r["metric"] for r in second["rows"]]
+    assert [r["value"] for r in first["rows"]] != [r["value"] for r in second["rows"]]
+    text = (tmp_path / "out/report.html").read_text()
+    assert f"<h1>moco_vit_tiny and {tmp_path / 'vit'}</h1>" in text
+    for report in (first, second):
+        name, value = report["about"]["model"], report["rows"][0]["value"]
+        assert f'data-model="{name}"><span>{100 * value:.1f} %</span>' in text
+
+
+def report(model, *rows, weights="w"):
+    return page.Report({"model": model, "weights": weights, "date": "d"}, rows)
+
+
+def test_values_of_several_models_are_in_the_row_of_their_metric():
+    both = [
+        report("a", tasks.Row("knn", "x", "k = 10", 0.5), tasks.Row("probe", "x", "lr", 1.0, False)),
+        report("b", tasks.Row("probe", "x", "own", 0.25, note="n"),
+               tasks.Row("knn", "x", "k = 10", None, note="why")),
+    ]  # fmt: skip
+    found = page.lines(both)
+    assert [(line.task, line.metric) for line in found] == [
+        ("knn", "k = 10"), ("probe", "lr"), ("probe", "own"),
+    ]  # fmt: skip
+    assert [list(line.values.values()) for line in found] == [
+        ["50.0 %", "not measured"], ["1.000", ""], ["", "25.0 %"],
+    ]  # fmt: skip
+    # Only one model has the reason, so the note says which.
+    assert [line.note for line in found] == ["b: why", "", "n"]
+
+
+def test_models_of_one_name_are_told_apart():
+    assert page.labels([report("m", weights="v"), report("m"), report("n")]) == [
+        "m, v",
+        "m, w",
+        "n",
+    ]
+    assert page.labels([report("m"), report("m")]) == ["m, w (1)", "m, w (2)"]
+
+
+def test_facts_that_models_share_stand_once():
+    row = tasks.Row("knn", "x", "k = 10", 0.5)
+    text = page.html([report("a", row, weights="one"), report("b", row, weights="two")], [])
+    assert text.count("<dt>date</dt>") == 1
+    assert text.count("<dt>weights</dt>") == 2
+    assert text.index("<h2>a</h2>") < text.index("one") < text.index("<h2>b</h2>")
+    # On a phone, where the head is hidden, a cell names its model.
+    assert "content: attr(data-model)" in text
+    assert text.count('data-model="b"') == 1
+    single = page.html([report("a", row)], [])
+    assert "several" not in re.sub(r"<style>.*?</style>", "", single, flags=re.DOTALL)
+
+
+PROBE = """<pre id="found"></pre><script>
+const shown = (e) => getComputedStyle(e).display !== "none";
+const outside = (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("svg");
+const cell = document.querySelectorAll("td.number")[1];
+document.getElementById("found").textContent = JSON.stringify({
+  width: innerWidth, errors: window.errors,
+  overflow: document.documentElement.scrollWidth - innerWidth,
+  outside: [...document.querySelectorAll("main *")].filter(outside).map((e) => e.outerHTML),
+  head: shown(document.querySelector("thead")),
+  label: getComputedStyle(cell, "::before").content, value: cell.textContent,
+  background: getComputedStyle(document.body).backgroundColor,
+});</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium: apt-get install chromium")
+def test_a_page_of_two_models_fits_a_phone_and_prints(tmp_path):
+    pytest.importorskip("matplotlib")
+    long = "runs/a_folder_with_a_long_name/and_another_one/vit_base_patch16_224_of_transformers"
+    note = "learning rate 0.1 chosen on a tenth of 4000 training images"
+    reports = [
+        page.Report(
+            {"model": name, "command": "python " + "x" * 200},
+            [tasks.Row("probe", "mnist5k/held_out", "top-1 accuracy", 0.5, note=f"{name} {note}")],
+            {"few-shot": ([1, 5], [0.2, 0.4])},
+        )
+        for name in ("moco_vit_tiny", long)
+    ]
+    text = page.write(tmp_path / "out", reports)[-1].read_text()
+    phone = browse(tmp_path, text, PROBE, width=390)
+    assert phone["width"] == 390
+    assert (phone["errors"], phone["overflow"], phone["outside"]) == ([], 0, [])
+    # The head is hidden, so the value of the second model has the model's name beside it.
+    assert (phone["head"], phone["label"], phone["value"]) == (False, f'"{long}"', "50.0 %")
+    wide = browse(tmp_path, text, PROBE, "--window-size=1280,900")
+    assert (wide["head"], wide["label"], wide["outside"]) == (True, "none", [])
+    assert printed(tmp_path, text).startswith(b"%PDF")
 
 
 # --- models ---

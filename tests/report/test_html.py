@@ -1,18 +1,13 @@
 """The report in a real browser: no errors, no network, sortable, readable on a phone, dark, in print."""
 
 import html
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from limits import HUNG_S
+from browser import BROWSER, browse, printed
 
 from mesa_train.report.html import render, write_report
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
 SETTING = {
     "model": "my_model<b>",
@@ -75,6 +70,7 @@ dispatchEvent(new Event("beforeprint"));
 found.printed = nodes.filter((node) => node.open).length;
 dispatchEvent(new Event("afterprint"));
 found.after = nodes.filter((node) => node.open).length;
+found.width = innerWidth;
 found.overflow = document.documentElement.scrollWidth - innerWidth;
 found.background = getComputedStyle(document.body).backgroundColor;
 found.charts = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().width);
@@ -90,29 +86,6 @@ document.body.append(Object.assign(document.createElement("pre"), {
 def page():
     pytest.importorskip("matplotlib")
     return render(ROWS, SETTING)
-
-
-def browse(folder, page, *options):
-    """What PROBE finds in `page`."""
-    catch = '<script>window.errors = []; addEventListener("error", (e) => errors.push(e.message));</script>'
-    path = folder / "page.html"
-    path.write_text(
-        page.replace("<head>", "<head>" + catch).replace("</body>", PROBE + "</body>"),
-        encoding="utf-8",
-    )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--dump-dom",
-        f"--user-data-dir={folder}/profile",
-    ]
-    done = subprocess.run(
-        [BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=HUNG_S
-    )
-    text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert text, done.stderr
-    return json.loads(html.unescape(text[1]))
 
 
 def test_one_file_without_a_network(page):
@@ -197,7 +170,7 @@ def test_what_is_behind_plain_is_marked():
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium: apt-get install chromium")
 class TestInABrowser:
     def test_works(self, page, tmp_path):
-        result = browse(tmp_path, page, "--window-size=1280,900")
+        result = browse(tmp_path, page, PROBE, "--window-size=1280,900")
         assert result["errors"] == []
         assert result["resources"] == 0
         assert result["first"] == result["last"] == [row["method"] for row in ROWS]
@@ -212,31 +185,22 @@ class TestInABrowser:
         assert len(result["ids"]) == len(set(result["ids"]))
 
     def test_on_a_phone(self, page, tmp_path):
-        result = browse(tmp_path, page, "--window-size=390,800")
+        result = browse(tmp_path, page, PROBE, width=390)
+        assert result["width"] == 390
         assert result["overflow"] <= 0
         assert result["errors"] == []
 
     def test_light_and_dark(self, page, tmp_path):
         recorded = {
-            scheme: browse(tmp_path, page, f"--blink-settings=preferredColorScheme={number}")[
-                "background"
-            ]
+            scheme: browse(
+                tmp_path, page, PROBE, f"--blink-settings=preferredColorScheme={number}"
+            )["background"]
             for scheme, number in (("dark", 0), ("light", 1))
         }
         assert recorded == {"dark": "rgb(20, 24, 28)", "light": "rgb(255, 255, 255)"}
 
     def test_prints(self, page, tmp_path):
-        source, target = tmp_path / "page.html", tmp_path / "page.pdf"
-        source.write_text(page, encoding="utf-8")
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}/profile",
-        ]
-        command = [BROWSER, *flags, f"--print-to-pdf={target}", source.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=HUNG_S)
-        assert target.read_bytes().startswith(b"%PDF")
+        assert printed(tmp_path, page).startswith(b"%PDF")
 
 
 def test_nothing_measured(tmp_path):

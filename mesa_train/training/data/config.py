@@ -24,8 +24,8 @@ class DataConfig:
     """The data set and its loader.
 
     Attributes:
-        source: "mnist5k" (default) or "digits" (shipped in packages), "imagefolder", "parquet",
-            "arrow", or the name of a data set on a hub.
+        source: "mnist5k" (default), "digits" or "scattered_digits" (shipped in packages),
+            "imagefolder", "parquet", "arrow", or the name of a data set on a hub.
         path: for imagefolder: the folder of train/CLASS/*.jpg. For parquet and arrow: the folder of
             train*.parquet or train/*.parquet. The same for `val_split`. Default: none.
         streaming: read the data set as a stream; needs `train_images`; default false.

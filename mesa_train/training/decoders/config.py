@@ -14,6 +14,7 @@ from mesa_train.training.config_schema import (
     PROBABILITY,
     ConfigError,
     OneOf,
+    Range,
     of_values,
     read_yaml,
 )
@@ -21,7 +22,7 @@ from mesa_train.training.recipe_config import OptimConfig, TrainConfig, check_sc
 
 TASKS = {"segmentation": ("linear", "upernet"), "depth": ("linear", "dpt")}
 LOSSES = ("log1p_mse", "scale_invariant", "dinov2")
-PACKAGED = {"segmentation": "composed", "depth": "motorcycle"}
+PACKAGED = {"segmentation": ("composed",), "depth": ("rooms", "motorcycle")}
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class DataConfig:
 
     Attributes:
         task: "segmentation" (default) or "depth".
-        source: "folder" (default). "composed": digits on photographs, for segmentation.
-            "motorcycle": scikit-image's stereo photograph with measured depth: its left half
-            trains, its right half tests.
+        source: "folder" (default). "composed": digits on photographs, for segmentation. "rooms":
+            digits on a floor in front of a wall, with exact depth. "motorcycle": scikit-image's
+            stereo photograph with measured depth: its left half trains, its right half tests.
         path: the folder. Pictures are images/SPLIT/NAME.jpg. Class maps are
             annotations/SPLIT/NAME.png, depth maps depth/SPLIT/NAME.png, .npy or .npz. "composed"
             writes its pictures there.
@@ -68,13 +69,16 @@ class DataConfig:
             two fractions is a part of the larger one.
         fraction_seed: which pictures these are; default 0.
         repeats: crops of a training picture in an epoch; default 1.
-        scale: range of a crop's share of the picture's area; default (0.2, 1.0).
+        scale: range of a crop's share of the picture's area; default (0.2, 1.0). A crop of a part is
+            enlarged, so with a small share a thing looks nearer than its depth.
+        ratio: range of a crop's aspect ratio; default (3/4, 4/3).
         hflip: probability of a mirror image; default 0.5.
-        pictures: training pictures that "composed" writes; default 160. A quarter is held out.
+        pictures: training pictures of "composed" and "rooms"; default 160. A quarter as many are
+            held out.
     """
 
     task: Annotated[str, OneOf(TASKS)] = "segmentation"
-    source: Annotated[str, OneOf(("folder", "composed", "motorcycle"))] = "folder"
+    source: Annotated[str, OneOf(("folder", "composed", "rooms", "motorcycle"))] = "folder"
     path: str | None = None
     train_split: str = "training"
     val_split: str = "validation"
@@ -86,25 +90,24 @@ class DataConfig:
     fraction: Annotated[float, PROBABILITY] = 1.0
     fraction_seed: Annotated[int, NOT_NEGATIVE] = 0
     repeats: Annotated[int, POSITIVE] = 1
-    scale: Annotated[tuple[float, float], PROBABILITY] = (0.2, 1.0)
+    scale: Annotated[tuple[float, float], Range(1.0)] = (0.2, 1.0)
+    ratio: Annotated[tuple[float, float], Range()] = (3 / 4, 4 / 3)
     hflip: Annotated[float, PROBABILITY] = 0.5
     pictures: Annotated[int, POSITIVE] = 160
 
     def check(self) -> None:
         """Raise ConfigError if settings do not fit together."""
-        if self.source != "folder" and self.source != PACKAGED[self.task]:
+        if self.source not in ("folder", *PACKAGED[self.task]):
             raise ConfigError(
                 f"data.source={self.source} is not for data.task={self.task}; take folder or "
-                f"{PACKAGED[self.task]}"
+                f"{' or '.join(PACKAGED[self.task])}"
             )
-        if self.source != "motorcycle" and not self.path:
+        if self.source in ("folder", "composed") and not self.path:
             raise ConfigError(f"data.path is missing: {self.source} needs a folder")
         if self.source == "folder" and not Path(str(self.path)).is_dir():
             raise ConfigError(f"data.path: no such folder {self.path}")
         if self.fraction <= 0:
             raise ConfigError("data.fraction must be above 0, got 0")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ConfigError(f"data.scale must be a range within 0 and 1, got {list(self.scale)}")
 
     @property
     def window_stride(self) -> int:

@@ -27,6 +27,7 @@ from mesa_train.training.dense.loader import read_picture
 from mesa_train.training.dense.maps import IGNORED as IGNORED
 
 from .config import DataConfig
+from .rooms import Rooms
 
 MOTORCYCLE_MM = (994.978 * 193.001, 31.086)
 DEPTH_ENDINGS = (".png", ".npy", ".npz")
@@ -55,6 +56,9 @@ def load(config: DataConfig) -> tuple[Pictures, Pictures]:
     """
     if config.source == "motorcycle":
         return _motorcycle()
+    if config.source == "rooms":
+        known, held_out = _rooms(config)
+        return fraction(known, config.fraction, config.fraction_seed), held_out
     if config.source == "composed":
         _compose(config)
     splits = (config.train_split, config.val_split)
@@ -65,10 +69,11 @@ def load(config: DataConfig) -> tuple[Pictures, Pictures]:
 
 def sizes(config: DataConfig) -> tuple[int, int, tuple[str, ...]]:
     """(training pictures, held-out pictures, names of the classes). Writes no composed pictures."""
-    if config.source == "composed":
+    if config.source in ("composed", "rooms"):
         names = (*composed.names_of(), *composed.PHOTOGRAPHS)
         train = max(1, math.ceil(config.pictures * config.fraction))
-        return train, max(1, config.pictures // 4), names
+        held_out = max(1, config.pictures // 4)
+        return train, held_out, names if config.source == "composed" else ()
     found = load(config)
     return found[0].count, found[1].count, found[0].names
 
@@ -198,6 +203,17 @@ def _compose(config: DataConfig) -> None:
     mark.write_text(about)
 
 
+def _rooms(config: DataConfig) -> tuple[Pictures, Pictures]:
+    """Composed rooms, which are drawn once for each process."""
+    counts = config.pictures, max(1, config.pictures // 4)
+    drawn = [
+        [split.read(i) for i in range(count)]
+        for split, count in zip((Rooms(False), Rooms(True)), counts, strict=True)
+    ]
+    known, held_out = (Pictures(rooms.__getitem__, len(rooms)) for rooms in drawn)
+    return known, held_out
+
+
 def _motorcycle() -> tuple[Pictures, Pictures]:
     """scikit-image's photograph of a motorcycle with measured depth, 2 to 5 metres."""
     try:
@@ -240,7 +256,7 @@ class Crops(Dataset[Any]):
 
     def _cropped(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         side, config = self.config.image_size, self.config
-        top, left, height, width = _box(image, config.scale)
+        top, left, height, width = _box(image, config.scale, config.ratio)
         image = F.resized_crop(
             image, top, left, height, width, [side, side],
             v2.InterpolationMode.BILINEAR, antialias=True,
@@ -254,11 +270,13 @@ class Crops(Dataset[Any]):
         return normalised(image, self.mean, self.std), torch.as_tensor(label)
 
 
-def _box(image: Tensor, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+def _box(
+    image: Tensor, scale: tuple[float, float], ratios: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random crop."""
     height, width = image.shape[1:]
     area = height * width * torch.empty(()).uniform_(*scale).item()
-    ratio = math.exp(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
+    ratio = math.exp(torch.empty(()).uniform_(*map(math.log, ratios)).item())
     w = min(width, max(1, round(math.sqrt(area * ratio))))
     h = min(height, max(1, round(math.sqrt(area / ratio))))
     top = int(torch.randint(height - h + 1, ()))

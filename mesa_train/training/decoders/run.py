@@ -39,6 +39,8 @@ from .features import FeatureMaps
 
 # Metres below which a predicted depth is no depth.
 LEAST_DEPTH = 1e-3
+# Training pictures whose depths make the answers that look at no pixel, and their bands of rows.
+KNOWN, BANDS = 64, 16
 
 
 class DecoderRun(RecipeRun):
@@ -166,34 +168,51 @@ class DecoderRun(RecipeRun):
             raise ConfigError("no held-out pixel has a label")
         scores = segmentation_scores(summed)
         self.iou = dict(zip(self.held_out.names, scores.iou.tolist(), strict=True))
+        # One answer for all pixels: the commonest class has its share as IoU, the others have 0.
+        labelled = summed.sum(1)
         return {
             "mean_iou": scores.mean_iou,
             "pixel_accuracy": scores.pixel_accuracy,
             "mean_accuracy": scores.mean_accuracy,
+            "mean_iou_of_commonest": float(labelled.max() / labelled.sum() / (labelled > 0).sum()),
         }
 
     def _depth_scores(self) -> dict[str, float]:
         """Every process scores all pictures: the metrics are of all pixels together."""
-        pairs = []
+        found = []
         for i in range(self.held_out.count):
             image, depth = self.held_out.read(i)
             valid = depth > 0
             guess = self.predict(image).clamp_min(LEAST_DEPTH)
-            pairs.append((guess[valid].numpy(), depth[valid].numpy()))
-        guesses, truth = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            found.append((guess[valid].numpy(), depth[valid].numpy(), bands_of(depth).numpy()))
+        guesses, truth, bands = (np.concatenate(part) for part in zip(*found, strict=True))
         if not truth.size:
             raise ConfigError("no held-out pixel has a depth")
         scores = depth_metrics.depth_metrics(guesses, truth)
         d = np.log(guesses) - np.log(truth)
         scores["scale_invariant_log"] = float(d.var())
-        return scores | {"abs_rel_of_median": self._median_error(truth)}
+        for name, medians in self._medians().items():
+            answer = np.asarray(medians)[bands if len(medians) > 1 else np.zeros_like(bands)]
+            scores[f"abs_rel_of_{name}"] = float((np.abs(answer - truth) / truth).mean())
+        return scores
 
-    def _median_error(self, truth: Any) -> float:
-        """AbsRel of the median training depth at every pixel, for comparison."""
-        count = min(self.train_pictures.count, 64)
-        known = [self.train_pictures.read(i)[1] for i in range(count)]
-        values = torch.cat([depth[depth > 0] for depth in known])
-        return float((np.abs(values.median().item() - truth) / truth).mean())
+    def _medians(self) -> dict[str, list[float]]:
+        """Median training depths: of all pixels, and of the pixels in each band of rows.
+
+        A decoder must be better than both, which look at no picture.
+        """
+        depths, bands = [], []
+        for i in range(min(self.train_pictures.count, KNOWN)):
+            depth = self.train_pictures.read(i)[1]
+            depths.append(depth[depth > 0])
+            bands.append(bands_of(depth))
+        values, rows = torch.cat(depths), torch.cat(bands)
+        whole = values.median().item()
+        by_band = [values[rows == band] for band in range(BANDS)]
+        return {
+            "median": [whole],
+            "rows": [part.median().item() if len(part) else whole for part in by_band],
+        }
 
     def export(self) -> Path:
         """Write backbone and decoder to `model.safetensors`."""
@@ -202,6 +221,12 @@ class DecoderRun(RecipeRun):
             about = {"model": self.config.model.name, "decoder": self.config.model.decoder}
             checkpoints.save_weights(path, self.model.state_dict(), about)
         return path
+
+
+def bands_of(depth: Tensor) -> Tensor:
+    """The band, 0 at the top to BANDS - 1, of each valid pixel of a depth map (H, W)."""
+    rows = torch.arange(len(depth)) * BANDS // len(depth)
+    return rows[:, None].expand_as(depth)[depth > 0]
 
 
 def metres_of(z: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class DataConfig:
     """Images with captions, and images of the zero-shot evaluation.
 
     Attributes:
-        train: "mnist5k" (default) or "digits", a folder of class folders, or a CSV file with the
-            columns `file` and `caption`; `file` is relative to the CSV's folder.
+        train: "mnist5k" (default), "digits" or "scattered_digits", a folder of class folders, or a
+            CSV file with the columns `file` and `caption`; `file` is relative to the CSV's folder.
         held_out: folder of class folders for the evaluation; a package has its own. Default: none,
             then a CSV is trained without an evaluation.
         class_names: text file with a name for each class folder, in the order of the sorted

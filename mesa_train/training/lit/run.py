@@ -126,7 +126,7 @@ class LitRun(RecipeRun):
         return {"temperature": float(self.model.log_temperature.detach().exp())}
 
     def evaluate(self) -> dict[str, float]:
-        """Top-1 and top-5 of the first set with the ensemble of CLIP's 80 prompts."""
+        """Top-1 and top-5 of the first set by CLIP's 80 prompts and the bare name."""
         if not self.sets:
             return {}
         found = self.score(self.sets[0], "clip_paper")

@@ -138,6 +138,55 @@ def vit22b_fits(row: Row) -> tuple[list[str], list[list[str]]]:
     return ["machine", "scheme", "states / card", "CPU memory", *policies], lines
 
 
+@table("recipe_quickstarts.jsonl", "python scripts/bench/recipe_quickstarts.py", "recipe")
+def recipe_quickstarts(rows: Sequence[Row]) -> str:
+    """The newest row of each quickstart of a recipe."""
+    newest = {row["name"]: row for row in rows}
+    lines = []
+    for row in newest.values():
+        before, *_ = row["curve"]
+        guess = row["chance"] if row["baseline"] is None else row["baseline"]
+        seconds = row["processor_s"]
+        lines.append(
+            [
+                " ".join([f"`{row['file']}`", *(f"`{c}`" for c in row["changes"])]),
+                row["policy"],
+                str(row["epochs"]),
+                _SCORES[row["score"]],
+                _score(row, guess),
+                f"{_score(row, before[1])} after {before[0]}"
+                if before[0]
+                else _score(row, before[1]),
+                _score(row, row["value"]),
+                f"{seconds / 60:.1f}" if seconds else "-",
+                f"step {row['killed_after']} of {row['steps']}: {'same' if row['same'] else 'differs'}"
+                if "same" in row
+                else "-",
+            ]
+        )
+    head = ["quickstart", "policy", "epochs", "score", "guess", "first", "last", "minutes"]
+    head += ["killed after, resumed"]
+    return markdown(head, lines) + (
+        "\nHeld-out images. Guess: chance, or one answer for all pixels. First: before training, or after the "
+        "epochs of the first evaluation. Minutes of processor time, features and evaluations included. Killed by "
+        "SIGKILL; `same`: the resumed run and the whole run have the same scores and weights, bit for bit. "
+        f"Seed {rows[-1]['seed']}. {origin(rows[-1])}\n"
+    )
+
+
+_SCORES = {
+    "knn": "nearest neighbours",
+    "top1": "top-1",
+    "mean_iou": "mean IoU",
+    "abs_rel": "AbsRel (less is better)",
+}
+
+
+def _score(row: Row, value: float) -> str:
+    """A score as text: errors of depths as numbers, shares in per cent."""
+    return f"{value:.3f}" if row["score"] == "abs_rel" else f"{100 * value:.1f} %"
+
+
 @table("moco_batch.jsonl", "python scripts/bench/moco_batch.py", "model")
 def moco_batch(rows: Sequence[Row]) -> str:
     """The largest batches of a model, a line for each way and method."""

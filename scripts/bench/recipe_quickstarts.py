@@ -1,0 +1,190 @@
+"""Runs of the quickstarts of MoCo v3, LiT, distillation, decoders and video: whole, killed, resumed.
+
+Each quickstart runs to its end. Then a copy of the run, without its last checkpoint, continues, is
+killed by SIGKILL in the middle of the last epoch, and is resumed. Both runs must end with the same
+scores and the same weights. Quickstarts with other settings than the file's are comparisons, and are
+not killed. A row for each goes to docs/results/recipe_quickstarts.jsonl.
+
+LiT reads the encoder of MoCo v3, and the student reads its teacher, so the quickstarts run in the
+order of `QUICKSTARTS`.
+
+    python scripts/bench/recipe_quickstarts.py
+    python scripts/bench/recipe_quickstarts.py --only "lit;video" --prefix "nice -n 10"
+"""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import quickstarts as common
+import typer
+import yaml
+
+from mesa_train.utils import records
+
+RESULTS = common.ROOT / "docs/results/recipe_quickstarts.jsonl"
+# Columns of an epoch that a resumed run need not repeat.
+TIMED = ("step_ms", "images_per_s", "seconds", "wait_ms", "peak_bytes", "minutes")
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """A quickstart and its score.
+
+    Attributes:
+        recipe: folder under recipes.
+        file: the configuration.
+        score: column of the epochs' rows.
+        changes: `section.key=value`, which differ from the file.
+        chance: the score of a guess, for scores without a baseline in the rows.
+        baseline: column with the score of an answer that looks at no image.
+    """
+
+    recipe: str
+    file: str
+    score: str
+    changes: tuple[str, ...] = ()
+    chance: float | None = None
+    baseline: str | None = None
+
+    @property
+    def config(self) -> Path:
+        """The file."""
+        return common.ROOT / "recipes" / self.recipe / self.file
+
+    def command(self, out: str, *more: str) -> list[str]:
+        """The training command."""
+        sets = [x for change in (*self.changes, f"train.out={out}") for x in ("--set", change)]
+        script = common.ROOT / "recipes" / self.recipe / "train.py"
+        return [sys.executable, str(script), "--config", str(self.config), *sets, *more]
+
+
+QUICKSTARTS = {
+    "mocov3": Quickstart("mocov3", "quickstart.yaml", "knn", chance=0.1),
+    "mocov3 plain": Quickstart(
+        "mocov3", "quickstart.yaml", "knn", ("train.policy=plain",), chance=0.1
+    ),
+    "lit": Quickstart("lit", "quickstart.yaml", "top1", chance=0.1),
+    "lit unlocked": Quickstart("lit", "quickstart_unlocked.yaml", "top1", chance=0.1),
+    "segmentation": Quickstart(
+        "decoders", "quickstart_segmentation.yaml", "mean_iou", baseline="mean_iou_of_commonest"
+    ),
+    "depth": Quickstart(
+        "decoders", "quickstart_depth.yaml", "abs_rel", baseline="abs_rel_of_median"
+    ),
+    "video": Quickstart("video", "quickstart.yaml", "top1", chance=1 / 8),
+    "video, mean of frames": Quickstart(
+        "video", "quickstart.yaml", "top1", ("probe.layers=0",), chance=1 / 8
+    ),
+    "teacher": Quickstart("litv2", "quickstart.yaml", "top1", chance=0.1),
+    "distill": Quickstart("distill", "quickstart.yaml", "top1", chance=0.1),
+    "distill, labels": Quickstart("distill", "quickstart_labels.yaml", "top1", chance=0.1),
+}
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Names with semicolons between; default: all.")] = "",
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/quickstarts"),
+    prefix: Annotated[str, typer.Option(help="Put before each training command.")] = "",
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Run the quickstarts and append a row for each."""
+    names = [name.strip() for name in only.split(";")] if only else list(QUICKSTARTS)
+    if unknown := [name for name in names if name not in QUICKSTARTS]:
+        raise SystemExit(
+            f"recipe_quickstarts: --only: no quickstart {unknown[0]}; choose from "
+            f"{'; '.join(QUICKSTARTS)}"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        row = {"name": name, **measured(QUICKSTARTS[name], name, work, shlex.split(prefix))}
+        records.append(out, {**row, **records.provenance()})
+        print(f"{name}: {row['score']} {row['value']:.4g}", flush=True)
+        if "same" in row:
+            print(f"  the same after SIGKILL and a resume: {row['same']}", flush=True)
+
+
+def measured(quickstart: Quickstart, name: str, work: Path, prefix: list[str]) -> records.Row:
+    """Run a quickstart, then its last epoch killed and resumed. Returns the row without its origin."""
+    out = folder_of(quickstart, name)
+    whole = work / out
+    seconds = None
+    if not (whole / "curves.png").exists():
+        before = _processor_s()
+        common.run([*prefix, *quickstart.command(out)], work)
+        seconds = round(_processor_s() - before, 1)
+    epochs = common.of_kind(whole, "epoch")
+    last = epochs[-1]
+    # A run with other settings than the file's is a comparison, and is not killed.
+    killed = {} if quickstart.changes else killed_and_resumed(quickstart, out, work, prefix)
+    return {
+        "recipe": quickstart.recipe,
+        "file": quickstart.file,
+        "changes": list(quickstart.changes),
+        "policy": last["name"],
+        "seed": last["seed"],
+        "epochs": last["epoch"],
+        "steps": last["step"],
+        "score": quickstart.score,
+        "value": last[quickstart.score],
+        "curve": [[row["epoch"], row[quickstart.score]] for row in epochs if quickstart.score in row],
+        "scores": {k: v for k, v in last.items() if isinstance(v, float) and k not in TIMED},
+        "chance": quickstart.chance,
+        "baseline": last[quickstart.baseline] if quickstart.baseline else None,
+        "processor_s": seconds,
+        **killed,
+    }  # fmt: skip
+
+
+def killed_and_resumed(
+    quickstart: Quickstart, out: str, work: Path, prefix: list[str]
+) -> records.Row:
+    """Repeat the last epoch of a run in a copy, killed and resumed. Returns columns of its row."""
+    whole, parted = work / out, work / f"{out}_killed"
+    epochs = common.of_kind(whole, "epoch")
+    last = epochs[-1]["step"]
+    start = last - last // epochs[-1]["epoch"]
+    shutil.rmtree(parted, ignore_errors=True)
+    shutil.copytree(whole, parted, symlinks=True)
+    shutil.rmtree(common.checkpoints(parted)[-1])
+    again = [*prefix, *quickstart.command(f"{out}_killed", "--resume", "auto")]
+    # Fast steps end before a row of every tenth step is seen.
+    watched = [*again, "--set", "train.log_every=1"]
+    killed_after = common.killed(watched, work, parted, start, (last - start) // 3)
+    common.run(again, work)
+    same = scores(epochs) == scores(common.of_kind(parted, "epoch"))
+    return {
+        "killed_after": killed_after,
+        "resumed_from": start,
+        "same": same and common.same_weights(whole, parted),
+    }
+
+
+def folder_of(quickstart: Quickstart, name: str) -> str:
+    """The run's folder: the file's own, or one of the name if settings differ from the file."""
+    if quickstart.changes:
+        return f"runs/{name.replace(',', '').replace(' ', '_')}"
+    return str(yaml.safe_load(quickstart.config.read_text())["train"]["out"])
+
+
+def scores(epochs: list[records.Row]) -> list[records.Row]:
+    """The rows of epochs without what a clock measured."""
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in epochs]
+
+
+def _processor_s() -> float:
+    """Seconds of processor time of all ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
