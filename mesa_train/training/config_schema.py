@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mesa_train.policy import OFFLOADED, PRESETS
 from mesa_train.utils import yaml_text
@@ -97,6 +97,40 @@ class OneOf:
 
 
 POLICY = OneOf(("plain", *PRESETS, *OFFLOADED))
+
+
+C = TypeVar("C", bound="Configuration")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Base of a recipe's configuration, whose fields are sections: one dataclass for each topic."""
+
+    @classmethod
+    def load(cls: type[C], path: str | Path, changes: Sequence[str] = ()) -> C:
+        """Read a YAML file, apply `section.key=value` changes and check every value.
+
+        Raises:
+            ConfigError: a key or a value is wrong.
+        """
+        return cls.of_dict(read_yaml(path, changes))
+
+    @classmethod
+    def of_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Build and check a configuration from nested plain values.
+
+        Raises:
+            ConfigError: a key or a value is wrong.
+        """
+        made: C = of_values(cls, values)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Raise ConfigError for values of several sections that do not fit together."""
 
 
 def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Configuration sections `optim` and `train` of the recipes on `recipe_run.RecipeRun`."""
+"""Configuration sections `optim` and `train` that recipes share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .config_schema import NOT_NEGATIVE, POLICY, POSITIVE, ConfigError, OneOf
+
+PRECISIONS = ("no", "bf16", "fp16", "auto")
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,44 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run.
+class RunConfig:
+    """Batch, precision, policy, checkpoints and folder of a run: base of the section `train`.
 
     Attributes:
-        epochs: default 10.
         global_batch: samples in a step over all processes; default 64.
-        precision: "no", "bf16", "fp16" or "auto" (default).
-        policy: "plain" or a mesa_train preset; default "mesa8".
+        precision: "no", "bf16", "fp16" or "auto" (default). "auto": bf16 if the device has it, else
+            float32 on a CPU, fp16 on a GPU (`precision.py`).
+        policy: "plain" or a mesa_train preset, with or without "+offload"; default "mesa8".
         seed: default 0.
-        log_every: steps between log lines; default 10.
-        save_every: steps between checkpoints; default 0: once an epoch.
+        log_every: optimizer steps between log lines; default 10.
+        save_every: optimizer steps between checkpoints; default 0: once an epoch.
         keep: how many of the newest checkpoints stay; default 2.
-        evaluate_every: epochs between evaluations; default 1. The last epoch has one.
         device: "auto" (default) uses GPUs if there are any; "cpu" does not.
         out: folder of the run; default "runs/recipe".
     """
 
-    epochs: Annotated[int, POSITIVE] = 10
     global_batch: Annotated[int, POSITIVE] = 64
-    precision: Annotated[str, OneOf(("no", "bf16", "fp16", "auto"))] = "auto"
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
     policy: Annotated[str, POLICY] = "mesa8"
     seed: Annotated[int, NOT_NEGATIVE] = 0
     log_every: Annotated[int, POSITIVE] = 10
     save_every: Annotated[int, NOT_NEGATIVE] = 0
     keep: Annotated[int, POSITIVE] = 2
-    evaluate_every: Annotated[int, POSITIVE] = 1
     device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/recipe"
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One run.
+
+    Attributes:
+        epochs: default 10.
+        evaluate_every: epochs between evaluations; default 1. The last epoch has one.
+    """
+
+    epochs: Annotated[int, POSITIVE] = 10
+    evaluate_every: Annotated[int, POSITIVE] = 1
 
 
 def check_schedule(config: Any) -> None:
@@ -76,5 +88,7 @@ def check_out(out: str, field: str = "train.out") -> None:
     """
     path = Path(out).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{field}: {there} is no folder that may be written to")
+    if not there.is_dir():
+        raise ConfigError(f"{field}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{field}: {there} may not be written to")

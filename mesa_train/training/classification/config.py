@@ -6,33 +6,28 @@ loaded. The defaults are LITv2's official ImageNet recipe for S.
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.methods.apply import PLAIN
 from mesa_train.policy import Policy
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
-    POLICY,
     POSITIVE,
     SHARE,
+    Configuration,
     OneOf,
-    of_values,
-    read_yaml,
 )
 from mesa_train.training.config_schema import ConfigError as ConfigError
 from mesa_train.training.data.config import AugmentConfig, DataConfig, check_path
 from mesa_train.training.distill.config import DistillConfig
+from mesa_train.training.recipe_config import RunConfig, check_out, check_schedule
 
 from .method_config import METHODS as METHODS
 from .method_config import MethodConfig
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
-PRECISIONS = ("no", "bf16", "fp16", "auto")
 
 
 @dataclass(frozen=True)
@@ -101,48 +96,33 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run: batches, precision, policy, checkpoints.
+class TrainConfig(RunConfig):
+    """One run. The defaults of the other fields are those of `RunConfig`.
 
     Attributes:
         epochs: default 300; at least 1.
         global_batch: images in an optimizer step over all processes; default 1024.
         micro_batch: most images in a process at once; default 128; even with mixup. accumulation =
             global_batch / (micro_batch * processes).
-        precision: "no", "bf16", "fp16" or "auto" (default). "auto": bf16 if the device has it, else
-            float32 on a CPU, fp16 on a GPU (`precision.py`).
-        policy: "plain" or a mesa_train preset, with or without "+offload"; default "mesa8".
-        seed: default 0; at least 0.
         ema: decay of the averaged weights, reached gradually; default 0: none; in [0, 1). With it,
             `best` holds the averaged weights.
         cuda_graph: run each step as CUDA graphs (`mesa_train.capture_step`), for small models on a
             fast GPU; default false; one process on a GPU.
-        log_every: optimizer steps between log lines; default 10.
-        save_every: optimizer steps between checkpoints; default 0: once an epoch.
-        keep: how many of the newest checkpoints stay; default 2.
         tracker: "tensorboard" (default), "wandb" or "none".
-        device: "auto" (default) uses GPUs if there are any; "cpu" does not.
         out: folder of the run; default "runs/litv2".
     """
 
     epochs: Annotated[int, POSITIVE] = 300
     global_batch: Annotated[int, POSITIVE] = 1024
     micro_batch: Annotated[int, POSITIVE] = 128
-    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
-    policy: Annotated[str, POLICY] = "mesa8"
-    seed: Annotated[int, NOT_NEGATIVE] = 0
     ema: Annotated[float, SHARE] = 0.0
     cuda_graph: bool = False
-    log_every: Annotated[int, POSITIVE] = 10
-    save_every: Annotated[int, NOT_NEGATIVE] = 0
-    keep: Annotated[int, POSITIVE] = 2
     tracker: Annotated[str, OneOf(("tensorboard", "wandb", "none"))] = "tensorboard"
-    device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/litv2"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of a recipe, one section for each topic.
 
     Attributes:
@@ -163,18 +143,10 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
-
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
-        optim, train, augment = self.optim, self.train, self.augment
-        if optim.warmup_epochs >= train.epochs:
-            raise ConfigError(
-                f"optim.warmup_epochs={optim.warmup_epochs:g} must be fewer than "
-                f"train.epochs={train.epochs}"
-            )
+        train, augment = self.train, self.augment
+        check_schedule(self)
         if augment.mixup + augment.cutmix > 0 and train.micro_batch % 2:
             raise ConfigError(f"train.micro_batch={train.micro_batch} must be even for mixup")
         if self.method.name == "distill":
@@ -205,23 +177,7 @@ class Config:
             )
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict
 
 
 def check_files(config: Config) -> None:
@@ -234,9 +190,4 @@ def check_files(config: Config) -> None:
     check_path(config.data)
     if weights and not Path(weights).is_file():
         raise ConfigError(f"model.weights: no such file {weights}")
-    out = Path(config.train.out).absolute()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir():
-        raise ConfigError(f"train.out: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"train.out: {there} may not be written to")
+    check_out(config.train.out)

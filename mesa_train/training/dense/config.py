@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
-    POLICY,
     POSITIVE,
     PROBABILITY,
     SHARE,
     ConfigError,
+    Configuration,
     OneOf,
     Range,
-    of_values,
-    read_yaml,
 )
-from mesa_train.training.recipe_config import check_out
+from mesa_train.training.recipe_config import RunConfig, check_out
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 SEGMENTER = "semantic_fpn"
@@ -188,8 +184,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run.
+class TrainConfig(RunConfig):
+    """One run. The defaults of the other fields are those of `RunConfig`.
 
     Attributes:
         epochs: default 12.
@@ -198,15 +194,10 @@ class TrainConfig:
         micro_batch: most pictures in a process at once; default 2. Batch norms have its statistics,
             and a detector's losses are normalised by it. accumulation = global_batch /
             (micro_batch * processes).
-        precision: "no", "bf16", "fp16" or "auto" (default).
-        policy: "plain" or a mesa_train preset; default "mesa8".
-        seed: default 0.
         log_every: optimizer steps between log lines; default 50.
         save_every: optimizer steps between checkpoints; default 0: at evaluations.
         eval_every: epochs between evaluations; with `steps`, optimizer steps; default 1.
-        keep: how many of the newest checkpoints stay; default 2.
         pictures: validation pictures drawn with predictions after each evaluation; default 8.
-        device: "auto" (default) uses GPUs if there are any; "cpu" does not.
         out: folder of the run; default "runs/dense".
     """
 
@@ -214,20 +205,14 @@ class TrainConfig:
     steps: Annotated[int, NOT_NEGATIVE] = 0
     global_batch: Annotated[int, POSITIVE] = 16
     micro_batch: Annotated[int, POSITIVE] = 2
-    precision: Annotated[str, OneOf(("no", "bf16", "fp16", "auto"))] = "auto"
-    policy: Annotated[str, POLICY] = "mesa8"
-    seed: Annotated[int, NOT_NEGATIVE] = 0
     log_every: Annotated[int, POSITIVE] = 50
-    save_every: Annotated[int, NOT_NEGATIVE] = 0
     eval_every: Annotated[int, POSITIVE] = 1
-    keep: Annotated[int, POSITIVE] = 2
     pictures: Annotated[int, NOT_NEGATIVE] = 8
-    device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/dense"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of the recipes, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -235,10 +220,6 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
 
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
@@ -287,16 +268,4 @@ class Config:
             check_out(self.data.path, "data.path")
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values."""
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
     POSITIVE,
     ConfigError,
+    Configuration,
     OneOf,
-    of_values,
-    read_yaml,
 )
 from mesa_train.training.data import packaged
 from mesa_train.training.recipe_config import OptimConfig, TrainConfig, check_schedule
@@ -125,7 +122,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of the recipe, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,10 +133,6 @@ class Config:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(global_batch=512, out="runs/lit")
     )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
 
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
@@ -152,16 +145,4 @@ class Config:
             raise ConfigError("train.global_batch must be at least 2: the loss compares pairs")
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values."""
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
-    POLICY,
     POSITIVE,
     PROBABILITY,
     ConfigError,
+    Configuration,
     OneOf,
-    of_values,
-    read_yaml,
 )
 from mesa_train.training.data.config import DataConfig, check_path
-from mesa_train.training.recipe_config import check_out
+from mesa_train.training.recipe_config import RunConfig, check_out, check_schedule
 
 
 @dataclass(frozen=True)
@@ -84,43 +79,29 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run.
+class TrainConfig(RunConfig):
+    """One run. The defaults of the other fields are those of `RunConfig`.
 
     Attributes:
         epochs: default 300.
         global_batch: images in a step over all processes; default 1024. There is no accumulation:
             it would change negatives and statistics.
         chunk: images of a trunk forward, for gradient caching; default 0: all.
-        precision: "no", "bf16", "fp16" or "auto" (default).
-        policy: "plain" or a mesa_train preset; default "mesa8".
-        seed: default 0.
-        log_every: steps between log lines; default 10.
-        save_every: steps between checkpoints; default 0: once an epoch.
-        keep: how many of the newest checkpoints stay; default 2.
         knn_every: epochs between evaluations by nearest neighbours; default 1; 0: none.
         knn_images: most training images of that evaluation; default 20000.
-        device: "auto" (default) uses GPUs if there are any; "cpu" does not.
-        out: folder of the run; default "runs/mocov3".
+        out: default "runs/mocov3".
     """
 
     epochs: Annotated[int, POSITIVE] = 300
     global_batch: Annotated[int, POSITIVE] = 1024
     chunk: Annotated[int, NOT_NEGATIVE] = 0
-    precision: Annotated[str, OneOf(("no", "bf16", "fp16", "auto"))] = "auto"
-    policy: Annotated[str, POLICY] = "mesa8"
-    seed: Annotated[int, NOT_NEGATIVE] = 0
-    log_every: Annotated[int, POSITIVE] = 10
-    save_every: Annotated[int, NOT_NEGATIVE] = 0
-    keep: Annotated[int, POSITIVE] = 2
     knn_every: Annotated[int, NOT_NEGATIVE] = 1
     knn_images: Annotated[int, POSITIVE] = 20_000
-    device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/mocov3"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of the recipe, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -129,17 +110,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
-
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ConfigError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be fewer than "
-                f"train.epochs={self.train.epochs}"
-            )
+        check_schedule(self)
         if self.views.crop_min <= 0:
             raise ConfigError("views.crop_min must be above 0, got 0")
 
@@ -149,16 +122,4 @@ class Config:
         check_out(self.train.out)
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values."""
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.models.open_world.energy import MODES, OUTSIDE
 from mesa_train.models.open_world.rules import PRESETS as RULES
 from mesa_train.models.open_world.rules import OpenWorldRules
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
-    POLICY,
     POSITIVE,
     PROBABILITY,
     SHARE,
     ConfigError,
+    Configuration,
     OneOf,
-    of_values,
-    read_yaml,
 )
 from mesa_train.training.dense.config import AugmentConfig
-from mesa_train.training.recipe_config import check_out
+from mesa_train.training.recipe_config import RunConfig, check_out
 
 FORMATS = ("benchmark", "coco", "voc", "digits")
 
@@ -181,33 +177,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run over all tasks.
+class TrainConfig(RunConfig):
+    """One run over all tasks. The defaults of the other fields are those of `RunConfig`.
 
     Attributes:
         global_batch: pictures in an optimizer step over all processes; default 8.
         micro_batch: most pictures in a process at once; default 1.
-        precision: "no", "bf16", "fp16" or "auto" (default).
-        policy: "plain" or a mesa_train preset; default "mesa8".
-        seed: default 0.
         log_every: optimizer steps between log lines; default 50.
         save_every: optimizer steps between checkpoints; default 0: at the end of each stage.
-        keep: how many of the newest checkpoints stay; default 2.
         pictures: test pictures drawn with detections after each stage; default 8.
-        device: "auto" (default) uses GPUs if there are any; "cpu" does not.
         out: folder of the run; default "runs/open_world".
     """
 
     global_batch: Annotated[int, POSITIVE] = 8
     micro_batch: Annotated[int, POSITIVE] = 1
-    precision: Annotated[str, OneOf(("no", "bf16", "fp16", "auto"))] = "auto"
-    policy: Annotated[str, POLICY] = "mesa8"
-    seed: Annotated[int, NOT_NEGATIVE] = 0
     log_every: Annotated[int, POSITIVE] = 50
-    save_every: Annotated[int, NOT_NEGATIVE] = 0
-    keep: Annotated[int, POSITIVE] = 2
     pictures: Annotated[int, NOT_NEGATIVE] = 8
-    device: Annotated[str, OneOf(("auto", "cpu"))] = "auto"
     out: str = "runs/open_world"
 
 
@@ -227,7 +212,7 @@ class TestConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of the recipe, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -237,10 +222,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
 
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
@@ -354,16 +335,4 @@ def _numbers(name: str, text: str, count: int | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values."""
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict

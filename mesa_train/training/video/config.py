@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
     ConfigError,
+    Configuration,
     OneOf,
-    of_values,
-    read_yaml,
 )
 from mesa_train.training.recipe_config import OptimConfig, TrainConfig, check_schedule
 
@@ -83,7 +80,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of the recipe, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -91,10 +88,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/video"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
 
     def check(self) -> None:
         """Raise ConfigError for values of several sections that do not fit together."""
@@ -105,16 +98,4 @@ class Config:
             )
 
 
-def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` changes and check every value.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    return of_dict(read_yaml(path, changes))
-
-
-def of_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a Config from nested plain values."""
-    config: Config = of_values(Config, values)
-    return config
+load, of_dict = Config.load, Config.of_dict

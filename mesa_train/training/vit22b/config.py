@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from mesa_train.models.vit22b.layers import GELUS, QK_NORMS
 from mesa_train.models.vit22b.model import SIZES
@@ -21,6 +21,7 @@ from mesa_train.training.config_schema import (
     POSITIVE,
     PROBABILITY,
     SHARE,
+    Configuration,
     OneOf,
     Range,
     of_values,
@@ -183,7 +184,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """Configuration of a recipe, one section for each topic.
 
     Attributes:
@@ -199,10 +200,6 @@ class Config:
     augment: CropConfig = field(default_factory=CropConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML."""
-        return dataclasses.asdict(self)
 
     def check(self) -> None:
         """Raise ConfigError for values of several fields that do not fit together."""
