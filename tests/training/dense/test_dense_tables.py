@@ -163,7 +163,10 @@ def test_wrong_tables_are_one_line(folder, tmp_path):
     path = saved(folder, tmp_path / "saved")
     for options, message in (
         ({"split": "test"}, r"no split 'test'; it has train, validation"),
-        ({"image_key": "img"}, r"data.image_key: .* has no column 'img'; it has image, objects"),
+        (
+            {"image_key": "img"},
+            r"data.image_key: .* has no column 'img'; it has image, width, height",
+        ),
         (
             {"objects_key": "width", "image_key": "objects"},
             r"image_key=objects: the column holds no",
