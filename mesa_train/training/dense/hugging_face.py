@@ -1,8 +1,8 @@
 """Backbones of Hugging Face's transformers for the dense recipes: `hf:NAME`.
 
 NAME is a folder with a `config.json`, a model type such as `swin`, or a name on a hub. The class is
-the one of `AutoBackbone`. It gives the maps at the strides that the model needs and no others,
-because the norm of an unused map would have no gradient.
+the one of `AutoBackbone`. It gives the maps at the strides that the model needs and no others. Its
+parameters that no map depends on are frozen.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def build(
     """
     try:
         from transformers import AutoBackbone
+        from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
     except ImportError as error:
         raise ImportError(
             f"model.backbone={PREFIX}{name} needs transformers: pip install transformers"
@@ -62,12 +63,19 @@ def build(
             missing = [stride for stride in strides if stride not in last]
             raise ValueError(f"it has maps at strides {sorted(last)}, not at {missing}")
         config = _giving(config, chosen)
+        with torch.device("meta"):
+            unused = _unused(AutoBackbone.from_config(config))
         with torch.device(device):
             if pretrained and device != "meta":
-                body: nn.Module = AutoBackbone.from_pretrained(name, config=config)
+                kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+                body: Any = kind.from_pretrained(name, config=config)
             else:
                 body = AutoBackbone.from_config(config)
-    return body.train()
+    for name, parameter in body.named_parameters():
+        # DistributedDataParallel refuses a parameter without a gradient.
+        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+    found: nn.Module = body.train()
+    return found
 
 
 def checkpoint_blocks(body: Any, name: str) -> None:
@@ -77,7 +85,10 @@ def checkpoint_blocks(body: Any, name: str) -> None:
             f"model.grad_checkpointing: {name} has none; a policy such as mesa8-recompute saves "
             "memory too"
         )
-    body.gradient_checkpointing_enable({"use_reentrant": False})
+    # The second is its name before transformers 5.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    turn_on = next(getattr(body, name) for name in names if hasattr(body, name))
+    turn_on({"use_reentrant": False})
 
 
 def _config(name: str) -> Any:
@@ -105,6 +116,13 @@ def _giving(config: Any, stages: list[str]) -> Any:
     for name in ("out_indices", "_out_indices", "_out_features"):
         values.pop(name, None)
     return type(config).from_dict(values | {"out_features": stages})
+
+
+def _unused(body: Any) -> set[str]:
+    """Names of the parameters that no map depends on, such as the norm before a pooler."""
+    images = torch.zeros(1, body.config.num_channels, _PROBE, _PROBE, device="meta")
+    torch.stack([x.sum() for x in body.train()(images).feature_maps]).sum().backward()
+    return {name for name, p in body.named_parameters() if p.requires_grad and p.grad is None}
 
 
 def _strides(body: Any, count: int) -> list[int]:

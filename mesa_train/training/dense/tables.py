@@ -20,7 +20,15 @@ from PIL import Image
 from mesa_train.training.config_schema import ConfigError
 
 from . import coco
-from .annotations import Cell, DetectionSet, Picture, objects_of, refuse, tell_left_out
+from .annotations import (
+    Cell,
+    DetectionSet,
+    Objects,
+    Picture,
+    objects_of,
+    refuse,
+    tell_left_out,
+)
 from .maps import MapSet, names_of
 
 # Other names of a field of an object that are in use.
@@ -29,7 +37,6 @@ _ALIASES = {
     "bbox": ("bbox", "bboxes", "boxes", "box"),
     "iscrowd": ("iscrowd", "is_crowd"),
 }
-BOXES = ("xywh", "xyxy")
 
 
 def detection(
@@ -59,40 +66,54 @@ def detection(
     rows = _opened(path, split)
     _check_columns(path, rows, image=image_key, objects=objects_key)
     images, plain = rows.select_columns([image_key]), rows.remove_columns(_pictures(rows))
+    entries = [_entries(f"{path} {split}[{i}]", row[objects_key]) for i, row in enumerate(plain)]
     named = _class_names(rows.features[objects_key])
-    objects = [_objects(f"{path} {split}[{i}]", row[objects_key]) for i, row in enumerate(plain)]
     if named is None:
-        found = {str(entry["category"]) for entries in objects for entry in entries}
+        found = {str(entry["category"]) for own in entries for entry in own}
         named = tuple(classes) if classes is not None else tuple(sorted(found, key=_natural))
-        labels: Mapping[Any, int] = {name: label for label, name in enumerate(named)}
+        values: Sequence[str] = named
     else:
-        labels = {str(label): label for label in range(len(named))}
+        values = [str(label) for label in range(len(named))]
     if not named:
         refuse(f"{path} {split}", objects_key, "has no object")
-    categories = {label: (label, name) for label, name in enumerate(named)}
+    labels = {value: label for label, value in enumerate(values)}
     pictures, left_out = [], list[str]()
-    for index, (row, entries) in enumerate(zip(plain, objects, strict=True)):
+    for index, row in enumerate(plain):
         name = f"{path} {split}[{index}]"
         cell = Cell(images, index, image_key, name)
-        height, width = _size(cell, row)
-        image = {"height": height, "width": width}
-        own, shapes = [], []
-        for number, entry in enumerate(entries):
-            field = f"{objects_key}[{number}]"
-            given = entry["category"]
-            entry = dict(entry) | {"image_id": 0}
-            entry["category_id"] = labels.get(str(given), given)
-            if boxes == "xyxy":
-                entry["bbox"] = _to_xywh(entry.get("bbox"))
-            own.append(coco.annotation(name, field, entry, {0: image}, categories)[1])
-            if masks:
-                shapes.append(coco.segmentation(name, field, entry, image))
-        known = objects_of(own, height, width, shapes if masks else None)
-        if (~known.trained & ~known.ignored).any():
+        size = _size(cell, row)
+        objects = _objects(name, entries[index], size, labels, boxes, masks)
+        if (~objects.trained & ~objects.ignored).any():
             left_out.append(name)
-        pictures.append(Picture(cell, name, index, known))
+        pictures.append(Picture(cell, name, index, objects))
     tell_left_out(f"{path} {split}", left_out)
     return DetectionSet(f"{path} {split}", pictures, named, tuple(range(len(named))))
+
+
+def _objects(
+    name: str,
+    entries: Sequence[Mapping[str, Any]],
+    size: tuple[int, int],
+    labels: Mapping[str, int],
+    boxes: str,
+    masks: bool,
+) -> Objects:
+    """The objects of a row, checked as COCO's annotations."""
+    image = {"height": size[0], "width": size[1]}
+    ids = {label: (label, value) for value, label in labels.items()}
+    rows, shapes = [], []
+    for number, entry in enumerate(entries):
+        field, category = f"objects[{number}]", str(entry["category"])
+        if category not in labels:
+            some = ", ".join(list(labels)[:8]) + (", ..." if len(labels) > 8 else "")
+            refuse(name, f"{field}.category", f"must be one of {some}, got {category}")
+        box = entry.get("bbox")
+        own = {**entry, "image_id": 0, "category_id": labels[category]}
+        own["bbox"] = _to_xywh(box) if boxes == "xyxy" else box
+        rows.append(coco.annotation(name, field, own, {0: image}, ids)[1])
+        if masks:
+            shapes.append(coco.segmentation(name, field, own, image))
+    return objects_of(rows, *size, shapes if masks else None)
 
 
 def segmentation(
@@ -170,7 +191,7 @@ def _check_columns(path: str, rows: Any, **columns: str) -> None:
         raise ConfigError(f"data.image_key={columns['image']}: the column holds no pictures")
 
 
-def _objects(name: str, value: Any) -> list[dict[str, Any]]:
+def _entries(name: str, value: Any) -> list[dict[str, Any]]:
     """The objects of a row with COCO's names: of a list of objects, or of an object of lists."""
     if value is None:
         return []

@@ -46,7 +46,7 @@ def swin(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn", "semantic_fpn"])
-def test_a_configuration_on_disk_is_a_backbone_whose_parameters_all_have_gradients(kind, swin):
+def test_a_configuration_on_disk_is_a_backbone_whose_trained_parameters_have_gradients(kind, swin):
     torch.manual_seed(0)
     model = model_of(config(kind, swin), 3).train()
     images = [torch.rand(3, 64, 96)]
@@ -59,7 +59,12 @@ def test_a_configuration_on_disk_is_a_backbone_whose_parameters_all_have_gradien
     sum(losses.values()).backward()
     body = model.backbone.body
     # DistributedDataParallel refuses parameters without a gradient.
-    assert all(p.grad is not None for p in body.parameters())
+    missing = {name for name, p in body.named_parameters() if p.grad is None}
+    assert {name.removeprefix("model.swin.") for name in missing} == {
+        "layernorm.weight",
+        "layernorm.bias",
+    }
+    assert not any(p.requires_grad for name, p in body.named_parameters() if name in missing)
     assert [x.shape[-1] for x in body(images[0][None])] == [
         96 // stride for stride in ((8, 16, 32) if kind == "retinanet" else (4, 8, 16, 32))
     ]
@@ -70,7 +75,7 @@ def test_the_weights_of_a_classifiers_folder_fill_the_backbone(tmp_path):
     classifier = SwinForImageClassification(SwinConfig(**SWIN))
     classifier.save_pretrained(tmp_path / "swin")
     model = model_of(config("faster_rcnn", tmp_path / "swin", pretrained=True), 3)
-    theirs = classifier.swin.state_dict()
+    theirs = classifier.state_dict()
     found = 0
     for key, value in model.backbone.body.state_dict().items():
         key = key.removeprefix("model.")
@@ -79,8 +84,9 @@ def test_the_weights_of_a_classifiers_folder_fill_the_backbone(tmp_path):
             found += 1
     assert found > 50
     random = model_of(config("faster_rcnn", tmp_path / "swin"), 3)
-    weight = random.backbone.body.model.embeddings.patch_embeddings.projection.weight
-    assert not torch.equal(weight, theirs["embeddings.patch_embeddings.projection.weight"])
+    key = "swin.embeddings.patch_embeddings.projection.weight"
+    weight = random.backbone.body.model.state_dict()[key]
+    assert not torch.equal(weight, theirs[key])
 
 
 def test_a_backbone_of_one_stride_has_a_simple_pyramid(tmp_path):
@@ -95,7 +101,8 @@ def test_options_and_mistakes(tmp_path, swin):
     body = model_of(config("retinanet", swin, drop_path=0.1), 3).backbone.body.model
     assert body.config.drop_path_rate == 0.1
     body = model_of(config("retinanet", swin, grad_checkpointing=True), 3).backbone.body.model
-    assert body.is_gradient_checkpointing
+    # The second is its name before transformers 5.
+    assert getattr(body, "is_activation_checkpointing", False) or body.is_gradient_checkpointing
     ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]).save_pretrained(
         tmp_path / "next"
     )

@@ -144,7 +144,7 @@ WRONG = [
     (lambda rows: rows[2]["objects"][0].update(bbox=[1.0, 2, 3]),
      r"train\[2\]: objects\[0\].bbox must be \[x, y, width, height\], got \[1.0, 2.0, 3.0\]"),
     (lambda rows: rows[1]["objects"][0].update(category=-1),
-     r"train\[1\]: objects\[0\].category_id must be one of 0, 1, 2, got -1"),
+     r"train\[1\]: objects\[0\].category must be one of 0, 1, 2, got -1"),
     (lambda rows: rows[1]["objects"][0].update(bbox=[1.0, 2, float("nan"), 4]), r"bbox must be .* nan"),
     (lambda rows: rows[0]["objects"][0].update(iscrowd=3), r"iscrowd must be 0 or 1, got 3"),
     (lambda rows: rows[0]["objects"][0].update(category=None), r"objects\[0\] has no category"),
@@ -159,11 +159,21 @@ def test_wrong_objects_are_one_line(folder, tmp_path, number):
     assert "\n" not in str(error.value)
 
 
+def test_a_category_that_the_training_lacks_is_refused(folder, tmp_path):
+    path = saved(folder, tmp_path / "saved", "gaps")
+    # 1 is a label, and no category of the training's split.
+    with pytest.raises(ConfigError, match=r"category must be one of 0, 1, got (7|18|100)"):
+        tables.detection(path, "validation", classes=("0", "1"))
+
+
 def test_wrong_tables_are_one_line(folder, tmp_path):
     path = saved(folder, tmp_path / "saved")
     for options, message in (
         ({"split": "test"}, r"no split 'test'; it has train, validation"),
-        ({"image_key": "img"}, r"data.image_key: .* has no column 'img'; it has image, objects"),
+        (
+            {"image_key": "img"},
+            r"data.image_key: .* has no column 'img'; it has image, width, height",
+        ),
         (
             {"objects_key": "width", "image_key": "objects"},
             r"image_key=objects: the column holds no",
