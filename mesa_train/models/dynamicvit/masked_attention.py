@@ -9,7 +9,7 @@ A dropped token attends to itself and to kept tokens. The gradient of P_ij at a 
 exp(x_ij - M_i) / sum * (v_j - out_i). A mask of -inf or of bools has the same output, but no such
 gradient.
 
-With s = softmax(x) over all tokens and m_i = max_j s_ij, a equals
+With s_ij = exp(x_ij - C_i) for any constant C_i, and m_i = max_j s_ij, a equals
 
     a_ij = (s_ij P_ij + eps m_i / N) / (sum_j s_ij P_ij + eps m_i)
 
@@ -18,6 +18,10 @@ and a @ v needs no masked copy of s:
     out_i = (s @ (policy v) + s_ii (1 - policy_i) v_i + eps m_i mean(v)) / (the same for v = 1)
 
 Only s is saved for the backward, one tensor (B, heads, N, N). The authors' formulation saves four.
+
+s is an exponential, and no softmax: if a dropped token has most of a row, the row of `a` is made of
+small s_ij. mesa_train saves an exponential with a relative error of 2**-9, and a softmax with an error
+of 1/510 of the row's largest element.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ EPS = 1e-6
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float) -> Tensor:
     """Attention in which `policy` masks the keys; differentiable in all four tensors.
 
-    The softmax and the divisor are float32 (float64 for float64 tensors), also under autocast.
+    The exponential and the divisor are float32 (float64 for float64 tensors), also under autocast.
 
     Args:
         q, k, v: (B, heads, N, head_dim).
@@ -42,7 +46,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: flo
     """
     logits = (q * scale) @ k.transpose(-2, -1)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = logits.softmax(-1, dtype=wide)
+    logits = logits.to(wide)
+    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     keep = policy.unsqueeze(1).to(wide)  # (B, 1, N, 1), by key
     # Copied, because a view that is saved for the backward would keep all of `weights` in memory.
     diagonal = weights.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)

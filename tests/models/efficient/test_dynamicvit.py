@@ -1,5 +1,8 @@
 """DynamicViT of DeiT and LV-ViT against the authors' model, and the parts of its training."""
 
+import contextlib
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -254,3 +257,27 @@ def test_registration():
     names = {"dynamicvit_deit_256", "dynamicvit_deit_s", "dynamicvit_lvvit_s", "dynamicvit_lvvit_m"}
     assert names <= set(timm.list_models("dynamicvit_*"))
     assert mesa_train.models.dynamicvit is not None
+
+
+@pytest.mark.parametrize("policy", ["mesa8", "mesa8-recompute"])
+def test_codes_serve_rows_that_a_dropped_token_dominates(policy):
+    """A kept token's weight is 1e-4 of the dropped token's, and its gradient is as large."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 64, 16) for _ in range(3))
+    k[:, :, 0] = 6 * q.mean(2)
+    q = q + 4 * k[:, :, :1]
+    keep = torch.ones(2, 64, 1)
+    keep[:, 0] = 0
+    grad = torch.randn(2, 2, 64, 16)
+
+    def gradients(mode):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, keep)]
+        with mode:
+            output = masked_attention(*leaves, 16**-0.5)
+        return torch.autograd.grad(output, leaves, grad)
+
+    expected = gradients(contextlib.nullcontext())
+    rules = dataclasses.replace(mesa_train.Policy.preset(policy), min_bytes=0)
+    found = gradients(mesa_train.compress(rules))
+    for name, a, b in zip(("q", "k", "v", "policy"), found, expected, strict=True):
+        assert (a - b).norm() / b.norm() < 0.03, name
