@@ -46,6 +46,8 @@ Ref product(Call& call, const Arguments& arguments, int64_t dims) {
       !call.covers(LEFT, {left, right}) || matmul_folds_by_gradient(*left, *right)) {
     return {};
   }
+  // The Python row records how scores of attention are rebuilt (`matmul._are_scores`).
+  if (call.rules().rebuilds_matmuls && right->dim() > 2 && right->size(-1) >= left->size(-1)) return {};
   Ref kept_left, kept_right;
   if (right->requires_grad()) kept_left = call.keep(first, *left, LEFT, within_matmul(*left));
   if (left->requires_grad()) kept_right = call.keep(second, *right, RIGHT, within_matmul(*right));

@@ -95,7 +95,7 @@ Ref add_row(Call& call, const Arguments& arguments) {
     return stash && cost_of(stash) == MATMUL;
   };
   if (!call.rules().rebuilds_matmuls) return arguments.call();
-  if (rebuilt(0) && rebuilt(1)) return {};
+  if (rebuilt(0) || rebuilt(1)) return {};
   // A sum that broadcasting widens (`add._widens`): the Python row decides.
   const Tensor* const left = plain_tensor(PyTuple_GET_ITEM(arguments.args, 0));
   const Tensor* const right = plain_tensor(PyTuple_GET_ITEM(arguments.args, 1));

@@ -97,7 +97,7 @@ def test_no_layer_keeps_a_table():
             for depth in (1, 2)
         ]
         sizes[policy == "plain"] = saved[1] - saved[0]
-    x, positions = inputs()
+    x, _ = inputs()
     assert sizes[True] == 4 * x.numel() * 4
     # All layers share a copy of the positions. Each product of angles has its own frequencies.
     assert sizes[False] == 2 * (WIDTH // 2) * 4

@@ -66,11 +66,11 @@ def outer_product(
         or 4 * (input.numel() + other.numel()) > output.numel()
     ):
         return None
-    sources = tuple([_copy(recorder, factor) for factor in (input, other)])
+    sources = tuple([copied(recorder, factor) for factor in (input, other)])
     return Stash(recipe, (), sources, cost=CHEAP, dtype=output.dtype)
 
 
-def _copy(recorder: Recorder, factor: Tensor) -> Stash:
+def copied(recorder: Recorder, factor: Tensor) -> Stash:
     """The stash of a copy of a constant: one copy for all views that only add dims of size 1."""
     base = factor._base
     if (
