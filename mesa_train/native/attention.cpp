@@ -152,6 +152,9 @@ Ref softmax_row(Call& call, const Arguments& arguments) {
       (autocasts(*x) && !x->is_cpu())) {
     return {};
   }
+  // The Python row records how the weights are rebuilt from scores.
+  PyObject* const scores = rule.rebuild_linear ? call.known(values[0], *x) : nullptr;
+  if (scores && cost_of(scores) == MATMUL) return {};
   const int64_t dim = integer(values[1]);
   const Tensor result = exactly([&] { return at::softmax(*x, dim); });
   const Ref object = wrapped(result);

@@ -1,5 +1,6 @@
 // The rows of products: element by element, layer scales, and matrix products.
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
@@ -16,6 +17,13 @@ uint64_t within_matmul(const Tensor& operand) {
   if (dims < 4) return uint64_t{1} << (dims - 1);
   const bool transposed = operand.stride(-2) == 1 && operand.stride(-1) != 1;
   return uint64_t{1} << (dims - 3) | uint64_t{1} << (transposed ? dims - 2 : dims - 1);
+}
+
+// True if a product has at least four times as many elements as both factors together.
+bool widens(const Tensor& left, const Tensor& right) {
+  if (left.is_nested() || right.is_nested() || left.sizes().equals(right.sizes())) return false;
+  const auto sizes = at::infer_size_dimvector(left.sizes(), right.sizes());
+  return c10::multiply_integers(sizes) >= 4 * (left.numel() + right.numel());
 }
 
 // True if PyTorch's choice between one matmul and a batch of matmuls may depend on a gradient
@@ -38,6 +46,8 @@ Ref product(Call& call, const Arguments& arguments, int64_t dims) {
       !call.covers(LEFT, {left, right}) || matmul_folds_by_gradient(*left, *right)) {
     return {};
   }
+  // The Python row records how scores of attention are rebuilt (`matmul._are_scores`).
+  if (call.rules().rebuilds_matmuls && right->dim() > 2 && right->size(-1) >= left->size(-1)) return {};
   Ref kept_left, kept_right;
   if (right->requires_grad()) kept_left = call.keep(first, *left, LEFT, within_matmul(*left));
   if (left->requires_grad()) kept_right = call.keep(second, *right, RIGHT, within_matmul(*right));
@@ -117,9 +127,11 @@ Ref mul_row(Call& call, const Arguments& arguments) {
     return recorded || call.known(object, *tensor) ? Ref() : arguments.call();
   }
   if (!left->requires_grad() || !right->requires_grad()) {
-    // If the tracked factor has a stash, the Python row records the product.
-    PyObject* const tracked = left->requires_grad() ? first : second;
-    return call.known(tracked, left->requires_grad() ? *left : *right) ? Ref() : arguments.call();
+    // If a factor has a stash, the Python row records the product. It also records a product of two
+    // constants that broadcasting widens: the table of positions (`ops/positions.py`).
+    const bool recorded = call.known(first, *left) || call.known(second, *right) ||
+                          (!left->requires_grad() && !right->requires_grad() && widens(*left, *right));
+    return recorded ? Ref() : arguments.call();
   }
   if (!call.covers(MUL_LEFT, {left, right}) || !left->dim() || !right->dim()) return {};
   if (auto output = scaled(call, first, second)) return std::move(*output);

@@ -95,7 +95,7 @@ Ref add_row(Call& call, const Arguments& arguments) {
     return stash && cost_of(stash) == MATMUL;
   };
   if (!call.rules().rebuilds_matmuls) return arguments.call();
-  if (rebuilt(0) && rebuilt(1)) return {};
+  if (rebuilt(0) || rebuilt(1)) return {};
   // A sum that broadcasting widens (`add._widens`): the Python row decides.
   const Tensor* const left = plain_tensor(PyTuple_GET_ITEM(arguments.args, 0));
   const Tensor* const right = plain_tensor(PyTuple_GET_ITEM(arguments.args, 1));
@@ -256,10 +256,13 @@ Ref linear(Call& call, PyObject* input, PyObject* weight, PyObject* bias) {
   }
   if (kept) remember_linear(call, output.get(), input, *x, kept.get(), weight, bias);
   if (!call.rules().rebuilds_matmuls) return output;
-  // A frozen weight needs no input. But if the input has a stash already, the output can be
-  // recomputed from it.
-  PyObject* const source =
-      kept ? kept.get() : call.usable(input, *x, call.rule(LINEAR_INPUT));
+  // A frozen weight needs no input. But the output can be recomputed from the input's stash.
+  PyObject* source = kept ? kept.get() : call.usable(input, *x, call.rule(LINEAR_INPUT));
+  if (!source && x->requires_grad() && w->size(1) <= w->size(0)) {
+    // The codes of the input take no more memory than those of the output (`linear.linear`).
+    kept = call.keep(input, *x, LINEAR_INPUT, last(*x));
+    source = kept.get();
+  }
   const bool narrow = 4 * w->size(1) <= w->size(0);  // `linear._narrow`
   if (source && (cost_of(source) < MATMUL || narrow)) {
     const Ref first = held(weight);

@@ -8,6 +8,9 @@ An addition saves nothing. Its row records how to rebuild the sum if both terms 
 matmul. So queries, keys, values and an MLP's hidden layer are rebuilt behind an adapter
 (`recompute="linear"`), as they are behind a single Linear.
 
+A third kind is a sum of such an output and a small tensor: scores plus relative positions or a mask.
+The small tensor is copied, once for all layers that add it.
+
 A sum of a tensor with a stash and a number is rebuilt from that stash, unless a matmul rebuilds the
 tensor.
 
@@ -28,6 +31,7 @@ from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 from mesa_train.stash.tensors import is_plain
 
 from .fallback import fallback
+from .narrow.positions import copied
 
 
 class Sum:
@@ -44,6 +48,7 @@ SUM = Sum()
 def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.add, Tensor.add, `+` and `+=`."""
     left, right = _matmul(recorder, input), _matmul(recorder, other)
+    shape = input.shape if isinstance(input, Tensor) else None
     output = fallback(recorder, func, (input, other), kwargs)
     if kwargs:
         return output
@@ -54,10 +59,25 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         sources = tuple([uncompressed(t.detach().clone()) for t in (input, other)])
         recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
         return output
-    if left is None or right is None or input.shape != other.shape:
-        return output
-    recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    if left is not None and right is not None and input.shape == other.shape:
+        recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
+    elif left is not None and right is None and _is_small(recorder, other, shape, output):
+        sources = (left, copied(recorder, other))
+        recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
     return output
+
+
+def _is_small(recorder: Recorder, term: Any, shape: torch.Size | None, output: Tensor) -> bool:
+    """True if a term takes at most half of the sum's 8-bit codes. `shape`: of the other term."""
+    return (
+        recorder.context.rules.rebuilds_matmuls
+        and not torch.compiler.is_compiling()
+        and isinstance(term, Tensor)
+        and is_plain(term)
+        and term.is_floating_point()
+        and output.shape == shape
+        and 2 * term.nbytes <= output.numel()
+    )
 
 
 def _shifted(recorder: Recorder, input: Tensor, number: float, output: Tensor) -> Tensor:

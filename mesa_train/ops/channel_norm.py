@@ -2,6 +2,10 @@
 
 Like layer norm (`norm.py`), each saves the codes of its normalised input x_hat (1 byte per element)
 and the reciprocal standard deviations. The output is rebuilt from the same codes.
+
+If the input is rebuilt from codes already, x_hat gets no codes of its own. Examples are two norms of
+one activation (DPN) and a norm of joined activations (DenseNet). x_hat is computed from the rebuilt
+input and the statistics of the forward.
 """
 
 from __future__ import annotations
@@ -12,10 +16,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from mesa_train.codecs.lossless import Lossless
-from mesa_train.policy import CHEAP
+from mesa_train.policy import CHEAP, MATMUL
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Leaf, MatrixLayout, Saved, Spec, Stash, uncompressed
+from mesa_train.stash.stash import MatrixLayout, Saved, Spec, Stash, exact, uncompressed
 from mesa_train.stash.tensors import held
 
 from .base import Operator, cast_like_autocast, derivative
@@ -67,9 +70,8 @@ def _centred(
     spec = saved.specs[0]
     assert spec is not None
     x_hat = saved.value(spec, dtype).reshape(shape)
-    leaf = spec.recipe
-    if averaged and isinstance(leaf, Leaf) and not isinstance(leaf.codec, Lossless):
-        # Decoded only for this backward, so this function may write to it.
+    if averaged and not exact(spec):
+        # Decoded or computed only for this backward, so this function may write to it.
         x_hat.sub_(x_hat.mean(averaged, keepdim=True))
     return x_hat
 
@@ -252,7 +254,9 @@ def _channel_norm(
     """Save x_hat, or the input, of a computed norm, and record the norm."""
     _, weight, bias = inputs
     mean, rstd = statistics
-    if keeps_input(recorder, operator, inputs[0], rstd.dtype):
+    if _rebuilt(recorder, operator, inputs[0]) or keeps_input(
+        recorder, operator, inputs[0], rstd.dtype
+    ):
         kept = recorder.keep(inputs[0], operator, "normalized")
         recipe = ChannelNormalized(shape)
         x_hat = Stash(recipe, (mean, rstd), (kept,), cost=CHEAP, dtype=result.dtype)
@@ -266,6 +270,12 @@ def _channel_norm(
         output, Stash(scaled, parameters, (x_hat,), cost=CHEAP, dtype=result.dtype)
     )
     return output
+
+
+def _rebuilt(recorder: Recorder, operator: str, input: Tensor) -> bool:
+    """True if a norm's input is rebuilt from codes without a matmul."""
+    known = recorder.known(input, operator, "normalized")
+    return known is not None and known.cost < MATMUL and not exact(known)
 
 
 def _coded(

@@ -326,8 +326,13 @@ def _bitwise(stash: Stash) -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements; 0 if the tensor is not one piece of memory."""
-    return tensor.numel() * tensor.element_size() if _plain(tensor) else 0
+    """Bytes of a tensor's elements; of the parts of a jagged tensor or another wrapper; else 0."""
+    if _plain(tensor):
+        return tensor.numel() * tensor.element_size()
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.values().nbytes if tensor.is_nested else 0
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -104,9 +104,12 @@ def linear(
         recorder.linears.set(output, (input, _version(input), x, weight, bias))
     if not recorder.context.rules.rebuilds_matmuls:
         return output
-    # A frozen weight needs no input. But if the input has a stash already, the output can be
-    # recomputed from it.
+    # A frozen weight needs no input. But the output can be recomputed from the input's stash.
     source = recorder.known(input, "linear", "input") if x is None else x
+    if source is None and input.requires_grad and weight.shape[1] <= weight.shape[0]:
+        # The codes of the input take no more memory than those of the output. No operator saves
+        # them if none saves the output.
+        source = recorder.keep(input, "linear", "input")
     if source is not None and (source.cost < MATMUL or _narrow(weight)):
         parameters = recorder.parameters(weight, bias)
         recipe = Stash(PRODUCT, parameters, (source,), cost=MATMUL, dtype=result.dtype)

@@ -3,6 +3,9 @@
 Saves the stashes of both operands, or of one operand if the other operand needs no gradient.
 Parameters stay uncompressed. Cost: 1 byte per element at 8 bits; nothing if the operand is the
 output of a softmax or a norm.
+
+With `recompute="linear"` the scores of attention that a model writes out are rebuilt from queries and
+keys, which the product saves anyway. So their softmax saves nothing (`softmax.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesa_train.policy import MATMUL
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Saved
+from mesa_train.stash.stash import Saved, Spec, Stash
+from mesa_train.stash.tensors import of_parameter
 
-from .base import Kept, Operator, derivative, distinct, kept_first, sum_to
+from .base import Operator, derivative, distinct, kept_first, sum_to
 from .folding import folded
 
 
@@ -95,6 +100,17 @@ class Einsum(Operator):
         return dleft, dright
 
 
+class MatrixProduct:
+    """Recipe: the product of two sources, computed in the dtype of the forward."""
+
+    def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
+        left, right = [saved.value(source, spec.dtype) for source in spec.sources]
+        return (left @ right).to(dtype)
+
+
+MATRIX_PRODUCT = MatrixProduct()
+
+
 def matmul(
     recorder: Recorder, func: Any, /, input: Tensor, other: Tensor | None = None, **kwargs: Any
 ) -> Any:
@@ -109,9 +125,26 @@ def matmul(
     ):
         return NotImplemented
     stashes = _operands(recorder, input, other)
+    kept = kept_first(recorder, *stashes)
     result = folded(recorder, func, input, other)
-    return MatMul.apply(
-        result, stashes, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
+    output = MatMul.apply(
+        result, kept, (tuple(input.shape), tuple(other.shape)), *distinct(input, other)
+    )
+    left, right = stashes
+    if left is not None and right is not None and _are_scores(recorder, input, other):
+        stash = Stash(MATRIX_PRODUCT, (), (left, right), cost=MATMUL, dtype=result.dtype)
+        recorder.lineage.set(output, stash)
+    return output
+
+
+def _are_scores(recorder: Recorder, left: Tensor, right: Tensor) -> bool:
+    """True if a product is to be rebuilt: of two activations, and no narrower than the left one."""
+    return (
+        recorder.context.rules.rebuilds_matmuls
+        and not torch.compiler.is_compiling()
+        and right.dim() > 2
+        and right.shape[-1] >= left.shape[-1]
+        and not of_parameter(right)
     )
 
 
@@ -131,7 +164,7 @@ def add_matmul(
     ):
         return NotImplemented
     left, right = factors
-    stashes = _operands(recorder, left, right)
+    stashes = kept_first(recorder, *_operands(recorder, left, right))
     result = recorder.exactly(func, input, left, right, **kwargs)
     static = (tuple(input.shape), kwargs.get("beta", 1), kwargs.get("alpha", 1))
     return AddMatMul.apply(result, stashes, static, *distinct(input, left, right))
@@ -153,15 +186,14 @@ def einsum(recorder: Recorder, func: Any, /, equation: Any, *operands: Any) -> A
     subscripts = _subscripts(equation, *operands)
     if subscripts is None:
         return NotImplemented
-    stashes = _operands(recorder, *operands)
+    stashes = kept_first(recorder, *_operands(recorder, *operands))
     result = recorder.exactly(func, equation, *operands)
     return Einsum.apply(result, stashes, subscripts, *distinct(*operands))
 
 
-def _operands(recorder: Recorder, left: Tensor, right: Tensor) -> Kept:
+def _operands(recorder: Recorder, left: Tensor, right: Tensor) -> tuple[Stash | None, Stash | None]:
     """The stashes of the operands that the gradients need."""
-    return kept_first(
-        recorder,
+    return (
         recorder.keep(left, "matmul", "left", _within(left)) if right.requires_grad else None,
         recorder.keep(right, "matmul", "right", _within(right)) if left.requires_grad else None,
     )

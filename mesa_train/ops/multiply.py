@@ -22,6 +22,7 @@ from mesa_train.stash.tensors import held, is_plain
 
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled
+from .narrow.positions import outer_product, times_table
 
 
 class Mul(Operator):
@@ -98,11 +99,21 @@ def mul(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
 def _by_constant(recorder: Recorder, func: Any, input: Tensor, other: Tensor) -> Tensor:
     """A product with a constant or a frozen parameter, such as the tables of rotary positions.
 
-    PyTorch saves the constant. The product is rebuilt from the stash of the other factor.
+    PyTorch saves the constant; a table that is rebuilt is not saved (`positions.py`). The product is
+    rebuilt from the stash of the other factor.
     """
-    output = func(input, other)
     tracked, constant = (input, other) if input.requires_grad else (other, input)
-    source = recorder.lineage.get(tracked) if tracked.requires_grad else None
+    if not tracked.requires_grad:
+        output = func(input, other)
+        stash = outer_product(recorder, input, other, output, MULTIPLIED)
+        if stash is not None:
+            recorder.lineage.set(output, stash)
+        return output
+    output = times_table(recorder, func, tracked, constant, input, other)
+    table = None if output is NotImplemented else recorder.lineage.get(constant)
+    if output is NotImplemented:
+        output = func(input, other)
+    source = recorder.lineage.get(tracked)
     if (
         source is not None
         and constant.is_floating_point()
@@ -110,10 +121,8 @@ def _by_constant(recorder: Recorder, func: Any, input: Tensor, other: Tensor) ->
         and output.shape == tracked.shape
     ):
         factor = held(constant) if isinstance(constant, torch.nn.Parameter) else constant
-        recorder.lineage.set(
-            output,
-            Stash(MULTIPLIED, (), (source, uncompressed(factor)), cost=CHEAP, dtype=output.dtype),
-        )
+        sources = (source, table or uncompressed(factor))
+        recorder.lineage.set(output, Stash(MULTIPLIED, (), sources, cost=CHEAP, dtype=output.dtype))
     return output
 
 

@@ -2,6 +2,8 @@
 
 Saves the codes of its output (1 byte per element). The derivative reads only the output, and the
 matmul behind shares these codes. The input is never saved.
+
+With `recompute="linear"` it saves nothing if a matmul rebuilds its input: the scores of attention.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mesa_train.codecs.affine import Affine
+from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
-from mesa_train.stash.stash import Leaf, MatrixLayout, Saved
+from mesa_train.stash.stash import Leaf, MatrixLayout, Saved, Stash
 
 from .base import Operator, derivative
 
@@ -58,6 +62,15 @@ def softmax(
     """Row of torch.softmax, Tensor.softmax and torch.nn.functional.softmax."""
     if dim is None or not recorder.covers("softmax", input):
         return NotImplemented
+    scores = recorder.lineage.get(input)
+    if scores is not None and scores.cost == MATMUL and _rebuilds(recorder):
+        result = recorder.exactly(func, input, dim, *args, **kwargs)
+        recipe = Recompute(torch.softmax, (dim,), {"dtype": result.dtype})
+        stash = Stash(recipe, (), (scores,), cost=CHEAP, dtype=result.dtype)
+        recorder.report.add(recorder.context.name, "softmax", "output", "rebuilt", 0, stash)
+        output = Softmax.apply(result, (stash,), dim, input)
+        recorder.lineage.set(output, stash)
+        return output
     last = input.dim() > 0 and dim % input.dim() == input.dim() - 1
     dtype = None if args or not last else _dtype(input, kwargs)
     codec = None
@@ -76,6 +89,11 @@ def softmax(
     output = Softmax.apply(result, (stash,), dim, input)
     recorder.lineage.set(output, stash)
     return output
+
+
+def _rebuilds(recorder: Recorder) -> bool:
+    """True if the policy rebuilds attention weights by a matmul."""
+    return recorder.context.rules["softmax", "output"].rebuild_linear
 
 
 def _dtype(input: Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:

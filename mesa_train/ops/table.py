@@ -33,7 +33,7 @@ from . import (
     views,
 )
 from .fallback import fallback as fallback
-from .narrow import clipped_sign, difference, exponential, gather
+from .narrow import clipped_sign, difference, exponential, gather, positions
 from .spatial import conv, deformable, extremum, pool
 
 Row = Callable[..., Any]
@@ -114,6 +114,10 @@ ROWS: dict[Any, Row] = {
     torch.neg: multiply.neg,
     Tensor.neg: multiply.neg,
     Tensor.__neg__: multiply.neg,
+    torch.sin: positions.function_of_table("sin"),
+    Tensor.sin: positions.function_of_table("sin"),
+    torch.cos: positions.function_of_table("cos"),
+    Tensor.cos: positions.function_of_table("cos"),
     torch.amax: extremum.extremum,
     Tensor.amax: extremum.extremum,
     torch.amin: extremum.extremum,
@@ -149,7 +153,7 @@ VIEWS = frozenset(
     """
     transpose permute reshape view flatten unflatten squeeze unsqueeze contiguous unbind
     chunk split tensor_split select narrow movedim moveaxis swapaxes swapdims roll flip
-    expand clone unsafe_chunk unsafe_split split_with_sizes adjoint t
+    expand repeat repeat_interleave tile clone unsafe_chunk unsafe_split split_with_sizes adjoint t
     """.split()
 )
 _CASTS = frozenset(

@@ -92,10 +92,8 @@ class Stash:
         self.uses = UseCount(_counted(sources)) if cost == MATMUL else None
 
     def exact(self) -> bool:
-        """True if the stash contains no lossy codes. Then it equals the tensor up to rounding."""
-        recipe = self.recipe
-        coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
-        return not coded and all([source.exact() for source in self.sources])
+        """True if the stash contains no lossy codes."""
+        return exact(self)
 
 
 def _counted(sources: tuple[Stash, ...]) -> tuple[UseCount, ...]:
@@ -129,6 +127,13 @@ class Spec:
         self.recipe, self.slots, self.sources, self.dtype = recipe, slots, sources, dtype
         self.uses, self.partitioned, self.reader = uses, partitioned, reader
         self.user: UseHandle | None = None
+
+
+def exact(stash: Stash | Spec) -> bool:
+    """True if a stash or its structure has no lossy codes. Then it equals the tensor up to rounding."""
+    recipe = stash.recipe
+    coded = isinstance(recipe, Leaf) and not isinstance(recipe.codec, Lossless)
+    return not coded and all([exact(source) for source in stash.sources])
 
 
 def save(ctx: Any, *stashes: Stash | None) -> None:

@@ -12,6 +12,8 @@ import copy
 import functools
 import gc
 import signal
+import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,19 +144,48 @@ def run_step(
 
     With `loss_alone`, a model that returns a loss gets the gradients of its loss.
     """
+    output = step(model, args, kwargs, loss_alone)
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [t.detach() for t in tensors_in(output)], gradients
+
+
+def step(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_alone: bool = False
+) -> Any:
+    """Run a forward and a backward as `run_step` does. Return the output."""
     torch.manual_seed(1)
     model.zero_grad(set_to_none=True)
     output = model(*args, **kwargs)
     loss = output.get("loss") if isinstance(output, Mapping) else None
     if loss_alone and loss is not None:
         loss.backward()
-        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        return [t.detach() for t in tensors_in(output)], gradients
+        return output
     tracked = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not tracked:
         raise ValueError("no output needs a gradient")
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(t.shape, generator=generator) / t.numel() ** 0.5 for t in tracked]
     torch.autograd.backward([t.float() for t in tracked], weights)
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return [t.detach() for t in tensors_in(output)], gradients
+    return output
+
+
+def step_times(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median time of each step in ms.
+
+    The steps take turns, and every second round has the reverse order. So a drift of the machine
+    changes all medians alike. One round before the measured rounds is not counted.
+
+    Args:
+        steps: a function that runs a step, by name.
+        rounds: measured runs of each step.
+    Returns:
+        The medians by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 1):
+        for name in steps if round_ % 2 else reversed(list(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            if round_:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}

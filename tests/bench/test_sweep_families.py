@@ -5,6 +5,7 @@ import functools
 import family_models
 import pytest
 import sweep_families
+import sweeping
 from sweeping import limited
 from tables import families
 
@@ -56,11 +57,32 @@ def test_a_table_has_the_reason_of_a_small_factor():
         "uncompressed": {"instance_norm": 300, "mul": 5},
     }
     old = {**row, "outputs_equal": False}
+    timed = {**row, "model": "three", "step_ms": {"plain": 10.0, "mesa8": 12.5}}
     fails = {**row, "model": "two", "failure": "ValueError: no"}
-    text = families.sweep_families.render([old, row, fails])
+    text = families.sweep_families.render([old, row, fails, timed])
     line = next(line for line in text.splitlines() if line.startswith("| one"))
     assert "| equal |" in line
     assert "| 2.0 | 2.5 | 2.2 |" in line
+    line_of_times = next(line for line in text.splitlines() if line.startswith("| three"))
+    assert "| 2.2 |  | 1.25 |" in line_of_times
     assert "uncompressed: instance_norm 60%" in line
     assert "mul" not in line
     assert "fails: ValueError" in text
+
+
+def test_steps_take_turns_and_the_first_round_is_not_counted(monkeypatch):
+    clock = iter(range(1000))
+    calls = []
+    monkeypatch.setattr(sweeping.time, "perf_counter", lambda: next(clock) / 1000)
+
+    def run(name, ticks):
+        calls.append(name)
+        for _ in range(ticks if len(calls) > 2 else 50):
+            next(clock)
+
+    steps = {
+        "plain": functools.partial(run, "plain", 2),
+        "mesa8": functools.partial(run, "mesa8", 4),
+    }
+    assert sweeping.step_times(steps, 3) == pytest.approx({"plain": 3.0, "mesa8": 5.0})
+    assert calls == ["mesa8", "plain", "plain", "mesa8", "mesa8", "plain", "plain", "mesa8"]

@@ -192,6 +192,18 @@ def test_nested_tensors(case, policy):
     assert footprint(make(), inputs, policy=policy).saved_bytes > 0
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+def test_what_a_nested_tensor_leaves_uncompressed_is_reported(layout):
+    """The rows had 0 bytes."""
+    model, x = mesa_train.wrap(MLP()), nested(layout)
+    model(x)
+    tokens = 5 + 7 + 3
+    sizes = {row.operator: row.bytes for row in mesa_train.coverage(model).rows}
+    # GELU's input, and the inputs of both Linears.
+    assert sum(sizes.values()) >= tokens * (32 + 64 + 64) * 4, sizes
+
+
 def test_nested_tensors_have_no_fakes():
     with pytest.raises(ValueError, match="PyTorch has no fake nested tensors"):
         footprint(MLP(), nested(torch.jagged), fake=True)

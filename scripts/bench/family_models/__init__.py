@@ -45,6 +45,7 @@ SOURCES = {
     "medical": "monai",
     "detectors": "torchvision",
     "images": "timm",
+    "sequences": "timm",
     "distillation": "timm",
 }
 

@@ -83,6 +83,36 @@ def sam2() -> tuple[nn.Module, Any]:
     return hf.Sam2Model(config), {"pixel_values": images(), "input_points": points}
 
 
+@case("SAM 3", SEGMENTATION)
+def sam3() -> tuple[nn.Module, Any]:
+    """SAM 3 on images: rotary ViT, text encoder, DETR, mask decoder; prompted by words and boxes."""
+    vit = hf.Sam3ViTConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3,
+        image_size=112, pretrain_image_size=112, window_size=4, global_attn_indexes=[1],
+    )  # fmt: skip
+    vision = hf.Sam3VisionConfig(
+        backbone_config=vit, fpn_hidden_size=64,
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8], [4, 4]],
+    )  # fmt: skip
+    part = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "vocab_size": 1000, "projection_dim": 64}
+    config = hf.Sam3Config(
+        vision_config=vision, text_config=text, geometry_encoder_config={**part, "num_layers": 2},
+        detr_encoder_config={**part, "num_layers": 2},
+        detr_decoder_config={**part, "num_layers": 2, "num_queries": 20},
+        mask_decoder_config={"hidden_size": 64, "num_attention_heads": 4},
+    )  # fmt: skip
+    inputs = {
+        "pixel_values": images(112),
+        "input_ids": torch.randint(3, 900, (2, 12)),
+        "attention_mask": torch.ones(2, 12, dtype=torch.int64),
+        "input_boxes": torch.tensor([[[0.4, 0.4, 0.3, 0.3]], [[0.6, 0.5, 0.2, 0.4]]]),
+        "input_boxes_labels": torch.ones(2, 1, dtype=torch.int64),
+    }
+    return hf.Sam3Model(config), inputs
+
+
 @case("SegFormer", SEGMENTATION)
 def segformer() -> tuple[nn.Module, Any]:
     """SegFormer with its loss."""
@@ -220,6 +250,21 @@ def d_fine() -> tuple[nn.Module, Any]:
     """D-FINE: boxes as distributions."""
     model = hf.DFineForObjectDetection(_real_time("DFine"))
     return model, {"pixel_values": images(), "labels": boxes()}
+
+
+@case("RF-DETR", DETECTION)
+def rf_detr() -> tuple[nn.Module, Any]:
+    """RF-DETR: a windowed DINOv2, deformable attention, groups of queries."""
+    backbone = hf.RfDetrDinov2Config(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=112, patch_size=14,
+        num_windows=2, out_features=["stage2", "stage4"],
+    )  # fmt: skip
+    config = hf.RfDetrConfig(
+        backbone_config=backbone, d_model=64, decoder_ffn_dim=128, decoder_layers=2,
+        decoder_self_attention_heads=4, decoder_cross_attention_heads=4, num_queries=20,
+        group_detr=3, num_labels=5,
+    )  # fmt: skip
+    return hf.RfDetrForObjectDetection(config), {"pixel_values": images(112), "labels": boxes()}
 
 
 @case("YOLOS", DETECTION)

@@ -67,6 +67,19 @@ def qwen3_tower() -> tuple[nn.Module, Any]:
     return Qwen3VLVisionModel(config), (patches, grid)
 
 
+@case("Llama 4 tower", VLM)
+def llama4_tower() -> tuple[nn.Module, Any]:
+    """Llama 4's vision tower: rotary positions as complex products, pixel shuffle."""
+    from transformers.models.llama4.modeling_llama4 import Llama4VisionConfig, Llama4VisionModel
+
+    config = Llama4VisionConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        image_size=112, patch_size=14, vision_output_dim=96, projector_input_dim=96,
+        projector_output_dim=96,
+    )  # fmt: skip
+    return Llama4VisionModel(config), {"pixel_values": torch.randn(2, 3, 112, 112)}
+
+
 @case("SmolVLM", VLM, lora=PROJECTIONS)
 def smolvlm() -> tuple[nn.Module, Any]:
     """SmolVLM with the loss of its captions."""

@@ -18,6 +18,12 @@ def _times(saved: dict[str, int], method: str) -> str:
     return f"{saved['plain'] / saved[method]:.1f}" if saved.get(method) else ""
 
 
+def _step(row: Row) -> str:
+    """The time of a step under mesa8, divided by plain's; empty if the row has no times."""
+    times = row.get("step_ms")
+    return f"{times['mesa8'] / times['plain']:.2f}" if times else ""
+
+
 def _reason(row: Row) -> str:
     """The operators whose tensors mesa8 leaves uncompressed, with their share of mesa8's bytes."""
     saved = row["saved_bytes"]
@@ -33,6 +39,7 @@ def sweep_families(rows: Sequence[Row]) -> str:
     """The newest rows of one family, a line per model."""
     newest = {row["model"]: row for row in rows}
     head = ["model", "outputs", "lossless error", "mesa8 error", "plain saves", *_METHODS]
+    head.append("mesa8 step")
     lines = []
     for name, row in newest.items():
         if row["failure"]:
@@ -47,6 +54,7 @@ def sweep_families(rows: Sequence[Row]) -> str:
                 f"{row['mesa8_error']:.2%}",
                 format_bytes(saved["plain"]),
                 *[_times(saved, method) for method in _METHODS],
+                _step(row),
                 _reason(row),
             ]
         )
