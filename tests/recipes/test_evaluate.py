@@ -230,7 +230,7 @@ def test_facts_that_models_share_stand_once():
     text = page.html([report("a", row, weights="one"), report("b", row, weights="two")], [])
     assert text.count("<dt>date</dt>") == 1
     assert text.count("<dt>weights</dt>") == 2
-    assert text.index("<h2>a</h2>") < text.index("one") < text.index("<h2>b</h2>")
+    assert text.index("<h2>a</h2>") < text.index("<dd>one</dd>") < text.index("<h2>b</h2>")
     # On a phone, where the head is hidden, a cell names its model.
     assert "content: attr(data-model)" in text
     assert text.count('data-model="b"') == 1
@@ -269,7 +269,9 @@ def test_a_page_of_two_models_fits_a_phone_and_prints(tmp_path):
     text = page.write(tmp_path / "out", reports)[-1].read_text()
     phone = browse(tmp_path, text, PROBE, width=390)
     assert phone["width"] == 390
-    assert (phone["errors"], phone["overflow"], phone["outside"]) == ([], 0, [])
+    assert (phone["errors"], phone["outside"]) == ([], [])
+    # Also of text that leaves its element: a long name in a heading.
+    assert phone["overflow"] <= 0
     # The head is hidden, so the value of the second model has the model's name beside it.
     assert (phone["head"], phone["label"], phone["value"]) == (False, f'"{long}"', "50.0 %")
     wide = browse(tmp_path, text, PROBE, "--window-size=1280,900")
