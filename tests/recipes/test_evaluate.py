@@ -470,6 +470,26 @@ def test_digits_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_transformers_model_is_trained_and_evaluated(tmp_path):
+    script = REPOSITORY / "recipes/evaluate/train_transformers.py"
+    done = forked.run(
+        [script, "--cpu", "--data", "digits", "--epochs", 2, "--out", tmp_path / "vit"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        timeout=HUNG_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.search(r"([\d.]+)% of 360 held-out images", done.stdout)
+    assert float(said[1]) > 40
+    code, output = call("--model", tmp_path / "vit", "--weights", "pretrained", "--tasks", "probe",
+                        "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, output
+    found = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    (own,) = [r["value"] for r in found if r["metric"] == "top-1 of the model's classifier"]
+    # The same images, resized to the model's own size, through the saved image processor.
+    assert 100 * own == pytest.approx(float(said[1]), abs=0.1)
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_features(folders, tmp_path, monkeypatch):
     options = ["--cpu", "--train", folders / "train", "--held-out", folders / "held_out",
                "--tasks", "knn,probe"]  # fmt: skip
