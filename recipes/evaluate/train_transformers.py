@@ -39,7 +39,7 @@ class Digits(Dataset[dict[str, Tensor]]):
 
 def main(
     data: Annotated[str, typer.Option(help="mnist5k or digits.")] = "mnist5k",
-    epochs: Annotated[int, typer.Option(min=1)] = 8,
+    epochs: Annotated[int, typer.Option(min=1)] = 4,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     policy: Annotated[str, typer.Option(help="A preset of mesa_train.")] = "mesa8",
@@ -72,7 +72,8 @@ def main(
         )  # fmt: skip
         arguments = TrainingArguments(
             output_dir=str(out), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
-            learning_rate=lr, weight_decay=0.05, warmup_ratio=0.1, lr_scheduler_type="cosine",
+            learning_rate=lr, weight_decay=0.05, lr_scheduler_type="cosine",
+            warmup_steps=found.steps_per_epoch(batch_size),
             save_strategy="no", logging_steps=10_000, report_to=[], seed=seed, use_cpu=cpu,
             disable_tqdm=True,
         )  # fmt: skip

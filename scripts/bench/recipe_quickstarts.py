@@ -92,6 +92,7 @@ def main(
     only: Annotated[str, typer.Option(help="Names with semicolons between; default: all.")] = "",
     work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/quickstarts"),
     prefix: Annotated[str, typer.Option(help="Put before each training command.")] = "",
+    kill: Annotated[bool, typer.Option(help="Kill and resume a copy of each run.")] = True,
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Run the quickstarts and append a row for each."""
@@ -103,14 +104,16 @@ def main(
         )
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
-        row = {"name": name, **measured(QUICKSTARTS[name], name, work, shlex.split(prefix))}
+        row = {"name": name, **measured(QUICKSTARTS[name], name, work, shlex.split(prefix), kill)}
         records.append(out, {**row, **records.provenance()})
         print(f"{name}: {row['score']} {row['value']:.4g}", flush=True)
         if "same" in row:
             print(f"  the same after SIGKILL and a resume: {row['same']}", flush=True)
 
 
-def measured(quickstart: Quickstart, name: str, work: Path, prefix: list[str]) -> records.Row:
+def measured(
+    quickstart: Quickstart, name: str, work: Path, prefix: list[str], kill: bool = True
+) -> records.Row:
     """Run a quickstart, then its last epoch killed and resumed. Returns the row without its origin."""
     out = folder_of(quickstart, name)
     whole = work / out
@@ -122,7 +125,8 @@ def measured(quickstart: Quickstart, name: str, work: Path, prefix: list[str]) -
     epochs = common.of_kind(whole, "epoch")
     last = epochs[-1]
     # A run with other settings than the file's is a comparison, and is not killed.
-    killed = {} if quickstart.changes else killed_and_resumed(quickstart, out, work, prefix)
+    kill = kill and not quickstart.changes
+    killed = killed_and_resumed(quickstart, out, work, prefix) if kill else {}
     return {
         "recipe": quickstart.recipe,
         "file": quickstart.file,

@@ -247,6 +247,17 @@ def test_the_quickstart_is_a_configuration():
     assert found.distill.draws == 10
 
 
+def test_the_baseline_differs_in_its_labels_alone():
+    student, labels = (
+        load(REPOSITORY / f"recipes/distill/{name}.yaml").to_dict()
+        for name in ("quickstart", "quickstart_labels")
+    )
+    assert labels["method"]["name"] == "none"
+    assert student["train"].pop("out") != labels["train"].pop("out")
+    for section in ("model", "data", "augment", "optim", "train"):
+        assert student[section] == labels[section], section
+
+
 def test_a_dry_run_names_the_teacher(tmp_path, weights):
     text = recipe.dry_run(config(tmp_path, weights, bits="4", draws=3, top=4), 1)
     assert "teacher moco_vit_tiny: " in text
