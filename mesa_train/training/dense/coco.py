@@ -79,7 +79,7 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _categories(file: Path, entries: list[Any]) -> dict[int, tuple[int, str]]:
+def _categories(file: str | Path, entries: list[Any]) -> dict[int, tuple[int, str]]:
     """(label, name) by category id."""
     found: dict[int, str] = {}
     for index, entry in enumerate(entries):
@@ -96,7 +96,7 @@ def _categories(file: Path, entries: list[Any]) -> dict[int, tuple[int, str]]:
     return {key: (label, found[key]) for label, key in enumerate(sorted(found))}
 
 
-def _images(file: Path, entries: list[Any], folder: Path) -> dict[Any, dict[str, Any]]:
+def _images(file: str | Path, entries: list[Any], folder: Path) -> dict[Any, dict[str, Any]]:
     """Path, field, height and width of each image, by its id."""
     found: dict[Any, dict[str, Any]] = {}
     kind: type | None = None
@@ -120,7 +120,7 @@ def _images(file: Path, entries: list[Any], folder: Path) -> dict[Any, dict[str,
 
 
 def annotation(
-    file: Path,
+    file: str | Path,
     field: str,
     entry: Mapping[str, Any],
     images: Mapping[Any, Any],
@@ -147,7 +147,9 @@ def annotation(
     return key, ([x, y, x + width, y + height], categories[category][0], bool(crowd), float(area))
 
 
-def segmentation(file: Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
+def segmentation(
+    file: str | Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]
+) -> Any:
     """Polygons of at least three points, or run lengths; an empty list if no polygon is left."""
     field, value = f"{field}.segmentation", entry.get("segmentation")
     if isinstance(value, list):

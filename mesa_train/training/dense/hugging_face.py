@@ -53,9 +53,9 @@ def build(
         config.drop_path_rate = drop_path
     with _in_one_line(name):
         with torch.device("meta"):
-            found = _strides(AutoBackbone.from_config(_giving(config, stages)), len(stages))
+            every = _strides(AutoBackbone.from_config(_giving(config, stages)), len(stages))
         # Of several maps of one stride, the last has seen most blocks.
-        last = dict(zip(found, stages, strict=True))
+        last = dict(zip(every, stages, strict=True))
         chosen = [last[stride] for stride in strides if stride in last]
         if len(last) == 1:
             chosen = [stages[-1]]

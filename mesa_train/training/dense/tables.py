@@ -253,7 +253,7 @@ def _size(cell: Cell, row: Mapping[str, Any]) -> tuple[int, int]:
     sides = [row.get(side) for side in ("height", "width")]
     if all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]  # type: ignore[return-value]
-    encoded = cell.read()
+    encoded: Any = cell.read()
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             width, height = image.size

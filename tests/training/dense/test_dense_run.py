@@ -176,7 +176,7 @@ def test_norms_have_no_decay_in_mask_rcnn_alone():
 
 MISTAKES = [
     ({"model": {"kind": "retinnet"}}, r"model.kind must be one of .* \(did you mean retinanet\?\)"),
-    ({"model": {"kind": "semantic_fpn"}}, r"data.format of semantic_fpn must be one of ade, voc, datasets, digits, got 'coco'"),
+    ({"model": {"kind": "semantic_fpn"}}, r"semantic_fpn must be one of ade, voc, datasets, digits, got 'coco'"),
     ({"model": {"kind": "mask_rcnn"}, "data": {"format": "voc"}}, r"data.format=voc has no masks"),
     ({"data": {"short_side": 900, "long_side": 800}}, r"data.short_side=900 must be at most data.long_side=800"),
     ({"model": {"kind": "semantic_fpn"}, "data": {"format": "ade"}}, r"augment.crop is missing"),
