@@ -61,13 +61,13 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         return output
     if left is not None and right is not None and input.shape == other.shape:
         recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
-    elif left is not None and right is None and _is_small(recorder, other, shape, output):
+    elif left is not None and right is None and small_term(recorder, other, shape, output):
         sources = (left, copied(recorder, other))
         recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
     return output
 
 
-def _is_small(recorder: Recorder, term: Any, shape: torch.Size | None, output: Tensor) -> bool:
+def small_term(recorder: Recorder, term: Any, shape: torch.Size | None, output: Tensor) -> bool:
     """True if a term takes at most half of the sum's 8-bit codes. `shape`: of the other term."""
     return (
         recorder.context.rules.rebuilds_matmuls

@@ -6,6 +6,7 @@ each method goes to docs/results/lora.jsonl.
 
     python scripts/bench/lora.py
     python scripts/bench/lora.py --model vit_base_patch14_dinov2 --budget 12GiB
+    python scripts/bench/lora.py --tuned DoRA --methods mesa8-recompute
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs/results/lora.jsonl"
 # Methods with all weights trained, and with adapters.
 FULL = ("plain", "mesa8-recompute")
 ADAPTED = ("plain", "checkpoint", "mesa8", "mesa8-recompute", "mesa4-recompute")
+TUNED = {"all weights": FULL, "LoRA": ADAPTED, "DoRA": ADAPTED}
 # Large, because the gradients of all weights are the peak of a step with a small batch.
 BATCHES = (256, 512)
 
@@ -39,18 +41,23 @@ def main(
     image_size: Annotated[int, typer.Option(help="Height and width.")] = 224,
     budget: Annotated[str, typer.Option(help="Memory of the GPU.")] = "24GiB",
     rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 8,
+    tuned: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = ", ".join(TUNED),
+    methods: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Count every method."""
     origin = records.provenance()
     capacity = parse_bytes(budget)
-    for tuned, methods in (("all weights", FULL), ("LoRA", ADAPTED), ("DoRA", ADAPTED)):
-        for method in methods:
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    for kind in (name.strip() for name in tuned.split(",")):
+        if kind not in TUNED:
+            raise SystemExit(f"lora: --tuned {kind!r}: choose from {', '.join(TUNED)}")
+        for method in (m for m in TUNED[kind] if m in chosen or not chosen):
             peaks, saved = [], []
             for batch in BATCHES:
                 loaded = load(model, batch_size=batch, image_size=image_size, device="meta")
-                if tuned != "all weights":
-                    adapt(loaded.model, rank, dora=tuned == "DoRA")
+                if kind != "all weights":
+                    adapt(loaded.model, rank, dora=kind == "DoRA")
                 loaded.model.train()
                 counted = timeline(
                     loaded.model, loaded.inputs, policy=method, autocast=torch.bfloat16
@@ -65,12 +72,12 @@ def main(
             slope = (peaks[1] - peaks[0]) / more
             largest = int((capacity - peaks[0]) // slope) + BATCHES[0]
             trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-            row = {"model": model, "image_size": image_size, "tuned": tuned, "method": method}
+            row = {"model": model, "image_size": image_size, "tuned": kind, "method": method}
             row |= {"rank": rank, "trained": trained, "budget": budget, "static_bytes": static}
             row |= {"saved_bytes_an_image": (saved[1] - saved[0]) // more}
             row |= {"peak_bytes_an_image": int(slope), "largest_batch": largest}
             records.append(out, {**row, "dtype": "bf16 autocast, counted", **origin})
-            typer.echo(f"{tuned} {method}: {largest}")
+            typer.echo(f"{kind} {method}: {largest}")
 
 
 def adapt(model: nn.Module, rank: int, dora: bool = False) -> None:

@@ -169,11 +169,16 @@ def adapted(model: nn.Module, inputs: Any, targets: Any) -> Row:
 
 
 def count(model: nn.Module, inputs: Any, name: str) -> Footprint | None:
-    """The footprint of a method; None if the model has no blocks to checkpoint."""
+    """The footprint of a method; None if the model has no blocks that PyTorch can checkpoint."""
     torch.manual_seed(1)
     try:
         return footprint(model, inputs, policy=policy(name) if name in PRESETS else name)
     except NoBlocks:
+        return None
+    except RuntimeError as error:
+        # PyTorch's checkpoint reads the sizes of a jagged tensor's parts, which have none.
+        if name != "checkpoint" or "NestedTensorImpl doesn't support sizes" not in str(error):
+            raise
         return None
 
 

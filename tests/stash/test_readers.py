@@ -33,12 +33,24 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class Weighted(Adapted):
+    """As PEFT's DoRA: the output without its bias and the adapter's output, times trained magnitudes."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.magnitude = nn.Parameter(torch.rand(outputs) + 0.5)
+
+    def forward(self, x):
+        base, scale = self.base(x), self.magnitude.view(1, -1)
+        return base + (scale - 1) * (base - self.base.bias) + scale * self.up(self.down(x)) * 2.0
+
+
 class Block(nn.Module):
     """A block of a ViT whose Linears are adapted, with frozen norms."""
 
-    def __init__(self, adapted=True):
+    def __init__(self, adapted=True, adapter=Adapted):
         super().__init__()
-        linear = Adapted if adapted else nn.Linear
+        linear = adapter if adapted else nn.Linear
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         if adapted:
             self.norm1.requires_grad_(False)
@@ -53,14 +65,14 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def network(depth=2, adapted=True):
+def network(depth=2, adapted=True, adapter=Adapted):
     torch.manual_seed(0)
-    return nn.Sequential(*[Block(adapted) for _ in range(depth)]).train()
+    return nn.Sequential(*[Block(adapted, adapter) for _ in range(depth)]).train()
 
 
-def tokens(leaf=True):
+def tokens(leaf=True, batch=2):
     torch.manual_seed(1)
-    return torch.randn(2, TOKENS, WIDTH).requires_grad_(leaf)
+    return torch.randn(batch, TOKENS, WIDTH).requires_grad_(leaf)
 
 
 @pytest.fixture(params=["native", "python"])
@@ -227,3 +239,26 @@ def test_a_weight_computed_without_a_gradient_is_kept_as_its_cast():
         for policy in ("plain", Policy(min_bytes=0))
     ]
     assert kept == [WIDTH * WIDTH * 2] * 2
+
+
+@pytest.mark.usefixtures("rows")
+def test_trained_magnitudes_keep_one_tensor_more():
+    """DoRA kept the output of every Linear: nine tensors of the width in each block."""
+    grown = {}
+    for adapter in (Adapted, Weighted):
+        saved = [
+            footprint(network(2, adapter=adapter), tokens(batch=b), policy=RECOMPUTE).saved_bytes
+            for b in (8, 16)
+        ]
+        grown[adapter] = saved[1] - saved[0]
+    # The output of fc2, whose input a matmul rebuilds.
+    assert grown[Weighted] - grown[Adapted] <= 2 * 8 * TOKENS * (WIDTH + 4)
+    gradients = []
+    for policy in (None, LOSSLESS):
+        model, x = network(adapter=Weighted).double(), tokens().detach().double()
+        if policy is not None:
+            wrap(model, policy)
+        model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

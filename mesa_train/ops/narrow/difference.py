@@ -3,6 +3,9 @@
 A difference of two tensors saves nothing. If broadcasting makes the result at least eight times as large as
 both tensors together, the result gets a stash of copies of both. So an operator that must save the result
 exactly, such as the coordinates of `grid_sample`, saves the two small tensors.
+
+With `recompute="linear"`, a matmul's output minus a small tensor is rebuilt: a Linear's output without its
+bias (DoRA).
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesa_train.ops.add import small_term
 from mesa_train.ops.fallback import fallback
-from mesa_train.policy import CHEAP
+from mesa_train.policy import CHEAP, MATMUL
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
+
+from .positions import copied
 
 _TIMES = 8
 
@@ -37,6 +43,17 @@ def sub(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
     """Row of torch.sub, Tensor.sub and `-`."""
     output = fallback(recorder, func, (input, other), kwargs)
     if kwargs or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+        return output
+    source = recorder.lineage.get(input)
+    if (
+        source is not None
+        and source.cost == MATMUL
+        and small_term(recorder, other, input.shape, output)
+    ):
+        stash = Stash(
+            _DIFFERENCE, (), (source, copied(recorder, other)), cost=CHEAP, dtype=output.dtype
+        )
+        recorder.lineage.set(output, stash)
         return output
     if output.numel() < _TIMES * (input.numel() + other.numel()):
         return output
