@@ -8,6 +8,7 @@ import folders
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mesa_train.training import checkpoints
@@ -131,6 +132,17 @@ def test_a_mask_rcnn_trains_on_a_strangers_folder(coco, tmp_path):
     assert (tmp_path / "predictions.png").is_file()
 
 
+def test_without_objects_to_score_the_newest_weights_are_kept(tmp_path, caplog):
+    folder = folders.coco_folder(tmp_path / "coco")
+    folders.change(folder, lambda values: values["annotations"].clear(), "val")
+    run = recipe.prepare(config("retinanet", folder, tmp_path / "run", epochs=2, pictures=0))
+    assert "instances_val.json: no object to score" in caplog.text
+    assert recipe.fit(run) == {}
+    assert recipe.shown({}) == "no score"
+    with safe_open(tmp_path / "run/best.safetensors", "pt") as file:
+        assert file.metadata()["step"] == str(run.done) == "4"
+
+
 def test_composed_pictures_are_written_once(tmp_path):
     def opened(**data):
         values = {"format": "digits", "path": str(tmp_path / "digits"), "digits": "17"}
@@ -176,7 +188,7 @@ def test_norms_have_no_decay_in_mask_rcnn_alone():
 
 MISTAKES = [
     ({"model": {"kind": "retinnet"}}, r"model.kind must be one of .* \(did you mean retinanet\?\)"),
-    ({"model": {"kind": "semantic_fpn"}}, r"data.format of semantic_fpn must be one of ade, voc, datasets, digits, got 'coco'"),
+    ({"model": {"kind": "semantic_fpn"}}, r"semantic_fpn must be one of ade, voc, datasets, digits, got 'coco'"),
     ({"model": {"kind": "mask_rcnn"}, "data": {"format": "voc"}}, r"data.format=voc has no masks"),
     ({"data": {"short_side": 900, "long_side": 800}}, r"data.short_side=900 must be at most data.long_side=800"),
     ({"model": {"kind": "semantic_fpn"}, "data": {"format": "ade"}}, r"augment.crop is missing"),
