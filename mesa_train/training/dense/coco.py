@@ -121,7 +121,7 @@ def _images(file: Path, entries: list[Any], folder: Path) -> dict[Any, dict[str,
 
 
 def annotation(
-    file: Path,
+    file: str | Path,
     field: str,
     entry: Mapping[str, Any],
     images: Mapping[Any, Any],
@@ -148,7 +148,9 @@ def annotation(
     return key, ([x, y, x + width, y + height], categories[category][0], bool(crowd), float(area))
 
 
-def segmentation(file: Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
+def segmentation(
+    file: str | Path, field: str, entry: Mapping[str, Any], image: Mapping[str, Any]
+) -> Any:
     """Polygons of at least three points, or run lengths; an empty list if no polygon is left."""
     field, value = f"{field}.segmentation", entry.get("segmentation")
     if isinstance(value, list):

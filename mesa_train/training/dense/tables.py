@@ -137,7 +137,7 @@ def segmentation(
     _check_columns(path, rows, image=image_key, map=map_key)
     if map_key not in _pictures(rows):
         raise ConfigError(f"data.map_key={map_key}: the column of {path} holds no pictures")
-    columns = []
+    columns: list[list[Cell]] = []
     for key in (image_key, map_key):
         own = rows.select_columns([key])
         columns.append([Cell(own, i, key, f"{path} {split}[{i}].{key}") for i in range(len(rows))])
@@ -253,7 +253,7 @@ def _size(cell: Cell, row: Mapping[str, Any]) -> tuple[int, int]:
     sides = [row.get(side) for side in ("height", "width")]
     if all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]  # type: ignore[return-value]
-    encoded = cell.read()
+    encoded: Any = cell.read()
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             width, height = image.size
