@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dense import parts
-from tables.dense import dense_training
+from tables.dense import dense, dense_training
 
 from mesa_train.measure.footprint import footprint
 from mesa_train.models.dense import mask_rcnn, retinanet
@@ -31,6 +31,29 @@ def test_a_counted_step_of_mask_rcnn_runs_on_real_tensors_too():
     images = torch.rand(2, 3, 64, 96)
     counts = [footprint(step, [images], policy="plain", fake=fake) for fake in (True, False)]
     assert counts[0].saved_bytes == counts[1].saved_bytes
+
+
+def test_the_table_of_bytes_has_a_line_for_each_dtype():
+    common = {
+        "model": "retinanet",
+        "backbone": "resnet50",
+        "batch_size": 2,
+        "height": 8,
+        "width": 9,
+    }
+    common |= {"parts": {"body": 1, "neck": 2, "head": 3}, "device": "x", "device_type": "cpu"}
+    common |= {"threads": 1, "versions": {"torch": "2"}, "commit": "c", "date": "2026-01-01"}
+    rows = [
+        {**common, "dtype": dtype, "method": method, "saved_bytes": size << 20}
+        for dtype, sizes in (("bfloat16", (6, 3)), ("float32", (8, 2)))
+        for method, size in zip(("plain", "mesa8"), sizes, strict=True)
+    ]
+    lines = dense.render(rows).splitlines()
+    assert [line.split(" | ")[3] for line in lines[2:4]] == ["float32", "bfloat16"]
+    assert [line.rsplit(" | ", 1)[1] for line in lines[2:4]] == [
+        "2.0 MiB (4.00x less) |",
+        "3.0 MiB (2.00x less) |",
+    ]
 
 
 def test_the_table_of_trained_quickstarts():

@@ -123,7 +123,11 @@ def test_a_killed_run_continues_to_the_same_end(folder, tmp_path):
 def test_mistakes_are_one_line(folder, tmp_path):
     for changes, line in (
         (["train.polcy=mesa8"], "dense: unknown key train.polcy; did you mean policy?\n"),
-        (["model.classes=3"], f"dense: model.classes=3, but {folder / 'coco'} has 2: zero, one\n"),
+        (
+            ["model.classes=3"],
+            f"dense: model.classes=3, but {folder / 'coco'} has 2: zero, one; "
+            "set model.classes=2\n",
+        ),
     ):
         parts = command("detection", folder, tmp_path / "run", *changes)
         done = forked.run(parts[parts.index("0") + 1 :], env=environment())

@@ -20,6 +20,7 @@ from .annotations import (
     refuse,
     tell_left_out,
 )
+from .run_lengths import lengths
 
 
 def load(file: str | Path, folder: str | Path, *, masks: bool = False) -> DetectionSet:
@@ -168,11 +169,17 @@ def segmentation(
     if isinstance(counts, list):
         if not all(_whole(count) and count >= 0 for count in counts):
             refuse(file, f"{field}.counts", "must be integers from 0 on")
-        if sum(counts) != size[0] * size[1]:
-            pixels = size[0] * size[1]
-            refuse(file, f"{field}.counts", f"cover {sum(counts)} of {pixels} pixels")
-    elif not isinstance(counts, str):
+        runs: list[int] = counts
+    elif isinstance(counts, str):
+        found = lengths(counts)
+        if found is None:
+            refuse(file, f"{field}.counts", f"is damaged: {_shown(counts)}")
+        runs = found
+    else:
         refuse(file, f"{field}.counts", f"must be a list or text, got {_shown(counts)}")
+    if sum(runs) != size[0] * size[1]:
+        pixels = size[0] * size[1]
+        refuse(file, f"{field}.counts", f"cover {sum(runs)} of {pixels} pixels")
     return value
 
 

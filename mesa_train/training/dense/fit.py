@@ -132,7 +132,7 @@ def fit(run: DenseRun) -> Scores | None:
 def shown(scores: Scores) -> str:
     """Scores as one text, in per cent."""
     named = [name for name in scores if "." not in name and not name.endswith(("small", "large"))]
-    return ", ".join(f"{name} {scores[name]:.1%}" for name in named)
+    return ", ".join(f"{name} {scores[name]:.1%}" for name in named) or "no score"
 
 
 def draw(metrics: Path, picture: Path, title: str, metric: str) -> None:

@@ -74,8 +74,8 @@ def build(
     for name, parameter in body.named_parameters():
         # DistributedDataParallel refuses a parameter without a gradient.
         parameter.requires_grad_(parameter.requires_grad and name not in unused)
-    found: nn.Module = body.train()
-    return found
+    backbone: nn.Module = body.train()
+    return backbone
 
 
 def checkpoint_blocks(body: Any, name: str) -> None:

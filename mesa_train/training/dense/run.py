@@ -169,19 +169,23 @@ class DenseRun(AcceleratedRun):
             self.accelerator.load_state(str(folder))
 
     def save_best(self, scores: Scores) -> bool:
-        """Write the weights to `best.safetensors` if the scores are the best so far."""
-        value = scores.get(self.task.metric, 0.0)
-        if value <= self.best:
+        """Write the weights to `best.safetensors` if the scores are the best so far.
+
+        Without a score, as of a split without objects, the newest weights are the best.
+        """
+        value = scores.get(self.task.metric)
+        if value is not None and value <= self.best:
             return False
-        self.best = value
+        self.best = self.best if value is None else value
         weights = self.accelerator.get_state_dict(self.model)
         about = {
             "kind": self.config.model.kind,
             "backbone": self.config.model.backbone,
             "names": json.dumps(self.task.names),
             "step": str(self.done),
-            self.task.metric: f"{value:.4f}",
         }
+        if value is not None:
+            about[self.task.metric] = f"{value:.4f}"
         path = self.out / BEST
 
         def write() -> None:

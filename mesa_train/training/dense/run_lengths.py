@@ -42,6 +42,30 @@ def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     return mask
 
 
+def lengths(text: str) -> list[int] | None:
+    """The run lengths of a mask whose "counts" are text; None if the text is damaged.
+
+    pycocotools decodes a damaged text without an error. A number has 5 bits a character, the lowest
+    first. Bit 6 says that another character follows, and bit 5 of the last one is the sign. From the
+    fourth number on, the difference to the number before the previous one is stored.
+    """
+    found: list[int] = []
+    value, shift = 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        found.append(value + (found[-2] if len(found) > 2 else 0))
+        value, shift = 0, 0
+    return None if shift or min(found, default=0) < 0 else found
+
+
 @contextlib.contextmanager
 def _coder() -> Iterator[Any]:
     try:

@@ -137,7 +137,7 @@ def segmentation(
     _check_columns(path, rows, image=image_key, map=map_key)
     if map_key not in _pictures(rows):
         raise ConfigError(f"data.map_key={map_key}: the column of {path} holds no pictures")
-    columns = []
+    columns: list[list[Cell]] = []
     for key in (image_key, map_key):
         own = rows.select_columns([key])
         columns.append([Cell(own, i, key, f"{path} {split}[{i}].{key}") for i in range(len(rows))])

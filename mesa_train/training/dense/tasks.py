@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from .config import Config, DataConfig
 from .evaluation import average_precision, detections_of
 from .loader import Batch, DetectionSamples, SegmentationSamples
 
+_log = logging.getLogger(__name__)
 Scores = dict[str, float]
 _ANNOTATIONS = "annotations/instances_{}.json"
 
@@ -83,6 +85,8 @@ class Detection(Task):
         self.masks = config.model.kind == "mask_rcnn"
         train, self.val_set = _detection_sets(config.data, masks=self.masks)
         self.train_set = train.for_training(config.data.smallest)
+        if all(picture.objects.ignored.all() for picture in self.val_set.pictures):
+            _log.warning("%s: no object to score; evaluations have no score", self.val_set.file)
         self.names = _named(config, train.names)
         self.metric, self.fill = "mask_ap" if self.masks else "ap", True
         seed = config.train.seed
@@ -193,9 +197,10 @@ def _floats(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 def _named(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
     classes = config.model.classes
     if classes is not None and classes != len(names):
+        some = f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
         raise ConfigError(
-            f"model.classes={classes}, but {config.data.path} has {len(names)}: "
-            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            f"model.classes={classes}, but {config.data.path} has {len(names)}: {some}; set "
+            f"model.classes={len(names)}"
         )
     return names
 

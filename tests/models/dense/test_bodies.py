@@ -60,6 +60,17 @@ def test_every_body_gives_a_pyramid(name):
     assert logits.shape == (1, 5, 16, 24)
 
 
+@pytest.mark.parametrize("build", [retinanet, faster_rcnn, mask_rcnn, semantic_fpn])
+def test_the_pyramid_has_the_chosen_width(build):
+    with torch.device("meta"):
+        model = build("litv2_tiny", 3, channels=24)
+        maps = model.backbone(torch.zeros(1, 3, 64, 96))
+        heads = getattr(model, "decode_head", None)
+        if heads is not None:
+            assert heads(list(maps.values())).shape == (1, 3, 16, 24)
+    assert {x.shape[1] for x in maps.values()} == {24}
+
+
 def test_a_map_of_channels_last_keeps_its_pixels():
     swin = timm_swin().eval()
     body = body_of(swin, STRIDES)

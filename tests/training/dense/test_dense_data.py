@@ -7,7 +7,7 @@ from PIL import Image
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.image_records import CorruptImage
-from mesa_train.training.dense import coco, maps, voc
+from mesa_train.training.dense import coco, maps, run_lengths, voc
 from mesa_train.training.dense.composed import scenes, write_maps, write_voc
 from mesa_train.training.dense.loader import DetectionSamples
 
@@ -88,6 +88,8 @@ REFUSED = [
     (of("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), r"segmentation has a polygon of 7 numbers"),
     (of("annotations", segmentation={"size": [9, 9], "counts": "x"}), r"size must be \[64, 80\], got \[9, 9\]"),
     (of("annotations", segmentation={"size": [64, 80], "counts": [9]}), r"segmentation.counts cover 9 of 5120 pixels"),
+    (of("annotations", segmentation={"size": [64, 80], "counts": "0"}), r"segmentation.counts cover 0 of 5120 pixels"),
+    (of("annotations", segmentation={"size": [64, 80], "counts": "zz~"}), r"segmentation.counts is damaged: 'zz~'"),
     (lambda v: v.pop("categories"), r"categories must be a list, got nothing"),
     (of("categories", id=2), r"categories\[1\].id is 2, as of another category"),
     (lambda v: v.update(images=[]), r"images is empty"),
@@ -103,6 +105,27 @@ def test_wrong_annotations_are_refused_in_one_line(tmp_path, number):
         load(tmp_path)
     assert str(folders.annotations(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_run_lengths_in_text_are_pycocotools():
+    random = np.random.default_rng(0)
+    for shape, share in (
+        ((9, 7), 0.5),
+        ((64, 300), 0.01),
+        ((3, 3), 1.0),
+        ((40, 1), 0.0),
+        ((90, 90), 0.3),
+    ):
+        mask = random.random(shape) < share
+        flat = mask.T.reshape(-1)
+        ends = np.flatnonzero(np.diff(flat)) + 1
+        wanted = np.diff([0, *ends, flat.size]).tolist()
+        wanted = [0, *wanted] if flat[0] else wanted
+        text = run_lengths.encode(mask)["counts"]
+        assert run_lengths.lengths(text) == wanted
+        assert run_lengths.lengths(text[:-1]) != wanted
+    assert run_lengths.lengths("P") is None
+    assert run_lengths.lengths("~") is None
 
 
 def test_files_that_are_no_annotations(tmp_path):

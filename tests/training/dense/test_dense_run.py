@@ -8,6 +8,7 @@ import folders
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mesa_train.training import checkpoints
@@ -129,6 +130,17 @@ def test_a_mask_rcnn_trains_on_a_strangers_folder(coco, tmp_path):
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["loss_mask"] > 0
     assert (tmp_path / "predictions.png").is_file()
+
+
+def test_without_objects_to_score_the_newest_weights_are_kept(tmp_path, caplog):
+    folder = folders.coco_folder(tmp_path / "coco")
+    folders.change(folder, lambda values: values["annotations"].clear(), "val")
+    run = recipe.prepare(config("retinanet", folder, tmp_path / "run", epochs=2, pictures=0))
+    assert "instances_val.json: no object to score" in caplog.text
+    assert recipe.fit(run) == {}
+    assert recipe.shown({}) == "no score"
+    with safe_open(tmp_path / "run/best.safetensors", "pt") as file:
+        assert file.metadata()["step"] == str(run.done) == "4"
 
 
 def test_composed_pictures_are_written_once(tmp_path):
