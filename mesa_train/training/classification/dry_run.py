@@ -215,9 +215,17 @@ def memory(config: Config, classes: int) -> dict[str, int]:
 
 
 def parameter_groups(config: Config, model: nn.Module) -> optimizers.Groups:
-    """The parameter groups of a run: the recipe's, changed by the method."""
+    """The parameter groups of a run: the recipe's, changed by the method.
+
+    A parameter in no group is frozen here. Otherwise no one would clear its gradient, which would
+    grow from step to step and enter the norm of the clipping.
+    """
     groups = optimizers.groups(model, config.optim, config.train.global_batch)
-    return method_of(config).groups(model, groups)
+    groups = method_of(config).groups(model, groups)
+    trained = {id(p) for group in groups for p in group["params"]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    return groups
 
 
 def _optimized(config: Config, model: nn.Module) -> list[Tensor]:
