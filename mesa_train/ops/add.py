@@ -48,7 +48,7 @@ SUM = Sum()
 def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.add, Tensor.add, `+` and `+=`."""
     left, right = _matmul(recorder, input), _matmul(recorder, other)
-    shape = input.shape if isinstance(input, Tensor) else None
+    shape = None if left is None else input.shape
     output = fallback(recorder, func, (input, other), kwargs)
     if kwargs:
         return output

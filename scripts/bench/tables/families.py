@@ -130,7 +130,8 @@ def lora(rows: Sequence[Row]) -> str:
     row = rows[-1]
     head = ["trained, method", "parameters", "weights and AdamW", "saved an image"]
     return markdown([*head, f"largest batch in {row['budget']}"], lines) + (
-        f"\n{row['model']}, {row['image_size']} px, {row['dtype']}; LoRA of rank {row['rank']} on every "
-        "Linear of the blocks. The largest batch is that of a whole step: weights, gradients, AdamW's "
-        f"states, and all tensors that the step allocates. {origin(row)}\n"
+        f"\n{row['model']}, {row['image_size']} px, {row['dtype']}; adapters of rank {row['rank']} on every "
+        "Linear of the blocks; DoRA also trains a magnitude for each output feature. The largest batch is "
+        "that of a whole step: weights, gradients, AdamW's states, and all tensors that the step "
+        f"allocates. {origin(row)}\n"
     )
