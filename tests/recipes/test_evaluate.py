@@ -17,6 +17,7 @@ from limits import HUNG_S
 from PIL import Image
 from typer.testing import CliRunner
 
+import mesa_train.models  # noqa: F401  timm knows them from here on
 from mesa_train.training import evaluation as metrics
 from mesa_train.training.evaluation.suite import frozen, human, images, page, tasks
 
