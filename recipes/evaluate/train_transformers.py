@@ -75,7 +75,7 @@ def main(
             learning_rate=lr, weight_decay=0.05, lr_scheduler_type="cosine",
             warmup_steps=found.steps_per_epoch(batch_size),
             save_strategy="no", logging_steps=10_000, report_to=[], seed=seed, use_cpu=cpu,
-            disable_tqdm=True,
+            disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         )  # fmt: skip
         callbacks: list[Any] = [] if policy == "plain" else [MesaTrainCallback(policy)]
         trainer = Trainer(model, arguments, train_dataset=Digits(found.train), callbacks=callbacks)

@@ -17,6 +17,7 @@ from limits import HUNG_S
 from PIL import Image
 from typer.testing import CliRunner
 
+import mesa_train.models  # noqa: F401  timm knows them from here on
 from mesa_train.training import evaluation as metrics
 from mesa_train.training.evaluation.suite import frozen, human, images, page, tasks
 
@@ -214,6 +215,10 @@ def test_values_of_several_models_are_in_the_row_of_their_metric():
     ]  # fmt: skip
     # Only one model has the reason, so the note says which.
     assert [line.note for line in found] == ["b: why", "", "n"]
+    table = page.table(both)
+    assert [column.header for column in table.columns] == ["task", "data", "metric", "a", "b", "note"]  # fmt: skip
+    # On a terminal, the notes of numbers would take most of the room.
+    assert list(table.columns[-1].cells) == ["b: why", "", ""]
 
 
 def test_models_of_one_name_are_told_apart():

@@ -98,7 +98,7 @@ def lines(reports: Sequence[Report]) -> list[Line]:
 
 
 def table(reports: Sequence[Report]) -> Any:
-    """A rich table."""
+    """A rich table. Of several models it has the notes of what was not measured alone."""
     from rich import box
     from rich.table import Table
 
@@ -106,12 +106,14 @@ def table(reports: Sequence[Report]) -> Any:
     columns = names if len(names) > 1 else ["value"]
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "data", "metric"):
-        made.add_column(heading)
+        made.add_column(heading, overflow="fold")
     for heading in columns:
-        made.add_column(heading, justify="right")
-    made.add_column("note")
+        made.add_column(heading, justify="right", overflow="fold")
+    made.add_column("note", overflow="fold")
     for line in lines(reports):
-        made.add_row(line.task, line.data, line.metric, *line.values.values(), line.note)
+        texts = list(line.values.values())
+        note = line.note if len(names) == 1 or "not measured" in texts else ""
+        made.add_row(line.task, line.data, line.metric, *texts, note)
     return made
 
 

@@ -113,7 +113,7 @@ class Evaluation:
     @property
     def source(self) -> str:
         """Whose logits `logits` gives."""
-        return "the model's classifier" if self.has_head else "linear probe"
+        return "the model's classifier" if self.has_head else "the linear probe"
 
 
 def probe(e: Evaluation) -> list[Row]:
@@ -178,7 +178,7 @@ def calibration(e: Evaluation) -> list[Row]:
         "Brier score, 0 to 2": (metrics.brier(p, y), False),
     }
     rows = [
-        Row("calibration", e.test.name, name, value, share, note=f"softmax of the {e.source}")
+        Row("calibration", e.test.name, name, value, share, note=f"softmax of {e.source}")
         for name, (value, share) in found.items()
     ]
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
