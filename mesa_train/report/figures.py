@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which differ for any colour vision; plain is black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours, which differ for any colour vision, and a brown; plain is black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5C3A21")
 _PLAIN = "#000000"
 
 
@@ -148,7 +148,7 @@ def dots(axis: Axes, rows: Sequence[Row], value: str, label: str, scale: float =
         values = [scale * row[value] for row in group]
         axis.scatter([position] * len(values), values, color=palette[name], s=22, zorder=2)
         axis.hlines(statistics.fmean(values), position - 0.2, position + 0.2, color=palette[name])
-    axis.set_xticks(range(len(names)), names, rotation=15)
+    axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.grid(axis="x", visible=False)
     axis.set_title(label, fontsize=10)

@@ -51,8 +51,10 @@ def main(
     plots.curves(loss, recorded, "train_loss", "training loss")
     plots.curves(accuracy, recorded, "val_accuracy", "held-out accuracy (%)", scale=100)
     # With the first epochs in range, the differences at the end would be invisible.
+    reached = [100 * row["val_accuracy"] for row in recorded]
     worst = 100 * min(row["val_accuracy"] for row in final)
-    accuracy.set_ylim(max(0, 100 - 4 * (100 - worst)), 100)
+    low = max(min(reached), 100 - 4 * (100 - worst))
+    accuracy.set_ylim(low - 1, min(100, max(reached) + 1))
     plots.dots(last, final, "val_accuracy", "final held-out accuracy (%)", scale=100)
     # A range of at least three points, so that a few images do not look like a difference.
     low, high = last.get_ylim()
