@@ -33,20 +33,6 @@ class UseCount:
         self.count = 0
         self.sources = sources
 
-    def add(self) -> None:
-        """Count a reader."""
-        self.count += 1
-        if self.count == 1:
-            for source in self.sources:
-                source.add()
-
-    def remove(self) -> None:
-        """Count a reader no longer."""
-        self.count -= 1
-        if self.count == 0:
-            for source in self.sources:
-                source.remove()
-
 
 class UseHandle:
     """One operator's entry in a `UseCount`.
@@ -60,10 +46,18 @@ class UseHandle:
 
     def __init__(self, uses: UseCount) -> None:
         self.uses = uses
-        uses.add()
+        counted = [uses]
+        for one in counted:  # grows while it is read
+            one.count += 1
+            if one.count == 1:
+                counted += one.sources
 
     def __del__(self) -> None:
-        self.uses.remove()
+        counted = [self.uses]
+        for one in counted:
+            one.count -= 1
+            if one.count == 0:
+                counted += one.sources
 
 
 class BackwardCache(threading.local):
@@ -91,9 +85,11 @@ class BackwardCache(threading.local):
 
         The last reader removes the stash's tensors of all dtypes.
         """
-        if torch._C._current_graph_task_id() == -1:
+        run = torch._C._current_graph_task_id()
+        if run == -1:
             return None
-        self._enter()
+        if run != self.run:
+            self._enter()
         left = self.left[uses] = self.left.get(uses, uses.count) - 1
         values = self.values.get(uses) if left > 0 else self.values.pop(uses, None)
         return None if values is None else values.get(dtype)
