@@ -1,9 +1,12 @@
 """What the tests of stashes share: what a call keeps, and gradients with and without codes."""
 
+import pytest
 import torch
 
 from mesa_train import Policy, compress
 from mesa_train.codecs.affine import Affine
+from mesa_train.engine import native
+from mesa_train.engine.intercept import CompressionMode
 
 ROWS, COLS = 64, 96
 
@@ -68,3 +71,15 @@ def both(function, *shapes, policy=LOSSLESS, dtype=torch.float64):
 def assert_equal(plain, ours, bound=1e-10):
     for p, o in zip(plain, ours, strict=True):
         assert (p - o).norm() <= bound * p.norm()
+
+
+def implementation(kind):
+    """The body of a fixture: the rows run in C++ if `kind` is "native", in Python otherwise."""
+    native.prepare(CompressionMode)
+    if kind == "native":
+        if native.extension is None:
+            pytest.skip("no compiler, or MESA_TRAIN_NATIVE=0")
+        yield
+    else:
+        with native.python_rows(CompressionMode):
+            yield

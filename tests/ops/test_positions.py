@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from stash_helpers import implementation
 from torch import nn
 
 from mesa_train import Policy, footprint, wrap
-from mesa_train.engine import native
-from mesa_train.engine.intercept import CompressionMode
 from mesa_train.engine.wrap import report_of
 
 HEADS, TOKENS, WIDTH = 4, 32, 24
@@ -51,15 +50,7 @@ def inputs(batch=3):
 
 @pytest.fixture(params=["native", "python"], autouse=True)
 def rows(request):
-    """Both implementations of the rows."""
-    native.prepare(CompressionMode)
-    if request.param == "native":
-        if native.extension is None:
-            pytest.skip("no compiler, or MESA_TRAIN_NATIVE=0")
-        yield
-    else:
-        with native.python_rows(CompressionMode):
-            yield
+    yield from implementation(request.param)
 
 
 def step(model, policy):

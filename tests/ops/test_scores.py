@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stash_helpers import implementation
 from torch import nn
 
 from mesa_train import Policy, footprint, wrap
-from mesa_train.engine import native
-from mesa_train.engine.intercept import CompressionMode
 from mesa_train.measure.step import relative_error
 from mesa_train.stash import stash
 
@@ -70,15 +69,7 @@ def gradients(model, policy, dtype):
 
 @pytest.fixture(params=["native", "python"], autouse=True)
 def rows(request):
-    """Both implementations of the rows."""
-    native.prepare(CompressionMode)
-    if request.param == "native":
-        if native.extension is None:
-            pytest.skip("no compiler, or MESA_TRAIN_NATIVE=0")
-        yield
-    else:
-        with native.python_rows(CompressionMode):
-            yield
+    yield from implementation(request.param)
 
 
 MODELS = {

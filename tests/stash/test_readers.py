@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stash_helpers import implementation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mesa_train import Policy, footprint, unwrap, wrap
-from mesa_train.engine import native
-from mesa_train.engine.intercept import CompressionMode
 from mesa_train.measure.timeline import BACKWARD, timeline
 from mesa_train.stash import stash
 from mesa_train.stash.backward_cache import UseCount, UseHandle
@@ -77,15 +76,7 @@ def tokens(leaf=True, batch=2):
 
 @pytest.fixture(params=["native", "python"])
 def rows(request):
-    """Both implementations of the rows."""
-    native.prepare(CompressionMode)
-    if request.param == "native":
-        if native.extension is None:
-            pytest.skip("no compiler, or MESA_TRAIN_NATIVE=0")
-        yield
-    else:
-        with native.python_rows(CompressionMode):
-            yield
+    yield from implementation(request.param)
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "all weights"])
