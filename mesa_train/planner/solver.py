@@ -68,10 +68,13 @@ def solve(
     if budget is not None:
         highs.addConstr(program.peak <= budget / _UNIT)
     if max_seconds is not None:
-        highs.addConstr(program.sum(program.seconds) + 1e-3 * program.wait_ms <= max_seconds)
+        unit = _unit(program.seconds)
+        highs.addConstr(
+            program.sum(program.seconds, unit) + 1e-3 / unit * program.wait_ms <= max_seconds / unit
+        )
     if max_variance is not None:
-        # The factor 1e3 is needed because the tolerances of HiGHS are absolute.
-        highs.addConstr(1e3 * program.sum(program.variance) <= 1e3 * max_variance)
+        unit = _unit(program.variance)
+        highs.addConstr(program.sum(program.variance, unit) <= max_variance / unit)
     highs.minimize(program.objective(objective, error_weight))
     info = highs.getInfo()
     if info.primal_solution_status != _FEASIBLE:
@@ -87,6 +90,15 @@ def solve(
             del choices[candidate.key]
     # HiGHS reports an infinite gap for a program without binaries.
     return score(problem, choices, info.mip_gap if program.binaries else 0.0)
+
+
+def _unit(factors: Mapping[Any, float]) -> float:
+    """Return the unit of a bounded sum: a thousandth of the sum of all factors.
+
+    HiGHS accepts a sum that exceeds its bound by 1e-6. The seconds of a small model are of this
+    magnitude.
+    """
+    return 1e-3 * sum(map(abs, factors.values())) or 1.0
 
 
 def _quiet_highs() -> Any:
@@ -166,9 +178,11 @@ class _Program:
         if problem.host_link is not None:
             self._add_host_link(problem.offloaded(), problem.host_link)
 
-    def sum(self, factors: Mapping[Any, float]) -> Any:
-        """Return the sum of factor * binary."""
-        return self.highs.qsum(factor * self.binaries[name] for name, factor in factors.items())
+    def sum(self, factors: Mapping[Any, float], unit: float = 1.0) -> Any:
+        """Return the sum of factor / unit * binary."""
+        return self.highs.qsum(
+            factor / unit * self.binaries[name] for name, factor in factors.items()
+        )
 
     def _add_host_link(
         self, offloaded: Mapping[tuple[Key, int | str], float], host_link: HostLink

@@ -204,6 +204,30 @@ def test_solver_keeps_its_bounds():
     assert solve(small_problem, budget=3e5) is None
 
 
+@pytest.mark.parametrize("quantity", ["seconds", "variance"])
+@pytest.mark.parametrize("unit", [1e-7, 1e-4, 1.0])
+def test_solver_keeps_tiny_bounds(every, quantity, unit):
+    """HiGHS has absolute tolerances; the bounds of a small model are of their magnitude."""
+    full = problem()
+    scaled = dataclasses.replace(
+        full,
+        seconds={name: unit * value for name, value in full.seconds.items()},
+        matmul_s={name: unit * value for name, value in full.matmul_s.items()},
+        variance={name: unit * value for name, value in full.variance.items()},
+        coupled={name: unit * value for name, value in full.coupled.items()},
+    )
+    values = sorted({getattr(solution, quantity) for solution in every})
+    for value in values[1 :: len(values) // 20]:
+        bound = value - min(max(2e-7 / unit, 1e-6 * value), 1e-3 * value)
+        limit = {f"max_{quantity}": unit * bound}
+        smallest = solve(scaled, objective=PEAK, **limit)
+        best = solve(scaled, budget=1.5e6, error_weight=1.0, **limit)
+        within = [s.peak_bytes for s in every if getattr(s, quantity) <= bound]
+        assert smallest.peak_bytes == pytest.approx(min(within), rel=2e-3)
+        for solution in filter(None, (smallest, best)):
+            assert getattr(solution, quantity) <= unit * bound
+
+
 def test_solver_without_anything_to_choose():
     empty = Problem([], {}, {}, {}, {}, [Moment(5e6, 0)], [])
     assert solve(empty, budget=6e6).gap == 0
