@@ -4,21 +4,19 @@ A run's folder holds `metrics.jsonl` (step and epoch rows), `curves.png`, the ex
 checkpoints.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from mesa_train.report import figures
 from mesa_train.utils import records
 
-from . import disk, recipe_run
+from . import command_line, disk, recipe_run
 from .accelerated_run import step_report
 from .loop import StepResult, train
-from .mistakes import in_one_line
 from .recipe_config import check_out
 from .recipe_run import RecipeRun
 
@@ -106,50 +104,20 @@ def draw(metrics: Path, picture: Path, recipe: Recipe) -> None:
     figures.save(canvas, picture)
 
 
-def train_from(
-    recipe: Recipe,
-    config: Path,
-    changes: Sequence[str] = (),
-    *,
-    resume: str = "",
-    dry_run: bool = False,
-    processes: int = 1,
-) -> None:
-    """Train as a configuration says, and print what happens.
-
-    Raises:
-        SystemExit: a mistake of the user, with one line.
-    """
-    with in_one_line(recipe.name):
-        settings = recipe.load(config, changes)
-        if dry_run:
-            print(recipe.plan(settings, processes))  # noqa: T201
-            return
-        run = prepare(recipe, settings)
-        if recipe_run.resume(run, resume, METRICS):
-            run.accelerator.print(f"continues after step {run.done}")
-        run.accelerator.print(recipe.describe(run), flush=True)
-        scores = fit(run, recipe)
-        found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        run.accelerator.print(f"{found or 'done'}; all of it in {run.out}")
-        run.accelerator.wait_for_everyone()
-
-
 def script(recipe: Recipe) -> typer.Typer:
     """The command line of a recipe. Returns the application, which a training script calls."""
 
-    def main(
-        config: Annotated[Path, typer.Option(help=f"YAML file; recipes/{recipe.name} has some.")],
-        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
-        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print the plan and stop.")
-        ] = False,
-        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
-    ) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-        train_from(recipe, config, set, resume=resume, dry_run=dry_run, processes=processes)
+    def scores(run: RecipeRun) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in fit(run, recipe).items())
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=f"Train a model; see recipes/{recipe.name}/README.md.")(main)
-    return app
+    return command_line.script(
+        command_line.TrainingCommand(
+            recipe.name,
+            recipe.load,
+            recipe.plan,
+            lambda config: prepare(recipe, config),
+            lambda run, how: recipe_run.resume(run, how, METRICS),
+            recipe.describe,
+            scores,
+        )
+    )

@@ -26,7 +26,7 @@ import typer
 import mesa_train.models  # noqa: F401  registers them with timm
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
 from mesa_train.training import loop
-from mesa_train.training.config_schema import POLICY, OneOf
+from mesa_train.training.config_schema import POLICY, SHARE, OneOf
 from mesa_train.training.data import packaged as data
 from mesa_train.training.optim.optimizer_in_backward import METHODS as IN_BACKWARD
 from mesa_train.training.optim.optimizer_in_backward import InBackward
@@ -34,6 +34,7 @@ from mesa_train.training.progress import Every
 from mesa_train.training.vit22b import estimates
 from mesa_train.training.vit22b import loop as sharded_loop
 from mesa_train.training.vit22b import qlora as nf4_lora
+from mesa_train.training.vit22b.averaging import AveragedWeights
 from mesa_train.training.vit22b.backend import check_precision, install
 from mesa_train.training.vit22b.checkpoint import CheckpointError, check_export, load_export
 from mesa_train.training.vit22b.config import CHECKPOINTING, ConfigError
@@ -60,6 +61,7 @@ def main(
     policy: Annotated[str, typer.Option(help="plain, or a preset of mesa_train.")] = "mesa8",
     checkpointing: Annotated[str, typer.Option(help="none, block or coded.")] = "coded",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0: none.")] = 0.0,
     images: Annotated[
         str, typer.Option(help="mnist5k, digits, or random: noise of 3 channels, 1,000 classes.")
     ] = "mnist5k",
@@ -71,18 +73,24 @@ def main(
     """Train a few steps."""
     try:
         check(method, model, policy, checkpointing, images)
+        SHARE("ema", ema)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (3, 1000) if images == RANDOM else (1, 10)
         kept = method_of(policy, checkpointing)
         found = estimates.one_card(model, method, image_size, batch_size, kept, rank)
         predicted = estimates.components(found)
+        if ema:
+            predicted["average"] = average_bytes(method, model, image_size, shape, rank)
         print("expected:", ", ".join(f"{k} {format_bytes(v)}" for k, v in predicted.items()))
         check_room(sum(predicted.values()), batch_size, device)
-        shape = (3, 1000) if images == RANDOM else (1, 10)
         net = build(method, model, image_size, shape, weights, device, rank)
         net.train().set_grad_checkpointing(checkpointing != "none")
         install(net, policy, checkpointing)
         drawn = batches(images, batch_size, image_size, device)
-        results = train(net, method, drawn, steps, lr, device)
+        run = OneCardRun(net, method, drawn, steps, lr, device, ema)
+        results = train(run)
+        if run.average is not None:
+            save_average(run.average, out)
     except torch.OutOfMemoryError:
         taken = format_bytes(torch.cuda.max_memory_allocated())
         raise SystemExit(
@@ -212,16 +220,21 @@ class OneCardRun(loop.TrainingRun):
         steps: optimizer steps.
         lr: learning rate.
         device: "cuda" or "cpu".
+        ema: decay of the averaged weights; 0: none.
+
+    Attributes:
+        average: of the trained parameters, in float32 on their device; None without `ema`.
     """
 
     def __init__(
-        self, net: Any, method: str, drawn: Batches, steps: int, lr: float, device: str
+        self, net: Any, method: str, drawn: Batches, steps: int, lr: float, device: str, ema: float
     ) -> None:
         parameters = groups(net)
         self.net, self.drawn, self.device, self.rate = net, drawn, device, lr
         self.in_backward = InBackward(parameters, lr, method) if method in IN_BACKWARD else None
         self.optimizer = None if self.in_backward else torch.optim.AdamW(parameters, lr=lr)
         self.cadence, self.steps = loop.Cadence(steps, steps), 0
+        self.average = AveragedWeights(net, ema) if ema else None
 
     @property
     def done(self) -> int:
@@ -249,19 +262,42 @@ class OneCardRun(loop.TrainingRun):
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.steps += 1
+        if self.average is not None:
+            self.average.update(self.steps)
         if self.device == "cuda":
             torch.cuda.synchronize()
         return loss.detach(), 0.0
 
 
-def train(
-    net: Any, method: str, drawn: Batches, steps: int, lr: float, device: str
-) -> list[loop.StepResult]:
+def train(run: OneCardRun) -> list[loop.StepResult]:
     """Train. Returns the result of each step."""
-    run, speak = OneCardRun(net, method, drawn, steps, lr, device), Every()
+    speak = Every()
     results: list[loop.StepResult] = []
-    loop.train(run, results.append, tick=lambda _: speak(f"step {run.done} of {steps}"))
+    loop.train(run, results.append, tick=lambda _: speak(f"step {run.done} of {run.cadence.steps}"))
     return results
+
+
+def average_bytes(method: str, name: str, size: int, shape: tuple[int, int], rank: int) -> int:
+    """Bytes of the averaged weights: 4 for each trained parameter. Arguments as for `build`."""
+    with torch.device("meta"):
+        net: Any = timm.create_model(name, img_size=size, in_chans=shape[0], num_classes=shape[1])
+    if method != "nf4":
+        return 4 * sum(p.numel() for p in net.parameters())
+    count = sum(p.numel() for p in net.head.parameters())
+    for key, parameter in net.named_parameters():
+        if nf4_lora.is_adapted(key, parameter.shape):
+            count += rank * sum(parameter.shape)
+    return 4 * count
+
+
+def save_average(average: AveragedWeights, out: Path) -> Path:
+    """Write `averaged.safetensors`: all parameters, or the adapters and the classifier of nf4."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "averaged.safetensors"
+    save_file({name: shard.contiguous() for name, shard in average.shards.items()}, path)
+    return path
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ interrupted and continued.
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from quickstarts import processor_seconds
 
 from mesa_train.utils import records
 
@@ -70,19 +70,13 @@ def launch(folder: Path, processes: int, changes: list[str]) -> dict[str, float 
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     fresh = not (folder / "checkpoints").exists()
-    start, computed = time.perf_counter(), _processor_seconds()
+    start, computed = time.perf_counter(), processor_seconds()
     subprocess.run(command, check=True, env=environment)
     minutes = {
         "minutes": (time.perf_counter() - start) / 60,
-        "processor_minutes": (_processor_seconds() - computed) / 60,
+        "processor_minutes": (processor_seconds() - computed) / 60,
     }
     return {key: value if fresh else None for key, value in minutes.items()}
-
-
-def _processor_seconds() -> float:
-    """Processor time of all child processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -108,6 +109,12 @@ def runs(name: str, work: Path, prefix: list[str]) -> records.Row:
 def run(command: list[str], work: Path) -> None:
     """Run a command in the folder of the runs. CalledProcessError if it fails."""
     subprocess.run(command, cwd=work, check=True, env=environment(), stdout=subprocess.DEVNULL)
+
+
+def processor_seconds() -> float:
+    """Processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def killed(command: list[str], work: Path, folder: Path, start: int, steps: int) -> int:

@@ -14,7 +14,6 @@ order of `QUICKSTARTS`.
 
 from __future__ import annotations
 
-import resource
 import shlex
 import shutil
 import sys
@@ -119,9 +118,9 @@ def measured(
     whole = work / out
     seconds = None
     if not (whole / "curves.png").exists():
-        before = _processor_s()
+        before = common.processor_seconds()
         common.run([*prefix, *quickstart.command(out)], work)
-        seconds = round(_processor_s() - before, 1)
+        seconds = round(common.processor_seconds() - before, 1)
     epochs = common.of_kind(whole, "epoch")
     last = epochs[-1]
     # A run with other settings than the file's is a comparison, and is not killed.
@@ -180,12 +179,6 @@ def folder_of(quickstart: Quickstart, name: str) -> str:
 def scores(epochs: list[records.Row]) -> list[records.Row]:
     """The rows of epochs without what a clock measured."""
     return [{k: v for k, v in row.items() if k not in TIMED} for row in epochs]
-
-
-def _processor_s() -> float:
-    """Seconds of processor time of all ended children."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The body of the recipes' training scripts: dry run, throughput, or a run from its configuration."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mesa_train.training import command_line
 from mesa_train.training.mistakes import in_one_line
 
 from . import dry_run as plan
@@ -37,6 +37,7 @@ def train_from(
     Raises:
         SystemExit: a mistake of the user, with one line.
     """
+    command_line.log_lines()
     with in_one_line(name):
         settings = load(config, changes)
         if dry_run:
@@ -81,7 +82,6 @@ def script(name: str) -> typer.Typer:
             bool, typer.Option("--throughput", help="Time steps and stop.")
         ] = False,
     ) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
         train_from(
             config,
             set,
@@ -92,6 +92,4 @@ def script(name: str) -> typer.Typer:
             name=name,
         )
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=f"Train a model; see recipes/{name}/README.md.")(main)
-    return app
+    return command_line.application(f"Train a model; see recipes/{name}/README.md.", main)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mesa_train.training import command_line
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.mistakes import in_one_line
 
@@ -18,43 +18,9 @@ from . import dry_run as plan
 from . import fit as recipe
 from . import pictures
 from .config import Config, load, of_dict
-from .run import BEST
+from .run import BEST, DenseRun
 
 _NAME = "dense"
-
-
-def train_from(
-    config: Path,
-    changes: Sequence[str] = (),
-    *,
-    resume: str = "",
-    dry_run: bool = False,
-    processes: int = 1,
-) -> None:
-    """Train a model of a configuration, and print what happens.
-
-    Args:
-        config: YAML file.
-        changes: `section.key=value`, any number.
-        resume: "auto", the path of a checkpoint, or "" for a new run.
-        dry_run: print the plan and stop.
-        processes: of a dry run.
-    Raises:
-        SystemExit: a mistake of the user, with one line.
-    """
-    with in_one_line(_NAME):
-        settings = load(config, changes)
-        if dry_run:
-            print(plan.report(settings, processes))  # noqa: T201
-            return
-        run = recipe.prepare(settings)
-        if recipe.resume(run, resume):
-            run.accelerator.print(f"continues after step {run.done}")
-        run.accelerator.print(recipe.describe(run), flush=True)
-        scores = recipe.fit(run)
-        if scores is not None:
-            run.accelerator.print(f"{recipe.shown(scores)}; all of it in {run.out}")
-        run.accelerator.wait_for_everyone()
 
 
 def evaluate_from(
@@ -75,6 +41,7 @@ def evaluate_from(
     Raises:
         SystemExit: a mistake of the user, with one line.
     """
+    command_line.log_lines()
     with in_one_line(_NAME):
         if (run is None) == (config is None):
             raise ConfigError("give --run or --config")
@@ -110,20 +77,23 @@ def _validation_alone(config: Config) -> Config:
 
 def training() -> typer.Typer:
     """The command line of `recipes/dense/train.py`."""
+    return command_line.script(
+        command_line.TrainingCommand(
+            _NAME,
+            load,
+            plan.report,
+            recipe.prepare,
+            recipe.resume,
+            recipe.describe,
+            _fit,
+            "Train a detector or a segmenter",
+        )
+    )
 
-    def main(
-        config: Annotated[Path, typer.Option(help="YAML file; recipes/dense has some.")],
-        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
-        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print the plan and stop.")
-        ] = False,
-        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
-    ) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-        train_from(config, set, resume=resume, dry_run=dry_run, processes=processes)
 
-    return _app("Train a detector or a segmenter; see recipes/dense/README.md.", main)
+def _fit(run: DenseRun) -> str:
+    scores = recipe.fit(run)
+    return "" if scores is None else recipe.shown(scores)
 
 
 def evaluation() -> typer.Typer:
@@ -136,13 +106,6 @@ def evaluation() -> typer.Typer:
         set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
         pictures: Annotated[int, typer.Option(min=0, help="Pictures to draw.")] = 0,
     ) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
         evaluate_from(run, config, weights, set, pictures)
 
-    return _app("Print the scores of weights as one line of JSON.", main)
-
-
-def _app(text: str, main: object) -> typer.Typer:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=text)(main)  # type: ignore[type-var]
-    return app
+    return command_line.application("Print the scores of weights as one line of JSON.", main)

@@ -1,8 +1,8 @@
 """Predicted memory of a training step, counted on fake tensors at the worst shape.
 
 Fake tensors have no values, so steps with shapes that depend on values get fixed shapes: an R-CNN
-has 512 sampled regions per image, 128 of them positive, a quarter on each level, and 256 anchors per
-image, half of them positive. The proposals themselves need no gradient and save nothing.
+has its sampled regions per image (512 by default), a quarter of them positive and a quarter on each
+level, and 256 anchors per image, half of them positive. The proposals themselves need no gradient and save nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mesa_train.measure.footprint import footprint
 from mesa_train.training.classification import optimizers
 
 from .build import model_of
-from .config import Config
+from .config import AugmentConfig, Config
 
-REGIONS, POSITIVE, ANCHORS = 512, 128, 256
+ANCHORS = 256
 # Objects of a picture, which set the size of the targets alone.
 _OBJECTS = 8
 
@@ -59,7 +59,9 @@ class RegionStep(nn.Module):
     def region_losses(self, maps: Any, batch: int) -> dict[str, Tensor]:
         """Losses of the box and mask heads."""
         heads = self.model.roi_heads
-        count, masks = batch * REGIONS, batch * POSITIVE
+        sampler = heads.fg_bg_sampler
+        count = batch * sampler.batch_size_per_image
+        masks = int(count * sampler.positive_fraction)
         regions = torch.zeros(count, 5)
         pooled = heads.box_roi_pool.pool(maps, regions, list(torch.arange(count).chunk(4)))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
@@ -85,11 +87,28 @@ def worst_shape(config: Config) -> tuple[int, int]:
     if augment.crop:
         sides = (augment.crop, augment.crop)
     else:
-        short = min(int(data.short_side * augment.scale[1]), data.long_side)
         alike = data.by_aspect or config.train.micro_batch == 1
-        sides = (short if alike else data.long_side, data.long_side)
-    if not config.model.detects:
-        return sides
+        sides = scaled_sides(data.short_side, data.long_side, augment, alike=alike)
+    return padded(sides) if config.model.detects else sides
+
+
+def scaled_sides(
+    short_side: int, long_side: int, augment: AugmentConfig, *, alike: bool
+) -> tuple[int, int]:
+    """The largest height and width of a batch of scaled pictures, in pixels.
+
+    Args:
+        short_side: of a scaled picture.
+        long_side: largest long side.
+        augment: its largest scale is of the short side.
+        alike: the pictures of a batch are all wide or all high.
+    """
+    short = min(int(short_side * augment.scale[1]), long_side)
+    return (short if alike else long_side, long_side)
+
+
+def padded(sides: tuple[int, int]) -> tuple[int, int]:
+    """Height and width rounded up to multiples of 32."""
     return (sides[0] + 31) // 32 * 32, (sides[1] + 31) // 32 * 32
 
 
@@ -123,16 +142,32 @@ def memory(config: Config, classes: int, dtype: torch.dtype | None) -> dict[str,
     """
     model = model_of(config, classes).train()
     size = worst_shape(config)
-    step, inputs = step_of(model, config.train.micro_batch, size)
-    kept = footprint(step, inputs, policy=config.train.policy, autocast=dtype, fake=True)
-    images = config.train.micro_batch * 3 * size[0] * size[1] * 4
-    masks = 0
+    sizes = step_memory(model, config.train.micro_batch, size, config.train.policy, dtype)
     if config.model.kind == "mask_rcnn":
-        masks = config.train.micro_batch * _OBJECTS * size[0] * size[1]
+        sizes["images"] += config.train.micro_batch * _OBJECTS * size[0] * size[1]
+    states = optimizers.state_bytes(config.optim.name, model.parameters())
+    return {**sizes, "optimizer": states}
+
+
+def step_memory(
+    model: Any, batch: int, size: tuple[int, int], policy: str, dtype: torch.dtype | None
+) -> dict[str, int]:
+    """Predicted bytes of a step of a model, without its optimizer's states.
+
+    Args:
+        model: a detector or a segmenter, in training mode.
+        batch: number of images.
+        size: height and width of the batch.
+        policy: "plain" or a preset.
+        dtype: of autocast; None for float32.
+    Returns:
+        Bytes by use: weights, gradients, activations, images.
+    """
+    step, inputs = step_of(model, batch, size)
+    kept = footprint(step, inputs, policy=policy, autocast=dtype, fake=True)
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,
         "gradients": kept.parameter_bytes,
-        "optimizer": optimizers.state_bytes(config.optim.name, model.parameters()),
         "activations": kept.saved_bytes,
-        "images": images + masks,
+        "images": batch * 3 * size[0] * size[1] * 4,
     }

@@ -115,14 +115,6 @@ def load(config: Config) -> OpenWorldData:
     return _benchmark(config) if data.format == "benchmark" else _folder(config)
 
 
-def tasks_count(config: Config) -> int:
-    """The number of tasks, without reading pictures."""
-    text = config.data.tasks
-    if text in ("owod", "sowodb"):
-        return 4
-    return len([part for part in text.split(";") if part.strip()])
-
-
 def _folder(config: Config) -> OpenWorldData:
     """A data set in COCO's or VOC's format, or composed digits."""
     data = config.data

@@ -12,12 +12,14 @@ from typing import Any
 from mesa_train.report import figures
 from mesa_train.training import accelerated_run, disk
 from mesa_train.training.accelerated_run import step_report
+from mesa_train.training.dense import dry_run
 from mesa_train.training.loop import train_epoch
 from mesa_train.utils import records
 
 from . import data, pictures
 from .config import Config, Stage, stages_of
 from .run import OpenWorldRun
+from .tasks import classes_of
 
 METRICS = "metrics.jsonl"
 _COLUMNS = ("map_previous", "map_current", "map_known", "unknown_recall", "wi", "aose")
@@ -32,8 +34,9 @@ def prepare(config: Config) -> OpenWorldRun:
     from accelerate import Accelerator
 
     config.check_files()
-    stages_of(config.optim, data.tasks_count(config))
+    stages_of(config.optim, len(classes_of(config.data.tasks)))
     accelerator = Accelerator(cpu=config.train.device == "cpu")
+    config = dry_run.shared(config, accelerator.num_processes)  # type: ignore[arg-type,assignment]
     with accelerator.main_process_first():
         found = data.load(config)
     return OpenWorldRun(config, found, accelerator)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -31,7 +31,6 @@ from mesa_train.models.open_world import (
 from mesa_train.training import checkpoints
 from mesa_train.training.accelerated_run import WEIGHTS, AcceleratedRun, add_parts
 from mesa_train.training.classification.accelerated import gather
-from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, seed_all
 from mesa_train.training.dense import transforms
 from mesa_train.training.dense.annotations import DetectionSet
@@ -55,7 +54,7 @@ class OpenWorldRun(AcceleratedRun):
         data: pictures of all tasks.
         accelerator: Accelerate's, for the processes and the device.
     Raises:
-        ConfigError: batch, processes, data and model do not fit together.
+        ConfigError: data and model do not fit together.
     """
 
     config: Config
@@ -71,11 +70,6 @@ class OpenWorldRun(AcceleratedRun):
     def __init__(self, config: Config, data: OpenWorldData, accelerator: Any) -> None:
         super().__init__(config, accelerator, sum(map(len, data.training.values())))
         train = config.train
-        if train.global_batch % (train.micro_batch * self.world):
-            raise ConfigError(
-                f"train.global_batch={train.global_batch} must be a multiple of train.micro_batch="
-                f"{train.micro_batch} times {self.world} processes"
-            )
         self.data = data
         self.accumulation = train.global_batch // (train.micro_batch * self.world)
         self.stages = stages_of(config.optim, len(data.tasks.classes))
@@ -259,7 +253,11 @@ def describe(run: OpenWorldRun) -> str:
         f"{config.train.global_batch} pictures a step on {run.world} "
         f"process(es), {len(run.data.test)} test pictures"
     ]
-    for stage in run.stages:
-        names = "all known classes" if stage.finetune else ", ".join(tasks.classes[stage.task - 1])
-        lines.append(f"  {stage.name}: steps {stage.first} to {stage.last}, {names}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *stage_lines(run.stages, tasks.classes)])
+
+
+def stage_lines(stages: Sequence[Stage], classes: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a line about each stage, from the names of each task's classes."""
+    for stage in stages:
+        names = "all known classes" if stage.finetune else ", ".join(classes[stage.task - 1])
+        yield f"  {stage.name}: steps {stage.first} to {stage.last}, {names}"

@@ -114,9 +114,7 @@ def tasks_of(text: str, names: Iterable[str]) -> Tasks:
     names = tuple(names)
     if text in BENCHMARKS:
         return BENCHMARKS[text]
-    classes = tuple(found for part in text.split(";") if (found := _names(part)))
-    if not classes:
-        raise ConfigError(f"data.tasks must be owod, sowodb or class names, got {text!r}")
+    classes = classes_of(text)
     every = [name for task in classes for name in task]
     for name in every:
         if name not in names:
@@ -126,3 +124,19 @@ def tasks_of(text: str, names: Iterable[str]) -> Tasks:
         if every.count(name) > 1:
             raise ConfigError(f"data.tasks has class {name!r} twice")
     return Tasks(classes, tuple(name for name in names if name not in every))
+
+
+def classes_of(text: str) -> tuple[tuple[str, ...], ...]:
+    """The names of each task's classes, without a look at the data.
+
+    Args:
+        text: as for `tasks_of`.
+    Raises:
+        ConfigError: the text names no class.
+    """
+    if text in BENCHMARKS:
+        return BENCHMARKS[text].classes
+    classes = tuple(found for part in text.split(";") if (found := _names(part)))
+    if not classes:
+        raise ConfigError(f"data.tasks must be owod, sowodb or class names, got {text!r}")
+    return classes

@@ -128,7 +128,7 @@ def quantised(
             value = value.to(device)
             if name == "head":
                 setattr(module, key, nn.Parameter(value.float()))
-            elif key == "weight" and value.dim() == 2 and value.numel() >= LEAST:
+            elif is_adapted(full, value.shape):
                 del module.weight
                 module.adapted = Nf4Weight(value, rank, alpha)
             else:
@@ -143,6 +143,12 @@ def quantised(
                 Adapted(module.adapted, module.bias),
             )
     return model
+
+
+def is_adapted(name: str, shape: torch.Size) -> bool:
+    """True if a parameter becomes NF4 with an adapter: a large matrix, not the classifier."""
+    of, _, key = name.rpartition(".")
+    return of != "head" and key == "weight" and len(shape) == 2 and shape.numel() >= LEAST
 
 
 def reader(source: Path) -> Callable[[str, torch.Size], Tensor]:

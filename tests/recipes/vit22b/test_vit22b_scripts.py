@@ -11,6 +11,7 @@ import forked
 import pytest
 import typer
 from limits import HUNG_S
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mesa_train.training.vit22b.loop import model_flops, peak_tflops_of
@@ -121,15 +122,29 @@ def test_one_card_methods_run_and_say_what_they_expect(tmp_path, method):
         pytest.importorskip("bitsandbytes")
     images = "random" if method == "factored" else "mnist5k"
     done = run("onecard.py", method, "--image-size", 56, "--batch-size", 16, "--out", tmp_path,
-               "--lr", 1e-3, "--steps", 8, "--images", images, "--peak-tflops", 1)  # fmt: skip
+               "--lr", 1e-3, "--steps", 8, "--images", images, "--peak-tflops", 1,
+               "--ema", 0.99)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("expected: weights ")
     row = json.loads((tmp_path / "results.jsonl").read_text())
     assert row["losses"][-1] < row["losses"][0]
     assert row["mfu"] == row["images_per_s"] * model_flops("vit_22b_tiny", 56) / 1e12
     assert set(row["predicted_bytes"]) == {
-        "weights", "gradients", "optimizer", "gathered", "activations",
+        "weights", "gradients", "optimizer", "gathered", "activations", "average",
     }  # fmt: skip
+    averaged = load_file(tmp_path / "averaged.safetensors")
+    assert sum(t.nbytes for t in averaged.values()) == row["predicted_bytes"]["average"]
+    assert all(t.isfinite().all() for t in averaged.values())
+    if method == "nf4":
+        # The product of an adapter is 0 at first, and the average has moved.
+        assert max(t.abs().max() for n, t in averaged.items() if n.endswith(".b")) > 0
+        assert {n for n in averaged if n.startswith("head.")} == {"head.weight", "head.bias"}
+    else:
+        code, output = asked(
+            "onecard.py", method, "--image-size", 56, "--batch-size", 16, "--steps", 1,
+            "--images", images, "--weights", tmp_path / "averaged.safetensors", "--out", tmp_path,
+        )  # fmt: skip
+        assert code == 0, output
 
 
 def test_the_peak_of_a_card_is_that_of_its_longest_name():
@@ -146,6 +161,7 @@ def test_one_card_refuses_mistakes():
     for arguments, said in (
         (["lion", "--model", "vit_b"], "model must be one of vit_22b_tiny"),
         (["lion", "--policy", "plain"], "coded needs a policy"),
+        (["lion", "--ema", "1"], "ema must lie in [0, 1)"),
         (["lion", "--images", "randm"], "(did you mean random?)"),
         (["nf4", "--weights", "nowhere"], "neither a safetensors file nor a folder"),
     ):

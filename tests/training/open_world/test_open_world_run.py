@@ -6,9 +6,10 @@ import pytest
 import torch
 from open_world_folders import coco_folder
 
+from mesa_train.measure.footprint import footprint
 from mesa_train.training import disk
 from mesa_train.training.config_schema import ConfigError
-from mesa_train.training.open_world import evaluation, fit, pictures
+from mesa_train.training.open_world import dry_run, evaluation, fit, pictures
 from mesa_train.training.open_world.config import load
 from mesa_train.utils import records
 
@@ -40,6 +41,41 @@ def rows(out):
         {k: v for k, v in row.items() if k not in timed}
         for row in records.read(out / "metrics.jsonl")
     ]
+
+
+def test_a_dry_run_opens_no_data(folder, tmp_path):
+    """The folder of the data may be missing; the micro-batch shrinks to a process's part."""
+    missing = config(folder, tmp_path, "data.path=nowhere", "train.micro_batch=2")
+    lines = dry_run.report(missing, 2).splitlines()
+    assert lines[:5] == [
+        "faster_rcnn on litv2_tiny, 3 classes in 2 tasks",
+        "batch 2 = 1 x 1 accumulated x 2 processes",
+        "  t1_train: steps 0 to 3, person, airplane",
+        "  t2_train: steps 3 to 5, truck",
+        "  t2_ft: steps 5 to 6, all known classes",
+    ]
+    assert "predicted memory at 1 x 64 x 64: " in lines[7]
+    with pytest.raises(ConfigError, match="global_batch=2 cannot be shared by 3 processes"):
+        dry_run.report(missing, 3)
+    with pytest.raises(ConfigError, match="one for each of 1 task"):
+        dry_run.report(config(folder, tmp_path, "data.tasks=person"), 1)
+
+
+@pytest.mark.parametrize("policy", ["plain", "mesa8"])
+def test_predicted_activations_are_those_of_a_step(folder, tmp_path, policy):
+    run = fit.prepare(config(folder, tmp_path, f"train.policy={policy}", "train.precision=no"))
+    run.enter(run.stages[0])
+    expected = dry_run.predicted_memory(run.config, 3, None)
+    counts = []
+    for _ in range(4):
+        images, targets = run.inputs(next(run.batches()))
+        counted = footprint(
+            run.model, [images, targets], policy=policy, loss=lambda x: sum(x.values())
+        )
+        counts.append(counted.saved_bytes)
+    # A picture has fewer positive regions than the prediction assumes.
+    assert max(counts) <= expected["activations"] <= 1.25 * max(counts)
+    assert expected["weights"] == counted.parameter_bytes + counted.buffer_bytes
 
 
 @pytest.mark.slow
