@@ -9,6 +9,7 @@ at learning rate 0: it does all of its work and does not change the weights.
     python scripts/bench/step.py --quick              3 rounds, rows go to runs/bench_step.jsonl
     python scripts/bench/step.py --models deit3_small_patch16_224 --methods plain,mesa4
     python scripts/bench/step.py --dtype float32      for a processor without bfloat16
+    python scripts/bench/step.py --rounds 0           bytes, peaks and errors without times
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     image_size: Annotated[int | None, typer.Option(min=1)] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
-    rounds: Annotated[int, typer.Option(min=1)] = 11,
+    rounds: Annotated[int, typer.Option(min=0, help="0: no times.")] = 11,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch chooses.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds; rows go to runs.")] = False,
@@ -101,7 +102,7 @@ def main(
         }
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(
-                name, total=3 * len(selected) + 1 + (rounds + 1) * len(selected)
+                name, total=3 * len(selected) + 1 + (rounds + 1 if rounds else 0) * len(selected)
             )
             measured = measure(
                 loaded,
@@ -150,7 +151,7 @@ def measure(
             rows[method]["remark"] = REMARKS[method]
     usable = [method for method, row in rows.items() if "note" not in row]
     times_ms: dict[str, list[float]] = {method: [] for method in usable}
-    for number in range(rounds + 1):  # the first one warms up
+    for number in range(rounds + 1 if rounds else 0):  # the first one warms up
         turn = number % len(usable)
         for method in usable[turn:] + usable[:turn]:
             time_ms = bench.timed(method)
@@ -160,6 +161,13 @@ def measure(
     for method in usable:
         rows[method]["peak_bytes"] = bench.peak_bytes(method)
         advance()
+        saved = rows[method]["saved_bytes"]
+        rows[method] |= {
+            "saved_ratio": rows[PLAIN]["saved_bytes"] / saved,
+            "largest_batch": largest_batch(bench.model, saved / batch_size),
+        }
+    if not rounds:
+        return [rows[method] for method in methods]
     plain = times_ms[PLAIN]
     for method in usable:
         step_times = times_ms[method]
@@ -167,9 +175,7 @@ def measure(
             method_ms / plain_ms for method_ms, plain_ms in zip(step_times, plain, strict=True)
         ]
         rows[method] |= {
-            "saved_ratio": rows[PLAIN]["saved_bytes"] / rows[method]["saved_bytes"],
             "images_per_s": batch_size / statistics.median(step_times) * 1e3,
-            "largest_batch": largest_batch(bench.model, rows[method]["saved_bytes"] / batch_size),
             "step_ms": statistics.median(step_times),
             "step_ms_quartiles": _quartiles(step_times),
             "step_ratio": statistics.median(ratios),
@@ -261,19 +267,18 @@ def as_text(rows: list[records.Row]) -> str:
         if "note" in row:
             lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
             continue
-        low, high = row["step_ratio_quartiles"]
-        lines.append(
-            [
-                row["method"],
-                format_bytes(row["saved_bytes"]),
-                f"{row['saved_ratio']:.2f}x",
-                format_bytes(row["peak_bytes"]),
-                f"{row['gradient_error']:.2%}",
-                f"{row['step_ms']:.0f} ms",
-                f"{row['step_ratio']:.3f}",
-                f"{low:.3f} to {high:.3f}",
-            ]
-        )
+        line = [
+            row["method"],
+            format_bytes(row["saved_bytes"]),
+            f"{row['saved_ratio']:.2f}x",
+            format_bytes(row["peak_bytes"]),
+            f"{row['gradient_error']:.2%}",
+        ]
+        if "step_ms" in row:
+            low, high = row["step_ratio_quartiles"]
+            line += [f"{row['step_ms']:.0f} ms", f"{row['step_ratio']:.3f}"]
+            line += [f"{low:.3f} to {high:.3f}"]
+        lines.append([*line, *[""] * (len(head) - len(line))])
     return format_table(head, lines)
 
 

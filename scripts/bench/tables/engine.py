@@ -15,18 +15,25 @@ from tables.text import markdown, newest_run, origin, table
 
 @table("bench_step.jsonl", "python scripts/bench/step.py", by="model dtype")
 def step(rows: Sequence[Row]) -> str:
-    """The newest run on a model, a line per method."""
+    """The newest run on a model, a line per method.
+
+    If the newest run has no times, a method has those of the last timed run that saved the same bytes.
+    """
     newest = newest_run(rows)
     head = [
         *("method", "saved for the backward", "less", "peak of the step", "gradient error"),
         *("step", "step vs. plain", "largest batch in 24 GiB"),
     ]
-    lines = []
+    lines, timed_rows = [], []
     for row in newest:
         if "note" in row:
             lines.append([row["method"], row["note"], *[""] * (len(head) - 2)])
             continue
-        low, high = row["step_ratio_quartiles"]
+        timed = _timed(row, rows)
+        if timed is not None:
+            timed_rows.append(timed)
+            low, high = timed["step_ratio_quartiles"]
+            ratio = f"{timed['step_ratio']:.2f} ({low:.2f} to {high:.2f})"
         lines.append(
             [
                 row["method"],
@@ -34,20 +41,31 @@ def step(rows: Sequence[Row]) -> str:
                 f"{row['saved_ratio']:.2f}x",
                 format_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
                 f"{row['gradient_error']:.2%}",
-                f"{row['step_ms']:.0f} ms",
-                f"{row['step_ratio']:.2f} ({low:.2f} to {high:.2f})",
+                "not timed" if timed is None else f"{timed['step_ms']:.0f} ms",
+                "" if timed is None else ratio,
                 str(row.get("largest_batch", "")),
             ]
         )
-    any_row = newest[0]
+    any_row, last = newest[0], timed_rows[0]
     remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
+    if last["date"] != any_row["date"]:
+        remarks += f" Times: {origin(last)} A method that saves other bytes since then was not timed again."
     return markdown(head, lines) + (
         f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}. The gradient error is the "
         "relative L2 distance from the plain float32 gradient over all parameters. The peak includes weights and "
         "AdamW's states. The largest batch counts saved tensors, weights and these states. A step is forward, backward "
-        f"and AdamW: median of {any_row['rounds']} rounds that take turns, quartiles in brackets."
+        f"and AdamW: median of {last['rounds']} rounds that take turns, quartiles in brackets."
         f"{remarks} {origin(any_row)}\n"
     )
+
+
+def _timed(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row, or the last timed row of its method with the same saved bytes; None without one."""
+    if "step_ms" in row:
+        return row
+    names = ("method", "batch_size", "saved_bytes")
+    same = [r for r in rows if "step_ms" in r and all(r[name] == row[name] for name in names)]
+    return same[-1] if same else None
 
 
 @table("host.jsonl", "python scripts/bench/host.py", by="path")
@@ -79,7 +97,7 @@ def host(rows: Sequence[Row]) -> str:
 def steps(rows: Sequence[Row]) -> str:
     """The newest run on every model and batch on a kind of device, "less memory, step" a method."""
     newest: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in rows:
+    for row in (row for row in rows if "step_ratio" in row):
         last = newest.setdefault((row["model"], row["batch_size"]), {})
         if last and next(iter(last.values()))["date"] != row["date"]:
             last.clear()
