@@ -163,6 +163,29 @@ def test_rows_of_one_dtype(tmp_path, make_tables):
     assert "a CPU (AVX2), 2 threads" in text
 
 
+def test_a_run_without_times_keeps_the_times_of_equal_bytes(tmp_path, make_tables):
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    other = {**STEP_ROW, "method": "mesa4", "step_ms": 50.0}
+    new = [
+        {k: v for k, v in row.items() if not k.startswith("step_")}
+        | {"date": "2031-01-01T00:00:00+00:00", "gradient_error": 0.05, "saved_bytes": saved}
+        for row, saved in ((STEP_ROW, 2**20), (other, 2**20 + 1))
+    ]
+    lines = [json.dumps(row) for row in (STEP_ROW, other, *new)]
+    (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:step a_vit -->\n<!-- /table -->\n")
+    make_tables.main(check=False, root=tmp_path)
+    text = readme.read_text()
+    assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | 42 ms | 1.00 (1.00 to 1.00) | 9 |" in text
+    assert "| mesa4 | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | not timed |  | 9 |" in text
+    assert "Times: a CPU, 2 threads, PyTorch 2.15.0, commit abc, 2030-01-02." in text
+    (results / "bench_step.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    make_tables.main(check=False, root=tmp_path)
+    assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | not timed |" in readme.read_text()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -46,9 +46,9 @@ def step(rows: Sequence[Row]) -> str:
                 str(row.get("largest_batch", "")),
             ]
         )
-    any_row, last = newest[0], timed_rows[0]
+    any_row, last = newest[0], timed_rows[0] if timed_rows else newest[0]
     remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
-    if last["date"] != any_row["date"]:
+    if timed_rows and last["date"] != any_row["date"]:
         remarks += f" Times: {origin(last)} A method that saves other bytes since then was not timed again."
     return markdown(head, lines) + (
         f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}. The gradient error is the "
