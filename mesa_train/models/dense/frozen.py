@@ -75,7 +75,7 @@ def _stages(body: Any) -> tuple[Any, list[tuple[str, ...]]]:
     info = getattr(model, "feature_info", None)
     if isinstance(model, FeatureGetterNet):
         model = model.model
-    own: Any = getattr(model, "stage_names", None)
+    own: Any = getattr(model, "parts_by_stage", None)
     if own is not None:
         return model, list(own)
     if hasattr(info, "module_name"):
@@ -119,11 +119,13 @@ def _units(model: nn.Module, ends: list[str], prefix: str = "") -> Iterator[str]
 
 
 def _of_hugging_face(model: Any) -> list[tuple[str, ...]]:
-    """The embedding, and the entries of the encoder's list."""
-    stem = next((name for name in _STEMS if hasattr(model, name)), None)
-    encoder = getattr(model, "encoder", None)
-    lists = [name for name in ("stages", "layers") if hasattr(encoder, name)]
-    if stem is None or not lists:
-        raise ValueError(f"frozen_stages: the stages of {type(model).__name__} are not known")
-    count = len(getattr(encoder, lists[0]))
-    return [(stem,), *((f"encoder.{lists[0]}.{index}",) for index in range(count))]
+    """The embedding, and the entries of the encoder's list, of the model or of its only trunk."""
+    for prefix, trunk in (("", model), *((f"{name}.", x) for name, x in model.named_children())):
+        stem = next((name for name in _STEMS if hasattr(trunk, name)), None)
+        encoder = getattr(trunk, "encoder", None)
+        lists = [name for name in ("stages", "layers") if hasattr(encoder, name)]
+        if stem is not None and lists:
+            count = len(getattr(encoder, lists[0]))
+            names = [stem, *(f"encoder.{lists[0]}.{index}" for index in range(count))]
+            return [(prefix + name,) for name in names]
+    raise ValueError(f"frozen_stages: the stages of {type(model).__name__} are not known")

@@ -63,7 +63,7 @@ class PlainViT(nn.Module):
         self.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)
         self.grad_checkpointing = False
         # A plain ViT has no stages; its stem can be frozen.
-        self.stage_names = [("patch_embed", "pos_embed", "norm_pre")]
+        self.parts_by_stage = [("patch_embed", "pos_embed", "norm_pre")]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn activation checkpointing of all blocks on or off."""

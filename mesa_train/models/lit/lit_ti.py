@@ -66,8 +66,8 @@ class LITTi(Classifier):
         super().__init__()
         self.img_size = to_2tuple(img_size)
         # The modules and positions of each stage, for a body whose first stages are frozen.
-        self.stage_names = [("patch_embed1", "pos_embed1")]
-        self.stage_names += [
+        self.parts_by_stage = [("patch_embed1", "pos_embed1")]
+        self.parts_by_stage += [
             (f"block{i}", *((f"patch_embed{i}", f"pos_embed{i}") if i > 1 else ())) for i in _STAGES
         ]
         self.dynamic_img_size = dynamic_img_size

@@ -293,7 +293,10 @@ def test_the_weights_of_a_classifier_fill_frozen_batch_norms(tmp_path):
     assert torch.equal(found, classifier.layer1[0].bn1.running_mean)
 
 
-@pytest.mark.parametrize("name", ["litv2_tiny", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["litv2_tiny", "vit_tiny_patch16_224", pytest.param("lit_ti", marks=pytest.mark.slow)],
+)
 def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     torch.manual_seed(7)
     classifier = timm.create_model(name, num_classes=5)
@@ -302,7 +305,7 @@ def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     values["model"] |= {"weights": str(tmp_path / "c.pth"), "backbone": name, "drop_path": 0.0}
     model = model_of(of_dict(values), 3)
     start_from(model, of_dict(values))
-    body = model.backbone.body.state_dict()
+    body = {k.removeprefix("model."): v for k, v in model.backbone.body.state_dict().items()}
     found = 0
     for key, value in classifier.state_dict().items():
         own = body.get(key.replace("patch_embed.proj", "patch_embed") if "vit" in name else key)
