@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from timm.models._features import FeatureDictNet, FeatureGetterNet
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
@@ -59,7 +60,9 @@ def freeze_batch_norms(body: nn.Module) -> nn.Module:
     Returns:
         The backbone, changed in place unless it is itself a batch norm.
     """
-    return cast(nn.Module, freeze_batch_norm_2d(body))
+    # timm's new modules take their numbers on the default device alone.
+    with torch.device(next(body.parameters()).device):
+        return cast(nn.Module, freeze_batch_norm_2d(body))
 
 
 def keep_frozen(body: nn.Module) -> None:

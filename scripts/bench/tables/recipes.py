@@ -164,13 +164,13 @@ def recipe_quickstarts(rows: Sequence[Row]) -> str:
                 else "-",
             ]
         )
-    head = ["quickstart", "policy", "epochs or stage", "score", "guess", "first", "last", "minutes"]
+    place = "stage" if isinstance(rows[-1]["epochs"], str) else "epochs"
+    head = ["quickstart", "policy", place, "score", "guess", "first", "last", "minutes"]
     head += ["killed after, resumed"]
     return markdown(head, lines) + (
         "\nHeld-out images. Guess: chance, or one answer for all pixels. First: before training, or after the "
-        "epochs or the stage of the first evaluation. Minutes of processor time, features and evaluations "
-        "included. Killed by SIGKILL; `same`: the resumed run and the whole run have the same scores and "
-        "weights, bit for bit. "
+        f"{place} of the first evaluation. Minutes of processor time, features and evaluations included. Killed by "
+        "SIGKILL; `same`: the resumed run and the whole run have the same scores and weights, bit for bit. "
         f"Seed {rows[-1]['seed']}. {origin(rows[-1])}\n"
     )
 

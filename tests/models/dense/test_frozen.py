@@ -107,8 +107,13 @@ def test_frozen_stages_of_litv2_drop_no_path_and_keep_their_statistics():
     freeze_stages(body, 3)
     model = scenes.detector("retinanet", body).eval().train()
     images = torch.randn(1, 3, 64, 64)
-    first = body.layers[0](body.patch_embed(images))
-    assert torch.equal(first, body.layers[0](body.patch_embed(images)))
-    assert not first.requires_grad
+    before = {k: v.clone() for k, v in body.state_dict().items() if "running" in k}
+
+    def frozen():
+        return body.layers[1](body.layers[0](body.patch_embed(images)))
+
+    assert torch.equal(frozen(), frozen())
+    assert not frozen().requires_grad
+    assert all(torch.equal(v, body.state_dict()[k]) for k, v in before.items())
     assert body.layers[2].training
     assert model.training

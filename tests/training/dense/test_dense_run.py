@@ -305,7 +305,7 @@ def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     values["model"] |= {"weights": str(tmp_path / "c.pth"), "backbone": name, "drop_path": 0.0}
     model = model_of(of_dict(values), 3)
     start_from(model, of_dict(values))
-    body = {k.removeprefix("model."): v for k, v in model.backbone.body.state_dict().items()}
+    body = {k.replace("model.", ""): v for k, v in model.backbone.body.state_dict().items()}
     found = 0
     for key, value in classifier.state_dict().items():
         own = body.get(key.replace("patch_embed.proj", "patch_embed") if "vit" in name else key)
