@@ -4,8 +4,10 @@ import re
 
 import pytest
 import recipe_quickstarts
+import torch
 import yaml
 from recipe_quickstarts import QUICKSTARTS, Quickstart
+from safetensors.torch import save_file
 from tables.recipes import recipe_quickstarts as table
 
 from mesa_train.utils import records
@@ -77,6 +79,18 @@ def test_the_evaluations_of_the_score_are_chosen(tmp_path):
     assert QUICKSTARTS["open world"].curve(tmp_path) == rows[1:2]
     assert QUICKSTARTS["detection"].curve(tmp_path) == rows[4:]
     assert QUICKSTARTS["detection"].curve(tmp_path)[0][QUICKSTARTS["detection"].place] == 1.0
+
+
+def test_weights_are_compared_bit_for_bit(tmp_path):
+    """nan stands for a fit that was not made; it equals itself here."""
+    values = [torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")])]
+    values += [torch.tensor([1.5, float("nan")]), torch.tensor([1.0, 0.0])]
+    for number, value in enumerate(values):
+        folder = tmp_path / str(number) / "checkpoints/step-00000001"
+        folder.mkdir(parents=True)
+        save_file({"fits": value, "count": torch.tensor(3)}, folder / "model.safetensors")
+    same = recipe_quickstarts.common.same_weights
+    assert [same(tmp_path / "0", tmp_path / str(i)) for i in (1, 2, 3)] == [True, False, False]
 
 
 def test_the_table_takes_stages_and_average_precision():
