@@ -164,8 +164,14 @@ def same_weights(one: Path, other: Path) -> bool:
     if newest[0].name != newest[1].name:
         return False
     return first.keys() == second.keys() and all(
-        torch.equal(value, second[key]) for key, value in first.items()
+        value.dtype == second[key].dtype and torch.equal(_bits(value), _bits(second[key]))
+        for key, value in first.items()
     )
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor. Bytes of nan are equal, values are not."""
+    return value.flatten().view(torch.uint8)
 
 
 def environment() -> dict[str, str]:

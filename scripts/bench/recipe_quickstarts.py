@@ -1,9 +1,10 @@
-"""Runs of the quickstarts of MoCo v3, LiT, distillation, decoders and video: whole, killed, resumed.
+"""Runs of the quickstarts of the recipes that are not classifiers: whole, killed, resumed.
 
 Each quickstart runs to its end. Then a copy of the run, without its last checkpoint, continues, is
-killed by SIGKILL in the middle of the last epoch, and is resumed. Both runs must end with the same
+killed by SIGKILL in the middle of its last part, and is resumed. Both runs must end with the same
 scores and the same weights. Quickstarts with other settings than the file's are comparisons, and are
-not killed. A row for each goes to docs/results/recipe_quickstarts.jsonl.
+not killed. A row for each goes to docs/results/recipe_quickstarts.jsonl. The last part is what follows
+the checkpoint before the last: an epoch, or the steps between two checkpoints.
 
 LiT reads the encoder of MoCo v3, and the student reads its teacher, so the quickstarts run in the
 order of `QUICKSTARTS`.
@@ -39,10 +40,13 @@ class Quickstart:
     Attributes:
         recipe: folder under recipes.
         file: the configuration.
-        score: column of the epochs' rows.
+        score: column of the evaluations' rows.
         changes: `section.key=value`, which differ from the file.
         chance: the score of a guess, for scores without a baseline in the rows.
         baseline: column with the score of an answer that looks at no image.
+        kind: of the rows of evaluations in the metrics; default "epoch".
+        place: column with an evaluation's place in the run; default "epoch".
+        only: columns and values that an evaluation must have to be the score's; default: none.
     """
 
     recipe: str
@@ -51,6 +55,21 @@ class Quickstart:
     changes: tuple[str, ...] = ()
     chance: float | None = None
     baseline: str | None = None
+    kind: str = "epoch"
+    place: str = "epoch"
+    only: tuple[tuple[str, str], ...] = ()
+
+    def evaluations(self, folder: Path) -> list[records.Row]:
+        """The rows of all evaluations of a run."""
+        return common.of_kind(folder, self.kind)
+
+    def curve(self, folder: Path) -> list[records.Row]:
+        """The rows of evaluations with the score."""
+        return [
+            row
+            for row in self.evaluations(folder)
+            if row.get(self.score) is not None and all(row[k] == v for k, v in self.only)
+        ]
 
     @property
     def config(self) -> Path:
@@ -84,6 +103,17 @@ QUICKSTARTS = {
     "teacher": Quickstart("litv2", "quickstart.yaml", "top1", chance=0.1),
     "distill": Quickstart("distill", "quickstart.yaml", "top1", chance=0.1),
     "distill, labels": Quickstart("distill", "quickstart_labels.yaml", "top1", chance=0.1),
+    "detection": Quickstart("dense", "quickstart_detection.yaml", "ap", chance=0.0),
+    "semantic fpn": Quickstart("dense", "quickstart_segmentation.yaml", "miou", chance=0.0),
+    "open world": Quickstart(
+        "open_world",
+        "quickstart.yaml",
+        "map_known",
+        chance=0.0,
+        kind="evaluation",
+        place="stage",
+        only=(("energy", "off"), ("repetitions", "drop")),
+    ),
 }
 
 
@@ -113,7 +143,7 @@ def main(
 def measured(
     quickstart: Quickstart, name: str, work: Path, prefix: list[str], kill: bool = True
 ) -> records.Row:
-    """Run a quickstart, then its last epoch killed and resumed. Returns the row without its origin."""
+    """Run a quickstart, then its last part killed and resumed. Returns the row without its origin."""
     out = folder_of(quickstart, name)
     whole = work / out
     seconds = None
@@ -121,8 +151,8 @@ def measured(
         before = common.processor_seconds()
         common.run([*prefix, *quickstart.command(out)], work)
         seconds = round(common.processor_seconds() - before, 1)
-    epochs = common.of_kind(whole, "epoch")
-    last = epochs[-1]
+    curve = quickstart.curve(whole)
+    last = curve[-1]
     # A run with other settings than the file's is a comparison, and is not killed.
     kill = kill and not quickstart.changes
     killed = killed_and_resumed(quickstart, out, work, prefix) if kill else {}
@@ -132,11 +162,11 @@ def measured(
         "changes": list(quickstart.changes),
         "policy": last["name"],
         "seed": last["seed"],
-        "epochs": last["epoch"],
+        "epochs": last[quickstart.place],
         "steps": last["step"],
         "score": quickstart.score,
         "value": last[quickstart.score],
-        "curve": [[row["epoch"], row[quickstart.score]] for row in epochs if quickstart.score in row],
+        "curve": [[row[quickstart.place], row[quickstart.score]] for row in curve],
         "scores": {k: v for k, v in last.items() if isinstance(v, float) and k not in TIMED},
         "chance": quickstart.chance,
         "baseline": last[quickstart.baseline] if quickstart.baseline else None,
@@ -148,20 +178,19 @@ def measured(
 def killed_and_resumed(
     quickstart: Quickstart, out: str, work: Path, prefix: list[str]
 ) -> records.Row:
-    """Repeat the last epoch of a run in a copy, killed and resumed. Returns columns of its row."""
+    """Repeat the last part of a run in a copy, killed and resumed. Returns columns of its row."""
     whole, parted = work / out, work / f"{out}_killed"
-    epochs = common.of_kind(whole, "epoch")
-    last = epochs[-1]["step"]
-    start = last - last // epochs[-1]["epoch"]
     shutil.rmtree(parted, ignore_errors=True)
     shutil.copytree(whole, parted, symlinks=True)
-    shutil.rmtree(common.checkpoints(parted)[-1])
+    *_, before, last = common.checkpoints(parted)
+    shutil.rmtree(last)
+    start, end = (int(folder.name.removeprefix("step-")) for folder in (before, last))
     again = [*prefix, *quickstart.command(f"{out}_killed", "--resume", "auto")]
     # Fast steps end before a row of every tenth step is seen.
     watched = [*again, "--set", "train.log_every=1"]
-    killed_after = common.killed(watched, work, parted, start, (last - start) // 3)
+    killed_after = common.killed(watched, work, parted, start, (end - start) // 3)
     common.run(again, work)
-    same = scores(epochs) == scores(common.of_kind(parted, "epoch"))
+    same = scores(quickstart.evaluations(whole)) == scores(quickstart.evaluations(parted))
     return {
         "killed_after": killed_after,
         "resumed_from": start,
@@ -177,7 +206,7 @@ def folder_of(quickstart: Quickstart, name: str) -> str:
 
 
 def scores(epochs: list[records.Row]) -> list[records.Row]:
-    """The rows of epochs without what a clock measured."""
+    """The rows of evaluations without what a clock measured."""
     return [{k: v for k, v in row.items() if k not in TIMED} for row in epochs]
 
 

@@ -1,5 +1,6 @@
 """The counted steps save what the real models save."""
 
+import dense as script
 import pytest
 import torch
 from dense import parts
@@ -8,6 +9,7 @@ from tables.dense import dense, dense_training
 from mesa_train.measure.footprint import footprint
 from mesa_train.models.dense import mask_rcnn, retinanet
 from mesa_train.training.dense.memory import RegionStep, RetinaNetStep
+from mesa_train.utils import records
 
 
 @pytest.mark.slow
@@ -33,6 +35,34 @@ def test_a_counted_step_of_mask_rcnn_runs_on_real_tensors_too():
     assert counts[0].saved_bytes == counts[1].saved_bytes
 
 
+@pytest.mark.parametrize(
+    ("model", "backbone"),
+    [
+        pytest.param("faster_rcnn", "litv2_tiny:w4", marks=pytest.mark.slow),
+        ("open_world_rcnn", "litv2_tiny"),
+    ],
+)
+def test_a_small_case_is_counted(model, backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(script.SIZES, model, (64, 96))
+    out = tmp_path / "rows.jsonl"
+    script.main(model, backbone, "plain,mesa8", 1, "float32", out)
+    plain, mesa = records.read(out)
+    assert (plain["model"], plain["backbone"], plain["height"]) == (model, backbone, 64)
+    assert 0 < mesa["saved_bytes"] < plain["saved_bytes"] / 2
+
+
+def test_pairs_are_those_of_the_command_line():
+    assert script.chosen("", "") == script.PAIRS
+    assert script.chosen("faster_rcnn", "") == [("faster_rcnn", "litv2_s")]
+    assert script.chosen("retinanet", "a,b:w4") == [("retinanet", "a"), ("retinanet", "b:w4")]
+    with pytest.raises(
+        SystemExit, match="dense: no model 'yolo'; choose from retinanet, mask_rcnn"
+    ):
+        script.chosen("yolo", "")
+    attention = script.body_of("litv2_tiny:w4").layers[2].blocks[0].attn
+    assert attention.window == 4
+
+
 def test_the_table_of_bytes_has_a_line_for_each_dtype():
     common = {
         "model": "retinanet",
@@ -54,6 +84,16 @@ def test_the_table_of_bytes_has_a_line_for_each_dtype():
         "2.0 MiB (4.00x less) |",
         "3.0 MiB (2.00x less) |",
     ]
+    assert lines[-1].endswith("x, 1 threads, PyTorch 2, commit c, 2026-01-01.")
+    rows[-1] |= {"commit": "d", "date": "2026-02-03"}
+    assert (
+        dense.render(rows)
+        .splitlines()[-1]
+        .endswith(
+            "Rows of several commits: x, 1 threads, PyTorch 2, commit d, 2026-02-03; x, 1 threads, "
+            "PyTorch 2, commit c, 2026-01-01."
+        )
+    )
 
 
 def test_the_table_of_trained_quickstarts():

@@ -4,8 +4,10 @@ import re
 
 import pytest
 import recipe_quickstarts
+import torch
 import yaml
 from recipe_quickstarts import QUICKSTARTS, Quickstart
+from safetensors.torch import save_file
 from tables.recipes import recipe_quickstarts as table
 
 from mesa_train.utils import records
@@ -16,7 +18,7 @@ def test_every_quickstart_of_these_recipes_is_run():
     root = recipe_quickstarts.common.ROOT / "recipes"
     there = {
         (recipe, path.name)
-        for recipe in ("mocov3", "lit", "decoders", "video", "distill")
+        for recipe in ("mocov3", "lit", "decoders", "video", "distill", "dense", "open_world")
         for path in (root / recipe).glob("quickstart*.yaml")
     }
     assert there <= files
@@ -61,6 +63,80 @@ def test_the_table_has_the_newest_row_and_says_if_a_resumed_run_differs():
         "| `quickstart.yaml` `train.policy=plain` | plain | 12 | nearest neighbours | 10.0 % | "
         "17.1 % | 50.0 % | - | step 690 of 720: differs |"
     )
+
+
+def test_the_evaluations_of_the_score_are_chosen(tmp_path):
+    rows = [
+        {"kind": "step", "step": 5, "loss": 1.0},
+        {"kind": "evaluation", "stage": "t1_train", "energy": "off", "repetitions": "drop", "map_known": 0.2},
+        {"kind": "evaluation", "stage": "t1_train", "energy": "known_tail", "repetitions": "drop", "map_known": 0.3},
+        {"kind": "evaluation", "stage": "t2_train", "energy": "off", "repetitions": "drop", "map_known": None},
+        {"kind": "epoch", "epoch": 1.0, "ap": 0.5},
+    ]  # fmt: skip
+    for entry in rows:
+        records.append(tmp_path / "metrics.jsonl", entry)
+    assert QUICKSTARTS["open world"].evaluations(tmp_path) == rows[1:4]
+    assert QUICKSTARTS["open world"].curve(tmp_path) == rows[1:2]
+    assert QUICKSTARTS["detection"].curve(tmp_path) == rows[4:]
+    assert QUICKSTARTS["detection"].curve(tmp_path)[0][QUICKSTARTS["detection"].place] == 1.0
+
+
+def test_weights_are_compared_bit_for_bit(tmp_path):
+    """nan stands for a fit that was not made; it equals itself here."""
+    values = [torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")])]
+    values += [torch.tensor([1.5, float("nan")]), torch.tensor([1.0, 0.0])]
+    for number, value in enumerate(values):
+        folder = tmp_path / str(number) / "checkpoints/step-00000001"
+        folder.mkdir(parents=True)
+        save_file({"fits": value, "count": torch.tensor(3)}, folder / "model.safetensors")
+    same = recipe_quickstarts.common.same_weights
+    assert [same(tmp_path / "0", tmp_path / str(i)) for i in (1, 2, 3)] == [True, False, False]
+
+
+def test_the_table_takes_stages_and_average_precision():
+    found = row(file="quickstart.yaml", recipe="open_world", score="map_known", value=0.25, chance=0.0,
+                baseline=None, epochs="t2_ft", curve=[["t1_train", 0.3], ["t2_ft", 0.25]])  # fmt: skip
+    other = row(name="detection", score="ap", value=0.5, chance=0.0, baseline=None, epochs=1.6,
+                curve=[[0.8, 0.4], [1.6, 0.5]])  # fmt: skip
+    lines = table.render([found, other]).splitlines()
+    assert "| t2_ft | mAP of known classes | 0.0 % | 30.0 % after t1_train | 25.0 % |" in lines[2]
+    assert "| 1.6 | average precision of boxes | 0.0 % | 40.0 % after 0.8 | 50.0 % |" in lines[3]
+
+
+SMALL = {
+    "detection": {
+        "data": {"train_pictures": 40, "val_pictures": 4},
+        "train": {"steps": 12, "eval_every": 6, "pictures": 1},
+    },
+    "open world": {
+        "data": {"train_pictures": 40, "val_pictures": 6},
+        "method": {"start": 4, "update_every": 2, "fit_pictures": 4},
+        "optim": {
+            "steps": "8, 6",
+            "finetune_steps": "0, 8",
+            "milestones": "6; 4",
+            "warmup_steps": 2,
+        },
+        "train": {"save_every": 6, "pictures": 1},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_dense_quickstart_is_run_killed_and_resumed(tmp_path, monkeypatch, name):
+    settings = yaml.safe_load(QUICKSTARTS[name].config.read_text())
+    for section, values in SMALL[name].items():
+        settings[section] |= values
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(Quickstart, "config", config)
+    found = recipe_quickstarts.measured(QUICKSTARTS[name], name, tmp_path, [])
+    assert found["same"]
+    assert found["steps"] == {"detection": 12, "open world": 22}[name]
+    assert found["resumed_from"] == {"detection": 6, "open world": 18}[name]
+    assert found["resumed_from"] < found["killed_after"] < found["steps"]
+    assert found["epochs"] == {"detection": 1.2, "open world": "t2_ft"}[name]
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ torchvision's as options.
 """
 
 from .conventions import Conventions as Conventions
+from .frozen import freeze_batch_norms as freeze_batch_norms
+from .frozen import freeze_stages as freeze_stages
 from .official import from_official as from_official
 from .plain_vit import plain_vit as plain_vit
 from .rcnn import faster_rcnn as faster_rcnn

@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import (
 
 from .bodies import body_of
 from .conventions import Conventions
+from .frozen import keep_frozen
 from .plain_vit import SimplePyramid
 
 CHANNELS = 256
@@ -66,6 +67,12 @@ class PyramidBackbone(nn.Module):
         self.fpn = fpn
         self.out_channels = channels
         self.strides = tuple(strides)
+
+    def train(self, mode: bool = True) -> PyramidBackbone:
+        """Set the mode. Frozen stages of the body stay in evaluation mode."""
+        super().train(mode)
+        keep_frozen(self.body)
+        return self
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.body(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,27 +36,69 @@ _NAMES = [
 _EXTRA = re.compile(r"backbone\.fpn\.layer_blocks\.(\d+)\.0\.(.+)")
 
 
-def from_official(state: Mapping[str, Any], *, background: str = "last") -> dict[str, Any]:
+def from_official(
+    state: Mapping[str, Any] | Iterable[Any], *, background: str = "last"
+) -> dict[str, Any]:
     """Rename the weights of an official dense model.
 
     Args:
-        state: official state dict of a RetinaNet, Mask R-CNN, Faster R-CNN or Semantic FPN. With
-            `background="last"` the values may be anything, such as shapes.
+        state: official state dict of a RetinaNet, Mask R-CNN, Faster R-CNN or Semantic FPN, or a list
+            of (key, value) pairs, or a dictionary with either as "state_dict" or "keys". Keys may
+            begin with "module.". With `background="last"` the values may be anything, such as shapes.
         background: "last" (default), or "first" for a model of that convention: the background's
             class row moves to the front, and zeros become its deltas and its mask.
     Returns:
         A state dict for `load_state_dict`.
     Raises:
-        ValueError: a key is of another model, or background is unknown.
+        ValueError: a key is of another model or occurs twice, or background is unknown.
+        TypeError: state is neither a dictionary nor a list of pairs.
     """
     if background not in ("last", "first"):
         raise ValueError(f"background must be 'last' or 'first', got {background!r}")
+    state = _weights(state)
     laterals = len({key.split(".")[2] for key in state if key.startswith("neck.lateral_convs.")})
     converted = {}
     for key, value in state.items():
+        if background == "first" and not isinstance(value, Tensor):
+            raise ValueError(
+                f"background='first' needs tensors, got {type(value).__name__} for {key}"
+            )
         name = _renamed(key, laterals)
         converted[name] = _background_first(name, value) if background == "first" else value
     return converted
+
+
+def _weights(state: Any) -> dict[str, Any]:
+    """Values by key, without a wrapper's entry or prefix."""
+    while isinstance(state, Mapping) and (entry := _entry(state)) is not None:
+        state = entry
+    if not isinstance(state, Mapping):
+        try:
+            pairs = [(key, value) for key, value in state]
+        except (TypeError, ValueError):
+            raise TypeError(
+                "state must be a state dict or a list of (key, value) pairs, got "
+                f"{type(state).__name__}"
+            ) from None
+    else:
+        pairs = list(state.items())
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise TypeError(f"state must have texts as keys, got {key!r}")
+        name = key.removeprefix("module.")
+        if name in found:
+            raise ValueError(f"state has {name!r} twice")
+        found[name] = value
+    return found
+
+
+def _entry(state: Mapping[Any, Any]) -> Any:
+    """The weights in a checkpoint's entry; None if the dictionary is itself of weights."""
+    for name in ("state_dict", "keys"):
+        if isinstance(state.get(name), Mapping | list):
+            return state[name]
+    return None
 
 
 def _renamed(key: str, laterals: int) -> str:

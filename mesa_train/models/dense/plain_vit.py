@@ -11,10 +11,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class PlainViT(nn.Module):
@@ -27,7 +29,8 @@ class PlainViT(nn.Module):
         global_blocks: number of blocks that attend over the whole map; default 4.
     Raises:
         TypeError: `vit` is not a VisionTransformer.
-        ValueError: no position embeddings, or more global blocks than blocks.
+        ValueError: no position embeddings, another patch embedding than one convolution, or more
+            global blocks than blocks.
     """
 
     def __init__(self, vit: nn.Module, window: int = 14, global_blocks: int = 4) -> None:
@@ -36,6 +39,12 @@ class PlainViT(nn.Module):
             raise TypeError(f"plain_vit needs a timm VisionTransformer, got {type(vit).__name__}")
         if vit.pos_embed is None:
             raise ValueError("plain_vit needs a model with position embeddings")
+        embed = vit.patch_embed
+        if not isinstance(embed, PatchEmbed) or not isinstance(embed.norm, nn.Identity):
+            raise ValueError(
+                "plain_vit needs a model whose patch embedding is one convolution without a norm, "
+                f"got {type(embed).__name__}"
+            )
         depth = len(vit.blocks)
         if not 0 <= global_blocks <= depth:
             raise ValueError(f"global_blocks must be from 0 to {depth}, got {global_blocks}")
@@ -52,6 +61,13 @@ class PlainViT(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
         self.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)
+        self.grad_checkpointing = False
+        # A plain ViT has no stages; its stem can be frozen.
+        self.parts_by_stage = [("patch_embed", "pos_embed", "norm_pre")]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of all blocks on or off."""
+        self.grad_checkpointing = enable
 
     def forward(self, images: Tensor) -> list[Tensor]:
         bottom, right = (-side % self.stride for side in images.shape[2:])
@@ -60,7 +76,11 @@ class PlainViT(nn.Module):
         x = self.patch_embed(images).permute(0, 2, 3, 1)
         x = self.norm_pre(x + self._positions(x.shape[1], x.shape[2]))
         for index, block in enumerate(self.blocks):
-            x = self._whole(block, x) if index in self.global_blocks else self._windows(block, x)
+            run = self._whole if index in self.global_blocks else self._windows
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, block, x, use_reentrant=False)
+            else:
+                x = run(block, x)
         return [self.norm(x).permute(0, 3, 1, 2).contiguous()]
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -144,7 +164,8 @@ def _resizer(dim: int, scale: float) -> tuple[list[nn.Module], int]:
     if scale == 2:
         return [nn.MaxPool2d(2)], dim
     raise ValueError(
-        f"a plain ViT's pyramid has strides 1/4, 1/2, 1 and 2 times its patch, not {scale:g}"
+        f"a plain ViT's pyramid has strides 1/4, 1/2, 1 and 2 times its patch, not {scale:g}; patches "
+        "of 16 pixels fit"
     )
 
 

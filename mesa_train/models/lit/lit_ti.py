@@ -2,13 +2,18 @@
 
 It has learned absolute positions at the start of every stage, layer norms with eps 1e-6, and a
 class token. The class token is added in stage 4 and is the output. Names follow the authors' code.
+
+With `dynamic_img_size=True` it is the backbone of the authors' detectors and segmenters: positions are
+resized bilinearly to the map in every forward, and there is no class token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -35,9 +40,12 @@ class LITTi(Classifier):
         mlp_ratios: per stage.
         drop_rate: dropout before the head; default 0.
         drop_path_rate: of the last block; default 0.
+        dynamic_img_size: images of any size, and no class token; a classifier then needs
+            global_pool="avg". Default false.
     """
 
     pools = ("token", "avg", "")
+    cls_token: Any
     # From (width, next width) to the merging before a stage. Subclasses may replace it.
     merging: Callable[[int, int], nn.Module] = DeformableMerging
 
@@ -53,9 +61,16 @@ class LITTi(Classifier):
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         self.img_size = to_2tuple(img_size)
+        # The modules and positions of each stage, for a body whose first stages are frozen.
+        self.parts_by_stage = [("patch_embed1", "pos_embed1")]
+        self.parts_by_stage += [
+            (f"block{i}", *((f"patch_embed{i}", f"pos_embed{i}") if i > 1 else ())) for i in _STAGES
+        ]
+        self.dynamic_img_size = dynamic_img_size
         check_image_size("LITTi", *self.img_size)
         self.num_features = widths[-1]
         self.depth, self.grad_checkpointing = len(_STAGES), False
@@ -82,8 +97,10 @@ class LITTi(Classifier):
             blocks = [block(stage - 1) for _ in range(depths[stage - 1])]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
         self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=eps)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1]))
-        trunc_normal_(self.cls_token, std=0.02)
+        self.register_parameter("cls_token", None)
+        if not dynamic_img_size:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, widths[-1]))
+            trunc_normal_(self.cls_token, std=0.02)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"block{i + 1}"}
             for i, dim in enumerate(widths)
@@ -92,14 +109,17 @@ class LITTi(Classifier):
         self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised tokens (B, 1 + tokens, num_features), the class token first."""
+        """Normalised tokens (B, 1 + tokens, num_features), the class token first.
+
+        With `dynamic_img_size`, a normalised map (B, H, W, num_features).
+        """
         x: Tensor = images
         for stage in _STAGES[: self.depth]:
             x = self._stage(stage, x)
         return self.norm(x)
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Maps (B, H, W, C). Stage 4 gives tokens, the class token first."""
+        """Maps (B, H, W, C). Stage 4 gives tokens, the class token first, if there is one."""
         x: Tensor = images
         for stage in _STAGES[: self.depth]:
             x = self._stage(stage, x)
@@ -107,6 +127,10 @@ class LITTi(Classifier):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The class token, or the mean of all other tokens."""
+        if self.dynamic_img_size:
+            if self.global_pool == "token":
+                raise ValueError('dynamic_img_size=True has no class token; use global_pool="avg"')
+            return x.mean((1, 2))
         return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
 
     def as_map(self, x: Tensor) -> Tensor:
@@ -126,18 +150,20 @@ class LITTi(Classifier):
 
     def no_weight_decay(self) -> set[str]:
         """The class token only: the authors' code decays the position embeddings."""
-        return {"cls_token"}
+        return set() if self.dynamic_img_size else {"cls_token"}
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Run one stage. ValueError for images of another size than `img_size`."""
-        if stage == 1 and tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(
-                f"this LITTi takes images of {self.img_size[0]}x{self.img_size[1]}, got "
-                f"{x.shape[2]}x{x.shape[3]}; set img_size when the model is built"
-            )
+        if stage == 1:
+            self._check_size(*x.shape[2:])
         x = self.get_submodule(f"patch_embed{stage}")(x)
         positions = self.get_parameter(f"pos_embed{stage}")
-        if stage == 4:
+        grid = (x.shape[1], x.shape[2])
+        if self.dynamic_img_size:
+            x = x + self._resized(positions[:, int(stage == 4) :], stage, grid)
+            if stage >= 3:
+                x = x.flatten(1, 2)
+        elif stage == 4:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
             x = x + positions
         elif stage == 3:
@@ -149,12 +175,30 @@ class LITTi(Classifier):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x.unflatten(1, self.grids[2]) if stage == 3 else x
+        return x.unflatten(1, grid) if x.dim() == 3 and (stage == 3 or self.dynamic_img_size) else x
+
+    def _check_size(self, height: int, width: int) -> None:
+        if self.dynamic_img_size:
+            check_image_size("LITTi", height, width)
+        elif (height, width) != self.img_size:
+            raise ValueError(
+                f"this LITTi takes images of {self.img_size[0]}x{self.img_size[1]}, got "
+                f"{height}x{width}; set img_size or dynamic_img_size=True when the model is built"
+            )
+
+    def _resized(self, positions: Tensor, stage: int, grid: tuple[int, int]) -> Tensor:
+        """Positions (1, H, W, C) of a map, resized bilinearly if it has another size."""
+        maps = positions.unflatten(1, self.grids[stage - 1])
+        if grid == self.grids[stage - 1]:
+            return maps
+        maps = F.interpolate(maps.permute(0, 3, 1, 2), grid, mode="bilinear")
+        return maps.permute(0, 2, 3, 1)
 
 
 def resize_positions(weights: Mapping[str, Tensor], model: LITTi) -> dict[str, Tensor]:
     """A LIT-Ti checkpoint's weights for the image size of `model`, with interpolated positions."""
-    resized = dict(weights)
+    dropped = ("cls_token",) if model.dynamic_img_size else ()
+    resized = {key: value for key, value in weights.items() if key not in dropped}
     for stage, grid in zip(_STAGES, model.grids, strict=True):
         key = f"pos_embed{stage}"
         if key in resized:

@@ -5,6 +5,9 @@ the table fixes the size of the images: set `img_size` when the model is built. 
 has learned absolute positions and a class token. Parameters and their names follow the authors'
 code.
 
+With `dynamic_img_size=True`, as in the authors' detectors and segmenters, images may have any size:
+the tables and positions of `img_size` are resized in every forward.
+
 | | parameters | multiply-adds at 224 |
 |---|---|---|
 | lit_ti | 19.9 M | |
@@ -40,13 +43,18 @@ class RelativeAttention(nn.Module):
         dim: width.
         num_heads: number of heads.
         resolution: (H, W) of the map.
+        resized: resize the table bicubically for maps of other sizes, in every forward; default
+            false: other sizes are refused.
     """
 
     relative_position_index: Tensor
 
-    def __init__(self, dim: int, num_heads: int, resolution: tuple[int, int]) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, resolution: tuple[int, int], resized: bool = False
+    ) -> None:
         super().__init__()
         self.dim, self.num_heads, self.resolution = dim, num_heads, resolution
+        self.resized = resized
         height, width = resolution
         table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads)
         self.relative_position_bias_table = nn.Parameter(table)
@@ -57,18 +65,34 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        if (height, width) != self.resolution:
+        if (height, width) != self.resolution and not self.resized:
             raise ValueError(
                 f"this LIT takes maps of {self.resolution[0]}x{self.resolution[1]} here, got "
-                f"{height}x{width}; set img_size when the model is built"
+                f"{height}x{width}; set img_size or dynamic_img_size=True when the model is built"
             )
         tokens = height * width
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1).unsqueeze(0)
+        if (height, width) == self.resolution:
+            bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+            bias = bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1).unsqueeze(0)
+        else:
+            bias = self._resized_bias(height, width)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, self.dim))
+
+    def _resized_bias(self, height: int, width: int) -> Tensor:
+        """Biases (1, heads, tokens, tokens) of a map of another size.
+
+        The table is resized to (2 height - 1, 2 width - 1). The windows of its mirror image, from
+        the last to the first, are the rows of the biases, so no index is saved for the backward.
+        """
+        rows, columns = (2 * side - 1 for side in self.resolution)
+        table = self.relative_position_bias_table.view(rows, columns, self.num_heads)
+        maps = table.permute(2, 0, 1).unsqueeze(0)
+        maps = F.interpolate(maps, (2 * height - 1, 2 * width - 1), mode="bicubic")
+        windows = maps[0].flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
+        return windows.reshape(1, self.num_heads, height * width, height * width)
 
     def flops(self, height: int, width: int) -> int:
         """Multiply-adds of the matmuls for one map."""
@@ -77,13 +101,14 @@ class RelativeAttention(nn.Module):
 
 
 class LIT(Pyramid):
-    """Image classifier for images of `img_size`.
+    """Image classifier for images of `img_size`, or of any size with `dynamic_img_size`.
 
     Args:
         depths: blocks, per stage.
         num_heads: heads, per stage.
         attends: whether a stage has attention, per stage.
         mlp_ratio: default 4.
+        dynamic_img_size: resize the tables of biases in every forward; default false.
         options: arguments of `Pyramid`.
     """
 
@@ -93,12 +118,16 @@ class LIT(Pyramid):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         attends: Sequence[bool] = (False, False, True, True),
         mlp_ratio: float = 4.0,
+        dynamic_img_size: bool = False,
         **options: Any,
     ) -> None:
+        self.one_size = not dynamic_img_size
         check_stages("LIT", depths=depths, num_heads=num_heads, attends=attends)
 
         def make_block(stage: int, dim: int, grid: tuple[int, int], drop_path: float) -> nn.Module:
-            attn = RelativeAttention(dim, num_heads[stage], grid) if attends[stage] else None
+            attn = None
+            if attends[stage]:
+                attn = RelativeAttention(dim, num_heads[stage], grid, dynamic_img_size)
             return Block(dim, attn, Mlp(dim, mlp_ratio, depthwise=False), drop_path)
 
         super().__init__(make_block, depths=depths, **options)

@@ -164,6 +164,8 @@ class Pyramid(Classifier):
     """
 
     output_fmt = "NHWC"
+    # True for models that refuse images of another size than `img_size`.
+    one_size = False
     # From (width, next width) to the merging after a stage. Subclasses may replace it.
     merging: Callable[[int, int], Any] = DeformableMerging
 
@@ -294,6 +296,8 @@ class PyramidFeatures(nn.Module):
         out_indices = model.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.feature_info = FeatureInfo(model.feature_info, out_indices)
         self.out_indices = out_indices
+        # Images of any size; None: not known, and models of one size refuse others.
+        self.takes_multiples_of = None if model.one_size else 1
         self.patch_embed = model.patch_embed
         self.layers: Any = model.layers
         for index in out_indices:

@@ -130,7 +130,10 @@ class DetectionSet:
             and min(picture.objects.height, picture.objects.width) >= smallest
         ]
         if not chosen:
-            raise ConfigError(f"{self.file}: none of {len(self.pictures)} pictures has a target")
+            raise ConfigError(
+                f"{self.file}: none of {len(self.pictures)} pictures has a target, a box of at least "
+                f"one pixel in a picture of at least {smallest} pixels a side"
+            )
         left = len(self.pictures) - len(chosen)
         if left:
             _log.warning("%s: %d pictures without a target are not trained on", self.file, left)
@@ -184,14 +187,25 @@ def tell_left_out(file: str | Path, names: Sequence[str]) -> None:
         )
 
 
+def tell_areas(file: str | Path, names: Sequence[str]) -> None:
+    """Log how many objects have a box, but no positive `area`."""
+    if names:
+        _log.warning(
+            "%s: %d objects have area 0 or less beside a box, whose area is used; the first is %s",
+            *(file, len(names), names[0]),
+        )
+
+
 def numbers(value: Any, count: int) -> list[float] | None:
     """A list of `count` finite numbers; None if the value is another."""
     if not isinstance(value, list) or len(value) != count:
         return None
-    right = all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value
-    )
-    return [float(x) for x in value] if right else None
+    right = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    try:
+        found = [float(x) for x in value] if right else [math.nan]
+    except OverflowError:  # an integer beyond all floats
+        return None
+    return found if all(math.isfinite(x) for x in found) else None
 
 
 class Files:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from mesa_train.models.dense import faster_rcnn, mask_rcnn, plain_vit, retinanet, semantic_fpn
+from mesa_train.models.dense import faster_rcnn, mask_rcnn, retinanet, semantic_fpn
 from mesa_train.models.dense.bodies import SelectedMaps
+from mesa_train.models.dense.frozen import freeze_batch_norms, freeze_stages
+from mesa_train.models.dense.named import is_plain, timm_body
 from mesa_train.models.dense.official import from_official
 from mesa_train.models.dense.plain_vit import PlainViT
+from mesa_train.models.lit.lit_ti import LITTi
 from mesa_train.models.lit.official import adapted, read_official
 from mesa_train.models.lit.pyramid import PyramidFeatures
 from mesa_train.training import checkpoints
@@ -73,43 +76,40 @@ def backbone_of(
     Raises:
         ConfigError: it is unknown, or an option does not fit it.
     """
-    import timm
-
-    import mesa_train.models as registered  # noqa: F401  timm knows them from here on
-
     model = config.model
-    if model.backbone.startswith(hugging_face.PREFIX):
-        return _of_hugging_face(model, device, strides)
-    if not timm.is_model(model.backbone):
-        near = ", ".join(difflib.get_close_matches(model.backbone, timm.list_models(), n=4))
-        hint = f"; close names: {near}" if near else ""
-        raise ConfigError(f"model.backbone: no model {model.backbone!r} in timm{hint}")
+    try:
+        if model.backbone.startswith(hugging_face.PREFIX):
+            body = _of_hugging_face(model, device, strides)
+        else:
+            body = _of_timm(model, device)
+        freeze_stages(body, model.frozen_stages)
+        if model.freeze_batch_norm:
+            body = freeze_batch_norms(body)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.backbone={model.backbone}: {reason}") from None
+    return body
+
+
+def _of_timm(model: Any, device: str) -> nn.Module:
     options: dict[str, Any] = {"pretrained": model.pretrained}
     if model.drop_path:
         options["drop_path_rate"] = model.drop_path
-    plain = model.backbone.startswith(("vit_", "deit"))
-    if model.window and not plain:
+    if model.window and not is_plain(model.backbone):
         if not model.backbone.startswith("litv2"):
             raise ConfigError(
                 f"model.window={model.window} is for litv2_* and plain ViTs, not {model.backbone}"
             )
         options["windows"] = (0, 0, model.window, 1)
-    try:
-        with torch.device(device):
-            if plain:
-                window = model.window or 14
-                body: Any = plain_vit(
-                    model.backbone,
-                    window=window,
-                    global_blocks=model.global_blocks,
-                    num_classes=0,
-                    **options,
-                )
-            else:
-                body = timm.create_model(model.backbone, features_only=True, **options)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.backbone={model.backbone}: {reason}") from None
+    with torch.device(device):
+        body: Any = timm_body(
+            model.backbone,
+            window=model.window or 14,
+            global_blocks=model.global_blocks,
+            **options,
+        )
     if model.grad_checkpointing:
         turn_on = getattr(body, "set_grad_checkpointing", None)
         if turn_on is None:
@@ -163,16 +163,23 @@ def start_from(model: Any, config: Config) -> None:
         model.load_state_dict(weights)
         return
     body = model.backbone.body
-    if isinstance(body, SelectedMaps):
-        body = body.model
+    for wrapper in (SelectedMaps, FeatureGetterNet):
+        if isinstance(body, wrapper):
+            body = body.model
     own = body.state_dict()
-    if isinstance(body, PyramidFeatures):
+    if isinstance(body, PyramidFeatures | LITTi):
         weights = adapted(weights, body)
     elif isinstance(body, PlainViT):
         weights = _of_plain_vit(weights, own)
     new = {f"norm{index}" for index in range(4)}
     head = ("norm.", "head.", "fc_norm.", "fc.", "classifier.")
-    kept = {k: v for k, v in weights.items() if k in own or not k.startswith(head)}
+    # A frozen batch norm counts no batches.
+    counts = "num_batches_tracked"
+    kept = {
+        k: v
+        for k, v in weights.items()
+        if k in own or not (k.startswith(head) or k.endswith(counts))
+    }
     kept |= {k: v for k, v in own.items() if k.split(".")[0] in new and k not in kept}
     _check(path, kept, body)
     body.load_state_dict(kept)

@@ -2,6 +2,8 @@
 
 Category ids may have gaps; labels count from 0 in the order of the ids. Crowd regions, objects
 without area and pictures without objects are kept for the evaluation. They are no targets.
+
+pycocotools crashes or overflows on far polygons and on huge pictures, so these are refused here.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ from typing import Any
 
 from .annotations import (
     DetectionSet,
+    Files,
     Picture,
     check_pictures,
     numbers,
     objects_of,
     refuse,
+    tell_areas,
     tell_left_out,
 )
 from .run_lengths import lengths
+
+# Largest coordinate of a box or a polygon, and most pixels of a picture.
+_FAR, _PIXELS = 100_000, 2**31 - 1
 
 
 def load(file: str | Path, folder: str | Path, *, masks: bool = False) -> DetectionSet:
@@ -39,9 +46,12 @@ def load(file: str | Path, folder: str | Path, *, masks: bool = False) -> Detect
     images = _images(file, values["images"], Path(folder))
     rows: dict[Any, list[Any]] = {key: [] for key in images}
     shapes: dict[Any, list[Any]] = {key: [] for key in images}
+    flat = list[str]()
     for index, entry in enumerate(values["annotations"]):
         field = f"annotations[{index}]"
         key, row = annotation(file, field, entry, images, categories)
+        if has_flat_area(entry, row):
+            flat.append(field)
         rows[key].append((field, row))
         if masks:
             shapes[key].append(segmentation(file, field, entry, images[key]))
@@ -53,6 +63,7 @@ def load(file: str | Path, folder: str | Path, *, masks: bool = False) -> Detect
         left_out += [field for (field, _), gone in zip(rows[key], lost, strict=True) if gone]
         pictures.append(Picture(image["path"], f"{file} {image['field']}", key, objects))
     tell_left_out(file, left_out)
+    tell_areas(file, flat)
     check_pictures(file, ((f"{i['field']}.file_name", i["path"]) for i in images.values()))
     names = tuple(name for _, name in categories.values())
     return DetectionSet(str(file), pictures, names, tuple(categories))
@@ -101,6 +112,7 @@ def _images(file: str | Path, entries: list[Any], folder: Path) -> dict[Any, dic
     """Path, field, height and width of each image, by its id."""
     found: dict[Any, dict[str, Any]] = {}
     kind: type | None = None
+    files = Files()
     for index, entry in enumerate(entries):
         field, key = f"images[{index}]", entry.get("id")
         if not (_whole(key) or isinstance(key, str)) or kind not in (None, type(key)):
@@ -116,8 +128,21 @@ def _images(file: str | Path, entries: list[Any], folder: Path) -> dict[Any, dic
             if not _whole(value) or value < 1:
                 refuse(file, f"{field}.{side}", f"must be a positive integer, got {_shown(value)}")
         sides = {side: entry[side] for side in ("height", "width")}
-        found[key] = {"field": field, "path": str(folder / name), **sides}
+        check_size(file, field, **sides)
+        found[key] = {"field": field, "path": _path(folder, name, files), **sides}
     return found
+
+
+def check_size(file: str | Path, field: str, height: int, width: int) -> None:
+    """ConfigError for a picture with more pixels than pycocotools can count."""
+    if max(height, width) > _FAR or height * width > _PIXELS:
+        refuse(file, field, f"says {height} x {width} pixels, more than a picture can have")
+
+
+def _path(folder: Path, name: str, files: Files) -> str:
+    """The path of a picture. Windows' backslashes are slashes if the file exists so."""
+    path, other = str(folder / name), str(folder / name.replace("\\", "/"))
+    return other if path != other and path not in files and other in files else path
 
 
 def annotation(
@@ -138,14 +163,29 @@ def annotation(
     if box is None or min(box[2:]) < 0:
         shown = _shown(entry.get("bbox"))
         refuse(file, f"{field}.bbox", f"must be [x, y, width, height], got {shown}")
-    crowd = entry.get("iscrowd", 0)
-    if crowd not in (0, 1):
+    if _is_far(box):
+        shown = _shown(entry.get("bbox"))
+        refuse(file, f"{field}.bbox", f"must be within {_FAR} pixels, got {shown}")
+    # null is a missing value.
+    crowd, area = entry.get("iscrowd"), entry.get("area")
+    if crowd not in (None, 0, 1):
         refuse(file, f"{field}.iscrowd", f"must be 0 or 1, got {_shown(crowd)}")
-    x, y, width, height = box
-    area = entry.get("area", width * height)
-    if numbers([area], 1) is None:
+    if area is not None and numbers([area], 1) is None:
         refuse(file, f"{field}.area", f"must be a number, got {_shown(area)}")
+    x, y, width, height = box
+    if area is None or area <= 0:
+        area = width * height
     return key, ([x, y, x + width, y + height], categories[category][0], bool(crowd), float(area))
+
+
+def has_flat_area(entry: Mapping[str, Any], row: tuple[list[float], int, bool, float]) -> bool:
+    """True if the area of a box replaced an area of 0 or less of its annotation."""
+    area = entry.get("area")
+    return area is not None and area <= 0 < row[3]
+
+
+def _is_far(coordinates: list[float]) -> bool:
+    return max(map(abs, coordinates), default=0) > _FAR
 
 
 def segmentation(
@@ -155,8 +195,12 @@ def segmentation(
     field, value = f"{field}.segmentation", entry.get("segmentation")
     if isinstance(value, list):
         for polygon in value:
-            if not isinstance(polygon, list) or numbers(polygon, len(polygon)) is None:
+            points = numbers(polygon, len(polygon)) if isinstance(polygon, list) else None
+            if points is None:
                 refuse(file, field, f"must have polygons of numbers, got {_shown(polygon)}")
+            if _is_far(points):
+                shown = _shown(polygon)
+                refuse(file, field, f"must have polygons within {_FAR} pixels, got {shown}")
             if len(polygon) % 2:
                 refuse(file, field, f"has a polygon of {len(polygon)} numbers, which must be even")
         return [polygon for polygon in value if len(polygon) >= 6]

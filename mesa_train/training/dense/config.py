@@ -51,6 +51,10 @@ class ModelConfig:
         recompute_loss: compute the loss again in the backward; retinanet and semantic_fpn; default
             false.
         grad_checkpointing: of the backbone's blocks; default false.
+        frozen_stages: number of the backbone's first stages that are not trained; 1 is the stem, 2
+            the stem and the stage of stride 4; default 0.
+        freeze_batch_norm: the backbone's batch norms keep their statistics and weights; default
+            false.
         sync_batch_norm: of Semantic FPN's head over the GPUs; default false.
     """
 
@@ -67,6 +71,8 @@ class ModelConfig:
     conventions: Annotated[str, OneOf(("reference", "torchvision"))] = "reference"
     recompute_loss: bool = False
     grad_checkpointing: bool = False
+    frozen_stages: Annotated[int, NOT_NEGATIVE] = 0
+    freeze_batch_norm: bool = False
     sync_batch_norm: bool = False
 
     @property

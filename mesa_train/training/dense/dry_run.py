@@ -85,6 +85,8 @@ def report(config: Config, world: int) -> str:
     The data is opened only if the configuration lacks classes or the number of pictures.
     """
     config = shared(config, world)
+    # Weights change no number, and need no download here.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
     classes, pictures = config.model.classes, config.data.train_pictures
     if classes is None or pictures is None:
         config.check_files()

@@ -145,7 +145,8 @@ def memory(config: Config, classes: int, dtype: torch.dtype | None) -> dict[str,
     sizes = step_memory(model, config.train.micro_batch, size, config.train.policy, dtype)
     if config.model.kind == "mask_rcnn":
         sizes["images"] += config.train.micro_batch * _OBJECTS * size[0] * size[1]
-    states = optimizers.state_bytes(config.optim.name, model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = optimizers.state_bytes(config.optim.name, trained)
     return {**sizes, "optimizer": states}
 
 
@@ -167,7 +168,7 @@ def step_memory(
     kept = footprint(step, inputs, policy=policy, autocast=dtype, fake=True)
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,
-        "gradients": kept.parameter_bytes,
+        "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "activations": kept.saved_bytes,
         "images": batch * 3 * size[0] * size[1] * 4,
     }

@@ -53,7 +53,8 @@ def lengths(text: str) -> list[int] | None:
     value, shift = 0, 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64:
+        # pycocotools shifts a number of 64 bits.
+        if not 0 <= bits < 64 or shift > 50:
             return None
         value |= (bits & 31) << shift
         shift += 5

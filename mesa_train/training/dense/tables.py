@@ -27,6 +27,7 @@ from .annotations import (
     Picture,
     objects_of,
     refuse,
+    tell_areas,
     tell_left_out,
 )
 from .maps import MapSet, names_of
@@ -77,7 +78,7 @@ def detection(
     if not named:
         refuse(f"{path} {split}", objects_key, "has no object")
     labels = {value: label for label, value in enumerate(values)}
-    pictures, left_out = [], list[str]()
+    pictures, left_out, flat = [], list[str](), list[str]()
     for index, row in enumerate(plain):
         name = f"{path} {split}[{index}]"
         cell = Cell(images, index, image_key, name)
@@ -85,8 +86,12 @@ def detection(
         objects = _objects(name, entries[index], size, labels, boxes, masks)
         if (~objects.trained & ~objects.ignored).any():
             left_out.append(name)
+        given = [entry.get("area") for entry in entries[index]]
+        if any(a is not None and a <= 0 < b for a, b in zip(given, objects.areas, strict=True)):
+            flat.append(name)
         pictures.append(Picture(cell, name, index, objects))
     tell_left_out(f"{path} {split}", left_out)
+    tell_areas(f"{path} {split}", flat)
     return DetectionSet(f"{path} {split}", pictures, named, tuple(range(len(named))))
 
 
@@ -100,6 +105,7 @@ def _objects(
 ) -> Objects:
     """The objects of a row, checked as COCO's annotations."""
     image = {"height": size[0], "width": size[1]}
+    coco.check_size(name, "the picture", *size)
     ids = {label: (label, value) for value, label in labels.items()}
     rows, shapes = [], []
     for number, entry in enumerate(entries):

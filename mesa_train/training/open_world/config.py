@@ -37,6 +37,10 @@ class ModelConfig:
         weights: safetensors file of a backbone or of a run's `model.safetensors`; default: none.
         pretrained: download timm's weights of the backbone; default false.
         grad_checkpointing: of the backbone's blocks; default false.
+        frozen_stages: number of the backbone's first stages that are not trained; 1 is the stem, 2
+            the stem and the stage of stride 4; default 0.
+        freeze_batch_norm: the backbone's batch norms keep their statistics and weights; default
+            false.
         box_dim: width of the box head, whose output is clustered; default 1024.
         channels: of the pyramid's maps; default 256.
         regions: sampled proposals of an image in training; default 512.
@@ -50,6 +54,8 @@ class ModelConfig:
     weights: str | None = None
     pretrained: bool = False
     grad_checkpointing: bool = False
+    frozen_stages: Annotated[int, NOT_NEGATIVE] = 0
+    freeze_batch_norm: bool = False
     box_dim: Annotated[int, POSITIVE] = 1024
     channels: Annotated[int, POSITIVE] = 256
     regions: Annotated[int, POSITIVE] = 512

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
-from tables.text import markdown, origin, table
+from tables.text import markdown, origin, origins, table
 
 
 @table("dense.jsonl", "python scripts/bench/dense.py")
@@ -28,10 +28,11 @@ def dense(rows: Sequence[Row]) -> str:
     head = ["model", "backbone", "images", "dtype", "plain saves", "in body, neck, head and loss"]
     head += [f"{method} saves" for method in methods if method != "plain"]
     return markdown(head, lines) + (
-        "\nCounted on fake tensors, in float32 or under autocast, including what the losses save. Mask R-CNN has 512 "
-        "regions per image, 128 of them with masks. `+loss` computes the loss again in the backward. "
+        "\nCounted on fake tensors, in float32 or under autocast, including what the losses save. An R-CNN has 512 "
+        "regions per image; Mask R-CNN has masks of 128 of them. `open_world_rcnn` is without its clustering "
+        "loss. `:w4` is a window of 4 in stage 3. `+loss` computes the loss again in the backward. "
         "`checkpoint` recomputes every block of the body. "
-        f"{origin(rows[-1])}\n"
+        f"{origins([*newest.values()])}\n"
     )
 
 

@@ -164,11 +164,12 @@ def recipe_quickstarts(rows: Sequence[Row]) -> str:
                 else "-",
             ]
         )
-    head = ["quickstart", "policy", "epochs", "score", "guess", "first", "last", "minutes"]
+    place = "stage" if isinstance(rows[-1]["epochs"], str) else "epochs"
+    head = ["quickstart", "policy", place, "score", "guess", "first", "last", "minutes"]
     head += ["killed after, resumed"]
     return markdown(head, lines) + (
         "\nHeld-out images. Guess: chance, or one answer for all pixels. First: before training, or after the "
-        "epochs of the first evaluation. Minutes of processor time, features and evaluations included. Killed by "
+        f"{place} of the first evaluation. Minutes of processor time, features and evaluations included. Killed by "
         "SIGKILL; `same`: the resumed run and the whole run have the same scores and weights, bit for bit. "
         f"Seed {rows[-1]['seed']}. {origin(rows[-1])}\n"
     )
@@ -179,6 +180,9 @@ _SCORES = {
     "top1": "top-1",
     "mean_iou": "mean IoU",
     "abs_rel": "AbsRel (less is better)",
+    "ap": "average precision of boxes",
+    "miou": "mean IoU",
+    "map_known": "mAP of known classes",
 }
 
 

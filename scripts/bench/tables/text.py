@@ -73,6 +73,15 @@ def origin(row: Row) -> str:
     )
 
 
+def origins(rows: Sequence[Row]) -> str:
+    """The origins of rows, each once, the newest first."""
+    by_date = sorted(rows, key=lambda row: row["date"], reverse=True)
+    found = list(dict.fromkeys(map(origin, by_date)))
+    if len(found) == 1:
+        return found[0]
+    return "Rows of several commits: " + "; ".join(x.removesuffix(".") for x in found) + "."
+
+
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, the first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]

@@ -5,6 +5,7 @@ import scenes
 import timm
 import torch
 
+import mesa_train
 from mesa_train.models.dense import faster_rcnn, mask_rcnn, plain_vit, retinanet, semantic_fpn
 from mesa_train.models.dense.bodies import body_of
 from mesa_train.models.dense.plain_vit import PlainViT, SimplePyramid
@@ -89,6 +90,88 @@ def test_detectors_on_a_plain_vit(build, levels):
     assert len(maps) == levels
     strides = [8, 16, 32, 64, 128] if build is retinanet else [4, 8, 16, 32, 64]
     assert [x.shape[-1] for x in maps.values()] == [-(-160 // s) for s in strides]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("swin_tiny_patch4_window7_224", "SelectedMaps"),
+        ("lit_ti", "FeatureGetterNet"),
+        ("lit_s", "PyramidFeatures"),
+        ("vit_tiny_patch16_224", "PlainViT"),
+        ("deit_tiny_distilled_patch16_224", "PlainViT"),
+        pytest.param("vit_small_patch14_dinov2", "PlainViT", marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_dinov3", "SelectedMaps", marks=pytest.mark.slow),
+        pytest.param("pvt_v2_b0", "FeatureListNet", marks=pytest.mark.slow),
+    ],
+)
+def test_any_name_takes_images_of_any_size(name, kind):
+    """Sides that are no multiples of a patch or a window, and other sides than the model's own."""
+    with torch.device("meta"):
+        model = semantic_fpn(name, 5, channels=8).eval()
+    assert type(model.backbone.body).__name__ == kind
+    images = torch.zeros(1, 3, 166, 203, device="meta")
+    with torch.no_grad():
+        logits, maps = model(images), model.backbone.body(images)
+    if kind == "SelectedMaps" and "swin" in name:
+        assert [x.shape[2:] for x in maps] == [(42, 51), (21, 26), (11, 13), (6, 7)]
+    assert abs(logits.shape[2] - 166 / 4) < 4
+    assert abs(logits.shape[3] - 203 / 4) < 4
+
+
+def test_padding_to_whole_patches_changes_no_pixel_of_a_map():
+    torch.manual_seed(0)
+    body = body_of(timm_swin().eval(), STRIDES).module
+    assert body.multiple == 32
+    images = torch.randn(1, 3, 70, 90)
+    padded = torch.nn.functional.pad(images, (0, 6, 0, 26))
+    with torch.no_grad():
+        for cut, whole in zip(body(images), body(padded), strict=True):
+            height, width = cut.shape[2:]
+            assert torch.equal(cut, whole[..., :height, :width])
+        assert [x.shape[2:] for x in body(images)] == [(18, 23), (9, 12), (5, 6), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hiera_tiny_224", "hiera_tiny_224 does not take images of 320x416.*work$"),
+        ("hvt_ti_1", "hvt_ti_1 cannot be built with maps: 'HVT' object has no attribute 'feature_info'"),
+        ("resnet", "no model 'resnet' in timm"),
+        ("vit_tiny_patch16_384x", "close names: vit_tiny_patch16_384"),
+        ("vit_tiny_r_s16_p8_224", "patch embedding is one convolution without a norm, got HybridEmbed"),
+    ],
+)  # fmt: skip
+def test_a_name_that_cannot_serve_is_refused_in_one_line(name, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        retinanet(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_module_of_one_image_size_is_refused_when_the_detector_is_built():
+    sizes = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "img_size": 64}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **sizes)
+    swin.train()
+    with pytest.raises(ValueError, match=r"does not take images of 320x416.*doesn't match model"):
+        retinanet(swin)
+    assert all(module.training for module in swin.modules())
+
+
+def test_a_plain_vit_recomputes_its_blocks():
+    torch.manual_seed(0)
+    body = plain_vit(small_vit(), window=3, global_blocks=1)
+    images = torch.randn(1, 3, 80, 64)
+
+    def run():
+        body.zero_grad()
+        body(images)[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in body.parameters()])
+
+    expected = run()
+    before = mesa_train.footprint(body, [images], policy="plain").saved_bytes
+    body.set_grad_checkpointing()
+    assert torch.equal(run(), expected)
+    assert mesa_train.footprint(body, [images], policy="plain").saved_bytes < before / 3
 
 
 def test_a_plain_vit_with_global_blocks_alone_is_timms():

@@ -315,7 +315,31 @@ def check_gradients(model, reference, field, tolerance):
     golden.close(norms, reference[field], rtol=tolerance, atol=tolerance)
 
 
+def test_pairs_and_wrapped_weights_are_renamed():
+    names = ["backbone.norm1.weight", "neck.fpn_convs.0.conv.bias", "bbox_head.retina_cls.bias"]
+    plain = from_official({name: [3] for name in names})
+    assert list(plain) == [
+        "backbone.body.norm1.weight",
+        "backbone.fpn.extra_blocks.p6.bias",
+        "head.classification_head.cls_logits.bias",
+    ]
+    pairs = [[name, [3]] for name in names]
+    assert from_official(pairs) == from_official({"keys": pairs, "parameters": 3}) == plain
+    wrapped = {"meta": {}, "state_dict": {f"module.{name}": [3] for name in names}}
+    assert from_official(wrapped) == plain
+
+
 def test_unknown_keys_are_named():
+    with pytest.raises(TypeError, match=r"state dict or a list of .* pairs, got int"):
+        from_official(3)
+    with pytest.raises(TypeError, match="pairs, got list"):
+        from_official(["backbone.norm1.weight"])
+    with pytest.raises(TypeError, match="state must have texts as keys, got 3"):
+        from_official({3: 4})
+    with pytest.raises(ValueError, match=r"state has 'backbone.norm1.bias' twice"):
+        from_official([("backbone.norm1.bias", 0), ("module.backbone.norm1.bias", 0)])
+    with pytest.raises(ValueError, match="background='first' needs tensors, got list for backbone"):
+        from_official({"backbone.norm1.bias": [3]}, background="first")
     with pytest.raises(ValueError, match=r"'bbox_head.other.weight' is no key"):
         from_official({"bbox_head.other.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="background must be"):

@@ -152,7 +152,11 @@ def test_a_recomputed_loss_saves_less_and_changes_nothing(name):
         assert counts[1] < 0.98 * counts[0]
 
 
-@pytest.mark.parametrize("name", ["retinanet one empty", "semantic_fpn"])
+PRESET_CASES = ["retinanet one empty", "semantic_fpn", "mask_rcnn"]
+PRESET_CASES += [pytest.param("faster_rcnn", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", PRESET_CASES)
 def test_every_preset_keeps_the_losses(name):
     model, inputs = case(name)
     step = scenes.Step(model, *inputs)

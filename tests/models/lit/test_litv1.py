@@ -89,6 +89,76 @@ def test_another_image_size_is_one_clear_error(make):
         make()(torch.randn(1, 3, 96, 96))
 
 
+def test_biases_of_another_size_are_the_resized_tables():
+    torch.manual_seed(0)
+    attention = RelativeAttention(12, 3, (4, 6), resized=True)
+    # Without resizing, the windows of the table are what the index gathers.
+    index = attention.relative_position_index.flatten()
+    gathered = attention.relative_position_bias_table[index].view(24, 24, 3).permute(2, 0, 1)
+    assert torch.equal(attention._resized_bias(4, 6)[0], gathered)
+    # A model that is built for the larger map, with the table resized by hand.
+    larger = RelativeAttention(12, 3, (7, 5))
+    table = attention.relative_position_bias_table.T.reshape(1, 3, 7, 11)
+    table = torch.nn.functional.interpolate(table, (13, 9), mode="bicubic")
+    weights = attention.state_dict() | {
+        "relative_position_bias_table": table.flatten(2)[0].T,
+        "relative_position_index": larger.relative_position_index,
+    }
+    larger.load_state_dict(weights)
+    x = torch.randn(2, 7, 5, 12)
+    assert torch.equal(attention(x), larger(x))
+    attention(x).sum().backward()
+    assert attention.relative_position_bias_table.grad.abs().max() > 0
+
+
+def test_any_image_size_with_dynamic_img_size():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    model, dynamic = small().eval(), small(dynamic_img_size=True).eval()
+    dynamic.load_state_dict(model.state_dict())
+    assert torch.equal(dynamic(images), model(images))
+    assert dynamic(torch.randn(1, 3, 97, 130)).shape == (1, 10)
+    dynamic = tiny(dynamic_img_size=True, global_pool="avg").eval()
+    dynamic.load_state_dict(resize_positions(tiny().state_dict(), dynamic))
+    assert dynamic.no_weight_decay() == set()
+    maps = [tuple(x.shape[1:3]) for x in dynamic.stages(torch.randn(1, 3, 97, 130))]
+    assert maps == [(25, 33), (12, 16), (6, 8), (3, 4)]
+    assert dynamic(torch.randn(1, 3, 97, 130)).shape == (1, 10)
+    with pytest.raises(ValueError, match="images must be at least 29x29, got 20x64"):
+        dynamic(torch.randn(1, 3, 20, 64))
+    with pytest.raises(ValueError, match='has no class token; use global_pool="avg"'):
+        tiny(dynamic_img_size=True)(images)
+
+
+def test_positions_are_resized_bilinearly_and_stage_4_has_no_class_token():
+    """Of LIT-Ti: at `img_size`, only the class token of stage 4 is missing."""
+    torch.manual_seed(0)
+    model, dynamic = (
+        tiny(features_only=True).eval(),
+        tiny(features_only=True, dynamic_img_size=True),
+    )
+    weights = {k: v for k, v in model.state_dict().items() if "cls_token" not in k}
+    dynamic.eval().load_state_dict(weights)
+    images = torch.randn(1, 3, 64, 64)
+    ours, theirs = dynamic(images), model(images)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+    assert not torch.equal(ours[3], theirs[3])
+    larger = tiny(img_size=(96, 64), features_only=True, dynamic_img_size=True).eval()
+    for key, value in weights.items():
+        if "pos_embed" in key:
+            # Slots of the class token stay out.
+            prefix, side = int("embed4" in key), 64 // 4 // 2 ** (int(key[-1]) - 1)
+            maps = value[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            size = (side * 3 // 2, side)
+            maps = torch.nn.functional.interpolate(maps, size, mode="bilinear")
+            tokens = maps.permute(0, 2, 3, 1).flatten(1, 2)
+            weights[key] = torch.cat([value[:, :prefix], tokens], 1)
+    larger.load_state_dict(weights)
+    images = torch.randn(1, 3, 96, 64)
+    for a, b in zip(dynamic(images), larger(images), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_checkpoints_move_to_other_sizes():
     model, larger = small(), small(img_size=(96, 64))
     larger.load_state_dict(resize_biases(model.state_dict(), larger))

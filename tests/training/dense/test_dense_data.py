@@ -90,6 +90,15 @@ REFUSED = [
     (of("annotations", segmentation={"size": [64, 80], "counts": [9]}), r"segmentation.counts cover 9 of 5120 pixels"),
     (of("annotations", segmentation={"size": [64, 80], "counts": "0"}), r"segmentation.counts cover 0 of 5120 pixels"),
     (of("annotations", segmentation={"size": [64, 80], "counts": "zz~"}), r"segmentation.counts is damaged: 'zz~'"),
+    (of("annotations", segmentation=[[0, 0, 1e10, 0, 1e10, 1e10, 0, 1e10]]), r"polygons within 100000 pixels, got"),
+    (of("annotations", segmentation=[[0, 0, -2e5, 0, 9, 9]]), r"polygons within 100000 pixels, got"),
+    (of("annotations", segmentation=[[0, 0, 10**400, 0, 9, 9]]), r"must have polygons of numbers, got"),
+    (of("annotations", segmentation={"size": [64, 80], "counts": [-1, 5121]}), r"counts must be integers from 0 on"),
+    (of("annotations", segmentation={"size": [64, 80], "counts": "P" * 30 + "0"}), r"counts is damaged: 'PPP"),
+    (of("annotations", bbox=[0, 0, 1e300, 1e300]), r"bbox must be within 100000 pixels, got \[0, 0, 1e\+300"),
+    (of("annotations", area=10**400), r"annotations\[0\].area must be a number, got 1000"),
+    (of("images", height=10**9, width=10**9), r"images\[0\] says 1000000000 x 1000000000 pixels, more than"),
+    (of("images", height=90_000, width=90_000), r"images\[0\] says 90000 x 90000 pixels, more than"),
     (lambda v: v.pop("categories"), r"categories must be a list, got nothing"),
     (of("categories", id=2), r"categories\[1\].id is 2, as of another category"),
     (lambda v: v.update(images=[]), r"images is empty"),
@@ -105,6 +114,49 @@ def test_wrong_annotations_are_refused_in_one_line(tmp_path, number):
         load(tmp_path)
     assert str(folders.annotations(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_exports_with_nulls_and_backslashes_are_read(tmp_path):
+    folders.coco_folder(tmp_path)
+    wanted = load(tmp_path).pictures
+
+    def export(values):
+        for image in values["images"]:
+            image["file_name"] = f"..\\train\\{image['file_name']}"
+        for entry in values["annotations"]:
+            entry |= {"area": None, "iscrowd": None}
+
+    folders.change(tmp_path, export)
+    for picture, old in zip(load(tmp_path).pictures, wanted, strict=True):
+        assert picture.path.endswith(f"/../train/{old.path.rsplit('/', 1)[1]}")
+        assert (picture.objects.boxes == old.objects.boxes).all()
+        assert picture.objects.trained.all()
+        sides = old.objects.boxes[:, 2:] - old.objects.boxes[:, :2]
+        assert (picture.objects.areas == sides.prod(1)).all()
+
+
+@pytest.mark.parametrize("area", [0, -3.5])
+def test_a_box_counts_if_its_area_is_not_positive(tmp_path, caplog, area):
+    folders.coco_folder(tmp_path)
+    before = load(tmp_path, masks=False).for_training(32)
+    folders.change(tmp_path, lambda values: [a.update(area=area) for a in values["annotations"]])
+    data = load(tmp_path, masks=False).for_training(32)
+    count = sum(len(picture.objects.boxes) for picture in data.pictures)
+    assert len(data.pictures) == len(before.pictures)
+    assert (
+        f"{count} objects have area 0 or less beside a box, whose area is used; the first is "
+        "annotations[0]"
+    ) in caplog.text
+    assert data.pictures[0].objects.areas.min() > 100
+
+
+def test_without_a_box_of_a_pixel_the_message_says_what_a_target_is(tmp_path):
+    folders.coco_folder(tmp_path)
+    folders.change(tmp_path, lambda v: [a.update(bbox=[1, 1, 0, 9]) for a in v["annotations"]])
+    with pytest.raises(
+        ConfigError, match=r"none of 4 pictures has a target, a box of at least one"
+    ):
+        load(tmp_path, masks=False).for_training(32)
 
 
 def test_run_lengths_in_text_are_pycocotools():

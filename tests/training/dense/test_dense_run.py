@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import folders
@@ -227,6 +228,15 @@ def test_mistakes_of_models_and_data(coco, tmp_path):
         ConfigError, match=r"batch=6 is no multiple of train.micro_batch=4 .*; 3 would fit"
     ):
         prepared(train={"global_batch": 6, "micro_batch": 4})
+    for backbone, message in (
+        ("hiera_tiny_224", r"model.backbone=hiera_tiny_224: .* does not take images of 320x416"),
+        ("hvt_ti_1", r"model.backbone=hvt_ti_1: .*'HVT' object has no attribute"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            prepared(model={"backbone": backbone, "drop_path": 0.0})
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"frozen_stages must be from 0 to 5 .*, got 6"):
+        prepared(model={"frozen_stages": 6})
     (tmp_path / "w.pth").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"model.weights: .*w.pth is"):
         prepared(model={"weights": str(tmp_path / "w.pth")})
@@ -235,7 +245,58 @@ def test_mistakes_of_models_and_data(coco, tmp_path):
         prepared(model={"weights": str(tmp_path / "w.pth")})
 
 
-@pytest.mark.parametrize("name", ["litv2_tiny", "vit_tiny_patch16_224"])
+@pytest.mark.slow
+def test_a_run_with_frozen_parts_continues_exactly(coco, tmp_path):
+    """Frozen parts are in no group, do not change, and a checkpoint of them is resumed."""
+
+    def opened(out, **train):
+        values = config("retinanet", coco, out, epochs=1, pictures=0, **train).to_dict()
+        values["model"] |= {"frozen_stages": 2, "freeze_batch_norm": True}
+        return recipe.prepare(of_dict(values))
+
+    run = opened(tmp_path / "run", save_every=1, keep=2)
+    body = run.bare.backbone.body
+    frozen = {k: v.clone() for k, v in body.state_dict().items() if k.startswith(
+        ("patch_embed", "layers.0")) or "norm_layer" in k}  # fmt: skip
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    named = dict(body.named_parameters())
+    assert id(named["layers.1.blocks.0.norm2.weight"]) in held
+    assert not any(id(named[name]) in held for name in frozen if name in named)
+    recipe.fit(run)
+    after = body.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in frozen.items())
+    last = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1]
+    whole = load_file(last / "model.safetensors")
+    shutil.rmtree(last)
+    again = opened(tmp_path / "run", save_every=1, keep=2)
+    assert recipe.resume(again, "auto")
+    recipe.fit(again)
+    resumed = load_file(last / "model.safetensors")
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_the_weights_of_a_classifier_fill_frozen_batch_norms(tmp_path):
+    torch.manual_seed(7)
+    classifier = timm.create_model("resnet18", num_classes=5)
+    torch.nn.init.uniform_(classifier.layer1[0].bn1.running_mean)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "c.pth")
+    values = config("retinanet", tmp_path, tmp_path / "x").to_dict()
+    values["model"] |= {
+        "weights": str(tmp_path / "c.pth"),
+        "backbone": "resnet18",
+        "drop_path": 0.0,
+    }
+    values["model"] |= {"frozen_stages": 2, "freeze_batch_norm": True}
+    model = model_of(of_dict(values), 3)
+    start_from(model, of_dict(values))
+    found = model.backbone.body.model.layer1[0].bn1.running_mean
+    assert torch.equal(found, classifier.layer1[0].bn1.running_mean)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["litv2_tiny", "vit_tiny_patch16_224", pytest.param("lit_ti", marks=pytest.mark.slow)],
+)
 def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     torch.manual_seed(7)
     classifier = timm.create_model(name, num_classes=5)
@@ -244,7 +305,7 @@ def test_a_classifiers_weights_fill_the_backbone(name, tmp_path):
     values["model"] |= {"weights": str(tmp_path / "c.pth"), "backbone": name, "drop_path": 0.0}
     model = model_of(of_dict(values), 3)
     start_from(model, of_dict(values))
-    body = model.backbone.body.state_dict()
+    body = {k.replace("model.", ""): v for k, v in model.backbone.body.state_dict().items()}
     found = 0
     for key, value in classifier.state_dict().items():
         own = body.get(key.replace("patch_embed.proj", "patch_embed") if "vit" in name else key)
