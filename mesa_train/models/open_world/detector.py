@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops import box_iou
 
 from mesa_train.models.dense.conventions import Conventions, conventions_of
 from mesa_train.models.dense.inputs import ImageTransform
@@ -15,7 +16,7 @@ from mesa_train.models.dense.necks import PyramidBackbone, pyramid_backbone
 from mesa_train.models.dense.rcnn import RCNN
 from mesa_train.models.dense.rpn import STRIDES
 
-from .energy import Weibull, energy, fit_weibull
+from .energy import SAMPLES, Weibull, energy, fit_weibull
 from .heads import OpenWorldHeads, ProposalScores, ScoredProposals
 from .rules import OpenWorldRules, rules_of
 
@@ -140,18 +141,36 @@ class OpenWorldRCNN(RCNN):
         return super().forward(images, targets)
 
     @torch.no_grad()
-    def energies(self, batches: Batches, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Energies of proposals that match annotated boxes, without training on them.
+    def energies(
+        self, batches: Batches, temperature: float = 1.0, *, samples: str = "detections"
+    ) -> tuple[Tensor, Tensor]:
+        """Energies of regions that match annotated boxes, without training on them.
 
         Args:
-            batches: (images, targets). Proposals that the model labels as unknown give unknown
-                energies, and so do targets of label `unknown`, if there are any.
+            batches: (images, targets). Targets have the classes known so far, and perhaps the label
+                `unknown`.
             temperature: default 1, as in `classify_by_energy`. The official code has 1.5 here.
+            samples: "detections" (default): detections that survive score threshold and NMS, as in
+                a test. Known ones overlap a box of their own class with IoU above 0.5. Unknown ones
+                overlap an annotated unknown object; without any in the targets, they are those of
+                label `unknown` that overlap no known object. "proposals": regions sampled as in
+                training, as in the official code. Unknown ones are labelled by the model or
+                annotated.
         Returns:
-            (energies of known proposals, energies of unknown ones), on the CPU.
+            (energies of known regions, energies of unknown ones), on the CPU.
         Raises:
-            ValueError: there are no batches.
+            ValueError: there are no batches, or samples is neither.
         """
+        if samples not in SAMPLES:
+            raise ValueError(f"samples must be one of {', '.join(SAMPLES)}, got {samples!r}")
+        collect = self._detected if samples == "detections" else self._proposed
+        logits, labels = collect(batches)
+        values = energy(logits, self.seen, temperature)
+        known = (labels >= 0) & (labels < self.unknown)
+        return values[known], values[labels == self.unknown]
+
+    def _proposed(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and labels (N,) of regions sampled as in training."""
         heads, training = self.heads, self.training
         clusters, statistics = heads.clusters, heads.statistics
         heads.collected, heads.clusters = [], False
@@ -169,8 +188,46 @@ class OpenWorldRCNN(RCNN):
         if not collected:
             raise ValueError("energies need at least one batch")
         logits, labels = (torch.cat([pair[i] for pair in collected]) for i in range(2))
-        values = energy(logits, self.seen, temperature)
-        return values[labels < self.unknown], values[labels == self.unknown]
+        return logits, labels
+
+    def _detected(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) of detections, and labels (N,): known, unknown, or -1 for neither."""
+        heads, training, found, annotated = self.heads, self.training, [], False
+        decides = heads.decides
+        heads.decides = False
+        try:
+            self.eval()
+            for images, targets in batches:
+                heads.collected = []
+                outputs = self(images)
+                for (logits, labels), output, target in zip(
+                    heads.collected, outputs, targets, strict=True
+                ):
+                    truth = target["labels"].cpu()
+                    annotated |= bool((truth == self.unknown).any())
+                    overlap = box_iou(output["boxes"].cpu().float(), target["boxes"].cpu().float())
+                    found.append((logits, labels, *_matches(overlap, labels, truth, self.unknown)))
+        finally:
+            heads.collected, heads.decides = None, decides
+            self.train(training)
+        if not found:
+            raise ValueError("energies need at least one batch")
+        logits, labels, right, on_known, on_unknown = (
+            torch.cat([image[i] for image in found]) for i in range(5)
+        )
+        unknown = on_unknown if annotated else (labels == self.unknown) & ~on_known
+        matched = torch.where(unknown, self.unknown, -1)
+        return logits, torch.where(right, labels, matched)
+
+
+def _matches(overlap: Tensor, labels: Tensor, truth: Tensor, unknown: int) -> list[Tensor]:
+    """Of detections (N,): on an object of their class, on a known object, on an unknown one."""
+    close = overlap > 0.5
+    known = close & (truth < unknown)
+    right = (known & (labels[:, None] == truth)).any(1)
+    # An object of its own class decides: the detection is known.
+    on_unknown = (close & (truth == unknown)).any(1) & ~right
+    return [right, known.any(1), on_unknown]
 
 
 def fit_energies(
@@ -178,6 +235,7 @@ def fit_energies(
     batches: Batches,
     *,
     mode: str = "known_tail",
+    samples: str = "detections",
     temperature: float = 1.0,
     tail: float = 0.05,
     outside: str = "keep",
@@ -187,17 +245,21 @@ def fit_energies(
     Args:
         model: changed in place: `model.heads.identifier`.
         batches: (images, targets). "known_tail" uses known objects alone. "two_fits" takes unknown
-            energies from pseudo-unknown proposals, and from annotated unknowns if the targets have
-            them. ORE's authors have them, which is transductive: it uses labels of unknown classes.
+            energies from pseudo-unknowns, or from annotated unknowns if the targets have them.
+            ORE's authors have them, which is transductive: it uses labels of unknown classes. The
+            pictures should lie outside the training and test pictures.
         mode: "known_tail" (default) or "two_fits".
+        samples: "detections" (default) or "proposals" (the official code); see
+            `OpenWorldRCNN.energies`. Detections have passed the score threshold and proposals have
+            not, so few detections have an energy in the lowest tail of proposals.
         temperature: of the energies in the fit; default 1. The official code has 1.5.
         tail, outside: see `EnergyIdentifier.set`.
     Returns:
         The fits: "known", and with "two_fits" "unknown".
     Raises:
-        ValueError: too few proposals match, or an argument is none of its choices.
+        ValueError: too few regions match, or an argument is none of its choices.
     """
-    known, unknown = model.energies(batches, temperature)
+    known, unknown = model.energies(batches, temperature, samples=samples)
     fits = {"known": fit_weibull(known)}
     if mode == "two_fits":
         fits["unknown"] = fit_weibull(unknown)

@@ -22,6 +22,7 @@ from mesa_train.models.dense.boxes import widened
 DELETED = -100
 MODES = ("off", "known_tail", "two_fits")
 OUTSIDE = ("keep", "unknown")
+SAMPLES = ("detections", "proposals")
 _POINTS = 100
 
 

@@ -74,6 +74,7 @@ class OpenWorldHeads(RegionHeads):
         identifier: the decision by energies; off at first.
         labelling: label unknowns in training; default true.
         clusters: enter features into the queues and add the clustering loss; default true.
+        decides: apply `identifier` to detections; default true.
         statistics: of the last training step: "unknowns", "foreground", "hinged".
     """
 
@@ -102,10 +103,11 @@ class OpenWorldHeads(RegionHeads):
         self.register_buffer("tasks", torch.tensor(0))
         self.clustering = ContrastiveClustering(classes + 2, box_dim, rules)
         self.identifier = EnergyIdentifier()
-        self.labelling = self.clusters = True
+        self.labelling = self.clusters = self.decides = True
         self.statistics: dict[str, Tensor] = {}
         self._sampled: list[Tensor] = []
-        # Energies and labels of sampled regions are collected here, if a list is set.
+        # Logits and labels of sampled regions, or of detections, are collected here, if a list is
+        # set.
         self.collected: list[tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -223,6 +225,10 @@ class OpenWorldHeads(RegionHeads):
             boxes, scores, labels, rows = boxes[kept], scores[kept], labels[kept], rows[kept]
         kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
         boxes, scores, labels, rows = boxes[kept], scores[kept], labels[kept], rows[kept]
+        if self.collected is not None:
+            self.collected.append((logits[rows].float().cpu(), labels.cpu()))
+        if not self.decides:
+            return boxes, scores, labels
         labels = self.identifier(labels, logits[rows], int(self.seen), self.unknown)
         stay = labels != DELETED
         return boxes[stay], scores[stay], labels[stay]

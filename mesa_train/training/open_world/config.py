@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from mesa_train.models.open_world.energy import MODES, OUTSIDE
+from mesa_train.models.open_world.energy import MODES, OUTSIDE, SAMPLES
 from mesa_train.models.open_world.rules import PRESETS as RULES
 from mesa_train.models.open_world.rules import OpenWorldRules
 from mesa_train.training.config_schema import (
@@ -78,6 +78,9 @@ class DataConfig:
         voc2007, voc2012, coco: folders of the benchmark.
         lists: folder of the benchmark's lists.
         test: list of the test pictures; default "test"; "test_official" repeats pictures.
+        fit: split, or list of the benchmark, whose pictures energies are fitted on. Default: held
+            out from the training pictures; of "digits", further composed pictures.
+        fit_trained: train on the pictures of `fit` too, as the official lists do; default false.
         train_pictures, val_pictures: of "digits"; default 600 and 100.
         side: height and width of the pictures of "digits"; default 96.
         crowd: COCO's crowd regions are objects, as in the official lists; default false.
@@ -97,6 +100,8 @@ class DataConfig:
     coco: str | None = None
     lists: str | None = None
     test: str = "test"
+    fit: str | None = None
+    fit_trained: bool = False
     train_pictures: Annotated[int, POSITIVE] = 600
     val_pictures: Annotated[int, POSITIVE] = 100
     side: Annotated[int, POSITIVE] = 96
@@ -119,7 +124,10 @@ class MethodConfig:
         tail: of "known_tail"; default 0.05.
         outside: of "two_fits", "keep" (default) or "unknown".
         temperature: of the energies in the fit; default 1.
-        fit_pictures: training pictures of the task for the fit; default 500.
+        samples: energies of "detections" (default) or of "proposals" (the official code) are
+            fitted; see `OpenWorldRCNN.energies`.
+        fit_pictures: pictures for the fit, drawn by the seed; default 500. Unless `energy` is "off",
+            no stage trains on them.
         transductive: fit unknown energies on annotated unknown objects, as ORE's authors do, which
             an open-world detector does not have; default false.
         exemplars: objects of each class in a replay set; default 50.
@@ -137,6 +145,7 @@ class MethodConfig:
     tail: Annotated[float, PROBABILITY] = 0.05
     outside: Annotated[str, OneOf(OUTSIDE)] = "keep"
     temperature: Annotated[float, POSITIVE] = 1.0
+    samples: Annotated[str, OneOf(SAMPLES)] = "detections"
     fit_pictures: Annotated[int, POSITIVE] = 500
     transductive: bool = False
     exemplars: Annotated[int, POSITIVE] = 50
@@ -241,6 +250,7 @@ class Config(Configuration):
                 "data.train and data.val must be train and val with data.format=digits, got "
                 f"{data.train} and {data.val}"
             )
+        self._check_fit()
         if data.short_side > data.long_side:
             raise ConfigError(
                 f"data.short_side={data.short_side} must be at most data.long_side={data.long_side}"
@@ -255,6 +265,16 @@ class Config(Configuration):
         if not 0 < method.tail < 1:
             raise ConfigError(f"method.tail must lie in (0, 1), got {method.tail:g}")
         method.open_world_rules()
+
+    def _check_fit(self) -> None:
+        data = self.data
+        if data.format == "digits" and data.fit is not None:
+            raise ConfigError(f"data.fit={data.fit}: digits have a split of their own for the fit")
+        tested = data.test if data.format == "benchmark" else data.val
+        if data.fit == tested:
+            raise ConfigError(f"data.fit={data.fit} has the test pictures; name another")
+        if data.fit_trained and data.fit is None:
+            raise ConfigError("data.fit_trained=true needs data.fit")
 
     def check_files(self) -> None:
         """Raise ConfigError if data or weights are missing, or `train.out` cannot be written."""

@@ -29,6 +29,8 @@ def report(config: Config, world: int) -> str:
     Raises:
         ConfigError: parts of the configuration do not fit together.
     """
+    # A dry run downloads no weights.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
     shared: Any = dry_run.shared(config, world)  # type: ignore[arg-type]
     classes = classes_of(config.data.tasks)
     count, train = sum(map(len, classes)), shared.train

@@ -6,18 +6,21 @@ for each stage, `model.safetensors` and checkpoints.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mesa_train.report import figures
-from mesa_train.training import accelerated_run, disk
-from mesa_train.training.accelerated_run import step_report
+from mesa_train.training import accelerated_run, checkpoints, disk
+from mesa_train.training.accelerated_run import CHECKPOINTS, step_report
+from mesa_train.training.config_schema import ConfigError, changed
 from mesa_train.training.dense import dry_run
 from mesa_train.training.loop import train_epoch
 from mesa_train.utils import records
 
 from . import data, pictures
-from .config import Config, Stage, stages_of
+from .config import Config, Stage, of_dict, stages_of
 from .run import OpenWorldRun
 from .tasks import classes_of
 
@@ -54,6 +57,23 @@ def resume(run: OpenWorldRun, how: str) -> bool:
         ConfigError: there is no such checkpoint, or a new run would overwrite another.
     """
     return accelerated_run.resume(run, how, METRICS)
+
+
+def load_run(folder: Path, changes: Sequence[str] = ()) -> Config:
+    """The configuration of a run's newest checkpoint, with changes applied.
+
+    Args:
+        folder: of the run.
+        changes: `section.key=value`, any number.
+    Raises:
+        ConfigError: the folder holds no checkpoint, or a change is wrong.
+    """
+    found = checkpoints.newest(folder / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"--run: {folder} holds no checkpoint")
+    with disk.reading(found[0]):
+        config = found[1]["config"]
+    return of_dict(changed(config, [f"train.out={json.dumps(str(folder))}", *changes]))
 
 
 def fit(run: OpenWorldRun) -> list[dict[str, Any]]:
@@ -106,6 +126,7 @@ def evaluate(run: OpenWorldRun, stage: Stage) -> list[Any]:
             named = {"name": run.config.train.policy, "seed": run.config.train.seed}
             about = {"stage": stage.name, "task": stage.task, "energy": mode, **named}
             about |= {"rules": run.config.method.rules, "repetitions": repeated}
+            about |= {"samples": run.config.method.samples} if mode != "off" else {}
             line = {"kind": "evaluation", "step": run.done, **about, **row, "fits": fits}
             disk.append(run.out / METRICS, line)
             run.accelerator.print(shown(line), flush=True)

@@ -1,14 +1,14 @@
 """A run of open-world detection over all tasks: steps, fits of energies, evaluations, checkpoints.
 
 The pictures of a step depend on (seed, stage, epoch) only, and its random choices on (seed, step,
-micro-batch). Features enter the queues after a step. Two processes therefore have the losses of one
-with accumulation. A checkpoint holds all other state, queues and prototypes included, so a run that was
-killed continues exactly. Gradients are averaged over processes.
+micro-batch). Features enter the queues after a step, and batch norm statistics are those of all
+processes. Two processes therefore have the losses and evaluations of one with accumulation. A
+checkpoint holds all other state, queues and prototypes included, so a run that was killed continues
+exactly. Gradients are averaged over processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -42,6 +42,7 @@ from mesa_train.training.loop import Cadence
 from .build import build, optimizer_of
 from .config import Config, Stage, stages_of
 from .data import OpenWorldData
+from .statistics import RunningStatistics
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class OpenWorldRun(AcceleratedRun):
             options |= {"conventions": "reference"}
             start_from(self.model, SimpleNamespace(model=SimpleNamespace(**options)))  # type: ignore[arg-type]
         self.shapes = checkpoints.shapes(self.model)
+        self.statistics = RunningStatistics(self.model, self.world)
         self.model.to(self.device)
         if train.policy != PLAIN:
             mesa_train.wrap(self.model, train.policy)
@@ -87,7 +89,6 @@ class OpenWorldRun(AcceleratedRun):
         self.parts = dict[str, Tensor]()
         self.stage = self.stages[0]
         self.cadence = Cadence(self.stages[-1].last, self.stages[-1].last)
-        self.pictures: DetectionSet | None = None
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage, or continue in it."""
@@ -99,8 +100,7 @@ class OpenWorldRun(AcceleratedRun):
         heads.clusters = not stage.finetune
         self.stage = stage
         self.cadence = Cadence(stage.last, stage.last, train.log_every, train.save_every)
-        self.pictures = self.data.stage(stage)
-        self.loader = self._loader(self.pictures, stage)
+        self.loader = self._loader(self.data.stage(stage), stage)
 
     def _loader(self, pictures: DetectionSet, stage: Stage) -> Loader:
         config, seed = self.config, self.config.train.seed + 1009 * self.stages.index(stage)
@@ -134,10 +134,12 @@ class OpenWorldRun(AcceleratedRun):
         for turn in range(self.accumulation):
             batch = next(batches)
             seed_all(config.train.seed, self.done, turn * self.world + self.rank)
+            self.statistics.remember()
             with self.autocast():
                 losses = self.model(*self.inputs(batch))
             loss = add_parts(self.parts, losses, self.accumulation)
             self.scaler.scale(loss / self.accumulation).backward()
+            self.statistics.merge()
             total += loss.detach() / self.accumulation
         norm = self.update(self.model.parameters(), config.optim.clip or math.inf)
         self.model.heads.clustering.commit()
@@ -158,35 +160,23 @@ class OpenWorldRun(AcceleratedRun):
         return {k: float(v) for k, v in (self.parts | heads.statistics).items()}
 
     def fit_energies(self) -> dict[str, Any]:
-        """Fit the energies of the stage's pictures and turn the decision on.
+        """Fit the energies of the held-out pictures and turn the decision on.
 
-        All processes compute the same fit.
+        All processes compute the same fit. Its targets are the objects of all known classes.
 
         Returns:
-            The parameters of the fits. Nothing, and a warning, if too few proposals match.
+            The parameters of the fits. Nothing, and a warning, if too few regions match.
         """
-        method, assumed = self.config.method, self.pictures
-        assert assumed is not None
-        chosen = assumed.pictures[: method.fit_pictures]
-        if method.transductive:
-            chosen = [_with_unknowns(p, self.model.seen, self.model.unknown) for p in chosen]
-        pictures = dataclasses.replace(assumed, pictures=chosen)
-        plain = transforms.detection(self.config.data, AugmentConfig(flip=0.0))  # type: ignore[arg-type]
-        samples = DetectionSamples(pictures, plain, 0, masks=False)
-
-        def batches() -> Iterator[Any]:
-            for index in range(len(chosen)):
-                sample = samples[0, index]
-                yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
-
+        method = self.config.method
         self.same_buffers(self.model.backbone)
         with keeping_random_state():
             seed_all(self.config.train.seed, self.done, 0)
             try:
                 fits = fit_energies(
                     self.model,
-                    batches(),
+                    self._held_out(),
                     mode=method.energy,
+                    samples=method.samples,
                     temperature=method.temperature,
                     tail=method.tail,
                     outside=method.outside,
@@ -195,6 +185,23 @@ class OpenWorldRun(AcceleratedRun):
                 _log.warning("method.energy=%s is left out: %s", method.energy, error)
                 return {}
         return {name: list(fit) for name, fit in fits.items()}
+
+    def _held_out(self) -> Iterator[Any]:
+        """Batches of one picture for the fit. A warning if unknown objects are wanted and missing."""
+        method, unknown = self.config.method, self.model.unknown
+        pictures = self.data.fit_set(self.model.seen, unknowns=method.transductive)
+        if method.transductive and not any(
+            (p.objects.labels[p.objects.trained] == unknown).any() for p in pictures.pictures
+        ):
+            _log.warning(
+                "method.transductive=true: the pictures of the fit have no annotated unknown object, "
+                "so unknown energies come from pseudo-unknowns"
+            )
+        plain = transforms.detection(self.config.data, AugmentConfig(flip=0.0))  # type: ignore[arg-type]
+        samples = DetectionSamples(pictures, plain, 0, masks=False)
+        for index in range(len(pictures.pictures)):
+            sample = samples[0, index]
+            yield self.inputs(Batch([sample["image"]], [sample["target"]], [index]))
 
     @torch.no_grad()
     def detect(self) -> list[dict[str, Tensor]]:
@@ -233,16 +240,6 @@ class OpenWorldRun(AcceleratedRun):
         if self.main:
             checkpoints.save_weights(path, self.model.state_dict(), about)
         return path
-
-
-def _with_unknowns(picture: Any, seen: int, unknown: int) -> Any:
-    """A picture whose unknown objects are targets of one label."""
-    objects = picture.objects
-    labels = np.where(objects.labels < seen, objects.labels, unknown)
-    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    trained = objects.trained | ((labels == unknown) & ~objects.ignored & (sides >= 1).all(1))
-    objects = dataclasses.replace(objects, labels=labels, trained=trained)
-    return dataclasses.replace(picture, objects=objects)
 
 
 def describe(run: OpenWorldRun) -> str:

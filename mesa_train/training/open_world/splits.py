@@ -10,6 +10,9 @@ The folder of the lists has one text file a list and one picture id a line: `voc
 | t2_ft to t4_ft | replay: a balanced choice of the training pictures so far |
 | test_official | VOC 2007 test, then COCO's val2017 by task: pictures repeat, as in the official list |
 | test | the same without repetitions |
+| all_task_val | a draw of the training pictures, 1,000 a task: for the fit of energies |
+| t1_known_test | VOC 2007 test (OWOD); of COCO's val2017 with a class of task 1 (SOWODB) |
+| t1_train_with_unk to t3_train_with_unk | t*_train, and a draw of later tasks' pictures |
 
 The official code counts crowd regions as objects. Here they count with `crowd=True` alone.
 """
@@ -19,6 +22,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from mesa_train.models.open_world.exemplars import select_exemplars
 from mesa_train.training.config_schema import ConfigError
@@ -37,7 +42,14 @@ OFFICIAL = {
     "t4_ft": (2_749, 2_749),
     "test_official": (10_246, 9_119),
     "test": (9_119, 9_119),
+    "all_task_val": (4_000, 3_978),
+    "t1_known_test": (4_952, 4_952),
+    "t1_train_with_unk": (18_051, 18_049),
+    "t2_train_with_unk": (47_520, 47_063),
+    "t3_train_with_unk": (41_402, 40_901),
 }
+# Pictures of a task in all_task_val, and further pictures of t*_train_with_unk.
+_VAL, _WITH_UNKNOWNS = 1_000, {1: 1_500, 2: 2_000, 3: 2_000}
 Labels = dict[str, list[int]]
 
 
@@ -100,7 +112,30 @@ def make(
             official += with_classes(test["coco"], own)
     lists["test_official"] = official
     lists["test"] = list(dict.fromkeys(official))
-    return lists
+    first = test["voc"] if "voc" in test else with_classes(test["coco"], tasks.of(1))
+    lists["t1_known_test"] = list(first)
+    return lists | _drawn(lists, len(tasks.classes), seed)
+
+
+def _drawn(lists: Mapping[str, list[str]], tasks: int, seed: int) -> dict[str, list[str]]:
+    """Lists that the authors drew by a rule that is not documented, in the official lengths.
+
+    A draw takes at most a quarter of a list, which small data sets need.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(names: list[str], count: int) -> list[str]:
+        chosen = random.permutation(len(names))[: min(count, max(1, len(names) // 4))]
+        return [names[index] for index in sorted(chosen)]
+
+    trained = {task: lists[f"t{task}_train"] for task in range(1, tasks + 1)}
+    found = {"all_task_val": [name for own in trained.values() for name in draw(own, _VAL)]}
+    for task in range(1, tasks):
+        parts = [trained[later] for later in range(task + 1, tasks + 1)]
+        share = _WITH_UNKNOWNS.get(task, _WITH_UNKNOWNS[3]) // len(parts)
+        added = [name for part in parts for name in draw(part, share)]
+        found[f"t{task}_train_with_unk"] = [*trained[task], *added]
+    return found
 
 
 def write(lists: Mapping[str, list[str]], folder: str | Path, *, official: bool = True) -> Path:

@@ -35,7 +35,7 @@ def open_world(rows: Sequence[Row]) -> str:
                 _mean(last, "unknown_recall"),
                 _mean(last, "wi"),
                 _mean(last, "aose", factor=1, digits=0),
-                str(len({row["seed"] for row in first})),
+                str(len({row["seed"] for row in own})),
             ]
         )
     head = ["detector", "task 1: mAP", "unknown recall", "task 2: mAP of task 1"]

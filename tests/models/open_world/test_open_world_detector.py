@@ -6,6 +6,7 @@ import open_world_cases as cases
 import pytest
 import timm
 import torch
+from torchvision.ops import box_iou
 
 from mesa_train.models.dense import plain_vit
 from mesa_train.models.open_world import (
@@ -124,7 +125,7 @@ def test_labels_of_a_later_task_are_refused(model):
 def test_a_fit_changes_no_state_and_low_energies_become_unknown(model):
     batches = [cases.batch((6, 6)) for _ in range(3)]
     before = copy.deepcopy(model.state_dict())
-    fits = fit_energies(model, batches, tail=0.5)
+    fits = fit_energies(model, batches, tail=0.5, samples="proposals")
     for name, value in model.state_dict().items():
         if "identifier" not in name:
             assert torch.equal(value, before[name]), name
@@ -238,3 +239,44 @@ def test_other_backbones():
             losses = other(*cases.batch((2, 0)))
         assert all(loss.isfinite() for loss in losses.values())
         assert losses["loss_clustering"] > 0
+
+
+def test_energies_of_detections_that_match_annotated_boxes(model):
+    torch.manual_seed(0)
+    images = cases.batch((1, 1))[0]
+    model.eval()
+    with torch.no_grad():
+        found = model(images)
+    model.train()
+    chosen = [int(torch.where(output["labels"] < 3)[0][0]) for output in found]
+
+    def targets(labels):
+        boxes = [output["boxes"][i][None] for output, i in zip(found, chosen, strict=True)]
+        return [
+            {"boxes": b, "labels": torch.tensor([n])} for b, n in zip(boxes, labels, strict=True)
+        ]
+
+    def counts(labels):
+        return [len(x) for x in model.energies([(images, targets(labels))])]
+
+    def close(output, index):
+        return box_iou(output["boxes"], output["boxes"][index][None])[:, 0] > 0.5
+
+    own = [int(output["labels"][i]) for output, i in zip(found, chosen, strict=True)]
+    near = [close(output, i) for output, i in zip(found, chosen, strict=True)]
+    right = sum(
+        int((n & (o["labels"] == c)).sum()) for n, o, c in zip(near, found, own, strict=True)
+    )
+    pseudo = sum(int((~n & (o["labels"] == 6)).sum()) for n, o in zip(near, found, strict=True))
+    assert right >= 2
+    assert counts(own) == [right, pseudo]
+    # Annotated unknown objects replace pseudo-unknowns.
+    assert counts([6, 6]) == [0, sum(int(n.sum()) for n in near)]
+    energies, _ = model.energies([(images, targets(own))])
+    assert model.training
+    assert model.heads.decides
+    assert energies.isfinite().all()
+    with pytest.raises(ValueError, match="detections, proposals"):
+        model.energies([], samples="regions")
+    with pytest.raises(ValueError, match="at least one batch"):
+        model.energies([])

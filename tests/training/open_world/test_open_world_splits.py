@@ -81,6 +81,16 @@ def test_the_lists_are_the_benchmarks(folders):
     names = ["voc2007/000003", "coco_val2017/v", "coco_val2017/v", "coco_val2017/w"]
     assert lists["test_official"] == names
     assert lists["test"] == [names[0], names[1], names[3]]
+    assert lists["t1_known_test"] == names[:1]
+    # A picture of each task; at most a quarter of a list.
+    val = lists["all_task_val"]
+    assert len(val) == 4
+    assert all(name in lists[f"t{task}_train"] for task, name in enumerate(val, 1))
+    oracle = lists["t2_train_with_unk"]
+    assert oracle[:-2] == lists["t2_train"]
+    assert oracle[-2] in lists["t3_train"]
+    assert oracle[-1] in lists["t4_train"]
+    assert "t4_train_with_unk" not in lists
 
 
 def test_lists_are_written_and_read(folders, tmp_path):
@@ -123,6 +133,33 @@ def test_stages_have_the_targets_of_their_task(folders, tmp_path):
     assert not targets[0]["difficult"].any()
 
 
+def test_the_fit_has_its_list(folders, tmp_path):
+    splits.write(lists_of(folders), tmp_path)
+    paths = dict(zip(("voc2007", "voc2012", "coco"), map(str, folders), strict=True))
+
+    def loaded(energy, **changes):
+        own = {"lists": str(tmp_path), **paths, **changes}
+        return data.load(of_dict({"data": own, "method": {"energy": energy, "fit_pictures": 2}}))
+
+    def stems(pictures):
+        return [Path(picture.path).stem for picture in pictures]
+
+    (tmp_path / "mine.txt").write_text("voc2007/000001\ncoco_train2017/b\ncoco_train2017/b\n")
+    found = loaded("two_fits", fit="mine")
+    assert stems(found.fit) == ["000001", "b"]
+    assert stems(found.training[1]) == ["000002", "2008_1"]
+    assert stems(found.training[2]) == ["a"]
+    assert "b" not in {Path(path).stem for path in found.replay[3]}
+    # After task 1, the truck and the frisbee of b are unknown.
+    unknowns = found.fit_set(20, unknowns=True).pictures
+    assert [p.objects.labels[p.objects.trained].tolist() for p in unknowns][1] == [80, 80]
+    assert stems(loaded("two_fits", fit="mine", fit_trained=True).training[2]) == ["a", "b"]
+    assert not loaded("off", fit="mine").fit
+    (tmp_path / "mine.txt").write_text("voc2007/000003\n")
+    with pytest.raises(ConfigError, match=r"data\.fit=mine has 1 test pictures"):
+        loaded("two_fits", fit="mine")
+
+
 def test_the_rate_of_each_stage():
     config = of_dict({})
     train, finetune = (
@@ -145,6 +182,9 @@ def test_the_rate_of_each_stage():
         ("method", {"feature_scale": "unit"}, "none, sqrt_dim"),
         ("method", {"transductive": True}, "two_fits"),
         ("method", {"energy": "both"}, "known_tail"),
+        ("method", {"samples": "regions"}, "detections, proposals"),
+        ("data", {"fit": "test"}, "data.fit=test has the test pictures"),
+        ("data", {"fit_trained": True}, "needs data.fit"),
         ("data", {"tasks": "cat; dog"}, "owod, sowodb"),
         ("train", {"global_batch": 3, "micro_batch": 2}, "multiple"),
     ],
