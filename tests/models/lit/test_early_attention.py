@@ -107,5 +107,5 @@ def test_the_published_rows_train_wrapped(name, size):
     assert torch.equal(wrapped_out, out)
     F.cross_entropy(wrapped_out, labels).backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(ValueError, match="img_size when the model is built"):
+    with pytest.raises(ValueError, match="set img_size or dynamic_img_size=True"):
         model(torch.randn(1, 3, 96, 96))
