@@ -167,20 +167,27 @@ def test_a_run_without_times_keeps_the_times_of_equal_bytes(tmp_path, make_table
     results = tmp_path / "docs/results"
     results.mkdir(parents=True)
     other = {**STEP_ROW, "method": "mesa4", "step_ms": 50.0}
+    later = {"date": "2031-01-01T00:00:00+00:00", "device": "slow CPU"}
     new = [
         {k: v for k, v in row.items() if not k.startswith("step_")}
-        | {"date": "2031-01-01T00:00:00+00:00", "gradient_error": 0.05, "saved_bytes": saved}
+        | {**later, "gradient_error": 0.05, "saved_bytes": saved}
         for row, saved in ((STEP_ROW, 2**20), (other, 2**20 + 1))
     ]
-    lines = [json.dumps(row) for row in (STEP_ROW, other, *new)]
+    shapes = {"shapes": [[2, 3, 224, 224]]}
+    lines = [json.dumps(row | shapes) for row in (STEP_ROW, other, *new)]
     (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
-    readme = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "docs/page.md"
     readme.write_text("<!-- table:step a_vit -->\n<!-- /table -->\n")
+    page.write_text("<!-- table:steps cpu bf16 -->\n<!-- /table -->\n")
     make_tables.main(check=False, root=tmp_path)
     text = readme.read_text()
     assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | 42 ms | 1.00 (1.00 to 1.00) | 9 |" in text
     assert "| mesa4 | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | not timed |  | 9 |" in text
     assert "Times: a CPU, 2 threads, PyTorch 2.15.0, commit abc, 2030-01-02." in text
+    # A table of times names the machine that took them.
+    assert "| a_vit | 2 x 224 px |" in page.read_text()
+    assert "slow CPU" not in page.read_text()
+    page.unlink()
     (results / "bench_step.jsonl").write_text("\n".join(lines[2:]) + "\n")
     make_tables.main(check=False, root=tmp_path)
     assert "| plain | 1.0 MiB | 1.00x | 2.0 MiB | 5.00% | not timed |" in readme.read_text()

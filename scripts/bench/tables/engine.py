@@ -10,7 +10,7 @@ from mesa_train.report.columns import in_order
 from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
-from tables.text import markdown, newest_run, origin, table
+from tables.text import markdown, newest_run, origin, origins, table
 
 
 @table("bench_step.jsonl", "python scripts/bench/step.py", by="model dtype")
@@ -97,11 +97,13 @@ def host(rows: Sequence[Row]) -> str:
 def steps(rows: Sequence[Row]) -> str:
     """The newest run on every model and batch on a kind of device, "less memory, step" a method."""
     newest: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in (row for row in rows if "step_ratio" in row):
+    timed = [row for row in rows if "step_ratio" in row]
+    for row in timed:
         last = newest.setdefault((row["model"], row["batch_size"]), {})
         if last and next(iter(last.values()))["date"] != row["date"]:
             last.clear()
         last[row["method"]] = row
+    shown = [row for by_method in newest.values() for row in by_method.values()]
     methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
     lines = []
     for (model, _), by_method in sorted(newest.items()):
@@ -119,7 +121,7 @@ def steps(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A "
         "step is forward, backward and AdamW: median of rounds that take turns. "
-        f"{_computed(rows[-1])}. {origin(rows[-1])}\n"
+        f"{_computed(timed[-1])}. {origins(shown)}\n"
     )
 
 
