@@ -10,6 +10,12 @@ import typer
 
 from .mistakes import in_one_line
 
+# Options of every training script.
+Changes = Annotated[list[str], typer.Option(help="section.key=value, any number.")]
+Resume = Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes of a dry run.")]
+
 
 @dataclass(frozen=True)
 class TrainingCommand:
@@ -77,12 +83,10 @@ def script(command: TrainingCommand) -> typer.Typer:
 
     def main(
         config: Annotated[Path, typer.Option(help=f"YAML file; recipes/{command.name} has some.")],
-        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
-        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print the plan and stop.")
-        ] = False,
-        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
+        set: Changes = [],  # noqa: B006
+        resume: Resume = "",
+        dry_run: DryRun = False,
+        processes: Processes = 1,
     ) -> None:
         train_from(command, config, set, resume=resume, dry_run=dry_run, processes=processes)
 

@@ -72,12 +72,10 @@ def script(name: str) -> typer.Typer:
 
     def main(
         config: Annotated[Path, typer.Option(help=f"YAML file; recipes/{name} has some.")],
-        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
-        resume: Annotated[str, typer.Option(help="auto, or the path of a checkpoint.")] = "",
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print the plan and stop.")
-        ] = False,
-        processes: Annotated[int, typer.Option(min=1, help="Processes of a dry run.")] = 1,
+        set: command_line.Changes = [],  # noqa: B006
+        resume: command_line.Resume = "",
+        dry_run: command_line.DryRun = False,
+        processes: command_line.Processes = 1,
         throughput: Annotated[
             bool, typer.Option("--throughput", help="Time steps and stop.")
         ] = False,

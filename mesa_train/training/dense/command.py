@@ -103,7 +103,7 @@ def evaluation() -> typer.Typer:
         run: Annotated[Path | None, typer.Option(help="A run's folder.")] = None,
         config: Annotated[Path | None, typer.Option(help="YAML file, without a run.")] = None,
         weights: Annotated[Path | None, typer.Option(help="Default: the run's best.")] = None,
-        set: Annotated[list[str], typer.Option(help="section.key=value, any number.")] = [],  # noqa: B006
+        set: command_line.Changes = [],  # noqa: B006
         pictures: Annotated[int, typer.Option(min=0, help="Pictures to draw.")] = 0,
     ) -> None:
         evaluate_from(run, config, weights, set, pictures)
