@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from mesa_train.utils.records import Row, group_by
-from tables.text import markdown, origin, table
+from tables.text import markdown, origins, table
 
 _NAMES = {
     "ore": "ORE",
@@ -20,6 +20,8 @@ _NAMES = {
 def open_world(rows: Sequence[Row]) -> str:
     """A line per variant, policy and use of energies: the means over seeds."""
     lines = []
+    order = list(_NAMES)
+    rows = sorted(rows, key=lambda r: (order.index(r["variant"]), r["name"] != "plain"))
     for (variant, policy, energy), own in group_by(rows, "variant", "name", "energy").items():
         stages = {stage: found for (stage,), found in group_by(own, "stage").items()}
         # A baseline may have been trained on the first task alone.
@@ -44,7 +46,7 @@ def open_world(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         f"\nThe quickstart recipe on {row['images']} held-out pictures: AP over all points at IoU 0.5, WI at recall "
         "0.8 as the official code computes it, all in per cent. A-OSE is a number of detections. "
-        f"{origin(row)}\n"
+        f"{origins(rows)}\n"
     )
 
 
