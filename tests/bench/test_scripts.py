@@ -176,7 +176,7 @@ def test_a_run_without_times_keeps_the_times_of_equal_bytes(tmp_path, make_table
     shapes = {"shapes": [[2, 3, 224, 224]]}
     lines = [json.dumps(row | shapes) for row in (STEP_ROW, other, *new)]
     (results / "bench_step.jsonl").write_text("\n".join(lines) + "\n")
-    readme, page = tmp_path / "README.md", tmp_path / "docs/page.md"
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
     readme.write_text("<!-- table:step a_vit -->\n<!-- /table -->\n")
     page.write_text("<!-- table:steps cpu bf16 -->\n<!-- /table -->\n")
     make_tables.main(check=False, root=tmp_path)
