@@ -14,7 +14,7 @@ from typing import Any
 
 from . import codecs
 from .codecs.lossless import Lossless
-from .utils import yaml_text
+from .utils import policy_checks, yaml_text
 from .utils.patterns import is_inside, match_override, matching, near_miss
 
 BITS = (8, 6, 5, 4, 3, 2, 32)
@@ -71,10 +71,12 @@ class Policy:
         min_bytes: tensors smaller than this stay uncompressed; default 16384 bytes.
         enabled: False leaves PyTorch alone (useful in overrides). Default True.
         ranges: "exact" (default) takes the minimum and maximum of each group. "running" is the scheme of Mesa's
-            paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay 0.9.
+            paper (arXiv 2111.11124): head-wise groups over the whole batch, running averages with decay 0.9. It
+            needs bits=8, forward="exact", and rounding "stochastic" or "auto": it always rounds stochastically.
         forward: "exact" (default) calls PyTorch's own functions, so outputs equal PyTorch's bit for bit. "fused"
             runs norms, activations and softmax in kernels that make the codes in the same pass. Their outputs equal
-            PyTorch's up to rounding. "fused" is for GPUs: on a CPU a step takes equally long with both.
+            PyTorch's up to rounding. "fused" is for GPUs: on a CPU a step takes equally long with both. Tensors
+            that are saved themselves (bits=32) come from PyTorch's functions.
         offload: True stores the stashes of a GPU in CPU memory until the backward: the codes, or with bits=32 the
             tensors (see `stash/offload.py`). On a CPU nothing is offloaded or copied. Default False.
         checkpoint: names of modules, with `*` for any part. The forward of such a module saves only its inputs and
@@ -87,7 +89,8 @@ class Policy:
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
             or a module and an operator joined by a colon ("blocks.*.mlp:linear"). Default: none.
     Raises:
-        ValueError: a value is not one of the choices; the message has the field, value and choices.
+        ValueError: a value is not one of the choices, or a field has no effect beside another; the message has
+            the field, value and choices, and the pattern of an override.
         TypeError: a field has a wrong type; the message has the field and the value.
     """
 
@@ -105,12 +108,12 @@ class Policy:
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _choice("bits", self.bits, BITS)
-        _choice("rounding", self.rounding, ROUNDINGS)
-        _choice("recompute", self.recompute, RECOMPUTE)
-        _choice("ranges", self.ranges, RANGES)
-        _choice("forward", self.forward, FORWARDS)
-        _choice("checkpoint_inputs", self.checkpoint_inputs, CHECKPOINT_INPUTS)
+        policy_checks.choice("bits", self.bits, BITS)
+        policy_checks.choice("rounding", self.rounding, ROUNDINGS)
+        policy_checks.choice("recompute", self.recompute, RECOMPUTE)
+        policy_checks.choice("ranges", self.ranges, RANGES)
+        policy_checks.choice("forward", self.forward, FORWARDS)
+        policy_checks.choice("checkpoint_inputs", self.checkpoint_inputs, CHECKPOINT_INPUTS)
         if isinstance(self.checkpoint, str) or not all(
             isinstance(pattern, str) for pattern in self.checkpoint
         ):
@@ -119,32 +122,22 @@ class Policy:
                 f"{self.checkpoint!r}"
             )
         object.__setattr__(self, "checkpoint", tuple(self.checkpoint))
-        _integer("group_size", self.group_size, 8)
-        _integer("min_bytes", self.min_bytes, 0)
+        policy_checks.integer("group_size", self.group_size, 8)
+        policy_checks.integer("min_bytes", self.min_bytes, 0)
         for field in ("enabled", "offload"):
             if not isinstance(value := getattr(self, field), bool):
                 raise TypeError(f"Policy.{field} must be True or False, got {value!r}")
-        if self.ranges == "running" and self.bits != 8:
-            raise ValueError(f"Policy.ranges='running' needs bits=8, got bits={self.bits}")
-        if not isinstance(self.overrides, Mapping):
-            raise TypeError(
-                "Policy.overrides must map patterns to field changes, got "
-                f"{type(self.overrides).__name__}"
-            )
-        for pattern, changes in self.overrides.items():
-            if not isinstance(pattern, str) or not isinstance(changes, Mapping):
-                raise TypeError(
-                    f"Policy.overrides must map patterns to field changes, got {pattern!r}: {changes!r}"
-                )
+        if self.ranges == "running":
+            policy_checks.running_ranges(self.bits, self.rounding, self.forward)
+        policy_checks.mapping(self.overrides)
         object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
         for pattern, changes in self.overrides.items():
-            for field in changes:
-                if field not in _OVERRIDABLE:
-                    raise ValueError(
-                        f"Policy.overrides[{pattern!r}] sets unknown field {field!r}; "
-                        f"choose from {', '.join(_OVERRIDABLE)}{near_miss(field, _OVERRIDABLE)}"
-                    )
-            self._changed(changes)
+            policy_checks.fields(pattern, changes, _OVERRIDABLE)
+            try:
+                self._changed(changes)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Policy.overrides[{pattern!r}]: {error}") from None
+            policy_checks.override(pattern, changes, OPERATORS, _NEAREST)
 
     def __hash__(self) -> int:
         return hash(self.to_yaml())
@@ -288,8 +281,8 @@ class Rules:
                     if on_operator in (None, operator) and on_operand in covering:
                         merged.update(fields)
                 # Unknown operators may use tensors in any way; a loss's error enters all gradients.
-                effective = policy._changed(merged)
-                if operator in ("fallback", "loss"):
+                effective = _merged(policy, merged, operator, operand)
+                if operator in policy_checks.AT_LEAST_8:
                     effective = dataclasses.replace(effective, bits=max(8, effective.bits))
                 elif operator == "checkpoint":
                     effective = _for_inputs(effective)
@@ -330,7 +323,7 @@ class Rule:
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
         """The rule of a policy without overrides for one operand."""
-        nearest = (operator, operand) in _NEAREST or operator in ("fallback", "loss")
+        nearest = (operator, operand) in _NEAREST or operator in policy_checks.AT_LEAST_8
         nearest |= policy.recompute == "linear" and operand == "normalized"
         rounding = policy.rounding
         if rounding == "auto":
@@ -352,25 +345,20 @@ class Rule:
         )
 
 
+def _merged(policy: Policy, changes: Mapping[str, Any], operator: str, operand: str) -> Policy:
+    """The policy for one operand. An error names the operand, since several overrides may cover it."""
+    try:
+        return policy._changed(changes)
+    except ValueError as error:
+        raise ValueError(f"Policy.overrides, together for {operator}.{operand}: {error}") from None
+
+
 def _for_inputs(policy: Policy) -> Policy:
     """The policy for the inputs of a checkpoint: `checkpoint_inputs` as bits, and exact ranges."""
     bits = policy.checkpoint_inputs
     if bits is None:
         return dataclasses.replace(policy, enabled=False)
     return dataclasses.replace(policy, bits=bits, ranges="exact")
-
-
-def _choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
-        named = ", ".join(map(str, choices))
-        raise ValueError(f"Policy.{field} must be one of {named}, got {value!r}")
-
-
-def _integer(field: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Policy.{field} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"Policy.{field} must be at least {minimum}, got {value}")
 
 
 # The operands that add most to the gradient's error at 4 bits (`scripts/bench/presets.py`).

@@ -71,6 +71,9 @@ def expected_bytes(blocks, softmax):
         ({"bits": 7}, ValueError, ["Policy.bits", "7", "8, 6, 5, 4, 3, 2, 32"]),
         ({"bits": "8"}, ValueError, ["Policy.bits", "'8'"]),
         ({"bits": True}, ValueError, ["Policy.bits", "True"]),
+        ({"bits": 4.0}, ValueError, ["Policy.bits", "8, 6, 5, 4, 3, 2, 32", "4.0"]),
+        ({"checkpoint_inputs": 6.0}, ValueError, ["Policy.checkpoint_inputs", "None, 8", "6.0"]),
+        ({"checkpoint_inputs": False}, ValueError, ["Policy.checkpoint_inputs", "False"]),
         ({"rounding": "up"}, ValueError, ["Policy.rounding", "'up'", "auto, nearest, stochastic"]),
         ({"recompute": "all"}, ValueError, ["Policy.recompute", "'all'", "none, cheap, linear"]),
         ({"recompute": True}, ValueError, ["Policy.recompute", "True"]),
@@ -92,6 +95,15 @@ def expected_bytes(blocks, softmax):
         ({"enabled": 1}, TypeError, ["Policy.enabled", "1"]),
         ({"offload": "cpu"}, TypeError, ["Policy.offload", "cpu"]),
         ({"ranges": "running", "bits": 4}, ValueError, ["running", "bits=8", "bits=4"]),
+        *[
+            (
+                {"ranges": "running", "rounding": rounding},
+                ValueError,
+                ["Policy.ranges='running'", "'stochastic' or rounding='auto'", repr(rounding)],
+            )
+            for rounding in ("dither", "nearest")
+        ],
+        ({"ranges": "running", "forward": "fused"}, ValueError, ["forward='exact'", "'fused'"]),
         ({"overrides": [("head", {})]}, TypeError, ["Policy.overrides", "list"]),
         (
             {"overrides": {"head": {"bit": 4}}},
@@ -99,7 +111,32 @@ def expected_bytes(blocks, softmax):
             ["'head'", "'bit'", "bits", "did you mean 'bits'"],
         ),
         ({"overrides": {"head": {"overrides": {}}}}, ValueError, ["'overrides'"]),
-        ({"overrides": {"head": {"bits": 7}}}, ValueError, ["Policy.bits", "7"]),
+        *[
+            ({"overrides": {"attention.q": changes}}, error, ["['attention.q']", *message])
+            for changes, error, message in (
+                ({"bits": 7}, ValueError, ["Policy.bits", "7", "8, 6, 5, 4, 3, 2, 32"]),
+                ({"bits": 6.0}, ValueError, ["Policy.bits", "6.0"]),
+                ({"group_size": 64.0}, TypeError, ["Policy.group_size", "64.0"]),
+                ({"min_bytes": -1}, ValueError, ["Policy.min_bytes", "-1"]),
+                ({"rounding": "up"}, ValueError, ["Policy.rounding", "'up'", "auto, nearest"]),
+                ({"offload": 1}, TypeError, ["Policy.offload", "1"]),
+                ({"ranges": "running", "rounding": "dither"}, ValueError, ["rounding='dither'"]),
+                ({"checkpoint_inputs": 8}, ValueError, ["operator 'checkpoint' only"]),
+            )
+        ],
+        ({"overrides": {"checkpoint": {"bits": 4}}}, ValueError, ["bits=4", "checkpoint_inputs"]),
+        *[
+            ({"overrides": {pattern: {"bits": 4}}}, ValueError, [pattern, "at least 8 bits"])
+            for pattern in ("loss", "head:loss.input", "fallback", "fallback.sin")
+        ],
+        *[
+            (
+                {"overrides": {pattern: {"rounding": "dither"}}},
+                ValueError,
+                [pattern, "no effect", "nearest or stochastic"],
+            )
+            for pattern in ("activation", "1:activation.input", "fallback.sin", "loss")
+        ],
         ({"overrides": {"head": 4}}, TypeError, ["head"]),
         ({"overrides": {3: {"bits": 4}}}, TypeError, ["3"]),
     ],
@@ -109,6 +146,25 @@ def test_a_bad_field_is_named_with_its_value_and_the_choices(fields, error, mess
         Policy(**fields)
     for part in message:
         assert part in str(raised.value)
+
+
+def test_fields_that_fit_each_other():
+    running = Policy(ranges="running")
+    assert running.rules([""])[""]["linear", "input"].codec is None
+    for pattern, changes in (
+        ("checkpoint", {"checkpoint_inputs": 4}),
+        ("blocks.*", {"checkpoint_inputs": 4, "rounding": "dither", "bits": 3}),
+        ("loss", {"bits": 32}),
+        ("fallback.sin", {"bits": 8, "rounding": "stochastic"}),
+        ("attention", {"rounding": "dither"}),
+    ):
+        assert Policy(overrides={pattern: changes}).overrides == {pattern: changes}
+
+
+def test_overrides_that_fit_alone_and_not_together():
+    policy = Policy(overrides={"softmax": {"ranges": "running"}, "softmax.output": {"bits": 4}})
+    with pytest.raises(ValueError, match=r"overrides.*softmax\.output.*needs bits=8, got bits=4"):
+        policy.rules([""])
 
 
 def test_presets():
@@ -256,6 +312,8 @@ def test_yaml_starts_from_a_preset():
         ("mesa8", ["mapping", "mesa8"]),
         ("preset: mesa5\nbits: 4\n", ["'mesa5'"]),
         ("bits: 7\nrounding: auto\n", ["Policy.bits", "7"]),
+        ("bits: 6.0\nrounding: auto\n", ["Policy.bits", "6.0"]),
+        ("overrides: {softmax: {bits: 4.0}}\nbits: 8\n", ["softmax", "Policy.bits", "4.0"]),
     ],
 )
 def test_yaml_errors(text, message):

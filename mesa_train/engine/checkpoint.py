@@ -46,7 +46,7 @@ def checkpoint(
     Raises:
         ValueError: `bits` is not one of the choices. Also any error of torch's checkpoint.
     """
-    if bits not in BITS:
+    if not isinstance(bits, int) or bits not in BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
 
     def run() -> Any:

@@ -31,8 +31,8 @@ from .model_states import Cluster, Parameters, States, states
 # CUDA's context, NCCL's buffers and memory that the caching allocator cannot use.
 RESERVE = 2 << 30
 POLICIES = (
-    "plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint", "mesa8+coded",
-    "mesa8+offload",
+    "plain", "mesa8", "mesa6", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint",
+    "mesa8+coded", "mesa8+offload",
 )  # fmt: skip
 # The setups, from the simplest to run to the slowest.
 SETUPS = (

@@ -28,7 +28,7 @@ CHECKPOINT = "checkpoint"
 APPROX_BP = "approx-bp"
 SAVE_ON_CPU = "save_on_cpu"
 CHECKPOINT_OFFLOAD = f"{CHECKPOINT}+offload"
-METHODS = (PLAIN, "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
+METHODS = (PLAIN, "mesa8", "mesa6", "mesa4", "mesa8-recompute", "mesa4-recompute", CHECKPOINT)
 # A preset whose blocks are also checkpointed.
 BOTH = {f"{preset}+{CHECKPOINT}": preset for preset in PRESETS if preset != "paper"}
 # A preset whose blocks are also checkpointed, with 8-bit codes of their inputs.

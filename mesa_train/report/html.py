@@ -38,7 +38,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("gradient_cosine", "cosine", "of the angle to the plain float32 gradient"),
     ("largest_batch", "largest batch", "that fits --memory"),
 )
-_TREE_METHODS = ("plain", "mesa8", "mesa4", "mesa8-recompute", "checkpoint")
+_TREE_METHODS = ("plain", "mesa8", "mesa6", "mesa4", "mesa8-recompute", "checkpoint")
 
 
 def write_report(path: Path, rows: Sequence[Row], setting: Mapping[str, Any]) -> None:

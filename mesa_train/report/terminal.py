@@ -210,8 +210,8 @@ def _table(
     whole_names: bool = False,
 ) -> Table:
     """A table in the style of all commands."""
-    # Whole names need the space between columns.
-    padding = (0, 0, 0, 1) if whole_names else (0, 1)
+    # Whole names need the space between columns. With ten columns, one space is left in 80.
+    padding = (0, 0, 0, 1 if len(head) < 10 else 0) if whole_names else (0, 1)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding)
     # Rich narrows the columns that may wrap first. The column of names may wrap, but its text may
     # not.

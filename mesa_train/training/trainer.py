@@ -195,6 +195,7 @@ def fit(
     *,
     transform: Transform | None = None,
     watch: Callable[[StepEvent], None] | None = None,
+    first_epoch: int = 0,
 ) -> Iterator[EpochResult]:
     """Train all trainers on the same batches, one step each in turn.
 
@@ -206,11 +207,14 @@ def fit(
         config: the hyperparameters.
         transform: augmentation of a batch; None for none.
         watch: called after every step.
+        first_epoch: number of epochs that the trainers have done already; default 0.
     Yields:
-        One result for each trainer and epoch.
+        One result for each trainer and epoch, in the order of `trainers`.
     """
     names = list(trainers)
-    for epoch in range(config.epochs):
+    if first_epoch * data.steps_per_epoch(config.batch_size) % 2:
+        names.reverse()
+    for epoch in range(first_epoch, config.epochs):
         tallies = {name: _Tally() for name in names}
         batches = train_batches(
             data, config.batch_size, seed=config.seed, epoch=epoch, transform=transform

@@ -149,10 +149,14 @@ def gradients(bench: Bench) -> None:
 SHAPES = (
     (1000, 768, 128, 8, torch.bfloat16),
     (97, 197, 128, 4, torch.bfloat16),
+    (1000, 768, 128, 5, torch.bfloat16),
+    (97, 197, 128, 6, torch.bfloat16),
+    (97, 197, 128, 3, torch.float16),
     (1000, 768, 128, 4, torch.bfloat16),
     (1000, 768, 128, 8, torch.float32),
     (40, 33, 7, 8, torch.bfloat16),
     (97, 197, 128, 2, torch.float16),
+    (40, 33, 7, 5, torch.float32),
     (333, 3072, 128, 8, torch.bfloat16),
     (97, 197, 128, 8, torch.float32),
 )
@@ -217,6 +221,10 @@ def calls(
     mean, rstd = torch.randn(rows, device=device) * 0.1, torch.rand(rows, device=device) + 0.5
     weight, bias = torch.randn(cols, device=device), torch.randn(cols, device=device)
     codes, scales = reference.affine_encode(x, bits, group, False, 0)
+    # Codes of stochastic rounding with this seed, which the decoders subtract below 8 bits.
+    seed = 5
+    dithered = reference.affine_encode(x, bits, group, True, seed)
+    dithers = [(*dithered, seed)] if bits < 8 else []
     mask = x > 0
     packed = reference.bitmask_encode(mask)
     arguments: dict[str, list[tuple[Any, ...]]] = {
@@ -225,15 +233,21 @@ def calls(
         "affine_decode": [
             (codes, scales, bits, cols, dtype),
             (codes, scales, bits, cols, dtype, weight, bias),
+            *[(*coded, bits, cols, dtype, None, None, drawn) for *coded, drawn in dithers],
+            *[(*coded, bits, cols, dtype, weight, bias, drawn) for *coded, drawn in dithers],
         ],
         "activation_decode": [(codes, scales, bits, cols, dtype, "gelu")],
         "activation_backward": [(grad, codes, scales, bits, kind) for kind in ("gelu", "silu")],
         "activation_pair": [(grad, codes, scales, bits, "gelu")],
         "activation_pair_sum": [(grad, codes, scales, bits, "gelu")],
         "norm_backward": [
-            (grad, codes, scales, rstd, weight, bits, centred, dtype) for centred in (False, True)
+            (grad, *coded, rstd, weight, bits, centred, dtype, drawn)
+            for centred in (False, True)
+            for *coded, drawn in [(codes, scales, None), *dithers]
         ],
-        "softmax_backward": [(grad, codes, scales, bits)],
+        "softmax_backward": [
+            (grad, *coded, bits, drawn) for *coded, drawn in [(codes, scales, None), *dithers]
+        ],
         "scale_backward": [(grad.float(), weight, torch.bfloat16)],
         "bitmask_encode": [(mask,)],
         "bitmask_positive": [(x,)],

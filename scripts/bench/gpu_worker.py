@@ -107,7 +107,7 @@ def sections() -> list[Section]:
     import gpu_steps as steps
 
     main_methods = ("plain", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute", "checkpoint")
-    later_methods = ("mesa8-fused", "mesa8+offload")
+    later_methods = ("mesa6", "mesa8-fused", "mesa8+offload")
     return [
         # The first call of mesa_train compiles its native rows.
         Section("environment", 60, checks.environment),
@@ -120,7 +120,7 @@ def sections() -> list[Section]:
         ],
         *[Section(f"step {m}", 20, functools.partial(steps.step, m)) for m in later_methods],
         Section("profile", 15, steps.profile),
-        Section("operators", 70, checks.operators),
+        Section("operators", 100, checks.operators),
         *[
             Section(f"training {m}", 25, functools.partial(steps.training, m))
             for m in ("plain", "mesa8", "mesa4")

@@ -232,12 +232,21 @@ def softmax_cases(b: int, scores: Tensor) -> Iterator[Case]:
         partial(ops.softmax_encode.default, scores, scores.dtype, *code),
         (scores,),
     )
-    yield Case(
-        "softmax_backward",
-        f"attention's weights, {b} bits",
-        partial(ops.softmax_backward.default, scores, *coded, b),
-        (scores, *coded),
-    )
+    for dither in (None, 0) if b < 8 else (None,):
+        how = f"{b} bits" if dither is None else f"{b} bits, dither"
+        yield Case(
+            "softmax_backward",
+            f"attention's weights, {how}",
+            partial(ops.softmax_backward.default, scores, *coded, b, dither),
+            (scores, *coded),
+        )
+        args = b, scores.shape[1], scores.dtype, None, None, dither
+        yield Case(
+            "affine_decode",
+            f"attention's weights, {how}",
+            partial(ops.affine_decode.default, *coded, *args),
+            coded,
+        )
 
 
 def encode_cases(

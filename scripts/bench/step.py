@@ -44,7 +44,7 @@ from mesa_train.utils.formatting import format_bytes, format_table
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = "vit_small_patch16_224,deit3_small_patch16_224"
 METHODS = (
-    "plain,mesa8,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,approx-bp,"
+    "plain,mesa8,mesa6,mesa4,mesa8-recompute,mesa4-recompute,checkpoint,save_on_cpu,approx-bp,"
     "compile,compile-budget-0.5,compile-fp8,compile:mesa8"
 )
 # Policies beside the presets, by name.

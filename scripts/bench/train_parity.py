@@ -3,28 +3,31 @@
 All runs of one seed start from the same weights and take turns step by step over the same batches,
 so times are comparable too. When a seed is complete, a row for each epoch goes to
 docs/results/train_parity.jsonl. A seed and policy that already have rows with the same settings do
-not run again.
+not run again. After each epoch a checkpoint goes to runs/train_parity. If a process is killed, the
+same call continues behind the last whole epoch, with the same results bit for bit.
 
 The last row of a run has the distance of its weights from those of `plain` with the same seed, as a
-share of the way that `plain` went from its first weights. `perturbed` is `plain` with first weights
-that differ by one millionth. Its distance shows how far rounding alone takes a run.
+share of the way that `plain` went from its first weights. `plain` may have run in an earlier call:
+runs/train_parity keeps its weights. `perturbed` is `plain` with first weights that differ by one
+millionth. Its distance shows how far rounding alone takes a run.
 
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
     python scripts/bench/train_parity.py --data cifar10:DIRECTORY --float32 --epochs 20
     python scripts/bench/train_parity.py --policies plain,scripts/bench/policies/mesa3.yaml
+    python scripts/bench/train_parity.py --device cuda
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from parity_state import Progress, SeedFolder
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -34,10 +37,13 @@ from mesa_train.methods.apply import PLAIN
 from mesa_train.training import small_models as models
 from mesa_train.training.data.packaged import ImageSet, Split, light_augmentation, load
 from mesa_train.training.progress import Dashboard
-from mesa_train.training.trainer import EpochResult, TrainConfig, Trainer, fit
+from mesa_train.training.trainer import TrainConfig, Trainer, fit
 from mesa_train.utils import records
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs/results/train_parity.jsonl"
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "docs/results/train_parity.jsonl"
+STATE = REPOSITORY / "runs/train_parity"
+DEVICES = ("cpu", "cuda")
 # A run without a policy whose first weights are multiplied by 1 + PERTURBATION * normal noise.
 PERTURBED = "perturbed"
 PERTURBATION = 1e-6
@@ -58,22 +64,22 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     float32: Annotated[bool, typer.Option("--float32", help="No bf16 autocast.")] = False,
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = "cpu",
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+    state: Annotated[Path, typer.Option(help="Folder of checkpoints and plain's weights.")] = STATE,
 ) -> None:
     """Train every policy with every seed and record each epoch."""
     try:
         named = dict(policy_of(name.strip()) for name in policies.split(","))
-        names = list(named)
         numbers = [int(seed) for seed in seeds.split(",")]
-        images = load(data)
-        if train_images is not None:
-            first = Split(*(t[:train_images] for t in (images.train.images, images.train.labels)))
-            images = dataclasses.replace(images, train=first)
+        check_device(device)
+        images = first_images(load(data), train_images)
         config = TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
             autocast=None if float32 else torch.bfloat16,
+            device=device,
         )
         images.steps_per_epoch(batch_size)
         saved = {
@@ -82,39 +88,132 @@ def main(
     except (ValueError, ImportError) as error:
         raise SystemExit(f"train_parity: {error}") from None
 
-    settings = describe(model, images, config)
+    study = Study(model, images, config, saved, state)
     finished = {
         (row["name"], row["seed"])
         for row in records.read(out)
-        if row["settings"] == settings and row["epoch"] == epochs
+        if row["settings"] == study.settings and row["epoch"] == epochs
     }
-    due = {seed: [name for name in names if (name, seed) not in finished] for seed in numbers}
+    due = {seed: [name for name in named if (name, seed) not in finished] for seed in numbers}
     runs = sum(map(len, due.values()))
     console = Console()
-    console.print(f"{runs} runs to do, {len(names) * len(numbers) - runs} done before")
+    console.print(f"{runs} runs to do, {len(named) * len(numbers) - runs} done before")
     total = runs * epochs * images.steps_per_epoch(batch_size)
     with Dashboard(
         model, saved, total_steps=total, batch_size=batch_size, console=console
     ) as dashboard:
         for seed, missing in due.items():
-            if not missing:
-                continue
-            dashboard.restart(f"{model} on {images.name}, seed {seed}")
-            rows = []
-            due_policies = {name: named[name] for name in missing}
-            trainers, images_of_model = trainers_of(due_policies, model, images, config, seed)
-            start = weights(trainers[missing[0]])
-            for result in train(trainers, images_of_model, config, seed, dashboard):
-                dashboard.on_epoch(result)
-                row = {**result.row(), "seed": seed, "saved_bytes": saved[result.name]}
-                if result.epoch == epochs and PLAIN in trainers:
-                    row["weight_distance"] = distance(trainers, result.name, start)
-                rows.append({**row, "settings": settings, **records.provenance()})
-            records.append(out, *rows)
+            if missing:
+                study.run({name: named[name] for name in missing}, seed, dashboard, out)
+    if study.without_distance:
+        console.print(
+            f"rows of seed {', '.join(map(str, study.without_distance))} have no distance of the weights: "
+            f"{os.path.relpath(state)} has no weights of plain with these settings",
+            soft_wrap=True,
+        )
     rows_path = os.path.relpath(out)
     console.print(
         f"rows in {rows_path}; draw them with scripts/bench/plot_parity.py", soft_wrap=True
     )
+
+
+@dataclasses.dataclass
+class Study:
+    """The runs with one setting.
+
+    Attributes:
+        model: name of the model.
+        images: the image set.
+        config: the hyperparameters; the seed is that of a run.
+        saved: bytes saved for the backward, by name of a run.
+        state: folder of checkpoints and of plain's weights.
+        without_distance: seeds whose rows lack the distance, because plain's weights are missing.
+    """
+
+    model: str
+    images: ImageSet
+    config: TrainConfig
+    saved: dict[str, int]
+    state: Path
+    without_distance: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def settings(self) -> records.Row:
+        """The settings that must agree for two runs to be comparable. The seed may differ."""
+        settings = dataclasses.asdict(self.config)
+        del settings["seed"]
+        settings["autocast"] = str(self.config.autocast).removeprefix("torch.")
+        images = {"data": self.images.name, "train_images": len(self.images.train)}
+        return {"model": self.model, **images, **settings}
+
+    def run(
+        self, named: dict[str, Policy | None], seed: int, dashboard: Dashboard, out: Path
+    ) -> None:
+        """Train these policies side by side with one seed, and append their rows to `out`."""
+        config = dataclasses.replace(self.config, seed=seed)
+        folder = SeedFolder(self.state, self.settings, seed, named)
+        trainers, images = trainers_of(named, self.model, self.images, config)
+        dashboard.restart(f"{self.model} on {images.name}, seed {seed}")
+        progress = folder.load()
+        if progress is None:
+            first = weights(trainers[PLAIN]) if PLAIN in trainers else None
+            progress = Progress(trainers, first, 0, [])
+        trainers = progress.trainers
+        dashboard.progress.advance(dashboard.task, sum(t.steps for t in trainers.values()))
+        results = fit(
+            trainers,
+            images,
+            config,
+            transform=light_augmentation(images),
+            watch=dashboard.on_step,
+            first_epoch=progress.epochs,
+        )
+        for result in results:
+            dashboard.on_epoch(result)
+            row = {**result.row(), "seed": seed, "saved_bytes": self.saved[result.name]}
+            row["parameters"] = sum(p.numel() for p in trainers[result.name].model.parameters())
+            source = records.provenance(config.device)
+            progress.rows.append({**row, "settings": self.settings, **source})
+            if result.name == [*trainers][-1] and result.epoch < config.epochs:
+                progress.epochs = result.epoch
+                folder.save(progress)
+        if progress.first is not None:
+            folder.save_plain(progress.first, weights(trainers[PLAIN]))
+        self.add_distances(progress, folder.load_plain(), seed)
+        records.append(out, *progress.rows)
+        folder.finish()
+
+    def add_distances(
+        self, progress: Progress, plain: tuple[Tensor, Tensor] | None, seed: int
+    ) -> None:
+        """Add the distance of the weights to the last row of each run.
+
+        The distance is a share of plain's way. `plain`: its first and last weights, if known.
+        """
+        if plain is None:
+            self.without_distance.append(seed)
+            return
+        first, last = plain
+        for row in progress.rows:
+            if row["epoch"] == self.config.epochs:
+                away = weights(progress.trainers[row["name"]]) - last
+                row["weight_distance"] = float(away.norm() / (last - first).norm())
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError if the device is none of DEVICES or not here."""
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; choose from {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no CUDA device here")
+
+
+def first_images(images: ImageSet, count: int | None) -> ImageSet:
+    """The image set with its first `count` training images; None: all of them."""
+    if count is None:
+        return images
+    first = Split(*(t[:count] for t in (images.train.images, images.train.labels)))
+    return dataclasses.replace(images, train=first)
 
 
 def policy_of(text: str) -> tuple[str, Policy | None]:
@@ -146,7 +245,8 @@ def saved_bytes(
     """Bytes that one run saves for the backward of a whole batch."""
     module, images = build(name, policy, model, images, seed=0)
     batch = images.normalise(images.train.images[: config.batch_size].float() / 255)
-    return mesa_train.footprint(module.train(), batch, autocast=config.autocast).saved_bytes
+    module, batch = module.train().to(config.device), batch.to(config.device)
+    return mesa_train.footprint(module, batch, autocast=config.autocast).saved_bytes
 
 
 def trainers_of(
@@ -154,47 +254,18 @@ def trainers_of(
     model: str,
     images: ImageSet,
     config: TrainConfig,
-    seed: int,
 ) -> tuple[dict[str, Trainer], ImageSet]:
     """A trainer for each name, and the images in the model's input size."""
-    config = dataclasses.replace(config, seed=seed)
     trainers = {}
     for name, policy in policies.items():
-        module, resized = build(name, policy, model, images, seed)
+        module, resized = build(name, policy, model, images, config.seed)
         trainers[name] = Trainer(module, config, resized.steps_per_epoch(config.batch_size))
     return trainers, resized
 
 
-def train(
-    trainers: dict[str, Trainer],
-    images: ImageSet,
-    config: TrainConfig,
-    seed: int,
-    dashboard: Dashboard,
-) -> Iterator[EpochResult]:
-    """Run all trainers with one seed, in turns. Yields the results of `fit`."""
-    config = dataclasses.replace(config, seed=seed)
-    transform = light_augmentation(images)
-    return fit(trainers, images, config, transform=transform, watch=dashboard.on_step)
-
-
 def weights(trainer: Trainer) -> Tensor:
-    """All weights of a trainer's model, as one vector."""
-    return nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
-
-
-def distance(trainers: dict[str, Trainer], name: str, start: Tensor) -> float:
-    """The distance of a run's weights from plain's, as a share of plain's way from `start`."""
-    plain = weights(trainers[PLAIN])
-    return float((weights(trainers[name]) - plain).norm() / (plain - start).norm())
-
-
-def describe(model: str, images: ImageSet, config: TrainConfig) -> records.Row:
-    """The settings that must agree for two runs to be comparable. The seed may differ."""
-    settings = dataclasses.asdict(config)
-    del settings["seed"]
-    settings["autocast"] = str(config.autocast).removeprefix("torch.")
-    return {"model": model, "data": images.name, "train_images": len(images.train), **settings}
+    """All weights of a trainer's model, as one vector in CPU memory."""
+    return nn.utils.parameters_to_vector(trainer.model.parameters()).detach().cpu().clone()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import forked
@@ -71,11 +72,11 @@ def test_quickstart_refuses_mistakes_in_a_line(tmp_path, arguments, message):
 @pytest.mark.slow
 def test_parity_resumes_and_is_drawn(tmp_path):
     rows, picture = tmp_path / "rows.jsonl", tmp_path / "parity.png"
-    arguments = ["--data", "digits", "--epochs", 1, "--policies", "plain,mesa4", "--float32"]
-    arguments += ["--out", rows]
-    first = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0", cwd=tmp_path)
+    arguments = ["--data", "digits", "--epochs", 1, "--float32", "--out", rows]
+    pair = [*arguments, "--state", tmp_path / "state", "--policies", "plain,mesa4"]
+    first = run("scripts/bench/train_parity.py", *pair, "--seeds", "0", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    repeated = run("scripts/bench/train_parity.py", *arguments, "--seeds", "0,1", cwd=tmp_path)
+    repeated = run("scripts/bench/train_parity.py", *pair, "--seeds", "0,1", cwd=tmp_path)
     assert "2 runs to do, 2 done before" in repeated.stdout
     runs = [(row["name"], row["seed"]) for row in rows_of(rows)]
     assert runs == [("plain", 0), ("mesa4", 0), ("plain", 1), ("mesa4", 1)]
@@ -85,6 +86,87 @@ def test_parity_resumes_and_is_drawn(tmp_path):
     missing = run("scripts/bench/plot_parity.py", rows, picture, "--data", "mnist5k", cwd=tmp_path)
     assert missing.returncode != 0
     assert "no rows of data mnist5k" in missing.stderr
+
+
+def parity(folder, *arguments):
+    """The command of a small parity experiment whose files are in `folder`."""
+    small = [
+        "--data",
+        "digits",
+        "--train-images",
+        96,
+        "--batch-size",
+        32,
+        "--float32",
+        "--seeds",
+        0,
+    ]
+    files = ["--out", folder / "rows.jsonl", "--state", folder / "state"]
+    command = [sys.executable, REPOSITORY / "scripts/bench/train_parity.py", *small, *files]
+    return list(map(str, [*command, *arguments]))
+
+
+def results(folder):
+    """What the rows of an experiment say, without times and dates."""
+    names = ("train_loss", "val_loss", "val_accuracy", "lr", "weight_distance", "parameters")
+    return {
+        (row["name"], row["epoch"]): [row.get(name) for name in names]
+        for row in rows_of(folder / "rows.jsonl")
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_parity_experiment_goes_on_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # Three steps an epoch, dithered codes, and the running ranges of the paper.
+    options = ["--epochs", 3, "--policies", "plain,mesa4,paper"]
+    subprocess.run(parity(whole, *options), check=True, timeout=HUNG_S, capture_output=True)
+    process = subprocess.Popen(parity(cut, *options), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + HUNG_S
+    while not list(cut.glob("state/*/epoch-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (cut / "rows.jsonl").exists()
+    assert list(cut.glob("state/*/epoch-*.pt"))
+    again = subprocess.run(
+        parity(cut, *options), check=True, timeout=HUNG_S, capture_output=True, text=True
+    )
+    # The first epoch of each is in the checkpoint.
+    assert "plain              epoch   1" not in again.stdout
+    assert "plain              epoch   3" in again.stdout
+    expected = results(whole)
+    assert list(expected) == [(n, e) for e in (1, 2, 3) for n in ("plain", "mesa4", "paper")]
+    assert results(cut) == expected
+    assert expected["plain", 3][-2] == 0 < expected["mesa4", 3][-2] < 1
+    assert not list(cut.glob("state/*/epoch-*.pt"))
+
+
+@pytest.mark.slow
+def test_distance_from_a_plain_run_of_an_earlier_call(tmp_path):
+    once, apart = tmp_path / "once", tmp_path / "apart"
+
+    def trained(folder, *arguments):
+        command = parity(folder, "--epochs", 1, *arguments)[1:]
+        done = forked.run(command, timeout=HUNG_S, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    trained(once, "--policies", "plain,mesa4")
+    assert "no distance" not in trained(apart, "--policies", "plain")
+    assert "no distance" not in trained(apart, "--policies", "plain,mesa4")
+    assert results(apart) == results(once)
+    assert results(once)["mesa4", 1][-2] > 0
+    text = trained(apart, "--policies", "mesa8", "--state", tmp_path / "empty")
+    assert "rows of seed 0 have no distance of the weights" in text
+    assert results(apart)["mesa8", 1][-2] is None
+
+
+@pytest.mark.slow
+def test_parity_refuses_a_device_in_a_line(tmp_path):
+    done = forked.run(parity(tmp_path, "--device", "gpu")[1:], timeout=HUNG_S)
+    assert done.returncode != 0
+    assert done.stderr.strip() == "train_parity: unknown device 'gpu'; choose from cpu, cuda"
 
 
 @pytest.mark.slow

@@ -149,6 +149,8 @@ def test_a_codec_says_what_it_is_and_what_it_refuses():
     assert str(Lossless()) == "lossless"
     with pytest.raises(ValueError, match=r"bits must be one of .*, got 7"):
         Affine(7)
+    with pytest.raises(ValueError, match=r"bits must be one of .*, got 4\.0"):
+        Affine(4.0)
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         Affine(8, 0)
     assert Affine(8, 1).group_size == 1

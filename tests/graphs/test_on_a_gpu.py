@@ -1,6 +1,7 @@
 """CUDA graphs themselves: a captured step against the same step without a graph, for 20 steps."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from mesa_train import CaptureError, Policy
 
 pytestmark = pytest.mark.gpu
 
-POLICIES = {"plain": None, "mesa8": Policy(min_bytes=0), "mesa4": Policy(bits=4, min_bytes=0)}
+POLICIES = {
+    "plain": None,
+    "mesa8": Policy(min_bytes=0),
+    "mesa6": dataclasses.replace(Policy.preset("mesa6"), min_bytes=0),
+    # 4 and 5 bits, with dither.
+    "mesa4": dataclasses.replace(Policy.preset("mesa4"), min_bytes=0),
+}
 STEPS = 20
 # Sums over rows may be taken in another order by another stream's kernels. AdamW divides by the
 # gradient's size, so such a difference reaches the weights undiminished.

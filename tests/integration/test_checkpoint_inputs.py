@@ -90,6 +90,8 @@ def test_masks_and_integers_enter_a_checkpoint_as_they_are():
 def test_wrong_bits():
     with pytest.raises(ValueError, match="bits must be one of 8, 6, 5, 4, 3, 2, 32, got 7"):
         mesa_train.checkpoint(torch.sin, torch.ones(3), bits=7)
+    with pytest.raises(ValueError, match=r"bits must be one of 8, .*, got 4\.0"):
+        mesa_train.checkpoint(torch.sin, torch.ones(3), bits=4.0)
     with pytest.raises(ValueError, match=r"Policy\.checkpoint_inputs must be one of None, 8, 6, 5"):
         mesa_train.Policy(checkpoint_inputs=True)
 

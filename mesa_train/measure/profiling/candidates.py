@@ -21,6 +21,7 @@ from mesa_train.ops.linear import RecomputedLinear
 from mesa_train.policy import Policy
 from mesa_train.stash.offload import WINDOW
 from mesa_train.stash.stash import Stash
+from mesa_train.utils.policy_checks import AT_LEAST_8
 
 from .blocks import GROUP, block_of, with_blocks
 
@@ -67,7 +68,7 @@ class Candidate:
 
     def choices(self) -> list[int | str]:
         """All choices for this candidate."""
-        low = [] if self.key[1] == "fallback" else [bits for bits in GROUP if bits < 8]
+        low = [] if self.key[1] in AT_LEAST_8 else [bits for bits in GROUP if bits < 8]
         offloaded = OFFLOADED_AS if self.offloadable else ()
         return [8, *low, KEEP, *offloaded, *([REBUILD] if self.product else [])]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
-from tables.engine import parity
 from tables.text import Table, markdown, origin, table
+from tables.training import parity
 
 
 @table("efficient.jsonl", "python scripts/bench/efficient.py", "precision")

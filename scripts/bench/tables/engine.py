@@ -3,11 +3,8 @@ compatibility, soak."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
-from mesa_train.report.columns import in_order
-from mesa_train.utils import records
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
 from tables.text import markdown, newest_run, origin, origins, table
@@ -48,14 +45,15 @@ def step(rows: Sequence[Row]) -> str:
         )
     any_row, last = newest[0], timed_rows[0] if timed_rows else newest[0]
     remarks = "".join(f" {row['method']}: {row['remark']}." for row in newest if "remark" in row)
-    if timed_rows and last["date"] != any_row["date"]:
-        remarks += f" Times: {origin(last)} A method that saves other bytes since then was not timed again."
+    earlier = [row for row in timed_rows if row["date"] != any_row["date"]]
+    if earlier:
+        remarks += f" Times: {origins(timed_rows)} A method that saves other bytes since then was not timed again."
     return markdown(head, lines) + (
         f"\n{any_row['model']}, batch {any_row['batch_size']}, {any_row['dtype']}. The gradient error is the "
         "relative L2 distance from the plain float32 gradient over all parameters. The peak includes weights and "
         "AdamW's states. The largest batch counts saved tensors, weights and these states. A step is forward, backward "
         f"and AdamW: median of {last['rounds']} rounds that take turns, quartiles in brackets."
-        f"{remarks} {origin(any_row)}\n"
+        f"{remarks} {origins(newest)}\n"
     )
 
 
@@ -89,7 +87,7 @@ def host(rows: Sequence[Row]) -> str:
         f"{newest[0]['rounds']} rounds that take turns, quartiles in brackets. "
         '"compress" is functional code and is compared with the same code without it. '
         '"mesa8-python" runs every row in Python. Python calls and operators are counts of one step. '
-        f"{origin(newest[0])}\n"
+        f"{origins(newest)}\n"
     )
 
 
@@ -103,9 +101,9 @@ def steps(rows: Sequence[Row]) -> str:
         if last and next(iter(last.values()))["date"] != row["date"]:
             last.clear()
         last[row["method"]] = row
-    shown = [row for by_method in newest.values() for row in by_method.values()]
-    methods = ["mesa8", "mesa4", "mesa8-recompute", "checkpoint"]
-    lines = []
+    methods = ["mesa8", "mesa6", "mesa4", "mesa8-recompute", "checkpoint"]
+    lines: list[list[str]] = []
+    shown: list[Row] = []
     for (model, _), by_method in sorted(newest.items()):
         plain = by_method["plain"]
         size = plain["shapes"][0][-1]
@@ -115,13 +113,14 @@ def steps(rows: Sequence[Row]) -> str:
             else ""
             for m in methods
         ]
+        shown += [plain, *(by_method[m] for m in methods if m in by_method)]
         batch = f"{plain['batch_size']} x {size} px"
         lines.append([model, batch, format_bytes(plain["saved_bytes"]), *cells])
     head = ["model", "batch", "plain saves", *methods]
     return markdown(head, lines) + (
         "\nEach cell has plain's saved bytes divided by the method's, and the step's time divided by plain's. A "
         "step is forward, backward and AdamW: median of rounds that take turns. "
-        f"{_computed(timed[-1])}. {origins(shown)}\n"
+        f"{', '.join(dict.fromkeys(map(_computed, shown)))}. {origins(shown)}\n"
     )
 
 
@@ -148,54 +147,7 @@ def ops(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         "\nThe copy reads and writes the same number of bytes, from rows with the strides of the input. Operator and "
         "copy run in turns, after a warm-up, with flushed caches. Times are medians of "
-        f"{newest[0]['rounds']} rounds. {origin(newest[0])}\n"
-    )
-
-
-@table("train_parity.jsonl", "python scripts/bench/train_parity.py")
-def parity(rows: Sequence[Row]) -> str:
-    """For each model and data, the runs to the end with the newest settings."""
-    newest = {(row["settings"]["model"], row["settings"]["data"]): row["settings"] for row in rows}
-    return "\n".join(
-        _training([row for row in rows if row["settings"] == settings])
-        for settings in reversed(newest.values())
-    )
-
-
-def _training(rows: Sequence[Row]) -> str:
-    """The last epoch of all runs with one setting, a line per policy."""
-    settings = rows[-1]["settings"]
-    final = in_order(row for row in rows if row["epoch"] == settings["epochs"])
-    with_distance = any("weight_distance" in row for row in final)
-    head = ["policy", "saved for the backward", "final training loss", "held-out accuracy"]
-    head += ["seeds", *(["distance of the weights"] if with_distance else [])]
-    lines = []
-    for (name,), of_policy in records.group_by(final, "name").items():
-        of_policy.sort(key=lambda row: row["seed"])
-        accuracies = [100 * row["val_accuracy"] for row in of_policy]
-        spread = statistics.stdev(accuracies) if len(of_policy) > 1 else 0.0
-        line = [
-            name,
-            format_bytes(of_policy[0]["saved_bytes"]),
-            f"{statistics.fmean(row['train_loss'] for row in of_policy):.4f}",
-            f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %",
-            ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-        ]
-        if with_distance:
-            distances = [row["weight_distance"] for row in of_policy if "weight_distance" in row]
-            line.append(f"{statistics.fmean(distances):.3f}" if distances else "")
-        lines.append(line)
-    explained = (
-        "Distance: between the last weights and plain's with the same seed, as a share of plain's way from its "
-        "first weights; `perturbed` is plain with first weights that differ by a millionth. "
-        if with_distance
-        else ""
-    )
-    return markdown(head, lines) + (
-        f"\n{settings['model']} from scratch on {settings['train_images']:,} images of "
-        f"{settings['data']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"{'float32' if settings['autocast'] == 'None' else settings['autocast'] + ' autocast'}; "
-        f"mean and standard deviation over seeds. {explained}{origin(final[-1])}\n"
+        f"{newest[0]['rounds']} rounds. {origins(newest)}\n"
     )
 
 
@@ -221,7 +173,7 @@ def families(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         f"\nBatch {rows[-1]['batch_size']}, {rows[-1]['dtype']}, random weights; gradient error: "
         "relative L2 distance from the plain float32 gradient over all parameters. "
-        f"{origin(rows[-1])}\n"
+        f"{origins([*newest.values()])}\n"
     )
 
 
@@ -243,7 +195,7 @@ def ops_by_width(rows: Sequence[Row]) -> str:
     ]
     return markdown(["operator", "on", *widths], lines) + (
         "\nTime, and the time of a copy of the same bytes divided by it. "
-        f"{newest[0]['dtype']}, {newest[0]['rounds']} rounds. {origin(newest[0])}\n"
+        f"{newest[0]['dtype']}, {newest[0]['rounds']} rounds. {origins(newest)}\n"
     )
 
 
@@ -251,7 +203,8 @@ def ops_by_width(rows: Sequence[Row]) -> str:
 def rounding(rows: Sequence[Row]) -> str:
     """The newest run."""
     lines = []
-    for row in newest_run(rows):
+    newest = newest_run(rows)
+    for row in newest:
         changes = row["changes"] and ", ".join(f"{k}={v}" for k, v in row["changes"].items())
         saved = format_bytes(row["saved_bytes"])
         lines.append([row["preset"], changes or "", saved, f"{row['gradient_error']:.2%}"])
@@ -259,7 +212,7 @@ def rounding(rows: Sequence[Row]) -> str:
         f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}, "
         f"{_computed({'dtype': 'bf16', **rows[-1]})}, random "
         "initialisation; relative L2 distance from the plain float32 gradient over all "
-        f"parameters. {origin(rows[-1])}\n"
+        f"parameters. {origins(newest)}\n"
     )
 
 
@@ -327,7 +280,7 @@ def plans(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + (
         "\nPredicted values, with measured values in brackets; bf16 autocast, random weights. The peak is of a whole "
         "training step, with weights and AdamW's states. Largest relative errors of the predictions: "
-        f"{worst}. {origin(rows[-1])}\n"
+        f"{worst}. {origins([*newest.values()])}\n"
     )
 
 
@@ -365,7 +318,7 @@ def soak(rows: Sequence[Row]) -> str:
     return markdown([*head, "stashes not freed"], lines) + (
         f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}. The growth is the slope of resident memory over the "
         "second half of the steps. One process runs the policies in this order. "
-        f"{origin(rows[-1])}\n"
+        f"{origins([*newest.values()])}\n"
     )
 
 

@@ -65,21 +65,31 @@ def newest_run(rows: Sequence[Row]) -> list[Row]:
 
 def origin(row: Row) -> str:
     """The origin of a row in one sentence: machine, versions, commit, date."""
-    threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
-    device = f"{row['device']} ({row['arithmetic']})" if row.get("arithmetic") else row["device"]
-    return (
-        f"{device}{threads}, PyTorch {row['versions']['torch']}, "
-        f"commit {row['commit']}, {row['date'][:10]}."
-    )
+    return origins([row])
 
 
 def origins(rows: Sequence[Row]) -> str:
-    """The origins of rows, each once, the newest first."""
-    by_date = sorted(rows, key=lambda row: row["date"], reverse=True)
-    found = list(dict.fromkeys(map(origin, by_date)))
-    if len(found) == 1:
-        return found[0]
-    return "Rows of several commits: " + "; ".join(x.removesuffix(".") for x in found) + "."
+    """The origin of rows of several runs in one sentence: the commits and the first and last day of each machine.
+
+    A machine is a device with its threads and its version of PyTorch. Without rows, the text is empty.
+    """
+    machines: dict[str, list[Row]] = {}
+    for row in rows:
+        threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
+        device = (
+            f"{row['device']} ({row['arithmetic']})" if row.get("arithmetic") else row["device"]
+        )
+        machine = f"{device}{threads}, PyTorch {row['versions']['torch']}"
+        machines.setdefault(machine, []).append(row)
+    texts = []
+    for machine, its_rows in machines.items():
+        commits = list(dict.fromkeys(row["commit"] for row in its_rows))
+        days = sorted({row["date"][:10] for row in its_rows})
+        texts.append(
+            f"{machine}, {'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}, "
+            + (days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
+        )
+    return "; ".join(texts) + "." if texts else ""
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -57,7 +57,8 @@ def test_bytes_of_a_sites_choices():
     twice = Candidate(NORM, 0, [(ROWS, COLS), (2 * ROWS, COLS)])
     assert twice.bytes(4) == 3 * BYTES[4]
     assert candidate().choices() == [8, 6, 5, 4, 3, 2, KEEP]
-    assert candidate(("0", "fallback", "saved")).choices() == [8, KEEP]
+    for at_least_8 in (("0", "fallback", "saved"), ("0", "loss", "input")):
+        assert candidate(at_least_8).choices() == [8, KEEP]
 
 
 def test_what_is_on_its_way_is_on_the_device():

@@ -1,5 +1,7 @@
 """How the variance of codes goes with their bits: the theory, and what codes of noise show."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from mesa_train.codecs.affine import Affine
 from mesa_train.measure.profiling.candidates import KEEP, REBUILD, Candidate
 from mesa_train.measure.profiling.sensitivity import calibrate, typical
 from mesa_train.policy import PRESETS, Policy
+from mesa_train.utils import records
 
 # A grid of 2**bits - 1 steps over the range has an error of step**2 / 12, so variances go with the
 # squared number of steps: 255 at 8 bits, 15 at 4, 3 at 2.
@@ -35,6 +38,29 @@ def test_the_planner_extrapolates_as_the_codes_do(bits, kind):
     ratio = table[source.key, bits] / table[source.key, 4]
     assert ratio == pytest.approx((STEPS[4] / STEPS[bits]) ** 2)
     assert ratio == pytest.approx(variance(bits) / variance(4), rel=0.05)
+
+
+def test_typical_values_are_those_of_the_committed_rows():
+    """A trained model, one operand at 4 bits. Machines differ by a few percent."""
+    rows = records.read(Path(__file__).resolve().parents[3] / "docs/results/presets.jsonl")
+    for operand, kinds in {
+        "x_hat": [("layer_norm", "normalized")],
+        "activation": [("activation", "input")],
+        "q, k": [("attention", "q"), ("attention", "k")],
+        "v": [("attention", "v")],
+        "out": [("attention", "out")],
+        "conv": [("conv", "input")],
+    }.items():
+        measured = [
+            row["gradient_error"] ** 2
+            for row in rows
+            if row["model"] == "small_vit after 200 steps"
+            and row["kind"] == "operand"
+            and (row["operand"], row["bits"]) == (operand, 4)
+        ]
+        candidates = [Candidate(("0", *kind), 0, [(8, 64)], 2048) for kind in kinds]
+        variance = typical(candidates).variance
+        assert sum(variance[c.key, 4] for c in candidates) == pytest.approx(measured[0], rel=0.15)
 
 
 # --- calibration, on gradients that are made up ---

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from mesa_train.engine.wrap import report_of
 from mesa_train.training import checkpoints, loop
 from mesa_train.training.classification import dry_run as plan
 from mesa_train.training.classification import fit as recipe
@@ -40,17 +41,25 @@ def rows(out, kind):
 SMALL = {"name": "test_vit", "drop_path": 0.0}
 
 
+SMALL_WITH_DROP = {"name": "test_vit", "drop_path": 0.2}
+
+
 class Interrupted(Exception):
     pass
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_continues_exactly(tmp_path):
-    """Mixup, drop path, accumulation, batch norm, averaged weights: all of it."""
-    changes = {"train": {"save_every": 4, "ema": 0.9}}
+@pytest.mark.parametrize(
+    ("policy", "model"), [("mesa8", {}), ("mesa4", SMALL_WITH_DROP), ("mesa6", SMALL_WITH_DROP)]
+)
+def test_an_interrupted_run_continues_exactly(tmp_path, policy, model):
+    """Mixup, drop path, accumulation, batch norm, averaged weights: all of it. Codes below 8 bits are dithered."""
+    changes = {"train": {"save_every": 4, "ema": 0.9, "policy": policy}, "model": model}
     whole = recipe.prepare(configured(tmp_path / "whole", **changes))
     recipe.resume(whole, "")
     recipe.fit(whole, 0)
+    stored = [how for *_, how in report_of(whole.bare).rows]
+    assert any(how.endswith("dither") for how in stored) == (policy != "mesa8")
 
     torch.manual_seed(123)
     cut = recipe.prepare(configured(tmp_path / "cut", **changes))
