@@ -97,6 +97,30 @@ def test_stimuli_of_human_trials(tmp_path):
         human.stimuli(tmp_path / "model-vs-human/cue-conflict", cues)
 
 
+def test_the_shape_bias_of_humans_is_that_of_the_human_data(tmp_path):
+    """An observer who sees textures alone is added to the data: the mean falls."""
+    humans = metrics.read_human_data(HUMANS)
+    cues = humans["cue-conflict"]
+    for i, raw in enumerate(cues.image_id):
+        solid(tmp_path / "model-vs-human/cue-conflict" / f"{i:04d}_{raw.decode()}", 20)
+    packed = dict(np.load(HUMANS, allow_pickle=False))
+    packed["cue-conflict/response"] = np.concatenate(
+        [packed["cue-conflict/response"], packed["cue-conflict/texture"][None]]
+    )
+    np.savez(tmp_path / "humans.npz", **packed)
+    notes = []
+    for path in (HUMANS, tmp_path / "humans.npz"):
+        lines = human.lines(tmp_path, path, Computed(), Bright().logits)
+        notes += [line[-1] for line in lines if line[1] == "shape bias"]
+    observers = len(cues.response)
+    biases = [metrics.shape_bias(r, cues.category, cues.texture) for r in cues.response]
+    assert notes == [
+        f"humans: {100 * sum(biases) / observers:.1f} %",
+        f"humans: {100 * sum(biases) / (observers + 1):.1f} %",
+    ]
+    assert notes[0] == "humans: 95.8 %"  # as published
+
+
 def test_missing_stimuli_are_a_line(tmp_path):
     (line,) = human.lines(tmp_path, HUMANS, None, None)
     assert line[2] is None
