@@ -90,14 +90,8 @@ def main(
         for pair in pairs[1:]:
             loaded(*pair)
         others = [name for name in packaged.BUILTIN if name != train]
-        settings = tasks.Settings(
-            data,
-            outside,
-            grouped,
-            human_data,
-            others[0] if train in packaged.BUILTIN else None,
-            views,
-        )
+        other = others[0] if train in packaged.BUILTIN else None
+        settings = tasks.Settings(data, outside, grouped, human_data, other, views)
         reports: list[page.Report] = []
         for name, file in pairs:
             net = loaded(name, file)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import forked
@@ -565,3 +566,33 @@ def test_two_processes_share_the_features(folders, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
         reports.append(json.loads((tmp_path / name / "report.json").read_text())["rows"])
     assert reports[0] == reports[1]
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_of_two_processes_cannot_read_is_a_row_on_both(folders, tmp_path):
+    """Pieces of 8 images: the second process computes the second piece of the held-out images."""
+    shutil.copytree(folders, tmp_path / "images")
+    broken = tmp_path / "images/held_out/grey/0.png"
+    broken.write_bytes(b"no picture")
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        "import runpy\n"
+        "from mesa_train.training.evaluation.suite import images\n"
+        "images.PIECE = 8\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    options = ["--cpu", "--train", tmp_path / "images/train", "--held-out", tmp_path / "images/held_out",
+               "--groups", tmp_path / "images/groups.csv", "--tasks", "knn,fairness"]  # fmt: skip
+    done = forked.run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", starter, *options,
+         "--out", tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+             "CUDA_VISIBLE_DEVICES": ""},
+        timeout=HUNG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *rest = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    assert (first["task"], first["value"]) == ("knn", None)
+    assert str(broken) in first["note"]
+    assert {row["task"] for row in rest} == {"fairness"}
+    assert rest[0]["value"] is not None

@@ -69,6 +69,16 @@ def test_other_sets_of_imagenet(tmp_path):
     assert "needs a classifier of ImageNet's 1,000 classes" in found["imagenet-a"].note
 
 
+def test_a_set_that_fails_is_a_row_and_the_others_are_scored(tmp_path):
+    solid(tmp_path / "imagenet-a/no_class_of_it/a.png", 3)
+    solid(tmp_path / "imagenet-v2/2/a.png", 2)
+    found = {r.data: r for r in tasks.ood(evaluation(tmp_path)) if r.metric != "ECE, 15 bins"}
+    assert found["imagenet-a"].value is None
+    assert found["imagenet-a"].note.startswith("failed: --data: ")
+    assert "has no class folder of imagenet-a" in found["imagenet-a"].note
+    assert found["imagenet-v2"].value == 1.0
+
+
 def test_the_border_of_objectnet_is_cropped_as_it_is_read(tmp_path):
     path = tmp_path / "objectnet/chair/a.png"
     solid(path, 9)
