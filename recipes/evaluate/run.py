@@ -7,13 +7,14 @@
     accelerate launch recipes/evaluate/run.py --model ...            # on several GPUs
 
 Features are computed once and kept under OUT/features. The report is OUT/report.html, report.json
-and plots.png. Several models have a column each. What cannot be measured is a row with the reason.
+and plots.png. Several models have a column each. A task that fails is a row with the reason.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,13 @@ import typer
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import packaged
+from mesa_train.training.evaluation.suite import groups as grouping
 from mesa_train.training.evaluation.suite import images, page, tasks
 from mesa_train.training.evaluation.suite.frozen import FrozenModel, head_of, load_model
+from mesa_train.training.recipe_config import check_out
 from mesa_train.utils import records
 
 HUMANS = Path(__file__).parent / "data/human_responses.npz"
-MISTAKES = (ValueError, ImportError, OSError)
 
 
 def main(
@@ -56,6 +58,9 @@ def main(
     human_data: Annotated[Path, typer.Option(help="Packed human responses.")] = HUMANS,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    views: Annotated[
+        int, typer.Option(min=1, help="Of a training image for the probe; more than 1: mild crops.")
+    ] = 1,
     half: Annotated[bool, typer.Option("--half", help="Keep features in float16.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
     out: Annotated[Path, typer.Option(help="Report and cache.")] = Path("runs/evaluate"),
@@ -68,8 +73,10 @@ def main(
     accelerator = Accelerator(cpu=cpu)
     try:
         wanted = tasks.chosen(tasks_)
+        check_out(str(out), "--out")
         known, test = _images(train, held_out)
-        grouped = images.of_csv(groups) if groups is not None else None
+        outside = images.of_any(out_set, "--out-set") if out_set is not None else None
+        grouped = grouping.of_csv(groups) if groups is not None else None
         pairs = paired(model, weights)
 
         def loaded(name: str, file: str | None) -> FrozenModel:
@@ -83,23 +90,36 @@ def main(
         for pair in pairs[1:]:
             loaded(*pair)
         others = [name for name in packaged.BUILTIN if name != train]
-        settings = tasks.Settings(
-            data, out_set, grouped, human_data, others[0] if train in packaged.BUILTIN else None
-        )
-        reports = []
+        other = others[0] if train in packaged.BUILTIN else None
+        settings = tasks.Settings(data, outside, grouped, human_data, other, views)
+        reports: list[page.Report] = []
         for name, file in pairs:
             net = loaded(name, file)
             cache = images.FeatureCache(net, out / "features", accelerator, batch_size, half)
             evaluation = tasks.Evaluation(net, known, test, cache, settings)
-            out.mkdir(parents=True, exist_ok=True)
-            rows = [row for task in wanted for row in tasks.TASKS[task](evaluation)]
-            about = _about(name, file, evaluation)
-            reports.append(page.Report(about, rows, evaluation.plots))
+            _measure(evaluation, wanted, name, file, reports, out)
         if accelerator.is_main_process:
             _print(reports, page.write(out, reports))
-    except MISTAKES as error:
+    except tasks.MISTAKES as error:
         raise SystemExit(f"evaluate: {' '.join(str(error).split())}") from None
     accelerator.wait_for_everyone()
+
+
+def _measure(
+    e: tasks.Evaluation, wanted: list[str], name: str, file: str | None,
+    reports: list[page.Report], out: Path,
+) -> None:  # fmt: skip
+    """Run the tasks on a model and append its report, which is written even if a task has a bug."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[tasks.Row] = []
+    try:
+        for task in wanted:
+            rows += tasks.tried(task, e.test.name, partial(tasks.TASKS[task], e))
+    except BaseException:
+        if e.features.accelerator.is_main_process and rows:
+            page.write(out, [*reports, page.Report(_about(name, file, e), rows, e.plots)])
+        raise
+    reports.append(page.Report(_about(name, file, e), rows, e.plots))
 
 
 def paired(models: list[str], weights: list[str]) -> list[tuple[str, str | None]]:

@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tables import dense, efficient, engine, fallback, families, gpu, open_world, recipes, training
+from tables import (
+    dense,
+    efficient,
+    engine,
+    fallback,
+    families,
+    gpu,
+    open_world,
+    recipes,
+    training,
+    transfer,
+)
 from tables.text import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,7 +82,18 @@ def renew(text: str, results: Path) -> str:
 
 TABLES: dict[str, Table] = {
     name: table
-    for module in (dense, efficient, engine, fallback, families, gpu, open_world, recipes, training)
+    for module in (
+        dense,
+        efficient,
+        engine,
+        fallback,
+        families,
+        gpu,
+        open_world,
+        recipes,
+        training,
+        transfer,
+    )
     for name, table in vars(module).items()
     if isinstance(table, Table)
 }

@@ -2,9 +2,11 @@
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import forked
@@ -18,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mesa_train.models  # noqa: F401  timm knows them from here on
-from mesa_train.training.evaluation.suite import frozen, images, page, tasks
+from mesa_train.training.evaluation.suite import frozen, groups, images, page, tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "recipes/evaluate/run.py"
@@ -88,9 +90,18 @@ def test_own_folders_and_groups(folders, tmp_path):
     assert again["about"]["features computed"] == 0
     assert again["rows"] == report["rows"]
 
-    code, output = call(*options[:-4], "--tasks", "ood_detection", "--out", tmp_path,
-                        "--out-set", folders / "held_out")  # fmt: skip
-    assert code == 0, output
+    # The same pictures without labels: in class folders, or in one folder.
+    found = []
+    for outside in (folders / "held_out", folders / "held_out/dark"):
+        code, output = call(*options[:-4], "--tasks", "ood_detection", "--out", tmp_path,
+                            "--out-set", outside)  # fmt: skip
+        assert code == 0, output
+        rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+        found.append(rows[0])
+    assert [row["note"].split(";")[0] for row in found] == [
+        "24 images inside, 24 outside", "24 images inside, 8 outside"
+    ]  # fmt: skip
+    assert found[0]["value"] == 0.5  # the same images inside and outside
 
 
 MISTAKES = [
@@ -102,6 +113,7 @@ MISTAKES = [
     (["--train", "nowhere", "--held-out", "x"], "--train: no such folder nowhere"),
     (["--held-out", "x"], "--held-out: digits has its own held-out images"),
     (["--groups", "no.csv"], "--groups: no file no.csv"),
+    (["--out-set", "no/such"], "--out-set: no such folder no/such"),
     (["--model", "vit_22b_tiny", "--model", "no_vit"], "no model 'no_vit' in timm"),
     (["--model", "vit_22b_tiny", "--model", "moco_vit_tiny", "--weights", "random"],
      "got 1 for 2 models; random stands for random weights"),
@@ -118,6 +130,129 @@ def test_a_mistake_is_one_line(options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "report").write_text("x")
+    code, output = call("--out", tmp_path / "report")
+    assert (code, output.strip()) == (
+        1, f"evaluate: --out: {tmp_path / 'report'} is a file, not a folder"
+    )  # fmt: skip
+
+
+def test_a_task_that_fails_is_a_row_and_the_others_are_written(folders, tmp_path):
+    """A picture of the groups cannot be decoded; it is found when its features are computed."""
+    lines = (folders / "groups.csv").read_text().splitlines()
+    for line in lines[1:]:
+        path = tmp_path / line.split(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folders / line.split(",")[0]).read_bytes())
+    path.write_bytes(b"no picture")
+    (tmp_path / "groups.csv").write_text("\n".join(lines))
+    code, output = call(
+        "--train", folders / "train", "--held-out", folders / "held_out", "--groups",
+        tmp_path / "groups.csv", "--tasks", "fairness,fewshot", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, output
+    first, *rest = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    assert (first["task"], first["value"]) == ("fairness", None)
+    assert first["note"].startswith(f"failed: {path} cannot be decoded")
+    assert {row["task"] for row in rest} == {"fewshot"}
+    assert rest[0]["value"] is not None
+
+
+def test_a_bug_in_a_task_shows_itself_after_the_finished_rows_are_written(
+    folders, tmp_path, monkeypatch
+):
+    def broken(e):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(tasks.TASKS, "knn", broken)
+    options = ["--train", folders / "train", "--held-out", folders / "held_out"]
+    code, output = call(*options, "--tasks", "fewshot,knn", "--out", tmp_path)
+    assert code == 1
+    assert "evaluate:" not in output
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == {"fewshot"}
+
+
+def test_few_training_images_give_rows_with_the_reason(folders, tmp_path):
+    for label, count in (("dark", 3), ("light", 2)):
+        for i in range(count):
+            picture(tmp_path / "train" / label / f"{i}.png", 20 if label == "dark" else 200,
+                    np.random.default_rng(i))  # fmt: skip
+    for split, labels in (("held_out", ("dark", "light")),):
+        for label in labels:
+            picture(tmp_path / split / label / "0.png", 20 if label == "dark" else 200,
+                    np.random.default_rng(9))  # fmt: skip
+    code, output = call("--train", tmp_path / "train", "--held-out", tmp_path / "held_out",
+                        "--tasks", "knn,probe", "--views", 2, "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, output
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    rows = {r["metric"]: r for r in report["rows"]}
+    assert rows["k = 10"]["value"] is None
+    assert rows["k = 10"]["note"] == "there are 5 training images"
+    assert rows["top-1 accuracy"]["value"] == 1.0
+    assert rows["top-1 accuracy"]["note"].endswith(
+        "chosen on 1 of 5 training images, 2 views of each"
+    )
+    # Five training images twice, and two held-out images.
+    assert report["about"]["features computed"] == 12
+
+
+def test_views_are_mild_crops_of_view_and_index_alone(folders):
+    (known, _) = images.of_folders(str(folders / "train"), str(folders / "held_out"))
+    plain, first, again, second = (
+        np.asarray(images.viewed(known, 3, view)) for view in (0, 1, 1, 2)
+    )
+    assert np.array_equal(plain, np.asarray(known.read(3)))
+    assert first.shape == plain.shape
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, plain)
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("labels", "group", "split", "message"),
+    [
+        ("0" * 12, "ab" * 6, None, "no image of label 1 in the split fit, which needs one"),
+        ("01" * 4, "aaaaaaab", None, "in the split tune"),
+        ("01" * 6, "ab" * 6, ["fit"] * 6 + ["tune"] * 3 + ["test"] * 3, ""),
+        ("01" * 6, "aabb" * 3, ["fit"] * 4 + ["tune"] * 4 + ["test"] * 4, None),
+        ("01" * 6, "aabb" * 3, ["fit"] * 6 + ["tune"] * 4 + ["test"] * 2,
+         "no image of group a in the split test"),
+        ("01" * 6, "aabb" * 3, ["fit"] * 4 + ["tune"] * 8, "no image of label 0 and label 1 and group a"),
+    ],
+)  # fmt: skip
+def test_each_split_of_groups_needs_both_labels_and_tune_and_test_each_group(
+    labels, group, split, message, tmp_path
+):
+    lines = ["file,label,group" + (",split" if split else "")]
+    for i, (label, own) in enumerate(zip(labels, group, strict=True)):
+        (tmp_path / f"{i}.png").touch()
+        lines.append(f"{i}.png,{label},{own}" + (f",{split[i]}" if split else ""))
+    path = tmp_path / "groups.csv"
+    path.write_text("\n".join(lines))
+    if not message:
+        found = groups.of_csv(path)
+        assert [found.split.count(name) for name in groups.SPLITS] == [
+            split.count(name) for name in groups.SPLITS
+        ]
+        return
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        groups.of_csv(path)
+    assert str(path) in str(error.value)
+    assert str(error.value).startswith("--groups: ")
+
+
+def test_twelve_rows_without_a_split_have_every_label_and_group_where_they_are_needed():
+    labels, group = list("001100110011"), list("010101010101")
+    split = groups.in_turn(labels, group)
+    assert [split.count(name) for name in groups.SPLITS] == [6, 3, 3]
+    for name in ("tune", "test"):
+        rows = [i for i, own in enumerate(split) if own == name]
+        assert {labels[i] for i in rows} == {"0", "1"}
+        assert {group[i] for i in rows} == {"0", "1"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -132,7 +267,7 @@ def test_a_wrong_table_of_groups_is_one_line(text, message, tmp_path):
     (tmp_path / "b.png").touch()
     (tmp_path / "groups.csv").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        images.of_csv(tmp_path / "groups.csv")
+        groups.of_csv(tmp_path / "groups.csv")
 
 
 def test_the_page_stands_alone_and_reads_on_a_phone_and_in_print(tmp_path):
@@ -218,6 +353,28 @@ def test_values_of_several_models_are_in_the_row_of_their_metric():
     assert [column.header for column in table.columns] == ["task", "data", "metric", "a", "b", "note"]  # fmt: skip
     # On a terminal, the notes of numbers would take most of the room.
     assert list(table.columns[-1].cells) == ["b: why", "", ""]
+
+
+def test_long_paths_are_short_on_a_terminal_of_80_columns():
+    train, other = "/data/sets/of/somebody/imagenet/validation", "/scratch/other/validation"
+    rows = [
+        tasks.Row("probe", train, "top-1 accuracy", 0.5, note="learning rate 0.1"),
+        tasks.Row("ood", other, "top-1 accuracy", 0.25),
+        tasks.Row("knn", "digits/held_out", "k = 10", 0.25),
+    ]
+    assert page.shortened([r.data for r in rows]) == {
+        train: "…/imagenet/validation", other: "…/other/validation",
+        "digits/held_out": "digits/held_out",
+    }  # fmt: skip
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(page.table([report("m", *rows)]))
+    lines = console.export_text().splitlines()
+    for row in rows:
+        line = next(line for line in lines if line.strip().startswith(row.task))
+        assert page.shortened([r.data for r in rows])[row.data] in line
+        assert row.metric in line
 
 
 def test_models_of_one_name_are_told_apart():
@@ -409,3 +566,33 @@ def test_two_processes_share_the_features(folders, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
         reports.append(json.loads((tmp_path / name / "report.json").read_text())["rows"])
     assert reports[0] == reports[1]
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_of_two_processes_cannot_read_is_a_row_on_both(folders, tmp_path):
+    """Pieces of 8 images: the second process computes the second piece of the held-out images."""
+    shutil.copytree(folders, tmp_path / "images")
+    broken = tmp_path / "images/held_out/grey/0.png"
+    broken.write_bytes(b"no picture")
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        "import runpy\n"
+        "from mesa_train.training.evaluation.suite import images\n"
+        "images.PIECE = 8\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    options = ["--cpu", "--train", tmp_path / "images/train", "--held-out", tmp_path / "images/held_out",
+               "--groups", tmp_path / "images/groups.csv", "--tasks", "knn,fairness"]  # fmt: skip
+    done = forked.run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", starter, *options,
+         "--out", tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+             "CUDA_VISIBLE_DEVICES": ""},
+        timeout=HUNG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *rest = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    assert (first["task"], first["value"]) == ("knn", None)
+    assert str(broken) in first["note"]
+    assert {row["task"] for row in rest} == {"fairness"}
+    assert rest[0]["value"] is not None

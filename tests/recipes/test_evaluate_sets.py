@@ -69,6 +69,16 @@ def test_other_sets_of_imagenet(tmp_path):
     assert "needs a classifier of ImageNet's 1,000 classes" in found["imagenet-a"].note
 
 
+def test_a_set_that_fails_is_a_row_and_the_others_are_scored(tmp_path):
+    solid(tmp_path / "imagenet-a/no_class_of_it/a.png", 3)
+    solid(tmp_path / "imagenet-v2/2/a.png", 2)
+    found = {r.data: r for r in tasks.ood(evaluation(tmp_path)) if r.metric != "ECE, 15 bins"}
+    assert found["imagenet-a"].value is None
+    assert found["imagenet-a"].note.startswith("failed: --data: ")
+    assert "has no class folder of imagenet-a" in found["imagenet-a"].note
+    assert found["imagenet-v2"].value == 1.0
+
+
 def test_the_border_of_objectnet_is_cropped_as_it_is_read(tmp_path):
     path = tmp_path / "objectnet/chair/a.png"
     solid(path, 9)
@@ -95,6 +105,30 @@ def test_stimuli_of_human_trials(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="has 0 stimuli for the trial"):
         human.stimuli(tmp_path / "model-vs-human/cue-conflict", cues)
+
+
+def test_the_shape_bias_of_humans_is_that_of_the_human_data(tmp_path):
+    """An observer who sees textures alone is added to the data: the mean falls."""
+    humans = metrics.read_human_data(HUMANS)
+    cues = humans["cue-conflict"]
+    for i, raw in enumerate(cues.image_id):
+        solid(tmp_path / "model-vs-human/cue-conflict" / f"{i:04d}_{raw.decode()}", 20)
+    packed = dict(np.load(HUMANS, allow_pickle=False))
+    packed["cue-conflict/response"] = np.concatenate(
+        [packed["cue-conflict/response"], packed["cue-conflict/texture"][None]]
+    )
+    np.savez(tmp_path / "humans.npz", **packed)
+    notes = []
+    for path in (HUMANS, tmp_path / "humans.npz"):
+        lines = human.lines(tmp_path, path, Computed(), Bright().logits)
+        notes += [line[-1] for line in lines if line[1] == "shape bias"]
+    observers = len(cues.response)
+    biases = [metrics.shape_bias(r, cues.category, cues.texture) for r in cues.response]
+    assert notes == [
+        f"humans: {100 * sum(biases) / observers:.1f} %",
+        f"humans: {100 * sum(biases) / (observers + 1):.1f} %",
+    ]
+    assert notes[0] == "humans: 95.8 %"  # as published
 
 
 def test_missing_stimuli_are_a_line(tmp_path):

@@ -134,6 +134,23 @@ def load_one(folder: str, field: str) -> tuple[Rows, list[str]]:
     return _rows(listing, names), names
 
 
+def load_flat(folder: str, field: str) -> Rows:
+    """List all images of a folder and its subfolders, sorted by path; every label is 0.
+
+    Raises:
+        ConfigError: the folder is missing or holds no image.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{field}: no such folder {shown(folder)}")
+    found, paths = Listing(folder, {}), list[str]()
+    _walk(folder, ".", paths, found)
+    if not paths:
+        raise ConfigError(f"{field}: no image in {shown(folder)} or its subfolders")
+    found.nested.clear()  # there are no classes
+    _report(found)
+    return Rows(sorted(paths), [0] * len(paths))
+
+
 def shown(path: str) -> str:
     """Format a path for a message.
 

@@ -10,6 +10,7 @@ from mesa_train.training.config_schema import (
     NOT_NEGATIVE,
     POSITIVE,
     PROBABILITY,
+    SHARE,
     ConfigError,
     Configuration,
     OneOf,
@@ -70,6 +71,10 @@ class DataConfig:
             enlarged, so with a small share a thing looks nearer than its depth.
         ratio: range of a crop's aspect ratio; default (3/4, 4/3).
         hflip: probability of a mirror image; default 0.5.
+        class_share: largest share of a class among a crop's labelled pixels; default 1. Below 1, up to
+            10 crops are drawn until one keeps to it, as Segmenter does with 0.75.
+        distortion: change brightness, contrast, saturation and hue, each with probability 0.5; default
+            false.
         pictures: training pictures of "composed" and "rooms"; default 160. A quarter as many are
             held out.
     """
@@ -90,6 +95,8 @@ class DataConfig:
     scale: Annotated[tuple[float, float], Range(1.0)] = (0.2, 1.0)
     ratio: Annotated[tuple[float, float], Range()] = (3 / 4, 4 / 3)
     hflip: Annotated[float, PROBABILITY] = 0.5
+    class_share: Annotated[float, PROBABILITY] = 1.0
+    distortion: bool = False
     pictures: Annotated[int, POSITIVE] = 160
 
     def check(self) -> None:
@@ -105,6 +112,12 @@ class DataConfig:
             raise ConfigError(f"data.path: no such folder {self.path}")
         if self.fraction <= 0:
             raise ConfigError("data.fraction must be above 0, got 0")
+        if self.class_share <= 0:
+            raise ConfigError("data.class_share must be above 0, got 0")
+        if self.class_share < 1 and self.task == "depth":
+            raise ConfigError(
+                f"data.class_share={self.class_share:g} is for data.task=segmentation"
+            )
 
     @property
     def window_stride(self) -> int:
@@ -124,13 +137,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DecoderOptimConfig(OptimConfig):
+    """The optimizer of a decoder; more settings of `OptimConfig`.
+
+    Attributes:
+        name: "adamw" (default) or "sgd".
+        momentum: of SGD; default 0.9.
+        schedule: after the warm-up: "cosine" (default) to 0, or "poly" to 1 % of the peak by the
+            power 0.9.
+    """
+
+    name: Annotated[str, OneOf(("adamw", "sgd"))] = "adamw"
+    momentum: Annotated[float, SHARE] = 0.9
+    schedule: Annotated[str, OneOf(("cosine", "poly"))] = "cosine"
+
+
+@dataclass(frozen=True)
 class Config(Configuration):
     """Configuration of the recipe, one section for each topic."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: DecoderOptimConfig = field(default_factory=DecoderOptimConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(global_batch=16, out="runs/decoders")
     )

@@ -30,6 +30,8 @@ from .config import DataConfig
 from .rooms import Rooms
 
 MOTORCYCLE_MM = (994.978 * 193.001, 31.086)
+# Crops that are drawn to keep to `data.class_share`.
+TRIES = 10
 DEPTH_ENDINGS = (".png", ".npy", ".npz")
 
 
@@ -256,7 +258,7 @@ class Crops(Dataset[Any]):
 
     def _cropped(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         side, config = self.config.image_size, self.config
-        top, left, height, width = _box(image, config.scale, config.ratio)
+        top, left, height, width = self._place(image, label)
         image = F.resized_crop(
             image, top, left, height, width, [side, side],
             v2.InterpolationMode.BILINEAR, antialias=True,
@@ -267,7 +269,34 @@ class Crops(Dataset[Any]):
         )  # fmt: skip
         if torch.rand(()).item() < config.hflip:
             image, label = image.flip(-1), label.flip(-1)
+        if config.distortion:
+            image = _distorted(image)
         return normalised(image, self.mean, self.std), torch.as_tensor(label)
+
+    def _place(self, image: Tensor, label: Tensor) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the crop; `data.class_share` draws up to `TRIES`."""
+        config = self.config
+        box = _box(image, config.scale, config.ratio)
+        if config.class_share == 1:
+            return box
+        for _ in range(TRIES - 1):
+            top, left, height, width = box
+            part = label[top : top + height, left : left + width]
+            counts = part[part != IGNORED].long().bincount()
+            if len(counts) and int(counts.max()) <= config.class_share * int(counts.sum()):
+                break
+            box = _box(image, config.scale, config.ratio)
+        return box
+
+
+def _distorted(image: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, each changed with probability 0.5."""
+    ranges: list[dict[str, float]] = [
+        {"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1}
+    ]  # fmt: skip
+    steps = [v2.RandomApply([v2.ColorJitter(**about)], 0.5) for about in ranges]
+    changed: Tensor = v2.Compose(steps)(tv_tensors.Image(image))
+    return changed
 
 
 def _box(

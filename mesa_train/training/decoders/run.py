@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import mesa_train
 from mesa_train.methods.apply import PLAIN
+from mesa_train.models.moco.batch_norm import synchronise
 from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.sources import keeping_random_state, train_order
@@ -73,11 +74,11 @@ class DecoderRun(RecipeRun):
         self.model = build(config, self.net, len(train.names))
         self.shapes = checkpoints.shapes(self.model)
         self.model.to(self.device)
+        if self.world > 1:
+            synchronise(self.model.decoder, self.device)
         if config.train.policy != PLAIN:
             mesa_train.wrap(self.model, config.train.policy)
-        self.optimizer = torch.optim.AdamW(
-            decayed(self.model.parameters(), config.optim.weight_decay), lr=0.0
-        )
+        self.optimizer = optimizer(self.model, config)
         self.crops = data.Crops(train, config.data, self.net.mean, self.net.std, config.train.seed)
 
     def epoch_batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -100,15 +101,39 @@ class DecoderRun(RecipeRun):
         """Cross-entropy of labelled pixels, or the loss of valid depths."""
         images, labels = (x.to(self.device, non_blocking=True) for x in batch)
         output, further = self._both(images)
+        share = self._share((labels > 0) if self.depth else (labels != data.IGNORED))
+        if not share:
+            return output.sum() * 0 + (0.0 if further is None else further.sum() * 0)
         if self.depth:
-            return self._depth_loss(output[:, 0], labels)
-        if not (labels != data.IGNORED).any():
-            return output.sum() * 0
+            return share * self._depth_loss(output[:, 0], labels)
         loss = F.cross_entropy(output, labels.long(), ignore_index=data.IGNORED)
         if further is not None:
             second = F.cross_entropy(further, labels.long(), ignore_index=data.IGNORED)
             loss = loss + self.config.model.aux_weight * second
-        return loss
+        return share * loss
+
+    def _share(self, counted: Tensor) -> float:
+        """The pixels of this process that count, divided by their mean over processes.
+
+        The loss is a mean over a process's pixels. Times this share, the mean over processes is the
+        mean over the pixels of all processes.
+        """
+        own = int(counted.sum())
+        if self.world == 1:
+            return float(own > 0)
+        total = self.accelerator.reduce(
+            torch.tensor(float(own), device=self.device), reduction="sum"
+        )
+        return own * self.world / max(1.0, float(total))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after `step` steps."""
+        optim = self.config.optim
+        warm = optim.warmup_epochs * self.cadence.epoch
+        if optim.schedule == "cosine" or step < warm:
+            return super().rate(step)
+        left = 1 - (step - warm) / max(1.0, self.cadence.steps - warm)
+        return float(optim.lr * (0.01 + 0.99 * left**0.9))
 
     def _both(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs of both heads. UperNet's second head is part of the forward in training."""
@@ -118,8 +143,6 @@ class DecoderRun(RecipeRun):
 
     def _depth_loss(self, z: Tensor, depth: Tensor) -> Tensor:
         """The configured loss of z = log(1 + metres)."""
-        if not (depth > 0).any():
-            return z.sum() * 0
         metres = metres_of(z)
         kind = self.config.loss.depth
         if kind == "scale_invariant":
@@ -221,6 +244,14 @@ class DecoderRun(RecipeRun):
             about = {"model": self.config.model.name, "decoder": self.config.model.decoder}
             checkpoints.save_weights(path, self.model.state_dict(), about)
         return path
+
+
+def optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW or SGD of the trained parameters; biases, norms and scalars do not decay."""
+    groups, optim = decayed(model.parameters(), config.optim.weight_decay), config.optim
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum)
+    return torch.optim.AdamW(groups, lr=0.0)
 
 
 def bands_of(depth: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def knn(
     Returns:
         (M,) labels; for several values of k, (values of k, M).
     Raises:
-        ValueError: k does not lie between 1 and N, or a shape does not fit.
+        ValueError: k is empty or does not lie between 1 and N, or a shape does not fit.
     """
     known, x = (
         numbers("train_features", train_features, 2),
@@ -185,6 +185,8 @@ def knn(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     wanted = [int(value) for value in np.atleast_1d(np.asarray(k))]
+    if not wanted:
+        raise ValueError("k must hold at least one number of neighbours, got none")
     for value in wanted:
         if not 1 <= value <= len(known):
             raise ValueError(f"k={value} must lie between 1 and the {len(known)} training features")

@@ -68,8 +68,8 @@ class DataConfig:
             folders; default: the folders' names, or for ImageNet's folders CLIP's names.
         prompts: of the captions that are made from class names: a prompt set or a text file with a
             prompt in each line, {} for the name; default "simple".
-        sets: root folder of imagenet-a, -r, -v2 and objectnet, for ImageNet's classes; default:
-            none.
+        sets: root folder of imagenet-a, -r, -v2, objectnet, and imagenet-val for ReaL, for
+            ImageNet's classes; default: none.
         crop_min: smallest share of the area in a random crop, when the image tower trains; default
             1: no crop.
         workers: loader processes, when the image tower trains; default 0.

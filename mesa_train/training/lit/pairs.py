@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import packaged
@@ -26,6 +27,8 @@ from .config import DataConfig
 from .towers import imagenet_names, prompts_of
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Folder of ImageNet's validation images for ReaL.
+VALIDATION = "imagenet-val"
 _SYNSET = re.compile(r"n\d{8}")
 
 
@@ -59,11 +62,43 @@ class Pairs:
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Labelled images and the names of their classes."""
+    """Labelled images and the names of their classes.
+
+    Attributes:
+        name: of the set.
+        images: with a label each.
+        names: of the classes.
+        subset: one of ImageNet's sets whose images are resized by a rule of their own; default "".
+        answers: of each image all right classes, of ReaL; default: the label alone. Images without
+            an answer do not count.
+    """
 
     name: str
     images: Images
     names: tuple[str, ...]
+    subset: str = ""
+    answers: tuple[tuple[int, ...], ...] | None = None
+
+    def short_side(self, size: int) -> int | None:
+        """The short side of the resize before a crop of `size` pixels; None for the square resize."""
+        return suite.short_side_of(self.subset, size) if self.subset else None
+
+    def hits(self, guesses: Tensor) -> Tensor:
+        """Whether each guess (N, k) is right, (N', k) over the images that count."""
+        if self.answers is None:
+            return guesses == self.images.labels[:, None]
+        rows = [
+            [guess in right for guess in row]
+            for row, right in zip(guesses.tolist(), self.answers, strict=True)
+            if right
+        ]
+        if not rows:
+            raise ConfigError(f"data.sets: no image of {self.images.name} has a ReaL label")
+        return torch.tensor(rows)
+
+    def __len__(self) -> int:
+        """The number of images that count."""
+        return len(self.images) if self.answers is None else sum(map(bool, self.answers))
 
 
 def load(config: DataConfig) -> tuple[Pairs, list[ZeroShotSet]]:
@@ -146,30 +181,42 @@ def class_names(folders: Sequence[str], path: str | None) -> tuple[str, ...]:
 
 
 def further(config: DataConfig, names: Sequence[str]) -> list[ZeroShotSet]:
-    """ImageNet's other test sets that are under `data.sets`.
+    """ImageNet's other test sets that are under `data.sets`, and its validation images with ReaL labels.
 
     Raises:
         ConfigError: the folder has none of them, or the classes are not ImageNet's.
     """
     if config.sets is None:
         return []
-    root = Path(config.sets)
-    there = [subset for subset in label_subsets.SUBSETS if (root / subset).is_dir()]
+    root, known = Path(config.sets), (*label_subsets.SUBSETS, VALIDATION)
+    there = [subset for subset in known if (root / subset).is_dir()]
     if not there or len(names) != label_subsets.CLASSES:
         raise ConfigError(
-            f"data.sets: {root} must hold folders of {', '.join(label_subsets.SUBSETS)}, and "
-            f"data.held_out 1,000 classes; got {', '.join(there) or 'none'} and {len(names)} classes"
+            f"data.sets: {root} must hold folders of {', '.join(known)}, and data.held_out 1,000 "
+            f"classes; got {', '.join(there) or 'none'} and {len(names)} classes"
         )
-    found = []
-    for subset in there:
-        images = suite.of_subset(root / subset, subset)
-        if subset == "objectnet":
-            about = label_subsets.class_list("objectnet_113")["folders"]
-            labels = tuple(folder.replace("_", " ") for folder in about)
-        else:
-            labels = tuple(names[c[0]] for c in label_subsets.subset_columns(subset))
-        found.append(ZeroShotSet(subset, images, labels))
-    return found
+    return [
+        _real(root / VALIDATION, names) if subset == VALIDATION else _other(root, subset, names)
+        for subset in there
+    ]
+
+
+def _other(root: Path, subset: str, names: Sequence[str]) -> ZeroShotSet:
+    """ImageNet-A, -R, -v2 or ObjectNet: their own classes alone."""
+    images = suite.of_subset(root / subset, subset)
+    if subset == "objectnet":
+        about = label_subsets.class_list("objectnet_113")["folders"]
+        labels = tuple(folder.replace("_", " ") for folder in about)
+    else:
+        labels = tuple(names[c[0]] for c in label_subsets.subset_columns(subset))
+    return ZeroShotSet(subset, images, labels, subset)
+
+
+def _real(path: Path, names: Sequence[str]) -> ZeroShotSet:
+    """ImageNet's validation images; any of their ReaL labels is right."""
+    images, real = suite.of_validation(path), label_subsets.real_labels()
+    answers = tuple(real[i] for i in images.labels.tolist())
+    return ZeroShotSet("ReaL", images, tuple(names), answers=answers)
 
 
 def crop(image: Any, smallest: float) -> Any:

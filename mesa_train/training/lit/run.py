@@ -141,20 +141,24 @@ class LitRun(RecipeRun):
             classes = self.classes(images.names, prompts).cpu()
         self.model.train()
         best = (features @ classes.T).topk(min(5, len(images.names)), 1).indices
-        hits = best == images.images.labels[:, None]
+        hits = images.hits(best)
         return hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
 
     def _features(self, images: ZeroShotSet) -> Tensor:
         """Embeddings (N, width) of a set; kept if the image tower is locked."""
         if images.name in self.tested:
             return self.tested[images.name]
+        short_side = images.short_side(self.net.size)
         if self.locked:
-            self.tested[images.name] = unit(self.cache(images.images))
+            self.tested[images.name] = unit(self.cache(images.images, short_side))
             return self.tested[images.name]
         found = []
         for start in range(0, len(images.images), FEATURE_BATCH):
             rows = range(start, min(start + FEATURE_BATCH, len(images.images)))
-            pixels = [self.net.pixels(images.images.read(i), images.images.squash) for i in rows]
+            pixels = [
+                self.net.pixels(images.images.read(i), images.images.squash, short_side)
+                for i in rows
+            ]
             with self.autocast():
                 part = self.net.features(torch.stack(pixels).to(self.device))
             found.append(unit(part).cpu())
@@ -183,7 +187,7 @@ class LitRun(RecipeRun):
         for images in self.sets:
             for prompts in PROMPTS:
                 top1, top5 = self.score(images, prompts)
-                row = {"set": images.name, "images": len(images.images), "prompts": prompts}
+                row = {"set": images.name, "images": len(images), "prompts": prompts}
                 rows.append(row | {"classes": len(images.names), "top1": top1, "top5": top5})
         return rows
 

@@ -1,12 +1,17 @@
 """Decoders: shapes on odd grids, folders of masks and depths, runs that continue exactly."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from limits import HUNG_S
 from PIL import Image
 
 import mesa_train.models  # noqa: F401
@@ -237,6 +242,10 @@ def test_depths_are_read_in_metres(tmp_path):
         ({"data__val_split": "test"}, "test"),
         ({"data__zero_ignored": False}, "has the value 2"),
         ({"data__fraction": 0.0}, "data.fraction must be above 0"),
+        ({"data__class_share": 0.0}, "data.class_share must be above 0"),
+        ({"optim__name": "adam"}, "optim.name must be one of adamw, sgd"),
+        ({"model__name": "vit_22b_tiny", "model__decoder": "upernet", "data__image_size": 28},
+         "model.name=vit_22b_tiny has 3 blocks, and model.decoder reads the maps of 4; take"),
         ({"model__decoder": "upernet", "train__global_batch": 1}, "at least 2 crops in each process"),
     ],
 )  # fmt: skip
@@ -264,8 +273,119 @@ def test_a_wrong_depth_folder_is_refused_in_one_line(tmp_path, folder):
 
 
 def test_the_decoder_files_are_configurations():
-    files = sorted((REPOSITORY / "recipes/decoders").glob("*.yaml"))
-    assert [load(f).data.task for f in files if "quickstart" in f.name] == ["depth", "segmentation"]
+    files = sorted((REPOSITORY / "recipes/decoders").glob("quickstart*.yaml"))
+    assert [load(f).data.task for f in files] == ["depth", "segmentation"]
+
+
+def test_the_ade20k_files_have_the_values_of_the_protocols(tmp_path):
+    """160,000 steps each: 64 epochs of 20,210 pictures by 8, 126 by 16."""
+    linear, upernet = (
+        load(REPOSITORY / f"recipes/decoders/ade20k_{name}.yaml", [f"data.path={tmp_path}"])
+        for name in ("linear", "upernet")
+    )
+    for found in (linear, upernet):
+        assert (found.data.classes, found.data.zero_ignored, found.data.class_share) == (
+            150,
+            True,
+            0.75,
+        )
+        steps = 20_210 // found.train.global_batch * found.train.epochs
+        assert steps == pytest.approx(160_000, rel=0.02)
+    assert (linear.optim.name, linear.optim.schedule, linear.optim.lr) == ("sgd", "poly", 1e-3)
+    assert linear.optim.weight_decay == 0
+    assert (upernet.optim.name, upernet.optim.lr, upernet.model.aux_weight) == ("adamw", 6e-5, 0.4)
+
+
+def test_sgd_with_a_polynomial_schedule_ends_at_a_hundredth(tmp_path, folder):
+    from recipe_tools import made
+
+    run = made(RECIPE, config(tmp_path, folder, optim__name="sgd", optim__schedule="poly",
+                              optim__lr=0.1, optim__weight_decay=0.0))  # fmt: skip
+    assert isinstance(run.optimizer, torch.optim.SGD)
+    assert {g["momentum"] for g in run.optimizer.param_groups} == {0.9}
+    assert run.cadence.steps == 6
+    assert [run.rate(0), run.rate(3), run.rate(6)] == pytest.approx(
+        [0.1, 0.1 * (0.01 + 0.99 * 0.5**0.9), 0.001]
+    )
+    run.step(run.batches())
+    assert run.lr == 0.1
+
+
+def test_no_class_takes_more_than_its_share_of_a_crop():
+    """A picture that is class 0 but for its left quarter: most crops have class 0 alone."""
+    label = torch.zeros(60, 60, dtype=torch.uint8)
+    label[:, :14] = 1
+    label[:5] = data.IGNORED
+    pictures = data.Pictures(lambda _: (torch.zeros(3, 60, 60, dtype=torch.uint8), label), 1)
+
+    def largest(share):
+        found = config(
+            "out", ".", data__class_share=share, data__scale=[0.05, 0.3], data__hflip=0.0
+        )
+        crops = data.Crops(pictures, found.data, [0.5] * 3, [0.5] * 3, seed=0)
+        labels = [crops[epoch, 0][1] for epoch in range(40)]
+        counts = [x[x != data.IGNORED].long().bincount() for x in labels]
+        return [float(c.max() / c.sum()) for c in counts]
+
+    free, kept = largest(1.0), largest(0.75)
+    # After ten tries a crop is taken as it is, and resizing moves its share a little.
+    assert sum(share <= 0.8 for share in free) < 15
+    assert sum(share <= 0.8 for share in kept) > 30
+
+
+def test_distortion_changes_colours_and_no_place(folder):
+    made = [
+        data.Crops(data.load(c.data)[0], c.data, [0.5] * 3, [0.5] * 3, seed=0)
+        for c in (config("out", folder, data__distortion=on) for on in (False, True))
+    ]
+    pairs = [(made[0][e, 0], made[1][e, 0]) for e in range(6)]
+    assert all(torch.equal(plain[1], changed[1]) for plain, changed in pairs)
+    moved = [(plain[0] - changed[0]).abs().mean() for plain, changed in pairs]
+    assert 0.01 < max(moved) < 1
+    assert torch.equal(made[1][2, 0][0], made[1][2, 0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["linear", "upernet", "depth"])
+def test_two_processes_train_as_one(tmp_path, folder, case):
+    """The crops of a step differ in their labelled pixels, so a mean of means would differ."""
+    changes = {
+        "linear": {"model__frozen": True},
+        "upernet": {"model__decoder": "upernet", "model__channels": 8},
+        "depth": {"data__task": "depth"},
+    }[case]
+    own, name = folder, "linear"
+    if case != "depth":
+        own, name = tmp_path / "pictures", case
+        shutil.copytree(folder, own)
+        for i in range(0, 12, 2):  # half of the pictures have few labels
+            path = own / f"annotations/training/{i}.png"
+            label = np.array(Image.open(path))
+            label[4:] = 0
+            Image.fromarray(label).save(path)
+    found = []
+    for processes in (1, 2):
+        values = config(tmp_path / str(processes), own, **changes).to_dict()
+        assert values["model"]["decoder"] == name
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+        script = [REPOSITORY / "recipes/decoders/train.py", "--config", file]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        done = forked.run((launch if processes == 2 else []) + script, env=env, timeout=HUNG_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / f"{processes}/metrics.jsonl").read_text().splitlines()
+        rows = list(map(json.loads, lines))
+        score = "abs_rel" if case == "depth" else "mean_iou"
+        found.append([
+            [(r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "step"],
+            [r[score] for r in rows if r["kind"] == "epoch"],
+        ])  # fmt: skip
+    (steps, scores), (steps_of_two, scores_of_two) = found
+    assert len(steps) == 6
+    for one, two in zip(steps, steps_of_two, strict=True):
+        assert two == pytest.approx(one, rel=2e-3)
+    assert scores_of_two == pytest.approx(scores, abs=5e-3)
 
 
 def test_the_linear_decoder_of_22b_has_the_published_size():
@@ -293,3 +413,30 @@ def test_swin_gives_maps_of_four_strides():
     maps = FeatureMaps(frozen, 4)
     assert maps.channels == [96, 192, 384, 768]
     assert maps.grid == (7, 7)
+
+
+def test_a_resnet_gives_the_strides_4_to_32():
+    """timm's ResNet has a stem of stride 2 as a fifth stage."""
+    net = timm.create_model("resnet10t", num_classes=0)
+    from mesa_train.training.evaluation.suite.frozen import FrozenModel
+
+    frozen = FrozenModel("resnet", net.eval(), None, 64, (0.5,) * 3, (0.5,) * 3, "bicubic", 3, "")
+    maps = FeatureMaps(frozen, 4)
+    with torch.no_grad():
+        found = maps(torch.zeros(1, 3, 64, 64))
+    assert [64 // m.shape[2] for m in found] == [4, 8, 16, 32]
+    assert len(FeatureMaps(frozen, 1).channels) == 1
+
+
+def test_a_model_of_fewer_blocks_than_maps_is_refused_by_its_name(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    from mesa_train.training.evaluation.suite.frozen import load_model
+
+    about = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                      intermediate_size=16, image_size=28, patch_size=14)  # fmt: skip
+    ViTModel(about).save_pretrained(tmp_path)
+    net = load_model(str(tmp_path), None, size=28, classes=None, device="cpu")
+    with pytest.raises(MISTAKES, match=rf"model.name={tmp_path} has 3 blocks"):
+        FeatureMaps(net, 4)
+    assert FeatureMaps(net, 1).grid == (2, 2)

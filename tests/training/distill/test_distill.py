@@ -258,6 +258,22 @@ def test_the_baseline_differs_in_its_labels_alone():
         assert student[section] == labels[section], section
 
 
+def test_the_file_of_imagenet_has_the_published_values():
+    """Mixup of whole images, one crop for both, no other augmentation; nothing else is a default."""
+    found = load(REPOSITORY / "recipes/distill/imagenet.yaml")
+    assert found.method.name == "distill"
+    assert (found.distill.image_size, found.data.image_size, found.distill.temperature) == (
+        384,
+        240,
+        1,
+    )
+    assert (found.train.global_batch, found.optim.lr, found.optim.weight_decay) == (1024, 1e-4, 0.1)
+    assert found.optim.lr_batch == 0
+    augment = found.augment
+    assert (augment.mixup, augment.cutmix, augment.color_jitter, augment.erase) == (1.0, 0, 0, 0)
+    assert tuple(augment.scale) == (0.05, 1.0)
+
+
 def test_a_dry_run_names_the_teacher(tmp_path, weights):
     text = recipe.dry_run(config(tmp_path, weights, bits="4", draws=3, top=4), 1)
     assert "teacher moco_vit_tiny: " in text

@@ -30,6 +30,11 @@ def test_test_features_are_standardised_by_the_training_features():
     assert np.abs(shifted - fitted.scores(x)).max() > 1
 
 
+def test_no_number_of_neighbours_is_one_line():
+    with pytest.raises(ValueError, match="k must hold at least one number of neighbours, got none"):
+        ev.knn(np.eye(3), [0, 1, 2], np.eye(3), [])
+
+
 def test_votes_are_weighted_by_similarity():
     train = np.array([[1.0, 0], [0.6, 0.8], [0.6, 0.8]])
     # One close neighbour of class 0 outvotes two far ones of class 1, but not at a high temperature.

@@ -76,6 +76,21 @@ def test_a_small_set_is_probed_in_500_steps_and_batches_of_16_at_the_least(image
     assert torch.equal(features.linear_probe([train], test, rates=[0.1]).weight, given.weight)
 
 
+@pytest.mark.parametrize(
+    ("images", "few"),
+    [(3, 1), (9, 1), (400, 40), (10_000, 1000), (60_000, 1000), (1_281_167, 12_811)],
+)
+def test_the_rate_is_chosen_on_1_percent_or_more_of_a_small_set(images, few):
+    assert features.held_back(images) == few
+
+
+def test_few_images_are_probed_or_refused_in_one_line():
+    few = clusters(6, classes=2)
+    assert features.linear_probe([few], clusters(20, 0.1, classes=2)).chosen_on == 1
+    with pytest.raises(ValueError, match="needs at least 3 training images, got 2"):
+        features.linear_probe([(few[0][:2], few[1][:2])], few)
+
+
 NAMES, THEIRS = ["tench", "tabby", "tiger cat", "ox"], ["fish", "cat", "boat"]
 
 

@@ -175,9 +175,66 @@ def test_a_wrong_csv_is_refused_in_one_line(text, message, tmp_path):
         pairs.of_csv(tmp_path / "c.csv")
 
 
+NAMES = tuple(f"class {i}" for i in range(1000))
+
+
+@pytest.fixture
+def imagenet_sets(tmp_path):
+    """A picture of ImageNet-A, -R and ObjectNet, and two validation images."""
+    for subset in ("imagenet-a", "imagenet-r", "objectnet"):
+        picture(tmp_path / "sets" / subset / metrics.subset_folders(subset)[0] / "a.png", 60)
+    for number in (1, 2):
+        picture(tmp_path / "sets/imagenet-val" / f"ILSVRC2012_val_{number:08d}.JPEG", 90)
+    return tmp_path / "sets"
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_each_set_is_resized_by_its_own_rule(imagenet_sets, tmp_path, locked):
+    from recipe_tools import made
+
+    run = made(
+        RECIPE, config(tmp_path / "out", model__locked=locked, data__sets=str(imagenet_sets))
+    )
+    run.sets = pairs.further(run.config.data, NAMES)
+    seen, pixels = [], run.net.pixels
+
+    def spy(image, squash=False, short_side=None):
+        seen.append((image.size, short_side))
+        return pixels(image, squash, short_side)
+
+    run.net.pixels = spy
+    for images in run.sets:
+        run._features(images)
+    # 14 pixels: the short side becomes 14 / 0.75 for A and ObjectNet, whose border is cropped first.
+    assert [s.name for s in run.sets] == ["imagenet-a", "imagenet-r", "objectnet", "ReaL"]
+    assert seen == [((20, 16), 19), ((20, 16), None), ((16, 12), 19), *[((20, 16), None)] * 2]
+
+
+def test_any_of_the_labels_of_real_is_right(imagenet_sets, monkeypatch):
+    from mesa_train.training.evaluation import label_subsets
+
+    monkeypatch.setattr(label_subsets, "real_labels", lambda: ((3, 7), ()))
+    found = config("out", data__sets=str(imagenet_sets)).data
+    (real,) = [s for s in pairs.further(found, NAMES) if s.name == "ReaL"]
+    assert len(real) == 1  # an image without a label does not count
+    assert real.hits(torch.tensor([[7, 0], [1, 2]])).tolist() == [[True, False]]
+    assert real.hits(torch.tensor([[5, 3], [1, 2]])).tolist() == [[False, True]]
+    assert len(real.names) == 1000
+
+
 def test_the_lit_files_are_configurations():
-    files = sorted((REPOSITORY / "recipes/lit").glob("*.yaml"))
-    assert [load(f).model.locked for f in files if "quickstart" in f.name] == [True, False]
+    files = sorted((REPOSITORY / "recipes/lit").glob("quickstart*.yaml"))
+    assert [load(f).model.locked for f in files] == [True, False]
+
+
+def test_the_file_of_captions_has_the_values_of_the_demonstration(tmp_path):
+    (tmp_path / "captions.csv").touch()
+    there = [f"data.train={tmp_path / 'captions.csv'}", f"data.held_out={tmp_path}",
+             f"data.sets={tmp_path}"]  # fmt: skip
+    found = load(REPOSITORY / "recipes/lit/captions.yaml", there)
+    assert (found.text.width, found.text.layers, found.text.context) == (512, 12, 16)
+    assert (found.train.global_batch, found.optim.lr, found.loss.temperature) == (4096, 1e-3, 10)
+    assert 591_753 // 4096 * found.train.epochs == pytest.approx(5000, rel=0.02)
 
 
 @pytest.mark.slow

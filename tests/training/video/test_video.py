@@ -1,10 +1,14 @@
 """The video probe: order of frames, folders of clips, a run that continues exactly."""
 
 import json
+import os
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+import yaml
+from limits import HUNG_S
 from PIL import Image
 
 from mesa_train.training.mistakes import MISTAKES
@@ -151,6 +155,32 @@ def test_a_dry_run_counts_frames(folder, tmp_path):
     text = plan(config(tmp_path, folder), 2)
     assert "16 training and 6 held-out clips of 4 frames, 2 classes" in text
     assert "88 frames once" in text
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, folder):
+    """Dropout differs between processes, so it is off."""
+    found = []
+    for processes in (1, 2):
+        values = config(tmp_path / str(processes), folder, probe__dropout=0.0).to_dict()
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+        script = [REPOSITORY / "recipes/video/train.py", "--config", file]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        done = forked.run((launch if processes == 2 else []) + script, env=env, timeout=HUNG_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / f"{processes}/metrics.jsonl").read_text().splitlines()
+        rows = list(map(json.loads, lines))
+        found.append([
+            [(r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "step"],
+            [(r["top1"], r["top5"]) for r in rows if r["kind"] == "epoch"],
+        ])  # fmt: skip
+    (steps, scores), (steps_of_two, scores_of_two) = found
+    assert len(steps) == 12
+    for one, two in zip(steps, steps_of_two, strict=True):
+        assert two == pytest.approx(one, rel=5e-3)
+    assert scores_of_two == scores
 
 
 def test_the_video_file_is_a_configuration():

@@ -54,7 +54,9 @@ def lines(
         if humans[name].texture is not None:
             cues = humans[name]
             bias = metrics.shape_bias(answers, cues.category, cues.texture)
-            found.append((name, "shape bias", bias, True, "humans: 95.8 %"))
+            biases = [metrics.shape_bias(r, cues.category, cues.texture) for r in cues.response]
+            note = f"humans: {100 * sum(biases) / len(biases):.1f} %"
+            found.append((name, "shape bias", bias, True, note))
     if len(scores) == len(humans):
         mean = metrics.mean_alignment(scores)
         theirs = metrics.mean_alignment({n: metrics.align_humans(h) for n, h in humans.items()})

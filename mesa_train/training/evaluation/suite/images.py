@@ -20,13 +20,15 @@ from torch import Tensor
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import folder, packaged
 from mesa_train.training.data.decode import decode
-from mesa_train.training.data.table import read_table
+from mesa_train.training.data.sources import keeping_random_state, seed_all
 from mesa_train.training.evaluation.linear_probe import cached
 from mesa_train.training.progress import Every
 
 from .frozen import FrozenModel, to_rgb
 
 PIECE = 1024
+# Least share of the area in a mild crop.
+MILD = 0.7
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ def of_folder(path: Path, option: str) -> Images:
     return _rows(rows, str(path), classes)
 
 
+def of_any(path: Path, option: str) -> Images:
+    """All images of a folder and of its subfolders. They have no labels: all are 0."""
+    rows = folder.load_flat(str(path), option)
+    # The same files may be in the cache with labels.
+    mark = f"flat {stamp(rows.paths)}"
+    return Images(
+        str(path), lambda i: image_of(rows.paths[i]), torch.tensor(rows.labels), (), stamp=mark
+    )
+
+
 def of_subset(path: Path, subset: str) -> Images:
     """Images of one of ImageNet's test sets, with the labels of `subset_folders`.
 
@@ -110,6 +122,14 @@ def of_subset(path: Path, subset: str) -> Images:
     return Images(str(path), read, labels, tuple(places), stamp=stamp(paths))
 
 
+def short_side_of(subset: str, size: int) -> int | None:
+    """The short side of a set's images before the crop of `size` pixels; None for the square resize."""
+    from mesa_train.training.evaluation.label_subsets import resize_rule
+
+    rule, pixels = resize_rule(subset, size)
+    return pixels if rule == "short side" else None
+
+
 def of_validation(path: Path) -> Images:
     """ImageNet's validation images by the numbers in their names; the labels are the numbers.
 
@@ -126,61 +146,6 @@ def of_validation(path: Path) -> Images:
         )
     labels = torch.tensor(numbers) - 1
     return Images(str(path), lambda i: image_of(paths[i]), labels, (), stamp=stamp(paths))
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Images with a binary label and a group, from a CSV file.
-
-    Attributes:
-        images: with the binary labels.
-        group: name of each image's group.
-        split: "fit", "tune" or "test" of each image.
-    """
-
-    images: Images
-    group: list[str]
-    split: list[str]
-
-
-def of_csv(path: Path) -> Groups:
-    """Read a CSV file with the columns file, label, group, and optionally split.
-
-    `file` is relative to the CSV's folder, `label` is 0 or 1, `split` is fit, tune or test. Without
-    `split`, images go to fit, fit, tune, test in turn after a shuffle of seed 0.
-
-    Raises:
-        ConfigError: the file, a column or a value is wrong.
-    """
-    rows = read_table(path, ("file", "label", "group"), "--groups")
-    for number, row in enumerate(rows, start=2):
-        if row["label"] not in ("0", "1"):
-            raise ConfigError(
-                f"--groups: {path}, line {number}: label must be 0 or 1, got {row['label']!r}"
-            )
-        if not (path.parent / row["file"]).is_file():
-            raise ConfigError(f"--groups: {path}, line {number}: no file {row['file']}")
-        if "split" in row and row["split"] not in ("fit", "tune", "test"):
-            raise ConfigError(
-                f"--groups: {path}, line {number}: split must be fit, tune or test, got "
-                f"{row['split']!r}"
-            )
-    if len({row["group"] for row in rows}) < 2 or len(rows) < 8:
-        raise ConfigError(f"--groups: {path} needs two groups and at least 8 images")
-    paths = [str(path.parent / row["file"]) for row in rows]
-    labels = torch.tensor([int(row["label"]) for row in rows])
-    images = Images(str(path), lambda i: image_of(paths[i]), labels, ("0", "1"), stamp=stamp(paths))
-    if "split" in rows[0]:
-        split = [row["split"] for row in rows]
-    else:
-        split = [""] * len(rows)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        for place, i in enumerate(order.tolist()):
-            split[i] = ("fit", "fit", "tune", "test")[place % 4]
-    missing = [s for s in ("fit", "tune", "test") if s not in split]
-    if missing:
-        raise ConfigError(f"--groups: {path} has no image in the split {', '.join(missing)}")
-    return Groups(images, [row["group"] for row in rows], split)
 
 
 class FeatureCache:
@@ -204,27 +169,42 @@ class FeatureCache:
         self.batch_size, self.half = batch_size, half
         self.computed, self.said = 0, Every()
 
-    def __call__(self, images: Images, short_side: int | None = None) -> Tensor:
+    def __call__(self, images: Images, short_side: int | None = None, view: int = 0) -> Tensor:
         """Features (N, width) in float32 of all images, in order.
 
         Args:
             images: to compute.
             short_side: of the resize; default: see `FrozenModel.pixels`.
+            view: 0 (default): the images as they are; else a random crop of at least 70 % of the
+                area, and mirrored or not unless the images fill their frame.
+        Raises:
+            ConfigError: on all processes, if one of them cannot read an image or the features are
+                not finite.
         """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        starts = range(0, len(images), PIECE)
-        for number, start in enumerate(starts):
-            if number % world == rank:
-                self._piece(images, start, short_side)
-        self.accelerator.wait_for_everyone()
-        return torch.cat([self._piece(images, start, short_side) for start in starts])
+        from accelerate.utils import gather_object
 
-    def _piece(self, images: Images, start: int, short_side: int | None) -> Tensor:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        starts, failed = range(0, len(images), PIECE), ""
+        try:
+            for number, start in enumerate(starts):
+                if number % world == rank:
+                    self._piece(images, start, short_side, view)
+        except (ValueError, OSError) as error:
+            failed = str(error)
+        # All processes learn of an error, so that none waits for features that never come.
+        failures = [line for line in gather_object([failed]) if line]
+        if failures:
+            raise ConfigError(failures[0])
+        return torch.cat([self._piece(images, start, short_side, view) for start in starts])
+
+    def _piece(self, images: Images, start: int, short_side: int | None, view: int) -> Tensor:
         """The features of one piece."""
         key = f"{self.model.key} {images.name} {images.stamp} {len(images)} {start} {short_side} {self.half}"
+        if view:
+            key += f" view {view}"
 
         def make() -> Iterator[tuple[Tensor, Tensor]]:
-            yield from self._batches(images, start, short_side)
+            yield from self._batches(images, start, short_side, view)
 
         features, labels = cached(self.folder, key, make, self.half)
         if not torch.equal(labels, images.labels[start : start + PIECE].long()):
@@ -234,18 +214,36 @@ class FeatureCache:
         return features
 
     def _batches(
-        self, images: Images, start: int, short_side: int | None
+        self, images: Images, start: int, short_side: int | None, view: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         end = min(start + PIECE, len(images))
         for first in range(start, end, self.batch_size):
             places = range(first, min(first + self.batch_size, end))
             pixels = torch.stack(
-                [self.model.pixels(images.read(i), images.squash, short_side) for i in places]
+                [
+                    self.model.pixels(viewed(images, i, view), images.squash, short_side)
+                    for i in places
+                ]
             )
             self.said(f"features of {images.name}: {first} of {len(images)} images")
             self.computed += len(places)
             features = self.model.features(pixels.to(self.accelerator.device))
             yield features.cpu(), images.labels[first : first + len(places)].long()
+
+
+def viewed(images: Images, index: int, view: int) -> Any:
+    """Image `index` as it is for view 0; else a mild crop, mirrored or not, of (view, index) alone."""
+    image = images.read(index)
+    if not view:
+        return image
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop([image.height, image.width], scale=(MILD, 1.0), antialias=True)
+    # A mirrored digit is no digit, and images that fill their frame are digits or stimuli.
+    mirror = v2.RandomHorizontalFlip(0.0 if images.squash else 0.5)
+    with keeping_random_state():
+        seed_all(view, index)
+        return mirror(crop(image))
 
 
 def _rows(rows: folder.Rows, name: str, classes: Sequence[str]) -> Images:

@@ -102,18 +102,42 @@ def table(reports: Sequence[Report]) -> Any:
     from rich import box
     from rich.table import Table
 
-    names = labels(reports)
-    columns = names if len(names) > 1 else ["value"]
+    names, found = labels(reports), lines(reports)
+    short = shortened([line.data for line in found] + names)
+    columns = [short[name] for name in names] if len(names) > 1 else ["value"]
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "data", "metric"):
         made.add_column(heading, overflow="fold")
     for heading in columns:
         made.add_column(heading, justify="right", overflow="fold")
     made.add_column("note", overflow="fold")
-    for line in lines(reports):
+    for line in found:
         texts = list(line.values.values())
         note = line.note if len(names) == 1 or "not measured" in texts else ""
-        made.add_row(line.task, line.data, line.metric, *texts, note)
+        made.add_row(line.task, short[line.data], line.metric, *texts, note)
+    return made
+
+
+def shortened(names: Sequence[str], longest: int = 24) -> dict[str, str]:
+    """A short text for each name, for a terminal. A long path keeps its last parts.
+
+    Args:
+        names: of images and models.
+        longest: a name of more characters is a path, if it has a slash. It keeps as many of its last
+            parts as it needs to differ from the other names.
+    """
+    different = list(dict.fromkeys(names))
+    made = {}
+    for name in different:
+        parts, own = name.split("/"), name
+        others = [other for other in different if other != name]
+        if len(name) > longest:
+            for count in range(1, len(parts)):
+                end = "/".join(parts[-count:])
+                if end and not any(other.endswith(f"/{end}") for other in others):
+                    own = f"…/{end}"
+                    break
+        made[name] = own
     return made
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +18,15 @@ from mesa_train.training.evaluation.linear_probe import Probe, linear_probe
 
 from . import human
 from .frozen import FrozenModel
-from .images import FeatureCache, Groups, Images, of_folder, of_package, of_subset, of_validation
+from .groups import Groups
+from .groups import lines as fairness_lines
+from .images import FeatureCache, Images, of_package, of_subset, of_validation, short_side_of
 
 KNN = (10, 20, 100, 200)
 _NEEDS_1000 = human.NEEDS_1000
+# Errors of data and models. Any other error is a bug.
+MISTAKES = (ValueError, ImportError, OSError)
+FAILED = "the whole task"
 
 
 @dataclass
@@ -52,17 +56,19 @@ class Settings:
 
     Attributes:
         data: root folder of further sets.
-        out_set: folder of images from outside; None for the classes that are left out.
+        out_set: images from outside; None for the classes that are left out.
         groups: images with groups; None if there are none.
         human_data: packed human responses.
         other_package: name of a packaged set with the same labels; None for folders.
+        views: of each training image for the linear probe; all but the first are augmented.
     """
 
     data: Path
-    out_set: Path | None = None
+    out_set: Images | None = None
     groups: Groups | None = None
     human_data: Path | None = None
     other_package: str | None = None
+    views: int = 1
 
 
 @dataclass
@@ -96,8 +102,10 @@ class Evaluation:
     @cached_property
     def linear(self) -> Probe:
         """The linear probe on the training images."""
+        more = [self.features(self.train, view=view) for view in range(1, self.settings.views)]
         return linear_probe(
-            [(self.train_features, self.train.labels)], (self.test_features, self.test.labels)
+            [(x, self.train.labels) for x in (self.train_features, *more)],
+            (self.test_features, self.test.labels),
         )
 
     @property
@@ -119,7 +127,11 @@ class Evaluation:
 def probe(e: Evaluation) -> list[Row]:
     """Linear probe: SGD for 10 epochs on frozen features."""
     found, where = e.linear, e.test.name
-    note = f"learning rate {found.lr:g} chosen on a tenth of {len(e.train)} training images"
+    note = (
+        f"learning rate {found.lr:g} chosen on {found.chosen_on} of {len(e.train)} training images"
+    )
+    if e.settings.views > 1:
+        note += f", {e.settings.views} views of each"
     rows = [Row("probe", where, "top-1 accuracy", found.accuracy, note=note)]
     if len(e.train.classes) > 5:
         best = found.logits(e.test_features).topk(5, 1).indices
@@ -156,10 +168,18 @@ def fewshot(e: Evaluation) -> list[Row]:
 def knn(e: Evaluation) -> list[Row]:
     """Nearest neighbours by cosine similarity."""
     ks = [k for k in KNN if k <= len(e.train)]
-    guesses = metrics.knn(e.train_features, e.train.labels, e.test_features, ks)
-    right = (guesses == e.test.labels.numpy()).mean(1)
-    e.plots["k nearest neighbours"] = (ks, right.tolist())
-    return [Row("knn", e.test.name, f"k = {k}", float(a)) for k, a in zip(ks, right, strict=True)]
+    rows = []
+    if ks:
+        guesses = metrics.knn(e.train_features, e.train.labels, e.test_features, ks)
+        right = (guesses == e.test.labels.numpy()).mean(1)
+        e.plots["k nearest neighbours"] = (ks, right.tolist())
+        rows = [
+            Row("knn", e.test.name, f"k = {k}", float(a)) for k, a in zip(ks, right, strict=True)
+        ]
+    return rows + [
+        Row("knn", e.test.name, f"k = {k}", None, note=f"there are {len(e.train)} training images")
+        for k in KNN if k > len(e.train)
+    ]  # fmt: skip
 
 
 def calibration(e: Evaluation) -> list[Row]:
@@ -225,7 +245,7 @@ def selective(e: Evaluation) -> list[Row]:
 def ood_detection(e: Evaluation) -> list[Row]:
     """Detection of images from outside: of a folder, or of the classes that are left out."""
     if e.settings.out_set is not None:
-        outside = of_folder(e.settings.out_set, "--out-set")
+        outside = e.settings.out_set
         train, labels = e.train_features, e.train.labels
         inside, out = e.test_features, e.features(outside)
         z_in, z_out, name = e.logits(inside), e.logits(out), outside.name
@@ -266,8 +286,8 @@ def ood(e: Evaluation) -> list[Row]:
         error = metrics.expected_calibration_error(z.double().softmax(1), y)
         rows.append(Row("ood", images.name, "ECE, 15 bins", error, note=note))
     for subset in metrics.label_subsets.SUBSETS:
-        rows += _subset(e, subset)
-    return rows + _real(e)
+        rows += tried("ood", subset, partial(_subset, e, subset))
+    return rows + tried("ood", "ReaL", partial(_real, e))
 
 
 def _subset(e: Evaluation, subset: str) -> list[Row]:
@@ -281,8 +301,7 @@ def _subset(e: Evaluation, subset: str) -> list[Row]:
     if logits is None:
         return [Row("ood", subset, "top-1 accuracy", None, note=_NEEDS_1000)]
     images = of_subset(path, subset)
-    rule, pixels = metrics.resize_rule(subset, e.model.size)
-    features = e.features(images, pixels if rule == "short side" else None)
+    features = e.features(images, short_side_of(subset, e.model.size))
     found = metrics.label_subset_accuracy(logits(features), images.labels, subset)
     right = found.prediction == images.labels.numpy()
     error = metrics.binned_error(found.confidence, right)
@@ -324,40 +343,11 @@ def fairness(e: Evaluation) -> list[Row]:
     if groups is None:
         note = "give --groups FILE.csv with the columns file, label (0 or 1), group"
         return [Row("fairness", "groups", "demographic parity", None, note=note)]
-    features = e.features(groups.images)
-    parts = {s: torch.tensor([t == s for t in groups.split]) for s in ("fit", "tune", "test")}
-    group = np.array(groups.group)
-    labels = groups.images.labels
-    fitted = linear_probe(
-        [(features[parts["fit"]], labels[parts["fit"]])],
-        (features[parts["test"]], labels[parts["test"]]),
-    )
-    p = fitted.logits(features).double().softmax(1)[:, 1].numpy()
-    tune, test = parts["tune"].numpy(), parts["test"].numpy()
-    name, y = groups.images.name, labels.numpy()[test]
-    hard = p[test] > 0.5
-    rows = [
-        Row("fairness", name, "parity of the labels",
-            metrics.demographic_parity(y, group[test]), note=f"{test.sum()} test images"),
-        Row("fairness", name, "parity of the predictions",
-            metrics.demographic_parity(hard, group[test])),
-        Row("fairness", name, "accuracy", metrics.expected_accuracy(hard, y)),
-    ]  # fmt: skip
-    by_group = metrics.group_accuracy(hard, y, group[test])
-    rows += [Row("fairness", name, f"accuracy of {g}", a) for g, a in by_group.items()]
-    gap = max(by_group.values()) - min(by_group.values())
-    rows.append(Row("fairness", name, "gap of accuracies", gap))
-    for wanted in (0.1, 0.05, 0.0):
-        shift = metrics.parity_shift(p[tune], group[tune], tolerance=wanted)
-        new = shift(p[test], group[test])
-        note = f"post-processed to a parity of {wanted:g} on {tune.sum()} other images"
-        rows += [
-            Row("fairness", name, f"parity at {wanted:g}",
-                metrics.demographic_parity(new, group[test]), note=note),
-            Row("fairness", name, f"accuracy at {wanted:g}",
-                metrics.expected_accuracy(new, y), note=note),
-        ]  # fmt: skip
-    return rows
+    name = groups.images.name
+    return [
+        Row("fairness", name, metric, value, note=note)
+        for metric, value, note in fairness_lines(groups, e.features)
+    ]
 
 
 def humans(e: Evaluation) -> list[Row]:
@@ -380,6 +370,21 @@ TASKS: dict[str, Callable[[Evaluation], list[Row]]] = {
     "fairness": fairness,
     "human": humans,
 }
+
+
+def tried(task: str, data: str, measure: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a measurement; a single row with the reason if it fails by one of `MISTAKES`.
+
+    Args:
+        task: name of the task.
+        data: name of the images, for the row of a failure.
+        measure: gives the rows.
+    """
+    try:
+        return measure()
+    except MISTAKES as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return [Row(task, data, FAILED, None, note=f"failed: {reason}")]
 
 
 def chosen(text: str) -> list[str]:
