@@ -100,7 +100,8 @@ def counted(
         chunk: images of a trunk forward in the way "chunks"; default 64.
         ways: which of `WAYS`; default: all.
         optimizer: "adamw" (default) or "lars", which has one moment.
-        sizes: batches at which the ways without chunks are counted; default: three.
+        sizes: batches at which the ways without chunks are counted; default: three. With one, the
+            line begins at the gradients and the bfloat16 copies of the weights, which need no image.
     """
     moco = made()
     width = int(moco.base_encoder.num_features)  # type: ignore[arg-type]
@@ -119,6 +120,9 @@ def counted(
     for way, kind in (("joint", Joint), ("by view", View)):
         if way in ways:
             whole = _activations(kind, made(), method, side, sizes)
+            if len(sizes) == 1:
+                start = (0, (4 + 2) * parts.trained)
+                whole = dataclasses.replace(whole, points=(start, *whole.points))
             found[way] = (total(whole.bytes), whole.saved_per_image)
     if "chunks" in ways:
         trunk = _activations(Trunk, made(), method, side, (chunk,))

@@ -220,7 +220,7 @@ def moco_gradients(rows: Sequence[Row]) -> str:
         [
             way,
             f"{row['loss']:.4f}",
-            f"{100 * row['gradient_error']:.2g} %" if row["gradient_error"] > 1e-4
+            f"{100 * row['gradient_error']:.3g} %" if row["gradient_error"] > 1e-4
             else f"{row['gradient_error']:.0e}",
             "yes" if row["same_as_joint"] else "no",
         ]

@@ -304,3 +304,21 @@ def test_the_table_of_a_dry_run_has_every_preset_and_lars_has_one_moment(monkeyp
 
     trained = sum(p.numel() for p in build(found).parameters() if p.requires_grad)
     assert states("adamw") - states("lars") == 4 * trained
+
+
+def test_one_batch_gives_nearly_the_bytes_of_three():
+    """The dry run counts at one batch; scripts/bench/moco_batch.py at three."""
+    from mesa_train.training.moco import memory, run
+
+    changes = ["data.image_size=56", "model.name=moco_vit_tiny", "model.hidden=256"]
+    found = load(RECIPES / "mocov3_vit_small.yaml", changes)
+
+    def held(sizes):
+        made = memory.counted(
+            lambda: run._on_meta(found), "plain", 56, ways=("by view",), sizes=sizes
+        )
+        return made["by view"][0]
+
+    one, three = held(run.DRY_RUN_SIZES), held(memory.SIZES)
+    for batch in (64, 300, 1000, 4096, 8000):
+        assert one(batch) == pytest.approx(three(batch), rel=0.12), batch
