@@ -38,7 +38,7 @@ from .views import transforms
 WATCHED = ("base_encoder.patch_embed", "base_encoder.blocks.0", "predictor")
 # Memory of the cards of a dry run, in GiB.
 CARDS = (12, 24, 48, 80)
-# Policies of a dry run, and the batch at which it counts. One batch keeps it within half a minute.
+# Policies of a dry run, and the batch at which it counts. Each further batch would take seconds a policy.
 POLICIES = (
     PLAIN, "mesa8", "mesa6", "mesa4", "mesa8-recompute", "mesa6-recompute", "mesa4-recompute",
     "checkpoint",
