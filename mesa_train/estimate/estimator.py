@@ -278,8 +278,10 @@ def parameters_of(
     elif optimizer == "adamw8bit":
         moments = sum(adamw_bytes(p.numel(), 4, True) for p in trained)
     else:
-        # torch keeps the moments in the dtype of the weights.
-        moments = (4 if half else 8) * sum(p.numel() for p in trained)
+        # torch keeps the moments in the dtype of the weights. SGD with momentum has one.
+        moments = (
+            (1 if optimizer == "sgd" else 2) * (2 if half else 4) * sum(p.numel() for p in trained)
+        )
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = list(find_blocks(model).values()) or [model]
     return Parameters(

@@ -17,7 +17,7 @@ from mesa_train.codecs.affine import Affine
 
 # "factored": Adafactor's row and column means. "lion": Lion's moment in 8-bit codes.
 IN_BACKWARD = ("factored", "lion")
-OPTIMIZERS = ("adamw", "adamw8bit", *IN_BACKWARD)
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd", *IN_BACKWARD)
 # Elements of a matrix that an optimizer in the backward updates at a time.
 UPDATE = 1 << 24
 # Elements in a group of Lion's codes.

@@ -88,6 +88,7 @@ QUICKSTARTS = {
     "mocov3 plain": Quickstart(
         "mocov3", "quickstart.yaml", "knn", ("train.policy=plain",), chance=0.1
     ),
+    "mocov3, linear": Quickstart("mocov3", "quickstart_linear.yaml", "top1", chance=0.1),
     "lit": Quickstart("lit", "quickstart.yaml", "top1", chance=0.1),
     "lit unlocked": Quickstart("lit", "quickstart_unlocked.yaml", "top1", chance=0.1),
     "segmentation": Quickstart(

@@ -19,9 +19,19 @@ def learning_rate(epoch: float, *, peak: float, warmup: float, epochs: float) ->
         peak: the base rate times batch / 256.
         warmup: epochs of the rise.
         epochs: of the run.
+    Returns:
+        The rate. From the end of the run on it is 0.
+    Raises:
+        ValueError: `warmup` is negative, or the run is not longer than the warm-up.
     """
+    if not 0 <= warmup < epochs:
+        raise ValueError(
+            f"warmup must be at least 0 and below epochs, got warmup={warmup:g}, epochs={epochs:g}"
+        )
     if epoch < warmup:
         return peak * epoch / warmup
+    if epoch >= epochs:
+        return 0.0
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 

@@ -207,7 +207,11 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> ViT22B:
     """Build a model of `SIZES` through timm."""
     patch, width, depth, heads = SIZES[name]
     sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return build_model_with_cfg(ViT22B, name, pretrained, **{**sizes, **options})
+    # `features_only=True` gives maps of blocks by `forward_intermediates`.
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(
+        ViT22B, name, pretrained, feature_cfg=features, **{**sizes, **options}
+    )
 
 
 @register_model

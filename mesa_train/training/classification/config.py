@@ -27,7 +27,7 @@ from mesa_train.training.recipe_config import RunConfig, check_out, check_schedu
 from .method_config import METHODS as METHODS
 from .method_config import MethodConfig
 
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "sgd")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class ModelConfig:
         classes: default: as in the data; must match the data if given.
         drop_path: highest drop path rate; default 0.2; in [0, 1).
         weights: a safetensors file or the authors' .pth to start from; default: none. A head of
-            other classes is not loaded.
+            other classes is not loaded. For method.name=linear and finetune: the file of a run of
+            recipes/mocov3, or the authors' .pth.tar.
         allow_config: let a .pth carry its trainer's configuration, which is dropped; default false.
         sync_batch_norm: synchronise batch norms over the processes; default false; GPUs only.
         grad_checkpointing: turn on timm's activation checkpointing; default false.
@@ -64,16 +65,19 @@ class OptimConfig:
     Rates are for a global batch of `lr_batch` images and scale linearly with the batch.
 
     Attributes:
-        name: "adamw" (default), "adamw8bit", "paged_adamw8bit" or "lion8bit".
+        name: "adamw" (default), "adamw8bit", "paged_adamw8bit", "lion8bit" or "sgd".
         lr: peak rate; default 5e-4; above 0.
         warmup_lr: rate at the first step; default 5e-7; at least 0.
         min_lr: rate at the last step; default 5e-6; at least 0.
         lr_batch: global batch of the rates; default 512; 0: the rates are not scaled.
-        betas: of the moments; default (0.9, 0.999); each in [0, 1).
+        rate_per: "step" (default): the rate changes in each step. "epoch": all steps of an epoch
+            have the rate of its first step.
+        betas: of the moments; default (0.9, 0.999); each in [0, 1). sgd does not use it.
+        momentum: of sgd; default 0.9; in [0, 1). The other optimizers do not use it.
         eps: default 1e-8; at least 0.
         weight_decay: default 0.05; at least 0.
         warmup_epochs: default 20; fewer than `train.epochs`.
-        clip: largest norm of the gradient; default 5.0; above 0.
+        clip: largest norm of the gradient; default 5.0; 0: no clipping.
         offset_scale: factor on the rate of the offset convolutions' weights; default 0.01; at least
             0.
         offset_floor: lowest rate of the offset convolutions. "shared" (default) is the official
@@ -86,11 +90,13 @@ class OptimConfig:
     warmup_lr: Annotated[float, NOT_NEGATIVE] = 5e-7
     min_lr: Annotated[float, NOT_NEGATIVE] = 5e-6
     lr_batch: Annotated[int, NOT_NEGATIVE] = 512
+    rate_per: Annotated[str, OneOf(("step", "epoch"))] = "step"
     betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.999)
+    momentum: Annotated[float, SHARE] = 0.9
     eps: Annotated[float, NOT_NEGATIVE] = 1e-8
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     warmup_epochs: Annotated[float, NOT_NEGATIVE] = 20
-    clip: Annotated[float, POSITIVE] = 5.0
+    clip: Annotated[float, NOT_NEGATIVE] = 5.0
     offset_scale: Annotated[float, NOT_NEGATIVE] = 0.01
     offset_floor: Annotated[str, OneOf(("shared", "scaled"))] = "shared"
 

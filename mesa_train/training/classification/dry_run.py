@@ -145,6 +145,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> nn.Module:
             without_early_attention(built, model.early_stages_without_attention)
         if model.grad_checkpointing:
             built.set_grad_checkpointing(True)
+        method_of(config).built(built)
     except ConfigError:
         raise
     except TypeError as error:
@@ -192,8 +193,10 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     Returns:
         Bytes by use: weights, gradients, optimizer, activations, images; teacher if the method has one.
     """
-    model = build_model(config, classes, "meta").train()
     method = method_of(config)
+    model = build_model(config, classes, "meta")
+    optimized = _optimized(config, model)
+    method.mode(model)
     teacher = method.teacher_bytes(classes)
     size = config.data.image_size
     images = torch.empty(config.train.micro_batch, 3, size, size, device="meta")
@@ -206,8 +209,8 @@ def memory(config: Config, classes: int) -> dict[str, int]:
     )
     return {
         "weights": kept.parameter_bytes + kept.buffer_bytes,
-        "gradients": kept.parameter_bytes,
-        "optimizer": optimizers.state_bytes(config.optim.name, _optimized(config, model)),
+        "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        "optimizer": optimizers.state_bytes(config.optim.name, optimized),
         "activations": kept.saved_bytes,
         "images": images.numel() * 4,
         **({"teacher": teacher} if teacher else {}),

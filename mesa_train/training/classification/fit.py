@@ -10,13 +10,12 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from mesa_train.report import figures as plots
 from mesa_train.training import checkpoints, disk
@@ -34,6 +33,7 @@ from .accelerated import trackers
 from .config import Config, check_files, of_dict
 from .methods import method_of
 from .run import CHECKPOINTS, Run
+from .start import start_from as start_from
 from .train_state import Scores
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def prepare(config: Config) -> Run:
     from accelerate import PartialState
 
     check_files(config)
-    method_of(config).check_files()
+    method = method_of(config)
+    method.check_files()
     plan.check_machine(config)
     transforms = sources.transforms(config.data, config.augment)
     plan.check_model(config, config.model.classes or 2)
@@ -75,8 +76,7 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.train.seed)
     model = plan.build_model(config, data.classes)
     if config.model.weights:
-        adjust = method_of(config).weights
-        start_from(model, Path(config.model.weights), config.model.allow_config, adjust)
+        method.load(model, Path(config.model.weights))
     loader = Loader(
         data,
         transforms,
@@ -90,46 +90,6 @@ def prepare(config: Config) -> Run:
         pin_memory=config.data.pin_memory and not plan.use_cpu(config),
     )
     return Run(config, model, made, loader, data.classes)
-
-
-def start_from(
-    model: nn.Module,
-    path: Path,
-    allow_config: bool = False,
-    adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> None:
-    """Load weights to fine-tune. A head of other classes is not loaded; all other keys must fit.
-
-    Args:
-        model: the model.
-        path: of the file.
-        allow_config: let a .pth carry its trainer's configuration; default false.
-        adjust: changes the file's weights before they are adapted to the model; default: none.
-    Raises:
-        ConfigError: the file cannot be read.
-        CheckpointError: keys or shapes differ.
-    """
-    from safetensors.torch import load_file
-
-    from mesa_train.models.lit.official import adapted, read_official
-
-    try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = read_official(path, allow_config=allow_config)
-    except Exception as error:
-        raise ConfigError(f"model.weights: {' '.join(str(error).split())}") from None
-    own = model.state_dict()
-    weights = adapted(adjust(found) if adjust else found, model)
-    heads = [key for key in own if key.startswith(("head.", "aux_head."))]
-    if any(key in weights and weights[key].shape != own[key].shape for key in heads):
-        _log.warning("%s has a head of other classes; it starts anew", path)
-        weights |= {key: own[key] for key in heads}
-    checkpoints.check_keys(
-        path, {k: v.shape for k, v in weights.items()}, checkpoints.shapes(model)
-    )
-    model.load_state_dict(weights)
 
 
 def beginning(config: Config, how: str) -> tuple[Path, dict[str, Any]] | None:
@@ -273,7 +233,7 @@ def throughput(run: Run, warm_up: int = 20, steps: int = 30) -> dict[str, float]
         while True:
             yield images, labels, []
 
-    run.model.train()
+    run.method.mode(run.model)
     times = []
     for _ in range(warm_up + steps):
         start = time.perf_counter()

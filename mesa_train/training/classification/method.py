@@ -2,16 +2,17 @@
 
 A run calls the hooks in this order:
 
-1. `options`, for the model, and `weights`, for the file that the model starts from.
-2. `groups`, for the optimizer.
+1. `options` and `built`, for the model, and `load`, for the file that the model starts from.
+2. `groups`, for the optimizer, and `prepared`, when the run is ready or may be resumed.
 3. `begin`, before the first step of a new run.
-4. `batches`, for each epoch; `rates` and `loss`, in each step.
+4. `mode` and `batches`, for each epoch; `rates` and `loss`, in each step.
 5. `scores` and `finish_epoch`, after each epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from mesa_train.training.data.loader import Batch
 
 from .config import Config
+from .start import start_from
 
 Weights = dict[str, Tensor]
 
@@ -41,6 +43,25 @@ class Method:
     def options(self) -> dict[str, Any]:
         """Options of the model."""
         return {}
+
+    def built(self, model: nn.Module) -> None:
+        """Called with each new model, on the meta device too. It may freeze parameters."""
+
+    def load(self, model: nn.Module, path: Path) -> None:
+        """Load the file `model.weights`.
+
+        Raises:
+            ConfigError: the file cannot be read.
+            CheckpointError: keys or shapes differ.
+        """
+        start_from(model, path, self.config.model.allow_config, self.weights)
+
+    def mode(self, model: nn.Module) -> None:
+        """Put the model into the mode of its training steps."""
+        model.train()
+
+    def prepared(self, run: Any) -> None:
+        """Called at the end of the run's constructor, before a checkpoint is read."""
 
     def weights(self, found: Weights) -> Weights:
         """The weights to start from, of those in the file."""

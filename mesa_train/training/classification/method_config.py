@@ -1,4 +1,4 @@
-"""Configuration of the training methods of the efficient ViTs, the section `method` of a recipe."""
+"""Configuration of the training methods, the section `method` of a recipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mesa_train.training.config_schema import NOT_NEGATIVE, POSITIVE, OneOf
 
 METHODS = (
     "none", "dynamicvit", "dynamicvit_backbone", "ecoformer", "spvit_search", "spvit", "distill",
+    "linear", "finetune",
 )  # fmt: skip
 
 
@@ -20,7 +21,8 @@ class MethodConfig:
         name: "none" (default). "dynamicvit": student with predictors, distilled by its backbone.
             "dynamicvit_backbone": the backbone alone. "ecoformer": the model's `attention`, and one
             fit of the hashes. "spvit_search": gates and budget loss. "spvit": the network that a
-            search found. "distill": the section `distill`.
+            search found. "distill": the section `distill`. "linear": a new classifier on a frozen
+            encoder of MoCo v3. "finetune": all weights, from such an encoder.
         keep_rate: dynamicvit: default 0.7; above 0 and at most 1.
         ratio_weight: dynamicvit: weight of the share of kept tokens; default 2.
         class_weight: dynamicvit: weight of the distillation of logits; default 0.5.

@@ -19,6 +19,7 @@ from mesa_train.training.data.sources import keeping_random_state
 from .config import Config
 from .method import Method as Method
 from .method import Weights
+from .transfer import FineTuning, LinearEvaluation
 
 ARCHITECTURE = "architecture.json"
 
@@ -227,6 +228,8 @@ _CLASSES: dict[str, type[Method]] = {
     "ecoformer": EcoFormer,
     "spvit_search": SPViTSearch,
     "spvit": SPViT,
+    "linear": LinearEvaluation,
+    "finetune": FineTuning,
 }
 
 

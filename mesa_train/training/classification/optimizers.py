@@ -56,7 +56,7 @@ def check(name: str, device_type: str) -> None:
     Raises:
         ConfigError: bitsandbytes is missing or does not support the device.
     """
-    if name == "adamw":
+    if name in ("adamw", "sgd"):
         return
     _bitsandbytes(name)
     if device_type == "cpu":
@@ -86,7 +86,10 @@ def build(
     Raises:
         ConfigError: the optimizer needs bitsandbytes, and bitsandbytes is missing.
     """
-    common = {"lr": parameter_groups[0]["lr"], "betas": config.betas}
+    lr = parameter_groups[0]["lr"]
+    if config.name == "sgd":
+        return torch.optim.SGD(parameter_groups, lr=lr, momentum=config.momentum)
+    common = {"lr": lr, "betas": config.betas}
     if config.name == "adamw":
         adamw = torch.optim.AdamW(parameter_groups, eps=config.eps, capturable=capturable, **common)
 
@@ -106,6 +109,8 @@ def build(
 
 def state_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of optimizer states on the device. Paged states count, because they may be resident."""
+    if name == "sgd":
+        return sum(p.nbytes for p in parameters)
     if name == "adamw":
         return sum(adamw_bytes(p.numel(), p.element_size()) for p in parameters)
     two = sum(adamw_bytes(p.numel(), p.element_size(), eight_bit=True) for p in parameters)
@@ -127,7 +132,8 @@ def _bitsandbytes(name: str) -> Any:
 class Schedule:
     """timm's cosine schedule over optimizer steps. The warm-up is part of the cosine's time.
 
-    The schedule has no state.
+    With `optim.rate_per="epoch"` all steps of an epoch have the rate of its first step. The
+    schedule has no state.
     """
 
     def __init__(
@@ -135,6 +141,7 @@ class Schedule:
     ) -> None:
         from timm.scheduler import CosineLRScheduler
 
+        self._steps = steps if config.rate_per == "epoch" else 1
         self._cosine = CosineLRScheduler(
             optimizer,
             t_initial=epochs * steps,
@@ -146,4 +153,4 @@ class Schedule:
 
     def at(self, step: int) -> None:
         """Set the rates of the optimizer step that follows `step` steps."""
-        self._cosine.step_update(step)
+        self._cosine.step_update(step - step % self._steps)

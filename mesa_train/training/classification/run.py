@@ -79,6 +79,7 @@ class Run(TrainingRun):
         self.mixup = None if self.method.mixes else _mixup(config, classes)
         self.ema = self._averaged() if config.train.ema else None
         self.captured = self._captured() if train.cuda_graph else None
+        self.method.prepared(self)
 
     @property
     def rank(self) -> int:
@@ -97,7 +98,7 @@ class Run(TrainingRun):
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches from the next step to the end of its epoch."""
-        self.model.train()
+        self.method.mode(self.model)
         return self.method.batches(self, *divmod(self.done, self.plan.steps_per_epoch))
 
     def step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class Run(TrainingRun):
         Returns:
             (mean loss, gradient norm).
         """
-        clip, position, total = self.config.optim.clip, self.position, None
+        clip, position, total = self.config.optim.clip or math.inf, self.position, None
         norm = torch.zeros((), device=self.accelerator.device)
         self.schedule.at(position.step)
         self.method.rates(self.optimizer, position.step // self.plan.steps_per_epoch)
@@ -304,7 +305,7 @@ class Run(TrainingRun):
                 self.model,
                 self.criterion,
                 self.optimizer,
-                clip_norm=self.config.optim.clip,
+                clip_norm=self.config.optim.clip or None,
             )
         except CaptureError as error:
             raise ConfigError(f"train.cuda_graph=true: {error}") from None

@@ -71,6 +71,8 @@ class AugmentConfig:
 
     Attributes:
         scale: range of the crop's area; default (0.08, 1.0); within (0, 1].
+        interpolation: of resized images, in training and validation: "bicubic" (default) or
+            "bilinear".
         ratio: range of the crop's aspect ratio; default (3/4, 4/3); above 0.
         hflip: probability of a horizontal flip; default 0.5; in [0, 1].
         color_jitter: strength; default 0.4; at least 0.
@@ -82,6 +84,7 @@ class AugmentConfig:
     """
 
     scale: Annotated[tuple[float, float], Range(1.0)] = (0.08, 1.0)
+    interpolation: Annotated[str, OneOf(("bicubic", "bilinear"))] = "bicubic"
     ratio: Annotated[tuple[float, float], Range()] = (3 / 4, 4 / 3)
     hflip: Annotated[float, PROBABILITY] = 0.5
     color_jitter: Annotated[float, NOT_NEGATIVE] = 0.4

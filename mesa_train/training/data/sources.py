@@ -101,7 +101,8 @@ def transforms(config: DataConfig, augment: AugmentConfig) -> tuple[Any, Any]:
     """
     from timm.data import create_transform
 
-    common = {"input_size": (3, config.image_size, config.image_size), "interpolation": "bicubic"}
+    size = (3, config.image_size, config.image_size)
+    common: Any = {"input_size": size, "interpolation": augment.interpolation}
     try:
         train = create_transform(
             **common,

@@ -1,7 +1,8 @@
 """The bytes of a step of MoCo v3 on one card, and the largest batch: counted on fake tensors.
 
-A step holds the model states (weights, gradients and AdamW's moments in float32, and the momentum
-encoder), both views of the images in float32, and its activations under bfloat16 autocast. The ways:
+A step holds the model states, both views of the images in float32, and its activations under bfloat16
+autocast. The model states are weights, gradients and the optimizer's moments in float32 (two for
+AdamW, one for LARS), and the momentum encoder. The ways:
 
 - joint: both views' forwards, then one backward, as in the authors' step.
 - by view: one view's forward and backward, then the other's (`backward_by_view`).
@@ -81,7 +82,14 @@ class Heads(nn.Module):
 
 
 def counted(
-    made: Callable[[], MoCo], method: str, side: int, *, chunk: int = CHUNK, ways: Any = WAYS
+    made: Callable[[], MoCo],
+    method: str,
+    side: int,
+    *,
+    chunk: int = CHUNK,
+    ways: Any = WAYS,
+    optimizer: str = "adamw",
+    sizes: tuple[int, ...] = SIZES,
 ) -> Counted:
     """By way: the bytes of a step by its batch, and the bytes that an image saves.
 
@@ -91,10 +99,15 @@ def counted(
         side: of the images in pixels.
         chunk: images of a trunk forward in the way "chunks"; default 64.
         ways: which of `WAYS`; default: all.
+        optimizer: "adamw" (default) or "lars", which has one moment.
+        sizes: batches at which the ways without chunks are counted; default: three. With one, the
+            line begins at the gradients and the bfloat16 copies of the weights, which need no image.
     """
     moco = made()
     width = int(moco.base_encoder.num_features)  # type: ignore[arg-type]
-    parts = parameters_of(View(moco), "adamw", 0, False)
+    # LARS has one moment, as SGD has.
+    moments = "sgd" if optimizer == "lars" else optimizer
+    parts = parameters_of(View(moco), moments, 0, False)
     # The momentum encoder is in float32; the estimator counts frozen weights in bfloat16.
     parts = dataclasses.replace(parts, frozen_bytes=4 * parts.frozen)
     static = states("ddp", "none", parts, Cluster(1, 1 << 60, 1 << 60)).gpu
@@ -106,7 +119,10 @@ def counted(
     found: Counted = {}
     for way, kind in (("joint", Joint), ("by view", View)):
         if way in ways:
-            whole = _activations(kind, made(), method, side, SIZES)
+            whole = _activations(kind, made(), method, side, sizes)
+            if len(sizes) == 1:
+                start = (0, (4 + 2) * parts.trained)
+                whole = dataclasses.replace(whole, points=(start, *whole.points))
             found[way] = (total(whole.bytes), whole.saved_per_image)
     if "chunks" in ways:
         trunk = _activations(Trunk, made(), method, side, (chunk,))

@@ -7,6 +7,7 @@ over processes after both views, and batch norms have the statistics of all proc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ from .views import transforms
 WATCHED = ("base_encoder.patch_embed", "base_encoder.blocks.0", "predictor")
 # Memory of the cards of a dry run, in GiB.
 CARDS = (12, 24, 48, 80)
+# Policies of a dry run, and the batch at which it counts. Each further batch would take seconds a policy.
+POLICIES = (
+    PLAIN, "mesa8", "mesa6", "mesa4", "mesa8-recompute", "mesa6-recompute", "mesa4-recompute",
+    "checkpoint",
+)  # fmt: skip
+DRY_RUN_SIZES = (4096,)
 
 
 class MocoRun(RecipeRun):
@@ -254,8 +261,6 @@ def plan(config: Config, world: int) -> str:
     """
     from mesa_train.training.data import sources
 
-    from .memory import GIB, counted, largest_batch
-
     train, size = config.train, config.data.image_size
     images = config.data.train_images or sources.load(config.data, None).train.count
     batch, rest = divmod(train.global_batch, world)
@@ -265,29 +270,70 @@ def plan(config: Config, world: int) -> str:
             f"train.global_batch={train.global_batch} must be a multiple of {world} processes and "
             f"at most {images}"
         )
-
-    def made() -> MoCo:
-        with torch.device("meta"):
-            return build(config).train()
-
-    moco = made()
+    moco = _on_meta(config)
     trained = sum(p.numel() for p in moco.parameters() if p.requires_grad)
-    way = "chunks" if train.chunk else "by view"
-    lines = [
-        f"{config.model.name} at {size} px, {images} images, {trained:,} trained parameters",
-        f"{steps * train.epochs} steps = {train.epochs} epochs of {steps}; {batch} images on each of "
-        f"{world} process(es), {way}",
-        choose(train.precision, "cpu" if train.device == "cpu" else _device()).line,
-        "counted under bf16 autocast with AdamW, 2 GiB of a card left free:",
-        f"{'policy':<18}{'an image keeps':>16}{'a step needs':>14}  largest batch on "
-        f"{', '.join(map(str, CARDS))} GiB",
-    ]
-    for policy in dict.fromkeys(("plain", train.policy)):
-        method = "checkpoint" if config.model.grad_checkpointing and policy == PLAIN else policy
-        held, saved = counted(made, method, size, chunk=train.chunk or 64, ways=(way,))[way]
-        most = ", ".join(f"{largest_batch(held, gib):,}" for gib in CARDS)
-        lines.append(f"{method:<18}{format_bytes(saved):>16}{held(batch) / GIB:>10.2f} GiB  {most}")
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{config.model.name} at {size} px, {images} images, {trained:,} trained parameters",
+            f"{steps * train.epochs} steps = {train.epochs} epochs of {steps}; {batch} images on each "
+            f"of {world} process(es), {_way(config)}",
+            choose(train.precision, "cpu" if train.device == "cpu" else _device()).line,
+            f"counted under bf16 autocast with {config.optim.name}, 2 GiB of a card left free:",
+            *batches_by_policy(config, batch),
+        ]
+    )
+
+
+def batches_by_policy(config: Config, batch: int) -> list[str]:
+    """A table of the bytes of a step and the largest batch on a card: a line for each policy.
+
+    Args:
+        config: of the run; the line of its policy ends with an asterisk.
+        batch: images of a process.
+    """
+    from .memory import GIB, counted, largest_batch
+
+    checkpointed, policy = config.model.grad_checkpointing, config.train.policy
+    own = (policy if policy != PLAIN else "checkpoint") if checkpointed else policy
+    without = dataclasses.replace(config.model, grad_checkpointing=False)
+    plain = dataclasses.replace(config, model=without)
+    # (label, method, configuration of the model)
+    methods = {name: (name, plain) for name in POLICIES}
+    if checkpointed and policy != PLAIN:
+        own = f"{policy}, checkpoint"
+        methods[own] = (policy, config)
+    elif not checkpointed:
+        methods.setdefault(own, (own, plain))
+    cards = "".join(f"{f'{gib} GB':>9}" for gib in CARDS)
+    lines = [f"{'policy':<28}{'an image keeps':>16}{'a step needs':>15}  largest batch:{cards}"]
+    way = _way(config)
+    for label, (method, built) in methods.items():
+        found = counted(
+            lambda: _on_meta(built),  # noqa: B023  called at once
+            method,
+            config.data.image_size,
+            chunk=config.train.chunk or 64,
+            ways=(way,),
+            optimizer=config.optim.name,
+            sizes=DRY_RUN_SIZES,
+        )
+        held, saved = found[way]
+        most = "".join(f"{largest_batch(held, gib):>9,}" for gib in CARDS)
+        need = f"{held(batch) / GIB:.2f} GiB"
+        star = " *" if label == own else ""
+        lines.append(f"{label:<28}{format_bytes(saved):>16}{need:>15}{'':16}{most}{star}")
+    return lines
+
+
+def _on_meta(config: Config) -> MoCo:
+    """The model of a configuration without memory."""
+    with torch.device("meta"):
+        return build(config).train()
+
+
+def _way(config: Config) -> str:
+    """One of `memory.WAYS`."""
+    return "chunks" if config.train.chunk else "by view"
 
 
 def _device() -> str:

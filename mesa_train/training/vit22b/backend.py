@@ -140,7 +140,7 @@ def average_of(config: Config, model: nn.Module) -> AveragedWeights | None:
 
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Build AdamW, or bitsandbytes' AdamW with 8-bit moments, over the parameter groups.
+    """Build AdamW, SGD, or bitsandbytes' AdamW with 8-bit moments, over the parameter groups.
 
     Raises:
         ConfigError: bitsandbytes is needed and missing.
@@ -149,6 +149,8 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     parameters = groups(model, optim.weight_decay, optim.head_decay)
     if optim.name == "adamw":
         return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas)
+    if optim.name == "sgd":
+        return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum)
     try:
         import bitsandbytes
     except ImportError:

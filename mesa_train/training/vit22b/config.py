@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "single", "fsdp2", "zero3")
 PRECISIONS = ("no", "bf16", "pure_bf16", "auto")
 CHECKPOINTING = ("none", "block", "coded")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+SCHEDULES = ("rsqrt", "cosine")
+LOSSES = ("sigmoid", "softmax")
 
 
 def _without_scaling(name: str, value: str) -> None:
@@ -82,27 +84,35 @@ class OptimConfig:
     """The optimizer and its schedule. The defaults are the paper's, except the length of the run.
 
     Attributes:
-        name: "adamw" (default) or "adamw8bit".
+        name: "adamw" (default), "adamw8bit" or "sgd". ZeRO-3 does not run "sgd".
+        schedule: "rsqrt" (default): the reciprocal square root. "cosine": half a cosine to 0, as in
+            fine-tuning.
         lr: peak rate; default 1e-3; above 0.
         warmup: steps of linear warm-up; default 10,000.
-        cooldown: steps of linear cool-down; default 30,000. warmup + cooldown <= `train.steps`.
+        cooldown: steps of rsqrt's linear cool-down; default 30,000. warmup + cooldown <=
+            `train.steps`. cosine does not use it, and needs warmup < `train.steps`.
         timescale: steps of the reciprocal square root; default 10,000; above 0.
-        betas: default (0.9, 0.999).
+        betas: default (0.9, 0.999). sgd does not use it.
+        momentum: of sgd; default 0.9; in [0, 1). AdamW does not use it.
         weight_decay: of matrices; default 0.03.
         head_decay: of the classifier's weight; default 3.0.
         clip: largest norm of the gradient; default 1.0; above 0.
-        z_loss: weight of the z-loss; default 0.
+        loss: cross-entropy of "sigmoid" (default), summed over classes, or of "softmax".
+        z_loss: weight of the z-loss; default 0. The softmax has none.
     """
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "rsqrt"
     lr: Annotated[float, POSITIVE] = 1e-3
     warmup: Annotated[int, NOT_NEGATIVE] = 10_000
     cooldown: Annotated[int, NOT_NEGATIVE] = 30_000
     timescale: Annotated[int, POSITIVE] = 10_000
     betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.999)
+    momentum: Annotated[float, SHARE] = 0.9
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.03
     head_decay: Annotated[float, NOT_NEGATIVE] = 3.0
     clip: Annotated[float, POSITIVE] = 1.0
+    loss: Annotated[str, OneOf(LOSSES)] = "sigmoid"
     z_loss: Annotated[float, NOT_NEGATIVE] = 0.0
 
 
@@ -211,7 +221,14 @@ class Config(Configuration):
             raise ConfigError(
                 f"model.image_size must be a multiple of the patch, {patch}; got {model.image_size}"
             )
-        if optim.warmup + optim.cooldown > train.steps:
+        if optim.loss == "softmax" and optim.z_loss:
+            raise ConfigError(f"optim.z_loss={optim.z_loss:g} needs optim.loss=sigmoid")
+        if optim.schedule == "cosine":
+            if optim.warmup >= train.steps:
+                raise ConfigError(
+                    f"optim.warmup={optim.warmup} must be fewer than train.steps={train.steps}"
+                )
+        elif optim.warmup + optim.cooldown > train.steps:
             raise ConfigError(
                 f"optim.warmup={optim.warmup} and optim.cooldown={optim.cooldown} exceed "
                 f"train.steps={train.steps}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mesa_train.models.vit22b.model import SIZES, sigmoid_loss
@@ -25,7 +26,7 @@ from .backend import Backend
 from .checkpoint import newest, state_of
 from .config import Config, ConfigError
 from .launch import make_backend
-from .schedule import ReciprocalSqrt
+from .schedule import schedule_of
 from .stability import AttentionWatch, Guard
 
 Report = Callable[[dict[str, Any]], None]
@@ -42,12 +43,10 @@ class ShardedRun(TrainingRun):
     """
 
     def __init__(self, config: Config, backend: Backend, data: Sources, first: int) -> None:
-        optim, train = config.optim, config.train
+        train = config.train
         self.config, self.backend, self.data = config, backend, data
         self.cadence = Cadence(train.steps, train.steps, save_every=train.save_every)
-        self.schedule = ReciprocalSqrt(
-            optim.lr, optim.warmup, optim.cooldown, train.steps, optim.timescale
-        )
+        self.schedule = schedule_of(config)
         self.watch = AttentionWatch(backend.model, every=train.watch_every)
         self.guard = Guard(backend.model)
         self.steps = first
@@ -74,7 +73,7 @@ class ShardedRun(TrainingRun):
         with self.watch.step(self.steps), self.guard.step(self.steps):
             for images, target in parts:
                 images, target = images.to(backend.device), target.to(backend.device)
-                value = sigmoid_loss(backend.forward(images), target, self.config.optim.z_loss)
+                value = self.loss(backend.forward(images), target)
                 backend.backward(value)
                 loss += value.detach() / len(parts)
         norm = backend.step(self.schedule(self.steps))
@@ -82,6 +81,13 @@ class ShardedRun(TrainingRun):
         if backend.average is not None:
             backend.average.update(self.steps)
         return loss, norm
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of a micro-batch, in float32."""
+        optim = self.config.optim
+        if optim.loss == "softmax":
+            return F.cross_entropy(logits.float(), targets)
+        return sigmoid_loss(logits, targets, optim.z_loss)
 
     def mean(self, loss: Tensor) -> Tensor:
         """The mean of a loss over all ranks.

@@ -1,17 +1,22 @@
-"""Learning rate schedule and weight decay of ViT-22B.
+"""Learning rate schedules and weight decay of ViT-22B.
 
 The schedule is big_vision's reciprocal square root: a linear warm-up, 1 / sqrt(1 + (t - warmup) /
 timescale), and a linear cool-down to zero over the last steps. ViT-22B uses peak 1e-3, 10,000 steps
 of warm-up, 30,000 of cool-down, 177,000 in total. The timescale is that of the public ViT-g recipe,
-10,000. The decay differs between body and classifier.
+10,000. Fine-tuning has a cosine. The decay differs between body and classifier.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,44 @@ class ReciprocalSqrt:
         down = min(1.0, (self.total - step) / self.cooldown) if self.cooldown else 1.0
         behind = max(0, step - self.warmup)
         return self.peak * up * max(0.0, down) / (1 + behind / self.timescale) ** 0.5
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Learning rate by optimizer step: a linear warm-up, then half a cosine to 0.
+
+    Attributes:
+        peak: highest rate.
+        warmup: steps of linear warm-up; at least 0.
+        total: steps of the run; above warmup.
+    Raises:
+        ValueError: the warm-up is negative or as long as the run.
+    """
+
+    peak: float
+    warmup: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.total:
+            raise ValueError(
+                f"warmup={self.warmup} must be at least 0 and below the {self.total} steps"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The rate of the optimizer step that follows `step` steps."""
+        if step < self.warmup:
+            return self.peak * step / self.warmup
+        share = min(1.0, (step - self.warmup) / (self.total - self.warmup))
+        return self.peak * (1 + math.cos(math.pi * share)) / 2
+
+
+def schedule_of(config: Config) -> Callable[[int], float]:
+    """The schedule of a configuration."""
+    optim, total = config.optim, config.train.steps
+    if optim.schedule == "cosine":
+        return Cosine(optim.lr, optim.warmup, total)
+    return ReciprocalSqrt(optim.lr, optim.warmup, optim.cooldown, total, optim.timescale)
 
 
 def groups(

@@ -159,12 +159,17 @@ def check_deepspeed(settings: dict[str, Any], parameters: int, optimizer: str = 
     Args:
         settings: DeepSpeed's configuration.
         parameters: number of parameters of the model.
-        optimizer: "adamw" or "adamw8bit".
+        optimizer: "adamw", "adamw8bit" or "sgd", which is refused.
     Raises:
         ConfigError: names the setting and the remedy.
     """
     import shutil
 
+    if optimizer == "sgd":
+        raise ConfigError(
+            "optim.name=sgd does not run under ZeRO-3, whose checkpoints convert AdamW's moments "
+            "alone; take train.backend=fsdp2, or optim.name=adamw"
+        )
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise ConfigError(f"zero_optimization.stage must be 3, got {zero.get('stage')!r}")

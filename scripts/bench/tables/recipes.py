@@ -214,3 +214,25 @@ def moco_batch(rows: Sequence[Row]) -> str:
         "before the other's forward. chunks: by view, and the trunk in chunks of 64 images; what an image "
         f"saves is then that of the heads. {origin(rows[-1])}\n"
     )
+
+
+@table("moco_gradients.jsonl", "python scripts/bench/moco_gradients.py")
+def moco_gradients(rows: Sequence[Row]) -> str:
+    """The newest row of each way: its loss and the error of its gradients."""
+    newest = {row["way"]: row for row in rows}
+    lines = [
+        [
+            way,
+            f"{row['loss']:.4f}",
+            f"{100 * row['gradient_error']:.3g} %" if row["gradient_error"] > 1e-4
+            else f"{row['gradient_error']:.0e}",
+            "yes" if row["same_as_joint"] else "no",
+        ]
+        for way, row in newest.items()
+    ]  # fmt: skip
+    row = rows[-1]
+    return markdown(["way", "loss", "error of the gradient", "joint, bit for bit"], lines) + (
+        f"\n`{row['model']}`, one step of {row['batch']} random images in float32, chunks of "
+        f"{row['chunk']}. Error: relative L2 distance of all gradients from those of the joint step in "
+        f"float64, whose loss is {row['reference_loss']:.4f}. {origin(row)}\n"
+    )

@@ -122,3 +122,37 @@ def test_other_files_are_refused_and_change_nothing(pretrained, tmp_path):
         load_official(deep, tmp_path / "no.pth")
     with pytest.raises(ValueError, match="one of base, momentum, got 'ema'"):
         load_official(deep, path, encoder="ema")
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_a_resnet_gets_the_trunk_without_the_projector(tmp_path, classes):
+    """Its classifier and its projector have the name fc."""
+    model = cases.fill(
+        MoCo(
+            timm.create_model("resnet10t"),
+            dim=8,
+            hidden=16,
+            projector_layers=2,
+            predictor_norm=False,
+        )
+    )
+    weights = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "r.pth.tar")
+    network = timm.create_model("resnet10t", num_classes=classes)
+    head = {k: v.clone() for k, v in network.state_dict().items() if k.startswith("fc.")}
+    load_official(network, tmp_path / "r.pth.tar")
+    own = network.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in head.items())
+    for key, value in model.base_encoder.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(own[key], value), key
+
+
+def test_learned_positions_of_another_image_size_are_resampled(tmp_path):
+    """The fixed table follows from the grid; learned positions do not."""
+    small = cases.fill(same_shapes())
+    small.pos_embed.data.fill_(0.5)
+    torch.save({"state_dict": small.state_dict()}, tmp_path / "learned.pth")
+    large = same_shapes(img_size=56)
+    load_official(large, tmp_path / "learned.pth")
+    assert large.pos_embed.shape == (1, 1 + 64, 96)
+    torch.testing.assert_close(large.pos_embed, torch.full_like(large.pos_embed, 0.5))

@@ -71,3 +71,14 @@ def test_adamw_decays_everything_that_is_trained():
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for p in group["params"]} == trained
     assert id(model.base_encoder.cls_token) in trained
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(5, 5), (6, 5), (-1, 5), (0, 0)])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup, epochs):
+    with pytest.raises(ValueError, match="warmup must be at least 0 and below epochs, got warmup="):
+        learning_rate(5, peak=1.0, warmup=warmup, epochs=epochs)
+
+
+def test_the_rate_stays_at_0_after_the_run():
+    assert [learning_rate(e, peak=1.0, warmup=0, epochs=5) for e in (5, 6, 9)] == [0, 0, 0]
+    assert learning_rate(0, peak=1.0, warmup=0, epochs=5) == 1

@@ -147,3 +147,15 @@ def test_initialisation_follows_the_seed_and_refuses_meta():
     assert not torch.equal(first.blocks[0].in_proj.weight, first.blocks[1].in_proj.weight)
     with pytest.raises(ValueError, match="pos_embed is on the meta device"):
         vit22b_init.initialise(on_meta("vit_22b_tiny"), seed=0)
+
+
+def test_features_only_gives_maps_of_the_blocks():
+    """Through timm's getter: the same maps as `forward_intermediates`, 4 x 4 patches of 14 pixels."""
+    torch.manual_seed(0)
+    maps = timm.create_model("vit_22b_tiny", img_size=56, features_only=True).eval()
+    x = torch.randn(2, 3, 56, 56)
+    found = maps(x)
+    wanted = maps.model.forward_intermediates(x, indices=3, norm=False, intermediates_only=True)
+    assert [tuple(f.shape) for f in found] == [(2, 64, 4, 4)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert maps.feature_info.reduction() == [14, 14, 14]

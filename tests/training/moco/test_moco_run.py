@@ -186,7 +186,14 @@ AUTHORS = {
 
 
 def test_every_configuration_is_checked_here():
-    assert {p.stem for p in RECIPES.glob("*.yaml")} == {*AUTHORS, "quickstart"}
+    others = {
+        "quickstart",
+        "quickstart_linear",
+        "linear",
+        "finetune_vit_small",
+        "finetune_vit_base",
+    }
+    assert {p.stem for p in RECIPES.glob("*.yaml")} == {*AUTHORS, *others}
     assert load(RECIPES / "quickstart.yaml").data.source == "scattered_digits"
 
 
@@ -265,3 +272,53 @@ def test_a_killed_process_continues_exactly(tmp_path):
     assert "continues after step" in done.stdout
     last = [load_file(folder / CHECKPOINTS / "last/model.safetensors") for folder in (whole, cut)]
     assert all(torch.equal(value, last[1][key]) for key, value in last[0].items())
+
+
+def test_the_table_of_a_dry_run_has_every_preset_and_lars_has_one_moment(monkeypatch):
+    """For a model of two small blocks; the asterisk marks the run's own policy."""
+    from mesa_train.training.moco import memory, run
+
+    changes = ["data.source=digits", "data.image_size=28", "model.name=moco_vit_tiny"]
+    changes += ["data.train_images=2000", "model.hidden=64", "train.global_batch=256"]
+    found = load(RECIPES / "mocov3_vit_small.yaml", [*changes, "train.policy=mesa4"])
+    few = ("plain", "mesa8", "mesa4", "checkpoint")
+    assert set(few) < set(run.POLICIES)
+    assert {f"mesa{b}{r}" for b in (8, 6, 4) for r in ("", "-recompute")} < set(run.POLICIES)
+    monkeypatch.setattr(run, "POLICIES", few)
+    lines = run.plan(found, 1).splitlines()
+    assert "with adamw, 2 GiB" in lines[3]
+    assert lines[4].split()[-8:] == ["12", "GB", "24", "GB", "48", "GB", "80", "GB"]
+    table = [line.split() for line in lines[5:]]
+    assert [row[0] for row in table] == list(few)
+    assert [row[0] for row in table if row[-1] == "*"] == ["mesa4"]
+    counts = {row[0]: [int(n.replace(",", "")) for n in row[5:9]] for row in table}
+    assert all(a < b < c < d for a, b, c, d in counts.values())
+    assert counts["plain"][0] < counts["mesa8"][0] < counts["mesa4"][0]
+
+    def states(optimizer):
+        held, _ = memory.counted(
+            lambda: run._on_meta(found), "plain", 28, ways=("by view",), optimizer=optimizer,
+            sizes=(64,),
+        )["by view"]  # fmt: skip
+        return held(0)
+
+    trained = sum(p.numel() for p in build(found).parameters() if p.requires_grad)
+    assert states("adamw") - states("lars") == 4 * trained
+
+
+def test_one_batch_gives_nearly_the_bytes_of_three():
+    """The dry run counts at one batch; scripts/bench/moco_batch.py at three."""
+    from mesa_train.training.moco import memory, run
+
+    changes = ["data.image_size=56", "model.name=moco_vit_tiny", "model.hidden=256"]
+    found = load(RECIPES / "mocov3_vit_small.yaml", changes)
+
+    def held(sizes):
+        made = memory.counted(
+            lambda: run._on_meta(found), "plain", 56, ways=("by view",), sizes=sizes
+        )
+        return made["by view"][0]
+
+    one, three = held(run.DRY_RUN_SIZES), held(memory.SIZES)
+    for batch in (64, 300, 1000, 4096, 8000):
+        assert one(batch) == pytest.approx(three(batch), rel=0.12), batch
