@@ -6,6 +6,11 @@
 
 The model is wrapped when the training begins, and as before when it ends. Checkpoints have the plain
 model's weights, so a run can be resumed with another policy or without mesa_train.
+
+A Trainer hands no errors to its callbacks. A context adds the note to an out-of-memory error:
+
+    with mesa_train.out_of_memory_notes(model):
+        trainer.train()
 """
 
 from __future__ import annotations

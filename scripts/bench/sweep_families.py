@@ -92,6 +92,34 @@ def measure(case: Case, row: Row, steps: int = 0) -> None:
     args, kwargs = arguments(inputs)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
+    compare_runs(model, inputs, row)
+    row["saved_bytes"] = {}
+    for name in ("plain", *COUNTED, "checkpoint"):
+        row["failed_in"] = name
+        counted = count(model, inputs, name)
+        if counted is None:
+            continue
+        row["saved_bytes"][name] = counted.saved_bytes
+        if name == "mesa8":
+            row["uncompressed"] = uncompressed(counted)
+    if steps:
+        row["failed_in"] = "steps"
+        row["step_ms"], row["steps"] = timed(case, steps), steps
+    if case.lora is not None:
+        row["failed_in"] = "lora"
+        row["lora"] = adapted(model, inputs, case.lora)
+    del row["failed_in"]
+
+
+def compare_runs(model: nn.Module, inputs: Any, row: Row) -> None:
+    """Run a step in plain PyTorch, under lossless and under mesa8, and fill in what differs.
+
+    Args:
+        model: in training mode; its buffers change.
+        inputs: of the model.
+        row: gets `outputs_equal`, `lossless_error` and `mesa8_error`.
+    """
+    args, kwargs = arguments(inputs)
     state = copy.deepcopy(dict(model.named_buffers()))
     runs = {}
     for name in ("plain", "lossless", "mesa8"):
@@ -115,22 +143,6 @@ def measure(case: Case, row: Row, steps: int = 0) -> None:
     )
     for name in ("lossless", "mesa8"):
         row[f"{name}_error"] = relative_error(runs[name][1], gradients)
-    row["saved_bytes"] = {}
-    for name in ("plain", *COUNTED, "checkpoint"):
-        row["failed_in"] = name
-        counted = count(model, inputs, name)
-        if counted is None:
-            continue
-        row["saved_bytes"][name] = counted.saved_bytes
-        if name == "mesa8":
-            row["uncompressed"] = uncompressed(counted)
-    if steps:
-        row["failed_in"] = "steps"
-        row["step_ms"], row["steps"] = timed(case, steps), steps
-    if case.lora is not None:
-        row["failed_in"] = "lora"
-        row["lora"] = adapted(model, inputs, case.lora)
-    del row["failed_in"]
 
 
 def timed(case: Case, rounds: int) -> dict[str, float]:

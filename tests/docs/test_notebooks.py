@@ -1,8 +1,11 @@
 """The notebooks: their cells run in order on a CPU, and stay as they were made."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,29 @@ def test_there_are_two_and_their_outputs_are_not_stored():
         assert len({cell["id"] for cell in stored}) == len(stored)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_an_uploaded_wheel(path, tmp_path, monkeypatch):
+    install, commands = cells(path)[0], []
+    monkeypatch.chdir(tmp_path)
+    exec(install, {})
+    assert not commands
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append((command, check)))
+    with pytest.raises(FileNotFoundError, match="mesa_train-"):
+        exec(install, {})
+    (tmp_path / "mesa_train-0.1.0-py3-none-any.whl").touch()
+    exec(install, {})
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "./mesa_train-0.1.0-py3-none-any.whl[timm]",
+    ]
+    assert commands == [(pip, True)]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -32,10 +58,8 @@ def test_the_cells_run(path, tmp_path, monkeypatch):
     names = {"__name__": "notebook"}
     printed = io.StringIO()
     for number, cell in enumerate(cells(path)):
-        # A notebook's own commands, such as %pip.
-        code = "\n".join(line for line in cell.splitlines() if not line.startswith(("%", "!")))
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, f"{path.name}, cell {number}", "exec"), names)
+            exec(compile(cell, f"{path.name}, cell {number}", "exec"), names)
     text = printed.getvalue()
     if path.stem == "first_steps":
         plain, *others = names["losses"].values()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.sam2_video import modeling_sam2_video
 
 from . import case
 
@@ -81,6 +82,38 @@ def sam2() -> tuple[nn.Module, Any]:
     )
     points = torch.rand(2, 1, 2, 2) * 128
     return hf.Sam2Model(config), {"pixel_values": images(), "input_points": points}
+
+
+class MemoryOfVideo(nn.Module):
+    """SAM 2's memory of a video: the memory of frame 1 enters the features of frame 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = hf.Sam2VideoConfig(
+            memory_attention_num_layers=2, memory_attention_hidden_size=256,
+            memory_attention_feed_forward_hidden_size=512, memory_attention_num_attention_heads=1,
+            memory_attention_rope_feat_sizes=[16, 16], memory_attention_dropout=0.0,
+            memory_attention_rope_dropout=0.0,
+        )  # fmt: skip
+        self.encoder = modeling_sam2_video.Sam2VideoMemoryEncoder(config)
+        self.attention = modeling_sam2_video.Sam2VideoMemoryAttention(config)
+
+    def forward(self, first: Tensor, second: Tensor, masks: Tensor) -> Tensor:
+        memory, positions = self.encoder(first, masks)
+        tokens, memory, positions = (
+            x.flatten(2).permute(2, 0, 1) for x in (second, memory, positions)
+        )
+        attended: Tensor = self.attention(
+            tokens, memory, torch.zeros_like(tokens), memory_posision_embeddings=positions
+        )
+        return attended
+
+
+@case("SAM 2, memory", SEGMENTATION)
+def sam2_memory() -> tuple[nn.Module, Any]:
+    """SAM 2 on video: memory encoder and memory attention with rotary positions."""
+    frames = torch.randn(2, 1, 256, 16, 16)
+    return MemoryOfVideo(), {"first": frames[0], "second": frames[1], "masks": images(256)[:1, :1]}
 
 
 @case("SAM 3", SEGMENTATION)
@@ -164,6 +197,21 @@ def upernet() -> tuple[nn.Module, Any]:
     return hf.UperNetForSemanticSegmentation(config), {"pixel_values": images(), "labels": labels}
 
 
+def with_default_convolutions(model: nn.Module) -> nn.Module:
+    """Give the convolutions PyTorch's initial weights, and the last one a positive bias.
+
+    With the library's initial weights the depth is about 1e-8. Then almost the whole gradient belongs
+    to the last bias, so a gradient error says nothing.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    for convolution in convolutions:
+        convolution.reset_parameters()
+    last = convolutions[-1].bias
+    assert last is not None
+    nn.init.constant_(last, 0.1)
+    return model
+
+
 @case("DPT", DEPTH)
 def dpt() -> tuple[nn.Module, Any]:
     """DPT on a ViT."""
@@ -171,7 +219,7 @@ def dpt() -> tuple[nn.Module, Any]:
         **ENCODER, image_size=128, patch_size=16, backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[24, 32, 48, 64], fusion_hidden_size=32,
     )  # fmt: skip
-    return hf.DPTForDepthEstimation(config), images()
+    return with_default_convolutions(hf.DPTForDepthEstimation(config)), images()
 
 
 @case("Depth Anything", DEPTH)
@@ -185,7 +233,7 @@ def depth_anything() -> tuple[nn.Module, Any]:
         backbone_config=backbone, reassemble_hidden_size=96, neck_hidden_sizes=[24, 32, 48, 64],
         fusion_hidden_size=32, head_hidden_size=16,
     )  # fmt: skip
-    return hf.DepthAnythingForDepthEstimation(config), images(112)
+    return with_default_convolutions(hf.DepthAnythingForDepthEstimation(config)), images(112)
 
 
 @case("DETR", DETECTION)
