@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tables import dense, efficient, engine, fallback, families, gpu, open_world, recipes
+from tables import codes, dense, efficient, engine, fallback, families, gpu, open_world, recipes
 from tables.text import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def renew(text: str, results: Path) -> str:
 
 TABLES: dict[str, Table] = {
     name: table
-    for module in (dense, efficient, engine, fallback, families, gpu, open_world, recipes)
+    for module in (codes, dense, efficient, engine, fallback, families, gpu, open_world, recipes)
     for name, table in vars(module).items()
     if isinstance(table, Table)
 }
