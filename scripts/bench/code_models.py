@@ -47,7 +47,7 @@ class Trained:
         model: a timm model, or "small_vit".
         options: of the timm model.
         size: of the images in pixels.
-        batch: images of a step.
+        batch: images of a training step. Half as many are measured.
     """
 
     described: str
@@ -69,9 +69,9 @@ TRAINED = {
     ),
     # Four registers, and LayerScale from 1e-5.
     "dinov2": Trained(
-        "DINOv2 style (width 192, 6 blocks, 201 tokens)",
+        "DINOv2 style (width 192, 4 blocks, 201 tokens)",
         "vit_small_patch14_reg4_dinov2",
-        {**_NARROW, "depth": 6, "img_size": 56},
+        {**_NARROW, "depth": 4, "img_size": 56},
         56,
         8,
     ),
@@ -130,7 +130,8 @@ def trained_vit(name: str, images: ImageSet, steps: int, weights: Path | None) -
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), kept)
-    x, y = next(batches(recipe, images, seed=1))
+    half = recipe.batch // 2
+    x, y = (part[:half] for part in next(batches(recipe, images, seed=1)))
     after = f"{steps} steps on {images.name}" if steps else "random"
     return Subject(
         f"{recipe.described}, {after}", network, lambda: F.cross_entropy(network(x), y), len(x)
