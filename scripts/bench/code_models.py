@@ -47,7 +47,8 @@ class Trained:
         model: a timm model, or "small_vit".
         options: of the timm model.
         size: of the images in pixels.
-        batch: images of a training step. Half as many are measured.
+        batch: images of a training step.
+        measured: images of the batch that is measured.
     """
 
     described: str
@@ -55,17 +56,19 @@ class Trained:
     options: dict[str, Any]
     size: int
     batch: int
+    measured: int
 
 
 _NARROW = {"patch_size": 4, "embed_dim": 192, "num_heads": 3}
 TRAINED = {
-    "small": Trained("small_vit (16 tokens)", "small_vit", {}, 32, 64),
+    "small": Trained("small_vit (16 tokens)", "small_vit", {}, 32, 64, 32),
     "deit": Trained(
         "DeiT (width 192, 8 blocks, 65 tokens)",
         "deit_tiny_patch16_224",
         {**_NARROW, "depth": 8, "img_size": 32},
         32,
         16,
+        8,
     ),
     # Four registers, and LayerScale from 1e-5.
     "dinov2": Trained(
@@ -73,9 +76,10 @@ TRAINED = {
         "vit_small_patch14_reg4_dinov2",
         {**_NARROW, "depth": 4, "img_size": 56},
         56,
-        8,
+        4,
+        4,
     ),
-    "litv2": Trained("litv2_tiny (256 to 4 tokens)", "litv2_tiny", {"img_size": 64}, 64, 16),
+    "litv2": Trained("litv2_tiny (256 to 4 tokens)", "litv2_tiny", {"img_size": 64}, 64, 16, 8),
 }
 NAMES = ("random", *TRAINED, "sentences")
 
@@ -130,8 +134,7 @@ def trained_vit(name: str, images: ImageSet, steps: int, weights: Path | None) -
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), kept)
-    half = recipe.batch // 2
-    x, y = (part[:half] for part in next(batches(recipe, images, seed=1)))
+    x, y = (part[: recipe.measured] for part in next(batches(recipe, images, seed=1)))
     after = f"{steps} steps on {images.name}" if steps else "random"
     return Subject(
         f"{recipe.described}, {after}", network, lambda: F.cross_entropy(network(x), y), len(x)

@@ -134,13 +134,14 @@ def test_trained_weights_are_kept(tmp_path, monkeypatch):
     """Steps change the weights, and a second run reads the kept ones."""
     import code_models
 
-    recipe = code_models.Trained("tiny", "small_vit", {}, 8, 8)
+    recipe = code_models.Trained("tiny", "small_vit", {}, 8, 8, 4)
     monkeypatch.setitem(code_models.TRAINED, "small", recipe)
     first = subject("small", "digits", 2, tmp_path, "")
     again = subject("small", "digits", 2, tmp_path, "")
     untrained = subject("small", "digits", 0, tmp_path, "")
     assert [path.name for path in tmp_path.iterdir()] == ["small-2.pt"]
     assert "2 steps on digits" in first.name
+    assert first.images == 4
     assert "random" in untrained.name
     assert torch.equal(first.loss(), again.loss())
     assert first.loss() != untrained.loss()
