@@ -7,6 +7,7 @@ trained weights of one. The sentence transformer is read from a directory, with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,10 +102,15 @@ def subject(name: str, data: str, steps: int, weights: Path | None, sentences: s
     if name == "sentences" and sentences:
         return language_model(sentences)
     if name in TRAINED and data:
-        return trained_vit(name, load(data), steps, weights)
+        return trained_vit(name, _images(data), steps, weights)
     raise ValueError(
         f"model {name!r} is not one of {', '.join(NAMES)}, or its data or sentences are missing"
     )
+
+
+@functools.cache
+def _images(data: str) -> ImageSet:
+    return load(data)
 
 
 def random_vit() -> Subject:

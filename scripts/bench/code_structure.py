@@ -15,6 +15,7 @@ photos (--data); and a trained sentence transformer, if a directory has one (--s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 import typer
 from code_models import NAMES, Subject, subject
 from structured_codes import ALL, PAIR, VARIANTS, rounded_codec
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import mesa_train
@@ -50,7 +51,11 @@ OPERANDS = {
     "attention's output": ("attention.out", "linear"),
 }
 # The whole preset: the roles that a variant is for.
-WHOLE = {"mesa4": ALL, "mesa4, x_hat and GELU's input": PAIR}
+WHOLE = {
+    "mesa4": ALL,
+    "mesa4, x_hat and GELU's input": PAIR,
+    "mesa4, 8 bits for the last norm": ALL,
+}
 
 
 def main(
@@ -111,7 +116,7 @@ def measure(
     """The rows of one model."""
     exact = gradients(subject, None)
     for operand, named in itertools.product(operands, variants):
-        policy, role = policy_of(operand)
+        policy, role = policy_of(operand, subject)
         variant = VARIANTS[named]
         if variant.levels == "normal" and role != "x_hat":
             continue  # these levels are for a variance of 1
@@ -135,9 +140,13 @@ def measure(
         }
 
 
-def policy_of(operand: str) -> tuple[Policy, str]:
+def policy_of(operand: str, subject: Subject) -> tuple[Policy, str]:
     """mesa4, or a policy with this operand alone at its bits; and the role of a variant."""
     preset = PRESETS["mesa4"]
+    if operand.endswith("last norm"):
+        norms = [k for k, m in subject.network.named_modules() if isinstance(m, nn.LayerNorm)]
+        overrides = {**preset.overrides, norms[-1]: {"bits": 8}}
+        return dataclasses.replace(preset, overrides=overrides), ALL
     if operand in WHOLE:
         return preset, WHOLE[operand]
     pattern, role = OPERANDS[operand]
@@ -170,7 +179,8 @@ class Means(TorchFunctionMode):
     """Collects the mean's share of the energy of every x_hat and every input of GELU.
 
     A tensor (images, ..., channels) has the share sum(mean^2) / mean(sum(x^2)), for the mean of each
-    channel over an image, and over the batch.
+    channel over an image, and over the batch. GELUs before the first layer norm are left out: they
+    are in a convolutional stem, whose channels are not the last dimension.
 
     Attributes:
         shares: (operand, share of the images' means, share of the batch's mean), in the order of calls.
@@ -183,7 +193,7 @@ class Means(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.layer_norm:
             self._collect("x_hat", F.layer_norm(args[0], args[0].shape[-1:]))
-        elif func is F.gelu:
+        elif func is F.gelu and self.shares:
             self._collect("GELU's input", args[0])
         return func(*args, **(kwargs or {}))
 

@@ -278,10 +278,10 @@ def rounded_codec(
     rounding: str,
     running: bool,  # noqa: ARG001
 ) -> Any:
-    """In place of `codecs.of`. Codecs of 8 and 32 bits stay as they are."""
+    """In place of `codecs.of`. Codes of 8 bits are affine in every variant."""
     stochastic, dither = rounding != "nearest", rounding == "dither"
     if bits == 32:
         return Lossless()
     if bits == 8:
-        return Affine(bits, group_size, stochastic, dither=dither)
+        variant = Variant()
     return Rounded(bits, group_size, stochastic, 0, dither, variant, role, images, used)
