@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from code_models import NAMES, Subject, subject
-from structured_codes import ALL, PAIR, VARIANTS, rounded_codec
+from structured_codes import AFFINE, ALL, PAIR, VARIANTS, rounded_codec
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -120,7 +120,7 @@ def measure(
         variant = VARIANTS[named]
         if variant.levels == "normal" and role != "x_hat":
             continue  # these levels are for a variance of 1
-        if role == PAIR and not variant.mean:
+        if role == PAIR and not variant.mean and named != AFFINE:
             continue
         used: tuple[list[float], ...] = ([], [])
         of = functools.partial(rounded_codec, variant, role, subject.images, used)

@@ -92,9 +92,11 @@ def code_structure(rows: Sequence[Row]) -> str:
             line.append("" if row is None else _structured(row, bits[model]))
         lines.append(line)
     draws = sorted({row["draws"] for row in newest.values()})
+    equal = any(bits.values()) * (
+        f'; and the error at the bytes of "{AFFINE}", if each bit more halves an error'
+    )
     return markdown(["code", *models], lines) + (
-        "\nThe gradient error with this code; the stored bits of an element; and the error at the bytes of "
-        f'"{AFFINE}", if each bit more halves an error. float32; mean of '
+        f"\nThe gradient error with this code; the stored bits of an element{equal}. float32; mean of "
         f"{' or '.join(map(str, draws))} draws. {origins(newest.values())}\n"
     )
 
