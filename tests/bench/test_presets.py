@@ -121,3 +121,18 @@ def test_the_table_has_predictions_shares_batches_and_origins():
     assert "commit abc" in text
     assert "commit def" in text
     assert "old" not in text
+
+
+def test_a_row_without_prediction_gets_one_from_its_operands():
+    bare = {k: v for k, v in ROW.items() if k not in ("best_for", "codes", "variance_shares")}
+    bare |= {"bits": None, "predicted_error": None}
+    alone = {**ROW, "kind": "operand", "bits": 5, "operand": "x_hat", "gradient_error": 0.03}
+    others = [
+        alone,
+        {**alone, "operand": "out", "bits": 4, "gradient_error": 0.04},
+        {**alone, "operand": "out", "bits": 3, "gradient_error": 0.5},
+        {**alone, "commit": "old", "gradient_error": 0.9},
+    ]
+    text = tables.presets.render([bare], others)
+    line = "| a ViT | mesa4 | the preset | x_hat 5, out 4 | 1.0 MiB | 5.00% | 6.00% |"
+    assert f"{line} x_hat 36%, out 64% |" in text

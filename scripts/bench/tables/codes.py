@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from allocations import codes_of
+
+from mesa_train.policy import PRESETS
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
 from tables.text import markdown, origin, table
@@ -26,22 +29,24 @@ def _batches(rows: Iterable[Row]) -> str:
     return "; ".join(f"{model}: {count} images" for model, count in images)
 
 
-@table("presets.jsonl", "python scripts/bench/presets.py", by="kind")
-def presets(rows: Sequence[Row]) -> str:
-    """The newest rows of each model: single operands, or whole allocations."""
-    newest = newest_of_models(rows)
+@table("presets.jsonl", "python scripts/bench/presets.py", by="kind", beside="presets.jsonl")
+def presets(rows: Sequence[Row], every: Sequence[Row] = ()) -> str:
+    """The newest rows of each model: single operands, or whole allocations.
+
+    Rows of allocations without predictions get them from `every`, which has their operands' rows.
+    """
+    newest = [_with_prediction(row, every) for row in newest_of_models(rows)]
     if newest[0]["kind"] == "operand":
         return _operands(newest)
     lines = []
     for row in newest:
-        shares = row.get("variance_shares", {}).items()
-        codes = row.get("codes", row.get("bits")) or {}
+        shares = row["variance_shares"].items()
         lines.append(
             [
                 row["model"],
                 row["budget"],
-                row.get("best_for", "this model" if codes else "the preset"),
-                ", ".join(f"{name} {code}" for name, code in codes.items()),
+                row["best_for"],
+                ", ".join(f"{name} {code}" for name, code in row["codes"].items()),
                 format_bytes(row["saved_bytes"]),
                 "" if row["predicted_error"] is None else f"{row['predicted_error']:.2%}",
                 f"{row['gradient_error']:.2%}",
@@ -49,11 +54,32 @@ def presets(rows: Sequence[Row]) -> str:
             ]
         )
     head = ["model", "bytes of", "best for", "bits", "saved for the backward", "predicted"]
+    joint = any(row["best_for"] == "all models" for row in newest)
+    note = ' "All models" is the allocation whose largest predicted error is smallest.' * joint
     return markdown([*head, "measured", "shares of the variance"], lines) + (
-        "\nThe prediction is the root of the sum of the squared errors of the operands. The shares are of this sum. "
-        '"All models" is the allocation whose largest predicted error is smallest. Groups have up to 128 elements '
-        f"unless stated. {_batches(newest)}. float32. {origins(newest)}\n"
+        "\nThe prediction is the root of the sum of the squared errors of the operands. The shares are of this sum."
+        f"{note} Groups have up to 128 elements unless stated. {_batches(newest)}. float32. {origins(newest)}\n"
     )
+
+
+def _with_prediction(row: Row, every: Sequence[Row]) -> Row:
+    """The row, with the prediction of the operands that were measured with it."""
+    if row["kind"] == "operand" or "variance_shares" in row:
+        return row
+    alone = {
+        (other["operand"], other["bits"]): other["gradient_error"] ** 2
+        for other in every
+        if other["kind"] == "operand"
+        and (other["model"], other["commit"]) == (row["model"], row["commit"])
+    }
+    of_preset = codes_of(PRESETS[row["budget"]], dict.fromkeys(name for name, _ in alone))
+    bits = row["bits"] or {name: code.bits for name, code in of_preset.items()}
+    variances = {item[0]: alone[item] for item in bits.items() if item in alone}
+    total = sum(variances.values())
+    shares = {name: variance / total for name, variance in variances.items()}
+    source = "this model" if row["bits"] else "the preset"
+    predicted = {"predicted_error": total**0.5 if alone else None, "variance_shares": shares}
+    return {**row, **predicted, "best_for": source, "codes": bits}
 
 
 def _operands(newest: Sequence[Row]) -> str:
