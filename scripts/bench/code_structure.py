@@ -1,24 +1,26 @@
-"""Gradient errors of other codes than affine groups of 128.
+"""Gradient errors of other codes than affine groups of 128, and the energy of the means.
 
 `structured_codes.py` replaces the operators of `Affine`, so no code needs a kernel. Every variant
 has an exact count of bits per element. The variants are finer groups, 8-bit scales, removed means,
-scales per channel, a Hadamard rotation, and Lloyd-Max levels. Each operand is measured alone, and
-then the preset as a whole. An error is the mean over draws. A row for each model, operand and
-variant goes to docs/results/code_structure.jsonl.
+scales per channel, a Hadamard rotation, and Lloyd-Max levels. An operand is measured alone, or the
+preset as a whole. An error is the mean over draws. A row for each model, operand and variant goes
+to docs/results/code_structure.jsonl. A row for each model and operand with the mean's share of the
+energy in every layer goes to docs/results/mean_share.jsonl.
 
-The models: a timm ViT at random initialisation; ViTs that the script trains on photos (--data); and
-a trained sentence transformer, if a directory has one (--sentences).
+`code_models.py` has the models: a timm ViT at random initialisation; ViTs that the script trains on
+photos (--data); and a trained sentence transformer, if a directory has one (--sentences).
 
     python scripts/bench/code_structure.py --data cifar10:DIRECTORY --sentences DIRECTORY
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -28,15 +30,17 @@ os.environ["MESA_TRAIN_NATIVE"] = "0"  # the native rows call the kernels themse
 import torch
 import torch.nn.functional as F
 import typer
-from structured_codes import ALL, VARIANTS, rounded_codec
+from code_models import NAMES, Subject, subject
+from structured_codes import AFFINE, ALL, PAIR, VARIANTS, rounded_codec
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import mesa_train
 from mesa_train import PRESETS, Policy, codecs
 from mesa_train.measure.step import relative_error
 from mesa_train.utils import records
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs/results/code_structure.jsonl"
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 
 # Operands of mesa4 that are measured alone: by name, the policy's pattern, the role of the tensor.
 OPERANDS = {
@@ -46,6 +50,12 @@ OPERANDS = {
     "v": ("attention.v", "linear"),
     "attention's output": ("attention.out", "linear"),
 }
+# The whole preset: the roles that a variant is for.
+WHOLE = {
+    "mesa4": ALL,
+    "mesa4, x_hat and GELU's input": PAIR,
+    "mesa4, 8 bits for the last norm": ALL,
+}
 
 
 def main(
@@ -53,70 +63,94 @@ def main(
     sentences: Annotated[
         str, typer.Option(help="A directory with a trained sentence transformer.")
     ] = "",
-    models: Annotated[
-        str, typer.Option(help="Comma-separated, of random, small, deit, sentences.")
-    ] = "random,small,deit,sentences",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps on photos.")] = 500,
+    models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(NAMES)}.")] = (
+        ",".join(NAMES)
+    ),
+    operands: Annotated[
+        str, typer.Option(help=f"Separated by semicolons, of {'; '.join([*OPERANDS, *WHOLE])}.")
+    ] = ";".join([*OPERANDS, *WHOLE]),
+    variants: Annotated[
+        str, typer.Option(help="Codes of structured_codes.VARIANTS, separated by semicolons.")
+    ] = ";".join(VARIANTS),
+    steps: Annotated[int, typer.Option(min=0, help="Training steps on photos.")] = 500,
     draws: Annotated[int, typer.Option(min=1)] = 3,
     weights: Annotated[
         Path | None, typer.Option(help="A directory that keeps trained weights between runs.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="A folder; rows are appended.")] = RESULTS,
 ) -> None:
-    """Measure all variants on the chosen models."""
+    """Measure the codes and the means' shares on the chosen models."""
+    wanted = chosen("operands", operands, [*OPERANDS, *WHOLE])
+    codes = chosen("variants", variants, VARIANTS)
     for name in models.split(","):
-        if name == "random":
-            described, subject = "vit_small_patch16_224, random", random_vit()
-        elif name in ("small", "deit") and data:
-            described = f"{name} ViT, {steps} steps on {data.split(':')[0]}"
-            subject = trained_vit(name, data, steps, weights)
-        elif name == "sentences" and sentences:
-            described, subject = (
-                "MiniLM-L6 sentence transformer, trained",
-                language_model(sentences),
-            )
-        else:
-            raise SystemExit(
-                f"code_structure: --models {name!r} is not one of random, small, deit, sentences, "
-                "or its --data or --sentences is missing"
-            )
-        for row in measure(*subject, draws):
-            print(described, row, flush=True)
-            records.append(out, {"model": described, "draws": draws, **row, **records.provenance()})
+        try:
+            of = subject(name, data, steps, weights, sentences)
+        except ValueError as error:
+            raise SystemExit(f"code_structure: --models: {error}") from None
+        shared = {"model": of.name, "images": of.images}
+        for row in mean_shares(of):
+            print(row, flush=True)
+            records.append(out / "mean_share.jsonl", {**shared, **row, **records.provenance()})
+        for row in measure(of, draws, wanted, codes):
+            print(of.name, row, flush=True)
+            named = {**shared, "draws": draws, **row, **records.provenance()}
+            records.append(out / "code_structure.jsonl", named)
+
+
+def chosen(option: str, text: str, choices: Iterable[str]) -> list[str]:
+    """The names in `text`. SystemExit if one is not among the choices."""
+    names = text.split(";")
+    for name in names:
+        if name not in choices:
+            listed = "; ".join(choices)
+            raise SystemExit(f"code_structure: --{option} has {name!r}; choose from {listed}")
+    return names
 
 
 # --- measurements ---
 
-Loss = Callable[[], Tensor]
 
-
-def measure(network: nn.Module, loss: Loss, tokens: int, draws: int) -> Iterator[dict[str, Any]]:
+def measure(
+    subject: Subject, draws: int, operands: Sequence[str], variants: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """The rows of one model."""
-    exact = gradients(network, loss, None)
-    preset = PRESETS[ALL]
-    alone = {
-        name: (Policy(bits=32, overrides={pattern: width(preset, pattern)}), role)
-        for name, (pattern, role) in OPERANDS.items()
-    }
-    for operand, (policy, role) in {**alone, ALL: (preset, ALL)}.items():
-        for named, variant in VARIANTS.items():
-            if variant.lloyd and role not in ("x_hat", ALL):
-                continue  # the levels are for a variance of 1
-            used: tuple[list[float], ...] = ([], [])
-            of = functools.partial(rounded_codec, variant, role, tokens, used)
-            errors = []
-            for draw in range(draws):
-                torch.manual_seed(draw)
-                with mock.patch.object(codecs, "of", of):
-                    found = gradients(network, loss, policy)
-                errors.append(relative_error(found, exact))
-            yield {
-                "operand": operand,
-                "variant": named,
-                "bits": sum(used[0]) / max(1, sum(used[1])),
-                "gradient_error": statistics.fmean(errors),
-                "errors": errors,
-            }
+    exact = gradients(subject, None)
+    for operand, named in itertools.product(operands, variants):
+        policy, role = policy_of(operand, subject)
+        variant = VARIANTS[named]
+        if variant.levels == "normal" and role != "x_hat":
+            continue  # these levels are for a variance of 1
+        if role == PAIR and not variant.mean and named != AFFINE:
+            continue
+        used: tuple[list[float], ...] = ([], [])
+        of = functools.partial(rounded_codec, variant, role, subject.images, used)
+        errors = []
+        # Rounding to nearest has one outcome.
+        nearest = operand in OPERANDS and (role == "activation" or variant.levels != "affine")
+        for draw in range(1 if nearest else draws):
+            torch.manual_seed(draw)
+            with mock.patch.object(codecs, "of", of):
+                errors.append(relative_error(gradients(subject, policy), exact))
+        yield {
+            "operand": operand,
+            "variant": named,
+            "bits": sum(used[0]) / max(1, sum(used[1])),
+            "gradient_error": statistics.fmean(errors),
+            "errors": errors,
+        }
+
+
+def policy_of(operand: str, subject: Subject) -> tuple[Policy, str]:
+    """mesa4, or a policy with this operand alone at its bits; and the role of a variant."""
+    preset = PRESETS["mesa4"]
+    if operand.endswith("last norm"):
+        norms = [k for k, m in subject.network.named_modules() if isinstance(m, nn.LayerNorm)]
+        overrides = {**preset.overrides, norms[-1]: {"bits": 8}}
+        return dataclasses.replace(preset, overrides=overrides), ALL
+    if operand in WHOLE:
+        return preset, WHOLE[operand]
+    pattern, role = OPERANDS[operand]
+    return Policy(bits=32, overrides={pattern: width(preset, pattern)}), role
 
 
 def width(preset: Policy, pattern: str) -> dict[str, int]:
@@ -126,89 +160,62 @@ def width(preset: Policy, pattern: str) -> dict[str, int]:
     return {"bits": fields.get("bits", preset.bits)}
 
 
-def gradients(network: nn.Module, loss: Loss, policy: Policy | None) -> list[Tensor]:
+def gradients(subject: Subject, policy: Policy | None) -> list[Tensor]:
     """The gradients of one step; zeros for an unused weight."""
+    network = subject.network
     if policy is not None:
         mesa_train.wrap(network, policy)
     weights = list(network.parameters())
-    found = torch.autograd.grad(loss(), weights, allow_unused=True)
+    found = torch.autograd.grad(subject.loss(), weights, allow_unused=True)
     if policy is not None:
         mesa_train.unwrap(network)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 
-# --- models: the network, its loss, and tokens of an image or a sentence ---
+# --- the mean's share ---
 
 
-def random_vit() -> tuple[nn.Module, Loss, int]:
-    """ViT-S at random initialisation, on noise of 112 x 112 pixels."""
-    import timm
+class Means(TorchFunctionMode):
+    """Collects the mean's share of the energy of every x_hat and every input of GELU.
 
-    torch.manual_seed(0)
-    network = timm.create_model("vit_small_patch16_224", num_classes=10, img_size=112).train()
-    x, y = torch.randn(8, 3, 112, 112), torch.randint(0, 10, (8,))
-    return network, lambda: F.cross_entropy(network(x), y), 50
+    A tensor (images, ..., channels) has the share sum(mean^2) / mean(sum(x^2)), for the mean of each
+    channel over an image, and over the batch. GELUs before the first layer norm are left out: they
+    are in a convolutional stem, whose channels are not the last dimension.
 
+    Attributes:
+        shares: (operand, share of the images' means, share of the batch's mean), in the order of calls.
+    """
 
-def trained_vit(
-    name: str, data: str, steps: int, weights: Path | None
-) -> tuple[nn.Module, Loss, int]:
-    """The small ViT, or a DeiT of width 192 and depth 8 with 65 tokens, trained on photos."""
-    from timm.models import VisionTransformer
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares: list[tuple[str, float, float]] = []
 
-    from mesa_train.training import small_models
-    from mesa_train.training.data.packaged import light_augmentation, load, train_batches
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.layer_norm:
+            self._collect("x_hat", F.layer_norm(args[0], args[0].shape[-1:]))
+        elif func is F.gelu and self.shares:
+            self._collect("GELU's input", args[0])
+        return func(*args, **(kwargs or {}))
 
-    images = load(data)
-    if name == "small":
-        network, _ = small_models.build("small_vit", images, seed=0)
-    else:
-        torch.manual_seed(0)
-        network = VisionTransformer(32, 4, embed_dim=192, depth=8, num_heads=3, num_classes=10)
-    network.train()
-    kept = weights / f"{name}-{steps}.pt" if weights else None
-    augment = light_augmentation(images)
-    if kept is not None and kept.exists():
-        network.load_state_dict(torch.load(kept))
-    else:
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-        batches = itertools.chain.from_iterable(
-            train_batches(images, 64, seed=0, epoch=epoch, transform=augment)
-            for epoch in itertools.count()
-        )
-        for x, y in itertools.islice(batches, steps):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), y).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(network.state_dict(), kept)
-    x, y = next(iter(train_batches(images, 64, seed=1, epoch=0, transform=augment)))
-    return network, lambda: F.cross_entropy(network(x), y), 16 if name == "small" else 65
+    def _collect(self, operand: str, x: Tensor) -> None:
+        if x.dim() > 2:
+            rows = x.detach().reshape(len(x), -1, x.shape[-1])
+            energy = rows.square().mean((0, 1)).sum()
+            of_images = rows.mean(1).square().mean(0).sum() / energy
+            of_batch = rows.mean((0, 1)).square().sum() / energy
+            self.shares.append((operand, of_images.item(), of_batch.item()))
 
 
-def language_model(directory: str) -> tuple[nn.Module, Loss, int]:
-    """A trained sentence transformer, with a contrastive loss of neighbouring texts."""
-    from transformers import AutoModel, AutoTokenizer
-
-    network = AutoModel.from_pretrained(directory, attn_implementation="sdpa").eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    pages = sorted((RESULTS.parents[1] / "guides").glob("*.md"))
-    words = " ".join(page.read_text() for page in pages).split()
-    texts = [" ".join(words[60 * k : 60 * k + 60]) for k in range(32)]
-    inputs = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=64, return_tensors="pt"
-    )
-
-    def loss() -> Tensor:
-        hidden = network(input_ids=inputs["input_ids"]).last_hidden_state
-        embedded = F.normalize(hidden.mean(1), dim=-1)
-        return F.cross_entropy(20 * embedded[0::2] @ embedded[1::2].T, torch.arange(16))
-
-    return network, loss, 64
+def mean_shares(subject: Subject) -> Iterator[dict[str, Any]]:
+    """A row for x_hat and one for GELU's input: the shares of all layers, in order."""
+    with torch.no_grad(), Means() as means:
+        subject.loss()
+    for operand in dict.fromkeys(operand for operand, *_ in means.shares):
+        yield {
+            "operand": operand,
+            "of_images": [images for name, images, _ in means.shares if name == operand],
+            "of_batch": [batch for name, _, batch in means.shares if name == operand],
+        }
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 from tables import (
+    codes,
     dense,
     efficient,
     engine,
@@ -83,6 +84,7 @@ def renew(text: str, results: Path) -> str:
 TABLES: dict[str, Table] = {
     name: table
     for module in (
+        codes,
         dense,
         efficient,
         engine,

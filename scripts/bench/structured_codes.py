@@ -18,10 +18,12 @@ from mesa_train.codecs.lossless import Lossless
 from mesa_train.kernels.reference import ACTIVATIONS
 from mesa_train.ops.norm import token_norm_gradients
 
-# The role of a tensor that means every role.
-ALL = "mesa4"
+# Roles that mean more than one role: every role, and those of x_hat and of GELU's input.
+ALL, PAIR = "mesa4", "pair"
 # The rows of a tensor from which a mean or deviation of channels is computed.
 SAMPLED_ROWS = 64
+# With fewer rows an image, its mean would take more than a bit of an element. It is not removed.
+FEWEST_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,43 +31,59 @@ class Variant:
     """One way to code. The defaults are the engine's affine codes.
 
     Attributes:
-        mean: "image" or "batch": a mean for each channel is stored once and removed.
+        mean: "image" or "batch": a mean for each channel is stored once and removed. Any offset is
+            valid, because the decoder adds the same offset.
+        rows: the mean of an image is that of so many of its rows, evenly spaced; None for all.
         deviation: each channel is divided by its standard deviation.
         rotation: a Hadamard transform of 128 or 64 neighbouring channels.
-        lloyd: the levels of Lloyd and Max for a normal distribution, no scale and no zero.
+        levels: "affine"; "normal": the levels of Lloyd and Max for a normal distribution of variance
+            1, no scale and no zero; "group": the same levels for the mean and the deviation of a
+            group, which are stored in place of zero and scale.
         group: elements of a group; None for the preset's.
         scale_bits: bits of a scale and of a zero. With 8, the row has its largest magnitude too.
+        width: bits of a code; None for the preset's.
     """
 
     mean: str = ""
+    rows: int | None = None
     deviation: bool = False
     rotation: bool = False
-    lloyd: bool = False
+    levels: str = "affine"
     group: int | None = None
     scale_bits: int = 16
+    width: int | None = None
 
-    def bits(self, codec: Affine, rows: int, cols: int, tokens: int) -> float:
-        """Stored bits of an element of a (rows, cols) tensor."""
-        vectors = {"image": rows // tokens, "batch": 1}.get(self.mean, 0) + self.deviation
-        total = codec.bits + 16 * vectors / rows
-        if self.lloyd:
+    def bits(self, codec: Affine, rows: int, cols: int, images: int) -> float:
+        """Stored bits of an element of a (rows, cols) tensor of so many images."""
+        vectors = {"image": images, "batch": 1}.get(self.mean, 0) + self.deviation
+        total = (self.width or codec.bits) + 16 * vectors / rows
+        if self.levels == "normal":
             return total
         groups, _ = group_shape(cols, self.group or codec.group_size)
         return total + (2 * self.scale_bits * groups + 16 * (self.scale_bits == 8)) / cols
 
 
+AFFINE = "affine, groups of 128"
 VARIANTS = {
-    "affine, groups of 128": Variant(),
+    AFFINE: Variant(),
     "groups of 64": Variant(group=64),
     "groups of 32": Variant(group=32),
     "8-bit scales, groups of 64": Variant(group=64, scale_bits=8),
     "8-bit scales, groups of 32": Variant(group=32, scale_bits=8),
     "mean of each image": Variant(mean="image"),
+    "mean of 32 rows of each image": Variant(mean="image", rows=32),
+    "mean of 16 rows of each image": Variant(mean="image", rows=16),
+    "mean of 32 rows, 8-bit scales, groups of 64": Variant("image", 32, group=64, scale_bits=8),
     "mean of the batch": Variant(mean="batch"),
     "mean and deviation of channels": Variant(mean="batch", deviation=True),
     "rotation": Variant(rotation=True),
     "mean of the batch, rotation": Variant(mean="batch", rotation=True),
-    "rotation, Lloyd-Max levels": Variant(rotation=True, lloyd=True),
+    "Lloyd-Max levels": Variant(levels="normal"),
+    "rotation, Lloyd-Max levels": Variant(rotation=True, levels="normal"),
+    "3 bits, affine": Variant(width=3),
+    "3 bits, Lloyd-Max levels of a group": Variant(width=3, levels="group"),
+    "2 bits, affine": Variant(width=2),
+    "2 bits, Lloyd-Max levels of a group": Variant(width=2, levels="group"),
 }
 
 
@@ -75,7 +93,7 @@ class Rounded(Affine):
 
     variant: Variant = Variant()
     role: str = ""  # of the tensors that `variant` is for; the other tensors have affine codes
-    tokens: int = 1
+    images: int = 1
     used: tuple[list[float], ...] = ()
 
     def encode(self, x: Tensor) -> Any:
@@ -119,22 +137,28 @@ class Rounded(Affine):
         return dx, value, dx.float().sum(0)
 
     def _rounded(self, x: Tensor, role: str) -> tuple[Tensor, Tensor]:
-        chosen = role == self.role or self.role == ALL
-        variant = self.variant if chosen and len(x) % self.tokens == 0 else Variant()
-        if chosen:
+        chosen = self.role in (role, ALL) or (self.role == PAIR and role != "linear")
+        variant = self.variant if chosen else Variant()
+        if variant.mean == "image" and not self._has_rows(x):
+            variant = dataclasses.replace(variant, mean="")
+        if chosen or self.role == PAIR:
             rows, cols = x.shape
-            self.used[0].append(variant.bits(self, rows, cols, self.tokens) * x.numel())
+            self.used[0].append(variant.bits(self, rows, cols, self.images) * x.numel())
             self.used[1].append(x.numel())
-        return code(x.float(), self, variant, self.tokens), x.new_zeros(1)
+        return code(x.float(), self, variant, self.images), x.new_zeros(1)
+
+    def _has_rows(self, x: Tensor) -> bool:
+        """Whether x has enough rows of every image."""
+        return len(x) % self.images == 0 and len(x) >= FEWEST_ROWS * self.images
 
 
-def code(x: Tensor, codec: Affine, variant: Variant, tokens: int) -> Tensor:
-    """(rows, cols) in float32, coded and decoded."""
+def code(x: Tensor, codec: Affine, variant: Variant, images: int) -> Tensor:
+    """(rows, cols) in float32, coded and decoded. An image has rows / images consecutive rows."""
     shift, factor = torch.zeros(()), torch.ones(())
     sample = x[:: max(1, len(x) // SAMPLED_ROWS)]
     if variant.mean == "image":
-        of_image = x.view(-1, tokens, x.shape[1]).mean(1, keepdim=True).bfloat16().float()
-        shift = of_image.expand(-1, tokens, -1).reshape(x.shape)
+        shift = image_means(x, images, variant.rows).bfloat16().float()
+        shift = shift.repeat_interleave(len(x) // images, 0)
     elif variant.mean == "batch":
         shift = sample.mean(0, keepdim=True).bfloat16().float()
     if variant.deviation:
@@ -143,20 +167,33 @@ def code(x: Tensor, codec: Affine, variant: Variant, tokens: int) -> Tensor:
     rotates = variant.rotation and x.shape[1] % 64 == 0
     if rotates:
         value = rotate(value)
-    value = lloyd(value, codec.bits) if variant.lloyd else affine(value, codec, variant)
+    bits = variant.width or codec.bits
+    if variant.levels == "normal":
+        value = lloyd(value, bits)
+    elif variant.levels == "group":
+        value = lloyd_of_groups(value, bits, variant.group or codec.group_size)
+    else:
+        value = affine(value, bits, codec, variant)
     if rotates:
         value = rotate(value)
     return value * factor + shift
 
 
-def affine(x: Tensor, codec: Affine, variant: Variant) -> Tensor:
+def image_means(x: Tensor, images: int, rows: int | None = None) -> Tensor:
+    """(images, cols): the mean of each image's rows, or of `rows` evenly spaced ones of them."""
+    of_image = x.view(images, -1, x.shape[1])
+    if rows is not None and rows < of_image.shape[1]:
+        chosen = torch.arange(rows) * of_image.shape[1] // rows
+        of_image = of_image[:, chosen]
+    return of_image.mean(1)
+
+
+def affine(x: Tensor, bits: int, codec: Affine, variant: Variant) -> Tensor:
     """Affine codes of groups, with dither if the codec has it."""
     rows, cols = x.shape
-    groups, size = group_shape(cols, variant.group or codec.group_size)
-    columns = torch.arange(groups * size).clamp(max=cols - 1)
-    grouped = x[:, columns].view(rows, groups, size)
+    grouped = _grouped(x, variant.group or codec.group_size)
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    levels = 2**codec.bits - 1
+    levels = 2**bits - 1
     if variant.scale_bits == 8:
         most = x.abs().amax(1).view(rows, 1, 1).clamp(min=1e-30)
         zero = (torch.floor(low / most * 127) / 127) * most
@@ -173,6 +210,13 @@ def affine(x: Tensor, codec: Affine, variant: Variant) -> Tensor:
     else:
         codes = steps.round().clamp(0, levels)
     return (codes * scale + zero).view(rows, -1)[:, :cols]
+
+
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """(rows, groups, size). The last column fills the last group."""
+    groups, size = group_shape(x.shape[1], group_size)
+    columns = torch.arange(groups * size).clamp(max=x.shape[1] - 1)
+    return x[:, columns].view(len(x), groups, size)
 
 
 def _bfloat16(x: Tensor, direction: int) -> Tensor:
@@ -201,6 +245,15 @@ def lloyd(x: Tensor, bits: int) -> Tensor:
     return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
 
 
+def lloyd_of_groups(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """`lloyd` of each group, relative to the group's mean and deviation in bfloat16."""
+    grouped = _grouped(x, group_size)
+    mean = grouped.mean(-1, keepdim=True).bfloat16().float()
+    deviation = grouped.std(-1, keepdim=True).bfloat16().float().clamp(min=1e-30)
+    value = lloyd((grouped - mean) / deviation, bits) * deviation + mean
+    return value.view(len(x), -1)[:, : x.shape[1]]
+
+
 def _lloyd_levels(bits: int, cache: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
     """Lloyd's iteration on a fine grid (S. Lloyd, Least squares quantization in PCM, 1982)."""
     if bits not in cache:
@@ -218,17 +271,17 @@ def _lloyd_levels(bits: int, cache: dict[int, Tensor] = {}) -> Tensor:  # noqa: 
 def rounded_codec(
     variant: Variant,
     role: str,
-    tokens: int,
+    images: int,
     used: tuple[list[float], ...],
     bits: int,
     group_size: int,
     rounding: str,
     running: bool,  # noqa: ARG001
 ) -> Any:
-    """In place of `codecs.of`. Codecs of 8 and 32 bits stay as they are."""
+    """In place of `codecs.of`. Codes of 8 bits are affine in every variant."""
     stochastic, dither = rounding != "nearest", rounding == "dither"
     if bits == 32:
         return Lossless()
     if bits == 8:
-        return Affine(bits, group_size, stochastic, dither=dither)
-    return Rounded(bits, group_size, stochastic, 0, dither, variant, role, tokens, used)
+        variant = Variant()
+    return Rounded(bits, group_size, stochastic, 0, dither, variant, role, images, used)

@@ -216,43 +216,6 @@ def rounding(rows: Sequence[Row]) -> str:
     )
 
 
-@table("presets.jsonl", "python scripts/bench/presets.py", by="kind")
-def presets(rows: Sequence[Row]) -> str:
-    """The newest rows of each model: single operands, or whole allocations."""
-    dates = {row["model"]: row["commit"] for row in rows}
-    newest = [row for row in rows if row["commit"] == dates[row["model"]]]
-    if newest[0]["kind"] == "operand":
-        errors = {(r["model"], r["operand"], r["bits"]): r["gradient_error"] for r in newest}
-        widths = sorted({bits for _, _, bits in errors}, reverse=True)
-        lines = [
-            [model, operand, *(f"{errors[model, operand, bits]:.2%}" for bits in widths)]
-            for model, operand in dict.fromkeys((model, operand) for model, operand, _ in errors)
-        ]
-        table_of = markdown(["model", "operand", *(f"{bits} bits" for bits in widths)], lines)
-        return table_of + (
-            "\nThe gradient error if one operand has codes, and all other tensors are uncompressed. float32; relative "
-            f"L2 distance over all parameters. {origin(newest[-1])}\n"
-        )
-    lines = [
-        [
-            row["model"],
-            row["budget"],
-            "the preset"
-            if row["bits"] is None
-            else ", ".join(f"{k} {v}" for k, v in row["bits"].items()),
-            format_bytes(row["saved_bytes"]),
-            "" if row["predicted_error"] is None else f"{row['predicted_error']:.2%}",
-            f"{row['gradient_error']:.2%}",
-        ]
-        for row in newest
-    ]
-    head = ["model", "bytes of", "bits", "saved for the backward", "predicted", "measured"]
-    return markdown(head, lines) + (
-        "\nThe prediction is the root of the sum of the squared errors of the operands. All groups have up to 128 "
-        f"elements, except in the presets. {origin(newest[-1])}\n"
-    )
-
-
 @table("plans.jsonl", "python scripts/bench/planner.py")
 def plans(rows: Sequence[Row]) -> str:
     """The newest rows: predictions, with measurements in brackets."""
@@ -319,23 +282,4 @@ def soak(rows: Sequence[Row]) -> str:
         f"\n{rows[-1]['model']}, batch {rows[-1]['batch_size']}. The growth is the slope of resident memory over the "
         "second half of the steps. One process runs the policies in this order. "
         f"{origins([*newest.values()])}\n"
-    )
-
-
-@table("code_structure.jsonl", "python scripts/bench/code_structure.py")
-def code_structure(rows: Sequence[Row]) -> str:
-    """The newest rows of each model: a line for each way to code, a column for each operand."""
-    dates = {row["model"]: row["commit"] for row in rows}
-    newest = [row for row in rows if row["commit"] == dates[row["model"]]]
-    operands = list(dict.fromkeys(row["operand"] for row in newest))
-    cells = {(r["model"], r["variant"], r["operand"]): r for r in newest}
-    lines = []
-    for model, variant in dict.fromkeys((model, variant) for model, variant, _ in cells):
-        found = [cells.get((model, variant, operand)) for operand in operands]
-        shown = ["" if r is None else f"{r['gradient_error']:.2%}, {r['bits']:.2f}" for r in found]
-        lines.append([model, variant, *shown])
-    return markdown(["model", "code", *operands], lines) + (
-        "\nThe gradient error with this code, and the stored bits of an element. An operand is coded alone, at the "
-        f"width that it has in mesa4; the last column is the whole preset. float32; mean of {newest[-1]['draws']} "
-        f"draws. {origin(newest[-1])}\n"
     )
