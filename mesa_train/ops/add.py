@@ -60,9 +60,9 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         sources = tuple([uncompressed(t.detach().clone()) for t in (input, other)])
         recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
         return output
-    sources: tuple[Stash, ...] = constants(recorder, input, other, output)
-    if sources:
-        recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
+    terms = constants(recorder, input, other, output)
+    if terms:
+        recorder.lineage.set(output, Stash(SUM, (), terms, cost=CHEAP, dtype=output.dtype))
     elif left is not None and right is not None and input.shape == other.shape:
         recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
     elif left is not None and right is None and small_term(recorder, other, shape, output):
