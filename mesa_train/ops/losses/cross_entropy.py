@@ -12,10 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesa_train.codecs import bitmask
+from mesa_train.ops.base import Operator, derivative
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, uncompressed
 
 from .derivative import REDUCTIONS, Loss, derived, rebuilt, rooted, wide
+
+
+class CrossEntropy(Operator):
+    """The cross entropy of class indices.
+
+    inputs: logits (N, C, ...).
+    stashes: the derivative of the summed loss by the logits, one bit per row (whether its target
+        counts), the number that the mean divides by or None.
+    static: the shape of the target, the dtype of the logits.
+    """
+
+    @derivative("loss")
+    def backward(
+        saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
+    ) -> tuple[Any, ...]:
+        shape, dtype = static
+        if saved.specs[2] is not None:
+            number = saved.get(2, grad.dtype)
+            # Without targets that count, the loss is NaN and PyTorch's gradient is 0.
+            grad = grad / number.masked_fill(number == 0, 1)
+        # The gradient of a row that does not count is 0, also if `grad` is infinite.
+        counts = bitmask.decode(saved[1], shape).unsqueeze(1)
+        rows = torch.where(counts, grad.expand(shape).unsqueeze(1), 0)
+        return ((saved.get(0, grad.dtype) * rows).to(dtype),)
 
 
 class CrossEntropyGradient:
@@ -109,14 +135,16 @@ def cross_entropy(
             else:
                 dx = _of_soft_target(input, target, weight, label_smoothing)
             stash = rooted(recorder, dx, within, "cross_entropy")
-        factor, count = 1.0, None
+        counts = recorder.bits(target != ignore_index) if indices else None
+        number = None
         if reduction == "mean" and indices:
-            count = recipe.rows(target, weight, stash.dtype)[1].sum()
-        elif reduction == "mean":
-            factor = input.shape[1] / input.numel()
-    kept = (stash, None if count is None else uncompressed(count))
-    dims = (1,) if reduction == "none" else ()
-    return Loss.apply(result, kept, (factor, dims, input.dtype), input, None)
+            number = uncompressed(recipe.rows(target, weight, stash.dtype)[1].sum())
+    if counts is None:
+        share = input.shape[1] / input.numel() if reduction == "mean" else 1.0
+        static = (share, (1,) if reduction == "none" else (), input.dtype)
+        return Loss.apply(result, (stash,), static, input, None)
+    kept = (stash, uncompressed(counts), number)
+    return CrossEntropy.apply(result, kept, (tuple(target.shape), input.dtype), input)
 
 
 def _of_soft_target(

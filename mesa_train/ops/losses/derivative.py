@@ -30,7 +30,7 @@ class Loss(Operator):
     """A loss whose derivative is saved.
 
     inputs: x, the target (its derivative is the negative one; it may need no gradient).
-    stashes: the derivative of the summed loss by x, the number that the mean divides by or None.
+    stashes: the derivative of the summed loss by x.
     static: the factor of the derivative, the dims that the loss has lost (() for a number), the
         dtype of x.
     """
@@ -40,10 +40,6 @@ class Loss(Operator):
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
         factor, dims, dtype = static
-        if saved.specs[1] is not None:
-            count = saved.get(1, grad.dtype)
-            # Without targets that count, the loss is NaN and PyTorch's gradient is 0.
-            grad = grad / count.masked_fill(count == 0, 1)
         for dim in dims:
             grad = grad.unsqueeze(dim)
         dx = (saved.get(0, grad.dtype) * (grad * factor)).to(dtype)

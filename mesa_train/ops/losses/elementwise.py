@@ -57,7 +57,7 @@ def logsigmoid(recorder: Recorder, func: Any, /, input: Tensor) -> Any:
     else:
         with torch.no_grad():
             stash = rooted(recorder, _falling(wide(input)), label="logsigmoid")
-    return Loss.apply(result, (stash, None), (1.0, (), input.dtype), input, None)
+    return Loss.apply(result, (stash,), (1.0, (), input.dtype), input, None)
 
 
 def _falling(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def binary_cross_entropy_with_logits(
             dx = dx * weight
         stash = rooted(recorder, dx, label="binary_cross_entropy_with_logits")
     static = (_share(input, reduction), (), input.dtype)
-    return Loss.apply(result, (stash, None), static, input, None)
+    return Loss.apply(result, (stash,), static, input, None)
 
 
 def _pairs(recorder: Recorder, input: Tensor, target: Tensor, reduction: str) -> bool:
@@ -125,7 +125,7 @@ def _error(recorder: Recorder, result: Tensor, of: Any, factor: float, label: st
     input, target = x
     with torch.no_grad():
         stash = recorder.keep(of(input - target), "loss", "input", label=label)
-    return Loss.apply(result, (stash, None), (factor, (), input.dtype), input, target)
+    return Loss.apply(result, (stash,), (factor, (), input.dtype), input, target)
 
 
 def mse_loss(

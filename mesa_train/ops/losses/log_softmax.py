@@ -156,7 +156,7 @@ def sum(recorder: Recorder, func: Any, /, input: Any, *args: Any, **kwargs: Any)
     result = recorder.exactly(func, input, *args, **kwargs)
     stash = _difference(recorder, logarithms, target, dim, "log_softmax")
     lost = () if keepdim else tuple(sorted(dims))
-    return Loss.apply(result, (stash, None), (1.0, lost, dtype), x, None)
+    return Loss.apply(result, (stash,), (1.0, lost, dtype), x, None)
 
 
 def _reduced(input: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[tuple[int, ...], bool]:
@@ -216,4 +216,4 @@ def kl_div(
             x, dtype = input, input.dtype
             stash = rooted(recorder, wide(goal), label="kl_div")
     static = (-1 / counted.get(reduction, 1), (), dtype)
-    return Loss.apply(result, (stash, None), static, x, None)
+    return Loss.apply(result, (stash,), static, x, None)
