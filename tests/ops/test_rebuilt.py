@@ -229,3 +229,17 @@ def test_a_target_may_change_before_the_sum():
         (grad,) = torch.autograd.grad(product.sum(), x)
     (expected,) = torch.autograd.grad((SHARES * x.log_softmax(-1)).sum(), x)
     assert (grad - expected).norm() < 0.03 * expected.norm()
+
+
+def test_small_derivatives_beside_a_large_one_keep_their_size():
+    """SigLIP's negatives pull together as much as the positive in their row pushes."""
+    torch.manual_seed(0)
+    scores = 8 + torch.randn(ROWS, COLS)
+    scores[range(ROWS), range(ROWS)] = 0
+    x = scores.requires_grad_()
+    with compress(EIGHT):
+        loss = F.logsigmoid(x * 1).sum()
+    (found,) = torch.autograd.grad(loss, x)
+    negatives = scores > 1
+    expected = torch.sigmoid(-scores)[negatives].sum()
+    assert abs(found[negatives].sum() / expected - 1) < 0.05
