@@ -47,7 +47,10 @@ Ref product(Call& call, const Arguments& arguments, int64_t dims) {
     return {};
   }
   // The Python row records how scores of attention are rebuilt (`matmul._are_scores`).
-  if (call.rules().rebuilds_matmuls && right->dim() > 2 && right->size(-1) >= left->size(-1)) return {};
+  if (call.rules().rebuilds_matmuls && (right->dim() > 2 || left->dim() == 2) &&
+      right->size(-1) >= left->size(-1)) {
+    return {};
+  }
   Ref kept_left, kept_right;
   if (right->requires_grad()) kept_left = call.keep(first, *left, LEFT, within_matmul(*left));
   if (left->requires_grad()) kept_right = call.keep(second, *right, RIGHT, within_matmul(*right));
@@ -108,6 +111,12 @@ std::optional<Ref> scaled(Call& call, PyObject* product, PyObject* scale) {
   return recorded(result, node, {x, w, b, s});
 }
 
+// True if a tensor is an output of log_softmax, and `target` has its shape.
+bool weighs(const Tensor& tensor, const Tensor& target) {
+  return tensor.requires_grad() && tensor.grad_fn() && tensor.sizes().equals(target.sizes()) &&
+         tensor.grad_fn()->name() == "LogSoftmaxBackward";
+}
+
 }  // namespace
 
 Ref mul_row(Call& call, const Arguments& arguments) {
@@ -128,8 +137,10 @@ Ref mul_row(Call& call, const Arguments& arguments) {
   }
   if (!left->requires_grad() || !right->requires_grad()) {
     // If a factor has a stash, the Python row records the product. It also records a product of two
-    // constants that broadcasting widens: the table of positions (`ops/positions.py`).
+    // constants that broadcasting widens: the table of positions (`ops/narrow/positions.py`), and a
+    // product of a target and an output of log_softmax (`ops/losses/log_softmax.py`).
     const bool recorded = call.known(first, *left) || call.known(second, *right) ||
+                          weighs(*left, *right) || weighs(*right, *left) ||
                           (!left->requires_grad() && !right->requires_grad() && widens(*left, *right));
     return recorded ? Ref() : arguments.call();
   }

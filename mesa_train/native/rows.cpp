@@ -94,6 +94,9 @@ Ref add_row(Call& call, const Arguments& arguments) {
     PyObject* const stash = tensor ? call.known(term, *tensor) : nullptr;
     return stash && cost_of(stash) == MATMUL;
   };
+  // A sum of two constants that are made of numbers (`ops/narrow/numbers.py`): the Python row.
+  const Tensor* const constant = plain_tensor(first);
+  if (constant && !constant->requires_grad() && call.known(first, *constant)) return {};
   if (!call.rules().rebuilds_matmuls) return arguments.call();
   if (rebuilt(0) || rebuilt(1)) return {};
   // A sum that broadcasting widens (`add._widens`): the Python row decides.

@@ -31,6 +31,7 @@ from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 from mesa_train.stash.tensors import is_plain
 
 from .fallback import fallback
+from .narrow.numbers import constants
 from .narrow.positions import copied
 
 
@@ -59,7 +60,10 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         sources = tuple([uncompressed(t.detach().clone()) for t in (input, other)])
         recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
         return output
-    if left is not None and right is not None and input.shape == other.shape:
+    terms = constants(recorder, input, other, output)
+    if terms:
+        recorder.lineage.set(output, Stash(SUM, (), terms, cost=CHEAP, dtype=output.dtype))
+    elif left is not None and right is not None and input.shape == other.shape:
         recorder.lineage.set(output, Stash(SUM, (), (left, right), cost=CHEAP, dtype=output.dtype))
     elif left is not None and right is None and small_term(recorder, other, shape, output):
         sources = (left, copied(recorder, other))

@@ -138,13 +138,17 @@ def matmul(
 
 
 def _are_scores(recorder: Recorder, left: Tensor, right: Tensor) -> bool:
-    """True if a product is to be rebuilt: of two activations, and no narrower than the left one."""
+    """True if a product is to be rebuilt: of two activations, and no narrower than the left one.
+
+    Attention's scores, or the scores of all pairs of a contrastive loss.
+    """
     return (
         recorder.context.rules.rebuilds_matmuls
         and not torch.compiler.is_compiling()
-        and right.dim() > 2
+        and (right.dim() > 2 or left.dim() == 2)
         and right.shape[-1] >= left.shape[-1]
         and not of_parameter(right)
+        and not (left.dim() == 2 and of_parameter(left))
     )
 
 

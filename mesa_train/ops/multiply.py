@@ -22,6 +22,7 @@ from mesa_train.stash.tensors import held, is_plain
 
 from .base import Operator, derivative, distinct, kept_first, sum_to
 from .linear import scaled
+from .losses.log_softmax import weighted
 from .narrow.positions import outer_product, times_table
 
 
@@ -109,6 +110,9 @@ def _by_constant(recorder: Recorder, func: Any, input: Tensor, other: Tensor) ->
         if stash is not None:
             recorder.lineage.set(output, stash)
         return output
+    output = weighted(recorder, func, tracked, constant, input, other)
+    if output is not NotImplemented:
+        return output
     output = times_table(recorder, func, tracked, constant, input, other)
     table = None if output is NotImplemented else recorder.lineage.get(constant)
     if output is NotImplemented:
@@ -123,6 +127,18 @@ def _by_constant(recorder: Recorder, func: Any, input: Tensor, other: Tensor) ->
         factor = held(constant) if isinstance(constant, torch.nn.Parameter) else constant
         sources = (source, table or uncompressed(factor))
         recorder.lineage.set(output, Stash(MULTIPLIED, (), sources, cost=CHEAP, dtype=output.dtype))
+    return output
+
+
+def div(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
+    """Row of torch.div, Tensor.div and `/`: a quotient by a number is rebuilt from its dividend."""
+    if kwargs or not isinstance(input, Tensor) or not isinstance(other, (int, float)):
+        return NotImplemented
+    output = func(input, other)
+    source = recorder.lineage.get(input)
+    if source is not None and output.is_floating_point():
+        replay = Recompute(torch.div, (other,), {})
+        recorder.lineage.set(output, Stash(replay, (), (source,), cost=CHEAP, dtype=output.dtype))
     return output
 
 

@@ -23,7 +23,6 @@ from . import (
     channel_norm,
     dropout,
     linear,
-    loss,
     matmul,
     multiply,
     norm,
@@ -33,7 +32,8 @@ from . import (
     views,
 )
 from .fallback import fallback as fallback
-from .narrow import clipped_sign, difference, exponential, gather, positions
+from .losses import cross_entropy, elementwise, log_softmax
+from .narrow import clipped_sign, difference, exponential, gather, numbers, positions
 from .spatial import conv, deformable, extremum, pool
 
 Row = Callable[..., Any]
@@ -111,9 +111,14 @@ ROWS: dict[Any, Row] = {
     torch.mul: multiply.mul,
     Tensor.mul: multiply.mul,
     Tensor.mul_: multiply.mul_,
+    torch.div: multiply.div,
+    Tensor.div: multiply.div,
     torch.neg: multiply.neg,
     Tensor.neg: multiply.neg,
     Tensor.__neg__: multiply.neg,
+    torch.eye: numbers.made(torch.eye),
+    torch.ones: numbers.made(torch.ones),
+    torch.ones_like: numbers.made(torch.ones),
     torch.sin: positions.function_of_table("sin"),
     Tensor.sin: positions.function_of_table("sin"),
     torch.cos: positions.function_of_table("cos"),
@@ -134,8 +139,19 @@ ROWS: dict[Any, Row] = {
     Tensor.clamp: stepped.clamp,
     torch.gather: gather.gather,
     Tensor.gather: gather.gather,
-    F.cross_entropy: loss.cross_entropy,
-    F.mse_loss: loss.mse_loss,
+    F.cross_entropy: cross_entropy.cross_entropy,
+    F.mse_loss: elementwise.mse_loss,
+    F.l1_loss: elementwise.l1_loss,
+    F.smooth_l1_loss: elementwise.smooth_l1_loss,
+    F.huber_loss: elementwise.huber_loss,
+    F.logsigmoid: elementwise.logsigmoid,
+    F.binary_cross_entropy_with_logits: elementwise.binary_cross_entropy_with_logits,
+    F.log_softmax: log_softmax.log_softmax,
+    torch.log_softmax: log_softmax.log_softmax,
+    Tensor.log_softmax: log_softmax.log_softmax,
+    torch.sum: log_softmax.sum,
+    Tensor.sum: log_softmax.sum,
+    F.kl_div: log_softmax.kl_div,
     F.dropout: dropout.dropout,
     torch.dropout: dropout.dropout,
     F.pad: views.pad,

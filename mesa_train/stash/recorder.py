@@ -87,6 +87,9 @@ class Recorder:
         # The factors of a product with a number, by the product: the tensor and its version, and
         # the number. Empty while tracing.
         self.multiples: Lineage[tuple[weakref.ref[Tensor], int, float]] = Lineage()
+        # The outputs of log_softmax, and their products with targets (`ops/losses/log_softmax.py`).
+        self.log_softmaxes: Lineage[Any] = TracedLineage() if self.traced else Lineage()
+        self.weighted: Lineage[Any] = Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
         """True if an operator's row applies.

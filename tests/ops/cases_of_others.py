@@ -78,7 +78,6 @@ def _fallback():
             F.bilinear,
             (activation(4, 5), activation(4, 6), parameter(3, 5, 6), parameter(3)),
         ),
-        ("log_softmax", lambda x: F.log_softmax(x, -1), (x,)),
         ("std", lambda x: x.std(-1), (x,)),
         ("norm", lambda x: torch.linalg.vector_norm(x, dim=-1), (x,)),
         ("sort", lambda x: x.sort(-1)[0], (x,)),
@@ -159,47 +158,4 @@ def _chosen():
         yield Case(name, function, inputs, eight=0.05, four=0.8)
 
 
-def _classes(*shape):
-    """Class indices below 5, some of them ignored."""
-    indices = torch.randint(0, 5, shape)
-    return indices.masked_fill(torch.rand(shape) < 0.3, -100)
-
-
-def _losses():
-    logits = activation(6, 5)
-    targets = constant(6, make=_classes, cast=False)
-    for reduction in ("mean", "sum", "none"):
-        yield Case(
-            f"cross_entropy {reduction}",
-            lambda x, t, r=reduction: F.cross_entropy(x, t, reduction=r),
-            (logits, targets),
-        )
-        yield Case(
-            f"mse_loss {reduction}",
-            lambda x, y, r=reduction: F.mse_loss(x, y, reduction=r),
-            (activation(3, 9), activation(3, 9)),
-        )
-    yield Case(
-        "cross_entropy of an image",
-        lambda x, t: F.cross_entropy(x, t, ignore_index=1),
-        (
-            activation(2, 5, 3, 4),
-            constant(2, 3, 4, make=lambda *s: torch.randint(0, 5, s), cast=False),
-        ),
-    )
-    yield Case(
-        "cross_entropy of a linear",
-        lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
-        (activation(6, 8), parameter(5, 8), targets),
-        eight=0.05,
-    )
-    yield Case(
-        "cross_entropy with smoothing",
-        lambda x, t: F.cross_entropy(x, t, label_smoothing=0.1),
-        (logits, targets),
-        fallback=True,
-    )
-    yield Case("mse_loss of a constant", F.mse_loss, (activation(3, 9), constant(3, 9)))
-
-
-OTHERS = [*_joined(), *_fallback(), *_chosen(), *_losses()]
+OTHERS = [*_joined(), *_fallback(), *_chosen()]

@@ -18,9 +18,11 @@ from torch import Tensor
 from mesa_train.ops.add import small_term
 from mesa_train.ops.fallback import fallback
 from mesa_train.policy import CHEAP, MATMUL
+from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 
+from .numbers import constants, of_numbers
 from .positions import copied
 
 _TIMES = 8
@@ -42,9 +44,20 @@ _DIFFERENCE = Difference()
 def sub(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any) -> Any:
     """Row of torch.sub, Tensor.sub and `-`."""
     output = fallback(recorder, func, (input, other), kwargs)
-    if kwargs or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+    if kwargs or not isinstance(input, Tensor):
         return output
     source = recorder.lineage.get(input)
+    if source is not None and of_numbers(source) and isinstance(other, (int, float)):
+        recipe = Recompute(torch.sub, (other,), {})
+        recorder.lineage.set(output, Stash(recipe, (), (source,), cost=CHEAP, dtype=output.dtype))
+        return output
+    if not isinstance(other, Tensor):
+        return output
+    sources = constants(recorder, input, other, output)
+    if sources:
+        stash = Stash(_DIFFERENCE, (), sources, cost=CHEAP, dtype=output.dtype)
+        recorder.lineage.set(output, stash)
+        return output
     if (
         source is not None
         and source.cost == MATMUL

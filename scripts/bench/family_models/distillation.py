@@ -43,11 +43,14 @@ class Head(nn.Module):
 
 
 class Distilled(nn.Module):
-    """DINO: the student sees all crops, the averaged teacher the two large ones."""
+    """DINO: the student sees all crops, the averaged teacher the two large ones.
 
-    def __init__(self, masked: bool = False) -> None:
+    Each forward first moves the teacher towards the student.
+    """
+
+    def __init__(self, masked: bool = False, prototypes: int = 512) -> None:
         super().__init__()
-        self.student = nn.ModuleDict({"body": encoder(), "head": Head(192)})
+        self.student = nn.ModuleDict({"body": encoder(), "head": Head(192, prototypes)})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.masked = masked
 
@@ -57,6 +60,7 @@ class Distilled(nn.Module):
         head: Any = self.student["head"]
         teacher: Any = self.teacher["body"]
         with torch.no_grad():
+            self.average()
             tokens = [teacher.forward_features(crop) for crop in large]
             targets = [self.teacher["head"](t[:, 0]) for t in tokens]
             patches = [self.teacher["head"](t[:, 1:]) for t in tokens]
@@ -70,6 +74,12 @@ class Distilled(nn.Module):
             if self.masked and number < len(large):
                 losses.append(_cross_entropy(head(features[:, 1:]), patches[number]))
         return torch.stack(losses).mean()
+
+    def average(self, momentum: float = 0.996) -> None:
+        """Update the teacher: the moving average of the student."""
+        teacher, student = self.teacher.parameters(), self.student.parameters()
+        for average, weight in zip(teacher, student, strict=True):
+            average.lerp_(weight, 1 - momentum)
 
 
 def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
@@ -93,6 +103,18 @@ def dino() -> tuple[nn.Module, Any]:
 def ibot() -> tuple[nn.Module, Any]:
     """DINO with a loss of each patch."""
     return Distilled(masked=True), crops()
+
+
+@case("DINO with 65,536 prototypes", DISTILLATION)
+def dino_of_many_prototypes() -> tuple[nn.Module, Any]:
+    """DINO with the number of prototypes that its authors use."""
+    return Distilled(prototypes=65536), crops()
+
+
+@case("iBOT with 65,536 prototypes", DISTILLATION)
+def ibot_of_many_prototypes() -> tuple[nn.Module, Any]:
+    """DINO with a loss of each patch, and as many prototypes."""
+    return Distilled(masked=True, prototypes=65536), crops()
 
 
 class Pair(nn.Module):

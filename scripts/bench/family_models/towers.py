@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
@@ -65,3 +66,38 @@ def timm_tower() -> tuple[nn.Module, Any]:
     )
     images, texts = pairs(224)
     return Contrasted(net, SigLipLoss()), (images[:4], texts[:4])
+
+
+class Features(nn.Module):
+    """Projections of the frozen features of many pairs: the scores of all pairs outweigh the rest."""
+
+    def __init__(self, criterion: nn.Module, bias: float | None = None) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(192, 256), nn.Linear(192, 256)
+        self.scale = nn.Parameter(torch.tensor(2.66))
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.criterion = criterion
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """The loss."""
+        images = F.normalize(self.image(images), dim=-1)
+        texts = F.normalize(self.text(texts), dim=-1)
+        rest = () if self.bias is None else (self.bias,)
+        return self.criterion(images, texts, self.scale.exp(), *rest)
+
+
+def features(count: int = 1024) -> tuple[Tensor, Tensor]:
+    """Features of `count` pairs."""
+    return torch.randn(count, 192), torch.randn(count, 192)
+
+
+@case("CLIP loss of 1,024 pairs", TOWERS)
+def clip_loss() -> tuple[nn.Module, Any]:
+    """Projections with CLIP's loss."""
+    return Features(ClipLoss()), features()
+
+
+@case("SigLIP loss of 1,024 pairs", TOWERS)
+def siglip_loss() -> tuple[nn.Module, Any]:
+    """Projections with SigLIP's loss."""
+    return Features(SigLipLoss(), bias=-10.0), features()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
-from tables.text import markdown, newest_run, origin, origins, table
+from tables.text import markdown, newest_run, origins, table
 
 
 @table("bench_step.jsonl", "python scripts/bench/step.py", by="model dtype")

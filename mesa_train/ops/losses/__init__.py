@@ -1,0 +1,1 @@
+"""The rows of losses. `derivative.py` has their node."""
