@@ -87,7 +87,8 @@ class Policy:
             recompute and backward.
         overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is a module name
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
-            or a module and an operator joined by a colon ("blocks.*.mlp:linear"). Default: none.
+            or a module and an operator joined by a colon ("blocks.*.mlp:linear"). "last_norm" is the last module
+            that is a layer or RMS norm, if there is one. Default: none.
     Raises:
         ValueError: a value is not one of the choices, or a field has no effect beside another; the message has
             the field, value and choices, and the pattern of an override.
@@ -204,14 +205,19 @@ class Policy:
                 )
         return dataclasses.replace(base, **fields)
 
-    def rules(self, modules: Iterable[str] = ()) -> dict[str, Rules]:
+    def rules(self, modules: Iterable[str] = (), last_norm: str | None = None) -> dict[str, Rules]:
         """The `Rules` of each module, by qualified name.
 
+        Args:
+            modules: qualified names of the model's modules.
+            last_norm: the one of `modules` that the pattern "last_norm" means. None: it means no module.
         Raises:
             ValueError: an override matches neither a module nor an operator.
         """
         names = list(modules)
-        matched = [match_override(pattern, names, OPERATORS) for pattern in self.overrides]
+        matched = [
+            match_override(pattern, names, OPERATORS, last_norm) for pattern in self.overrides
+        ]
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:
@@ -361,23 +367,46 @@ def _for_inputs(policy: Policy) -> Policy:
     return dataclasses.replace(policy, bits=bits, ranges="exact")
 
 
-# The operands that add most to the gradient's error at 4 bits (`scripts/bench/presets.py`).
-_MORE_BITS: dict[str, dict[str, int]] = {
-    **{name: {"bits": 5} for name in ("layer_norm", "rms_norm", "activation")},
-    **{name: {"bits": 5} for name in ("attention.q", "attention.k")},
-    "batch_norm": {"bits": 6},
+# An image gives one row of this norm to the gradient of a classifier, so few rounding errors average out (docs/log.md).
+_LAST_NORM = {"last_norm": {"bits": 8}}
+
+
+def _allocation(bits: int, batch_norm: int, norm_groups: int = 128) -> dict[str, dict[str, int]]:
+    """Overrides: more bits for the operands that add most to the gradient's error (`scripts/bench/presets.py`).
+
+    Args:
+        bits: of norms, of the inputs of activations, and of q and k.
+        batch_norm: bits of batch norms.
+        norm_groups: group size of layer and RMS norms. Short groups pay if matmuls are recomputed from the codes.
+    """
+    norms = {"bits": bits, "group_size": norm_groups} if norm_groups != 128 else {"bits": bits}
+    return {
+        "layer_norm": norms,
+        "rms_norm": norms,
+        # The hidden layer of an MLP is wide, so long groups save more than the last norm costs.
+        "activation": {"bits": bits, "group_size": 192},
+        "attention.q": {"bits": bits},
+        "attention.k": {"bits": bits},
+        "batch_norm": {"bits": batch_norm},
+        **_LAST_NORM,
+    }
+
+
+_OF_MESA6 = {"batch_norm": {"bits": 8}, **_LAST_NORM}
+_OF_MESA4_RECOMPUTE = {
+    **_allocation(5, batch_norm=6, norm_groups=96),
+    "linear": {"group_size": 192},
+    **_LAST_NORM,
 }
-_OF_MESA6 = {"batch_norm": {"bits": 8}}  # the reason is in docs/log.md
-# Matmuls are recomputed from the codes of a norm, so their error enters several times.
-_RECOMPUTED = {name: {"bits": 5, "group_size": 80} for name in ("layer_norm", "rms_norm")}
 
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
     "mesa6": Policy(bits=6, overrides=_OF_MESA6),
-    "mesa4": Policy(bits=4, overrides=_MORE_BITS),
+    "mesa4": Policy(bits=4, overrides=_allocation(5, batch_norm=6)),
+    "mesa3": Policy(bits=3, overrides=_allocation(4, batch_norm=5)),
     "mesa8-recompute": Policy(recompute="linear"),
     "mesa6-recompute": Policy(bits=6, recompute="linear", overrides=_OF_MESA6),
-    "mesa4-recompute": Policy(bits=4, recompute="linear", overrides={**_MORE_BITS, **_RECOMPUTED}),
+    "mesa4-recompute": Policy(bits=4, recompute="linear", overrides=_OF_MESA4_RECOMPUTE),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

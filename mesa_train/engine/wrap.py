@@ -41,7 +41,8 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     # All steps that can fail come before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]
-    rules, checkpointed = resolved.rules(names), resolved.checkpointed(names)
+    rules = resolved.rules(names, _last_norm(modules))
+    checkpointed = resolved.checkpointed(names)
     installed = Installed(resolved)
     entries = [
         _entry(installed, ModuleContext(plain, rules[plain], module, plain in checkpointed))
@@ -92,6 +93,23 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             yield name, module
+
+
+# Classes such as LayerNorm, RmsNorm and LayerNorm2d. Batch and group norms normalise over tokens too.
+_TOKEN_NORM = re.compile(r"^(?!.*(?:Batch|Group|Instance|Response|Weight|Spectral)).*Norm(?!al)")
+
+
+def _last_norm(modules: list[tuple[str, nn.Module]]) -> str | None:
+    """The name of the last module that is a layer or RMS norm, in the order of registration. None: no such module.
+
+    A module whose children have parameters is not a norm, but a part that begins or ends with a norm.
+    """
+    for name, module in reversed(modules):
+        if _TOKEN_NORM.match(type(module).__name__) and not any(
+            next(child.parameters(), None) is not None for child in module.children()
+        ):
+            return name
+    return None
 
 
 def _entry(installed: Installed, context: ModuleContext) -> Entry:

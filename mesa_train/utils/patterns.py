@@ -14,15 +14,23 @@ from typing import Any
 from .torch_functions import checked, is_function, plain_name
 
 
+# The pattern of the last norm of a model. A model without norms has none.
+LAST_NORM = "last_norm"
+
+
 def match_override(
-    pattern: str, names: list[str], operators: Mapping[str, tuple[str, ...]]
+    pattern: str,
+    names: list[str],
+    operators: Mapping[str, tuple[str, ...]],
+    last_norm: str | None = None,
 ) -> tuple[set[str] | None, str | None, str | None]:
     """Match the pattern of an override.
 
     Args:
-        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND.
+        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND. MODULE can be "last_norm".
         names: qualified names of the model's modules.
         operators: operands by the name of the operator.
+        last_norm: the module that the pattern "last_norm" means, or None.
 
     Returns:
         (names of the covered modules or None for all, operator or None, operand or None).
@@ -52,8 +60,11 @@ def match_override(
     if not modules:
         return None, operator, operand or None
     matches = matching(modules, names)
-    if not matches:
-        close = difflib.get_close_matches(modules, [*names, *operators], n=4, cutoff=0.4)
+    if modules == LAST_NORM and last_norm is not None:
+        matches |= {last_norm}
+    if not matches and modules != LAST_NORM:
+        known = [*names, *operators, LAST_NORM]
+        close = difflib.get_close_matches(modules, known, n=4, cutoff=0.4)
         if is_function(modules):
             close = [f"fallback.{plain_name(modules)}", *close]
         hint = f"close names: {', '.join(close)}" if close else f"operators: {', '.join(operators)}"

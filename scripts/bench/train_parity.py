@@ -14,7 +14,7 @@ millionth. Its distance shows how far rounding alone takes a run.
     python scripts/bench/train_parity.py
     python scripts/bench/train_parity.py --policies plain,mesa4-recompute --seeds 0,1,2,3,4
     python scripts/bench/train_parity.py --data cifar10:DIRECTORY --float32 --epochs 20
-    python scripts/bench/train_parity.py --policies plain,scripts/bench/policies/mesa3.yaml
+    python scripts/bench/train_parity.py --policies plain,scripts/bench/policies/mesa3-recompute.yaml
     python scripts/bench/train_parity.py --device cuda
 """
 
