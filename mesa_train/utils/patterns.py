@@ -13,7 +13,6 @@ from typing import Any
 
 from .torch_functions import checked, is_function, plain_name
 
-
 # The pattern of the last norm of a model. A model without norms has none.
 LAST_NORM = "last_norm"
 

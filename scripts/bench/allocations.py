@@ -18,6 +18,7 @@ from mesa_train import Policy
 # Operands that get their code together, by name.
 OPERANDS = {
     "x_hat": ("layer_norm",),
+    "last norm": ("last_norm",),
     "batch norm": ("batch_norm",),
     "activation": ("activation",),
     "q, k": ("attention.q", "attention.k"),
@@ -42,8 +43,13 @@ class Code(NamedTuple):
 
 
 CODES = tuple(Code(bits) for bits in (8, 6, 5, 4, 3, 2))
-# Of x_hat, if matmuls are recomputed from it.
-FINER = (*CODES, Code(5, 80))
+# Codes of the presets with other group sizes.
+FURTHER = {
+    "x_hat": (Code(5, 96),),
+    "last norm": (Code(8, 96),),
+    "activation": (Code(5, 192),),
+    "out": (Code(4, 192),),
+}
 
 Codes = Mapping[str, Code]
 
@@ -76,9 +82,19 @@ class Measured:
         }
 
 
+def codes_for(operand: str) -> tuple[Code, ...]:
+    """The codes that are tried for an operand."""
+    return (*CODES, *FURTHER.get(operand, ()))
+
+
 def policy_of(codes: Codes, recompute: str, bits: int = 8) -> Policy:
     """The policy of an allocation. Operands that `codes` does not name have `bits`."""
-    overrides = {o: code.fields() for name, code in codes.items() for o in OPERANDS[name]}
+    # "layer_norm" names the last norm too.
+    others = {"last norm": Code(bits)} if "x_hat" in codes else {}
+    named = {**others, **codes}
+    overrides = {
+        o: named[name].fields() for name in OPERANDS if name in named for o in OPERANDS[name]
+    }
     return Policy(bits=bits, recompute=recompute, overrides=overrides)
 
 
@@ -86,11 +102,9 @@ def codes_of(policy: Policy, operands: Iterable[str]) -> dict[str, Code]:
     """The codes that a policy gives to operands."""
     found = {}
     for name in operands:
-        operator = OPERANDS[name][0].split(".")[0]
-        fields = {
-            **policy.overrides.get(operator, {}),
-            **policy.overrides.get(OPERANDS[name][0], {}),
-        }
+        operand = OPERANDS[name][-1]
+        operator = "layer_norm" if name == "last norm" else operand.split(".")[0]
+        fields = {**policy.overrides.get(operator, {}), **policy.overrides.get(operand, {})}
         found[name] = Code(
             fields.get("bits", policy.bits), fields.get("group_size", policy.group_size)
         )
@@ -106,7 +120,7 @@ def stored_bytes(saved: Callable[[Policy], int], recompute: str) -> dict[tuple[s
         less = saved(policy_of({name: Code(4)}, recompute)) - base
         known = {Code(8): 0, Code(4): less}
         if less:  # the operand is stored
-            for code in FINER if recompute == "linear" and name == "x_hat" else CODES:
+            for code in codes_for(name):
                 size = known.get(code)
                 found[name, code] = (
                     saved(policy_of({name: code}, recompute)) - base if size is None else size
@@ -140,7 +154,7 @@ def best(
     """
     names = everyone(measured)
     choices = {
-        name: [code for code in FINER if any((name, code) in found.errors for found in measured)]
+        name: [c for c in codes_for(name) if any((name, c) in found.errors for found in measured)]
         for name in names
     }
     shape = [len(choices[name]) for name in names]

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import typer
 from code_models import NAMES, Subject, subject
 from structured_codes import AFFINE, ALL, PAIR, VARIANTS, rounded_codec
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import mesa_train
@@ -50,12 +50,10 @@ OPERANDS = {
     "v": ("attention.v", "linear"),
     "attention's output": ("attention.out", "linear"),
 }
-# The whole preset: the roles that a variant is for.
-WHOLE = {
-    "mesa4": ALL,
-    "mesa4, x_hat and GELU's input": PAIR,
-    "mesa4, 8 bits for the last norm": ALL,
-}
+# The whole preset: the roles that a variant is for. The last norm has the bits of the other norms, as in `mesa4` before
+# 2026-11-30. The preset since then is `OF_LAST_NORM`.
+OF_LAST_NORM = "mesa4, 8 bits for the last norm"
+WHOLE = {"mesa4": ALL, "mesa4, x_hat and GELU's input": PAIR, OF_LAST_NORM: ALL}
 
 
 def main(
@@ -116,7 +114,7 @@ def measure(
     """The rows of one model."""
     exact = gradients(subject, None)
     for operand, named in itertools.product(operands, variants):
-        policy, role = policy_of(operand, subject)
+        policy, role = policy_of(operand)
         variant = VARIANTS[named]
         if variant.levels == "normal" and role != "x_hat":
             continue  # these levels are for a variance of 1
@@ -140,15 +138,14 @@ def measure(
         }
 
 
-def policy_of(operand: str, subject: Subject) -> tuple[Policy, str]:
-    """mesa4, or a policy with this operand alone at its bits; and the role of a variant."""
+def policy_of(operand: str) -> tuple[Policy, str]:
+    """A whole preset of `WHOLE`, or a policy with this operand alone at its bits; and the role of a variant."""
     preset = PRESETS["mesa4"]
-    if operand.endswith("last norm"):
-        norms = [k for k, m in subject.network.named_modules() if isinstance(m, nn.LayerNorm)]
-        overrides = {**preset.overrides, norms[-1]: {"bits": 8}}
-        return dataclasses.replace(preset, overrides=overrides), ALL
+    if operand == OF_LAST_NORM:
+        return preset, ALL
     if operand in WHOLE:
-        return preset, WHOLE[operand]
+        fields = {k: v for k, v in preset.overrides.items() if k != "last_norm"}
+        return dataclasses.replace(preset, overrides=fields), WHOLE[operand]
     pattern, role = OPERANDS[operand]
     return Policy(bits=32, overrides={pattern: width(preset, pattern)}), role
 

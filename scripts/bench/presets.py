@@ -36,7 +36,7 @@ from mesa_train.training.data.packaged import load, train_batches
 from mesa_train.utils import records
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/presets.jsonl"
-BUDGETS = ("mesa4", "mesa6", "mesa4-recompute", "mesa6-recompute")
+BUDGETS = ("mesa4", "mesa6", "mesa3", "mesa4-recompute", "mesa6-recompute")
 
 
 def main(

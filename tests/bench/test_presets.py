@@ -24,10 +24,11 @@ def measured(**scales):
 
 def test_codes_of_a_preset():
     codes = codes_of(PRESETS["mesa4-recompute"], allocations.OPERANDS)
-    assert codes["x_hat"] == Code(5, 80)
+    assert codes["x_hat"] == Code(5, 96)
+    assert codes["last norm"] == Code(8, 96)
     assert codes["q, k"] == Code(5)
     assert codes["batch norm"] == Code(6)
-    assert codes["out"] == Code(4)
+    assert codes["out"] == Code(4, 192)
 
 
 def test_the_best_allocation_is_the_smallest_of_all_within_the_budget():
@@ -67,10 +68,11 @@ def test_predictions_of_a_small_model(rows):
         assert row["predicted_error"] == pytest.approx(row["gradient_error"], rel=0.25)
         assert sum(row["variance_shares"].values()) == pytest.approx(1)
         assert "batch norm" not in row["codes"]
+        assert "last norm" in row["codes"]
     by_budget = {row["budget"]: row for row in whole if row["best_for"] == "the preset"}
-    assert by_budget["mesa4-recompute"]["codes"]["x_hat"] == "5 in groups of 80"
+    assert by_budget["mesa4-recompute"]["codes"]["x_hat"] == "5 in groups of 96"
     assert "activation" not in by_budget["mesa4-recompute"]["codes"]
-    assert by_budget["mesa4"]["codes"]["activation"] == "5"
+    assert by_budget["mesa4"]["codes"]["activation"] == "5 in groups of 192"
 
 
 def test_operands_of_a_small_model(rows):
@@ -85,7 +87,7 @@ def test_operands_of_a_small_model(rows):
     # Three more operands are computed from x_hat.
     stored, recomputed = (alone[mode, "x_hat", 4, 128] for mode in ("cheap", "linear"))
     assert recomputed["gradient_error"] > stored["gradient_error"]
-    assert ("linear", "x_hat", 5, 80) in alone
+    assert ("linear", "x_hat", 5, 96) in alone
 
 
 def test_nothing_to_store_is_no_operand():

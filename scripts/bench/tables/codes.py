@@ -156,3 +156,29 @@ def mean_share(rows: Sequence[Row]) -> str:
         "\nThe share of the energy (sum of squares) that the mean of each channel has: over the tokens of an image, "
         f"or of the batch. Layers in the order of the forward. {origins(newest.values())}\n"
     )
+
+
+@table("trained_errors.jsonl", "python scripts/bench/trained_errors.py")
+def trained_errors(rows: Sequence[Row]) -> str:
+    """The newest row of each model and policy: a line for each policy, a column for each model."""
+    newest = {(row["model"], row["policy"]): row for row in rows}
+    models = list(dict.fromkeys(model for model, _ in newest))
+    lines = []
+    for policy in dict.fromkeys(policy for _, policy in newest):
+        found = [newest.get((model, policy)) for model in models]
+        lines.append(
+            [
+                policy,
+                *(
+                    ""
+                    if row is None
+                    else f"{row['gradient_error']:.2%}, {format_bytes(row['saved_bytes'])}"
+                    for row in found
+                ),
+            ]
+        )
+    batches = sorted({len(row["errors"]) for row in newest.values()})
+    return markdown(["policy", *models], lines) + (
+        "\nThe gradient error and the bytes saved for the backward. float32; mean of "
+        f"{' or '.join(map(str, batches))} batches. {origins(list(newest.values()))}\n"
+    )

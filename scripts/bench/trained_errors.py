@@ -1,0 +1,114 @@
+"""The gradient error of the presets on trained models: means over several batches.
+
+A ViT that classifies by one token gives one row of its last norm per image to the gradient. So the
+presets below 8 bits have 8 bits for this norm. The script also measures each of them without it.
+
+The models are those of `code_models.py`, in float32. A row for each model and policy goes to
+docs/results/trained_errors.jsonl.
+
+    python scripts/bench/trained_errors.py --data cifar10:DIRECTORY
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from code_models import TRAINED, batches, subject
+from torch import Tensor, nn
+
+import mesa_train
+from mesa_train import PRESETS, Policy
+from mesa_train.measure.step import relative_error
+from mesa_train.training.data.packaged import load
+from mesa_train.utils import records
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/trained_errors.jsonl"
+MEASURED = (
+    "mesa8",
+    "mesa6",
+    "mesa4",
+    "mesa3",
+    "mesa8-recompute",
+    "mesa6-recompute",
+    "mesa4-recompute",
+)
+WITHOUT = "{}, no more bits for the last norm"
+
+
+def main(
+    data: Annotated[str, typer.Option(help="Photos to train on, such as cifar10:DIRECTORY.")],
+    models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(TRAINED)}.")] = (
+        ",".join(TRAINED)
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="Batches that are measured.")] = 5,
+    weights: Annotated[
+        Path | None, typer.Option(help="A directory that keeps trained weights between runs.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+) -> None:
+    """Measure the presets on the chosen models."""
+    names = models.split(",")
+    for name in names:
+        if name not in TRAINED:
+            known = ", ".join(TRAINED)
+            raise SystemExit(f"trained_errors: --models must be of {known}, got {name!r}")
+    for name in names:
+        try:
+            images = load(data)
+            of = subject(name, data, steps, weights, "")
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"trained_errors: --data: {error}") from None
+        drawn = list(itertools.islice(batches(TRAINED[name], images, seed=2), draws))
+        for row in rows(of.network, drawn):
+            print(of.name, row, flush=True)
+            shared = {"model": of.name, "images": len(drawn[0][0]), "steps": steps}
+            records.append(out, {**shared, **row, **records.provenance()})
+
+
+def policies() -> Iterator[tuple[str, Policy]]:
+    """The presets, and each without an override of the last norm."""
+    for name in MEASURED:
+        policy = PRESETS[name]
+        yield name, policy
+        if "last_norm" in policy.overrides:
+            fields = {k: v for k, v in policy.overrides.items() if k != "last_norm"}
+            yield WITHOUT.format(name), dataclasses.replace(policy, overrides=fields)
+
+
+def rows(network: nn.Module, drawn: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
+    """A row for each policy: the saved bytes, and the errors on all batches."""
+    exact = [gradients(network, x, y) for x, y in drawn]
+    for name, policy in policies():
+        saved = mesa_train.footprint(network, drawn[0][0], policy=policy, fake=True).saved_bytes
+        mesa_train.wrap(network, policy)
+        errors = [
+            relative_error(gradients(network, x, y), plain)
+            for (x, y), plain in zip(drawn, exact, strict=True)
+        ]
+        mesa_train.unwrap(network)
+        yield {
+            "policy": name,
+            "saved_bytes": saved,
+            "gradient_error": statistics.fmean(errors),
+            "errors": errors,
+        }
+
+
+def gradients(network: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The gradients of one step."""
+    loss = nn.functional.cross_entropy(network(x), y)
+    return list(torch.autograd.grad(loss, list(network.parameters())))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
