@@ -14,7 +14,7 @@ from typing import Any
 
 from . import codecs
 from .codecs.lossless import Lossless
-from .utils import policy_checks, yaml_text
+from .utils import allocations, policy_checks, yaml_text
 from .utils.patterns import is_inside, match_override, matching, near_miss
 
 BITS = (8, 6, 5, 4, 3, 2, 32)
@@ -288,8 +288,8 @@ class Rules:
                         merged.update(fields)
                 # Unknown operators may use tensors in any way; a loss's error enters all gradients.
                 effective = _merged(policy, merged, operator, operand)
-                if operator in policy_checks.AT_LEAST_8:
-                    effective = dataclasses.replace(effective, bits=max(8, effective.bits))
+                if operator in policy_checks.AT_LEAST_8 and effective.bits < 8:
+                    effective = effective._changed({"bits": 8})
                 elif operator == "checkpoint":
                     effective = _for_inputs(effective)
                 self.table[operator, operand] = Rule.of(effective, operator, operand)
@@ -328,7 +328,7 @@ class Rule:
 
     @classmethod
     def of(cls, policy: Policy, operator: str, operand: str) -> Rule:
-        """The rule of a policy without overrides for one operand."""
+        """The rule of a policy for one operand; the policy's overrides have no effect."""
         nearest = (operator, operand) in _NEAREST or operator in policy_checks.AT_LEAST_8
         nearest |= policy.recompute == "linear" and operand == "normalized"
         rounding = policy.rounding
@@ -353,6 +353,8 @@ class Rule:
 
 def _merged(policy: Policy, changes: Mapping[str, Any], operator: str, operand: str) -> Policy:
     """The policy for one operand. An error names the operand, since several overrides may cover it."""
+    if not changes:
+        return policy
     try:
         return policy._changed(changes)
     except ValueError as error:
@@ -367,46 +369,14 @@ def _for_inputs(policy: Policy) -> Policy:
     return dataclasses.replace(policy, bits=bits, ranges="exact")
 
 
-# An image gives one row of this norm to the gradient of a classifier, so few rounding errors average out (docs/log.md).
-_LAST_NORM = {"last_norm": {"bits": 8}}
-
-
-def _allocation(bits: int, batch_norm: int, norm_groups: int = 128) -> dict[str, dict[str, int]]:
-    """Overrides: more bits for the operands that add most to the gradient's error (`scripts/bench/presets.py`).
-
-    Args:
-        bits: of norms, of the inputs of activations, and of q and k.
-        batch_norm: bits of batch norms.
-        norm_groups: group size of layer and RMS norms. Short groups pay if matmuls are recomputed from the codes.
-    """
-    norms = {"bits": bits, "group_size": norm_groups} if norm_groups != 128 else {"bits": bits}
-    return {
-        "layer_norm": norms,
-        "rms_norm": norms,
-        # The hidden layer of an MLP is wide, so long groups save more than the last norm costs.
-        "activation": {"bits": bits, "group_size": 192},
-        "attention.q": {"bits": bits},
-        "attention.k": {"bits": bits},
-        "batch_norm": {"bits": batch_norm},
-        **_LAST_NORM,
-    }
-
-
-_OF_MESA6 = {"batch_norm": {"bits": 8}, **_LAST_NORM}
-_OF_MESA4_RECOMPUTE = {
-    **_allocation(5, batch_norm=6, norm_groups=96),
-    "linear": {"group_size": 192},
-    **_LAST_NORM,
-}
-
 PRESETS: dict[str, Policy] = {
     "mesa8": Policy(),
-    "mesa6": Policy(bits=6, overrides=_OF_MESA6),
-    "mesa4": Policy(bits=4, overrides=_allocation(5, batch_norm=6)),
-    "mesa3": Policy(bits=3, overrides=_allocation(4, batch_norm=5)),
+    "mesa6": Policy(bits=6, overrides=allocations.OF_MESA6),
+    "mesa4": Policy(bits=4, overrides=allocations.OF_MESA4),
+    "mesa3": Policy(bits=3, overrides=allocations.OF_MESA3),
     "mesa8-recompute": Policy(recompute="linear"),
-    "mesa6-recompute": Policy(bits=6, recompute="linear", overrides=_OF_MESA6),
-    "mesa4-recompute": Policy(bits=4, recompute="linear", overrides=_OF_MESA4_RECOMPUTE),
+    "mesa6-recompute": Policy(bits=6, recompute="linear", overrides=allocations.OF_MESA6),
+    "mesa4-recompute": Policy(bits=4, recompute="linear", overrides=allocations.OF_MESA4_RECOMPUTE),
     "lossless": Policy(bits=32),
     "paper": Policy(group_size=64, rounding="stochastic", recompute="none", ranges="running"),
 }

@@ -60,7 +60,7 @@ def add(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         sources = tuple([uncompressed(t.detach().clone()) for t in (input, other)])
         recorder.lineage.set(output, Stash(SUM, (), sources, cost=CHEAP, dtype=output.dtype))
         return output
-    terms = constants(recorder, input, other, output)
+    terms = () if output.requires_grad else constants(recorder, input, other, output)
     if terms:
         recorder.lineage.set(output, Stash(SUM, (), terms, cost=CHEAP, dtype=output.dtype))
     elif left is not None and right is not None and input.shape == other.shape:

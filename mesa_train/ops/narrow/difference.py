@@ -53,7 +53,7 @@ def sub(recorder: Recorder, func: Any, /, input: Any, other: Any, **kwargs: Any)
         return output
     if not isinstance(other, Tensor):
         return output
-    sources = constants(recorder, input, other, output)
+    sources = () if output.requires_grad else constants(recorder, input, other, output)
     if sources:
         stash = Stash(_DIFFERENCE, (), sources, cost=CHEAP, dtype=output.dtype)
         recorder.lineage.set(output, stash)
