@@ -32,6 +32,8 @@ def view(recorder: Recorder, func: Any, /, input: Any, *args: Any, **kwargs: Any
     if source is None or _has_tensor(args) or _has_tensor(kwargs.values()):
         return output
     if isinstance(output, Tensor):
+        if func is Tensor.view and output.dtype is input.dtype:
+            func = Tensor.reshape  # a rebuilt source may have other strides
         _derive(recorder, output, source, Replay(func, args, kwargs))
     elif isinstance(output, (tuple, list)):
         for index, part in enumerate(output):

@@ -18,14 +18,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
-
-os.environ["MESA_TRAIN_NATIVE"] = "0"  # the native rows call the kernels themselves
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 import mesa_train
 from mesa_train import PRESETS, Policy, codecs
+from mesa_train.engine import native
+from mesa_train.engine.intercept import CompressionMode
 from mesa_train.measure.step import relative_error
 from mesa_train.utils import records
 
@@ -127,7 +126,8 @@ def measure(
         nearest = operand in OPERANDS and (role == "activation" or variant.levels != "affine")
         for draw in range(1 if nearest else draws):
             torch.manual_seed(draw)
-            with mock.patch.object(codecs, "of", of):
+            # The native rows call the kernels themselves.
+            with native.python_rows(CompressionMode), mock.patch.object(codecs, "of", of):
                 errors.append(relative_error(gradients(subject, policy), exact))
         yield {
             "operand": operand,

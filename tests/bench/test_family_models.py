@@ -9,6 +9,9 @@ import pytest
 import sweep_families
 import torch
 
+from mesa_train.engine import native
+from mesa_train.engine.intercept import CompressionMode
+
 # The models by source. Collecting the tests must not import the libraries.
 MODELS = {
     "encoders": (
@@ -65,6 +68,8 @@ MODELS = {
         "open_clip ViT contrastive",
         "open_clip ResNet contrastive",
         "open_clip with timm ViT sigmoid loss",
+        "CLIP loss of 1,024 pairs",
+        "SigLIP loss of 1,024 pairs",
     ),
     "diffusion": (
         "DiT",
@@ -108,7 +113,13 @@ MODELS = {
         "timm regnety_002",
     ),
     "sequences": ("CRNN (LSTM and CTC)", "BC-RNN (GRU)", "NaViT (jagged tensors)"),
-    "distillation": ("DINO multi-crop", "iBOT / DINOv2 loss multi-crop", "SimCLR"),
+    "distillation": (
+        "DINO multi-crop",
+        "iBOT / DINOv2 loss multi-crop",
+        "DINO with 65,536 prototypes",
+        "iBOT with 65,536 prototypes",
+        "SimCLR",
+    ),
 }
 QUICK = frozenset()
 SLOW = [name for names in MODELS.values() for name in names if name not in QUICK]
@@ -156,6 +167,14 @@ def test_a_quick_model(name):
 @pytest.mark.parametrize("name", SLOW)
 def test_a_model(name):
     check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_a_compiler():
+    """A view of a rebuilt tensor, whose strides are not those of the forward."""
+    with native.python_rows(CompressionMode):
+        check("SmolVLM")
 
 
 @pytest.mark.slow

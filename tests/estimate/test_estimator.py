@@ -174,7 +174,7 @@ def test_what_is_moved_lies_in_main_memory():
 
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="optimizer must be one of"):
-        next(estimates(make, Cluster(1, GIB, GIB), batch=4, optimizer="sgd"))
+        next(estimates(make, Cluster(1, GIB, GIB), batch=4, optimizer="sdg"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Saves codes of probability minus target (1 byte per element). PyTorch saves logarithms of the
 probabilities, and soft targets. If a matmul rebuilds the logits (`recompute="linear"`), the cross
-entropy of class indices saves the indices alone.
+entropy of class indices saves the indices alone, in the smallest dtype that holds them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class CrossEntropyGradient:
         self.ignored, self.smoothing = ignored, smoothing
 
     def load(self, saved: Saved, spec: Spec, dtype: torch.dtype) -> Tensor:
-        return self.of(*[saved.value(source) for source in spec.sources]).to(dtype)
+        logits, target, *weight = [saved.value(source) for source in spec.sources]
+        return self.of(logits, target.to(torch.int64), *weight).to(dtype)
 
     def of(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """The derivative, at least in float32."""
@@ -125,7 +126,8 @@ def cross_entropy(
     recipe = CrossEntropyGradient(ignore_index, label_smoothing)
     with torch.no_grad():
         if source is not None:
-            given = [target] if weight is None else [target, weight]
+            narrow = _narrow(target, input.shape[1], ignore_index)
+            given = [narrow] if weight is None else [narrow, weight]
             sources = (source, *[uncompressed(t) for t in given])
             stash = derived(recorder, recipe, sources, input.dtype, "cross_entropy")
         else:
@@ -145,6 +147,15 @@ def cross_entropy(
         return Loss.apply(result, (stash,), static, input, None)
     kept = (stash, uncompressed(counts), number)
     return CrossEntropy.apply(result, kept, (tuple(target.shape), input.dtype), input)
+
+
+def _narrow(target: Tensor, classes: int, ignored: int) -> Tensor:
+    """The class indices in the smallest dtype that holds all classes and the ignored index."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        limits = torch.iinfo(dtype)
+        if classes - 1 <= limits.max and limits.min <= ignored <= limits.max:
+            return target.to(dtype)
+    return target
 
 
 def _of_soft_target(

@@ -27,8 +27,8 @@ def detector(name, backbone="litv2_tiny", **options):
     return model.train()
 
 
-def segmenter(backbone="litv2_tiny"):
-    return semantic_fpn(backbone, 7, dropout=0.0).train()
+def segmenter(backbone="litv2_tiny", classes=7):
+    return semantic_fpn(backbone, classes, dropout=0.0).train()
 
 
 def images(sizes=SIZES):

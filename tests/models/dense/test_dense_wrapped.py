@@ -137,6 +137,9 @@ def test_fewer_bytes_are_saved(name):
 @pytest.mark.parametrize("name", ["retinanet", "semantic_fpn"])
 def test_a_recomputed_loss_saves_less_and_changes_nothing(name):
     model, inputs = case(name)
+    if name == "semantic_fpn":
+        # The labels, which both save, are larger than the codes of a few classes.
+        model = scenes.segmenter(classes=40)
     step = scenes.Step(model, *inputs)
     for policy, bound in (("plain", 0.0), ("mesa8", 3e-2)):
         counts = []
