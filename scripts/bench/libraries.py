@@ -86,10 +86,11 @@ def run(program: str, policy: str, images: int) -> tuple[int, list[float]]:
         command += [str(FOLDER / f"{program}.py"), folder, policy, str(images)]
         started = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, cwd=folder)
         _, status, usage = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)  # Popen did not wait
         text.seek(0)
         output = text.read()
     lines = [line for line in output.splitlines() if line.startswith("losses ")]
-    if status or not lines:
+    if started.returncode or not lines:
         raise SystemExit(f"libraries: {program} with {policy} failed:\n{output[-2000:]}")
     # Linux counts in KiB, macOS in bytes.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 import mesa_train
 
-_, policy, images = sys.argv[1], sys.argv[2], int(sys.argv[3])
+policy, images = sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
 model = torchvision.models.VisionTransformer(224, 16, 6, 12, 768, 3072, num_classes=10)
 if policy != "plain":

@@ -13,17 +13,17 @@ folder, policy, images = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 
 class Classifier(lightning.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.net = timm.create_model("vit_small_patch16_224", num_classes=10)
-        self.seen = []
+        self.seen: list[float] = []
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.seen.append(loss.item())
         return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-4)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
-from tables.text import markdown, origin, table
+from tables.text import markdown, origin, origins, table
 
 # A model that saves less than this many times has a reason in its row.
 ENOUGH = 2.5
@@ -134,4 +134,39 @@ def lora(rows: Sequence[Row]) -> str:
         "Linear of the blocks; DoRA also trains a magnitude for each output feature. The largest batch is "
         "that of a whole step: weights, gradients, AdamW's states, and all tensors that the step "
         f"allocates. {origin(row)}\n"
+    )
+
+
+@table("libraries.jsonl", "python scripts/bench/libraries.py")
+def libraries(rows: Sequence[Row]) -> str:
+    """The newest row of each program and policy, a line per program and preset."""
+    newest = {(row["program"], row["policy"]): row for row in rows}
+    lines = []
+    for (program, policy), row in newest.items():
+        plain = newest.get((program, "plain"))
+        if policy == "plain" or plain is None:
+            continue
+        apart = max(
+            abs(a - b) / abs(b) for a, b in zip(row["losses"], plain["losses"], strict=True)
+        )
+        more = [(r["peak_bytes"] - r["one_image_bytes"]) / (r["images"] - 1) for r in (plain, row)]
+        lines.append(
+            [
+                row["library"],
+                row["model"],
+                f"`{row['line']}`, {policy}",
+                format_bytes(plain["peak_bytes"]),
+                format_bytes(row["peak_bytes"]),
+                f"{format_bytes(int(more[0]))}, {format_bytes(int(more[1]))}",
+                f"{row['losses'][0] == plain['losses'][0]}",
+                f"{apart:.2%}",
+            ]
+        )
+    head = ["library", "model", "one line, preset", "plain's peak", "peak", "of an image more"]
+    last = next(reversed(newest.values()))
+    return markdown([*head, "first loss equal", "losses apart"], lines) + (
+        "\nThe peak is the resident memory of the process, with Python, the libraries, weights and optimizer. Of an "
+        "image more: the peak less that of plain with one image, for each further image; plain's, then the "
+        f"preset's. Losses apart: the largest relative difference in {len(last['losses'])} steps. float32. "
+        f"{origins(list(newest.values()))}\n"
     )
