@@ -17,6 +17,7 @@ ORDER = [
     ("mesa8", "lossless"),
     ("mesa6", "mesa8"),
     ("mesa4", "mesa6"),
+    ("mesa3", "mesa4"),
     ("mesa8-recompute", "mesa8"),
     ("mesa4-recompute", "mesa4"),
     ("mesa6-recompute", "mesa6"),
