@@ -61,7 +61,9 @@ def test_the_model_of_an_optimizer_is_wrapped_and_said_in_one_line(tmp_path):
     )
     assert code == 0
     assert out.startswith("['--policy', 'mine'] __main__")
-    assert "5 bits in groups of 128, dither" in out
+    # mesa4: the last norm, and the input of the activation.
+    assert "8 bits in groups of 128, nearest" in out
+    assert "5 bits in groups of 192, nearest" in out
     lines = err.strip().splitlines()
     assert lines == ["mesa-train run: wrapped Net (18,053 parameters, 4 modules), found at AdamW"]
     assert torch.optim.Optimizer.__init__.__module__ == "torch.optim.optimizer"
