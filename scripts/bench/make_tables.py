@@ -34,6 +34,10 @@ from tables import (
 )
 from tables.text import Table
 
+MODULES = (
+    *(codes, dense, efficient, engine, fallback, families, gpu, open_world, recipes, training),
+    transfer,
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARKED = re.compile(
     r"(?P<open><!-- table:(?P<words>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)",
@@ -83,19 +87,7 @@ def renew(text: str, results: Path) -> str:
 
 TABLES: dict[str, Table] = {
     name: table
-    for module in (
-        codes,
-        dense,
-        efficient,
-        engine,
-        fallback,
-        families,
-        gpu,
-        open_world,
-        recipes,
-        training,
-        transfer,
-    )
+    for module in MODULES
     for name, table in vars(module).items()
     if isinstance(table, Table)
 }

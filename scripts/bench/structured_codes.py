@@ -148,7 +148,7 @@ class Rounded(Affine):
         return code(x.float(), self, variant, self.images), x.new_zeros(1)
 
     def _has_rows(self, x: Tensor) -> bool:
-        """Whether x has enough rows of every image."""
+        """True if x has enough rows of every image."""
         return len(x) % self.images == 0 and len(x) >= FEWEST_ROWS * self.images
 
 

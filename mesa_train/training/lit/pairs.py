@@ -84,7 +84,7 @@ class ZeroShotSet:
         return suite.short_side_of(self.subset, size) if self.subset else None
 
     def hits(self, guesses: Tensor) -> Tensor:
-        """Whether each guess (N, k) is right, (N', k) over the images that count."""
+        """True for each guess (N, k) that is right: (N', k) over the images that count."""
         if self.answers is None:
             return guesses == self.images.labels[:, None]
         rows = [
