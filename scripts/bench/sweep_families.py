@@ -17,8 +17,6 @@ smaller than those of a real training.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import logging
 import os
@@ -29,23 +27,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from family_models import Case, load
-from sweeping import run_step, step, step_times, sweep
+from sweeping import compare_runs, policy, run_step, step, step_times, sweep, uncompressed
 from torch import nn
 
 import mesa_train
 from mesa_train.measure.footprint import Footprint, footprint
 from mesa_train.measure.step import arguments, relative_error, tensors_in
 from mesa_train.methods.checkpointing import NoBlocks
-from mesa_train.policy import PRESETS, Policy
+from mesa_train.policy import PRESETS
 from mesa_train.utils.records import Row
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/sweep_families.jsonl"
-MIN_BYTES = 1024
+# Policies that run a step.
+RUNS = ("plain", "lossless", "mesa8")
 COUNTED = ("lossless", "mesa8", "mesa4", "mesa8-recompute", "mesa4-recompute")
-# dtypes of codes and masks.
-CODES = ("uint8", "bool")
-# Functions whose kernel saves a workspace of bytes, such as oneDNN's LSTM.
-WORKSPACES = ("lstm",)
 
 
 def main(
@@ -72,11 +67,6 @@ def main(
     sweep(measures, out, seconds, again)
 
 
-def policy(name: str) -> Policy:
-    """A preset for tensors of small configurations."""
-    return dataclasses.replace(PRESETS[name], min_bytes=MIN_BYTES)
-
-
 def measure(case: Case, row: Row, steps: int = 0) -> None:
     """Fill in a row, step by step. `failed_in` is the current step.
 
@@ -92,7 +82,7 @@ def measure(case: Case, row: Row, steps: int = 0) -> None:
     args, kwargs = arguments(inputs)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
-    compare_runs(model, inputs, row)
+    compare_runs(model, inputs, row, RUNS, loss_alone=True)
     row["saved_bytes"] = {}
     for name in ("plain", *COUNTED, "checkpoint"):
         row["failed_in"] = name
@@ -109,40 +99,6 @@ def measure(case: Case, row: Row, steps: int = 0) -> None:
         row["failed_in"] = "lora"
         row["lora"] = adapted(model, inputs, case.lora)
     del row["failed_in"]
-
-
-def compare_runs(model: nn.Module, inputs: Any, row: Row) -> None:
-    """Run a step in plain PyTorch, under lossless and under mesa8, and fill in what differs.
-
-    Args:
-        model: in training mode; its buffers change.
-        inputs: of the model.
-        row: gets `outputs_equal`, `lossless_error` and `mesa8_error`.
-    """
-    args, kwargs = arguments(inputs)
-    state = copy.deepcopy(dict(model.named_buffers()))
-    runs = {}
-    for name in ("plain", "lossless", "mesa8"):
-        row["failed_in"] = name
-        with torch.no_grad():
-            for key, buffer in model.named_buffers():
-                # A buffer that a forward replaces may have another shape.
-                if key in state and state[key].shape == buffer.shape:
-                    buffer.copy_(state[key])
-        if name != "plain":
-            mesa_train.wrap(model, policy(name))
-        try:
-            runs[name] = run_step(model, args, kwargs, loss_alone=True)
-        finally:
-            mesa_train.unwrap(model)
-    outputs, gradients = runs["plain"]
-    row["outputs_equal"] = all(
-        torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
-        for found, _ in runs.values()
-        for a, b in zip(found, outputs, strict=True)
-    )
-    for name in ("lossless", "mesa8"):
-        row[f"{name}_error"] = relative_error(runs[name][1], gradients)
 
 
 def timed(case: Case, rounds: int) -> dict[str, float]:
@@ -192,15 +148,6 @@ def count(model: nn.Module, inputs: Any, name: str) -> Footprint | None:
         if name != "checkpoint" or "NestedTensorImpl doesn't support sizes" not in str(error):
             raise
         return None
-
-
-def uncompressed(counted: Footprint, most: int = 4) -> dict[str, int]:
-    """Bytes of tensors that are neither codes nor masks, by operator, largest first."""
-    totals: dict[str, int] = {}
-    for saved in counted.rows:
-        if saved.dtype not in CODES or saved.operator in WORKSPACES:
-            totals[saved.operator] = totals.get(saved.operator, 0) + saved.saved_bytes
-    return dict(sorted(totals.items(), key=lambda item: -item[1])[:most])
 
 
 if __name__ == "__main__":

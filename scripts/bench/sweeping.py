@@ -9,12 +9,13 @@ with the same seed in each run.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,21 @@ import torch
 from torch import Tensor, nn
 
 import mesa_train
+from mesa_train.measure.footprint import Footprint, footprint
 from mesa_train.measure.step import arguments, relative_error, tensors_in
+from mesa_train.policy import PRESETS, Policy
 from mesa_train.utils import records
 from mesa_train.utils.records import Row
 
 POLICIES = ("plain", "lossless", "mesa8", "mesa8-recompute")
-# Policies whose bytes only are counted.
-COUNTED = ("mesa4", "mesa4-recompute")
+# Policies whose bytes are counted.
+COUNTED = ("plain", "lossless", "mesa8", "mesa8-recompute", "mesa4", "mesa4-recompute")
+# The smallest compressed tensor: small models have small tensors.
+MIN_BYTES = 1024
+# dtypes of codes and masks.
+CODES = ("uint8", "bool")
+# Functions whose kernel saves a workspace of bytes, such as oneDNN's LSTM.
+WORKSPACES = ("lstm",)
 # Builds a model and its inputs: a tensor, or a mapping of keyword arguments.
 Make = Callable[[], tuple[nn.Module, Any]]
 
@@ -91,46 +100,80 @@ def row_of(make: Make, row: Row) -> None:
     torch.manual_seed(0)
     model, inputs = make()
     model.train()
-    state = copy.deepcopy(dict(model.named_buffers()))
     args, kwargs = arguments(inputs)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["shapes"] = [list(t.shape) for t in tensors_in([*args, *kwargs.values()])]
-    runs: dict[str, tuple[list[Tensor], list[Tensor | None]]] = {}
+    compare_runs(model, inputs, row, POLICIES)
     row["saved_bytes"] = {}
-    for policy in POLICIES:
-        row["failed_in"] = policy
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                # A buffer that a forward replaces may have another shape.
-                if name in state and state[name].shape == buffer.shape:
-                    buffer.copy_(state[name])
-        if policy != "plain":
-            mesa_train.wrap(model, policy)
-        try:
-            runs[policy] = run_step(model, args, kwargs)
-        finally:
-            mesa_train.unwrap(model)
-        row["saved_bytes"][policy] = _saved_bytes(model, inputs, policy)
-    for policy in COUNTED:
-        row["failed_in"] = policy
-        row["saved_bytes"][policy] = _saved_bytes(model, inputs, policy)
-    outputs, gradients = runs["plain"]
-    row["outputs_equal"] = all(
-        torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
-        for policy in POLICIES
-        for a, b in zip(runs[policy][0], outputs, strict=True)
-    )
-    for policy in POLICIES[1:]:
-        row[f"{policy}_error"] = relative_error(runs[policy][1], gradients)
+    for name in COUNTED:
+        row["failed_in"] = name
+        counted = _counted(model, inputs, name)
+        row["saved_bytes"][name] = counted.saved_bytes
+        if name == "mesa8":
+            row["uncompressed"] = uncompressed(counted)
     del row["failed_in"]
 
 
-def _saved_bytes(model: nn.Module, inputs: Any, policy: str) -> int:
-    """Bytes that a policy saves; on real tensors if the forward reads values."""
+def compare_runs(
+    model: nn.Module, inputs: Any, row: Row, policies: Sequence[str], loss_alone: bool = False
+) -> None:
+    """Run a step under each policy, and fill in what differs from plain PyTorch.
+
+    Args:
+        model: in training mode; its buffers change.
+        inputs: of the model.
+        row: gets `outputs_equal`, and an error of the gradients for each preset, as `mesa8_error`.
+        policies: "plain", and presets.
+        loss_alone: as for `run_step`.
+    """
+    args, kwargs = arguments(inputs)
+    state = copy.deepcopy(dict(model.named_buffers()))
+    runs: dict[str, tuple[list[Tensor], list[Tensor | None]]] = {}
+    for name in policies:
+        row["failed_in"] = name
+        with torch.no_grad():
+            for key, buffer in model.named_buffers():
+                # A buffer that a forward replaces may have another shape.
+                if key in state and state[key].shape == buffer.shape:
+                    buffer.copy_(state[key])
+        if name != "plain":
+            mesa_train.wrap(model, policy(name))
+        try:
+            runs[name] = run_step(model, args, kwargs, loss_alone)
+        finally:
+            mesa_train.unwrap(model)
+    outputs, gradients = runs.pop("plain")
+    row["outputs_equal"] = all(
+        torch.equal(torch.nan_to_num(a, 7e7), torch.nan_to_num(b, 7e7))
+        for found, _ in runs.values()
+        for a, b in zip(found, outputs, strict=True)
+    )
+    for name, (_, found) in runs.items():
+        row[f"{name}_error"] = relative_error(found, gradients)
+
+
+def policy(name: str) -> Policy:
+    """A preset for tensors of small models."""
+    return dataclasses.replace(PRESETS[name], min_bytes=MIN_BYTES)
+
+
+def uncompressed(counted: Footprint, most: int = 4) -> dict[str, int]:
+    """Bytes of tensors that are neither codes nor masks, by operator, largest first."""
+    totals: dict[str, int] = {}
+    for saved in counted.rows:
+        if saved.dtype not in CODES or saved.operator in WORKSPACES:
+            totals[saved.operator] = totals.get(saved.operator, 0) + saved.saved_bytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1])[:most])
+
+
+def _counted(model: nn.Module, inputs: Any, name: str) -> Footprint:
+    """The footprint of a policy; on real tensors if the forward reads values."""
     for fake in (True, False):
         torch.manual_seed(1)
         try:
-            return mesa_train.footprint(model, inputs, policy=policy, fake=fake).saved_bytes
+            return footprint(
+                model, inputs, policy="plain" if name == "plain" else policy(name), fake=fake
+            )
         except ValueError:
             if not fake:
                 raise

@@ -92,6 +92,51 @@ def families_summary(rows: Sequence[Row]) -> str:
     )
 
 
+@table("sweep_timm.jsonl", "python scripts/bench/sweep_timm.py")
+def sweep_timm(rows: Sequence[Row]) -> str:
+    """The newest rows of timm's model files: ranges, small factors, and models that do not run."""
+    return _sweep(rows)
+
+
+@table("sweep_transformers.jsonl", "python scripts/bench/sweep_transformers.py")
+def sweep_transformers(rows: Sequence[Row]) -> str:
+    """The newest rows of transformers' models: ranges, small factors, and models that do not run."""
+    return _sweep(rows)
+
+
+def _sweep(rows: Sequence[Row]) -> str:
+    """Ranges over all models, then a line for each model that saves little or does not run."""
+    newest = {row["model"]: row for row in rows}
+    good = {name: row for name, row in newest.items() if not row["failure"]}
+    head = ["models", "equal outputs", "lossless error", "mesa8 error"]
+    methods = ("lossless", "mesa8", "mesa4", "mesa8-recompute")
+    cells = [f"{len(good)}", f"{sum(row['outputs_equal'] for row in good.values())}"]
+    for name in ("lossless", "mesa8"):
+        errors = sorted(row[f"{name}_error"] for row in good.values())
+        middle, most = errors[len(errors) // 2], errors[-1]
+        exact = name == "lossless"
+        cells.append(f"{middle:.0e}, {most:.0e}" if exact else f"{middle:.2%}, {most:.2%}")
+    for name in methods:
+        saved = [row["saved_bytes"] for row in good.values()]
+        factors = sorted(s["plain"] / s[name] for s in saved)
+        cells.append(f"{factors[0]:.1f}, {factors[len(factors) // 2]:.1f}, {factors[-1]:.1f}")
+    lines = [
+        [f"`{name}`", _times(row["saved_bytes"], "mesa8"), _reason(row)]
+        for name, row in good.items()
+        if _reason(row)
+    ]
+    lines += [
+        [f"`{name}`", "", f"not compared: {row['failure'].splitlines()[0][:100]}"]
+        for name, row in newest.items()
+        if row["failure"]
+    ]
+    return (
+        markdown([*head, *methods], [cells])
+        + f"\nErrors: median, largest. Factors: smallest, median, largest. {origin(rows[-1])}\n\n"
+        + markdown(["model", "mesa8", "why less than 2.5, or why not compared"], lines)
+    )
+
+
 @table("sweep_families.jsonl", "python scripts/bench/sweep_families.py")
 def families_lora(rows: Sequence[Row]) -> str:
     """The newest rows of models with adapters."""
