@@ -92,6 +92,10 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """Read how the last forward of a wrapped model stored its saved tensors.
 
+    PyTorch shows the call of a `torch.autograd.Function` of another library to nobody. Its saved
+    tensors are uncompressed, and have no row. `mesa_train.footprint` counts them under the name of
+    its class.
+
     Args:
         model: a model that `mesa_train.wrap` wrapped.
 

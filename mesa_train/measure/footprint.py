@@ -185,6 +185,7 @@ def footprint(
             output = model(*args, **kwargs)
             if loss is not None:
                 output = loss(output)
+        recorder.name_functions(tensors_in(output))
         rows = tuple(recorder.storages())
         report = report_of(model)
         stored = coverage(model) if report is not None and report.rows else None

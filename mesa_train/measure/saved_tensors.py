@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +114,26 @@ class Recorder:
             if not any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
                 stack.enter_context(_WeightCasts(self._weights, self._casts))
             yield
+
+    def name_functions(self, outputs: Iterable[Tensor]) -> None:
+        """Name the tensors that a `torch.autograd.Function` of another library saved after its class.
+
+        No torch function mode and no frame of the Python stack shows such a Function. Its node in
+        the graph does.
+
+        Args:
+            outputs: of the recorded forward.
+        """
+        nodes: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            for saved in getattr(node, "_raw_saved_tensors", ()):
+                if isinstance(saved.data, _Token) and saved.data.operator == _UNNAMED:
+                    saved.data.operator = node._forward_cls.__name__
+            behind = {n for n, _ in node.next_functions if n is not None} - seen
+            seen |= behind
+            nodes += behind
 
     def storages(self) -> list[SavedStorage]:
         """The storages that autograd holds now, each once, in the order of the forward."""
@@ -213,7 +233,8 @@ def _operator_on_stack() -> str:
 
     mesa_train's own mode is entered later, so PyTorch calls it first, and it saves tensors itself.
     Checkpointing saves from plain Python. Both have a frame on the Python stack between this
-    function and the call of the module. An autograd Function of another library has none.
+    function and the call of the module. A `torch.autograd.Function` of another library has none:
+    `Recorder.name_functions` names it later.
     """
     name = _UNNAMED
     frame: types.FrameType | None = sys._getframe(2)

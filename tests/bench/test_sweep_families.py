@@ -6,8 +6,11 @@ import family_models
 import pytest
 import sweep_families
 import sweeping
+import torch
 from sweeping import limited
 from tables import families
+
+from mesa_train.utils import records
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +89,53 @@ def test_steps_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     }
     assert sweeping.step_times(steps, 3) == pytest.approx({"plain": 3.0, "mesa8": 5.0})
     assert calls == ["mesa8", "plain", "plain", "mesa8", "mesa8", "plain", "plain", "mesa8"]
+
+
+class Compressed(torch.nn.Module):
+    """Tensors of 8 KiB, smaller than the default `min_bytes`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.second(torch.nn.functional.gelu(self.first(x)))
+
+
+class Uncompressed(torch.nn.Module):
+    """An operator without a row: half of the saved bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        return torch.atan2(self.weight * x, x + 3)
+
+
+def test_a_sweep_has_a_row_a_model_and_a_table(tmp_path):
+    out = tmp_path / "rows.jsonl"
+
+    def absent():
+        raise ImportError("needs natten")
+
+    makers = {
+        "compressed": lambda: (Compressed(), torch.randn(32, 64)),
+        "uncompressed": lambda: (Uncompressed(), torch.randn(32, 64)),
+        "absent": absent,
+    }
+    sweeping.sweep_makers(makers.items(), out, seconds=3600, again=False)
+    sweeping.sweep_makers(makers.items(), out, seconds=3600, again=False)
+    rows = {row["model"]: row for row in records.read(out)}
+    assert len(records.read(out)) == len(rows) == 3
+    saved = rows["compressed"]["saved_bytes"]
+    assert saved["plain"] > 3 * saved["mesa8"] > 3 * saved["mesa4"]
+    assert rows["compressed"]["outputs_equal"]
+    assert rows["absent"]["failed_in"] == "making"
+    assert rows["uncompressed"]["uncompressed"]["atan2"] >= 32 * 64 * 4
+
+    text = families.sweep_timm.render(list(rows.values()))
+    assert "| 2 | 2 |" in text
+    assert "uncompressed: atan2" in next(x for x in text.splitlines() if "| `uncompressed`" in x)
+    assert "not compared: ImportError: needs natten" in text
+    assert "| `compressed`" not in text

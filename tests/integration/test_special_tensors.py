@@ -227,6 +227,96 @@ def test_the_footprint_of_eager_flex_attention():
     assert size == 2 * 128 * 32 * 4  # the Linear's input
 
 
+class FlexWithMask(nn.Module):
+    """A packed batch: a token attends to tokens of its own image."""
+
+    def __init__(self, flex, tokens=128):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.norm, self.linear = nn.Linear(32, 96), nn.LayerNorm(32), nn.Linear(32, 32)
+        images = torch.arange(tokens) // 50
+
+        def same_image(batch, head, query, key):
+            return images[query] == images[key]
+
+        self.attend = flex.flex_attention
+        self.mask = flex.create_block_mask(same_image, None, None, tokens, tokens, device="cpu")
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        out = self.attend(q, k, v, block_mask=self.mask)
+        return self.linear(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_a_block_mask():
+    """On a CPU it has a forward alone, and PyTorch's error reaches the user."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    model, x = FlexWithMask(flex), torch.randn(2, 128, 32)
+    with torch.no_grad():
+        expected = model(x)
+    mesa_train.wrap(model, EIGHT)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        model(x)
+    mesa_train.unwrap(model)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        model(x)
+
+
+class FlashAttention(torch.autograd.Function):
+    """As in packages with their own kernels: q, k, v, the output and the logarithms of the sums are saved."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        scores = q @ k.transpose(-1, -2) * scale
+        logarithms = scores.logsumexp(-1)
+        out = scores.softmax(-1) @ v
+        ctx.save_for_backward(q, k, v, out, logarithms)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, logarithms = ctx.saved_tensors
+        weights = (q @ k.transpose(-1, -2) * ctx.scale - logarithms[..., None]).exp()
+        dweights = grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+        dscores = weights * dweights * ctx.scale
+        return dscores @ k, dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None
+
+
+class WithExternalAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.norm, self.linear = nn.Linear(32, 96), nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        out = FlashAttention.apply(q, k, v, 0.25)
+        return x + self.linear(out.transpose(1, 2).flatten(2))
+
+
+@POLICIES
+def test_the_attention_of_another_package_is_left_alone_and_reported(policy):
+    x, results = torch.randn(2, 48, 32), []
+    for wrapped in (False, True):
+        model = WithExternalAttention()
+        if wrapped:
+            mesa_train.wrap(model, policy)
+        out = model(x)
+        out.square().sum().backward()
+        results.append((out, gradients(model)))
+    assert torch.equal(results[1][0], results[0][0])
+    assert distance(results[1][1], results[0][1]) <= BOUND[policy]
+    # q, k and v are parts of one tensor.
+    size = (3 + 1) * 2 * 48 * 32 * 4 + 2 * 2 * 48 * 4
+    for fake in (False, True):
+        counted = footprint(WithExternalAttention(), x, policy=policy, fake=fake)
+        assert counted.by_operator["FlashAttention"] == size
+
+
 META = {
     "LayerNorm": lambda: nn.LayerNorm(64),
     "RMSNorm": lambda: nn.RMSNorm(64),
