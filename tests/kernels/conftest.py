@@ -1,4 +1,4 @@
-"""Every body of the operators under one name, and inputs that visit the corners."""
+"""Every body of the operators under one name."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -7,26 +7,10 @@ import numpy as np
 import pytest
 import torch
 import triton_interpreter
-from torch import Tensor
+from kernel_cases import OPERATORS
 
 from mesa_train import kernels
 from mesa_train.kernels import reference
-
-OPERATORS = (
-    "affine_encode",
-    "affine_encode_parts",
-    "affine_decode",
-    "normalized_encode",
-    "norm_backward",
-    "activation_decode",
-    "activation_backward",
-    "activation_pair",
-    "softmax_backward",
-    "scale_backward",
-    "bitmask_encode",
-    "bitmask_positive",
-    "bitmask_apply",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -71,25 +55,3 @@ def ops(request: pytest.FixtureRequest) -> SimpleNamespace:
     if request.param != "reference":
         return request.getfixturevalue(request.param)
     return SimpleNamespace(**{name: getattr(reference, name) for name in OPERATORS})
-
-
-def special(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Rows of every magnitude from denormal to huge, and rows of zeros, constants, NaN and inf."""
-    generator = torch.Generator().manual_seed(seed)
-    exponent = torch.randint(-45, 39, (rows, 1), generator=generator)
-    x = torch.randn(rows, cols, generator=generator, dtype=torch.float64) * 10.0**exponent
-    fills: list[Callable[[Tensor], object]] = [
-        lambda row: row[:1].fill_(float("nan")),
-        lambda row: row[-1:].fill_(float("inf")),
-        lambda row: row[cols // 2 :][:1].fill_(float("-inf")),
-        lambda row: row.fill_(3.1),
-        lambda row: row.fill_(-0.0),
-        lambda row: row.fill_(-0.0)[::2].fill_(0.0),
-        lambda row: row.fill_(3.4e38)[::2].fill_(-3.4e38),
-        lambda row: row.fill_(torch.finfo(torch.float32).min)[::3].fill_(1.0),
-        lambda row: row.fill_(torch.finfo(torch.float32).max),
-        lambda row: row.fill_(1e-45)[::2].fill_(-1e-45),
-    ]
-    for row, fill in zip(x, fills, strict=False):
-        fill(row)
-    return x.to(dtype)

@@ -1,7 +1,7 @@
 """Compares the C++ kernels, compiled as the environment says, with the reference: codes and decoded
 values bit for bit, the rest within rounding. Run by test_cpu_targets.py in a process of its own."""
 
-import conftest
+import kernel_cases
 import torch
 
 from mesa_train import kernels
@@ -20,7 +20,7 @@ def same(actual, expected):
 def codes(ops):
     for dtype in DTYPES:
         for rows, cols, size in SHAPES:
-            x = conftest.special(rows, 2 * cols, dtype)
+            x = kernel_cases.special(rows, 2 * cols, dtype)
             for view in (x[:, :cols].contiguous(), x[:, cols:], x[:, ::2]):
                 for bits in (8, 6, 5, 4, 3, 2):
                     for stochastic in (False, True):

@@ -1,6 +1,6 @@
 """affine_encode, affine_decode and normalized_encode: reference, C++ and numpy, code for code."""
 
-import conftest
+import kernel_cases
 import numpy as np
 import numpy_twin
 import pytest
@@ -43,7 +43,7 @@ def assert_same_values(actual, expected):
 @stochastic_param
 @pytest.mark.parametrize(("cols", "group_size"), [(1, 1), (13, 5), (24, 64), (31, 8)])
 def test_equals_the_numpy_twin(ops, bits, stochastic, cols, group_size):
-    x = conftest.special(16, cols, torch.float32)
+    x = kernel_cases.special(16, cols, torch.float32)
     codes, scales = ops.affine_encode(x, bits, group_size, stochastic, 7)
     q, scale_bits = numpy_twin.encode(x.numpy(), bits, group_size, stochastic, 7)
     assert_same(codes, torch.from_numpy(numpy_twin.pack(q, bits)))
@@ -84,12 +84,12 @@ def test_any_float32(values, bits, group_size, stochastic, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "cols", "group_size"), SHAPES)
 def test_native_equals_reference(native, dtype, rows, cols, group_size):
-    x = conftest.special(rows, cols, dtype)
+    x = kernel_cases.special(rows, cols, dtype)
     views = {
         "contiguous": x,
-        "row stride": conftest.special(rows, 2 * cols, dtype)[:, :cols],
-        "column stride": conftest.special(rows, 2 * cols, dtype)[:, ::2],
-        "transposed": conftest.special(cols, rows, dtype).t(),
+        "row stride": kernel_cases.special(rows, 2 * cols, dtype)[:, :cols],
+        "column stride": kernel_cases.special(rows, 2 * cols, dtype)[:, ::2],
+        "transposed": kernel_cases.special(cols, rows, dtype).t(),
         "expanded": x[:1].expand(rows, cols),
     }
     for view in views.values():
@@ -113,7 +113,7 @@ def test_parts_have_the_codes_that_each_has_alone(native, dtype, stochastic):
         (3, 0, 4),
     ):
         for parts in (1, 2, 3):
-            wide = conftest.special(rows, 3 * cols, dtype)
+            wide = kernel_cases.special(rows, 3 * cols, dtype)
             x = wide[:, (3 - parts) * cols :]
             for bits in BITS:
                 code = bits, group_size, stochastic, 12345
@@ -130,7 +130,7 @@ def test_parts_have_the_codes_that_each_has_alone(native, dtype, stochastic):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_decodes_like_reference(native, bits, dtype):
     for rows, cols, group_size in SHAPES:
-        x = conftest.special(rows, cols, torch.float32)
+        x = kernel_cases.special(rows, cols, torch.float32)
         coded = reference.affine_encode(x, bits, group_size, False, 0)
         weight, bias = torch.randn(cols).to(torch.bfloat16), torch.randn(cols)
         for affine in ((None, None), (weight, None), (None, bias), (weight, bias)):
@@ -157,7 +157,7 @@ def test_normalized_encode(ops, stochastic, dtype, centered):
 def test_normalized_encode_in_the_corners(native, dtype):
     # Means and deviations that no norm has: the ends of a group are still those of its values.
     for rstd in (1.0, -2.0, 0.0, -0.0, 1e30, 1e-40, float("inf"), float("nan")):
-        x = conftest.special(40, 130, dtype)
+        x = kernel_cases.special(40, 130, dtype)
         mean = torch.where(torch.arange(40) % 3 == 0, x[:, 5].float(), 0.25)
         args = (x, mean, torch.full((40,), rstd), 8, 64, False, 3)
         for a, e in zip(

@@ -1,6 +1,6 @@
 """Schemas, fakes, checks and compilation of every operator."""
 
-import conftest
+import kernel_cases
 import pytest
 import torch
 
@@ -44,7 +44,7 @@ def samples():
     }
 
 
-@pytest.mark.parametrize("name", [*conftest.OPERATORS, "cast_like"])
+@pytest.mark.parametrize("name", [*kernel_cases.OPERATORS, "cast_like"])
 def test_opcheck(name):
     kernels.load()
     for args in samples()[name]:
@@ -60,7 +60,7 @@ def test_a_plainly_true_check_is_skipped_and_a_symbolic_one_is_recorded(monkeypa
     assert recorded == [symbolic, False]
 
 
-@pytest.mark.parametrize("name", [*conftest.OPERATORS, "cast_like"])
+@pytest.mark.parametrize("name", [*kernel_cases.OPERATORS, "cast_like"])
 def test_meta_tensors_have_the_same_shapes(name):
     def meta(value):
         return value.to("meta") if isinstance(value, torch.Tensor) else value

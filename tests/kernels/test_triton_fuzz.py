@@ -2,7 +2,7 @@
 
 import random
 
-import conftest
+import kernel_cases
 import pytest
 import torch
 import triton_interpreter
@@ -34,7 +34,7 @@ def special(choose: random.Random, rows: int, cols: int, dtype: torch.dtype):
     """A matrix with NaN, infinities, denormal and huge values, or a `view`."""
     if choose.random() < 0.5:
         return view(choose, rows, cols, dtype, 10 ** choose.uniform(-3, 3))
-    return conftest.special(rows, cols, dtype, choose.randrange(10**6))
+    return kernel_cases.special(rows, cols, dtype, choose.randrange(10**6))
 
 
 def same_codes(actual, expected):

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 
-import conftest
+import kernel_cases
 import pytest
 import torch
 import triton_interpreter
@@ -35,10 +35,10 @@ def test_every_kernel_is_registered_and_tested():
 def test_codes_equal_the_reference(triton, rows, cols, group_size, stochastic):
     for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float64)):
         views = (
-            conftest.special(rows, cols, dtype),
-            conftest.special(rows, 3 * cols, dtype)[:, cols : 2 * cols],
-            conftest.special(rows, 2 * cols, dtype)[:, ::2],
-            conftest.special(cols, rows, dtype).t(),
+            kernel_cases.special(rows, cols, dtype),
+            kernel_cases.special(rows, 3 * cols, dtype)[:, cols : 2 * cols],
+            kernel_cases.special(rows, 2 * cols, dtype)[:, ::2],
+            kernel_cases.special(cols, rows, dtype).t(),
         )
         for bits in schemas.BITS:
             # Every dtype and width meets every view, in turn.
@@ -53,7 +53,7 @@ def test_codes_equal_the_reference(triton, rows, cols, group_size, stochastic):
 @pytest.mark.parametrize(("rows", "cols", "group_size"), SHAPES)
 def test_values_equal_the_reference(triton, rows, cols, group_size, bits):
     coded = reference.affine_encode(
-        conftest.special(rows, cols, torch.float32), bits, group_size, False, 0
+        kernel_cases.special(rows, cols, torch.float32), bits, group_size, False, 0
     )
     weight, bias = torch.randn(cols).to(torch.bfloat16), torch.randn(cols)
     for dtype, *affine in (
