@@ -42,7 +42,9 @@ class InputHooks(torch.autograd.graph.saved_tensors_hooks):
         # the node, and the node holds the output.
         tensors: list[Tensor] = [tensor if tensor.grad_fn is None else tensor.detach()]
         spec: Spec | None = None
-        if tensor.requires_grad and tensor.is_floating_point() and _saved_by_checkpoint():
+        # PyTorch 2.11 also saves an empty tensor.
+        coded = tensor.requires_grad and tensor.is_floating_point() and tensor.numel() > 0
+        if coded and _saved_by_checkpoint():
             with torch.no_grad():
                 kept: Stash = self.recorder.keep(tensor, "checkpoint", "input")
             tensors = []

@@ -29,7 +29,7 @@ from mesa_train.stash.recorder import saved_hooks
 from . import native
 from .checkpoint_inputs import InputHooks
 from .intercept import CompressionMode, active, hookable
-from .modes import aside, exchange, put_aside, tracer, untraced
+from .modes import aside, exchange, exporting, put_aside, tracer, untraced
 from .step_counter import StepCounter
 
 ATTRIBUTE = "_mesa_train"
@@ -193,7 +193,7 @@ def _traced() -> bool:
 
     These tracers get the plain model, because they can differentiate its operators.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return True
     if torch.compiler.is_compiling():
         return False

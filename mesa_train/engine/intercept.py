@@ -29,7 +29,7 @@ from mesa_train.stash.recorder import Recorder, saved_hooks
 
 from . import native
 from .checkpoint_inputs import InputHooks
-from .modes import Mode, exchange, from_outside, innermost, only_traced, untraced
+from .modes import Mode, exchange, exporting, from_outside, innermost, only_traced, untraced
 
 
 class CompressionMode(Mode):
@@ -109,7 +109,7 @@ class CompressionMode(Mode):
                 # own and shares nothing.
                 apart = CompressionMode(self.recorder.context, self.owner)
                 return apart.__torch_function__(func, types, args, kwargs)
-            if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            if not torch.is_grad_enabled() or exporting():
                 return func(*args, **kwargs)
             row = table.ROWS.get(func)
         else:
@@ -141,6 +141,10 @@ def active(owner: object) -> CompressionMode | None:
     return mode if mode is not None and mode.owner is owner else None
 
 
+class _Nobody:
+    """The owner of a mode that belongs to no model. torch.compile cannot trace `object()` in PyTorch 2.11."""
+
+
 @untraced
 def compress(policy: Policy | str | None = None) -> CompressionMode:
     """Context manager: torch calls inside save stashes as `policy` says. Needs no module.
@@ -155,7 +159,7 @@ def compress(policy: Policy | str | None = None) -> CompressionMode:
     resolved = Policy.of(policy)
     if not torch.compiler.is_compiling():
         native.prepare(CompressionMode)
-    return CompressionMode(ModuleContext("", resolved.rules([""])[""]), owner=object())
+    return CompressionMode(ModuleContext("", resolved.rules([""])[""]), owner=_Nobody())
 
 
 def hookable() -> bool:
@@ -181,7 +185,7 @@ def _transformed() -> bool:
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
+        or exporting()
     )
 
 

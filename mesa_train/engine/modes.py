@@ -38,6 +38,15 @@ class Mode(TorchFunctionMode):
         self.traced = torch.compiler.is_compiling()
 
 
+def exporting() -> bool:
+    """True while torch.export makes a program.
+
+    In PyTorch 2.11, `torch.compiler.is_exporting()` is also true in every frame that torch.compile
+    traces. Its flag is right in all versions.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 class Owner(Protocol):
     """State shared by the modules of one wrapped model.
 

@@ -28,7 +28,7 @@ from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, uncompressed
 from mesa_train.stash.tensors import autocasts, of_parameter
 from mesa_train.utils import attention_backend
-from mesa_train.utils.attention_backend import described, traced_kernel
+from mesa_train.utils.attention_backend import FUSES_3D, described, traced_kernel
 
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, recorded
@@ -122,14 +122,14 @@ class Recomputed(Operator):
 
     inputs: q, k, v, mask.
     stashes: q, k, v, mask.
-    static: dtype, keywords, the generator's state before the call.
+    static: dtype, keywords, the generator's state before the call, whether a kernel may be fused.
     """
 
     @derivative("attention")
     def backward(
         saved: Saved, static: Any, needs: tuple[bool, ...], grad: Tensor
     ) -> tuple[Any, ...]:
-        dtype, keywords, state = static
+        dtype, keywords, state, fused = static
         q, k, v = [saved.get(i, dtype).detach().requires_grad_(needs[i]) for i in range(3)]
         mask = None
         if saved.specs[3] is not None:
@@ -141,7 +141,7 @@ class Recomputed(Operator):
             if state is not None:
                 _generator(grad.device).set_state(state)
             with torch.enable_grad():
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **keywords)
+                out = _attend(F.scaled_dot_product_attention, (q, k, v, mask), keywords, fused)
         wanted = [t for t in (q, k, v, mask) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
         return tuple([next(found) if need else None for need in needs])
@@ -163,14 +163,35 @@ def attention(
     """Row of torch.nn.functional.scaled_dot_product_attention."""
     if not recorder.covers("attention", query, key, value) or query.dim() < 3 or not query.numel():
         return NotImplemented
+    rest = (dropout_p, is_causal, scale, enable_gqa)
     if query.dim() == key.dim() == value.dim() == 3:
         # As in PyTorch, the batch becomes the heads.
         q, k, v = [view(recorder, Tensor.unsqueeze, t, 0) for t in (query, key, value)]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = view(recorder, Tensor.unsqueeze, attn_mask, 0)
-        rest = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        output = attention(recorder, func, q, k, v, *rest)
-        return output if output is NotImplemented else view(recorder, Tensor.squeeze, output, 0)
+        output = _attention(recorder, func, q, k, v, attn_mask, *rest, fused=FUSES_3D)
+        return view(recorder, Tensor.squeeze, output, 0)
+    return _attention(recorder, func, query, key, value, attn_mask, *rest)
+
+
+# q, k, v and the mask.
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _attention(
+    recorder: Recorder,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    fused: bool = True,
+) -> Any:
+    """Record attention. `fused`: whether PyTorch may choose a fused kernel."""
     device = query.device.type
     q, k, v = query, key, value
     mask = attn_mask
@@ -182,7 +203,7 @@ def attention(
                 mask = _cast_mask(recorder, mask, dtype)
     inputs = (query, key, value, attn_mask)
     choice = _MATH
-    if query.dim() == 4 and not enable_gqa:
+    if fused and query.dim() == 4 and not enable_gqa:
         choice = _backend((q, k, v, mask), inputs, dropout_p, is_causal, scale)
     first, second, third = keep_each(recorder, (query, key, value), "attention", "qkv", WITHIN)
     stashes, cast = (first, second, third), (q, k, v, mask)
@@ -201,12 +222,12 @@ def attention(
     rebuild = rebuild and not _mask_costs_more(recorder, q, k, mask, attn_mask)
     if not enable_gqa and dropout_p == 0 and not rebuild and device in ("cpu", "cuda"):
         return _unfused(call)
-    return _recomputed(func, call, enable_gqa)
+    return _recomputed(func, call, enable_gqa, fused)
 
 
 def _backend(
-    cast: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    cast: _Operands,
+    inputs: _Operands,
     dropout_p: float,
     causal: bool,
     scale: float | None,
@@ -326,9 +347,18 @@ def _mask_costs_more(
     return size > rows * cols * q.element_size()
 
 
-def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
+def _attend(func: Any, operands: _Operands, keywords: dict[str, Any], fused: bool) -> Tensor:
+    """Call PyTorch's attention; without the first dim if it may not choose a fused kernel."""
+    q, k, v, mask = operands
+    if fused:
+        return func(q, k, v, attn_mask=mask, **keywords)
+    mask = mask[0] if mask is not None and mask.dim() == 4 else mask
+    return func(q[0], k[0], v[0], attn_mask=mask, **keywords)[None]
+
+
+def _recomputed(func: Any, call: Call, enable_gqa: bool, fused: bool) -> Any:
     """Record attention whose backward recomputes the weights."""
-    q, k, v, mask = call.cast
+    q, mask = call.cast[0], call.cast[3]
     keywords = {
         "dropout_p": call.dropout_p,
         "is_causal": call.causal,
@@ -341,10 +371,10 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool) -> Any:
     if stash is None:
         stash = attention_mask(call.recorder, given, mask, None)
     kept = kept_first(call.recorder, *call.stashes, stash)
-    result = call.recorder.exactly(func, q, k, v, attn_mask=mask, **keywords)
+    result = call.recorder.exactly(_attend, func, call.cast, keywords, fused)
     trained = call.inputs[3] if mask is not None and mask.is_floating_point() else None
     return Recomputed.apply(
-        result, kept, (q.dtype, keywords, state), *distinct(*call.inputs[:3], trained)
+        result, kept, (q.dtype, keywords, state, fused), *distinct(*call.inputs[:3], trained)
     )
 
 

@@ -63,6 +63,9 @@ def fallback(recorder: Recorder, func: Any, /, args: Any, kwargs: Any) -> Any:
         if _writes(func, args, kwargs):
             recorder.lineage.clear()
             recorder.linears.clear()
+        if getattr(func, "__name__", "") == "unflatten":
+            # PyTorch 2.11 cannot trace the method under a mode.
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
     rules = recorder.context.rules
     if not rules.operators["fallback"] and not rules.functions:

@@ -1,7 +1,6 @@
 """Vectors normalised to length one.
 
-Saves the codes of the output (1 byte per element), which the matmul behind shares, and the clamped
-lengths.
+Saves the codes of the output (1 byte per element), which the matmul behind shares, and the lengths.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, uncompressed
+from mesa_train.utils.clamp_bounds import PASSES_AT_BOUNDS
 
 from .base import Operator, aliases, derivative
 
@@ -21,7 +21,7 @@ class Normalize(Operator):
     """x / max(|x|, eps).
 
     inputs: x.
-    stashes: the output, the clamped norm.
+    stashes: the output, the norm.
     static: dim, eps.
     """
 
@@ -31,10 +31,10 @@ class Normalize(Operator):
     ) -> tuple[Any, ...]:
         dim, eps = static
         y, norm = saved.get(0, grad.dtype), saved.get(1, grad.dtype)
-        # If |x| is at most eps, the clamped norm is constant. There y may be 0 / 0, so this term is
-        # left out.
+        clamped = norm < eps if PASSES_AT_BOUNDS else norm <= eps
+        # Where |x| was clamped, the norm is constant, and y may be 0 / 0: this term is left out.
         along = y * (grad * y).sum(dim, keepdim=True)
-        return ((grad - along.masked_fill_(norm <= eps, 0)) / norm,)
+        return ((grad - along.masked_fill_(clamped, 0)) / norm.clamp_min(eps),)
 
 
 def normalize(
@@ -56,7 +56,7 @@ def normalize(
     ):
         return NotImplemented
     result = recorder.exactly(func, input, p, dim, eps)
-    norm = recorder.exactly(torch.linalg.vector_norm, input, 2, dim, True).clamp_min(eps)
+    norm = recorder.exactly(torch.linalg.vector_norm, input, 2, dim, True)
     y = recorder.keep(result, "normalize", "output")
     if not torch.compiler.is_compiling() and aliases(y, result):
         result = result.clone()  # PyTorch does not save its output, so the user may write to it

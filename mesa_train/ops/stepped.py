@@ -25,6 +25,7 @@ from mesa_train.stash.recipes import Recompute
 from mesa_train.stash.recorder import Recorder
 from mesa_train.stash.stash import Saved, Spec, Stash, uncompressed
 from mesa_train.stash.tensors import held
+from mesa_train.utils.clamp_bounds import PASSES_AT_BOUNDS
 
 from .base import InPlace, Operator, derivative, kept_first, outdated, writable, written
 
@@ -187,9 +188,10 @@ def clamp(
         return NotImplemented
 
     def bits(recorder: Recorder, x: Tensor) -> Tensor:
-        # As in PyTorch, the derivative is 0 at a bound, at a NaN, and everywhere if a bound is NaN.
-        sides = [] if min is None else [x > min]
-        sides += [] if max is None else [x < max]
+        # As in PyTorch, the derivative is 0 at a NaN, and everywhere if a bound is NaN.
+        above, below = (torch.ge, torch.le) if PASSES_AT_BOUNDS else (torch.gt, torch.lt)
+        sides = [] if min is None else [above(x, min)]
+        sides += [] if max is None else [below(x, max)]
         return recorder.bits(sides[0] & sides[-1])
 
     steps = Steps(lambda x: torch.clamp(x, min, max), lambda x: torch.clamp_(x, min, max), bits)

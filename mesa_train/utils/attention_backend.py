@@ -15,8 +15,10 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # One tensor for `traced_kernel`: sizes, strides, dtype, whether it requires a gradient.
 Description = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
@@ -54,6 +56,24 @@ class _Calls(TorchDispatchMode):
             if func.name().startswith(name):
                 self.kernel = kernel
         return func(*args, **(kwargs or {}))
+
+
+def _fuses_three_dims() -> bool:
+    """True if PyTorch has a fused kernel for q, k and v without a batch."""
+    # A user may import mesa_train under any mode, or with the fused kernels disabled.
+    with (
+        _disable_current_modes(),
+        torch.no_grad(),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        _Calls() as calls,
+    ):
+        x = torch.ones(1, 8, 8, device="cpu", dtype=torch.float32)
+        F.scaled_dot_product_attention(x, x, x)
+    return calls.kernel == FLASH
+
+
+# False in PyTorch 2.11, True in PyTorch 2.14.
+FUSES_3D = _fuses_three_dims()
 
 
 def described(tensor: Tensor, requires_grad: bool) -> Description:

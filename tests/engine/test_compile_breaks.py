@@ -301,7 +301,8 @@ def test_compiled_before_it_is_wrapped():
 def test_a_failed_compilation_leaves_no_mode():
     model, x = made("mlp", branch)
     mesa_train.wrap(model, EIGHT)
-    with pytest.raises(Exception, match=r"[Dd]ata-dependent"):
+    # PyTorch 2.11 stops at an earlier place.
+    with pytest.raises(Exception, match=r"[Dd]ata-dependent|call_id"):
         compiled(model, fullgraph=True)(x)
     assert not _get_current_function_mode_stack()
     y = torch.randn(4, 32, requires_grad=True)

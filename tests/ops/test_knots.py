@@ -103,7 +103,8 @@ def test_a_bit_decides_exactly_however_few_bits_there_are(policy):
 def behind_a_norm(x):
     """The codes are the norm's, made before the activation was known."""
     mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
-    return F.hardswish(F.batch_norm(x, mean, variance, eps=0.0))
+    # PyTorch 2.11 takes no eps of 0.
+    return F.hardswish(F.batch_norm(x, mean, variance, eps=1e-30))
 
 
 HARDSWISH = {
@@ -186,7 +187,8 @@ def test_vectors_of_length_zero_and_of_length_eps(dtype, eps):
         derivative(lambda t: F.normalize(t, dim=-1, eps=eps), x, p) for p in (None, LOSSLESS)
     ]
     bound = 0.02 if dtype is torch.bfloat16 else 16 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+    # PyTorch 2.11 has NaN for a vector of length 0 without eps.
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["batch_norm", "group_norm", "layer_norm", "rms_norm"])
