@@ -47,10 +47,12 @@ def measured(config: Path, fraction: float, changes: list[str], work: Path) -> r
     """Train on a fraction, or continue. Returns the row without its origin."""
     folder = work / f"fraction_{fraction:g}"
     changes = [*changes, f"data.fraction={fraction:g}", f"data.repeats={round(1 / fraction)}"]
+    # Of this machine, so not in the row.
+    places = [f"train.out={folder}"]
     if load(config, changes).data.source == "composed":
-        changes.append(f"data.path={work / 'pictures'}")
-    pictures, *_ = sizes(load(config, changes).data)
-    sets = [x for change in (*changes, f"train.out={folder}") for x in ("--set", change)]
+        places.append(f"data.path={work / 'pictures'}")
+    pictures, *_ = sizes(load(config, [*changes, *places]).data)
+    sets = [x for change in (*changes, *places) for x in ("--set", change)]
     command = [sys.executable, str(RECIPE / "train.py"), "--config", str(config), *sets]
     before = common.processor_seconds()
     if not (folder / "curves.png").exists():
