@@ -47,7 +47,7 @@ CODES = tuple(Code(bits) for bits in (8, 6, 5, 4, 3, 2))
 FURTHER = {
     "x_hat": (Code(5, 96),),
     "last norm": (Code(8, 96),),
-    "activation": (Code(5, 192),),
+    "activation": (Code(5, 192), Code(4, 192)),
     "out": (Code(4, 192),),
 }
 

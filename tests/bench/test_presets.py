@@ -31,6 +31,12 @@ def test_codes_of_a_preset():
     assert codes["out"] == Code(4, 192)
 
 
+@pytest.mark.parametrize("preset", presets.BUDGETS)
+def test_each_code_of_a_preset_is_measured(preset):
+    for operand, code in codes_of(PRESETS[preset], allocations.OPERANDS).items():
+        assert code in allocations.codes_for(operand), operand
+
+
 def test_the_best_allocation_is_the_smallest_of_all_within_the_budget():
     found = measured(x_hat=3.0, out=1.0, conv=0.2)
     (codes,) = best([found], [24], [14], 1)
