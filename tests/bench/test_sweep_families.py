@@ -113,6 +113,30 @@ class Uncompressed(torch.nn.Module):
         return torch.atan2(self.weight * x, x + 3)
 
 
+class Chaotic(torch.nn.Module):
+    """The logistic map: after some steps, rounding errors decide its value."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = torch.nn.Parameter(torch.full((32, 64), 0.3))
+
+    def forward(self, x):
+        y = self.start + 0.1 * x.sigmoid()
+        for _ in range(60):
+            y = 3.9 * y * (1 - y)
+        return y
+
+
+def test_a_gradient_that_rounding_errors_decide_is_no_error_of_a_preset():
+    row, model = {}, Chaotic()
+    before = model.start.detach().clone()
+    sweeping.compare_runs(model, torch.randn(32, 64), row, sweep_families.RUNS)
+    assert row["outputs_equal"]
+    assert row["mesa8_error"] > 0.05
+    assert row["perturbed_error"] > 0.05
+    assert torch.equal(model.start, before)
+
+
 def test_a_sweep_has_a_row_a_model_and_a_table(tmp_path):
     out = tmp_path / "rows.jsonl"
 
@@ -134,8 +158,12 @@ def test_a_sweep_has_a_row_a_model_and_a_table(tmp_path):
     assert rows["absent"]["failed_in"] == "making"
     assert rows["uncompressed"]["uncompressed"]["atan2"] >= 32 * 64 * 4
 
-    text = families.sweep_timm.render(list(rows.values()))
-    assert "| 2 | 2 |" in text
+    assert "perturbed_error" not in rows["compressed"]
+    changing = {**rows["compressed"], "model": "changing", "perturbed_error": 1.2, "mesa8_error": 9}
+    text = families.sweep_timm.render([*rows.values(), changing])
+    assert "| 3 | 3 |" in text
+    assert "900" not in text
+    assert "plain's gradient changes by 120%" in text
     assert "uncompressed: atan2" in next(x for x in text.splitlines() if "| `uncompressed`" in x)
     assert "not compared: ImportError: needs natten" in text
     assert "| `compressed`" not in text
