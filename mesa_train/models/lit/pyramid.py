@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
             images = F.pad(images, (0, right, 0, bottom))
         x = self.proj(images).permute(0, 2, 3, 1)
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # the meta device has no autocast
             # Autocast runs layer norm in float32 on CUDA, but not on a CPU. Without this cast, the
             # residual stream would be float32 on CUDA and bfloat16 on a CPU.
             x = x.float()
