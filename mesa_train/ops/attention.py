@@ -33,7 +33,7 @@ from mesa_train.utils.attention_backend import FUSES_3D, described, traced_kerne
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, recorded
 from .base import Operator, derivative, distinct, kept_first, sum_to
-from .masks import additive, attention_mask
+from .masks import additive, attention_mask, cast, cast_mask
 from .packed_qkv import keep_each
 from .views import view
 
@@ -198,9 +198,9 @@ def _attention(
     if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.no_grad():
-            q, k, v = [_cast(t, dtype) for t in (query, key, value)]
+            q, k, v = [cast(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
-                mask = _cast_mask(recorder, mask, dtype)
+                mask = cast_mask(recorder, mask, dtype)
     inputs = (query, key, value, attn_mask)
     choice = _MATH
     if fused and query.dim() == 4 and not enable_gqa:
@@ -376,26 +376,6 @@ def _recomputed(func: Any, call: Call, enable_gqa: bool, fused: bool) -> Any:
     return Recomputed.apply(
         result, kept, (q.dtype, keywords, state, fused), *distinct(*call.inputs[:3], trained)
     )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast does: every float dtype but float64."""
-    if tensor.dtype in (torch.float64, dtype):
-        return tensor
-    cast = tensor.to(dtype)
-    # PyTorch's choice of a kernel also depends on whether the operands require gradients.
-    return cast if torch.compiler.is_compiling() else cast.requires_grad_(tensor.requires_grad)
-
-
-def _cast_mask(recorder: Recorder, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cast of a mask, made once for all layers while the mask exists."""
-    if mask.requires_grad or mask.dtype in (torch.float64, dtype):
-        return _cast(mask, dtype)
-    known = recorder.lineage.cast(mask, dtype)
-    if known is None:
-        known = uncompressed(mask.to(dtype))
-        recorder.lineage.set_cast(mask, dtype, known)
-    return known.tensors[0]
 
 
 def _numbers(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

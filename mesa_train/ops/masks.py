@@ -82,3 +82,23 @@ def attention_mask(
     if masked is None:
         return bits
     return Stash(Additive(masked), (), (bits,), cost=CHEAP, dtype=mask.dtype)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast does: every float dtype but float64."""
+    if tensor.dtype in (torch.float64, dtype):
+        return tensor
+    made = tensor.to(dtype)
+    # PyTorch's choice of a kernel also depends on whether the operands require gradients.
+    return made if torch.compiler.is_compiling() else made.requires_grad_(tensor.requires_grad)
+
+
+def cast_mask(recorder: Recorder, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast of a mask, made once for all layers while the mask exists."""
+    if mask.requires_grad or mask.dtype in (torch.float64, dtype):
+        return cast(mask, dtype)
+    known = recorder.lineage.cast(mask, dtype)
+    if known is None:
+        known = uncompressed(mask.to(dtype))
+        recorder.lineage.set_cast(mask, dtype, known)
+    return known.tensors[0]

@@ -86,10 +86,11 @@ class Recorder:
         self.linears = TracedLineage() if self.traced else Lineage()
         # The factors of a product with a number, by the product: the tensor and its version, and
         # the number. Empty while tracing.
-        self.multiples: Lineage[tuple[weakref.ref[Tensor], int, float]] = Lineage()
+        self.multiples: Lineage[tuple[weakref.ref[Tensor], int, float]]
+        self.multiples = TracedLineage() if self.traced else Lineage()
         # The outputs of log_softmax, and their products with targets (`ops/losses/log_softmax.py`).
         self.log_softmaxes: Lineage[Any] = TracedLineage() if self.traced else Lineage()
-        self.weighted: Lineage[Any] = Lineage()
+        self.weighted: Lineage[Any] = TracedLineage() if self.traced else Lineage()
 
     def covers(self, operator: str, *tensors: Tensor | None) -> bool:
         """True if an operator's row applies.

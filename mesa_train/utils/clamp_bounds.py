@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 def _slope_at_bound() -> float:
     """The derivative of `clamp(x, max=1)` at 1."""
     # A user may import mesa_train under any mode.
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.enable_grad():
         x = torch.ones((), device="cpu", requires_grad=True)
         (slope,) = torch.autograd.grad(x.clamp(max=1.0), x)
         return slope.item()
