@@ -33,7 +33,7 @@ from mesa_train.utils.attention_backend import FUSES_3D, described, traced_kerne
 from . import attention_cuda
 from .attention_cuda import WITHIN, Call, recorded
 from .base import Operator, derivative, distinct, kept_first, sum_to
-from .masks import additive, attention_mask, cast, cast_mask
+from .masks import additive, attention_mask, cast_mask, cast_operand
 from .packed_qkv import keep_each
 from .views import view
 
@@ -198,7 +198,7 @@ def _attention(
     if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.no_grad():
-            q, k, v = [cast(t, dtype) for t in (query, key, value)]
+            q, k, v = [cast_operand(t, dtype) for t in (query, key, value)]
             if mask is not None and mask.is_floating_point():
                 mask = cast_mask(recorder, mask, dtype)
     inputs = (query, key, value, attn_mask)

@@ -84,7 +84,7 @@ def attention_mask(
     return Stash(Additive(masked), (), (bits,), cost=CHEAP, dtype=mask.dtype)
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as autocast does: every float dtype but float64."""
     if tensor.dtype in (torch.float64, dtype):
         return tensor
@@ -96,7 +96,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def cast_mask(recorder: Recorder, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The cast of a mask, made once for all layers while the mask exists."""
     if mask.requires_grad or mask.dtype in (torch.float64, dtype):
-        return cast(mask, dtype)
+        return cast_operand(mask, dtype)
     known = recorder.lineage.cast(mask, dtype)
     if known is None:
         known = uncompressed(mask.to(dtype))
