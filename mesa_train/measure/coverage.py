@@ -92,8 +92,8 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """Read how the last forward of a wrapped model stored its saved tensors.
 
-    PyTorch shows the call of a `torch.autograd.Function` of another library to nobody. Its saved
-    tensors are uncompressed, and have no row. `mesa_train.footprint` counts them under the name of
+    No torch function mode gets the call of a `torch.autograd.Function` of another library. Its
+    saved tensors are uncompressed, and have no row. `mesa_train.footprint` counts them under the name of
     its class.
 
     Args:

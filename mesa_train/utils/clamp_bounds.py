@@ -1,6 +1,8 @@
-"""Whether the gradient of PyTorch's clamp passes at a bound. It depends on the version of PyTorch."""
+"""The gradient of PyTorch's clamp at a bound, which depends on the version of PyTorch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -10,8 +12,10 @@ def _slope_at_bound() -> float:
     # A user may import mesa_train under any mode.
     with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.enable_grad():
         x = torch.ones((), device="cpu", requires_grad=True)
-        (slope,) = torch.autograd.grad(x.clamp(max=1.0), x)
-        return slope.item()
+        node: Any = x.clamp(max=1.0).grad_fn
+        # The node alone: a backward would start the threads of autograd, after which a fork is not
+        # possible where there is a GPU.
+        return node(torch.ones((), device="cpu")).item()
 
 
 # True in PyTorch 2.11, False in PyTorch 2.14.

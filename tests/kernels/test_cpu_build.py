@@ -107,6 +107,22 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("mesa_train::affine_encode"
     assert not native
 
 
+def test_import_starts_no_backward():
+    """A backward starts threads where there is a GPU, and a process that was forked then has no autograd."""
+    script = """
+import torch
+
+def refuse(*_, **__):
+    raise AssertionError("a backward at import")
+
+torch.autograd.graph._engine_run_backward = refuse
+torch.autograd._engine_run_backward = refuse
+import mesa_train
+print("imported")
+"""
+    finish(start(script))
+
+
 def test_load_from_many_threads(monkeypatch):
     monkeypatch.setattr(kernels, "_loaded", False)
     calls = []
