@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from seeding import seed_torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A compiler for DeepSpeed's extensions. mesa_train and inductor compile with g++.
+    if shutil.which("c++") and shutil.which("g++"):
+        os.environ["PATH"] = f"{Path(__file__).parent / 'compiler'}{os.pathsep}{os.environ['PATH']}"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch sees no CUDA device here")
@@ -37,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from mesa_train.training.data import folder
 from mesa_train.training.data import packaged as data
 from mesa_train.training.data.config import DataConfig
 from mesa_train.training.data.decode import decode
-from mesa_train.training.data.sources import keeping_random_state, seed_all
+from mesa_train.training.data.sources import keeping_random_state, seed_cpu
 from mesa_train.training.evaluation import linear_probe as features
 from mesa_train.training.evaluation import robustness
 from mesa_train.training.progress import Every
@@ -164,7 +164,7 @@ class Images:
             said(f"{split}, view {view}: {start} of {len(found)} images")
             rows = [picture(found, i) for i in range(start, min(start + batch, len(found)))]
             with keeping_random_state():
-                seed_all(view, start)
+                seed_cpu(view, start)
                 pixels = torch.stack([transform(image) for image, _ in rows])
             yield pixels, torch.tensor([label for _, label in rows])
 

@@ -1,13 +1,14 @@
 """The quickstarts of the recipes: every file is one, a killed run is noticed, and the table."""
 
 import re
+import shutil
 
 import pytest
 import recipe_quickstarts
 import torch
 import yaml
 from recipe_quickstarts import QUICKSTARTS, Quickstart
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tables.recipes import recipe_quickstarts as table
 
 from mesa_train.utils import records
@@ -141,7 +142,7 @@ def test_a_dense_quickstart_is_run_killed_and_resumed(tmp_path, monkeypatch, nam
 
 @pytest.mark.slow
 def test_a_quickstart_is_run_killed_and_resumed(tmp_path, monkeypatch):
-    """A small run of the video recipe. Then a row of the killed run is changed: it is noticed."""
+    """A small run of the video recipe. Then a weight of the resumed run is changed: it is noticed."""
     settings = yaml.safe_load(QUICKSTARTS["video"].config.read_text())
     settings["data"]["clips"], settings["train"]["epochs"] = 320, 3
     # So many layers that a step takes longer than a look at the log.
@@ -155,5 +156,22 @@ def test_a_quickstart_is_run_killed_and_resumed(tmp_path, monkeypatch):
     assert 20 < found["killed_after"] < 30
     assert found["processor_s"] > 0
     assert [epoch for epoch, _ in found["curve"]] == [3]
-    monkeypatch.setattr(recipe_quickstarts.common, "same_weights", lambda *_: False)
-    assert not recipe_quickstarts.measured(QUICKSTARTS["video"], "video", tmp_path, [])["same"]
+
+    # The same resumed run again, without its processes; one weight of it differs.
+    out = recipe_quickstarts.folder_of(QUICKSTARTS["video"], "video")
+    parted, kept = tmp_path / f"{out}_killed", tmp_path / "kept"
+    shutil.copytree(parted, kept, symlinks=True)
+    file = sorted(kept.glob("checkpoints/step-*/model.safetensors"))[-1]
+    weights = load_file(file)
+
+    def resumed(*_):
+        shutil.rmtree(parted)
+        shutil.copytree(kept, parted, symlinks=True)
+
+    monkeypatch.setattr(recipe_quickstarts.common, "killed", lambda *_: 25)
+    monkeypatch.setattr(recipe_quickstarts.common, "run", resumed)
+    for change, same in ((0.0, True), (1e-7, False)):
+        name = next(k for k, v in weights.items() if v.is_floating_point())
+        save_file(weights | {name: weights[name] + change}, file)
+        again = recipe_quickstarts.measured(QUICKSTARTS["video"], "video", tmp_path, [])
+        assert (again["killed_after"], again["same"]) == (25, same)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
+    seed_torch(0)
     return mesa_train.wrap(Net(), "paper")
 
 
@@ -131,7 +132,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recompute_moves_nothing(reentrant):
-    torch.manual_seed(0)
+    seed_torch(0)
     model = mesa_train.wrap(Blocks(reentrant), "paper")
     plain = copy.deepcopy(model)
     plain.reentrant = None
@@ -166,7 +167,7 @@ class Encoder(Net):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_ranges_move_whatever_is_called(checkpointed):
     """By a method of the model's own, with a micro-batch more, as by its forward."""
-    torch.manual_seed(0)
+    seed_torch(0)
     whole, parts = (mesa_train.wrap(Encoder(), "paper") for _ in range(2))
     parts.load_state_dict(whole.state_dict())
 

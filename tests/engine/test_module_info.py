@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from seeding import seed_torch
 from torch import nn
 from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves, tree_map
@@ -40,7 +41,7 @@ def activation(value):
 
 def run(info, sample, training, policy):
     """(outputs, gradients of the inputs and parameters, how often each kind of hook was called)."""
-    torch.manual_seed(0)
+    seed_torch(0)
     made = sample.constructor_input
     module = info.module_cls(*made.args, **made.kwargs).to(torch.float64).train(training)
     called = []
@@ -52,7 +53,7 @@ def run(info, sample, training, policy):
     args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     leaves = [t for t in (*leaves, *module.parameters()) if t.requires_grad]
-    torch.manual_seed(1)
+    seed_torch(1)
     args, kwargs = tree_map(activation, (args, kwargs))
     output = module(*args, **kwargs)
     outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 from wrap_helpers import EIGHT, LOSSLESS, close, same
 from wrapped_part import Part, X, assert_as_plain, gradients, part
@@ -105,7 +106,7 @@ def closed_property():
     ids=lambda f: f.__name__,
 )
 def test_a_forward_of_the_class(make):
-    torch.manual_seed(0)
+    seed_torch(0)
     kind = type("Kind", (Part,), {"forward": make()})
     model = nn.Sequential(nn.Linear(16, 16), kind())
     signature = inspect.signature(model[1].forward)
@@ -215,7 +216,7 @@ def test_tables_keyed_by_type_find_their_types():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
 def test_a_script_inside_is_left_alone(make):
-    torch.manual_seed(0)
+    seed_torch(0)
     inner = make(nn.Sequential(nn.LayerNorm(16), nn.GELU()))
     assert_as_plain(nn.Sequential(nn.Linear(16, 16), inner, nn.Linear(16, 4)))
     with pytest.raises(TypeError, match="wrap before scripting"):
@@ -276,12 +277,12 @@ def cached():
 @pytest.mark.parametrize("make", [cached, Stored])
 def test_a_forward_that_its_descriptor_stores(make, called):
     cls = type("Lazy", (Part,), {"forward": make()})
-    torch.manual_seed(0)
+    seed_torch(0)
     model = nn.Sequential(nn.LayerNorm(16), cls())
     if called:
         model(X)
     mesa_train.wrap(mesa_train.wrap(model, EIGHT), EIGHT)
-    torch.manual_seed(0)
+    seed_torch(0)
     plain = nn.Sequential(nn.LayerNorm(16), Part())
     assert torch.equal(model(X), plain(X))
     assert not same(gradients(model, X), gradients(plain, X))
@@ -299,7 +300,7 @@ def test_a_forward_that_functools_made(kind):
         "lru_cache": lambda: functools.lru_cache(maxsize=2)(Part.forward),
         "singledispatchmethod": lambda: functools.singledispatchmethod(Part.forward),
     }[kind]()
-    torch.manual_seed(0)
+    seed_torch(0)
     model = type("Made", (Part,), {"forward": made})()
     expected, output = gradients(model, X), model(X)
     mesa_train.wrap(model, EIGHT)

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from seeding import seed_torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -38,7 +39,7 @@ class Net(nn.Module):
 
 
 def net():
-    torch.manual_seed(0)
+    seed_torch(0)
     return Net()
 
 
@@ -136,12 +137,12 @@ def test_fx_leaves_the_functions_whole_that_it_is_told_to():
 
 
 def vit():
-    torch.manual_seed(0)
+    seed_torch(0)
     return torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5)
 
 
 def resnet():
-    torch.manual_seed(0)
+    seed_torch(0)
     return timm.create_model("resnet10t").eval()
 
 
@@ -165,14 +166,14 @@ def test_timms_feature_extractors():
     assert torch.equal(model(IMAGES)[name], plain(IMAGES)[name])
     lists = []
     for wrapped in (False, True):
-        torch.manual_seed(0)
+        seed_torch(0)
         features = timm.create_model("resnet10t", features_only=True).eval()
         lists.append((mesa_train.wrap(features) if wrapped else features)(IMAGES))
     assert same(*lists)
 
 
 def test_entry_points_of_a_vit():
-    torch.manual_seed(0)
+    seed_torch(0)
     plain = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3
     )
@@ -197,7 +198,7 @@ def test_a_class_of_ones_own_is_scripted_after_a_wrapped_one():
         def forward(self, x, scale: float = 2.0):
             return F.gelu(self.linear(x)) * scale
 
-    torch.manual_seed(0)
+    seed_torch(0)
     plain = Local()
     model = mesa_train.wrap(copy.deepcopy(plain), EIGHT)
     for module in (model, plain, model):
@@ -249,7 +250,7 @@ def test_a_prepared_model_is_wrapped():
 
     found = []
     for wrapped in (False, True):
-        torch.manual_seed(0)
+        seed_torch(0)
         model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).train()
         model.qconfig = quantization.get_default_qat_qconfig("x86")
         prepared = quantization.prepare_qat(model)

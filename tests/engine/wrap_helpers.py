@@ -3,6 +3,7 @@
 import timm
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,7 @@ class Block(nn.Module):
 
 
 def net():
-    torch.manual_seed(0)
+    seed_torch(0)
     return nn.Sequential(Block(), Block(), nn.Linear(32, 5))
 
 
@@ -80,7 +81,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, kind, part="block"):
         super().__init__()
-        torch.manual_seed(0)
+        seed_torch(0)
         self.vit = timm.create_model(
             "vit_tiny_patch16_224",
             img_size=32,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton_interpreter
 from kernel_cases import OPERATORS
+from seeding import seed_torch
 
 from mesa_train import kernels
 from mesa_train.kernels import reference
@@ -15,7 +16,7 @@ from mesa_train.kernels import reference
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import kernel_cases
 import pytest
 import torch
 import triton_interpreter
+from seeding import seed_torch
 
 from mesa_train.kernels import reference, schemas
 from mesa_train.kernels.triton import schemas as triton_schemas
@@ -135,7 +136,7 @@ def test_random_cases(triton, monkeypatch, case):
     from mesa_train.kernels.triton import columns
 
     choose = random.Random(case)
-    torch.manual_seed(case)
+    seed_torch(case)
     count = choose.choice((1, 2, 5))
     monkeypatch.setattr(columns, "multiprocessors", lambda _: count)
     rows, cols = choose.randint(1, 60), round(2 ** choose.uniform(0, 9))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from seeding import seed_torch
 from torch import nn
 from torch.func import functional_call
 
@@ -76,7 +77,7 @@ class Tensors:
 
 
 def tensors(case, dtype=torch.float64, layout=None, requires_grad=True, seed=0):
-    torch.manual_seed(seed)
+    seed_torch(seed)
     made = Tensors([], [], [])
     for kind in case.inputs:
         value = kind.make(*kind.shape)
@@ -97,7 +98,7 @@ def tensors(case, dtype=torch.float64, layout=None, requires_grad=True, seed=0):
 
 def call(case, made, policy):
     """The outputs that can have a gradient."""
-    torch.manual_seed(1)
+    seed_torch(1)
     with contextlib.nullcontext() if policy is None else compress(policy):
         output = case.function(*made.arguments)
     outputs = output if isinstance(output, (tuple, list)) else (output,)
@@ -140,7 +141,7 @@ EVERY = {name: dataclasses.replace(p, min_bytes=0) for name, p in PRESETS.items(
 
 def of_module(name, factory, *inputs, call=lambda module, *args: module(*args), **kwargs):
     """A case of a module: its parameters are inputs, its buffers are copied before each call."""
-    torch.manual_seed(0)
+    seed_torch(0)
     module = factory()
     names = [n for n, _ in module.named_parameters()]
     # Weights of the size a trained network has, so that softmaxes do not saturate.

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -202,7 +203,7 @@ def gradients_of(inputs, call):
 def test_masks_of_the_efficient_kernel(emulated, kind, tokens, trained):
     if kind == "bool" and trained:
         pytest.skip("a bool mask has no gradient")
-    torch.manual_seed(0)
+    seed_torch(0)
     (q, k, v), qkv = packed(tokens)
     leaf, mask = mask_of(kind, tokens, trained)
     wanted = [qkv, *([leaf] if trained else [])]

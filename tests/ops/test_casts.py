@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 
 from mesa_train import Policy, compress, wrap
@@ -48,7 +49,7 @@ CHAINS = {
 
 
 def weight_gradient(make, chain, policy, dtype=single, autocast=None):
-    torch.manual_seed(0)
+    seed_torch(0)
     weight = torch.randn(8, 64, requires_grad=True)
     x = torch.randn(64, 64, dtype=dtype).requires_grad_()
     with torch.autocast("cpu", autocast or brain, enabled=autocast is not None):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 
 from mesa_train import Policy, compress
 from mesa_train.codecs.affine import Affine
@@ -164,10 +165,10 @@ def test_attention_uses_the_exact_logsumexp_and_decoded_operands(bits):
 def test_dropout_replays_the_mask_it_drew(bits):
     x, w = activation(*SHAPE), torch.randn(5, 40, requires_grad=True)
     grad = torch.randn(2, 3, 5)
-    torch.manual_seed(3)
+    seed_torch(3)
     dx, dw = gradients(lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (x, w), grad, bits)
     at = coded(x, bits, False).requires_grad_()
-    torch.manual_seed(3)
+    seed_torch(3)
     expected_dx, expected_dw = gradients(
         lambda x, w: F.linear(F.dropout(F.gelu(x), 0.3), w), (at, w), grad
     )
@@ -177,7 +178,7 @@ def test_dropout_replays_the_mask_it_drew(bits):
 
 def test_stochastic_rounding_is_unbiased():
     """Averaged over many tokens that are alike, 4-bit weight gradients lose their error; nearest rounding keeps it."""
-    torch.manual_seed(0)
+    seed_torch(0)
     x = (torch.randn(1, 64) + 0.01 * torch.randn(4096, 64)).requires_grad_().mul(1.0)
     w = torch.randn(3, 64, requires_grad=True)
     grad = torch.ones(4096, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from stash_helpers import kept
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -22,7 +23,7 @@ SHAPE = (96, 64)  # 24 KiB: above the size from which the stock preset codes
 
 def gradients(function, *tensors, policy=None):
     """Gradients at activations, and the rows of the report."""
-    torch.manual_seed(0)
+    seed_torch(0)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     arguments = [t * 1 if t.requires_grad else t for t in leaves]
     rows = {}
@@ -118,7 +119,7 @@ def test_what_is_not_known_to_tolerate_codes_is_exact(name):
 
 
 def test_coordinates_are_exact_and_the_picture_they_sample_is_coded():
-    torch.manual_seed(0)
+    seed_torch(0)
     picture = torch.randn(1, 8, 48, 48)
 
     def sample(x, g):
@@ -136,7 +137,7 @@ def test_coordinates_are_exact_and_the_picture_they_sample_is_coded():
 @pytest.mark.parametrize("name", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
 def test_boxes_are_exact(name):
     ops = pytest.importorskip("torchvision.ops")
-    torch.manual_seed(0)
+    seed_torch(0)
     corner = 20 * torch.rand(1000, 2)
     image = torch.randint(2, (1000, 1)).float()
     boxes = torch.cat([image, corner, corner + 2 + 8 * torch.rand(1000, 2)], -1)
@@ -157,7 +158,7 @@ CODED_CALLS = {
 @pytest.mark.parametrize("name", CODED_CALLS)
 def test_products_are_coded(name):
     function, *shapes = CODED_CALLS[name]
-    torch.manual_seed(0)
+    seed_torch(0)
     tensors = [torch.randn(shape) for shape in shapes]
     _, rows = gradients(function, *tensors, policy="mesa8")
     assert any(key[0] == name and key[2].startswith("8 bits") for key in rows)
@@ -179,7 +180,7 @@ SIZES = {
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded"])
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_costs_nothing(name, layout):
-    torch.manual_seed(0)
+    seed_torch(0)
     x = torch.randn(2, 8, 32, 32)
 
     def function(x):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 
 import mesa_train
@@ -81,7 +82,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("recompute", ["none", "cheap", "linear"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_keeps_the_same_bytes(recompute, autocast):
-    torch.manual_seed(0)
+    seed_torch(0)
     model, x = Block(), torch.randn(4, 16, 32)
     results = []
     for forward in ("exact", "fused"):
@@ -103,7 +104,7 @@ def test_a_block_keeps_the_same_bytes(recompute, autocast):
 
 @pytest.mark.slow
 def test_a_fused_model_compiles_whole():
-    torch.manual_seed(0)
+    seed_torch(0)
     torch._dynamo.reset()
     model, x = mesa_train.wrap(Block(), FUSED), torch.randn(4, 16, 32)
     expected = model(x)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -56,7 +57,7 @@ def calls(request, monkeypatch):
 
 
 def mlp(*between):
-    torch.manual_seed(0)
+    seed_torch(0)
     return nn.Sequential(nn.Linear(8, 32), nn.GELU(), *between, nn.Linear(32, 8))
 
 
@@ -107,7 +108,7 @@ def test_a_second_user_of_the_activation(calls):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
+            seed_torch(0)
             self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
 
         def forward(self, x):

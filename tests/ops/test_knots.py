@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 
 from mesa_train import Policy, compress, footprint
 
@@ -120,7 +121,7 @@ HARDSWISH = {
 @pytest.mark.parametrize("name", HARDSWISH)
 def test_codes_do_not_cross_the_knots_of_hardswish(name, bits, forward):
     """The derivative jumps by a half at -3 and 3. Codes alone put elements near a knot on the other side."""
-    torch.manual_seed(0)
+    seed_torch(0)
     knots = torch.tensor([-3.0, 3.0]).repeat_interleave(256)
     x = (knots + 0.2 * torch.randn(8, 512)).view(16, 256)
     x[0, :4] = torch.tensor([-3.0, 3.0, -6.0, 6.0])

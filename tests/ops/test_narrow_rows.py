@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 
 from mesa_train import Policy, compress
 from mesa_train.utils.clipped_sign import clipped_sign
@@ -75,7 +76,7 @@ def test_a_gather_that_repeats_codes_its_input_once():
 
 
 def test_coordinates_of_every_pair_are_rebuilt_bit_for_bit():
-    torch.manual_seed(0)
+    seed_torch(0)
     table, at = torch.randn(1, 4, 15, 15), torch.rand(1, 64, 2) * 2 - 1
 
     def sampled(policy, write=False):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from operator_case import EVERY, run
 from operator_cases import CASES
+from seeding import seed_torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +83,7 @@ class DINOBlock(nn.Module):
 
 
 def model_and_batch(name):
-    torch.manual_seed(0)
+    seed_torch(0)
     if name == "blocks":
         return nn.Sequential(*[DINOBlock() for _ in range(2)]).train(), torch.randn(2, 9, 32)
     options = {"vit": {"depth": 2, "embed_dim": 48, "num_heads": 3}, "swin": {}}[name]
@@ -95,7 +96,7 @@ def model_and_batch(name):
 
 def step(model, x, dtype=None):
     """Output, gradients, report and the bytes of all tensors that the nodes save."""
-    torch.manual_seed(1)
+    seed_torch(1)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         output = model(x)
     nodes, todo, saved = set(), [output.grad_fn], {}

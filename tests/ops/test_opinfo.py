@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from seeding import seed_torch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -56,7 +57,7 @@ def samples_of(op):
 
 def run(call, sample, policy=None):
     """(outputs, gradients) of a sample, from the same random numbers."""
-    torch.manual_seed(0)
+    seed_torch(0)
     # Activations, no leaves: a leaf that needs a gradient is taken for a parameter, which is never coded.
     given = (sample.input, sample.args, sample.kwargs)
     leaves = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor) and t.requires_grad]

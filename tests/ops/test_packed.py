@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train import Policy, compress
@@ -27,7 +28,7 @@ class Encodings(TorchDispatchMode):
 
 def packed():
     """q, k and v (B, H, N, D) as timm cuts them from one projection, which needs a gradient."""
-    torch.manual_seed(0)
+    seed_torch(0)
     source = torch.randn(B, N, 3 * H * D).requires_grad_()
     return source, (source * 1).reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
 

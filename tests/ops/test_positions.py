@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from seeding import seed_torch
 from stash_helpers import implementation
 from torch import nn
 
@@ -43,7 +44,7 @@ class Rotary(nn.Module):
 
 
 def inputs(batch=3):
-    torch.manual_seed(1)
+    seed_torch(1)
     positions = torch.randint(0, 99, (batch, 1, TOKENS)).repeat(1, HEADS, 1)
     return torch.randn(batch, HEADS, TOKENS, WIDTH), positions
 
@@ -70,7 +71,7 @@ def shifted(positions):
 @pytest.mark.parametrize("after", [None, shifted], ids=["kept", "written to"])
 def test_gradients_are_plains_bit_for_bit(after):
     """Also if the positions change between the layers."""
-    torch.manual_seed(0)
+    seed_torch(0)
     model = Rotary(after=after)
     expected, found = step(model, None), step(model, EXACT)
     assert torch.equal(expected[0], found[0])
@@ -99,11 +100,11 @@ def test_other_constants_and_tracked_tables_are_left_to_pytorch():
         angle = positions.unsqueeze(-1) * torch.rand(WIDTH)
         return x * angle.sqrt() + x * angle.requires_grad_().sin()
 
-    torch.manual_seed(0)
+    seed_torch(0)
     model = Rotary(1, scaled)
-    torch.manual_seed(2)
+    seed_torch(2)
     expected = step(model, None)
-    torch.manual_seed(2)
+    seed_torch(2)
     found = step(model, EXACT)
     assert all(torch.equal(a, b) for a, b in zip(expected[1], found[1], strict=True))
 

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from stash_helpers import activation, codes, kept
 from torch import nn
 
@@ -204,7 +205,7 @@ def test_scores_of_all_pairs_are_rebuilt():
 
 def test_a_solved_cross_entropy_keeps_the_size_of_its_gradient():
     """Codes of probabilities have errors as large as the gradient where the model is sure."""
-    torch.manual_seed(0)
+    seed_torch(0)
     target = torch.randint(0, COLS, (ROWS,))
     for sure in (2.0, 8.0, 12.0):
         logits = sure * F.one_hot(target, COLS) + torch.randn(ROWS, COLS)
@@ -234,7 +235,7 @@ def test_a_target_may_change_before_the_sum():
 
 def test_small_derivatives_beside_a_large_one_keep_their_size():
     """SigLIP's negatives pull together as much as the positive in their row pushes."""
-    torch.manual_seed(0)
+    seed_torch(0)
     scores = 8 + torch.randn(ROWS, COLS)
     scores[range(ROWS), range(ROWS)] = 0
     x = scores.requires_grad_()

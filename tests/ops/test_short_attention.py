@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 
 from mesa_train import compress
 from mesa_train.policy import Policy
@@ -11,7 +12,7 @@ LOSSLESS = Policy(bits=32)
 
 
 def operands(shape, keys=None, dtype=torch.bfloat16):
-    torch.manual_seed(0)
+    seed_torch(0)
     batch, heads, tokens, width = shape
     lengths = (tokens, keys or tokens, keys or tokens)
     return [

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from seeding import seed_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mesa_train import Policy, compress
@@ -68,7 +69,7 @@ def both(function, *leaves, autocast=False):
     """(output, ATen's products) in plain PyTorch and under the policy; one memory for both."""
     results = []
     for policy in (None, POLICY):
-        torch.manual_seed(1)
+        seed_torch(1)
         under = contextlib.nullcontext() if policy is None else compress(policy)
         with torch.autocast("cpu", brain, enabled=autocast), under, Names() as seen:
             output = function(*leaves)
@@ -84,7 +85,7 @@ def test_products(name, layout):
     ):
         if not (x_grad or w_grad):
             continue
-        torch.manual_seed(0)
+        seed_torch(0)
         x = rows(layout).to(dtype).detach().requires_grad_(x_grad)
         w = torch.randn(40, 24, dtype=dtype).requires_grad_(w_grad)
         b = torch.randn(40, dtype=dtype).requires_grad_(w_grad)
@@ -155,7 +156,7 @@ MAPS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_rows(name, layout):
     for autocast, dtype in [(False, torch.float32), (True, torch.float32), (False, brain)]:
-        torch.manual_seed(0)
+        seed_torch(0)
         x = MAPS[layout]().to(dtype).detach().requires_grad_()
         for w_grad in (False, True):
             w = torch.randn(8, 8, 3, 3, dtype=dtype).requires_grad_(w_grad)

@@ -208,7 +208,9 @@ def train_batches(
         images = data.train.images[indices].float() / 255
         if transform is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                torch.default_generator.manual_seed(
+                    int(torch.randint(2**62, (), generator=generator))
+                )
                 images = torch.stack([transform(image) for image in images])
         yield data.normalise(images), data.train.labels[indices]
 

@@ -187,7 +187,7 @@ class Samples(Dataset[Sample]):
             encoded, label, path = self.records.read(key)
             image = _decode(encoded)
             with keeping_random_state():
-                seed_all(self.seed, epoch, position)
+                seed_cpu(self.seed, epoch, position)
                 return self.transform(image), label, []
         except ConfigError:  # a wrong label
             raise
@@ -218,12 +218,25 @@ def keeping_random_state() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def seed_all(*numbers: int) -> None:
-    """Seed the random generators of Python, NumPy and torch from several numbers."""
+def seed_cpu(*numbers: int) -> int:
+    """Seed the CPU generators of Python, NumPy and torch from several numbers. Returns the seed.
+
+    Transforms of an image use no other generator. `torch.manual_seed` also seeds every accelerator. In a
+    process that has not initialised CUDA, as a loader's worker, each call then formats three stack
+    traces: 0.6 to 2 ms, and 2 us for the CPU generator alone.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  timm's mixup uses NumPy's generator
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed the CPU generators, and those of the accelerators if there are any, from several numbers."""
+    seed = seed_cpu(*numbers)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
 
 
 def permutation(count: int, seed: int, epoch: int) -> Tensor:

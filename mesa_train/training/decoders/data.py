@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mesa_train.training.config_schema import ConfigError
-from mesa_train.training.data.sources import CorruptImage, keeping_random_state, seed_all
+from mesa_train.training.data.sources import CorruptImage, keeping_random_state, seed_cpu
 from mesa_train.training.dense import composed, maps
 from mesa_train.training.dense.loader import read_picture
 from mesa_train.training.dense.maps import IGNORED as IGNORED
@@ -253,7 +253,7 @@ class Crops(Dataset[Any]):
         epoch, index = key
         image, label = self.pictures.read(index % self.pictures.count)
         with keeping_random_state():
-            seed_all(self.seed, epoch, index)
+            seed_cpu(self.seed, epoch, index)
             return self._cropped(image, label)
 
     def _cropped(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data.decode import decode
-from mesa_train.training.data.sources import MISTAKES, CorruptImage, keeping_random_state, seed_all
+from mesa_train.training.data.sources import MISTAKES, CorruptImage, keeping_random_state, seed_cpu
 
 from .annotations import DetectionSet, encoded
 from .maps import MapSet, read_map
@@ -98,7 +98,7 @@ class DetectionSamples(Dataset[Sample]):
         if self.masks:
             sample["masks"] = tv_tensors.Mask(torch.from_numpy(objects.masks()))
         with keeping_random_state():
-            seed_all(self.seed, epoch, index)
+            seed_cpu(self.seed, epoch, index)
             sample = self.transform(sample)
         return {"image": sample.pop("image"), "target": sample, "index": index}
 
@@ -133,7 +133,7 @@ class SegmentationSamples(Dataset[Sample]):
         # Classes above 255 need more than a byte.
         sample = {"image": image, "map": tv_tensors.Mask(torch.from_numpy(labels))}
         with keeping_random_state():
-            seed_all(self.seed, epoch, index)
+            seed_cpu(self.seed, epoch, index)
             sample = self.transform(sample)
         return {"image": sample["image"], "target": {"map": sample["map"]}, "index": index}
 

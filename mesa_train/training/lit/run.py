@@ -19,7 +19,7 @@ import mesa_train
 from mesa_train.methods.apply import PLAIN
 from mesa_train.training import checkpoints
 from mesa_train.training.config_schema import ConfigError
-from mesa_train.training.data.sources import keeping_random_state, seed_all, train_order
+from mesa_train.training.data.sources import keeping_random_state, seed_cpu, train_order
 from mesa_train.training.evaluation.suite.frozen import FrozenModel, configured_model
 from mesa_train.training.evaluation.suite.images import FeatureCache
 from mesa_train.training.evaluation.text_alignment import canonicalize, prompt_average
@@ -222,7 +222,7 @@ class Views(Dataset[Tensor]):
         epoch, index = key
         image = self.pairs.images.read(index)
         with keeping_random_state():
-            seed_all(self.config.train.seed, epoch, index)
+            seed_cpu(self.config.train.seed, epoch, index)
             image = data.crop(image, self.config.data.crop_min)
             return self.pixels(image, self.squash)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mesa_train.training.config_schema import ConfigError
 from mesa_train.training.data import folder, packaged
 from mesa_train.training.data.decode import decode
-from mesa_train.training.data.sources import keeping_random_state, seed_all
+from mesa_train.training.data.sources import keeping_random_state, seed_cpu
 from mesa_train.training.evaluation.linear_probe import cached
 from mesa_train.training.progress import Every
 
@@ -242,7 +242,7 @@ def viewed(images: Images, index: int, view: int) -> Any:
     # A mirrored digit is no digit, and images that fill their frame are digits or stimuli.
     mirror = v2.RandomHorizontalFlip(0.0 if images.squash else 0.5)
     with keeping_random_state():
-        seed_all(view, index)
+        seed_cpu(view, index)
         return mirror(crop(image))
 
 
