@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -120,6 +121,37 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(data[0, 5][0], first)
     assert not torch.equal(data[1, 5][0], first)
     assert not torch.equal(samples(records, seed=1)[0, 5][0], first)
+
+
+def test_a_sample_seeds_no_device(monkeypatch):
+    """`torch.manual_seed` takes a millisecond in a process that has not initialised CUDA."""
+    data = samples(sources.load(DataConfig(source="digits"), None).train)
+    known = sources.seed_cpu
+
+    def of_all_devices(*numbers):
+        torch.manual_seed(known(*numbers))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "seed_cpu", of_all_devices)
+        expected = data[2, 5][0]
+
+    def refuse(seed):
+        raise AssertionError(f"torch.manual_seed({seed})")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    assert torch.equal(data[2, 5][0], expected)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_step_seeds_the_devices_that_there_are(monkeypatch, accelerator):
+    seeds = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    sources.seed_all(1, 2)
+    drawn = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+    assert sources.seed_cpu(1, 2) == torch.initial_seed()
+    assert seeds == [torch.initial_seed()] * accelerator
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()))  # noqa: NPY002
 
 
 def test_folders_of_images_and_corrupt_ones(folder):
