@@ -8,6 +8,7 @@ turns.
 
     python scripts/bench/planner.py
     python scripts/bench/planner.py --models swin_tiny_patch4_window7_224 --batch-size 4
+    python scripts/bench/planner.py --dtype float32      for a processor without bfloat16
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MODELS = (
     "vit_tiny_patch16_224,deit3_small_patch16_224,swin_tiny_patch4_window7_224,pvt_v2_b0,"
     "convnext_atto,hf:vit"
 )
-BF16 = torch.bfloat16
+DTYPES = {"bf16": torch.bfloat16, "float32": None}
 
 
 def main(
@@ -46,10 +47,13 @@ def main(
     shares: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0,0.1,0.3,0.6",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
     out: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
 ) -> None:
     """Plan, run and compare."""
-    console = Console()
+    if dtype not in DTYPES:
+        raise SystemExit(f"planner: unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    autocast, console = DTYPES[dtype], Console()
     for name in models.split(","):
         loaded = load(name, batch_size=batch_size)
         with Progress(console=console, transient=True) as progress:
@@ -58,8 +62,8 @@ def main(
             def report(step: str, done: int, total: int, task: object = task) -> None:
                 progress.update(task, description=step, completed=done, total=total)  # type: ignore[arg-type]
 
-            planner = Planner.of(loaded.model, loaded.inputs, autocast=BF16, progress=report)
-            runs = StepRunner(loaded.model, loaded.inputs, BF16, default_loss)
+            planner = Planner.of(loaded.model, loaded.inputs, autocast=autocast, progress=report)
+            runs = StepRunner(loaded.model, loaded.inputs, autocast, default_loss)
             exact = runs.reference()
             low, high = None, planner.plain.peak_bytes
             for share in map(float, shares.split(",")):
@@ -72,6 +76,7 @@ def main(
                 setting = {
                     "model": name,
                     "batch_size": batch_size,
+                    "dtype": dtype,
                     "share": share,
                     "rounds": rounds,
                 }
@@ -89,7 +94,7 @@ def measured(
     """Predictions and measurements of one plan."""
     policy = plan.policy
     saved_bytes = footprint(
-        runs.model, runs.inputs, policy=policy, autocast=BF16, loss=default_loss
+        runs.model, runs.inputs, policy=policy, autocast=runs.autocast, loss=default_loss
     ).saved_bytes
     peak = planner.static + runs.peak(policy)
     error = relative_error(runs.gradients(policy), exact)

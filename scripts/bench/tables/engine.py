@@ -4,6 +4,7 @@ compatibility, soak."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mesa_train.utils.formatting import format_bytes
 from mesa_train.utils.records import Row
@@ -221,6 +222,7 @@ def plans(rows: Sequence[Row]) -> str:
     """The newest rows: predictions, with measurements in brackets."""
     newest = {(row["model"], row["share"]): row for row in rows}
     head = ["model", "budget", "saved", "peak of the step", "time, plain = 1", "gradient error"]
+    head.append("operands at each choice")
     lines, errors = [], {"saved_bytes": 0.0, "peak_bytes": 0.0, "time_ratio": 0.0}
     for (model, share), row in sorted(newest.items()):
         predicted, measured = row["predicted"], row["measured"]
@@ -237,14 +239,26 @@ def plans(rows: Sequence[Row]) -> str:
                 peak,
                 f"{predicted['time_ratio']:.2f} ({measured['time_ratio']:.2f})",
                 f"{predicted['gradient_error']:.2%} ({measured['gradient_error']:.2%})",
+                _choices(row["choices"]),
             ]
         )
     worst = ", ".join(f"{name} {errors[key]:.1%}" for key, name in _PREDICTED.items())
+    dtypes = ", ".join(sorted({row.get("dtype", "bf16") for row in newest.values()}))
     return markdown(head, lines) + (
-        "\nPredicted values, with measured values in brackets; bf16 autocast, random weights. The peak is of a whole "
-        "training step, with weights and AdamW's states. Largest relative errors of the predictions: "
+        f"\nPredicted values, with measured values in brackets; {dtypes}, random weights. The peak is of a "
+        "whole training step, with weights and AdamW's states. Largest relative errors of the predictions: "
         f"{worst}. {origins([*newest.values()])}\n"
     )
+
+
+def _choices(summary: Sequence[Sequence[Any]]) -> str:
+    """The number of operands at each choice of a plan, from few bits to many, then other choices."""
+    counts: dict[str, int] = {}
+    for operand, choice, count in summary:
+        if operand != "block":
+            counts[choice] = counts.get(choice, 0) + count
+    order = sorted(counts, key=lambda choice: (not choice[0].isdigit(), choice))
+    return ", ".join(f"{choice}: {counts[choice]}" for choice in order)
 
 
 _PREDICTED = {"saved_bytes": "saved bytes", "peak_bytes": "peak", "time_ratio": "time"}
