@@ -88,7 +88,7 @@ class Policy:
         overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is a module name
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
             or a module and an operator joined by a colon ("blocks.*.mlp:linear"). "last_norm" is the last module
-            that is a layer or RMS norm, if there is one. Default: none.
+            that is a layer or RMS norm, and "last_linear" the last linear layer, if there is one. Default: none.
     Raises:
         ValueError: a value is not one of the choices, or a field has no effect beside another; the message has
             the field, value and choices, and the pattern of an override.
@@ -205,19 +205,19 @@ class Policy:
                 )
         return dataclasses.replace(base, **fields)
 
-    def rules(self, modules: Iterable[str] = (), last_norm: str | None = None) -> dict[str, Rules]:
+    def rules(
+        self, modules: Iterable[str] = (), last: Mapping[str, str | None] | None = None
+    ) -> dict[str, Rules]:
         """The `Rules` of each module, by qualified name.
 
         Args:
             modules: qualified names of the model's modules.
-            last_norm: the one of `modules` that the pattern "last_norm" means. None: it means no module.
+            last: the modules that the patterns "last_norm" and "last_linear" mean. None: they mean no module.
         Raises:
             ValueError: an override matches neither a module nor an operator.
         """
         names = list(modules)
-        matched = [
-            match_override(pattern, names, OPERATORS, last_norm) for pattern in self.overrides
-        ]
+        matched = [match_override(pattern, names, OPERATORS, last) for pattern in self.overrides]
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:

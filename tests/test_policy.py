@@ -195,7 +195,7 @@ def test_presets_differ_from_the_default_as_documented():
         name: {k: v for k, v in dataclasses.asdict(policy).items() if v != default[k]}
         for name, policy in PRESETS.items()
     }
-    last = {"last_norm": {"bits": 8}}
+    last = {"last_norm": {"bits": 8}, "last_linear": {"bits": 8}}
 
     def more(bits, batch_norm, norms):
         return {
@@ -412,6 +412,45 @@ def test_the_last_norm_is_a_layer_or_rms_norm_that_is_registered_last():
     assert bits(nn.GroupNorm(4, COLS)) == [8]
 
 
+class Pooled(nn.Module):
+    """A classifier whose head reads a mean, so no operator before the head saves the head's input."""
+
+    def __init__(self, head=True):
+        super().__init__()
+        self.fc = nn.Linear(COLS, COLS)
+        if head:
+            self.head = nn.Linear(COLS, 3)
+        self.norm = nn.LayerNorm(COLS)
+
+    def forward(self, x):
+        x = self.fc(x + x)
+        return self.head(x.mean(1)) if hasattr(self, "head") else x
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bits"),
+    [("last_linear", 8), ("last_linear:linear.input", 8), ("last_norm", 4)],
+)
+def test_the_last_linear_layer_is_the_one_that_is_registered_last(pattern, bits):
+    policy = Policy(**BASE | {"bits": 4}, overrides={pattern: {"bits": 8}})
+
+    def found(model):
+        x = torch.randn(ROWS, 2, COLS, requires_grad=True)
+        rows = mesa_train.footprint(model, x, policy=policy).rows
+        elements = {"fc": x.numel(), "head": x.numel() // 2}
+        return {
+            row.module: row.saved_bytes * 8 // elements[row.module]
+            for row in rows
+            if row.operator == "linear" and row.dtype == "uint8"
+        }
+
+    assert found(Pooled()) == {"fc": 4, "head": bits}
+    # Without a head, the other linear layer is the last.
+    assert found(Pooled(head=False)) == {"fc": bits}
+    # Without a linear layer, the pattern means no module, and is no error.
+    assert found(nn.LayerNorm(COLS)) == {}
+
+
 def test_disabled_parts_keep_what_pytorch_keeps():
     all_ours = saved_bytes(Policy(**BASE))
     head = saved_bytes(Policy(**BASE, overrides={"head": {"enabled": False}}))
@@ -435,6 +474,7 @@ def test_disabled_parts_keep_what_pytorch_keeps():
         ("head:linear.output", ["linear.input"]),
         ("nothing:linear", ["'nothing:linear'"]),
         ("last_nrom", ["'last_nrom'", "last_norm"]),
+        ("last_liner", ["'last_liner'", "last_linear"]),
     ],
 )
 def test_an_override_that_matches_nothing_says_what_is_close(pattern, message):

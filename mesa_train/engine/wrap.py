@@ -41,7 +41,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     # All steps that can fail come before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]
-    rules = resolved.rules(names, _last_norm(modules))
+    rules = resolved.rules(names, _last(modules))
     checkpointed = resolved.checkpointed(names)
     installed = Installed(resolved)
     entries = [
@@ -99,17 +99,25 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 _TOKEN_NORM = re.compile(r"^(?!.*(?:Batch|Group|Instance|Response|Weight|Spectral)).*Norm(?!al)")
 
 
-def _last_norm(modules: list[tuple[str, nn.Module]]) -> str | None:
-    """The name of the last module that is a layer or RMS norm, in the order of registration. None: no such module.
+def _last(modules: list[tuple[str, nn.Module]]) -> dict[str, str | None]:
+    """The last norm and the last linear layer, in the order of registration. None: no such module."""
+    found: dict[str, str | None] = {"last_norm": None, "last_linear": None}
+    for name, module in modules:
+        if _is_token_norm(module):
+            found["last_norm"] = name
+        elif isinstance(module, nn.Linear):
+            found["last_linear"] = name
+    return found
+
+
+def _is_token_norm(module: nn.Module) -> bool:
+    """True for a layer or RMS norm.
 
     A module whose children have parameters is not a norm, but a part that begins or ends with a norm.
     """
-    for name, module in reversed(modules):
-        if _TOKEN_NORM.match(type(module).__name__) and not any(
-            next(child.parameters(), None) is not None for child in module.children()
-        ):
-            return name
-    return None
+    return bool(_TOKEN_NORM.match(type(module).__name__)) and not any(
+        next(child.parameters(), None) is not None for child in module.children()
+    )
 
 
 def _entry(installed: Installed, context: ModuleContext) -> Entry:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-# An image gives one row of this norm to the gradient of a classifier, so few rounding errors average out (docs/log.md).
-_LAST_NORM = {"last_norm": {"bits": 8}}
+# An image gives one row of these to the gradient of a classifier, so few rounding errors average out (docs/log.md).
+_LAST = {"last_norm": {"bits": 8}, "last_linear": {"bits": 8}}
 
 
 def _with_more_bits(
@@ -33,12 +33,12 @@ def _with_more_bits(
     }
 
 
-OF_MESA6 = {"batch_norm": {"bits": 8}, **_LAST_NORM}
-OF_MESA4 = {**_with_more_bits(5, batch_norm=6), **_LAST_NORM}
-OF_MESA3 = {**_with_more_bits(4, batch_norm=5), **_LAST_NORM}
+OF_MESA6 = {"batch_norm": {"bits": 8}, **_LAST}
+OF_MESA4 = {**_with_more_bits(5, batch_norm=6), **_LAST}
+OF_MESA3 = {**_with_more_bits(4, batch_norm=5), **_LAST}
 # Matmuls are recomputed from the codes of a norm, so short groups pay there.
 OF_MESA4_RECOMPUTE = {
     **_with_more_bits(5, batch_norm=6, norm_groups=96),
     "linear": {"group_size": 192},
-    **_LAST_NORM,
+    **_LAST,
 }

@@ -13,23 +13,23 @@ from typing import Any
 
 from .torch_functions import checked, is_function, plain_name
 
-# The pattern of the last norm of a model. A model without norms has none.
-LAST_NORM = "last_norm"
+# The patterns of the last norm and of the last linear layer of a model. A model may have none.
+LAST = ("last_norm", "last_linear")
 
 
 def match_override(
     pattern: str,
     names: list[str],
     operators: Mapping[str, tuple[str, ...]],
-    last_norm: str | None = None,
+    last: Mapping[str, str | None] | None = None,
 ) -> tuple[set[str] | None, str | None, str | None]:
     """Match the pattern of an override.
 
     Args:
-        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND. MODULE can be "last_norm".
+        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND. MODULE can be one of `LAST`.
         names: qualified names of the model's modules.
         operators: operands by the name of the operator.
-        last_norm: the module that the pattern "last_norm" means, or None.
+        last: the modules that the patterns of `LAST` mean, or None for a pattern that means no module.
 
     Returns:
         (names of the covered modules or None for all, operator or None, operand or None).
@@ -59,10 +59,10 @@ def match_override(
     if not modules:
         return None, operator, operand or None
     matches = matching(modules, names)
-    if modules == LAST_NORM and last_norm is not None:
-        matches |= {last_norm}
-    if not matches and modules != LAST_NORM:
-        known = [*names, *operators, LAST_NORM]
+    if modules in LAST and last is not None and last.get(modules) is not None:
+        matches |= {str(last[modules])}
+    if not matches and modules not in LAST:
+        known = [*names, *operators, *LAST]
         close = difflib.get_close_matches(modules, known, n=4, cutoff=0.4)
         if is_function(modules):
             close = [f"fallback.{plain_name(modules)}", *close]

@@ -150,6 +150,7 @@ def trained_vit(name: str, images: ImageSet, steps: int, weights: Path | None) -
 def _network(recipe: Trained, images: ImageSet) -> nn.Module:
     import timm
 
+    import mesa_train.models  # noqa: F401  timm knows them from here on
     from mesa_train.training import small_models
 
     if recipe.model == small_models.SMALL_VIT:

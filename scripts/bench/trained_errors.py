@@ -1,7 +1,7 @@
 """The gradient error of the presets on trained models: means over several batches.
 
-A ViT that classifies by one token gives one row of its last norm per image to the gradient. So the
-presets below 8 bits have 8 bits for this norm. The script also measures each of them without it.
+A classifier gives one row of its head's input per image to the gradient. So the presets below 8 bits
+have 8 bits for the last norm and the last linear layer. The script also measures each of them without it.
 
 The models are those of `code_models.py`, in float32. A row for each model and policy goes to
 docs/results/trained_errors.jsonl.
@@ -28,6 +28,7 @@ from mesa_train import PRESETS, Policy
 from mesa_train.measure.step import relative_error
 from mesa_train.training.data.packaged import load
 from mesa_train.utils import records
+from mesa_train.utils.patterns import LAST
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/trained_errors.jsonl"
 MEASURED = (
@@ -39,7 +40,10 @@ MEASURED = (
     "mesa6-recompute",
     "mesa4-recompute",
 )
-WITHOUT = "{}, no more bits for the last norm"
+# The gradient of the offsets is a difference of neighbouring values of the input, so rounding errors weigh more.
+DEFORMABLE = "*.dconv"
+WITH = "{}, 6 bits for deformable convolutions"
+WITHOUT = "{}, no more bits for the last norm and linear layer"
 
 
 def main(
@@ -73,20 +77,28 @@ def main(
             records.append(out, {**shared, **row, **records.provenance()})
 
 
-def policies() -> Iterator[tuple[str, Policy]]:
-    """The presets, and each without an override of the last norm."""
+def policies(network: nn.Module) -> Iterator[tuple[str, Policy]]:
+    """The presets; each without overrides of the last norm and linear layer; and with more bits for deformable
+    convolutions, if the network has some.
+    """
+    deformable = any(
+        name.endswith(DEFORMABLE.removeprefix("*")) for name, _ in network.named_modules()
+    )
     for name in MEASURED:
         policy = PRESETS[name]
         yield name, policy
-        if "last_norm" in policy.overrides:
-            fields = {k: v for k, v in policy.overrides.items() if k != "last_norm"}
+        fields = {k: v for k, v in policy.overrides.items() if k not in LAST}
+        if fields != policy.overrides:
             yield WITHOUT.format(name), dataclasses.replace(policy, overrides=fields)
+        if deformable and policy.bits < 6:
+            fields = {**policy.overrides, DEFORMABLE: {"bits": 6}}
+            yield WITH.format(name), dataclasses.replace(policy, overrides=fields)
 
 
 def rows(network: nn.Module, drawn: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
     """A row for each policy: the saved bytes, and the errors on all batches."""
     exact = [gradients(network, x, y) for x, y in drawn]
-    for name, policy in policies():
+    for name, policy in policies(network):
         saved = mesa_train.footprint(network, drawn[0][0], policy=policy, fake=True).saved_bytes
         mesa_train.wrap(network, policy)
         errors = [

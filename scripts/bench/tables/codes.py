@@ -160,8 +160,9 @@ def mean_share(rows: Sequence[Row]) -> str:
 
 @table("trained_errors.jsonl", "python scripts/bench/trained_errors.py")
 def trained_errors(rows: Sequence[Row]) -> str:
-    """The newest row of each model and policy: a line for each policy, a column for each model."""
-    newest = {(row["model"], row["policy"]): row for row in rows}
+    """The newest row of each model and policy: a line for each policy of the last run, a column for each model."""
+    last = {row["policy"] for row in rows if row["commit"] == rows[-1]["commit"]}
+    newest = {(row["model"], row["policy"]): row for row in rows if row["policy"] in last}
     models = list(dict.fromkeys(model for model, _ in newest))
     lines = []
     for policy in dict.fromkeys(policy for _, policy in newest):
