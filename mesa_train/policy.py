@@ -88,7 +88,8 @@ class Policy:
         overrides: ordered mapping from a pattern to field changes; later entries win. A pattern is a module name
             with `*` for any part (it also covers submodules), an operator ("softmax"), an operand ("attention.q"),
             or a module and an operator joined by a colon ("blocks.*.mlp:linear"). "last_norm" is the last module
-            that is a layer or RMS norm, and "last_linear" the last linear layer, if there is one. Default: none.
+            that is a layer or RMS norm, "last_linear" the last linear layer, and "deformable_conv" all modules with
+            DeformConv or DeformableConv in the names of their classes. Default: none.
     Raises:
         ValueError: a value is not one of the choices, or a field has no effect beside another; the message has
             the field, value and choices, and the pattern of an override.
@@ -206,18 +207,18 @@ class Policy:
         return dataclasses.replace(base, **fields)
 
     def rules(
-        self, modules: Iterable[str] = (), last: Mapping[str, str | None] | None = None
+        self, modules: Iterable[str] = (), roles: Mapping[str, set[str]] | None = None
     ) -> dict[str, Rules]:
         """The `Rules` of each module, by qualified name.
 
         Args:
             modules: qualified names of the model's modules.
-            last: the modules that the patterns "last_norm" and "last_linear" mean. None: they mean no module.
+            roles: the modules that "last_norm", "last_linear" and "deformable_conv" mean. None: they mean no module.
         Raises:
             ValueError: an override matches neither a module nor an operator.
         """
         names = list(modules)
-        matched = [match_override(pattern, names, OPERATORS, last) for pattern in self.overrides]
+        matched = [match_override(pattern, names, OPERATORS, roles) for pattern in self.overrides]
         resolved: dict[str, Rules] = {}
         shared: dict[tuple[int, ...], Rules] = {}
         for name in names:

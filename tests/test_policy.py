@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import deform_conv2d
 
 import mesa_train
 from mesa_train import PRESETS, Policy
@@ -202,7 +203,7 @@ def test_presets_differ_from_the_default_as_documented():
             "layer_norm": norms, "rms_norm": norms,
             "activation": {"bits": bits, "group_size": 192},
             "attention.q": {"bits": bits}, "attention.k": {"bits": bits},
-            "batch_norm": {"bits": batch_norm}, **last,
+            "batch_norm": {"bits": batch_norm}, "deformable_conv": {"bits": 6}, **last,
         }  # fmt: skip
 
     wide = {"batch_norm": {"bits": 8}, **last}
@@ -412,6 +413,31 @@ def test_the_last_norm_is_a_layer_or_rms_norm_that_is_registered_last():
     assert bits(nn.GroupNorm(4, COLS)) == [8]
 
 
+class DeformableConv2d(nn.Module):
+    """As users write it: the offsets are a convolution of the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Conv2d(COLS, 18, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(4, COLS, 3, 3))
+
+    def forward(self, x):
+        return deform_conv2d(x, self.offset(x), self.weight, padding=1)
+
+
+@pytest.mark.parametrize("wider", [True, False])
+def test_a_deformable_convolution_and_its_offsets_have_the_bits_of_their_role(wider):
+    model = nn.Sequential(nn.Conv2d(COLS, COLS, 1), nn.Conv2d(COLS, COLS, 1), DeformableConv2d())
+    pattern = {"deformable_conv": {"bits": 6}} if wider else {}
+    x = torch.randn(2, COLS, 8, 8, requires_grad=True) + 0
+    rows = mesa_train.footprint(
+        model, x, policy=Policy(**BASE | {"bits": 4}, overrides=pattern)
+    ).rows
+    bits = {r.module: r.saved_bytes * 8 // x.numel() for r in rows if r.dtype == "uint8"}
+    # The input of the deformable convolution is shared with the convolution of the offsets.
+    assert bits == {"0": 4, "1": 4, "2.offset": 6 if wider else 4}
+
+
 class Pooled(nn.Module):
     """A classifier whose head reads a mean, so no operator before the head saves the head's input."""
 
@@ -475,6 +501,7 @@ def test_disabled_parts_keep_what_pytorch_keeps():
         ("nothing:linear", ["'nothing:linear'"]),
         ("last_nrom", ["'last_nrom'", "last_norm"]),
         ("last_liner", ["'last_liner'", "last_linear"]),
+        ("deformable_con", ["'deformable_con'", "deformable_conv"]),
     ],
 )
 def test_an_override_that_matches_nothing_says_what_is_close(pattern, message):

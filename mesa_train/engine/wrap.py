@@ -21,6 +21,7 @@ from .bound import Entry, attributes_of, entry_of, own_forward
 from .entry import ATTRIBUTE, Installed
 from .intercept import CompressionMode
 from .mirror import mirrors_for
+from .roles import of_roles
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +42,7 @@ def wrap(model: Model, policy: Policy | str | None = None) -> Model:
     # All steps that can fail come before the first change.
     modules = [(_plain_name(model, name), module) for name, module in _modules(model)]
     names = [plain for plain, _ in modules]
-    rules = resolved.rules(names, _last(modules))
+    rules = resolved.rules(names, of_roles(modules))
     checkpointed = resolved.checkpointed(names)
     installed = Installed(resolved)
     entries = [
@@ -93,31 +94,6 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             yield name, module
-
-
-# Classes such as LayerNorm, RmsNorm and LayerNorm2d. Batch and group norms normalise over tokens too.
-_TOKEN_NORM = re.compile(r"^(?!.*(?:Batch|Group|Instance|Response|Weight|Spectral)).*Norm(?!al)")
-
-
-def _last(modules: list[tuple[str, nn.Module]]) -> dict[str, str | None]:
-    """The last norm and the last linear layer, in the order of registration. None: no such module."""
-    found: dict[str, str | None] = {"last_norm": None, "last_linear": None}
-    for name, module in modules:
-        if _is_token_norm(module):
-            found["last_norm"] = name
-        elif isinstance(module, nn.Linear):
-            found["last_linear"] = name
-    return found
-
-
-def _is_token_norm(module: nn.Module) -> bool:
-    """True for a layer or RMS norm.
-
-    A module whose children have parameters is not a norm, but a part that begins or ends with a norm.
-    """
-    return bool(_TOKEN_NORM.match(type(module).__name__)) and not any(
-        next(child.parameters(), None) is not None for child in module.children()
-    )
 
 
 def _entry(installed: Installed, context: ModuleContext) -> Entry:

@@ -23,6 +23,8 @@ def _with_more_bits(
     if norm_groups is not None:
         norms["group_size"] = norm_groups
     return {
+        # The gradient of an offset is a difference of neighbouring values, so rounding errors weigh more.
+        "deformable_conv": {"bits": 6},
         "layer_norm": norms,
         "rms_norm": norms,
         # The hidden layer of an MLP is wide, so long groups save more than the last norm costs.

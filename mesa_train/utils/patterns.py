@@ -13,23 +13,23 @@ from typing import Any
 
 from .torch_functions import checked, is_function, plain_name
 
-# The patterns of the last norm and of the last linear layer of a model. A model may have none.
-LAST = ("last_norm", "last_linear")
+# Patterns of modules by their role, not by their names. A model may have no such module.
+ROLES = ("last_norm", "last_linear", "deformable_conv")
 
 
 def match_override(
     pattern: str,
     names: list[str],
     operators: Mapping[str, tuple[str, ...]],
-    last: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, set[str]] | None = None,
 ) -> tuple[set[str] | None, str | None, str | None]:
     """Match the pattern of an override.
 
     Args:
-        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND. MODULE can be one of `LAST`.
+        pattern: MODULE, OPERATOR, OPERATOR.OPERAND, or MODULE:OPERATOR.OPERAND. MODULE can be one of `ROLES`.
         names: qualified names of the model's modules.
         operators: operands by the name of the operator.
-        last: the modules that the patterns of `LAST` mean, or None for a pattern that means no module.
+        roles: the names of the modules that the patterns of `ROLES` mean; None: they mean no module.
 
     Returns:
         (names of the covered modules or None for all, operator or None, operand or None).
@@ -59,10 +59,9 @@ def match_override(
     if not modules:
         return None, operator, operand or None
     matches = matching(modules, names)
-    if modules in LAST and last is not None and last.get(modules) is not None:
-        matches |= {str(last[modules])}
-    if not matches and modules not in LAST:
-        known = [*names, *operators, *LAST]
+    matches |= (roles or {}).get(modules, set())
+    if not matches and modules not in ROLES:
+        known = [*names, *operators, *ROLES]
         close = difflib.get_close_matches(modules, known, n=4, cutoff=0.4)
         if is_function(modules):
             close = [f"fallback.{plain_name(modules)}", *close]

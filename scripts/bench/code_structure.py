@@ -38,7 +38,7 @@ from mesa_train.engine import native
 from mesa_train.engine.intercept import CompressionMode
 from mesa_train.measure.step import relative_error
 from mesa_train.utils import records
-from mesa_train.utils.patterns import LAST
+from mesa_train.utils.patterns import ROLES
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 
@@ -145,7 +145,7 @@ def policy_of(operand: str) -> tuple[Policy, str]:
     if operand == OF_LAST_NORM:
         return preset, ALL
     if operand in WHOLE:
-        fields = {k: v for k, v in preset.overrides.items() if k not in LAST}
+        fields = {k: v for k, v in preset.overrides.items() if k not in ROLES}
         return dataclasses.replace(preset, overrides=fields), WHOLE[operand]
     pattern, role = OPERANDS[operand]
     return Policy(bits=32, overrides={pattern: width(preset, pattern)}), role
