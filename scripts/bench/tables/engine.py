@@ -233,7 +233,9 @@ def plans(rows: Sequence[Row]) -> str:
         )
         lines.append(
             [
-                model if share == min(s for m, s in newest if m == model) else "",
+                f"{model}, {row.get('dtype', 'bf16')}"
+                if share == min(s for m, s in newest if m == model)
+                else "",
                 "smallest possible" if share == 0 else format_bytes(row["budget"]),
                 saved,
                 peak,
@@ -243,9 +245,8 @@ def plans(rows: Sequence[Row]) -> str:
             ]
         )
     worst = ", ".join(f"{name} {errors[key]:.1%}" for key, name in _PREDICTED.items())
-    dtypes = ", ".join(sorted({row.get("dtype", "bf16") for row in newest.values()}))
     return markdown(head, lines) + (
-        f"\nPredicted values, with measured values in brackets; {dtypes}, random weights. The peak is of a "
+        "\nPredicted values, with measured values in brackets; bf16 is autocast; random weights. The peak is of a "
         "whole training step, with weights and AdamW's states. Largest relative errors of the predictions: "
         f"{worst}. {origins([*newest.values()])}\n"
     )
