@@ -8,7 +8,12 @@ script also measures each preset without these overrides.
 The models are those of `code_models.py`, in float32. A row for each model and policy goes to
 docs/results/trained_errors.jsonl.
 
+With `--patterns`, it measures which operands have the error of `mesa4` without these overrides: each
+pattern alone has 8 bits.
+
     python scripts/bench/trained_errors.py --data cifar10:DIRECTORY
+    python scripts/bench/trained_errors.py --data cifar10:DIRECTORY --models litv2 \\
+        --patterns "last_linear;deformable_conv;last_linear,deformable_conv;*.dwconv:conv"
 """
 
 from __future__ import annotations
@@ -52,6 +57,9 @@ def main(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
     draws: Annotated[int, typer.Option(min=1, help="Batches that are measured.")] = 5,
+    patterns: Annotated[
+        str, typer.Option(help="Patterns of a policy, separated by semicolons; commas join them.")
+    ] = "",
     weights: Annotated[
         Path | None, typer.Option(help="A directory that keeps trained weights between runs.")
     ] = None,
@@ -70,7 +78,8 @@ def main(
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"trained_errors: --data: {error}") from None
         drawn = list(itertools.islice(batches(TRAINED[name], images, seed=2), draws))
-        for row in rows(of.network, drawn):
+        measured = policies() if not patterns else wider(patterns.split(";"))
+        for row in rows(of.network, drawn, measured):
             print(of.name, row, flush=True)
             shared = {"model": of.name, "images": len(drawn[0][0]), "steps": steps}
             records.append(out, {**shared, **row, **records.provenance()})
@@ -86,10 +95,23 @@ def policies() -> Iterator[tuple[str, Policy]]:
             yield WITHOUT.format(name), dataclasses.replace(policy, overrides=fields)
 
 
-def rows(network: nn.Module, drawn: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
+def wider(patterns: list[str]) -> Iterator[tuple[str, Policy]]:
+    """`mesa4` without overrides of `ROLES`, and with 8 bits for each of the patterns."""
+    preset = PRESETS["mesa4"]
+    fields = {k: v for k, v in preset.overrides.items() if k not in ROLES}
+    for chosen in ("", *patterns):
+        more = {pattern: {"bits": 8} for pattern in chosen.split(",") if pattern}
+        yield f"8 bits: {chosen}", dataclasses.replace(preset, overrides={**fields, **more})
+
+
+def rows(
+    network: nn.Module,
+    drawn: list[tuple[Tensor, Tensor]],
+    measured: Iterator[tuple[str, Policy]],
+) -> Iterator[dict[str, Any]]:
     """A row for each policy: the saved bytes, and the errors on all batches."""
     exact = [gradients(network, x, y) for x, y in drawn]
-    for name, policy in policies():
+    for name, policy in measured:
         saved = mesa_train.footprint(network, drawn[0][0], policy=policy, fake=True).saved_bytes
         mesa_train.wrap(network, policy)
         errors = [

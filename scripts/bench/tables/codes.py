@@ -161,6 +161,7 @@ def mean_share(rows: Sequence[Row]) -> str:
 @table("trained_errors.jsonl", "python scripts/bench/trained_errors.py")
 def trained_errors(rows: Sequence[Row]) -> str:
     """The newest row of each model and policy: a line for each policy of the last run, a column for each model."""
+    rows = [row for row in rows if not row["policy"].startswith(_WIDER)]
     last = {row["policy"] for row in rows if row["commit"] == rows[-1]["commit"]}
     newest = {(row["model"], row["policy"]): row for row in rows if row["policy"] in last}
     models = list(dict.fromkeys(model for model, _ in newest))
@@ -169,7 +170,7 @@ def trained_errors(rows: Sequence[Row]) -> str:
         found = [newest.get((model, policy)) for model in models]
         lines.append(
             [
-                policy,
+                policy.replace(", without overrides of", " without more bits for these"),
                 *(
                     ""
                     if row is None
@@ -182,4 +183,25 @@ def trained_errors(rows: Sequence[Row]) -> str:
     return markdown(["policy", *models], lines) + (
         "\nThe gradient error and the bytes saved for the backward. float32; mean of "
         f"{' or '.join(map(str, batches))} batches. {origins(list(newest.values()))}\n"
+    )
+
+
+_WIDER = "8 bits: "
+
+
+@table("trained_errors.jsonl", "python scripts/bench/trained_errors.py --patterns ...", by="model")
+def trained_operands(rows: Sequence[Row]) -> str:
+    """The newest row of each pattern that has 8 bits, for one model."""
+    newest = {row["policy"]: row for row in rows if row["policy"].startswith(_WIDER)}
+    lines = [
+        [
+            "none" if policy == _WIDER else policy.removeprefix(_WIDER).replace(",", " and "),
+            f"{row['gradient_error']:.2%}",
+            format_bytes(row["saved_bytes"]),
+        ]
+        for policy, row in newest.items()
+    ]
+    return markdown(["operands at 8 bits", "gradient error", "saved"], lines) + (
+        "\n`mesa4` without more bits for roles, and 8 bits for these operands. float32; mean of "
+        f"{len(next(iter(newest.values()))['errors'])} batches. {origins(list(newest.values()))}\n"
     )
