@@ -223,7 +223,7 @@ def seed_cpu(*numbers: int) -> int:
 
     Transforms of an image use no other generator. `torch.manual_seed` also seeds every accelerator. In a
     process that has not initialised CUDA, as a loader's worker, each call then formats three stack
-    traces: 0.6 to 2 ms, and 2 us for the CPU generator alone.
+    traces, which takes 0.5 ms or more. The CPU generator alone takes 2 us.
     """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)

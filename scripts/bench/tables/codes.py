@@ -189,7 +189,7 @@ def trained_errors(rows: Sequence[Row]) -> str:
 _WIDER = "8 bits: "
 
 
-@table("trained_errors.jsonl", "python scripts/bench/trained_errors.py --patterns ...", by="model")
+@table("trained_errors.jsonl", "python scripts/bench/trained_errors.py --patterns ...")
 def trained_operands(rows: Sequence[Row]) -> str:
     """The newest row of each pattern that has 8 bits, for one model."""
     newest = {row["policy"]: row for row in rows if row["policy"].startswith(_WIDER)}
@@ -202,6 +202,6 @@ def trained_operands(rows: Sequence[Row]) -> str:
         for policy, row in newest.items()
     ]
     return markdown(["operands at 8 bits", "gradient error", "saved"], lines) + (
-        "\n`mesa4` without more bits for roles, and 8 bits for these operands. float32; mean of "
-        f"{len(next(iter(newest.values()))['errors'])} batches. {origins(list(newest.values()))}\n"
+        "\n`mesa4` without more bits for these roles, and 8 bits for the named operands. "
+        f"{rows[-1]['model']}, float32; mean of {len(next(iter(newest.values()))['errors'])} batches. {origins(list(newest.values()))}\n"
     )
