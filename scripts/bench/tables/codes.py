@@ -201,7 +201,8 @@ def trained_operands(rows: Sequence[Row]) -> str:
         ]
         for policy, row in newest.items()
     ]
+    batches = len(next(iter(newest.values()))["errors"])
     return markdown(["operands at 8 bits", "gradient error", "saved"], lines) + (
         "\n`mesa4` without more bits for these roles, and 8 bits for the named operands. "
-        f"{rows[-1]['model']}, float32; mean of {len(next(iter(newest.values()))['errors'])} batches. {origins(list(newest.values()))}\n"
+        f"{rows[-1]['model']}, float32; mean of {batches} batches. {origins(list(newest.values()))}\n"
     )
